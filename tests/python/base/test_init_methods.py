@@ -90,18 +90,23 @@ def test_a_tied_weight_has_nothing_to_repair(fields: dict[str, object], small_ll
         assert torch.equal(layer.start_of("default").b0, again[name].start_of("default").b0)
 
 
-@pytest.mark.parametrize(("init", "iters"), [("pissa", 1), ("loftq", 1), ("pissa", 2), ("loftq", 2)])
-def test_the_origin_of_a_stored_base_is_restored(init: str, iters: int, small_llama: Make, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("init", "iters"), [("pissa", 1), ("loftq", 1), ("activations", 1), ("pissa", 2), ("loftq", 2)]
+)
+def test_the_origin_of_a_stored_base_is_restored(
+    init: str, iters: int, small_llama: Make, tokens: torch.Tensor, tmp_path: Path
+) -> None:
     fields = {"quant": "nf4", "blocksize": 32, "double_quant": False, "quant_iters": iters}
     targets = {"target_modules": ["q_proj"]}
-    model = pissa.wrap(small_llama(), r=4, init=init, **fields, **targets)
+    calibration = [{"input_ids": tokens}] if init == "activations" else None
+    model = pissa.wrap(small_llama(), r=4, init=init, calibration=calibration, **fields, **targets)
     model.add_adapter("second", PissaConfig(r=2, **targets))
     model.save_pretrained(tmp_path)
     path = tmp_path / "second" / "pissa.json"
     written = json.loads(path.read_text())["layers"][Q]["base"]
     if iters == 1:
         del fields["quant_iters"]
-    identity = fields if init == "loftq" or iters > 1 else {}
+    identity = fields if init != "pissa" or iters > 1 else {}
     always = {"r", "scaling", "svd", "svd_passes", "seed", "init", "adalora"}
     assert written == {name: written[name] for name in always} | identity
     again = PissaModel.from_pretrained(small_llama(), tmp_path / "second", adapter_name="second")
