@@ -95,6 +95,7 @@ _STYLES = {
     "repair_5": Style(GREEN, "^", _DASHED, hollow=True),
     "feedback": Style(PINK, "s", _SOLID, hollow=True),
     "feedback_repair": Style(PINK, "P", _DASHED, hollow=True),
+    "pissa_on_repair": Style(PISSA, "^", _BOTH, hollow=True),
     "nf3": Style(ORANGE, "o", _SOLID, hollow=True),
     "nf3_repair": Style(ORANGE, "^", _DASHED, hollow=True),
     "nf3_both": Style(ORANGE, "P", _BOTH, hollow=True),

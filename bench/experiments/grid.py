@@ -38,6 +38,7 @@ _LANGUAGE = {
     "repair_diagonal": 2e-3,
     "feedback": 2e-3,
     "feedback_repair": 2e-3,
+    "pissa_on_repair": 5e-4,
     "nf3": 2e-3,
     "nf3_repair": 2e-3,
     "nf3_both": 2e-3,

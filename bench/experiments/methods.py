@@ -138,8 +138,8 @@ def _nf4(**fields: Any) -> Callable[[nn.Module, Setting], nn.Module]:
 
 
 def _repaired(label: str, reading: Reading = Reading(), quant: str = "nf4", **fields: Any) -> Method:  # noqa: B008
-    """LoRA's start on a base that knows its inputs."""
-    return Method(label, _ours(init="lora", quant=quant, **fields), dense=False, reading=reading)
+    """LoRA's start, or another, on a base that knows its inputs."""
+    return Method(label, _ours(**{"init": "lora", "quant": quant} | fields), dense=False, reading=reading)
 
 
 def _everything(model: nn.Module, setting: Setting) -> nn.Module:
@@ -179,6 +179,7 @@ METHODS: dict[str, Method] = {
     "repair_diagonal": _repaired("diagonal repair", Reading(diagonal=True), repair="activations"),
     "feedback": _repaired("error feedback", error_feedback=True),
     "feedback_repair": _repaired("error feedback and repair", repair="activations", error_feedback=True),
+    "pissa_on_repair": _repaired("PiSSA's start, repair", init="pissa", repair="activations"),
     "repair_prose": _repaired("repair, prose", Reading("prose"), repair="activations"),
     "repair_half": _repaired("repair, half prose", Reading("half"), repair="activations"),
     "repair_8": _repaired("repair, 8 examples", Reading(examples=8), repair="activations"),

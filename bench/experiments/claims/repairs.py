@@ -13,9 +13,9 @@ from bench.experiments.figures import label
 from bench.experiments.sweep import SEEDS, Spread, Sweep, loss_of
 
 CEILING, FLOOR = "lora", "qlora"
-KNOWN = (CEILING, FLOOR, "loftq", "lora_on_1", "lora_on_5")
+KNOWN = (CEILING, FLOOR, "loftq", "qpissa_1", "qpissa_5", "lora_on_1", "lora_on_5")
 """Whose sweeps other experiments have."""
-REPAIRS = ("repair_diagonal", "repair_1", "repair_5", "feedback", "feedback_repair")
+REPAIRS = ("repair_diagonal", "repair_1", "repair_5", "feedback", "feedback_repair", "pissa_on_repair")
 FEWER = ("nf3", "nf3_repair", "nf3_both", "nf2_both")
 READINGS = ("repair_8", "repair_1", "repair_512", "repair_half", "repair_prose")
 FILMS = (FLOOR, "lora_on_5", "repair_1", "repair_5", "feedback", "feedback_repair")
@@ -64,9 +64,9 @@ class Repairs(Experiment):
         rows = [[*_row(method, results[method], after), tables.rate(each[method].best(known))] for method in each]
         head = ["base, LoRA's start", "before", "after", "less dense LoRA's", "less QLoRA's", "prose"]
         text = [
-            f"{measures.TASKS['gsm8k']}, rank 16, LoRA's start (LoftQ: its own): held-out loss before and after "
-            "training, and after it on prose that no task has; differences ± two standard errors. Repairs have rank "
-            "16, too, and are calibrated on the first 64 training problems.",
+            f"{measures.TASKS['gsm8k']}, rank 16, LoRA's start (LoftQ, PiSSA: their own): held-out loss before and "
+            "after training, and after it on prose that no task has; differences ± two standard errors. Repairs have "
+            "rank 16, too, and are calibrated on the first 64 training problems.",
             tables.table([*head, "best rate"], rows),
             "What the repair is calibrated on (nf4, T = 1), at its best rate:",
             tables.table(["read", *head[1:]], _calibrated(known, options, after)),
@@ -75,7 +75,10 @@ class Repairs(Experiment):
                 ["base, LoRA's start", "loss", "accuracy, %", *head[3:5], "best rate"], _films(known, options)
             ),
         ]
-        return Section("\n\n".join(text), {"repairs.png": _picture(after)})
+        before = {method: _before(found) for method, found in results.items()}
+        return Section(
+            "\n\n".join(text), {"repairs-bits.png": _against_bits(before, after), "repairs.png": _gaps(after)}
+        )
 
 
 def _row(method: str, results: list[Result], after: dict[str, Spread | None]) -> list[str]:
@@ -126,8 +129,35 @@ def _before(results: Iterable[Result]) -> float | None:
     return next((result["before"]["loss"] for result in _seeded(results)), None)
 
 
-def _picture(after: dict[str, Spread | None]) -> figures.Figure:
-    figure, (axes,) = figures.panels([f"{measures.TASKS['gsm8k']}, rank 16, LoRA's start"], height=3.4)
+BITS = {"nf4": 4.13, "nf3": 3.13}
+KINDS = {
+    "plain": {"nf4": FLOOR, "nf3": "nf3"},
+    "error feedback": {"nf4": "feedback"},
+    "repair": {"nf4": "repair_1", "nf3": "nf3_repair"},
+    "both": {"nf4": "feedback_repair", "nf3": "nf3_both"},
+}
+
+
+def _against_bits(before: dict[str, float | None], after: dict[str, Spread | None]) -> figures.Figure:
+    """The losses of each kind of base by its bits; a line at LoRA's on the dense model."""
+    means = {method: None if spread is None else spread.mean for method, spread in after.items()}
+    figure, axes = figures.panels(["before training", "after training"])
+    for one, losses in zip(axes, (before, means), strict=True):
+        for place, by_format in enumerate(KINDS.values()):
+            points = [(BITS[name], loss) for name, method in by_format.items() if (loss := losses[method]) is not None]
+            if points:
+                one.plot(*zip(*points, strict=True), **figures.style("", place).line)
+        if (ceiling := losses[CEILING]) is not None:
+            one.axhline(ceiling, color="black", linewidth=0.8, zorder=0)
+        one.set_xlim(2.9, 4.4)
+        one.set_xlabel("bits of a weight")
+        one.set_ylabel("held-out loss (nats)")
+    figures.legend(figure, list(KINDS), "the line: LoRA on the dense model, n = 3 seeds; each at its best rate")
+    return figure
+
+
+def _gaps(after: dict[str, Spread | None]) -> figures.Figure:
+    figure, (axes,) = figures.panels([f"{measures.TASKS['gsm8k']}, rank 16"], height=3.6)
     figures.gaps(axes, {method: after[method] for method in after if method != "nf2_both"}, CEILING, "loss")
     figures.note(figure, figures.GAP_NOTE)
     return figure
