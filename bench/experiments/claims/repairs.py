@@ -130,6 +130,7 @@ def _before(results: Iterable[Result]) -> float | None:
 
 
 BITS = {"nf4": 4.13, "nf3": 3.13}
+"""Of a weight, with its share of the scales."""
 KINDS = {
     "plain": {"nf4": FLOOR, "nf3": "nf3"},
     "error feedback": {"nf4": "feedback"},
@@ -139,18 +140,20 @@ KINDS = {
 
 
 def _against_bits(before: dict[str, float | None], after: dict[str, Spread | None]) -> figures.Figure:
-    """The losses of each kind of base by its bits; a line at LoRA's on the dense model."""
+    """The losses of each kind of base, side by side for each format; a line at LoRA's on the dense model."""
     means = {method: None if spread is None else spread.mean for method, spread in after.items()}
     figure, axes = figures.panels(["before training", "after training"])
     for one, losses in zip(axes, (before, means), strict=True):
         for place, by_format in enumerate(KINDS.values()):
-            points = [(BITS[name], loss) for name, method in by_format.items() if (loss := losses[method]) is not None]
-            if points:
-                one.plot(*zip(*points, strict=True), **figures.style("", place).line)
+            for x, name in enumerate(BITS):
+                if (loss := losses.get(by_format.get(name, ""))) is not None:
+                    one.plot(
+                        x + 0.16 * (place - 1.5), loss, linestyle="", markersize=7, **figures.style("", place).point
+                    )
         if (ceiling := losses[CEILING]) is not None:
             one.axhline(ceiling, color="black", linewidth=0.8, zorder=0)
-        one.set_xlim(2.9, 4.4)
-        one.set_xlabel("bits of a weight")
+        one.set_xticks(range(len(BITS)), [f"{name}, {bits} bits" for name, bits in BITS.items()])
+        one.set_xlim(-0.5, len(BITS) - 0.5)
         one.set_ylabel("held-out loss (nats)")
     figures.legend(figure, list(KINDS), "the line: LoRA on the dense model, n = 3 seeds; each at its best rate")
     return figure
