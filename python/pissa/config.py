@@ -254,6 +254,11 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
         """Whether the base or the start depends on the layers' inputs."""
         return self.error_feedback or "activations" in (self.init, self.repair)
 
+    @property
+    def asks_once(self) -> bool:
+        """Whether each layer's inputs are needed once: for the base alone, or for a start that is the base's."""
+        return self.starts_as_base or self.init != "activations"
+
     def of_base(self) -> PissaConfig:
         """The configuration of the start that a stored residual lacks: this one, or one that starts as `repair`, and
         with the lengths that make it a part of the weight."""

@@ -18,6 +18,7 @@ from pissa import ops
 from pissa.base.start import Origin, StartFactors
 from pissa.config import ALTERNATING, PissaConfig
 from pissa.ops.checks import check_weights
+from pissa.ops.low_rank import nothing
 
 
 class StartTask(NamedTuple):
@@ -119,10 +120,6 @@ class Activations(InitMethod):
     copies = True
 
     def start(self, task: StartTask) -> list[StartFactors]:
-        if task.moments is None:
-            raise ValueError(
-                "init or repair 'activations' weighs errors by the layers' inputs: give pissa.wrap calibration=batches"
-            )
         return _repairs(task, second_moments=task.moments)
 
 
@@ -222,12 +219,46 @@ def start_factors(task: StartTask) -> list[StartFactors]:
     With `config.start_norm` "unit" the rows of a0 and the columns of b0 have length 1.
 
     Raises:
-        ValueError: NaN or Inf in a weight, naming it.
+        ValueError: NaN or Inf in a weight, naming it; or no second moments, where they are needed.
     """
+    if task.config.needs_calibration and task.moments is None:
+        raise ValueError(
+            "'activations' and error feedback weigh errors by the layers' inputs: give pissa.wrap calibration=batches"
+        )
     starts = INIT_METHODS[task.config.init].start(task)
     if task.config.start_norm == "unit":
         return [_orthonormal(start) for start in starts]
     return [_unit_left(start) for start in starts] if task.config.use_adalora else starts
+
+
+def started(task: StartTask) -> tuple[list[StartFactors], list[ops.QuantizedWeight] | None]:
+    """The starts that residuals will lack; and the residuals, if their codes are found by error feedback, else None.
+
+    Raises:
+        ValueError: as `start_factors`.
+    """
+    config = task.config
+    if not config.error_feedback:
+        return start_factors(task), None
+    if INIT_METHODS[config.init].takes_nothing and config.quant_iters == 1:  # the start is of the error of these codes
+        codes = _fed_back(task, [nothing(weight) for weight in task.weights])
+        return start_factors(task._replace(kept=codes)), codes
+    starts = start_factors(task)
+    return starts, _fed_back(task, [start.taken for start in starts])
+
+
+def _fed_back(task: StartTask, taken: Sequence[tuple[Tensor, Tensor]]) -> list[ops.QuantizedWeight]:
+    """The residuals that lack the factors taken, by error feedback."""
+    found = ops.residual_many(
+        task.weights,
+        [a for a, _ in taken],
+        [b for _, b in taken],
+        [origin.scaling for origin in task.origins],
+        names=task.weight_names,
+        second_moments=task.moments,
+        **task.config.form.options(),
+    )
+    return [residual for residual in found if isinstance(residual, ops.QuantizedWeight)]
 
 
 def _alternations(task: StartTask) -> dict[str, Any]:

@@ -119,11 +119,9 @@ def residuals_of(
     starts: Sequence[StartFactors],
     form: Form,
     names: Sequence[str],
-    moments: Sequence[Tensor] | None = None,
 ) -> list[Tensor | ops.QuantizedWeight]:
     """The residuals in that form of the weights [out, in] of layers of those names, without the factors that the starts
-    take out of them; with the second moments of the layers' inputs, their codes are found by error feedback. The host
-    waits once for a GPU.
+    take out of them. The host waits once for a GPU.
 
     Raises:
         ValueError: naming the layer whose weight or factors are not finite.
@@ -134,7 +132,6 @@ def residuals_of(
         [start.taken[1] for start in starts],
         [start.origin.scaling for start in starts],
         names=[f"layer {name}: weight" for name in names],
-        second_moments=moments,
         **form.options(),
     )
 

@@ -19,11 +19,11 @@ from transformers.pytorch_utils import Conv1D
 
 from pissa import distributed, ops
 from pissa.base.digest import fingerprint, read
-from pissa.base.init_methods import INIT_METHODS, StartTask, start_factors
+from pissa.base.init_methods import INIT_METHODS, StartTask, started
 from pissa.base.start import StartFactors
 from pissa.base.stored import residual_tensors as tensors_of
 from pissa.base.stored import residuals_of
-from pissa.checkpoints.moments import Moments, digest_of
+from pissa.checkpoints.load import mapped_model
 from pissa.checkpoints.output import Output
 from pissa.checkpoints.rewrite import Errors, Layer, Plan, Result, Rewrite, Unit, linear_layers, matrix_shape
 from pissa.config import PissaConfig
@@ -46,6 +46,7 @@ from pissa.layers.kinds import PissaLinear
 from pissa.layers.layer import PissaLayer, pissa_layers
 from pissa.model.calibrate import Batch, check_wanted
 from pissa.model.inject import own_config
+from pissa.model.moments import Moments, digest_of
 from pissa.model.pissa_model import model_class
 from pissa.ops.formats import FORMATS
 from pissa.ops.low_rank import pad_rank
@@ -378,11 +379,11 @@ class _Split(Rewrite):
             some, origins = [weights[name] for name in names], [self.plan.origins[name] for name in names]
             try:
                 moments = self._moments_of(names) if config.needs_calibration else None
-                starts = start_factors(StartTask(some, origins, config, names, moments))
+                starts, codes = started(StartTask(some, origins, config, names, moments))
             except ValueError as error:
                 paths = dict.fromkeys(str(self.source.path_of(name)) for layer in these for name in layer.tensors)
                 raise ValueError(f"{', '.join(paths)}: {error}") from error
-            residuals = residuals_of(some, starts, form, names, moments if config.error_feedback else None)
+            residuals = residuals_of(some, starts, form, names) if codes is None else codes
             of_weights = read([fingerprint(weight) for weight in some])
             of_residuals = read([fingerprint(*tensors_of(residual).values()) for residual in residuals])
             of_starts = read([fingerprint(*start.known_by) for start in starts])
@@ -407,8 +408,9 @@ class _Split(Rewrite):
         if self._moments is None:
             assert self.calibration is not None  # as `check_wanted` has seen
             wanted = [name for name, config in self.plan.configs.items() if config.needs_calibration]
-            self._moments = Moments(self.source, self.plan.config, self.calibration, wanted)
-        return [moment.to(self.device) for moment in self._moments.of(names)]
+            config, (model, _, _) = own_config(self.plan.config), mapped_model(self.source, None)
+            self._moments = Moments(model_class(config)(model, config, "default"), self.calibration, wanted)
+        return self._moments.of(names, self.device)
 
     def end(self, out: Output) -> None:
         lora, records = self.plan.lora, dict[str, LayerRecord]()
@@ -428,7 +430,7 @@ class _Split(Rewrite):
         is_view = len(layer.parts) == 1 and not layer.parts[0].transposed
         size += 0 if is_view else elements * layer.dtype.itemsize
         if config.needs_calibration:
-            size += 24 * layer.shape[1] ** 2 + 8 * elements  # the moment's factor, float64, and what is left to round
+            size += 16 * layer.shape[1] ** 2 + 8 * elements  # the moment, its factor, and what is left to round
         size += sum(math.prod(shape) * dtype.itemsize for dtype, shape in layer.written.values())
         if method.copies or config.quant_iters > 1:
             size += 8 * elements

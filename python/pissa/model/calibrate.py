@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -127,7 +127,7 @@ def observed(wrapped: PeftModel, batches: Iterable[Batch], progressbar: bool, *,
         return observer.calibration(layers)
 
 
-def in_blocks(wrapped: PeftModel, batches: Iterable[Batch]) -> Iterator[Calibration]:
+def in_blocks(wrapped: PeftModel, batches: Iterable[Batch]) -> Generator[Calibration, None, None]:
     """The same, block after block: only one block's is in memory, beside what the batches are there. Layers that are
     not in blocks, one after the other in one list of modules, are in one calibration with all."""
     layers, base = _linear_layers(wrapped), wrapped.base_model.model

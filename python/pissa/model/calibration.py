@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +16,13 @@ from pissa.files.staged import staged
 from pissa.files.tensor_file import TensorFile, write_tensors
 
 _TOKENS = "tokens"
+
+
+class Inputs(Protocol):
+    """What is known of the inputs of a model's layers."""
+
+    def of(self, names: Iterable[str], device: torch.device) -> list[Tensor]:
+        """The second moments of layers of these names, [in, in], on a device."""
 
 
 @dataclass(frozen=True)

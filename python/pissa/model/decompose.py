@@ -19,16 +19,16 @@ from tqdm import tqdm
 from pissa import distributed
 from pissa.base.digest import Fingerprint, fingerprint, read, xxh3_of_text
 from pissa.base.fingerprint import Fingerprints
-from pissa.base.init_methods import INIT_METHODS, StartTask, start_factors
+from pissa.base.init_methods import INIT_METHODS, StartTask, started
 from pissa.base.protocol import Base, whole
 from pissa.base.start import Origin, StartFactors
-from pissa.base.stored import ResidualCheck
+from pissa.base.stored import ResidualCheck, residual_from, residual_shapes, residual_tensors
 from pissa.config import IMPLICIT, PissaConfig
 from pissa.files.peft_layout import check_uniform
 from pissa.layers.factory import check_values, leave_out
 from pissa.layers.kinds import PissaLinear
 from pissa.layers.layer import PissaLayer, pissa_layers
-from pissa.model.calibration import Calibration
+from pissa.model.calibration import Calibration, Inputs
 from pissa.model.original import OriginalWeights
 from pissa.notices import RequantizedWarning, TiedWeightWarning
 from pissa.ops import QuantizedWeight
@@ -51,8 +51,8 @@ class Replacement(NamedTuple):
     """The start that will be taken out of its residual."""
     start: StartFactors
     """The adapter's start."""
-    kept: QuantizedWeight | None = None
-    """The codes that stay: bitsandbytes' own."""
+    codes: QuantizedWeight | None = None
+    """The residual, if it does not follow from weight and start: bitsandbytes' codes, or those of error feedback."""
 
 
 def decompose(
@@ -63,7 +63,7 @@ def decompose(
     first: bool,
     progressbar: bool,
     keep_bases: bool = False,
-    calibration: Calibration | None = None,
+    calibration: Inputs | None = None,
     originals: OriginalWeights | None = None,
 ) -> dict[str, Replacement]:
     """Starts an adapter that has just been injected: finds the start factors that `config` asks for in the base of each
@@ -114,9 +114,9 @@ def decompose(
     # tqdm reads TQDM_DISABLE only if it is not told whether to be disabled.
     with tqdm(total=total, desc="PiSSA init", unit="layer") if progressbar else nullcontext() as bar:
         find = partial(_find_starts, layers, adapter_name, bar=bar, calibration=calibration)
-        taken = find(of_bases, config.of_base(), are_taken=True, originals=originals)
+        taken, codes = find(of_bases, config.of_base(), are_taken=True, originals=originals)
         starts |= taken if config.starts_as_base else {}
-        starts |= find(others, config.of_adapter(), are_taken=False)
+        starts |= find(others, config.of_adapter(), are_taken=False)[0]
     if originals is not None:
         found = dict(zip(originals.fingerprints, read(list(originals.fingerprints.values())), strict=True))
         for share in distributed.agree(found):
@@ -127,8 +127,9 @@ def decompose(
             layer.start_from(adapter_name, starts[name])
     residuals = {name: layer for name, layer in layers.items() if layer.base.form != IMPLICIT}
     share_fingerprints(residuals, Fingerprints.of_residual, Fingerprints.learn_residual)
-    kept = {name: None if originals is None else layer.base.bnb_codes for name, layer in stored.items()}
-    return {name: Replacement(layer, taken[name], starts[name], kept[name]) for name, layer in stored.items()}
+    if originals is not None:
+        codes = {name: kept for name, layer in stored.items() if (kept := layer.base.bnb_codes)}
+    return {name: Replacement(layer, taken[name], starts[name], codes.get(name)) for name, layer in stored.items()}
 
 
 def _find_starts(
@@ -138,17 +139,26 @@ def _find_starts(
     config: PissaConfig,
     *,
     bar: tqdm[Any] | None,
-    calibration: Calibration | None,
+    calibration: Inputs | None,
     are_taken: bool,
     originals: OriginalWeights | None = None,
-) -> dict[str, StartFactors]:
-    """The starts of these origins and configuration, by the names of their layers: each rank finds some of them, and
-    sends them to the others. Those that will be taken out of residuals (`are_taken`) are checked for these."""
+) -> tuple[dict[str, StartFactors], dict[str, QuantizedWeight]]:
+    """The starts of these origins and configuration, by the names of their layers, and residuals whose codes were found
+    by error feedback: each rank finds some of them, and sends them to the others. Starts that will be taken out of
+    residuals (`are_taken`) are checked for these."""
     starts: dict[str, StartFactors] = {}
+    residuals: dict[str, QuantizedWeight] = {}
     check = ResidualCheck(config.form) if are_taken else None
     searched = {name: layers[name] for name in origins}
     for group in own_groups(searched):
-        starts |= _decomposed(group, origins, config, check, calibration, originals)
+        task = _task(group, origins, config, calibration, originals)
+        found, codes = started(task)
+        starts |= zip(group, found, strict=True)
+        residuals |= zip(group, codes or (), strict=codes is not None)
+        if check is not None:
+            for name, weight in zip(group, task.weights, strict=True):
+                check.add(name, weight, starts[name])
+        del task  # and its weights
         if bar is not None:
             bar.update(len(group))
     # From here to the last broadcast nothing can fail on one rank alone.
@@ -157,23 +167,24 @@ def _find_starts(
         for name, rank_taken in share.items():
             if owner != distributed.rank():
                 starts[name] = layers[name].zero_start(adapter_name, origins[name], rank_taken)
-            for factor in starts[name].buffers():
-                if factor.numel():
-                    factor.copy_(distributed.broadcast(factor, owner))
+                if config.error_feedback:
+                    residuals[name] = _empty_codes(config, layers[name])
+            codes_of = residual_tensors(residuals[name]).values() if name in residuals else ()
+            for tensor in (*starts[name].buffers(), *codes_of):
+                if tensor.numel():
+                    tensor.copy_(distributed.broadcast(tensor, owner))
     if check is not None:
         check.check()
-    return starts
+    return starts, residuals
 
 
-def _decomposed(
+def _task(
     group: Mapping[str, Base],
     origins: Mapping[str, Origin],
     config: PissaConfig,
-    check: ResidualCheck | None,
-    calibration: Calibration | None,
+    calibration: Inputs | None,
     originals: OriginalWeights | None,
-) -> dict[str, StartFactors]:
-    """The starts of some layers. Nothing keeps their weights afterwards."""
+) -> StartTask:
     kept = None
     if originals is None:
         weights = [base.matrix() for base in group.values()]
@@ -181,17 +192,25 @@ def _decomposed(
         pairs = [originals.weight(name, base) for name, base in group.items()]
         weights, kept = [weight for weight, _ in pairs], [codes for _, codes in pairs]
     task = StartTask(weights, [origins[name] for name in group], config, list(group), kept=kept)
-    if INIT_METHODS[config.init].needs and calibration is not None:
-        task = task._replace(moments=calibration.of(group, weights[0].device))
-    starts = dict(zip(group, start_factors(task), strict=True))
-    if check is not None:
-        for name, weight in zip(group, weights, strict=True):
-            check.add(name, weight, starts[name])
-    return starts
+    if not config.needs_calibration or calibration is None:
+        return task
+    return task._replace(moments=calibration.of(group, weights[0].device))
+
+
+def _empty_codes(config: PissaConfig, layer: PissaLayer) -> QuantizedWeight:
+    """Room for what another rank has found."""
+    shapes, device = residual_shapes(config.form, layer.matrix_shape), layer.base.device
+    parts = {name: torch.empty(shape, dtype=dtype, device=device) for name, (shape, [dtype]) in shapes.items()}
+    codes = residual_from(parts, config.form, layer.matrix_shape)
+    assert isinstance(codes, QuantizedWeight)
+    return codes
 
 
 def _check_same_on_all_ranks(
-    layers: dict[str, PissaLayer], starts: Container[str], config: PissaConfig, calibration: Calibration | None
+    layers: dict[str, PissaLayer],
+    starts: Container[str],
+    config: PissaConfig,
+    calibration: Inputs | None,
 ) -> None:
     """Raises ValueError on every rank if any rank's model or config differs from rank 0's, or it already holds start
     factors for other layers, or a calibration differs. Of weights that are in memory and not sharded the fingerprints
@@ -201,7 +220,8 @@ def _check_same_on_all_ranks(
         for name, layer in layers.items()
         if not layer.base.parameter.is_meta and not distributed.is_sharded(layer.base.parameter)
     }
-    moments = {} if calibration is None else {tensor.data_ptr(): tensor for tensor in calibration.moments.values()}
+    known_moments = calibration.moments if isinstance(calibration, Calibration) else {}
+    moments = {tensor.data_ptr(): tensor for tensor in known_moments.values()}
     values = dict(zip(known, read(list(known.values())), strict=True))
     mine = {name: (layer.matrix_shape, values.get(name), name in starts) for name, layer in layers.items()}
     fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in _MAY_DIFFER}

@@ -14,7 +14,6 @@ from pissa.base.fingerprint import Fingerprints
 from pissa.base.stored import residuals_of
 from pissa.config import PissaConfig
 from pissa.distributed import agree, failing_together
-from pissa.model.calibration import Calibration
 from pissa.model.decompose import Replacement, groups, share_fingerprints
 
 _PARTLY_STORED = (
@@ -28,7 +27,6 @@ def store(
     adapter_name: str,
     config: PissaConfig,
     replacements: dict[str, Replacement],
-    calibration: Calibration | None = None,
 ) -> None:
     """Does in the (unwrapped) model what `decompose` has left to do, and empties `replacements`. If the dense weights
     were views of a file, the model's other tensors get memory of their own, so that nothing keeps the file mapped.
@@ -38,9 +36,6 @@ def store(
 
     With several processes all of them have to call this, outside of `distributed.failing_together`: it has a block of
     its own, and an error that went through two would be told twice, the second time to nobody.
-
-    Args:
-        calibration: of the layers, for codes by error feedback.
 
     Raises:
         BaseException: only for reasons beside the weights: memory is short, the user interrupts, another rank fails.
@@ -54,14 +49,11 @@ def store(
         with failing_together():
             for group in groups(layers, threads=1):
                 agree()  # a sharded weight is gathered by all
-                residuals: list[Any] = [replacements[name].kept for name in group]
+                residuals: list[Any] = [replacements[name].codes for name in group]
                 if None in residuals:
                     weights = [layer.base.matrix() for layer in group.values()]
                     starts = [replacements[name].of_base for name in group]
-                    moments = None
-                    if calibration is not None and config.error_feedback:
-                        moments = calibration.of(group, weights[0].device)
-                    residuals = residuals_of(weights, starts, config.form, list(group), moments)
+                    residuals = residuals_of(weights, starts, config.form, list(group))
                     del weights
                 for (name, layer), residual in zip(group.items(), residuals, strict=True):
                     replacement = replacements.pop(name)

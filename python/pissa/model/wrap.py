@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import closing
+from functools import partial
 from typing import Any
 
 from peft import PeftModel
@@ -12,12 +14,14 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from pissa.base.kinds import fields_of_4_bits
 from pissa.config import PissaConfig, PissaType
-from pissa.distributed import failing_together
+from pissa.distributed import failing_together, world_size
 from pissa.files.hub import Name
+from pissa.layers.layer import pissa_layers
 from pissa.model.calibrate import Batch, check_wanted, observed
 from pissa.model.calibration import Calibration
 from pissa.model.decompose import decompose
 from pissa.model.inject import check_plain, own_config, restored_on_error, warn_of_dropout
+from pissa.model.moments import Moments
 from pissa.model.original import OriginalWeights
 from pissa.model.pissa_model import PissaModel, model_class
 from pissa.model.store import store
@@ -65,7 +69,8 @@ def wrap(
         config: the configuration; copied. Alternatively give its fields as keywords.
         calibration: with `quant`, and with repair="activations" or error_feedback=True: batches of what the model will
             read, some ten thousand tokens, as `pissa.calibrate` takes them, or what it has returned. The base then
-            loses less of its outputs.
+            loses less of its outputs. Of batches a single process has the second moments of one block in memory at a
+            time, on a CPU; several have those of the model.
         weights: of a model that was loaded with load_in_4bit=True: the folder or the name on the Hub of the checkpoint
             in 16 bits that it was loaded from. With repair="activations" and a calibration, or repair="loftq", the
             repair of what bitsandbytes' codes lose is put beside them; they stay as they are, and `quant` is what they
@@ -101,18 +106,15 @@ def wrap(
         warn_of_dropout(config)
         check_wanted(config, calibration)
         wrapped = model_class(config)(model, config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
-        if calibration is not None and not isinstance(calibration, Calibration):
-            calibration = observed(wrapped, calibration, progressbar)
-        replacements = decompose(
-            model,
-            adapter_name,
-            config,
-            first=True,
-            progressbar=progressbar,
-            calibration=calibration,
-            originals=originals,
-        )
-    store(model, adapter_name, config, replacements, calibration)
+        find = partial(decompose, model, adapter_name, config, first=True, progressbar=progressbar, originals=originals)
+        if calibration is None or isinstance(calibration, Calibration):
+            replacements = find(calibration=calibration)
+        elif world_size() > 1 or not config.asks_once:
+            replacements = find(calibration=observed(wrapped, calibration, progressbar))
+        else:
+            with closing(Moments(wrapped, calibration, pissa_layers(model))) as moments:
+                replacements = find(calibration=moments)
+    store(model, adapter_name, config, replacements)
     return wrapped
 
 

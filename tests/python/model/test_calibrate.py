@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 import pissa
 from pissa import ops
 from pissa.model.calibrate import in_blocks
+from pissa.model.moments import Moments
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore::pissa.notices.{name}")
@@ -157,6 +158,39 @@ def test_block_after_block() -> None:
     with pytest.raises(ValueError, match="You must specify exactly one of input_ids"):
         next(in_blocks(wrapped, [{"input_idz": torch.ones(1, 2, dtype=torch.long)}]))
     assert threading.active_count() == threads
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"init": "lora", "repair": "activations"},
+        {"init": "lora", "error_feedback": True},
+        {"error_feedback": True},
+        {"init": "lora", "repair": "activations", "error_feedback": True},
+        {"init": "activations", "error_feedback": True, "quant_iters": 2},
+        {"init": "activations", "repair": "pissa", "error_feedback": True},  # whose layers are asked twice
+    ],
+    ids=str,
+)
+def test_batches_are_their_calibration(fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bits; a block's moments at a time, where each is asked for once."""
+    monkeypatch.setattr("pissa.model.decompose._GROUP", 1)
+    most, of = [0], Moments.of
+
+    def counted(moments: Moments, *args: Any) -> list[Tensor]:
+        found = of(moments, *args)
+        most.append(len(found) + len(moments._waiting))
+        return found
+
+    monkeypatch.setattr(Moments, "of", counted)
+    given = {"r": 4, "quant": "nf4", **fields}
+    expected = pissa.wrap(llama(), **given, calibration=pissa.calibrate(llama(), batches())).state_dict()
+    threads = threading.active_count()
+    found = pissa.wrap(llama(), **given, calibration=batches()).state_dict()
+    assert threading.active_count() == threads
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert max(most) == (0 if fields.get("repair") == "pissa" else 7)
 
 
 def outputs(model: nn.Module, given: list[dict[str, Tensor]]) -> Tensor:

@@ -81,6 +81,11 @@ def started() -> dict[str, str]:
         model = pissa.wrap(llama(), r=4, quant="nf4", init="lora", repair=repair, quant_iters=iters)
         found[f"LoRA on {repair}"] = bits(model.state_dict())
     found["orthonormal"] = bits(pissa.wrap(llama(), r=4, quant="nf4", start_norm="unit").state_dict())
+    for name, fields in {"repaired": {"repair": "activations"}, "fed back": {}}.items():
+        fields = {"init": "lora", "quant": "nf4", "error_feedback": True, **fields}
+        fields["target_modules"] = ["q_proj", "v_proj", "gate_proj"]  # down_proj has an odd number of columns
+        model = pissa.wrap(llama(), r=4, **fields, calibration=[tokens(11)])
+        found[name] = bits(model.state_dict())
     model = pissa.wrap(llama(), r=4)
     model.add_adapter("second", pissa.PissaConfig(r=2, init="olora"))
     return found | {"second": bits(model.state_dict())}
@@ -101,17 +106,17 @@ def combined(folder: Path) -> str:
 def shares(folder: Path) -> dict[str, int]:
     """Elements of the layers that this process has decomposed."""
     sizes: dict[str, int] = {}
-    original = decomposition.start_factors
+    original = decomposition.started
 
     def counted(task: Any) -> Any:
         sizes.update({name: weight.numel() for name, weight in zip(task.names, task.weights, strict=True)})
         return original(task)
 
-    decomposition.start_factors = counted
+    decomposition.started = counted
     try:
         model = pissa.wrap(llama(), r=4, quant="nf4")
     finally:
-        decomposition.start_factors = original
+        decomposition.started = original
     for layer in pissa_layers(model.base_model.model, "default").values():
         kept = residual_tensors(layer.base_layer.residual).values()
         assert str(layer.fingerprints.of_residual(layer.base)) == str(fingerprint(*kept))

@@ -1,38 +1,34 @@
-"""What the layers of a checkpoint read, block after block: the model runs over its mapped files."""
+"""What the layers of a model read, block after block: only one block's second moments are in memory."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+import torch
+from peft import PeftModel
 from torch import Tensor
 
 from pissa.base.digest import Fingerprint, fingerprint, read, xxh3_of_text
-from pissa.checkpoints.load import mapped_model
-from pissa.config import PissaConfig
-from pissa.files.tensor_file import Source
 from pissa.model.calibrate import Batch, in_blocks
-from pissa.model.inject import own_config
-from pissa.model.pissa_model import model_class
 
 
 class Moments:
-    """The second moments of the inputs of a checkpoint's layers. They are found in the order of the blocks, and those
-    that are not asked for yet wait in memory.
+    """The second moments of the inputs of a model's layers, as `Calibration` has them. They are found in the order of
+    the blocks, and those that are not asked for yet wait in memory: each may be asked for once.
 
     Args:
-        config: of the adapter.
+        wrapped: the model, whose adapter may lack its start still, and whose layers stay as they are until `close`.
         batches: what the model reads, as `pissa.calibrate` takes it.
-        wanted: the layers, by name.
+        wanted: the layers that will be asked for, by name.
     """
 
-    def __init__(self, source: Source, config: PissaConfig, batches: Iterable[Batch], wanted: Iterable[str]) -> None:
-        config, (model, _, _) = own_config(config), mapped_model(source, None)
-        self._blocks = in_blocks(model_class(config)(model, config, "default"), batches)
+    def __init__(self, wrapped: PeftModel, batches: Iterable[Batch], wanted: Iterable[str]) -> None:
+        self._blocks = in_blocks(wrapped, batches)
         self._waiting: dict[str, Tensor] = {}
         self._wanted = set(wanted)
 
-    def of(self, names: Iterable[str]) -> list[Tensor]:
-        """The moments of these layers, each of which may be asked for once.
+    def of(self, names: Iterable[str], device: torch.device) -> list[Tensor]:
+        """The moments of these layers, [in, in], on a device.
 
         Raises:
             ValueError: what `pissa.calibrate` refuses of the model and the batches.
@@ -41,7 +37,11 @@ class Moments:
         while not self._waiting.keys() >= set(names):
             found = next(self._blocks).moments
             self._waiting |= {name: moment for name, moment in found.items() if name in self._wanted}
-        return [self._waiting.pop(name) for name in names]
+        return [self._waiting.pop(name).to(device) for name in names]
+
+    def close(self) -> None:
+        """Ends the passes through the model, wherever they are."""
+        self._blocks.close()
 
 
 def digest_of(batches: Iterable[Batch]) -> str:
