@@ -15,10 +15,11 @@ import torch
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
 from torch import nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import AdamW, Muon, Optimizer
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 import pissa
+from bench.experiments.riemannion import Riemannion
 from pissa import PissaConfig
 
 LORAPLUS_RATIO = 16  # of B's rate to A's (arXiv 2402.12354, its authors' choice)
@@ -150,6 +151,12 @@ def _loraplus(model: Any, rate: float) -> Optimizer:
     return create_loraplus_optimizer(model, AdamW, lr=rate, loraplus_lr_ratio=LORAPLUS_RATIO, weight_decay=0.0)
 
 
+def _muon(model: Any, rate: float) -> Optimizer:
+    """On each factor, with steps as large as AdamW's."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return Muon(trained, rate, weight_decay=0.0, momentum=0.9, adjust_lr_fn="match_rms_adamw")
+
+
 METHODS: dict[str, Method] = {
     "lora": Method("LoRA", _peft()),
     "gaussian": Method("LoRA, Gaussian", _peft(init_lora_weights="gaussian")),
@@ -162,6 +169,10 @@ METHODS: dict[str, Method] = {
     "adalora": Method("AdaLoRA", _adalora, moves_ranks=True),
     "loraplus": Method("LoRA+", _peft(), optimizer=_loraplus),
     "full": Method("full", _everything, full=True),
+    "lora_muon": Method("LoRA, Muon", _peft(), optimizer=_muon),
+    "pissa_muon": Method("PiSSA, Muon", _ours(), optimizer=_muon),
+    "lora_product": Method("LoRA, Muon on B A", _ours(init="lora"), optimizer=Riemannion),
+    "pissa_product": Method("PiSSA, Muon on B A", _ours(), optimizer=Riemannion),
     "medium": Method("medium components", _ours(init="pissa_medium")),
     "minor": Method("minor components", _ours(init="pissa_minor")),
     "qlora": Method("QLoRA", _nf4(init="lora"), dense=False),

@@ -13,6 +13,7 @@ from bench.experiments.claims.forgetting import Forgetting
 from bench.experiments.claims.methods import Methods
 from bench.experiments.claims.mnist import Mnist
 from bench.experiments.claims.nlu import NLU
+from bench.experiments.claims.optimisers import Optimisers
 from bench.experiments.claims.quant_errors import QuantErrors
 from bench.experiments.claims.ranks import Ranks
 from bench.experiments.claims.repair_width import RepairWidth
@@ -30,6 +31,7 @@ _ALL: tuple[Experiment, ...] = (
     AnyStart(),
     Repairs(),
     RepairWidth(),
+    Optimisers(),
     Alternations(),
     NLU(),
     Ranks(),

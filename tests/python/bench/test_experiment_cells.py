@@ -158,3 +158,36 @@ def test_an_answer_is_right_by_its_first_line() -> None:
 
     task = LanguageTask(Path(), tokenizer, 1, 1, rows, rows, [], True, [], [])
     assert generated(Scripted(), task) == 0.5
+
+
+# ---- An optimiser of products ----------------------------------------------------------------------------------------
+
+
+def test_a_step_does_not_see_how_long_the_factors_are() -> None:
+    """Two factors with the same product have the same one after each step: it is -0.2 √(longer side) times the
+    orthogonal factor of the projected gradient, up to what the cut to rank r takes."""
+    import pissa
+    from bench.experiments.riemannion import Riemannion
+    from one_layer import OneLayer, adapted
+
+    def products(length: float, lr: float = 0.1) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model = pissa.wrap(OneLayer(torch.nn.Linear(24, 32, bias=False)), r=4, target_modules=["proj"])
+        layer = adapted(model)
+        start, (da, db) = layer.start_of("default"), layer.factor_parameters("default")
+        with torch.no_grad():
+            da.copy_((length - 1) * start.a0)
+            db.copy_((1 / length - 1) * start.b0)
+        optimizer, found = Riemannion(model, lr), []
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(torch.eye(24)).sin().sum().backward()
+            optimizer.step()
+            found.append(((start.b0 + db) @ (start.a0 + da)).detach())
+        return found
+
+    for one, other in zip(products(1), products(5), strict=True):
+        assert (one - other).norm() < 1e-4 * one.norm()
+    first, second, *_ = products(1, lr=1e-3)
+    norms = torch.linalg.svdvals(second - first)[:8] / (1e-3 * 0.2 * 32**0.5)
+    assert (norms - 1).abs().max() < 0.3  # of rank 2 r; the cut takes what is not tangential
