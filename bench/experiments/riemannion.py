@@ -11,7 +11,8 @@ from torch.optim import Optimizer
 
 from pissa.layers.layer import pissa_layers
 
-_SCALE = 0.2  # of the step's root mean square, as of AdamW's: 0.2 √(longer side) for an orthogonal matrix
+_SCALE = 0.2
+"""The root mean square of a step, in rates: AdamW's."""
 
 
 class Riemannion(Optimizer):
@@ -32,8 +33,8 @@ class Riemannion(Optimizer):
             state, a, b = self.state[da], start.a0 + da, start.b0 + db
             x, y = _tangent(a, b, da.grad, db.grad, state.get("momentum"), group["momentum"])
             state["momentum"] = x, y
-            size = group["lr"] * _SCALE * max(len(x), y.shape[1]) ** 0.5
             left, _, right = _svd(x, y)
+            size = group["lr"] * _SCALE * (len(left) * right.shape[1] / max(len(right), 1)) ** 0.5
             u, s, v = _svd(torch.cat([b, -size * left], 1), torch.cat([a, right]))
             r = len(a)
             root = s.new_zeros(r)

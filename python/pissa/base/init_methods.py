@@ -48,8 +48,8 @@ class InitMethod(ABC):
     name: str
     """What `PissaConfig.init` calls it."""
 
-    needs: ClassVar[tuple[str, ...]] = ()
-    """What the method needs beside the weight: "factors", which nobody starts from, or a "calibration"."""
+    is_given: ClassVar[bool] = False
+    """Whether the factors come from elsewhere, so that nothing starts by this."""
 
     fields: ClassVar[tuple[str, ...]] = ("svd", "svd_passes", "seed")
     """The fields of the configuration that are the identity of a start; see `identity`."""
@@ -115,7 +115,6 @@ class Activations(InitMethod):
 
     name = "activations"
     fields = (*Pissa.fields, "quant", "blocksize", "double_quant")
-    needs = ("calibration",)
     takes_nothing = True
     copies = True
 
@@ -191,7 +190,7 @@ class Given(InitMethod):
     """No method: the factors come from other adapters or from a plain LoRA."""
 
     name = "given"
-    needs = ("factors",)
+    is_given = True
 
     def start(self, task: StartTask) -> list[StartFactors]:
         raise NotImplementedError("an adapter whose factors are given is not started from weights")
@@ -223,7 +222,8 @@ def start_factors(task: StartTask) -> list[StartFactors]:
     """
     if task.config.needs_calibration and task.moments is None:
         raise ValueError(
-            "'activations' and error feedback weigh errors by the layers' inputs: give pissa.wrap calibration=batches"
+            "'activations' and error feedback weigh errors by the layers' inputs, which only pissa.wrap and pissa init "
+            "look at: give them a calibration"
         )
     starts = INIT_METHODS[task.config.init].start(task)
     if task.config.start_norm == "unit":
@@ -274,7 +274,8 @@ def _repairs(task: StartTask, **options: Any) -> list[StartFactors]:
     check_weights(task.weights, task.weight_names)
     errors = [ops.dequantize(codes).neg_().add_(weight) for codes, weight in zip(task.kept, task.weights, strict=True)]
     starts = _principal(task._replace(weights=errors), **options)
-    return [StartFactors(one.a0, one.b0, one.origin, nothing_of(one.a0, one.b0)) for one in starts]
+    taken = map(nothing, task.weights)
+    return [StartFactors(one.a0, one.b0, one.origin, none) for one, none in zip(starts, taken, strict=True)]
 
 
 def _principal(task: StartTask, **options: Any) -> list[StartFactors]:
@@ -294,11 +295,6 @@ def _principal(task: StartTask, **options: Any) -> list[StartFactors]:
         StartFactors(split.a0, split.b0, origin, split.taken)
         for split, origin in zip(splits, task.origins, strict=True)
     ]
-
-
-def nothing_of(a0: Tensor, b0: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors like these of rank 0."""
-    return a0.new_empty(0, a0.shape[1]), b0.new_empty(b0.shape[0], 0)
 
 
 def _sent(tensors: Sequence[Tensor], weights: Sequence[Tensor]) -> Sequence[Tensor]:

@@ -52,6 +52,15 @@ def computing_parameters(module: nn.Module) -> list[Tensor]:
     return [] if isinstance(module, HoldsCodes) else list(module.parameters(recurse=False))
 
 
+def evaluating(model: nn.Module) -> None:
+    """Sets evaluation mode, but for bitsandbytes' 4-bit layers. These have nothing that depends on it; in evaluation on
+    a CPU they repack their codes, and return no gradient any more."""
+    model.eval()
+    for module in model.modules():
+        if is_bitsandbytes(module, "Linear4bit"):
+            module.train()
+
+
 def fields_of_4_bits(model: nn.Module) -> dict[str, Any] | None:
     """The fields of a `PissaConfig` that say how bitsandbytes keeps weights of a model in 4 bits; None if it keeps
     none so."""

@@ -147,7 +147,7 @@ def _check_config(config: PissaConfig, experts: str) -> None:
                 f"{name}={value!r} is not for a checkpoint, whose adapter is a plain LoRA on the residual: leave it "
                 "out, and give it to the trainer; repair and start_norm, give it to pissa.load with the folder"
             )
-    if "factors" in INIT_METHODS[config.init].needs:
+    if INIT_METHODS[config.init].is_given:
         raise ValueError(f"init={config.init!r} takes its factors from elsewhere, and cannot start from a checkpoint")
     if config.residual == "implicit":
         raise ValueError(

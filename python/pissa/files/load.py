@@ -16,7 +16,7 @@ from torch import Tensor
 from pissa.base.digest import Match, dtype_of, holds, is_fingerprint, match
 from pissa.base.stored import residual_tensors, residuals_of
 from pissa.base.weights import is_offloaded
-from pissa.config import IMPLICIT, PissaConfig
+from pissa.config import IMPLICIT, Form, PissaConfig
 from pissa.distributed import is_dtensor, is_of_an_engine, is_partitioned, sharded_as
 from pissa.files.lora_folder import LoraFolder, check_same_layers, open_adapter, rank_and_scaling
 from pissa.files.messages import shown
@@ -257,6 +257,14 @@ class _Restoration:
                 )
             return found
         found = layer.fingerprints.match_weight(layer.base, record.weight)
+        codes = layer.base.bnb_codes
+        if found is Match.OTHER and codes is not None and record.stored is not None:
+            form = Form.quantised(codes.format, codes.blocksize, codes.nested)
+            raise ValueError(
+                f"{folder.path} was trained on codes in {record.form.describe()}, and those that bitsandbytes has for "
+                f"layer {name} are others, in {form.describe()}. Load the model with the same "
+                "bitsandbytes options, or the checkpoint in 16 bits, from which the codes are made again"
+            )
         if found is Match.OTHER:
             raise ValueError(
                 f"the model is not the base that {folder.path} was trained on; the first layer that differs is {name}: "

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from pissa import ops
 from pissa.base.digest import xxh3_of_text
-from pissa.base.init_methods import INIT_METHODS, nothing_of
+from pissa.base.init_methods import INIT_METHODS
 from pissa.base.start import Deltas, Origin, StartFactors
 from pissa.base.stored import Expected, residual_from, residual_shapes, residual_tensors
 from pissa.config import Form, PissaConfig, default_of
@@ -130,7 +130,7 @@ class LayerRecord:
         """
         identity = INIT_METHODS[config.init].identity(config)
         origin = Origin(self.r, self.scaling, config.init, config.use_adalora, identity)
-        taken = nothing_of(a0, b0) if INIT_METHODS[(self.base or origin).init].takes_nothing else None
+        taken = (a0[:0], b0[:, :0]) if INIT_METHODS[(self.base or origin).init].takes_nothing else None
         if self.taken is not None and file is not None:
             taken = file.read(f"{name}.{TAKEN[0]}"), file.read(f"{name}.{TAKEN[1]}")
         if self.base is None or file is None:

@@ -47,22 +47,29 @@ def made(
         return kind(model, config, **kwargs)
     init = config.init_lora_weights
     is_pissa = isinstance(init, str) and _PISSA.fullmatch(init) is not None
+    in_4_bits = fields_of_4_bits(model)
+    repair = {} if batches is None or in_4_bits is None else {"repair": "activations", **in_4_bits}
+    if batches is not None and not repair:
+        _warn(config, "no calibration repairs: bitsandbytes has not loaded the model in 4 bits")
     if is_pissa or (init is True and start is not None):
         try:
-            ours = _configuration(config, model)
+            ours = _configuration(config, model, **repair)
         except (TypeError, ValueError) as error:
             if is_pissa:
                 _warn(config, f"changes the base: {error}")
                 return kind(model, config, **kwargs)
             raise ValueError(f"a LoraConfig without a start of its own was to start as PiSSA, but {error}") from None
-        method, wrapped = "PiSSA", wrap(model, ours, **kwargs)
+        method, wrapped = "PiSSA", _wrapped(model, ours, batches, **kwargs)
         refuse_fused_kernels(wrapped)
-    elif fields_of_4_bits(model):
+    elif in_4_bits:
         try:
-            method, wrapped = "LoRA with our kernels", _as_lora(kind, model, config, batches, **kwargs)
+            method, wrapped = "LoRA with our kernels", _as_lora(kind, model, config, repair, batches, **kwargs)
         except (TypeError, ValueError, KeyError, RankError) as error:  # on all ranks, if on one
-            if batches is not None:
-                raise
+            if repair:
+                raise ValueError(
+                    f"what 4 bits have lost cannot be repaired beneath LoraConfig(init_lora_weights={init!r}): "
+                    f"{error}. Mend that, or run the program without the calibration"
+                ) from error
             _warn(config, f"computes 4-bit layers slower: {error}")
             return kind(model, config, **kwargs)
     else:
@@ -82,11 +89,12 @@ def _as_lora(
     kind: type[nn.Module],
     model: nn.Module,
     config: LoraConfig,
+    repair: dict[str, Any],
     batches: Callable[[str], list[Any]] | None,
     **kwargs: Any,
 ) -> PissaModel:
-    """LoRA from the factors that PEFT draws, whose places in the model PEFT chooses, too; on a repaired base, given
-    batches. On an error the model and torch's generator are as they were."""
+    """LoRA from the factors that PEFT draws, whose places in the model PEFT chooses, too; on a repaired base, if
+    `repair` has its fields. On an error the model and torch's generator are as they were."""
     init = config.init_lora_weights
     if init not in _DRAWN:
         raise ValueError(f"init_lora_weights={init!r} starts from the weights")
@@ -103,17 +111,22 @@ def _as_lora(
         drawn = torch.get_rng_state()
         # PEFT's factors are float32, whatever it is told, unless the codes are in a parameter of a float dtype.
         in_float32 = all(value.dtype == torch.float32 for key, value in state.items() if ".lora_" in key)
-        repair: dict[str, Any] = {}
-        if batches is not None:
-            weights = str(model.name_or_path)
-            repair = {"repair": "activations", **(fields_of_4_bits(model) or {})}
-            kwargs |= {"weights": weights, "calibration": batches(weights)}
         with restored_on_error(model):
             ours = _configuration(chosen, model, init="lora", **repair)
-            wrapped = wrap(model, ours, **{**kwargs, "autocast_adapter_dtype": in_float32})
+            wrapped = _wrapped(model, ours, batches, **{**kwargs, "autocast_adapter_dtype": in_float32})
             peft.set_peft_model_state_dict(wrapped, state, adapter_name=name)
     torch.set_rng_state(drawn)
     return wrapped
+
+
+def _wrapped(
+    model: nn.Module, config: PissaConfig, batches: Callable[[str], list[Any]] | None, **kwargs: Any
+) -> PissaModel:
+    """The model wrapped; its base repaired, if the configuration says so."""
+    if batches is not None and config.repair is not None:
+        weights = str(getattr(model, "name_or_path", ""))
+        kwargs |= {"weights": weights, "calibration": batches(weights)}
+    return wrap(model, config, **kwargs)
 
 
 def _configuration(config: LoraConfig, model: nn.Module, **fields: Any) -> PissaConfig:

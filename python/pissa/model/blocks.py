@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from functools import partial
 from os.path import commonpath
 from typing import Any
 
@@ -14,13 +16,17 @@ from torch import nn
 
 def blocks_of(model: nn.Module, layers: Iterable[str]) -> list[str]:
     """The names of the blocks that hold these layers, in order: the members of one list of modules. An empty list if
-    the layers are in more than one, as those of an encoder and a decoder."""
+    the layers are in more than one, as those of an encoder and a decoder, or in a single block."""
     path = commonpath([name.replace(".", "/") for name in layers]).split("/")
     for count in range(1, len(path) + 1):
         found = model.get_submodule(".".join(path[:count]))
-        if isinstance(found, nn.ModuleList):
+        if isinstance(found, nn.ModuleList) and len(found) > 1:
             return [".".join((*path[:count], str(index))) for index in range(len(found))]
     return []
+
+
+_THREADS = 1024
+"""Of all passes together: OpenMP makes a team for each thread that computes, and keeps it while the thread lives."""
 
 
 def side_by_side(model: nn.Module, blocks: Sequence[str], calls: Sequence[Mapping[str, Any]]) -> Iterator[None]:
@@ -29,10 +35,14 @@ def side_by_side(model: nn.Module, blocks: Sequence[str], calls: Sequence[Mappin
     before every block.
 
     Raises:
-        Exception: what a call has raised. The others are ended.
+        Exception: what a call has raised, ValueError if it runs the blocks in another order. The others are ended.
     """
-    passes = [_Pass(model, call) for call in calls]
-    hooks = [model.get_submodule(name).register_forward_pre_hook(_wait) for name in blocks]
+    threads = max(1, min(torch.get_num_threads(), _THREADS // max(len(calls), 1)))  # a setting of each thread
+    passes = [_Pass(model, call, threads) for call in calls]
+    hooks = [
+        model.get_submodule(name).register_forward_pre_hook(partial(_wait, name, number))
+        for number, name in enumerate(blocks)
+    ]
     try:
         for number in range(len(blocks) + 1):
             for one in passes:
@@ -53,10 +63,12 @@ class _EndedError(Exception):
 class _Pass(threading.Thread):
     """One call, which stops before each block."""
 
-    def __init__(self, model: nn.Module, call: Mapping[str, Any]) -> None:
+    def __init__(self, model: nn.Module, call: Mapping[str, Any], threads: int) -> None:
         super().__init__(daemon=True)
-        self._model, self._call = model, call
-        self._threads = torch.get_num_threads()  # a setting of each thread
+        self._model, self._call, self._threads = model, call, threads
+        self._state = _thread_state(next(model.parameters()).device)
+        self._reached = 0
+        """The blocks that it has come to."""
         self._go, self._stopped = threading.Semaphore(0), threading.Semaphore(0)
         self._error: BaseException | None = None
         self._ends = False
@@ -66,7 +78,9 @@ class _Pass(threading.Thread):
             self._go.acquire()
             torch.set_num_threads(self._threads)
             if not self._ends:
-                with torch.no_grad():
+                with torch.no_grad(), ExitStack() as stack:
+                    for context in self._state:
+                        stack.enter_context(context)
                     self._model(**self._call)
         except _EndedError:
             pass
@@ -87,8 +101,14 @@ class _Pass(threading.Thread):
         if self._error is not None:
             raise self._error
 
-    def wait(self) -> None:
+    def wait(self, name: str, number: int) -> None:
         """In the thread of the call: before a block."""
+        if number != self._reached:
+            raise ValueError(
+                f"calibration: the model runs {name} again, or out of order, so that its blocks cannot be calibrated "
+                "one after the other; give pissa.wrap what pissa.calibrate(model, batches) returns"
+            )
+        self._reached += 1
         self._stopped.release()
         self._go.acquire()
         if self._ends:
@@ -102,7 +122,15 @@ class _Pass(threading.Thread):
             self.join()
 
 
-def _wait(*_: Any) -> None:
+def _wait(name: str, number: int, *_: Any) -> None:
     one = threading.current_thread()
     if isinstance(one, _Pass):
-        one.wait()
+        one.wait(name, number)
+
+
+def _thread_state(device: torch.device) -> list[AbstractContextManager[Any]]:
+    """What a thread does not have of the one that made it, though a call may depend on it: autocast, and the GPU."""
+    kind = device.type if device.type != "meta" else "cpu"
+    enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+    autocast = torch.autocast(kind, dtype=dtype, enabled=enabled)
+    return [torch.cuda.device(device), autocast] if kind == "cuda" else [autocast]

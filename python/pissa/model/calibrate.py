@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pissa import ops
+from pissa.base.kinds import evaluating
 from pissa.config import PissaConfig
 from pissa.layers.kinds import PissaLinear
 from pissa.layers.layer import pissa_layers
@@ -150,17 +151,20 @@ def _observing(wrapped: PeftModel, layers: Iterable[str], observer: _Observer) -
     """Has an observer see the inputs of layers, while the model is in evaluation mode, without its adapters."""
     base = wrapped.base_model.model
     hooks = [base.get_submodule(name).register_forward_pre_hook(observer.hook(name)) for name in layers]
-    training = [module for module in base.modules() if module.training]
+    training = {module: module.training for module in base.modules()}
+    frozen = [parameter for parameter in base.parameters() if not parameter.requires_grad]
     wrapped.base_model.disable_adapter_layers()
     try:
-        base.eval()
+        evaluating(base)
         yield observer
     finally:
         wrapped.base_model.enable_adapter_layers()
+        for parameter in frozen:
+            parameter.requires_grad_(False)
         for hook in hooks:
             hook.remove()
-        for module in training:
-            module.training = True
+        for module, was_training in training.items():
+            module.training = was_training
 
 
 class _Observer:

@@ -87,7 +87,7 @@ def decompose(
         ValueError: naming the layer: NaN or Inf in its weight, or a form that it cannot have; or a model or a
             configuration that is not the same on all ranks.
     """
-    if "factors" in INIT_METHODS[config.init].needs:
+    if INIT_METHODS[config.init].is_given:
         raise ValueError(
             f"init={config.init!r} marks an adapter whose factors came from elsewhere, and cannot start one. To copy "
             "one: model.add_weighted_adapter([name], [1.0], new_name, 'cat'). To take over a plain LoRA: make the "

@@ -31,11 +31,13 @@ class Moments:
         """The moments of these layers, [in, in], on a device.
 
         Raises:
-            ValueError: what `pissa.calibrate` refuses of the model and the batches.
+            ValueError: what `pissa.calibrate` refuses of the model and the batches, or a layer that is not linear.
         """
         names = list(names)
-        while not self._waiting.keys() >= set(names):
-            found = next(self._blocks).moments
+        while lacking := [name for name in names if name not in self._waiting]:
+            if (block := next(self._blocks, None)) is None:
+                raise ValueError(f"calibration: has no layer {lacking[0]}; leave it out with exclude_modules")
+            found = block.moments
             self._waiting |= {name: moment for name, moment in found.items() if name in self._wanted}
         return [self._waiting.pop(name).to(device) for name in names]
 

@@ -25,20 +25,25 @@ class OriginalWeights:
     """
 
     def __init__(self, weights: Name, config: PissaConfig) -> None:
-        start = config.of_base()
+        start, field = config.of_base(), "init" if config.repair is None else "repair"
         if not INIT_METHODS[start.init].takes_nothing or config.quant_iters > 1 or config.error_feedback:
             raise ValueError(
-                f"weights: got a checkpoint with repair={start.init!r}, quant_iters={config.quant_iters}, "
+                f"weights: got a checkpoint with {field}={start.init!r}, quant_iters={config.quant_iters}, "
                 f"error_feedback={config.error_feedback}: bitsandbytes' codes stay as they are; allowed: "
                 'repair="activations" with a calibration, or repair="loftq"'
             )
-        folder = checkpoint_folder(weights)
+        try:
+            folder = checkpoint_folder(weights)
+        except ValueError as error:
+            raise ValueError(f"weights: {error}") from error
         if kind := quantised_kind(folder):
             raise ValueError(f"weights: {folder} is quantised ({kind}); needed: the checkpoint in 16 or 32 bits")
         self.fingerprints: dict[str, Fingerprint] = {}
         """Of the weights that were read, by the layers' names."""
         self._source, self._read = Source(folder), list[str]()
-        self._parts = Composition(meta_model(folder), self._source.names)
+        model = meta_model(folder)
+        self._parts, self._head = Composition(model, self._source.names), f"{model.base_model_prefix}."
+        self._known = {name for name, _ in model.named_parameters()}
 
     def weight(self, name: str, base: Base) -> tuple[Tensor, ops.QuantizedWeight]:
         """The weight [out, in] that bitsandbytes has quantised in the layer of that name, as it did; and its codes.
@@ -47,7 +52,13 @@ class OriginalWeights:
             ValueError: the checkpoint has no such weight, or another one.
         """
         self._source.release(self._read)  # or the file's pages would count as the process's memory
-        parts = self._parts.matrix(f"{name}.weight", transposed=False)
+        parameter = f"{name}.weight"
+        if parameter not in self._known:  # a model without the head that config.json names
+            parameter = self._head + parameter
+        try:
+            parts = self._parts.matrix(parameter, transposed=False)
+        except ValueError as error:
+            raise ValueError(f"weights: {self._source.folder}: {error}") from error
         self._read = [part.tensor for part in parts]
         weight, codes = base.original(matrix_of(parts, self._source)), base.bnb_codes
         if weight is None or codes is None:

@@ -26,6 +26,7 @@ from pissa.model.original import OriginalWeights
 from pissa.model.pissa_model import PissaModel, model_class
 from pissa.model.store import store
 from pissa.model.tuner import BUILDING, PissaTuner
+from pissa.ops.formats import DEFAULT
 from pissa.peft_private import started_by_peft
 
 
@@ -47,7 +48,7 @@ def wrap(
         model = pissa.wrap(model, pissa.PissaConfig(r=16, quant="nf4"))
 
     The wrapped model computes what the base does until the first step of training. With `quant` the base is the
-    quantised residual plus its principal part.
+    quantised residual plus its principal part; with `weights` the repaired model.
 
     With several processes (torch.distributed) all of them have to call this, with the same model and configuration.
     They share the work, and an error in one is an error in all.
@@ -73,8 +74,10 @@ def wrap(
             time, on a CPU; several have those of the model.
         weights: of a model that was loaded with load_in_4bit=True: the folder or the name on the Hub of the checkpoint
             in 16 bits that it was loaded from. With repair="activations" and a calibration, or repair="loftq", the
-            repair of what bitsandbytes' codes lose is put beside them; they stay as they are, and `quant` is what they
-            are. One matrix at a time is read. Layers that bitsandbytes has not quantised keep their bases.
+            repair of what bitsandbytes' codes lose is put beside them; they stay as they are. `quant` and its options
+            are those of the codes, and may be left out, but not of a `config`. One group of matrices at a time is read.
+            Layers that bitsandbytes has not quantised keep their bases. Any other start than the repair's is found in
+            the codes.
         adapter_name: name of the adapter.
         autocast_adapter_dtype: keep the trained parameters in float32 on a 16-bit base.
         low_cpu_mem_usage: accepted as in PEFT; without effect, since nothing is drawn or allocated twice.
@@ -84,7 +87,7 @@ def wrap(
     Raises:
         TypeError: no model, config and fields both given, or a layer that cannot be adapted.
         ValueError: no layer found, a rank too large for a layer that is named, NaN or Inf in a weight, a model that is
-            wrapped already.
+            wrapped already, or `weights` of another model, or whose codes they are not.
         pissa.RankError: another process has failed.
     """
     if not isinstance(model, nn.Module):
@@ -95,11 +98,20 @@ def wrap(
         if config is not None and config_fields:
             raise TypeError(f"give either config or its fields, got config and {', '.join(sorted(config_fields))}")
         kept = {} if weights is None else fields_of_4_bits(model)
-        if kept is None:
-            raise ValueError("weights: got a checkpoint, but bitsandbytes keeps no layer of the model in 4 bits")
+        if kept is None or kept.get("quant", DEFAULT) != DEFAULT:
+            found = "keeps no layer of the model in 4 bits" if kept is None else f"has quantised it as {kept['quant']}"
+            raise ValueError(
+                f"weights: got a checkpoint, but bitsandbytes {found}; load the model with load_in_4bit=True, "
+                'bnb_4bit_quant_type="nf4", or leave weights out'
+            )
         config = own_config(PissaConfig(**kept | config_fields) if config is None else config)
         for name, value in kept.items():
-            setattr(config, name, value)
+            if name != "quant_storage" and getattr(config, name) != value:
+                raise ValueError(
+                    f"{name}: got {getattr(config, name)!r}, but bitsandbytes has quantised the model with {value!r}; "
+                    "give that"
+                )
+        config.quant_storage = kept.get("quant_storage", config.quant_storage)
         check_plain(model, adapter_name)
         originals = None if weights is None else OriginalWeights(weights, config)
         config.base_model_name_or_path = model.__dict__.get("name_or_path") or None
@@ -112,7 +124,13 @@ def wrap(
         elif world_size() > 1 or not config.asks_once:
             replacements = find(calibration=observed(wrapped, calibration, progressbar))
         else:
-            with closing(Moments(wrapped, calibration, pissa_layers(model))) as moments:
+            layers = pissa_layers(model).items()
+            asked = [
+                name
+                for name, layer in layers
+                if originals is None or config.init == "activations" or layer.base.bnb_codes
+            ]
+            with closing(Moments(wrapped, calibration, asked)) as moments:
                 replacements = find(calibration=moments)
     store(model, adapter_name, config, replacements)
     return wrapped

@@ -13,6 +13,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
+from pissa.base.kinds import evaluating
 from pissa.config import PissaConfig
 from pissa.distributed import agree, failing_together, is_sharded
 from pissa.ops.checks import check_choice
@@ -154,7 +155,7 @@ class _Trial:
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-        self._model.eval()
+        evaluating(self._model)
         with torch.no_grad():
             left = mean(self._loss(self._model, batch).item() for batch in self.unseen)
         left = float(mean(agree(left)))

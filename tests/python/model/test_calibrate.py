@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import AlbertConfig, AlbertModel, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import pissa
 from pissa import ops
@@ -191,6 +191,42 @@ def test_batches_are_their_calibration(fields: dict[str, Any], monkeypatch: pyte
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], value) for name, value in expected.items())
     assert max(most) == (0 if fields.get("repair") == "pissa" else 7)
+
+
+def test_blocks_that_run_more_than_once() -> None:
+    """ALBERT's single one is calibrated as a whole; others in turn have to be, before."""
+    torch.manual_seed(0)
+    sizes = {name: SIZES[name] for name in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")}
+    given = {"r": 4, "quant": "nf4", "init": "lora", "repair": "activations", "target_modules": ["query", "ffn"]}
+    calls = [batch | {"labels": None} for batch in batches()]
+    layers = {"target_modules": given["target_modules"]}
+    for groups in (1, 2):
+        config = AlbertConfig(**sizes, embedding_size=32, num_hidden_layers=4, num_hidden_groups=groups)
+        state = AlbertModel(config).state_dict()
+
+        def model(config: AlbertConfig = config, state: dict[str, Tensor] = state) -> AlbertModel:
+            made = AlbertModel(config)
+            made.load_state_dict(state)
+            return made.eval()
+
+        expected = pissa.wrap(model(), **given, calibration=pissa.calibrate(model(), calls, **layers)).state_dict()
+        if groups == 2:
+            with pytest.raises(ValueError, match=r"calibration: the model runs encoder\..* again, or out of order"):
+                pissa.wrap(model(), **given, calibration=calls)
+            continue
+        found = pissa.wrap(model(), **given, calibration=calls).state_dict()
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_a_calibration_changes_nothing_else() -> None:
+    """A frozen adapter stays frozen; what autocast is to compute in its dtype is."""
+    given = {"r": 4, "quant": "nf4", "init": "lora", "repair": "activations"}
+    frozen = pissa.wrap(llama(), **given, inference_mode=True, calibration=batches())
+    assert not any(parameter.requires_grad for parameter in frozen.parameters())
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = pissa.wrap(llama(), **given, calibration=pissa.calibrate(llama(), batches())).state_dict()
+        found = pissa.wrap(llama(), **given, calibration=batches()).state_dict()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 def outputs(model: nn.Module, given: list[dict[str, Tensor]]) -> Tensor:

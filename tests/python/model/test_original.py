@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 import pissa
 from pissa.files.tensor_file import TensorFile
@@ -64,9 +64,7 @@ def test_the_repair_is_that_of_the_dense_model_on_bitsandbytes_codes(folder: Pat
     model = in_4_bits(folder, bnb_4bit_use_double_quant=nested)
     before = {name: value.clone() for name, value in model.state_dict().items() if "proj" in name}
     fields = REPAIR | {"repair": repair}
-    # The codes say how they are, not the configuration.
-    config = pissa.PissaConfig(**fields, quant="nf4", double_quant=not nested)
-    found = pissa.wrap(model, config, weights=folder, calibration=calibration)
+    found = pissa.wrap(model, **fields, weights=folder, calibration=calibration)
     expected = pissa.wrap(dense(folder), **fields, quant="nf4", double_quant=nested, calibration=calibration)
     one, other = of_layer(found), of_layer(expected)
     assert found.peft_config["default"].form == expected.peft_config["default"].form == one.base.form
@@ -92,6 +90,40 @@ def test_saved_and_loaded_onto_either_model(folder: Path, tmp_path: Path) -> Non
         assert torch.equal(logits(pissa.PissaModel.from_pretrained(base, tmp_path)), expected)
 
 
+def test_other_codes_are_not_those_of_the_training(folder: Path, tmp_path: Path) -> None:
+    pissa.wrap(in_4_bits(folder), **REPAIR, weights=folder, calibration=batches()).save_pretrained(tmp_path)
+    other = in_4_bits(folder, bnb_4bit_use_double_quant=True)
+    error = (
+        r"trained on codes in nf4 \(blocksize 64, double_quant False\), .* others, in nf4 \(.* True\)\. Load the model"
+    )
+    with pytest.raises(ValueError, match=error):
+        pissa.PissaModel.from_pretrained(other, tmp_path)
+
+
+def test_a_model_without_its_head(folder: Path) -> None:
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model = AutoModel.from_pretrained(folder, quantization_config=config, dtype=torch.bfloat16)
+    wrapped = pissa.wrap(model, **REPAIR, weights=folder, calibration=batches())
+    whole = pissa.wrap(in_4_bits(folder), **REPAIR, weights=folder, calibration=batches())
+    one, other = of_layer(wrapped, "layers.1.mlp.up_proj"), of_layer(whole)
+    assert torch.equal(one.base.start.a0, other.base.start.a0)
+
+
+def test_a_config_says_how_the_codes_are(folder: Path) -> None:
+    fields = {"weights": folder, "calibration": batches()}
+    config = pissa.PissaConfig(**REPAIR, quant="nf4", double_quant=False)
+    assert of_layer(pissa.wrap(in_4_bits(folder), config, **fields)).base.form == config.form
+    with pytest.raises(ValueError, match="double_quant: got True, but bitsandbytes has quantised the model with False"):
+        pissa.wrap(in_4_bits(folder), pissa.PissaConfig(**REPAIR, quant="nf4"), **fields)
+    with pytest.raises(
+        ValueError, match="weights: got a checkpoint, but bitsandbytes has quantised it as fp4; load the"
+    ):
+        pissa.wrap(in_4_bits(folder, bnb_4bit_quant_type="fp4"), **REPAIR, **fields)
+    embedding = {"target_modules": ["embed_tokens", "q_proj"], "init": "activations"}
+    with pytest.raises(ValueError, match=r"calibration: has no layer model\.embed_tokens; leave it out"):
+        pissa.wrap(in_4_bits(folder), r=4, **embedding, **fields)
+
+
 def test_layers_that_bitsandbytes_leaves_keep_their_bases(folder: Path) -> None:
     model = in_4_bits(folder, llm_int8_skip_modules=["up_proj", "lm_head"])
     wrapped = pissa.wrap(model, **REPAIR, weights=folder, calibration=batches())
@@ -100,6 +132,15 @@ def test_layers_that_bitsandbytes_leaves_keep_their_bases(folder: Path) -> None:
     out = wrapped(input_ids=batches()[0], labels=batches()[0])
     out.loss.backward()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in wrapped.parameters() if p.requires_grad)
+
+
+def test_layers_beside_the_adapter_are_not_repacked(folder: Path) -> None:
+    """By bitsandbytes in evaluation mode, on a CPU: they would return no gradient."""
+    model = in_4_bits(folder)
+    before = model.model.layers[1].mlp.up_proj.weight.data.clone()
+    wrapped = pissa.wrap(model, **REPAIR, target_modules=["q_proj"], weights=folder, calibration=batches())
+    assert torch.equal(of_layer(wrapped).weight.data, before)
+    assert not of_layer(wrapped).training
 
 
 @pytest.mark.parametrize(
@@ -135,9 +176,7 @@ def test_another_checkpoint_is_refused(folder: Path, tmp_path: Path) -> None:
         ValueError, match=r"weights: .*quantised is quantised .bitsandbytes.; needed: the checkpoint in 16"
     ):
         pissa.wrap(in_4_bits(folder), **fields, weights=tmp_path / "quantised")
-    with pytest.raises(
-        ValueError, match="weights: got a checkpoint, but bitsandbytes keeps no layer of the model in 4"
-    ):
+    with pytest.raises(ValueError, match="weights: got a checkpoint, but bitsandbytes keeps no layer of the model"):
         pissa.wrap(dense(folder), **fields, weights=folder)
-    with pytest.raises(ValueError, match="is no model: there is no such folder"):
+    with pytest.raises(ValueError, match=r"weights: .*is no model: there is no such folder"):
         pissa.wrap(in_4_bits(folder), **fields, weights="nowhere/at-all")

@@ -14,18 +14,18 @@ GROUND = f"{PACKAGE}/*.py*"
 """The modules beside the rooms' folders."""
 
 # A room's lines after the last cut, and 5 % more. Calibration, with error feedback and two formats, is 560 of them in
-# cpp, 150 in ops, 300 in model, and 700 of tests; the repair of a model that bitsandbytes has quantised
-# is 120 in model.
+# cpp, 150 in ops, 330 in model, and 700 of tests; the repair of a model that bitsandbytes has quantised
+# is 150 in model and 40 in integrations.
 BUDGETS = {
     GROUND: 1_060,
     f"{PACKAGE}/ops": 1_920,
     f"{PACKAGE}/base": 1_930,
     f"{PACKAGE}/layers": 1_230,
-    f"{PACKAGE}/model": 2_290,
+    f"{PACKAGE}/model": 2_350,
     f"{PACKAGE}/files": 2_570,
     f"{PACKAGE}/conversion": 660,
     f"{PACKAGE}/checkpoints": 2_730,
-    f"{PACKAGE}/integrations": 860,
+    f"{PACKAGE}/integrations": 890,
     f"{PACKAGE}/training": 390,
     f"{PACKAGE}/cli": 2_410,
     "cpp/pissa": 10_450,
