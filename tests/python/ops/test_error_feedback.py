@@ -57,7 +57,7 @@ def test_codes_lose_what_the_definition_loses(format: str, dtype: torch.dtype) -
     nearest, found = ops.quantize(weight, format), ops.quantize(weight, format, second_moment=MOMENT)
     expected = lost(weight, one_after_the_other(weight, MOMENT, nearest))
     assert lost(weight, ops.dequantize(found)) == pytest.approx(expected, rel=0.01)
-    assert expected < 0.3 * lost(weight, ops.dequantize(nearest))
+    assert expected < 0.35 * lost(weight, ops.dequantize(nearest))
     for part in ("absmax", "nested_absmax", "offset"):
         assert getattr(nearest, part) is None or torch.equal(getattr(nearest, part), getattr(found, part))
 
