@@ -255,6 +255,13 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
         return self.error_feedback or "activations" in (self.init, self.repair)
 
     @property
+    def can_be_repaired(self) -> bool:
+        """Whether a calibration, of which nothing says what it is for, can repair the base (bench/experiments: LoRA's
+        start on nf4, repaired, has three quarters of the distance from QLoRA to 16 bits)."""
+        says_more = self.needs_calibration or self.repair is not None or self.init == "loftq"
+        return self.quant is not None and not says_more
+
+    @property
     def asks_once(self) -> bool:
         """Whether each layer's inputs are needed once: for the base alone, or for a start that is the base's."""
         return self.starts_as_base or self.init != "activations"

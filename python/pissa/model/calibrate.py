@@ -95,8 +95,8 @@ def check_wanted(config: PissaConfig, calibration: object) -> None:
         )
     if calibration is not None and not config.needs_calibration:
         raise ValueError(
-            'calibration: got one that nothing uses; give repair="activations" or error_feedback=True with it, or '
-            "leave it out"
+            'calibration: got one that nothing uses; give quant, and repair="activations" or error_feedback=True, with '
+            "it, or leave it out"
         )
     if config.error_feedback and isinstance(calibration, Calibration) and calibration.diagonal:
         raise ValueError(

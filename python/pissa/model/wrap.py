@@ -68,10 +68,11 @@ def wrap(
             most. If memory is short then, or the user interrupts, or another process fails, the model is left partly
             stored, and has to be loaded again; a note on the error says so.
         config: the configuration; copied. Alternatively give its fields as keywords.
-        calibration: with `quant`, and with repair="activations" or error_feedback=True: batches of what the model will
-            read, some ten thousand tokens, as `pissa.calibrate` takes them, or what it has returned. The base then
-            loses less of its outputs. Of batches a single process has the second moments of one block in memory at a
-            time, on a CPU; several have those of the model.
+        calibration: with `quant`: batches of what the model will read, a thousand tokens or more, as `pissa.calibrate`
+            takes them, or what it has returned. The base then loses less of its outputs: it is repaired, as with
+            repair="activations", unless error_feedback=True or init="activations" says what the calibration is for. Of
+            batches a single process has the second moments of one block in memory at a time, on a CPU; several have
+            those of the model.
         weights: of a model that was loaded with load_in_4bit=True: the folder or the name on the Hub of the checkpoint
             in 16 bits that it was loaded from. With repair="activations" and a calibration, or repair="loftq", the
             repair of what bitsandbytes' codes lose is put beside them; they stay as they are. `quant` and its options
@@ -112,6 +113,8 @@ def wrap(
                     "give that"
                 )
         config.quant_storage = kept.get("quant_storage", config.quant_storage)
+        if calibration is not None and config.can_be_repaired:
+            config.repair = "activations"
         check_plain(model, adapter_name)
         originals = None if weights is None else OriginalWeights(weights, config)
         config.base_model_name_or_path = model.__dict__.get("name_or_path") or None

@@ -303,7 +303,8 @@ def test_experts_that_no_token_visits_have_their_siblings_inputs() -> None:
     [
         (None, {"repair": "activations"}, "calibration: got None; init or repair 'activations' weighs errors"),
         (None, {"error_feedback": True}, "calibration: got None; error_feedback=True weighs errors"),
-        (batches(1), {}, "calibration: got one that nothing uses"),
+        (batches(1), {"init": "loftq"}, "calibration: got one that nothing uses"),
+        (batches(1), {"quant": None}, "calibration: got one that nothing uses"),
         ([], {"repair": "activations"}, "calibration: got no batch with tokens"),
         ([[1, 2]], {"repair": "activations"}, "calibration: got a batch of list; needed: a mapping, or input_ids"),
         (
@@ -317,8 +318,19 @@ def test_what_cannot_be_is_refused(given: Any, fields: dict[str, Any], error: st
     model = llama()
     modules = list(model.modules())
     with pytest.raises((ValueError, TypeError), match=error):
-        pissa.wrap(model, r=4, quant="nf4", init="lora", calibration=given, **fields)
+        pissa.wrap(model, calibration=given, **{"r": 4, "quant": "nf4", "init": "lora", **fields})
     assert list(model.modules()) == modules
+
+
+def test_a_calibration_repairs_unless_it_is_for_more() -> None:
+    given, fields = batches(), {"r": 4, "quant": "nf4", "init": "lora"}
+    wrapped = pissa.wrap(llama(), **fields, calibration=given)
+    assert wrapped.peft_config["default"].repair == "activations"
+    assert torch.equal(
+        outputs(wrapped, given), outputs(pissa.wrap(llama(), **fields, repair="activations", calibration=given), given)
+    )
+    fed_back = pissa.wrap(llama(), **fields, error_feedback=True, calibration=given)
+    assert fed_back.peft_config["default"].repair is None
 
 
 def test_three_bits_without_a_calibration_warn() -> None:
