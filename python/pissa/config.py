@@ -257,7 +257,7 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
     @property
     def can_be_repaired(self) -> bool:
         """Whether a calibration, of which nothing says what it is for, can repair the base (bench/experiments: LoRA's
-        start on nf4, repaired, has three quarters of the distance from QLoRA to 16 bits)."""
+        start on nf4, repaired, makes up three quarters of what QLoRA loses to 16 bits)."""
         says_more = self.needs_calibration or self.repair is not None or self.init == "loftq"
         return self.quant is not None and not says_more
 
