@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from pissa.layers.layer import pissa_layers
+from pissa.ops.low_rank import Spectrum
 
 _SCALE = 0.2
 """The root mean square of a step, in rates: AdamW's."""
@@ -33,15 +34,14 @@ class Riemannion(Optimizer):
             state, a, b = self.state[da], start.a0 + da, start.b0 + db
             x, y = _tangent(a, b, da.grad, db.grad, state.get("momentum"), group["momentum"])
             state["momentum"] = x, y
-            left, _, right = _svd(x, y)
+            found = Spectrum.of(y.double(), x.double())
+            there = found.values > 1e-6 * found.values[0]  # the others are roundings
+            left, right = found.left[:, there], found.right[there]
             size = group["lr"] * _SCALE * (len(left) * right.shape[1] / max(len(right), 1)) ** 0.5
-            u, s, v = _svd(torch.cat([b, -size * left], 1), torch.cat([a, right]))
-            r = len(a)
-            root = s.new_zeros(r)
-            root[: len(s)] = s[:r].sqrt()
-            u, v = (torch.nn.functional.pad(part, (0, max(r - len(s), 0)))[:, :r] for part in (u, v.mT))
-            da.copy_((v * root).mT - start.a0)
-            db.copy_(u * root - start.b0)
+            moved = Spectrum.of(torch.cat([a.double(), right]), torch.cat([b.double(), -size * left], 1))
+            new_a, new_b = moved.factors(slice(0, len(a)))
+            da.copy_(new_a - start.a0)
+            db.copy_(new_b - start.b0)
 
 
 def _tangent(
@@ -61,11 +61,3 @@ def _tangent(
         ug = ug + momentum * (u.mT @ x) @ y
         gv = gv + momentum * x @ (y @ v)
     return torch.cat([u, gv - u @ (u.mT @ gv)], 1), torch.cat([ug, v.mT])
-
-
-def _svd(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The singular value decomposition of x y, without singular values that rounding has made."""
-    (left, of_x), (right, of_y) = torch.linalg.qr(x), torch.linalg.qr(y.mT)
-    u, s, vh = torch.linalg.svd(of_x @ of_y.mT)
-    kept = int((s > 1e-6 * s[0]).sum()) if len(s) else 0
-    return left @ u[:, :kept], s[:kept], (right @ vh[:kept].mT).mT

@@ -64,8 +64,8 @@ def calibrate(
             or tensors of input_ids [rows, tokens]. Where attention_mask [rows, tokens] is 0 nothing is counted; ones
             have to stand together.
         config, config_fields: those of `pissa.wrap`; only which layers they target matters.
-        diagonal: only R's diagonal, E[x²] of each input: 4 in bytes, and less work. The repair is worse by it, and
-            error feedback needs all of R.
+        diagonal: only R's diagonal, E[x²] of each input: 4 in bytes, and less work. The repair then removes less of the
+            error, and error feedback needs all of R.
         progressbar: show one bar on stderr.
 
     Raises:
