@@ -18,8 +18,11 @@ KNOWN = (CEILING, FLOOR, "loftq", "qpissa_1", "qpissa_5", "lora_on_1", "lora_on_
 REPAIRS = ("repair_diagonal", "repair_1", "repair_5", "feedback", "feedback_repair", "pissa_on_repair")
 FEWER = ("nf3", "nf3_repair", "nf3_both", "nf2_both")
 READINGS = ("repair_8", "repair_1", "repair_512", "repair_half", "repair_prose")
-FILMS = (FLOOR, "lora_on_5", "repair_1", "repair_5", "feedback", "feedback_repair")
-"""On MiniLM, beside LoRA on the dense model."""
+ELSEWHERE = {
+    "sums": (FLOOR, "lora_on_5", "repair_1", "feedback", "feedback_repair"),
+    "films": (FLOOR, "lora_on_5", "repair_1", "repair_5", "feedback", "feedback_repair"),
+}
+"""On other tasks, beside LoRA on the dense model."""
 POINTS = 3
 """Of these sweeps: all four starts of LoRA on other bases in 4 bits have their best rate in the middle."""
 
@@ -30,10 +33,10 @@ def sweeps(options: Options) -> dict[str, Sweep]:
     return {method: grid.sized(sweep, options) for method, sweep in (each | short).items()}
 
 
-def films(options: Options) -> dict[str, Sweep]:
-    dense = grid.sized(grid.encoder_sweep("films", CEILING), options)
-    each = {method: replace(grid.encoder_sweep("films", method), points=POINTS) for method in FILMS}
-    return {CEILING: dense} | {method: grid.sized(sweep, options) for method, sweep in each.items()}
+def elsewhere(task: str, options: Options) -> dict[str, Sweep]:
+    sweep = grid.encoder_sweep if task in measures.ENCODED else grid.language_sweep
+    each = {method: replace(sweep(task, method), points=POINTS) for method in ELSEWHERE[task]}
+    return {method: grid.sized(one, options) for method, one in {CEILING: sweep(task, CEILING), **each}.items()}
 
 
 def readings(known: Known, options: Options) -> dict[str, list[Cell]]:
@@ -55,7 +58,8 @@ class Repairs(Experiment):
     def wanted(self, known: Known, options: Options) -> list[Cell]:
         found = grid.wanted(sweeps(options).values(), known, options)
         found += [cell for cells in readings(known, options).values() for cell in cells]
-        return [*found, *grid.wanted(films(options).values(), known, options)]
+        others = [sweep for task in ELSEWHERE for sweep in elsewhere(task, options).values()]
+        return [*found, *grid.wanted(others, known, options)]
 
     def section(self, known: Known, options: Options) -> Section:
         each = sweeps(options)
@@ -70,11 +74,11 @@ class Repairs(Experiment):
             tables.table([*head, "best rate"], rows),
             "What the repair is calibrated on (nf4, T = 1), at its best rate:",
             tables.table(["read", *head[1:]], _calibrated(known, options, after)),
-            f"{measures.TASKS['films']}, rank 16, the same starts on nf4:",
-            tables.table(
-                ["base, LoRA's start", "loss", "accuracy, %", *head[3:5], "best rate"], _films(known, options)
-            ),
         ]
+        head = ["base, LoRA's start", "loss", "accuracy, %", *head[3:5], "best rate"]
+        for task in ELSEWHERE:
+            text.append(f"{measures.TASKS[task]}, rank 16, the same starts on nf4:")
+            text.append(tables.table(head, _elsewhere(task, known, options)))
         before = {method: _before(found) for method, found in results.items()}
         return Section(
             "\n\n".join(text), {"repairs-bits.png": _against_bits(before, after), "repairs.png": _gaps(after)}
@@ -100,8 +104,8 @@ def _calibrated(known: Known, options: Options, after: dict[str, Spread | None])
     ]
 
 
-def _films(known: Known, options: Options) -> list[list[str]]:
-    each = films(options)
+def _elsewhere(task: str, known: Known, options: Options) -> list[list[str]]:
+    each = elsewhere(task, options)
     losses = {method: measures.over_seeds(sweep, known) for method, sweep in each.items()}
     right = {method: measures.over_seeds(sweep, known, measures.accuracy) for method, sweep in each.items()}
     return [
