@@ -74,7 +74,7 @@ class Form(NamedTuple):
     def quantised(format: str, blocksize: int, double_quant: bool) -> Form:
         """A quantised form: the options that its format has."""
         has = FORMATS[format]
-        return Form(format, blocksize if has.blocksizes else None, double_quant if has.has_double_quant else None)
+        return Form(format, blocksize if has.has_choice else None, double_quant if has.has_double_quant else None)
 
     def describe(self) -> str:
         """The form in words, for messages."""
@@ -418,11 +418,12 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
     def _check_blocks(self) -> None:
         """Checks `blocksize` and `double_quant`, whose defaults go with any format."""
         format = FORMATS[self.quant or DEFAULT]
-        if format.blocksizes:
+        if format.has_choice:
             format.check_options(self.blocksize, self.double_quant and format.has_double_quant)
         elif self.blocksize != PissaConfig.blocksize:
             raise ValueError(
-                f"blocksize: got {self.blocksize!r}; with quant={self.quant!r} a block is a row: leave blocksize out"
+                f"blocksize: got {self.blocksize!r}; with quant={self.quant!r} a block is "
+                f"{format.usual_blocksize or 'a row'}: leave blocksize out"
             )
 
 

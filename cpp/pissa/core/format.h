@@ -1,6 +1,6 @@
 // The formats of numbers: a table of what is to be known of each, and what follows from it. How the codes of a
-// quantised format become numbers is no part of it: the format's own header (nf4.h, int8.h) and one decode function a
-// backend know that.
+// quantised format become numbers is no part of it: the format's own header (four_bits.h, int8.h, fp8.h) and one decode
+// function a backend know that.
 #pragma once
 
 #include <cstdint>
@@ -15,19 +15,29 @@
 
 namespace pissa {
 
-/// How the numbers of a matrix are stored: three dense formats, and four of codes with scales.
-enum class Format : std::int32_t { f32, bf16, f16, nf4, int8, nf3, nf2 };
+/// The bits of a number, and a number from its bits.
+PISSA_INLINE constexpr std::uint32_t bits_of(float value) { return __builtin_bit_cast(std::uint32_t, value); }
+PISSA_INLINE constexpr float float_of(std::uint32_t bits) { return __builtin_bit_cast(float, bits); }
 
-/// How many elements of a flattened matrix share a scale: a power of two from `least` to `most`; or, where these are 0,
-/// the elements of a row.
+/// How the numbers of a matrix are stored: three dense formats, and those of codes with scales.
+enum class Format : std::int32_t { f32, bf16, f16, nf4, int8, nf3, nf2, mxfp4, nvfp4, int4, fp8 };
+
+/// How many elements of a flattened matrix share a scale: a power of two from `least` to `most`, which where `in_row` no
+/// row may cut; or, where these are 0, the elements of a row.
 struct BlockRule {
   std::int64_t least = 0;
   std::int64_t most = 0;
   std::int64_t usual = 0;
+  bool in_row = false;
 
   /// Whether a block is a row.
   PISSA_INLINE constexpr bool by_row() const { return most == 0; }
 };
+
+/// What the scales of a quantised format are. `nested`: a byte each (nested_scales.h), or f32. `e8m0`: a byte each,
+/// 2^(byte - 127), NaN where it is 255. `e4m3`: a byte each, and a table of what 256 bytes stand for. `bf16`: or f32.
+/// `tiles`: f32, bf16 or e8m0, of blocks that may have several rows.
+enum class ScaleKind : std::uint8_t { f32, nested, e8m0, e4m3, bf16, tiles };
 
 /// What is to be known of a format.
 struct FormatInfo {
@@ -35,7 +45,7 @@ struct FormatInfo {
   int bits = 0;            ///< of an element, or of its code
   bool quantized = false;  ///< codes and scales; quantised matrices are read-only, and contiguous
   BlockRule blocks = {};   ///< of a quantised format
-  bool nested = false;     ///< whether its scales may be quantised too
+  ScaleKind scales = ScaleKind::f32;  ///< nested ones may be f32, too
 };
 
 /// The table.
@@ -48,20 +58,28 @@ PISSA_INLINE constexpr FormatInfo info(Format format) {
     case Format::f16:
       return {"f16", 16};
     case Format::nf4:
-      return {"nf4", 4, true, {32, 4096, 64}, true};
+      return {"nf4", 4, true, {32, 4096, 64}, ScaleKind::nested};
     case Format::int8:
       return {"int8", 8, true};
     case Format::nf3:
-      return {"nf3", 3, true, {32, 4096, 64}, true};
+      return {"nf3", 3, true, {32, 4096, 64}, ScaleKind::nested};
     case Format::nf2:
-      return {"nf2", 2, true, {32, 4096, 64}, true};
+      return {"nf2", 2, true, {32, 4096, 64}, ScaleKind::nested};
+    case Format::mxfp4:
+      return {"mxfp4", 4, true, {32, 32, 32, true}, ScaleKind::e8m0};
+    case Format::nvfp4:
+      return {"nvfp4", 4, true, {16, 16, 16, true}, ScaleKind::e4m3};
+    case Format::int4:
+      return {"int4", 4, true, {32, 128, 64, true}, ScaleKind::bf16};
+    case Format::fp8:
+      return {"fp8", 8, true, {}, ScaleKind::tiles};
   }
   return {};
 }
 
 /// Its rows.
-inline constexpr Format kFormats[] = {Format::f32,  Format::bf16, Format::f16, Format::nf4,
-                                      Format::int8, Format::nf3,  Format::nf2};
+inline constexpr Format kFormats[] = {Format::f32, Format::bf16, Format::f16,   Format::nf4,   Format::int8, Format::nf3,
+                                      Format::nf2, Format::mxfp4, Format::nvfp4, Format::int4, Format::fp8};
 
 /// Whether the format is one of codes and scales.
 PISSA_INLINE constexpr bool is_quantized(Format format) { return info(format).quantized; }
@@ -77,11 +95,21 @@ PISSA_INLINE constexpr std::int64_t code_bytes(Format format, std::int64_t count
   return ceil_div(count * info(format).bits, 8);
 }
 
-/// Whether blocks of that size exist in the format, for matrices with `cols` columns.
+/// Whether a matrix with `cols` columns can be quantised in blocks of that size. (FP8 that was quantised elsewhere may
+/// have others: Scales.)
 constexpr bool is_blocksize(Format format, std::int64_t blocksize, std::int64_t cols) {
   const BlockRule rule = info(format).blocks;
   if (rule.by_row()) return blocksize == cols && cols > 0;
+  if (rule.in_row && cols % blocksize != 0) return false;
   return blocksize >= rule.least && blocksize <= rule.most && (blocksize & (blocksize - 1)) == 0;
+}
+
+/// Divisors are never below this, so that an all-zero block needs no special case (a denormal: bitsandbytes' value).
+inline constexpr float kSmallestAbsmax = 1e-38f;
+
+/// A value divided by its block's scale, whatever that is: one of nested scales may be 0, or below.
+PISSA_INLINE constexpr float over_scale(float value, float scale) {
+  return (scale < 0.0f ? -scale : scale) < kSmallestAbsmax ? 0.0f : value / scale;
 }
 
 }  // namespace pissa

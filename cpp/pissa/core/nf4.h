@@ -14,17 +14,9 @@
 
 namespace pissa {
 
-/// Divisors are never below this, so that an all-zero block needs no special case (a denormal: bitsandbytes' value).
-inline constexpr float kSmallestAbsmax = 1e-38f;
-
 /// What the elements of a block are divided by, given their largest absolute value; NaN stays NaN.
 PISSA_INLINE constexpr float nf4_divisor(float largest) {
   return largest < kSmallestAbsmax ? kSmallestAbsmax : largest;
-}
-
-/// A value divided by its block's scale, whatever that is: one of nested scales may be 0, or below.
-PISSA_INLINE constexpr float nf4_scaled(float value, float scale) {
-  return (scale < 0.0f ? -scale : scale) < kSmallestAbsmax ? 0.0f : value / scale;
 }
 
 /// The 16 levels, ascending.

@@ -16,11 +16,12 @@ struct QuantOutput {
   Format format;                  ///< a quantised one
   std::int64_t blocksize;         ///< elements that share a scale, as is_blocksize allows
   std::uint8_t* codes = nullptr;  ///< code_bytes(format, rows * cols) bytes; nf4: the first of two in the high nibble
-  float* scales = nullptr;        ///< [ceil(rows * cols / blocksize)]
+  float* scales = nullptr;        ///< [ceil(rows * cols / blocksize)], as numbers, in whatever the format stores them
+  const float* global = nullptr;  ///< of NVFP4, one number: scales times it are E4M3's
 
   /// The output from an element of the flattened matrix on, with which a block starts.
   PISSA_INLINE QuantOutput from(std::int64_t element) const {
-    return {format, blocksize, codes + code_bytes(format, element), scales + element / blocksize};
+    return {format, blocksize, codes + code_bytes(format, element), scales + element / blocksize, global};
   }
 };
 
@@ -30,6 +31,8 @@ inline void check_blocksize(Format format, std::int64_t blocksize, std::int64_t 
   const BlockRule rule = info(format).blocks;
   PISSA_CHECK(!rule.by_row(), "blocksize: got ", blocksize, "; allowed for ", info(format).name, ": ", cols,
               ", a row, of at least one element");
+  PISSA_CHECK(!rule.in_row, "blocksize: got ", blocksize, " for rows of ", cols, "; allowed for ", info(format).name,
+              ": a power of two from ", rule.least, " to ", rule.most, " that divides a row");
   PISSA_CHECK(false, "blocksize: got ", blocksize, "; allowed: a power of two from ", rule.least, " to ", rule.most);
 }
 

@@ -147,7 +147,7 @@ void CpuBackend::gemm(std::span<const Term> terms, const Matrix& addend, const M
 }
 
 void CpuBackend::quantize(const float* values, std::int64_t count, const QuantOutput& out) const {
-  kernels_.quantize(out.format, values, count, out.blocksize, out.codes, out.scales);
+  kernels_.quantize(out.format, values, count, out.blocksize, out.global ? *out.global : 1.0f, out.codes, out.scales);
 }
 
 void CpuBackend::quantize(const Matrix& a, const QuantOutput& out) const {

@@ -62,8 +62,9 @@ struct Kernels {
   float (*max_abs)(const float* values, std::int64_t count);
 
   /// Codes and scales, in a quantised format, of whole blocks; only the last may be short. codes: code_bytes(count).
-  void (*quantize)(Format format, const float* values, std::int64_t count, std::int64_t blocksize, std::uint8_t* codes,
-                   float* scales);
+  /// global: QuantOutput's.
+  void (*quantize)(Format format, const float* values, std::int64_t count, std::int64_t blocksize, float global,
+                   std::uint8_t* codes, float* scales);
 
   /// Backend::quantize_columns of rows [row, row + rows); reciprocals: 1 / lower[j, j] of the columns.
   void (*quantize_columns)(const Matrix& w, const Matrix& lower, const float* reciprocals, Format format,

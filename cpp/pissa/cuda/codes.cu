@@ -16,7 +16,8 @@ constexpr unsigned kDecodeThreads = 128;
 constexpr int kDecodeOctets = 4;  // of a thread: that many loads are under way before the first is used
 constexpr std::int64_t kSegment = kDecodeThreads * kDecodeOctets * kOctet;  // of a row, one block's share
 
-// Rows, columns and the start are multiples of 8, so that eight elements share a load of codes, a scale and a row.
+// Rows, columns, blocks and the start are multiples of 8, so that eight elements share a load of codes, a scale and a
+// row.
 template <class Codes>
 __global__ void decode_kernel(Matrix weight, int shift, std::int64_t first_row, std::int64_t first_col,
                               MutableMatrix out) {
@@ -35,7 +36,7 @@ __global__ void decode_kernel(Matrix weight, int shift, std::int64_t first_row, 
     if (cols[i] >= out.cols) continue;
     const std::int64_t at = first + cols[i];
     codes[i] = static_cast<const typename Codes::Octet*>(weight.data)[at / kOctet];
-    parts[i] = scales.load(first_row + row, at);
+    parts[i] = scales.load(first_row + row, first_col + cols[i], at);
   }
   float scale[kDecodeOctets];
 #pragma unroll
@@ -61,7 +62,7 @@ __global__ void decode_any_kernel(Matrix weight, int shift, std::int64_t first_r
   const std::int64_t row = divide(index, out.cols, col);
   const std::int64_t at = (first_row + row) * weight.cols + first_col + col;
   const BlockScales<Codes> scales(weight.scales, shift);
-  const float scale = scales.value(scales.load(first_row + row, at));
+  const float scale = scales.value(scales.load(first_row + row, first_col + col, at));
   store(out.data, out.format, row * out.ld + col, Codes::element(Codes::level_at(weight.data, at), scale));
 }
 
@@ -136,19 +137,6 @@ struct LaneBlock {
       : start(first), end(min(first + blocksize, limit)), whole(first + blocksize <= limit) {}
 };
 
-// bitsandbytes multiplies whole blocks by a factor and divides the short last one; the codes can differ.
-template <class Codes>
-__device__ __forceinline__ void scale_values(const float (&values)[kOctet], bool whole, float divisor, float factor,
-                                             float (&scaled)[kOctet]) {
-  if (Share<Codes>::kByRow || whole) {
-#pragma unroll
-    for (int i = 0; i < kOctet; ++i) scaled[i] = values[i] * factor;
-  } else {
-#pragma unroll
-    for (int i = 0; i < kOctet; ++i) scaled[i] = values[i] / divisor;
-  }
-}
-
 // Those of an octet's codes that are before `end`.
 template <class Octet>
 __device__ __forceinline__ void store_codes(std::uint8_t* codes, std::int64_t at, std::int64_t end,
@@ -197,16 +185,15 @@ __global__ void __launch_bounds__(kQuantizeThreads, 4) quantize_kernel(QuantizeA
     for (unsigned& bits : largest) bits = max(bits, __shfl_xor_sync(kAllLanes, bits, distance));
   }
   const typename Codes::Encoder encoder;
-  float divisors[kUnits];
-  float factors[kUnits];
+  const auto scaling_of = [&](int unit) {
+    return typename Codes::Scaling(__uint_as_float(largest[unit]), blocks[unit].whole, args.out.global);
+  };
+  const typename Codes::Scaling scalings[kUnits] = {scaling_of(0), scaling_of(1)};
 #pragma unroll
   for (int unit = 0; unit < kUnits; ++unit) {
-    const float absmax = __uint_as_float(largest[unit]);
-    divisors[unit] = encoder.divisor(absmax);
-    factors[unit] = encoder.factor(divisors[unit]);
     if (lane % share.lanes == 0 && blocks[unit].start < args.end) {
       const std::int64_t block = Share<Codes>::kByRow ? blocks[unit].start / blocksize : blocks[unit].start >> shift;
-      args.out.scales[block] = blocks[unit].whole ? absmax : divisors[unit];
+      args.out.scales[block] = scalings[unit].stored();
     }
   }
 
@@ -215,8 +202,11 @@ __global__ void __launch_bounds__(kQuantizeThreads, 4) quantize_kernel(QuantizeA
 #pragma unroll
     for (int unit = 0; unit < kUnits; ++unit) {
       float scaled[kOctet];
-      scale_values<Codes>(values[unit], blocks[unit].whole, divisors[unit], factors[unit], scaled);
-      store_codes(args.out.codes, starts[unit] + step, ends[unit], encoder.codes(scaled));  // codes by all lanes
+      unsigned codes[kOctet];
+      scalings[unit].apply(values[unit], scaled);
+#pragma unroll
+      for (int i = 0; i < kOctet; ++i) codes[i] = encoder.code(scaled[i]);  // by all lanes
+      store_codes(args.out.codes, starts[unit] + step, ends[unit], Codes::packed(codes));
     }
   }
 }
@@ -257,7 +247,7 @@ __global__ void __launch_bounds__(kFeedbackThreads)
     if (col >= count) continue;
     weights[part] = load(w.data, w.format, row * w.ld + first + col);
     sums[part] = row_errors[col];
-    scale[part] = scales.value(scales.load(row, start + col));
+    scale[part] = scales.value(scales.load(row, first + col, start + col));
     reciprocal[part] = 1.0f / factor.value[col][col];
   }
 #pragma unroll
@@ -356,7 +346,7 @@ void decode_codes(const Context& context, const Matrix& weight, std::int64_t row
   with_codes(weight.format, [&](auto codes) {
     using Codes = decltype(codes);
     const bool aligned = reinterpret_cast<std::uintptr_t>(weight.data) % alignof(typename Codes::Octet) == 0;
-    if (aligned && fits(weight.cols) && fits(col) && fits(out.cols)) {
+    if (aligned && fits(weight.cols) && fits(weight.scales.blocksize) && fits(col) && fits(out.cols)) {
       const std::int64_t blocks = out.rows * ceil_div(out.cols, kSegment);
       launch(context, "decode", decode_kernel<Codes>, dim3(static_cast<unsigned>(blocks)), kDecodeThreads, weight,
              shift, row, col, out);

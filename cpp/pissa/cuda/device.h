@@ -110,7 +110,7 @@ __device__ __forceinline__ void unpack_halves(unsigned bits, float& first, float
 /// Elements that a thread handles together: 16 bytes of a half-precision row, and one load of codes.
 inline constexpr int kOctet = 8;
 
-/// Codes that a thread of few_rows handles together: of one block in every format.
+/// Codes that a thread of few_rows handles together.
 inline constexpr int kLine = 32;
 
 __host__ __device__ __forceinline__ bool aligned_to_16(const void* pointer) {

@@ -116,9 +116,9 @@ __global__ void few_rows_kernel(RowSum sum) {
 
 // ---- A quantised weight ------------------------------------------------------------------------------------------
 // A block computes 16 columns of y, its warps divide K in chunks of 128. The order of the inner dimension is free, so a
-// lane takes a line of a chunk, 32 neighbours with one scale: k is dealt to the tensor cores' steps four at a time, x
-// in the same order. The tail is more columns of the inner dimension, for the tensor cores too: chunks of 32, dealt to
-// the warps in turn. Its second factors are asked for at the start, and are in L2 when their turn comes.
+// lane takes a line of a chunk, 32 neighbours with one scale, or two: k is dealt to the tensor cores' steps four at a
+// time, x in the same order. The tail is more columns of the inner dimension, for the tensor cores too: chunks of 32,
+// dealt to the warps in turn. Its second factors are asked for at the start, and are in L2 when their turn comes.
 
 constexpr int kTiles = 2;
 constexpr int kTileCols = 8;
@@ -127,6 +127,12 @@ constexpr int kChunk = 4 * kLine;
 constexpr int kSteps = kChunk / 16;  // products of 16 k in a chunk
 constexpr int kTailChunk = 4 * kOctet;
 constexpr int kTailSteps = kTailChunk / 16;
+
+// Where a row is whole lines: one, but of blocks that are smaller.
+constexpr int scales_of_line(Format format) {
+  const int least = static_cast<int>(info(format).blocks.least);
+  return least > 0 && least < kLine ? kLine / least : 1;
+}
 
 __device__ __forceinline__ unsigned word_of(const uint4 (&words)[4], int i) {
   const uint4& four = words[i / 4];
@@ -196,6 +202,7 @@ __global__ void __launch_bounds__(kThreads, 3)
   struct Shared {
     float partial[kWarps][kRows][kBlockCols];
   };
+  constexpr int kScales = scales_of_line(Codes::kFormat);
   Shared& shared = shared_memory<Shared>();
   const int lane = threadIdx.x % kWarp;
   const int warp = threadIdx.x / kWarp;
@@ -211,22 +218,28 @@ __global__ void __launch_bounds__(kThreads, 3)
     const std::int64_t k = chunk + quad * kLine;
     const bool inside = k < weight.cols;
     typename Codes::Line codes[kTiles];
-    typename BlockScales<Codes>::Part parts[kTiles];
+    typename BlockScales<Codes>::Part parts[kTiles][kScales];
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
       const std::int64_t col = first_col + tile * kTileCols + group;
       const bool valid = inside && col < weight.rows;
       const std::int64_t at = col * weight.cols + k;
       codes[tile] = valid ? static_cast<const typename Codes::Line*>(weight.data)[at / kLine] : typename Codes::Line{};
-      if (valid) parts[tile] = scales.load(col, at);
+#pragma unroll
+      for (int i = 0; i < kScales; ++i) {
+        if (valid) parts[tile][i] = scales.load(col, k + i * kLine / kScales, at + i * kLine / kScales);
+      }
     }
     uint4 upper[4];
     uint4 lower[4];
     load_x(x, group, k, inside, upper);
     load_x(x, group + 8, k, inside, lower);
-    float scale[kTiles];
+    float scale[kTiles][kScales];
 #pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) scale[tile] = inside ? scales.value(parts[tile]) : 0.0f;
+    for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+      for (int i = 0; i < kScales; ++i) scale[tile][i] = inside ? scales.value(parts[tile][i]) : 0.0f;
+    }
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       const unsigned a[4] = {word_of(upper, 2 * step), word_of(lower, 2 * step), word_of(upper, 2 * step + 1),
@@ -236,7 +249,7 @@ __global__ void __launch_bounds__(kThreads, 3)
         float values[4];
         decoder.four_levels(codes[tile], step, values);
 #pragma unroll
-        for (float& value : values) value = Codes::element(value, scale[tile]);
+        for (float& value : values) value = Codes::element(value, scale[tile][step * kScales / kSteps]);
         const unsigned b[2] = {pack_halves<format>(values[0], values[1]), pack_halves<format>(values[2], values[3])};
         mma_m16n8k16<format>(totals[tile], a, b);
       }
@@ -287,7 +300,8 @@ void few_rows_gemm(const Context& context, std::span<const Term> terms, const Ma
 
 bool few_rows_quantized_fits(const Matrix& x, const Matrix& weight, std::span<const Term> tail) {
   return x.rows <= kFewRows && (x.format == Format::bf16 || x.format == Format::f16) && is_quantized(weight.format) &&
-         weight.cols % kLine == 0 && x.ld % 8 == 0 && aligned_to_16(x.data) && aligned_to_16(weight.data) &&
+         weight.cols % kLine == 0 && weight.scales.blocksize % (kLine / scales_of_line(weight.format)) == 0 &&
+         x.ld % 8 == 0 && aligned_to_16(x.data) && aligned_to_16(weight.data) &&
          few_rows_fit(tail, {nullptr, x.rows}) &&
          std::ranges::all_of(tail, [&](const Term& term) { return term.precision == precision_of(x.format); });
 }

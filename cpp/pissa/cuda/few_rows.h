@@ -21,7 +21,7 @@ void few_rows_gemm(const Context& context, std::span<const Term> terms, const Ma
                    const MutableMatrix& out);
 
 /// Whether few_rows_quantized can compute x W^T: x in half precision, at 16-byte addresses, W quantised, its rows whole
-/// lines, the tail rounded to x's format.
+/// lines, and its blocks, unless all of the format divide one, the tail rounded to x's format.
 bool few_rows_quantized_fits(const Matrix& x, const Matrix& weight, std::span<const Term> tail);
 
 /// y = x W^T + tail + bias, in one kernel: W is decoded in registers, to x's format, and the tail's factors are rounded

@@ -1,10 +1,21 @@
 // The quantised formats by name: a header each, with what a kernel has to know of its codes. Included by .cu files
 // only.
+//
+//   Octet, Line          the codes of neighbours that are loaded together
+//   Decoder, level_at    numbers from codes
+//   element              an element from its code's number and its block's scale
+//   Scaling              of a block, given its largest absolute value, whether it is whole, and QuantOutput::global:
+//   the
+//                        scale that is stored, and the elements as Encoder takes them
+//   Encoder, packed      the code of such an element, by all lanes; codes as they are stored
+//   nearest              the element nearest to a value, given its block's scale, and its code
 #pragma once
 
 #include <bit>
 #include <cstdint>
 
+#include "pissa/cuda/four_bits_device.h"
+#include "pissa/cuda/fp8_device.h"
 #include "pissa/cuda/int8_device.h"
 #include "pissa/cuda/nf4_device.h"
 #include "pissa/cuda/normal_float_device.h"
@@ -24,12 +35,20 @@ auto with_codes(Format format, F f) {
       return f(FewBits<Format::nf3>{});
     case Format::nf2:
       return f(FewBits<Format::nf2>{});
+    case Format::mxfp4:
+      return f(Grouped<Format::mxfp4>{});
+    case Format::nvfp4:
+      return f(Grouped<Format::nvfp4>{});
+    case Format::int4:
+      return f(Grouped<Format::int4>{});
+    case Format::fp8:
+      return f(Fp8{});
     default:
       __builtin_unreachable();
   }
 }
 
-/// Logarithm of a block size; of no meaning where a block is a row.
+/// Logarithm of a block size; of no meaning where blocks are rows or tiles.
 inline int shift_of(std::int64_t blocksize) { return std::countr_zero(static_cast<std::uint64_t>(blocksize)); }
 
 }  // namespace

@@ -4,7 +4,6 @@
 #include <cstdint>
 
 #include "pissa/core/normal_float.h"
-#include "pissa/cuda/nf4_device.h"
 #include "pissa/cuda/scales_device.h"
 
 namespace pissa::cuda {
@@ -18,6 +17,7 @@ struct FewBits {
   static constexpr Format kFormat = format;
   static constexpr int kBits = info(format).bits;
   static constexpr unsigned kMask = (1u << kBits) - 1;
+  using Scaling = NormalScaling;
   struct Octet {  // the codes of kOctet neighbours
     std::uint8_t byte[kBits];
   };
@@ -46,9 +46,20 @@ struct FewBits {
     return octet;
   }
 
+  struct Encoder {
+    static __device__ __forceinline__ unsigned code(float scaled) {
+      unsigned code = 0;
+#pragma unroll
+      for (int i = 0; i < static_cast<int>(kMask); ++i) {
+        code += scaled > (kDeviceLevels<format>.value[i] + kDeviceLevels<format>.value[i + 1]) / 2;
+      }
+      return code;
+    }
+  };
+
   /// The level nearest to a value, and its code.
   static __device__ __forceinline__ float nearest(float value, float scale, unsigned& code) {
-    code = code_of(nf4_scaled(value, scale));
+    code = Encoder::code(over_scale(value, scale));
     return kDeviceLevels<format>.value[code] * scale;
   }
 
@@ -72,27 +83,6 @@ struct FewBits {
       }
     }
   };
-
-  class Encoder : public Nf4Divisors {
-   public:
-    /// Of elements divided by their block's absmax.
-    __device__ __forceinline__ Octet codes(const float (&scaled)[kOctet]) const {
-      unsigned each[kOctet];
-#pragma unroll
-      for (int i = 0; i < kOctet; ++i) each[i] = code_of(scaled[i]);
-      return packed(each);
-    }
-  };
-
- private:
-  static __device__ __forceinline__ unsigned code_of(float scaled) {
-    unsigned code = 0;
-#pragma unroll
-    for (int i = 0; i < static_cast<int>(kMask); ++i) {
-      code += scaled > (kDeviceLevels<format>.value[i] + kDeviceLevels<format>.value[i + 1]) / 2;
-    }
-    return code;
-  }
 };
 
 }  // namespace

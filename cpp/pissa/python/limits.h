@@ -14,6 +14,11 @@
 
 namespace pissa::python {
 
+inline const char* name(ScaleKind kind) {
+  constexpr const char* kNames[] = {"float32", "nested", "e8m0", "e4m3", "bfloat16", "tiles"};
+  return kNames[static_cast<int>(kind)];
+}
+
 // Of the quantised formats. blocksizes is empty where a block is a row.
 inline pybind11::dict formats() {
   pybind11::dict table;
@@ -28,7 +33,7 @@ inline pybind11::dict formats() {
     entry["bits"] = row.bits;
     entry["blocksizes"] = blocksizes;
     entry["usual_blocksize"] = row.blocks.usual;
-    entry["nested"] = row.nested;
+    entry["scales"] = name(row.scales);
     table[row.name] = entry;
   }
   return table;
@@ -44,8 +49,8 @@ inline pybind11::dict limits() {
 
 inline void define_limits(pybind11::module_& m) {
   m.def("formats", formats,
-        "The quantised formats by name: bits of a code, blocksizes (none: a block is a row), usual_blocksize, and\n"
-        "whether scales can be quantised too (nested).");
+        "The quantised formats by name: bits of a code, blocksizes (none: a block is a row), usual_blocksize, and what\n"
+        "its scales may be (nested: also float32).");
   m.def("limits", limits,
         "Rows of x up to which factors are not summed (few_tokens), scales that are quantised together\n"
         "(nested_blocksize), and reads of a weight in a step of the SVD (passes_per_step).");

@@ -23,8 +23,8 @@ inline Format quantized_format(const std::string& name) {
 // A quantised weight as it crosses the op boundary.
 struct QuantizedTensors {
   Tensor codes;
-  Tensor absmax;  // float32, or uint8 when nested
-  OptionalTensor nested_absmax;
+  Tensor absmax;                 // float32, uint8 or bfloat16, as the format stores its scales
+  OptionalTensor nested_absmax;  // of nested scales; or what 256 bytes stand for
   OptionalTensor offset;
   Format format;
   std::int64_t blocksize;
@@ -39,30 +39,78 @@ struct QuantizedTensors {
         blocksize(blocksize_) {}
 
   Matrix view(std::int64_t rows, std::int64_t cols) const {
-    check_blocksize(format, blocksize, cols);
-    const std::int64_t blocks = ceil_div(rows * cols, blocksize);
     const std::int64_t bytes = code_bytes(format, rows * cols);
     PISSA_CHECK(codes.scalar_type() == ScalarType::Byte && codes.numel() == bytes, "codes: got ", codes.numel(),
                 " elements; needed: ", bytes, " bytes of uint8 for [", rows, ", ", cols, "] in ", info(format).name);
-    PISSA_CHECK(absmax.numel() == blocks, "absmax: got ", absmax.numel(), " elements; needed: ", blocks);
     Matrix result{codes.const_data_ptr(), rows, cols, cols, format};
-    result.scales.blocksize = blocksize;
-    if (!nested_absmax) {
-      PISSA_CHECK(absmax.scalar_type() == ScalarType::Float,
-                  "absmax: needed float32, or uint8 with nested_absmax and offset");
-      result.scales.absmax = absmax.const_data_ptr<float>();
-    } else {
-      const std::int64_t nested_blocks = ceil_div(blocks, kNestedBlocksize);
-      PISSA_CHECK(info(format).nested, info(format).name, ": has no nested scales; got nested_absmax");
-      PISSA_CHECK(absmax.scalar_type() == ScalarType::Byte && nested_absmax->scalar_type() == ScalarType::Float &&
-                      nested_absmax->numel() == nested_blocks && offset && offset->scalar_type() == ScalarType::Float &&
-                      offset->numel() == 1,
-                  "nested scales: needed absmax uint8 [", blocks, "], nested_absmax float32 [", nested_blocks,
-                  "], offset float32 []");
-      result.scales.absmax8 = absmax.const_data_ptr<std::uint8_t>();
-      result.scales.nested_absmax = nested_absmax->const_data_ptr<float>();
-      result.scales.offset = offset->const_data_ptr<float>();
+    result.scales = scales(rows, cols);
+    return result;
+  }
+
+ private:
+  Scales scales(std::int64_t rows, std::int64_t cols) const {
+    Scales result = info(format).scales == ScaleKind::tiles ? tiles(rows, cols) : in_blocks(rows, cols);
+    const ScalarType dtype = absmax.scalar_type();
+    const ScaleKind kind = info(format).scales;
+    PISSA_CHECK(!nested_absmax || kind == ScaleKind::nested || kind == ScaleKind::e4m3, info(format).name,
+                ": has no nested scales; got nested_absmax");
+    PISSA_CHECK(has_dtype(dtype), "absmax: got another dtype than scales of ", info(format).name, " have");
+    if (dtype == ScalarType::Float) result.absmax = absmax.const_data_ptr<float>();
+    else if (dtype == ScalarType::Byte) result.absmax8 = absmax.const_data_ptr<std::uint8_t>();
+    else result.absmax16 = static_cast<const std::uint16_t*>(absmax.const_data_ptr());
+    if (nested_absmax) set_table(ceil_div(rows * cols, blocksize), result);
+    return result;
+  }
+
+  // Whether scales of the format are of that dtype, beside a table or without one.
+  bool has_dtype(ScalarType dtype) const {
+    const bool table = nested_absmax.has_value();
+    switch (info(format).scales) {
+      case ScaleKind::f32:
+        return dtype == ScalarType::Float;
+      case ScaleKind::nested:
+        return dtype == (table ? ScalarType::Byte : ScalarType::Float);
+      case ScaleKind::e8m0:
+        return dtype == ScalarType::Byte;
+      case ScaleKind::e4m3:
+        return dtype == ScalarType::Byte && table;
+      case ScaleKind::bf16:
+        return dtype == ScalarType::BFloat16 || dtype == ScalarType::Float;
+      case ScaleKind::tiles:
+        return dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Byte;
     }
+    return false;
+  }
+
+  void set_table(std::int64_t blocks, Scales& result) const {
+    const bool nested = info(format).scales == ScaleKind::nested;
+    const std::int64_t entries = nested ? ceil_div(blocks, kNestedBlocksize) : 256;
+    PISSA_CHECK(nested_absmax->scalar_type() == ScalarType::Float && nested_absmax->numel() == entries &&
+                    nested == offset.has_value() &&
+                    (!nested || (offset->scalar_type() == ScalarType::Float && offset->numel() == 1)),
+                "scales in bytes: needed absmax uint8 [", blocks, "], nested_absmax float32 [", entries,
+                "] and, of nested ones, offset float32 []");
+    (nested ? result.nested_absmax : result.levels) = nested_absmax->const_data_ptr<float>();
+    if (nested) result.offset = offset->const_data_ptr<float>();
+  }
+
+  Scales in_blocks(std::int64_t rows, std::int64_t cols) const {
+    check_blocksize(format, blocksize, cols);
+    const std::int64_t blocks = ceil_div(rows * cols, blocksize);
+    PISSA_CHECK(absmax.numel() == blocks, "absmax: got ", absmax.numel(), " elements; needed: ", blocks);
+    return {blocksize};
+  }
+
+  // Of one row, or as high as they are wide.
+  Scales tiles(std::int64_t rows, std::int64_t cols) const {
+    PISSA_CHECK(blocksize >= 1, "blocksize: got ", blocksize, "; allowed: from 1 on");
+    const std::int64_t across = ceil_div(cols, blocksize);
+    const std::int64_t height = absmax.numel() == rows * across ? 1 : blocksize;
+    PISSA_CHECK(absmax.numel() == ceil_div(rows, height) * across, "absmax: got ", absmax.numel(),
+                " elements; needed: ", rows, " or ", ceil_div(rows, blocksize), " times ", across);
+    Scales result{blocksize};
+    result.rows = height;
+    result.across = across;
     return result;
   }
 };
@@ -72,8 +120,15 @@ struct NewQuantized {
   Tensor codes, absmax;
   QuantOutput output;
 
-  NewQuantized(const Tensor& like, const Matrix& shape, const std::string& format, std::int64_t blocksize)
-      : NewQuantized(like, shape, quantized_format(format), blocksize) {}
+  // The global scale is NVFP4's, float32 [].
+  NewQuantized(const Tensor& like, const Matrix& shape, const std::string& format, std::int64_t blocksize,
+               const OptionalTensor& global)
+      : NewQuantized(like, shape, quantized_format(format), blocksize) {
+    PISSA_CHECK(global.has_value() == (output.format == Format::nvfp4) &&
+                    (!global || (global->scalar_type() == ScalarType::Float && global->numel() == 1)),
+                "global_scale: needed by nvfp4, float32 [], and by no other format");
+    if (global) output.global = global->const_data_ptr<float>();
+  }
 
  private:
   NewQuantized(const Tensor& like, const Matrix& shape, Format format, std::int64_t blocksize)
@@ -88,11 +143,12 @@ struct NewQuantized {
 };
 
 template <class Device>
-std::tuple<Tensor, Tensor> quantize(const Tensor& weight, const std::string& format, std::int64_t blocksize) {
-  Device device(weight);
+std::tuple<Tensor, Tensor> quantize(const Tensor& weight, const std::string& format, std::int64_t blocksize,
+                                    const OptionalTensor& global_scale) {
+  Device device(weight, global_scale);
   const Tensor w_tensor = torch::stable::contiguous(weight);
   const Matrix w = matrix(w_tensor);
-  const NewQuantized q(weight, w, format, blocksize);
+  const NewQuantized q(weight, w, format, blocksize, global_scale);
   device.backend().gemm_quantized({}, w, q.output);
   return {q.codes, q.absmax};
 }
@@ -167,7 +223,7 @@ std::tuple<Tensor, Tensor> residual_quantized(const Tensor& weight, const Tensor
   Device device(weight, a0, b0);
   const FactoredTensors tensors(weight, a0, b0);
   const Matrix w = matrix(tensors.weight);
-  const NewQuantized q(weight, w, format, blocksize);
+  const NewQuantized q(weight, w, format, blocksize, {});
   const std::array terms{tensors.minus_factors(scaling)};
   device.backend().gemm_quantized(terms, w, q.output);
   return {q.codes, q.absmax};

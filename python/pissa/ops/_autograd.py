@@ -32,8 +32,7 @@ def _factors(weight: Tensor, r: int) -> tuple[Tensor, Tensor]:
 
 def _quantized(weight: Tensor, format: str, blocksize: int) -> tuple[Tensor, Tensor]:
     parts = FORMATS[format].tensors((weight.shape[0], weight.shape[1]), blocksize, double_quant=False)
-    codes, absmax = (weight.new_empty(shape, dtype=dtype) for shape, dtype in parts.values())
-    return codes, absmax
+    return _bytes(weight, parts["codes"][0][0]), _floats(weight, *parts["absmax"][0])
 
 
 @register_fake("pissa::max_abs")
@@ -75,7 +74,7 @@ def _(weight: Tensor, a0: Tensor, b0: Tensor, scaling: float, format: str, block
 
 
 @register_fake("pissa::quantize")
-def _(weight: Tensor, format: str, blocksize: int) -> tuple[Tensor, Tensor]:
+def _(weight: Tensor, format: str, blocksize: int, global_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
     return _quantized(weight, format, blocksize)
 
 

@@ -15,6 +15,7 @@ from pissa.ops._quant import (
     check_whole_bytes,
     offsets_of,
     quantized_weight,
+    unchecked_quantized,
     with_feedback,
 )
 from pissa.ops._second_moment import check_moments, feedback_factors
@@ -253,13 +254,16 @@ def unchecked_residual(
         rest: Tensor = _OPS.residual(weight, a0, b0, scaling) if has_factors else weight.clone()
         return rest
     blocksize, double_quant = options
-    if has_factors and feedback is not None:  # codes depend on those beside them: the residual has to be there
+    # Codes by error feedback depend on those beside them, NVFP4's scales on the largest element: the residual has to be
+    # there.
+    if has_factors and (feedback is not None or FORMATS[form].scales == "e4m3"):
         weight, has_factors = _OPS.residual(weight.float(), a0, b0, scaling), False
     if has_factors:
         codes, absmax = _OPS.residual_quantized(weight, a0, b0, scaling, form, blocksize)
+        shape = (weight.shape[0], weight.shape[1])
+        found = quantized_weight(form, codes, absmax, shape, blocksize, double_quant)
     else:
-        codes, absmax = _OPS.quantize(weight, form, blocksize)
-    found = quantized_weight(form, codes, absmax, (weight.shape[0], weight.shape[1]), blocksize, double_quant)
+        found = unchecked_quantized(weight, form, blocksize, double_quant)
     return found if feedback is None else with_feedback(weight, found, feedback)
 
 

@@ -18,7 +18,8 @@ NESTED_BLOCKSIZE: int = _C.limits()["nested_blocksize"]
 class QuantFormat:
     """A format of codes, with a scale for each block of them.
 
-    Blocks are runs of the flattened weight, of one of `blocksizes`; or, where there are none, rows.
+    Blocks are runs of the flattened weight, of one of `blocksizes`; or, where there are none, rows. Those of "mxfp4",
+    "nvfp4" and "int4" lie within rows.
     """
 
     name: str
@@ -26,8 +27,19 @@ class QuantFormat:
     """Of a code."""
     blocksizes: tuple[int, ...]
     usual_blocksize: int
-    has_double_quant: bool
-    """Whether the scales can be quantised too."""
+    scales: str
+    """What they are: "float32"; "nested", quantised too, or float32; "e8m0" and "e4m3", a byte each; "bfloat16";
+    "tiles", float32, bfloat16 or E8M0."""
+
+    @property
+    def has_double_quant(self) -> bool:
+        """Whether the scales can be quantised too."""
+        return self.scales == "nested"
+
+    @property
+    def has_choice(self) -> bool:
+        """Whether there are several block sizes."""
+        return len(self.blocksizes) > 1
 
     def options(self, blocksize: int | None, double_quant: bool | None, columns: int) -> tuple[int, bool]:
         """Elements of a block in a weight with that many columns, and whether scales are quantised: what is asked for,
@@ -37,11 +49,11 @@ class QuantFormat:
             ValueError: what is asked for does not exist in the format.
         """
         self.check_options(blocksize, double_quant)
-        usual = self.usual_blocksize if self.blocksizes else columns
-        return (
-            usual if blocksize is None else blocksize,
-            self.has_double_quant if double_quant is None else double_quant,
-        )
+        if blocksize is None:
+            blocksize = self.usual_blocksize if self.blocksizes else columns
+        if self.scales in _WITHIN_ROWS and columns % blocksize:
+            raise ValueError(f"{self.name}: got a weight of {columns} columns; needed: a multiple of {blocksize}")
+        return blocksize, self.has_double_quant if double_quant is None else double_quant
 
     def check_options(self, blocksize: int | None, double_quant: bool | None) -> None:
         """Raises ValueError unless the format has blocks of that size, and scales of that kind."""
@@ -49,22 +61,29 @@ class QuantFormat:
             allowed = ", ".join(map(str, self.blocksizes)) or f"None, for a block of {self.name} is a row"
             raise ValueError(f"blocksize: got {blocksize!r}; allowed: {allowed}")
         if double_quant and not self.has_double_quant:
-            raise ValueError(f"double_quant: got {double_quant!r}; allowed: False; scales of {self.name} are float32")
+            raise ValueError(f"double_quant: got {double_quant!r}; allowed: False; {self.name} has scales of one kind")
 
     def tensors(
         self, shape: tuple[int, int], blocksize: int, double_quant: bool
     ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shapes and dtypes of the tensors that a weight [out, in] consists of, by their names in `QuantizedWeight`."""
+        """Shapes and dtypes of the tensors that a weight [out, in] consists of if it is quantised here, by their names
+        in `QuantizedWeight`."""
         elements = math.prod(shape)
         blocks = _ceil_div(elements, blocksize)
         parts: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             "codes": ((_ceil_div(elements * self.bits, 8),), torch.uint8),
-            "absmax": ((blocks,), torch.uint8 if double_quant else torch.float32),
+            "absmax": ((blocks,), torch.uint8 if double_quant else _SCALE_DTYPES.get(self.scales, torch.float32)),
         }
+        if self.scales == "e4m3":
+            parts["nested_absmax"] = ((256,), torch.float32)
         if double_quant:
             parts["nested_absmax"] = ((_ceil_div(blocks, NESTED_BLOCKSIZE),), torch.float32)
             parts["offset"] = ((), torch.float32)
         return parts
+
+
+_SCALE_DTYPES = {"e8m0": torch.uint8, "e4m3": torch.uint8, "bfloat16": torch.bfloat16}
+_WITHIN_ROWS = tuple(_SCALE_DTYPES)
 
 
 def _ceil_div(a: int, b: int) -> int:
@@ -72,7 +91,7 @@ def _ceil_div(a: int, b: int) -> int:
 
 
 FORMATS: dict[str, QuantFormat] = {
-    name: QuantFormat(name, row["bits"], tuple(row["blocksizes"]), row["usual_blocksize"], row["nested"])
+    name: QuantFormat(name, row["bits"], tuple(row["blocksizes"]), row["usual_blocksize"], row["scales"])
     for name, row in _C.formats().items()
 }
 """By name."""

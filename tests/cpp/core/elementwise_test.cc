@@ -1,6 +1,7 @@
 // copy, add, subtract, scale_rows, max_abs.
 #include <gtest/gtest.h>
 
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -45,6 +46,28 @@ TEST_P(ElementwiseTest, CopyConvertsExactlyOrRounds) {
     backend().copy(a.view(), out.mutable_view());
     EXPECT_EQ(out.values().values, Stored(a.values(), out.format()).values().values);
   });
+}
+
+// Every code of E4M3, and every byte of E8M0, NaN among them.
+TEST_P(ElementwiseTest, CopiesEveryFp8Code) {
+  std::vector<std::uint8_t> codes(256 * 256), scales(256);
+  for (std::size_t i = 0; i < codes.size(); ++i) codes[i] = static_cast<std::uint8_t>(i % 256);
+  for (std::size_t i = 0; i < scales.size(); ++i) scales[i] = static_cast<std::uint8_t>(i);
+  Matrix matrix{codes.data(), 256, 256, 0, Format::fp8};
+  matrix.scales.blocksize = 256;
+  matrix.scales.absmax8 = scales.data();
+  std::vector<float> out(256 * 256);
+  backend().copy(matrix, {out.data(), 256, 256, 256, Format::f32});
+  for (std::size_t i = 0; i < out.size(); ++i) {
+    const std::size_t byte = i / 256, code = i % 256;
+    if (byte == 255 || code % 128 == 127) {
+      ASSERT_TRUE(std::isnan(out[i])) << byte << ", " << code;
+    } else {
+      const double scale = std::ldexp(1.0, static_cast<int>(byte) - 127);
+      const auto expected = static_cast<float>(kE4m3.decode(static_cast<std::uint32_t>(code)) * scale);
+      ASSERT_EQ(std::bit_cast<std::uint32_t>(out[i]), std::bit_cast<std::uint32_t>(expected)) << byte << ", " << code;
+    }
+  }
 }
 
 TEST_P(ElementwiseTest, AddRoundsOnce) {

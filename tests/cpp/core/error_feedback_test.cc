@@ -19,26 +19,43 @@ class ErrorFeedbackTest : public BackendTest {};
 
 float scale_of(const Matrix& matrix, std::int64_t i) {
   const Scales& scales = matrix.scales;
-  const std::int64_t block = i / scales.blocksize;
+  const std::int64_t block = matrix.format == Format::fp8 ? i / matrix.cols / scales.rows * scales.across +
+                                                                i % matrix.cols / scales.blocksize
+                                                          : i / scales.blocksize;
   if (scales.absmax) return scales.absmax[block];
+  if (scales.absmax16) return static_cast<float>(kBf16.decode(scales.absmax16[block]));
+  if (scales.levels) return scales.levels[scales.absmax8[block]];
+  if (!scales.nested_absmax) return std::ldexp(1.0f, scales.absmax8[block] - 127);
   const float product = kDynamicMap[scales.absmax8[block]] * scales.nested_absmax[block / 256];
   return product + *scales.offset;
 }
 
+// The number of a code that has bytes of its own, or is the first of its byte.
+float number_of(Format format, int code) {
+  if (format == Format::int8) return static_cast<float>(static_cast<std::int8_t>(code));
+  if (format == Format::fp8) return static_cast<float>(kE4m3.decode(static_cast<std::uint32_t>(code)));
+  const std::uint8_t codes[8] = {static_cast<std::uint8_t>(code)};
+  return level_at(format, codes, 0);
+}
+
+float times(Format format, float number, float scale) {
+  return format == Format::int8 ? int8_element(number, scale) : number * scale;
+}
+
 // Element i of the flattened matrix.
 float element(const Matrix& matrix, std::int64_t i) {
-  if (matrix.format != Format::int8) return level_at(matrix.format, matrix.data, i) * scale_of(matrix, i);
-  return int8_element(static_cast<const std::int8_t*>(matrix.data)[i], scale_of(matrix, i));
+  const float number = info(matrix.format).bits == 8
+                           ? number_of(matrix.format, static_cast<const std::uint8_t*>(matrix.data)[i])
+                           : level_at(matrix.format, matrix.data, i);
+  return times(matrix.format, number, scale_of(matrix, i));
 }
 
 // Of all elements that its scale allows.
 double nearest_distance(const Matrix& matrix, std::int64_t i, double value) {
   double least = HUGE_VAL;
-  for (int code = -127; code <= 127; ++code) {
-    const std::uint8_t codes[8] = {static_cast<std::uint8_t>(code)};
-    const float scale = scale_of(matrix, i);
-    const float each = matrix.format == Format::int8 ? int8_element(static_cast<float>(code), scale)
-                                                     : level_at(matrix.format, codes, 0) * scale;
+  for (int code = 0; code < 256; ++code) {
+    if (info(matrix.format).bits == 8 && (matrix.format == Format::fp8 ? code % 128 == 127 : code == 128)) continue;
+    const float each = times(matrix.format, number_of(matrix.format, code), scale_of(matrix, i));
     least = std::min(least, std::fabs(value - double{each}));
   }
   return least;
@@ -54,7 +71,8 @@ TEST_P(ErrorFeedbackTest, EveryCodeIsNearestGivenTheErrorsBehindIt) {
     for (std::int64_t j = 0; j < cols; ++j) lower(j, j) = 0.5 + random.uniform();
     const Stored factor(lower, Format::f32);
     const Dense l = factor.values();
-    for (const Form form : {Form::nf4, Form::nf4_nested, Form::int8, Form::nf3, Form::nf2}) {
+    for (const Form form : {Form::nf4, Form::nf4_nested, Form::int8, Form::nf3, Form::nf2, Form::mxfp4, Form::nvfp4,
+                            Form::int4, Form::fp8}) {
       SCOPED_TRACE(::testing::Message() << "[" << rows << ", " << cols << "] " << name(form));
       const Operand like(random, rows, cols, form);
       const Stored weight(random.dense(rows, cols), random.pick(kFloatFormats), 3);

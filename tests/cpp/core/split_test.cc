@@ -144,7 +144,7 @@ TEST_P(SplitTest, ExplicitResidual) {
 // QPiSSA: the factors of W, and codes that are, one by one, those of the residual.
 TEST_P(SplitTest, QuantizedResidual) {
   Random random(3);
-  for (const auto& [quantized, blocksize] : {std::pair{Format::nf4, 64}, {Format::nf4, 256}, {Format::int8, 67}}) {
+  for (const auto& [quantized, blocksize] : {std::pair{Format::nf4, 64}, {Format::nf4, 256}, {Format::int8, 67}, {Format::fp8, 67}}) {
     for (const Format format : kFloatFormats) {
       const Stored weight(random.dense(41, 67), format);
       StartFactors plain(weight.view(), 5), factors(weight.view(), 5);
@@ -160,7 +160,7 @@ TEST_P(SplitTest, QuantizedResidual) {
       const Term terms[] = {minus_factors(plain.a0.view(), plain.b0.view(), 2.0f)};
       residual_sum(terms, weight.view(), {residual.data(), 41, 67, 67, Format::f32});
       const QuantOutput out = expected.output();
-      cpu::kernels("baseline").quantize(quantized, residual.data(), 41 * 67, blocksize, out.codes, out.scales);
+      cpu::kernels("baseline").quantize(quantized, residual.data(), 41 * 67, blocksize, 1.0f, out.codes, out.scales);
       EXPECT_TRUE(result == expected);
     }
   }

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <utility>
 #include <vector>
 
 #include "support/formats.h"
@@ -142,6 +143,14 @@ TEST_P(FormatTest, DecodesAnyPartOfAQuantizedRow) {
   for (const std::int64_t cols : {1, 37, 150}) {
     for (const Format levels : {Format::nf4, Format::nf3, Format::nf2}) {
       for (const bool nested : {false, true}) check(StoredLevels(random, levels, 5, cols, 32, nested));
+    }
+    for (const Format levels : {Format::mxfp4, Format::nvfp4, Format::int4}) {
+      for (const int blocksize : {16, 32, 128}) check(StoredLevels(random, levels, 5, cols, blocksize, false));
+    }
+    for (const ScaleKind kind : {ScaleKind::f32, ScaleKind::bf16, ScaleKind::e8m0}) {
+      for (const auto& [height, width] : {std::pair{1, 32}, {3, 128}, {2, 17}}) {
+        check(StoredFp8(random, 5, cols, height, width, kind));
+      }
     }
     check(StoredInt8(random, 5, cols));
   }

@@ -93,7 +93,7 @@ TEST_P(Nf4Test, QuantizesTheNeighboursOfEveryThreshold) {
   values.back() = 1.0f;
   std::vector<std::uint8_t> codes(values.size() / 2);
   std::vector<float> absmax(values.size() / 64);
-  kernels().quantize(Format::nf4, values.data(), values.size(), 64, codes.data(), absmax.data());
+  kernels().quantize(Format::nf4, values.data(), values.size(), 64, 1.0f, codes.data(), absmax.data());
   for (const float largest : absmax) ASSERT_EQ(largest, 1.0f);
   for (std::size_t i = 0; i < values.size(); ++i) {
     ASSERT_EQ((codes[i / 2] >> (i % 2 == 0 ? 4 : 0)) & 15, nf4_code(values[i])) << values[i];

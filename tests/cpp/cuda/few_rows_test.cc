@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <deque>
+#include <tuple>
 #include <vector>
 
 #include "support/backend_test.h"
@@ -77,7 +78,17 @@ TEST_P(FewRowsTest, EveryNumberOfRows) {
         const StoredLevels weight(random, levels, 21, 160, random.pick({32, 64, 128}), random.coin());
         check(random, m, weight, format, some_ranks(random), random.coin());
       }
+      for (const auto& [levels, blocksize] :
+           {std::pair{Format::mxfp4, 32}, {Format::nvfp4, 16}, {Format::int4, 32}, {Format::int4, 128}}) {
+        const StoredLevels weight(random, levels, 21, 160, blocksize, false);
+        check(random, m, weight, format, some_ranks(random), random.coin());
+      }
       check(random, m, StoredInt8(random, 21, 160), format, some_ranks(random), random.coin());
+      for (const auto& [height, width] : {std::pair{1, 32}, {1, 160}, {5, 96}}) {
+        const StoredFp8 weight(random, 21, 160, height, width,
+                               random.pick({ScaleKind::f32, ScaleKind::bf16, ScaleKind::e8m0}));
+        check(random, m, weight, format, some_ranks(random), random.coin());
+      }
     }
   }
 }
@@ -179,6 +190,12 @@ TEST_P(FewRowsTest, WhatTheyCannotTake) {
   EXPECT_FALSE(fits([](Matrix&, Matrix& weight, auto&) { weight.format = Format::bf16; }));
   EXPECT_FALSE(fits([](Matrix& x, Matrix& weight, auto&) { x.cols = weight.cols = 48; }));
   EXPECT_FALSE(fits([](Matrix&, Matrix& weight, auto&) { weight.data = memory + 8; }));
+  for (const auto& [format, blocksize, fit] :
+       {std::tuple{Format::fp8, 48, false}, {Format::fp8, 64, true}, {Format::nvfp4, 16, true}}) {
+    EXPECT_EQ(
+        fits([&](Matrix&, Matrix& weight, auto&) { weight.format = format, weight.scales.blocksize = blocksize; }),
+        fit);
+  }
   EXPECT_FALSE(fits([](Matrix&, Matrix&, std::vector<Term>& tail) { tail[1].op_b = Op::n; }));
   EXPECT_FALSE(fits([](Matrix&, Matrix&, std::vector<Term>& tail) { tail[1].precision = Precision::f32; }));
   EXPECT_FALSE(fits([](Matrix&, Matrix&, std::vector<Term>& tail) { tail[0].precision = Precision::bf16; }));

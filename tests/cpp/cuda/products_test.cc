@@ -62,7 +62,14 @@ TEST_P(ProductsTest, DecodesByWords) {
           check(StoredLevels(random, levels, 5, cols, random.pick({32, 64, 4096}), nested));
         }
       }
+      check(StoredLevels(random, Format::mxfp4, 5, cols, 32, false));
+      check(StoredLevels(random, Format::nvfp4, 5, cols, 16, false));
+      check(StoredLevels(random, Format::int4, 5, cols, random.pick({32, 64, 128}), false));
       check(StoredInt8(random, 5, cols));
+      for (const auto& [height, width] : {std::pair{1, 32}, {128, 128}, {2, 24}, {3, 17}}) {
+        check(
+            StoredFp8(random, 5, cols, height, width, random.pick({ScaleKind::f32, ScaleKind::bf16, ScaleKind::e8m0})));
+      }
     }
   }
 }
@@ -71,8 +78,7 @@ TEST_P(ProductsTest, DecodesByWords) {
 TEST_P(ProductsTest, DecodesAnyPartOfAWeight) {
   const cuda::Context& context = cuda::standalone_context();
   Random random(5);
-  for (const Form form : {Form::nf4, Form::int8}) {
-    const Operand weight(random, 7, 72, form);
+  const auto check = [&](const auto& weight) {
     for (const auto& [row, col, cols] : {std::tuple{1, 8, 64}, {2, 3, 64}, {3, 16, 37}, {0, 1, 5}}) {
       Stored out = Stored::poisoned(4, cols, Format::f32);
       Staging at(context);
@@ -84,7 +90,9 @@ TEST_P(ProductsTest, DecodesAnyPartOfAWeight) {
       }
       EXPECT_TRUE(out.padding_intact());
     }
-  }
+  };
+  for (const Form form : {Form::nf4, Form::int8, Form::mxfp4}) check(Operand(random, 7, 72, form));
+  for (const int width : {17, 24}) check(StoredFp8(random, 7, 72, 2, width, ScaleKind::f32));
 }
 
 // Its largest element beyond what all threads look at first, and beyond what is decoded at a time.
@@ -162,7 +170,9 @@ TEST_P(ProductsTest, PiecesOfAResidualGiveTheSameCodes) {
                                                          {Format::nf4, 9, 1000, 256},
                                                          {Format::nf4, 70, 3, 64},
                                                          {Format::int8, 41, 67, 67},
-                                                         {Format::int8, 37, 64, 64}}) {
+                                                         {Format::int8, 37, 64, 64},
+                                                         {Format::nvfp4, 37, 64, 16},
+                                                         {Format::fp8, 41, 67, 67}}) {
     const Stored w(random.dense(rows, cols), Format::bf16), b(random.dense(rows, 4), Format::f32),
         a(random.dense(4, cols), Format::f32);
     std::vector<QuantizedResult> results;
@@ -173,6 +183,7 @@ TEST_P(ProductsTest, PiecesOfAResidualGiveTheSameCodes) {
       QuantOutput out = result.output();
       out.codes = at.upload(out.codes, static_cast<std::int64_t>(result.codes.size()), true);
       out.scales = at.upload(out.scales, static_cast<std::int64_t>(result.scales.size()), true);
+      out.global = at.upload(out.global, 1);
       cuda::quantized_sum(context, terms, at(w.view()), out, bytes);
       at.finish();
       EXPECT_TRUE(result.padding_intact());

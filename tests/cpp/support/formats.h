@@ -15,6 +15,7 @@ namespace pissa::test {
 struct FloatFormat {
   int precision;
   int exponent_bits;
+  bool has_infinities = true;  // or, to `decode`, the highest exponent is one of numbers
 
   int bias() const { return (1 << (exponent_bits - 1)) - 1; }
   /// Half an ulp relative to the number: the largest relative error of rounding to nearest.
@@ -27,7 +28,7 @@ struct FloatFormat {
     const std::uint32_t fraction = bits & ((1u << fraction_bits) - 1);
     const int exponent = static_cast<int>(bits >> fraction_bits) & ((1 << exponent_bits) - 1);
     const double sign = bits >> (fraction_bits + exponent_bits) ? -1.0 : 1.0;
-    if (exponent == (1 << exponent_bits) - 1) {
+    if (has_infinities && exponent == (1 << exponent_bits) - 1) {
       return fraction ? std::numeric_limits<double>::quiet_NaN() : sign * std::numeric_limits<double>::infinity();
     }
     if (exponent == 0) return sign * std::ldexp(fraction, 1 - bias() - fraction_bits);
@@ -53,6 +54,8 @@ struct FloatFormat {
 inline constexpr FloatFormat kBf16{8, 8};
 inline constexpr FloatFormat kF16{11, 5};
 inline constexpr FloatFormat kF32{24, 8};
+inline constexpr FloatFormat kE4m3{4, 4, false};
+inline constexpr FloatFormat kE2m1{2, 2, false};
 
 inline FloatFormat float_format(Format format) {
   return format == Format::bf16 ? kBf16 : format == Format::f16 ? kF16 : kF32;

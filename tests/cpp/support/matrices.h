@@ -132,12 +132,68 @@ class Stored {
 /// The level of element i of a flattened matrix whose codes are levels.
 inline float level_at(Format format, const void* data, std::int64_t i) {
   const auto* codes = static_cast<const std::uint8_t*>(data);
-  if (format == Format::nf4) return kNf4Levels[codes[i / 2] >> (i % 2 == 0 ? 4 : 0) & 15];
+  const int low = codes[i / 2] & 15, high = codes[i / 2] >> 4;
+  if (format == Format::nf4) return kNf4Levels[i % 2 == 0 ? high : low];
+  const int code4 = i % 2 == 0 ? low : high;
+  if (format == Format::int4) return static_cast<float>(code4 - 8);
+  if (format == Format::mxfp4 || format == Format::nvfp4) return static_cast<float>(kE2m1.decode(code4));
   const int bits = info(format).bits;
   int code = 0;
   for (int k = 0; k < bits; ++k) code |= (codes[(i * bits + k) / 8] >> ((i * bits + k) % 8) & 1) << k;
   return format == Format::nf3 ? NormalFloat<Format::nf3>::kLevels[code] : NormalFloat<Format::nf2>::kLevels[code];
 }
+
+/// Random scales, as a format stores them, or in f32.
+class StoredScales {
+ public:
+  StoredScales(Random& random, ScaleKind kind, std::int64_t blocks) : kind_(kind) {
+    for (std::int64_t i = 0; i < blocks; ++i) {
+      absmax_.push_back(static_cast<float>(0.5 + random.uniform()));
+      absmax16_.push_back(static_cast<std::uint16_t>(kBf16.encode(absmax_.back())));
+      // Powers of two around 1, and bytes of a table or of the dynamic map.
+      absmax8_.push_back(static_cast<std::uint8_t>(kind == ScaleKind::e8m0 ? 125 + random.below(4) : random.below(256)));
+    }
+    for (std::int64_t i = 0; i < ceil_div(blocks, 256); ++i)
+      nested_absmax_.push_back(static_cast<float>(0.5 + random.uniform()));
+    for (int i = 0; i < 256; ++i) levels_.push_back(static_cast<float>(0.5 + random.uniform()));
+  }
+
+  void set(Scales& scales) const {
+    if (kind_ == ScaleKind::f32) scales.absmax = absmax_.data();
+    else if (kind_ == ScaleKind::bf16) scales.absmax16 = absmax16_.data();
+    else scales.absmax8 = absmax8_.data();
+    if (kind_ == ScaleKind::e4m3) scales.levels = levels_.data();
+    if (kind_ == ScaleKind::nested) {
+      scales.nested_absmax = nested_absmax_.data();
+      scales.offset = &offset_;
+    }
+  }
+  float value(std::int64_t block) const {
+    switch (kind_) {
+      case ScaleKind::bf16:
+        return static_cast<float>(kBf16.decode(absmax16_[block]));
+      case ScaleKind::e8m0:
+        return std::ldexp(1.0f, absmax8_[block] - 127);
+      case ScaleKind::e4m3:
+        return levels_[absmax8_[block]];
+      case ScaleKind::nested: {
+        const float product = kDynamicMap[absmax8_[block]] * nested_absmax_[block / 256];
+        return product + offset_;
+      }
+      default:
+        return absmax_[block];
+    }
+  }
+
+ private:
+  ScaleKind kind_;
+  std::vector<float> absmax_;
+  std::vector<std::uint16_t> absmax16_;
+  std::vector<std::uint8_t> absmax8_;
+  std::vector<float> nested_absmax_;
+  std::vector<float> levels_;
+  float offset_ = 1.25f;
+};
 
 /// A matrix of levels, as NF4, with random codes and scales.
 class StoredLevels {
@@ -147,37 +203,23 @@ class StoredLevels {
         rows_(rows),
         cols_(cols),
         blocksize_(blocksize),
-        nested_(nested),
+        scales_(random, info(format).scales == ScaleKind::nested && !nested ? ScaleKind::f32 : info(format).scales,
+                ceil_div(rows * cols, blocksize)),
         codes_(code_bytes(format, rows * cols)) {
-    const std::int64_t blocks = ceil_div(rows * cols, blocksize);
     for (std::uint8_t& code : codes_) code = static_cast<std::uint8_t>(random.below(256));
-    for (std::int64_t i = 0; i < blocks; ++i) {
-      absmax_.push_back(static_cast<float>(0.5 + random.uniform()));
-      absmax8_.push_back(static_cast<std::uint8_t>(random.below(256)));
-    }
-    for (std::int64_t i = 0; i < ceil_div(blocks, 256); ++i)
-      nested_absmax_.push_back(static_cast<float>(0.5 + random.uniform()));
   }
 
   Matrix view() const {
     Matrix matrix{codes_.data(), rows_, cols_, 0, format_};  // ld is ignored
     matrix.scales.blocksize = blocksize_;
-    if (!nested_) matrix.scales.absmax = absmax_.data();
-    else matrix.scales = {blocksize_, nullptr, absmax8_.data(), nested_absmax_.data(), &offset_};
+    scales_.set(matrix.scales);
     return matrix;
   }
   Dense values() const {
     Dense result(rows_, cols_);
     for (std::int64_t i = 0; i < rows_ * cols_; ++i) {
-      const std::int64_t block = i / blocksize_;
-      float absmax;
-      if (!nested_) {
-        absmax = absmax_[block];
-      } else {
-        const float product = kDynamicMap[absmax8_[block]] * nested_absmax_[block / 256];
-        absmax = product + offset_;
-      }
-      result.values[i] = level_at(format_, codes_.data(), i) * absmax;  // one rounding to f32: the format's definition
+      const float scale = scales_.value(i / blocksize_);
+      result.values[i] = level_at(format_, codes_.data(), i) * scale;  // one rounding to f32: the format's definition
     }
     return result;
   }
@@ -185,12 +227,47 @@ class StoredLevels {
  private:
   Format format_;
   std::int64_t rows_, cols_, blocksize_;
-  bool nested_;
+  StoredScales scales_;
   std::vector<std::uint8_t> codes_;
-  std::vector<float> absmax_;
-  std::vector<std::uint8_t> absmax8_;
-  std::vector<float> nested_absmax_;
-  float offset_ = 1.25f;
+};
+
+/// An FP8 matrix with random codes and scales of tiles [height, width].
+class StoredFp8 {
+ public:
+  StoredFp8(Random& random, std::int64_t rows, std::int64_t cols, std::int64_t height, std::int64_t width,
+            ScaleKind kind)
+      : rows_(rows),
+        cols_(cols),
+        height_(height),
+        width_(width),
+        scales_(random, kind, ceil_div(rows, height) * ceil_div(cols, width)),
+        codes_(rows * cols) {
+    for (std::uint8_t& code : codes_) code = static_cast<std::uint8_t>(random.below(64) + 128 * random.coin());  // below 2
+  }
+
+  Matrix view() const {
+    Matrix matrix{codes_.data(), rows_, cols_, 0, Format::fp8};  // ld is ignored
+    matrix.scales.blocksize = width_;
+    matrix.scales.rows = height_;
+    matrix.scales.across = ceil_div(cols_, width_);
+    scales_.set(matrix.scales);
+    return matrix;
+  }
+  Dense values() const {
+    Dense result(rows_, cols_);
+    for (std::int64_t i = 0; i < rows_; ++i) {
+      for (std::int64_t j = 0; j < cols_; ++j) {
+        const float scale = scales_.value(i / height_ * ceil_div(cols_, width_) + j / width_);
+        result(i, j) = static_cast<float>(kE4m3.decode(codes_[i * cols_ + j])) * scale;
+      }
+    }
+    return result;
+  }
+
+ private:
+  std::int64_t rows_, cols_, height_, width_;
+  StoredScales scales_;
+  std::vector<std::uint8_t> codes_;
 };
 
 struct StoredNf4 : StoredLevels {
@@ -229,14 +306,14 @@ class StoredInt8 {
 
 /// The forms in which a GEMM reads an operand, and a random normal matrix in one of them. The first are those of
 /// Format, in its order.
-enum class Form { f32, bf16, f16, nf4, int8, nf3, nf2, nf4_nested };
-inline constexpr std::initializer_list<Form> kForms = {Form::f32,  Form::bf16, Form::f16, Form::nf4,
-                                                       Form::int8, Form::nf3,  Form::nf2, Form::nf4_nested};
+enum class Form { f32, bf16, f16, nf4, int8, nf3, nf2, mxfp4, nvfp4, int4, fp8, nf4_nested };
+inline constexpr std::initializer_list<Form> kForms = {Form::f32, Form::bf16,  Form::f16,   Form::nf4,  Form::int8, Form::nf3,
+                                                       Form::nf2, Form::mxfp4, Form::nvfp4, Form::int4, Form::fp8,  Form::nf4_nested};
 inline constexpr std::initializer_list<Format> kFloatFormats = {Format::f32, Format::bf16, Format::f16};
 
 inline const char* name(Form form) {
   return std::vector<const char*>{
-      "f32", "bf16", "f16", "nf4", "int8", "nf3", "nf2", "nf4_nested"}[static_cast<std::size_t>(form)];
+      "f32", "bf16", "f16", "nf4", "int8", "nf3", "nf2", "mxfp4", "nvfp4", "int4", "fp8", "nf4_nested"}[static_cast<std::size_t>(form)];
 }
 inline const char* name(Format format) { return name(static_cast<Form>(format)); }
 
@@ -253,14 +330,22 @@ class Operand {
   }
 
  private:
-  using Any = std::variant<Stored, StoredLevels, StoredInt8>;
+  using Any = std::variant<Stored, StoredLevels, StoredInt8, StoredFp8>;
 
   static Any make(Random& random, std::int64_t rows, std::int64_t cols, Form form) {
     if (form == Form::int8) return StoredInt8(random, rows, cols);
     if (form == Form::nf4_nested)
       return StoredLevels(random, Format::nf4, rows, cols, random.pick({32, 64, 4096}), true);
+    if (form == Form::fp8) {
+      const ScaleKind kind = random.pick({ScaleKind::f32, ScaleKind::bf16, ScaleKind::e8m0});
+      const std::int64_t width = random.pick({std::int64_t{32}, std::int64_t{128}, std::max<std::int64_t>(cols, 1)});
+      return StoredFp8(random, rows, cols, width == 128 ? 128 : 1, width, kind);
+    }
     if (is_quantized(static_cast<Format>(form))) {
-      return StoredLevels(random, static_cast<Format>(form), rows, cols, random.pick({32, 64, 4096}), false);
+      const BlockRule rule = info(static_cast<Format>(form)).blocks;
+      const int blocksize = rule.in_row ? random.pick({static_cast<int>(rule.least), static_cast<int>(rule.most)})
+                                        : random.pick({32, 64, 4096});
+      return StoredLevels(random, static_cast<Format>(form), rows, cols, blocksize, false);
     }
     return Stored(random.dense(rows, cols), static_cast<Format>(form), random.below(5));
   }

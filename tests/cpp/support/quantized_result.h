@@ -10,8 +10,8 @@
 
 namespace pissa::test {
 
-inline constexpr std::initializer_list<Format> kQuantizedFormats = {Format::nf4, Format::int8, Format::nf3,
-                                                                    Format::nf2};
+inline constexpr std::initializer_list<Format> kQuantizedFormats = {
+    Format::nf4, Format::int8, Format::nf3, Format::nf2, Format::mxfp4, Format::nvfp4, Format::int4, Format::fp8};
 
 /// Room for its parts, and an element more, which nothing may write.
 struct QuantizedResult {
@@ -19,15 +19,18 @@ struct QuantizedResult {
   std::int64_t blocksize;
   std::vector<std::uint8_t> codes;
   std::vector<float> scales;
+  float global = 1.5f;
 
-  /// The block size is that asked for, unless a block of the format is a row.
+  /// The block size is that asked for, or the format's nearest to it.
   QuantizedResult(Format format, std::int64_t rows, std::int64_t cols, std::int64_t asked = 64)
       : format(format),
-        blocksize(info(format).blocks.by_row() ? cols : asked),
+        blocksize(info(format).blocks.by_row()
+                      ? cols
+                      : std::clamp(asked, info(format).blocks.least, info(format).blocks.most)),
         codes(code_bytes(format, rows * cols) + 1, kCode),
         scales(ceil_div(rows * cols, blocksize) + 1, kScale) {}
 
-  QuantOutput output() { return {format, blocksize, codes.data(), scales.data()}; }
+  QuantOutput output() { return {format, blocksize, codes.data(), scales.data(), &global}; }
 
   bool padding_intact() const { return codes.back() == kCode && scales.back() == kScale; }
   bool untouched() const {

@@ -39,11 +39,15 @@ class Staging {
     }
     const std::int64_t count = matrix.rows * matrix.cols;
     Scales& scales = matrix.scales;
-    const std::int64_t blocks = ceil_div(count, scales.blocksize);
+    const std::int64_t blocks = info(matrix.format).scales == ScaleKind::tiles
+                                    ? ceil_div(matrix.rows, scales.rows) * scales.across
+                                    : ceil_div(count, scales.blocksize);
     matrix.data = upload(static_cast<const std::uint8_t*>(matrix.data), code_bytes(matrix.format, count));
     if (scales.absmax) scales.absmax = upload(scales.absmax, blocks);
-    if (scales.absmax8) {
-      scales.absmax8 = upload(scales.absmax8, blocks);
+    if (scales.absmax16) scales.absmax16 = upload(scales.absmax16, blocks);
+    if (scales.absmax8) scales.absmax8 = upload(scales.absmax8, blocks);
+    if (scales.levels) scales.levels = upload(scales.levels, 256);
+    if (scales.nested_absmax) {
       scales.nested_absmax = upload(scales.nested_absmax, ceil_div(blocks, kNestedBlocksize));
       scales.offset = upload(scales.offset, 1);
     }
@@ -165,7 +169,8 @@ class TransferringBackend {
     staged([&](Staging& at) {
       cuda_.gemm_quantized(at(terms), at(addend),
                            {out.format, out.blocksize, at.upload(out.codes, code_bytes(out.format, count), true),
-                            at.upload(out.scales, ceil_div(count, out.blocksize), true)});
+                            at.upload(out.scales, ceil_div(count, out.blocksize), true),
+                            out.global ? at.upload(out.global, 1) : nullptr});
     });
   }
   void weight_gemm_nt(const Matrix& x, const Matrix& weight, float scale, Precision precision,

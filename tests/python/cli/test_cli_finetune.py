@@ -292,7 +292,7 @@ def test_wrong_arguments_are_refused(
         (["--rank_pattern", "q_proj=8"], "got 'q_proj=8'; allowed: JSON, such as"),
         (["--svd-passes", "3"], "got '3'; allowed: auto, or an even number of at least 2"),
         (["--svd-passes", "many"], "got 'many'; allowed: auto, or an even number of at least 2"),
-        (["--quant", "int4"], "invalid choice: 'int4' (choose from"),
+        (["--quant", "int5"], "invalid choice: 'int5' (choose from"),
         (["--start-norm", "one"], "invalid choice: 'one' (choose from"),
     ],
 )

@@ -187,7 +187,7 @@ def test_refusals(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "layer 'model.layers.1.mlp.up_proj': weight: " in message
     assert not (tmp_path / "out").exists()
 
-    for arguments in (["--rank", "0"], ["--quant", "int4"], ["--sample", "x"]):
+    for arguments in (["--rank", "0"], ["--quant", "int5"], ["--sample", "x"]):
         with pytest.raises(SystemExit, match="2"):
             main(["report", str(base), *arguments])
     capsys.readouterr()

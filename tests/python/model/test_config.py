@@ -100,7 +100,7 @@ def test_form(fields: dict[str, object], form: tuple[object, ...]) -> None:
         ({"seed": -1}, "seed"),
         ({"seed": 2**63}, "seed"),
         ({"seed": 0.5}, "seed"),
-        ({"quant": "int4"}, "quant: got 'int4'; allowed: None, 'nf4', 'int8'"),
+        ({"quant": "int5"}, "quant: got 'int5'; allowed: None, 'nf4', 'int8'"),
         ({"quant_iters": 0}, "quant_iters: got 0"),
         ({"quant": "nf4", "quant_iters": True}, "quant_iters: got True"),
         ({"quant_iters": 5}, "quant_iters: got 5 without quant; .* Give quant='nf4' or 'int8'"),

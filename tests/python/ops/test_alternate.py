@@ -251,7 +251,7 @@ def test_errors_name_the_weight_before_anything_is_decomposed() -> None:
         ({"tolerance": -0.1, "form": "nf4"}, r"^tolerance: got -0.1; allowed: a number of at least 0"),
         ({"tolerance": float("nan"), "form": "nf4"}, r"^tolerance: got nan"),
         ({"tolerance": "auto", "form": "nf4"}, r"^tolerance: got 'auto'"),
-        ({"form": "int4"}, r"^form: got 'int4'"),
+        ({"form": "int5"}, r"^form: got 'int5'"),
         ({"form": "int8", "blocksize": 64, "quant_iters": 2}, r"^blocksize: got 64"),
     ],
 )

@@ -121,7 +121,7 @@ def test_threads_do_not_matter() -> None:
         (torch.full((4, 4), float("nan")), {}, ValueError, "weight"),
         (torch.ones(4, 4), {"blocksize": 63}, ValueError, "blocksize"),
         (torch.ones(4, 4), {"blocksize": 8192}, ValueError, "blocksize"),
-        (torch.ones(4, 4), {"format": "int4"}, ValueError, "format"),
+        (torch.ones(4, 4), {"format": "int5"}, ValueError, "format"),
     ],
 )
 def test_quantize_refuses_by_name(

@@ -15,22 +15,24 @@ GROUND = f"{PACKAGE}/*.py*"
 
 # A room's lines after the last cut, and 5 % more. Calibration, with error feedback and two formats, is 560 of them in
 # cpp, 150 in ops, 330 in model, and 700 of tests; the repair of a model that bitsandbytes has quantised
-# is 150 in model and 40 in integrations.
+# is 150 in model and 40 in integrations. The formats of released models are 680 in cpp, 110 in ops, 260 in base (their
+# layouts), 230 in files (which tensors make which layer; a checkpoint read as the dense one), 150 in bench, 1,000 of
+# tests.
 BUDGETS = {
     GROUND: 1_060,
-    f"{PACKAGE}/ops": 1_920,
-    f"{PACKAGE}/base": 1_930,
+    f"{PACKAGE}/ops": 2_000,
+    f"{PACKAGE}/base": 2_200,
     f"{PACKAGE}/layers": 1_230,
     f"{PACKAGE}/model": 2_350,
-    f"{PACKAGE}/files": 2_570,
+    f"{PACKAGE}/files": 2_780,
     f"{PACKAGE}/conversion": 660,
     f"{PACKAGE}/checkpoints": 2_730,
     f"{PACKAGE}/integrations": 890,
     f"{PACKAGE}/training": 390,
     f"{PACKAGE}/cli": 2_410,
-    "cpp/pissa": 10_450,
-    "bench": 12_500,
-    "tests": 42_000,
+    "cpp/pissa": 10_750,
+    "bench": 12_800,
+    "tests": 43_000,
 }
 TEXT = {".py", ".pyi", ".h", ".cc", ".cu", ".txt", ".sh", ".md", ".json", ".jsonl", ".yaml", ".ini"}
 

@@ -40,9 +40,9 @@ void encode(const float* values, std::int64_t count, Format format, void* to) {
   }
 }
 
-void quantize(Format format, const float* values, std::int64_t count, std::int64_t blocksize, std::uint8_t* codes,
-              float* scales) {
-  with_codes(format, [&](auto kind) { kind.quantize(values, count, blocksize, codes, scales); });
+void quantize(Format format, const float* values, std::int64_t count, std::int64_t blocksize, float global,
+              std::uint8_t* codes, float* scales) {
+  with_codes(format, [&](auto kind) { kind.quantize(values, count, blocksize, global, codes, scales); });
 }
 
 // A row's columns depend on those behind them: a row at a time, whose sums stay in L1.
@@ -58,10 +58,12 @@ void quantize_columns(const Matrix& w, const Matrix& lower, const float* recipro
       std::uint8_t row_codes[kFeedbackColumns];
       decode(w, i, first, count, weights);
       const std::int64_t start = i * w.cols + first;
-      const std::int64_t first_block = Codes::block(scales, i, start);
+      const std::int64_t first_block = Codes::block(scales, i, first, w.cols);
       float absmax[kFeedbackColumns];
-      decode_absmax(scales, first_block, Codes::block(scales, i, start + count - 1) - first_block + 1, absmax);
-      for (std::int64_t j = 0; j < count; ++j) scale[j] = absmax[Codes::block(scales, i, start + j) - first_block];
+      decode_absmax(scales, first_block, Codes::block(scales, i, first + count - 1, w.cols) - first_block + 1, absmax);
+      for (std::int64_t j = 0; j < count; ++j) {
+        scale[j] = absmax[Codes::block(scales, i, first + j, w.cols) - first_block];
+      }
       float* sums = static_cast<float*>(errors.data) + i * errors.ld;
       for (std::int64_t j = count - 1; j >= 0; --j) {
         const float element = Codes::nearest(weights[j] + sums[j] * reciprocals[j], scale[j], row_codes[j]);

@@ -2,7 +2,7 @@
 // only.
 //
 //   decode<Product>     part of a row as elements of the product, each rounded once
-//   quantize            whole blocks, the last of which may be short
+//   quantize            whole blocks, the last of which may be short where blocks may cross rows
 //   nearest             the element nearest to a value, given its block's scale, and its code
 //   pack                codes, a byte each, as they are stored
 //   block               the block of an element
@@ -10,6 +10,7 @@
 //   dot<Product>        c = or += the term, straight from the codes
 #pragma once
 
+#include "pissa/cpu/kernels/fp8.h"
 #include "pissa/cpu/kernels/int8.h"
 #include "pissa/cpu/kernels/nf4.h"
 #include "pissa/cpu/kernels/normal_float.h"
@@ -29,6 +30,14 @@ PISSA_INLINE auto with_codes(Format format, F f) {
       return f(FewBits<Format::nf3>{});
     case Format::nf2:
       return f(FewBits<Format::nf2>{});
+    case Format::mxfp4:
+      return f(Grouped<Format::mxfp4>{});
+    case Format::nvfp4:
+      return f(Grouped<Format::nvfp4>{});
+    case Format::int4:
+      return f(Grouped<Format::int4>{});
+    case Format::fp8:
+      return f(Fp8{});
     default:
       __builtin_unreachable();
   }

@@ -11,14 +11,14 @@ namespace {
 struct Int8 {
   static constexpr Format kFormat = Format::int8;
 
-  static PISSA_INLINE std::int64_t block(const Scales&, std::int64_t row, std::int64_t) { return row; }
+  static PISSA_INLINE std::int64_t block(const Scales&, std::int64_t row, std::int64_t, std::int64_t) { return row; }
   template <class Product>
   static void decode(const Matrix& matrix, std::int64_t row, std::int64_t col, std::int64_t count,
                      typename Product::Element* to);
   template <class Product>
   static void decode_unscaled(const Matrix& matrix, std::int64_t row, std::int64_t col, std::int64_t count,
                               typename Product::Element* to);
-  static void quantize(const float* values, std::int64_t count, std::int64_t blocksize, std::uint8_t* codes,
+  static void quantize(const float* values, std::int64_t count, std::int64_t blocksize, float, std::uint8_t* codes,
                        float* scales);
   static PISSA_INLINE float nearest(float value, float scale, std::uint8_t& code);
   static PISSA_INLINE void pack(const std::uint8_t* codes, std::int64_t count, std::uint8_t* to) {
@@ -60,7 +60,7 @@ void Int8::decode_unscaled(const Matrix& matrix, std::int64_t row, std::int64_t 
 // Adding and taking away 3 * 2^22 rounds what is below 2^22 to an integer.
 constexpr float kRound = 12582912.0f;
 
-void Int8::quantize(const float* values, std::int64_t count, std::int64_t blocksize, std::uint8_t* codes,
+void Int8::quantize(const float* values, std::int64_t count, std::int64_t blocksize, float, std::uint8_t* codes,
                     float* scales) {
   for (const float* end = values + count; values != end; values += blocksize, codes += blocksize) {
     const float largest = max_abs(values, blocksize);

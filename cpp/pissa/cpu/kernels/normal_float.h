@@ -3,7 +3,7 @@
 
 #include "pissa/core/nf4.h"
 #include "pissa/core/normal_float.h"
-#include "pissa/cpu/kernels/nf4.h"
+#include "pissa/cpu/kernels/four_bits.h"
 #include "pissa/cpu/kernels/reduce.h"
 #include "pissa/cpu/kernels/scales.h"
 
@@ -17,8 +17,8 @@ struct FewBits {
   static constexpr int kGroup = 8;  // codes in kBits bytes
   static constexpr unsigned kMask = (1u << kBits) - 1;
 
-  static PISSA_INLINE std::int64_t block(const Scales& scales, std::int64_t, std::int64_t element) {
-    return element >> log2_blocksize(scales);
+  static PISSA_INLINE std::int64_t block(const Scales& scales, std::int64_t row, std::int64_t col, std::int64_t cols) {
+    return (row * cols + col) >> log2_blocksize(scales);
   }
 
   static PISSA_INLINE unsigned code_at(const std::uint8_t* codes, std::int64_t i) {
@@ -56,7 +56,7 @@ struct FewBits {
   }
 
   // As NF4: whole blocks are multiplied by 1 / absmax, a short last one is divided by absmax.
-  static void quantize(const float* values, std::int64_t count, std::int64_t blocksize, std::uint8_t* codes,
+  static void quantize(const float* values, std::int64_t count, std::int64_t blocksize, float, std::uint8_t* codes,
                        float* absmax) {
     for (std::int64_t first = 0; first < count; first += blocksize, codes += blocksize * kBits / 8) {
       const std::int64_t length = smaller(blocksize, count - first);
@@ -78,7 +78,7 @@ struct FewBits {
   }
 
   static PISSA_INLINE float nearest(float value, float scale, std::uint8_t& code) {
-    code = normal_float_code<format>(nf4_scaled(value, scale));
+    code = normal_float_code<format>(over_scale(value, scale));
     return NormalFloat<format>::kLevels[code] * scale;
   }
 

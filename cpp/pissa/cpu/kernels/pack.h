@@ -39,9 +39,7 @@ PISSA_INLINE void prefetch(const Matrix& matrix, std::int64_t row, std::int64_t 
     with_codes(matrix.format, [&](auto codes) {
       constexpr int kBits = info(codes.kFormat).bits;
       for (std::int64_t i = first * kBits / 8; i < (first + count) * kBits / 8; i += 64) __builtin_prefetch(data + i);
-      const std::int64_t block = codes.block(matrix.scales, row, first);
-      if (matrix.scales.absmax) __builtin_prefetch(matrix.scales.absmax + block);
-      else __builtin_prefetch(matrix.scales.absmax8 + block);
+      prefetch_scale(matrix.scales, codes.block(matrix.scales, row, col, matrix.cols));
     });
   } else {
     row += 14;

@@ -1,6 +1,7 @@
-// Scales of quantised blocks, which may be quantised too. Included by kernels.cc only.
+// Scales of quantised blocks, in whatever they are stored. Included by kernels.cc only.
 #pragma once
 
+#include "pissa/core/fp8.h"
 #include "pissa/core/nested_scales.h"
 #include "pissa/cpu/kernels/dense.h"
 
@@ -11,6 +12,12 @@ namespace {
 void decode_absmax(const Scales& scales, std::int64_t first, std::int64_t count, float* to) {
   if (scales.absmax) {
     __builtin_memcpy(to, scales.absmax + first, count * sizeof *to);
+    return;
+  }
+  if (scales.absmax16) return decode_bf16(scales.absmax16 + first, count, to);
+  if (!scales.nested_absmax) {
+    const std::uint8_t* bytes = scales.absmax8 + first;
+    for (std::int64_t i = 0; i < count; ++i) to[i] = scales.levels ? scales.levels[bytes[i]] : e8m0_value(bytes[i]);
     return;
   }
   const float offset = *scales.offset;
@@ -24,6 +31,13 @@ void decode_absmax(const Scales& scales, std::int64_t first, std::int64_t count,
     }
     for (; i < run_end; ++i) to[i] = kDynamicMap[scales.absmax8[first + i]] * nested_absmax + offset;
   }
+}
+
+// Asks for the scale of a block.
+PISSA_INLINE void prefetch_scale(const Scales& scales, std::int64_t block) {
+  if (scales.absmax) __builtin_prefetch(scales.absmax + block);
+  else if (scales.absmax16) __builtin_prefetch(scales.absmax16 + block);
+  else __builtin_prefetch(scales.absmax8 + block);
 }
 
 }  // namespace

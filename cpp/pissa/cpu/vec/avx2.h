@@ -55,6 +55,16 @@ struct Vec {
   static PISSA_INLINE Reg load_i8(const std::int8_t* from) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
   }
+  // Exponent and fraction where f16 has them, times the ratio of the biases, 2^(15 - 7). Code 127 is NaN.
+  static PISSA_INLINE Reg load_f8(const std::uint8_t* from) {
+    const __m128i codes = _mm_cvtepi8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+    const __m128i magnitude = _mm_and_si128(codes, _mm_set1_epi16(0x7f));
+    const __m128i sign = _mm_and_si128(codes, _mm_set1_epi16(-0x8000));
+    const __m128i nan = _mm_cmpeq_epi16(magnitude, _mm_set1_epi16(0x7f));
+    const __m128i bits = _mm_or_si128(_mm_or_si128(_mm_slli_epi16(magnitude, 7), sign),
+                                      _mm_and_si128(nan, _mm_set1_epi16(0x7e00)));
+    return mul(_mm256_cvtph_ps(bits), broadcast(256.0f));
+  }
   static PISSA_INLINE Reg load_f16(const std::uint16_t* from) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
   }
@@ -75,12 +85,14 @@ struct Vec {
   struct Reg2 {
     Reg a, b;
   };
+  static constexpr int kMostBlocks = 1;
   struct Table {
     Reg low;   // levels 0 to 7
     Reg high;  // levels 8 to 15
   };
-  static PISSA_INLINE Table table(const float* levels, float scale) {
-    return {mul(load(levels), broadcast(scale)), mul(load(levels + 8), broadcast(scale))};
+  template <int blocks>
+  static PISSA_INLINE Table table(const float* levels, const float* scales) {
+    return {mul(load(levels), broadcast(*scales)), mul(load(levels + 8), broadcast(*scales))};
   }
   static PISSA_INLINE Reg look_up(const Table& table, __m256i codes) {         // by the low four bits of each lane
     const Reg upper_half = _mm256_castsi256_ps(_mm256_slli_epi32(codes, 28));  // bit 3 becomes the sign

@@ -47,6 +47,16 @@ struct Vec {
   static PISSA_INLINE Reg load_i8(const std::int8_t* from) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
   }
+  // Exponent and fraction where f16 has them, times the ratio of the biases, 2^(15 - 7). Code 127 is NaN.
+  static PISSA_INLINE Reg load_f8(const std::uint8_t* from) {
+    const __m256i codes = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+    const __m256i magnitude = _mm256_and_si256(codes, _mm256_set1_epi16(0x7f));
+    const __m256i sign = _mm256_and_si256(codes, _mm256_set1_epi16(-0x8000));
+    const __m256i nan = _mm256_cmpeq_epi16(magnitude, _mm256_set1_epi16(0x7f));
+    const __m256i bits = _mm256_or_si256(_mm256_or_si256(_mm256_slli_epi16(magnitude, 7), sign),
+                                         _mm256_and_si256(nan, _mm256_set1_epi16(0x7e00)));
+    return mul(_mm512_cvtph_ps(bits), broadcast(256.0f));
+  }
   static PISSA_INLINE Reg load_f16(const std::uint16_t* from) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
   }
@@ -68,14 +78,32 @@ struct Vec {
     Reg a, b;
   };
 
+  static constexpr int kMostBlocks = 2;
+  template <int blocks>
   struct Table {
-    Reg levels;
+    Reg levels[blocks];
   };
-  static PISSA_INLINE Table table(const float* levels, float scale) { return {mul(load(levels), broadcast(scale))}; }
-  static PISSA_INLINE Reg2 decode_split(const Table& table, const std::uint8_t* bytes) {
-    const __m512i codes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
-    return {_mm512_permutexvar_ps(_mm512_srli_epi32(codes, 4), table.levels),
-            _mm512_permutexvar_ps(codes, table.levels)};
+  template <int blocks>
+  static PISSA_INLINE Table<blocks> table(const float* levels, const float* scales) {
+    Table<blocks> scaled;
+    for (int i = 0; i < blocks; ++i) scaled.levels[i] = mul(load(levels), broadcast(scales[i]));
+    return scaled;
+  }
+  static PISSA_INLINE Reg2 decode_split(const Table<1>& table, const std::uint8_t* bytes) {
+    const __m512i codes = load_codes(bytes);
+    return {_mm512_permutexvar_ps(_mm512_srli_epi32(codes, 4), table.levels[0]),
+            _mm512_permutexvar_ps(codes, table.levels[0])};
+  }
+  static PISSA_INLINE Reg2 decode_split(const Table<2>& table, const std::uint8_t* bytes) {
+    const __m512i block = _mm512_set_epi32(16, 16, 16, 16, 16, 16, 16, 16, 0, 0, 0, 0, 0, 0, 0, 0);
+    const __m512i codes = load_codes(bytes);
+    const __m512i high = _mm512_or_si512(_mm512_srli_epi32(codes, 4), block);
+    const __m512i low = _mm512_or_si512(_mm512_and_si512(codes, _mm512_set1_epi32(15)), block);
+    return {_mm512_permutex2var_ps(table.levels[0], high, table.levels[1]),
+            _mm512_permutex2var_ps(table.levels[0], low, table.levels[1])};
+  }
+  static PISSA_INLINE __m512i load_codes(const std::uint8_t* bytes) {
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
   }
   static PISSA_INLINE Reg2 interleave(Reg2 split) {
     const __m512i first = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);

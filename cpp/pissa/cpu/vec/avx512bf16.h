@@ -12,21 +12,39 @@
 namespace pissa::cpu::PISSA_ISA {
 
 struct Pairs {
+  static constexpr int kMostBlocks = 4;
+  // vpermw looks at five bits of a lane, vpermi2w at six: 16 bf16 twice, those of two blocks, or of four.
+  template <int blocks>
   struct Table {
-    __m512i levels;  // 16 bf16, twice: vpermw looks at five bits of a lane
+    __m512i levels[blocks == 4 ? 2 : 1];
   };
 
   static PISSA_INLINE Vec::Reg mac(Vec::Reg a, Vec::Reg b, Vec::Reg c) {
     return _mm512_dpbf16_ps(c, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
   }
-  static PISSA_INLINE Table table(const float* levels, float scale) {
-    const __m256bh scaled = _mm512_cvtneps_pbh(Vec::mul(Vec::load(levels), Vec::broadcast(scale)));
-    return {_mm512_broadcast_i64x4(reinterpret_cast<__m256i>(scaled))};
+  static PISSA_INLINE void store(Half* to, Vec::Reg2 values) {
+    _mm512_storeu_si512(to, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(values.b, values.a)));
   }
-  static PISSA_INLINE Vec::Reg2 decode_split(const Table& table, const std::uint8_t* bytes) {
-    const __m512i codes = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes)));
-    return {_mm512_castsi512_ps(_mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 4), table.levels)),
-            _mm512_castsi512_ps(_mm512_permutexvar_epi16(codes, table.levels))};
+  template <int blocks>
+  static PISSA_INLINE Table<blocks> table(const float* levels, const float* scales) {
+    const Vec::Reg all = Vec::load(levels);
+    if constexpr (blocks == 1) {
+      const __m256bh scaled = _mm512_cvtneps_pbh(Vec::mul(all, Vec::broadcast(scales[0])));
+      return {{_mm512_broadcast_i64x4(reinterpret_cast<__m256i>(scaled))}};
+    } else {
+      Table<blocks> scaled;
+      for (int i = 0; i < blocks / 2; ++i) {
+        scaled.levels[i] = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(
+            Vec::mul(all, Vec::broadcast(scales[2 * i + 1])), Vec::mul(all, Vec::broadcast(scales[2 * i]))));
+      }
+      return scaled;
+    }
+  }
+  template <int blocks>
+  static PISSA_INLINE Vec::Reg2 decode_split(const Table<blocks>& table, const std::uint8_t* bytes) {
+    const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes));
+    const Codes<blocks> codes(words, _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0));
+    return {_mm512_castsi512_ps(codes.high(table)), _mm512_castsi512_ps(codes.low(table))};
   }
   static PISSA_INLINE Vec::Reg2 interleave(Vec::Reg2 split) {
     const __m512i a = _mm512_castps_si512(split.a);
@@ -38,17 +56,44 @@ struct Pairs {
     return {_mm512_castsi512_ps(_mm512_permutex2var_epi64(low, first, high)),
             _mm512_castsi512_ps(_mm512_permutex2var_epi64(low, second, high))};
   }
-  static PISSA_INLINE void decode(const Table& table, const std::uint8_t* bytes, Half* to) {
+  template <bool low_first, int blocks>
+  static PISSA_INLINE void decode(const Table<blocks>& table, const std::uint8_t* bytes, Half* to) {
     // unpack works within 128 bits: deal the bytes out so that its results are in order
     const __m256i order = _mm256_set_epi32(7, 3, 6, 2, 5, 1, 4, 0);
-    const __m256i dealt =
-        _mm256_permutevar8x32_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes)), order);
-    const __m512i codes = _mm512_cvtepu8_epi16(dealt);
-    const __m512i even = _mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 4), table.levels);
-    const __m512i odd = _mm512_permutexvar_epi16(codes, table.levels);
+    const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes));
+    const Codes<blocks> codes(_mm256_permutevar8x32_epi32(words, order), order);
+    const __m512i even = low_first ? codes.low(table) : codes.high(table);
+    const __m512i odd = low_first ? codes.high(table) : codes.low(table);
     _mm512_storeu_si512(to, _mm512_unpacklo_epi16(even, odd));
     _mm512_storeu_si512(to + 32, _mm512_unpackhi_epi16(even, odd));
   }
+
+ private:
+  // Codes in 16-bit lanes, and 16 times the block of each; `order`: which of the 32-bit words these bytes were.
+  template <int blocks>
+  struct Codes {
+    __m512i codes, block;
+
+    PISSA_INLINE Codes(__m256i words, __m256i order) : codes(_mm512_cvtepu8_epi16(words)) {
+      if constexpr (blocks > 1) {
+        const __m256i of_word = _mm256_and_si256(_mm256_slli_epi32(order, blocks == 2 ? 2 : 3), _mm256_set1_epi32(48));
+        block = _mm512_cvtepu8_epi16(_mm256_mullo_epi32(of_word, _mm256_set1_epi32(0x01010101)));
+      }
+    }
+    PISSA_INLINE __m512i high(const Table<blocks>& table) const {
+      const __m512i index = _mm512_srli_epi16(codes, 4);
+      if constexpr (blocks == 1) return look_up(table, index);
+      else return look_up(table, _mm512_or_si512(index, block));
+    }
+    PISSA_INLINE __m512i low(const Table<blocks>& table) const {
+      if constexpr (blocks == 1) return look_up(table, codes);
+      else return look_up(table, _mm512_or_si512(_mm512_and_si512(codes, _mm512_set1_epi16(15)), block));
+    }
+    static PISSA_INLINE __m512i look_up(const Table<blocks>& table, __m512i index) {
+      if constexpr (blocks == 4) return _mm512_permutex2var_epi16(table.levels[0], index, table.levels[1]);
+      else return _mm512_permutexvar_epi16(index, table.levels[0]);
+    }
+  };
 };
 
 }  // namespace pissa::cpu::PISSA_ISA

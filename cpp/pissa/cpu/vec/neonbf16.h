@@ -13,6 +13,7 @@
 namespace pissa::cpu::PISSA_ISA {
 
 struct Pairs {
+  static constexpr int kMostBlocks = 1;
   struct Table {
     uint8x16_t low, high;  // bytes of 16 bf16
   };
@@ -24,11 +25,15 @@ struct Pairs {
   static PISSA_INLINE Vec::Reg mac_lane(Vec::Reg a, Vec::Reg b, Vec::Reg c) {
     return vbfdotq_laneq_f32(c, vreinterpretq_bf16_f32(b), vreinterpretq_bf16_f32(a), lane);
   }
-  static PISSA_INLINE Table table(const float* levels, float scale) {
+  static PISSA_INLINE void store(Half* to, Vec::Reg2 values) {
+    vst1q_u16(to, vreinterpretq_u16_bf16(vcvtq_high_bf16_f32(vcvtq_low_bf16_f32(values.a), values.b)));
+  }
+  template <int blocks>
+  static PISSA_INLINE Table table(const float* levels, const float* scales) {
     uint8x16_t eight[2];
     for (int i = 0; i < 2; ++i) {
-      const Vec::Reg first = Vec::mul(Vec::load(levels + 8 * i), Vec::broadcast(scale));
-      const Vec::Reg second = Vec::mul(Vec::load(levels + 8 * i + 4), Vec::broadcast(scale));
+      const Vec::Reg first = Vec::mul(Vec::load(levels + 8 * i), Vec::broadcast(*scales));
+      const Vec::Reg second = Vec::mul(Vec::load(levels + 8 * i + 4), Vec::broadcast(*scales));
       eight[i] = vreinterpretq_u8_bf16(vcvtq_high_bf16_f32(vcvtq_low_bf16_f32(first), second));
     }
     return {vuzp1q_u8(eight[0], eight[1]), vuzp2q_u8(eight[0], eight[1])};
@@ -42,11 +47,13 @@ struct Pairs {
     const uint16x8_t b = vreinterpretq_u16_f32(split.b);
     return {vreinterpretq_f32_u16(vzip1q_u16(a, b)), vreinterpretq_f32_u16(vzip2q_u16(a, b))};
   }
+  template <bool low_first>
   static PISSA_INLINE void decode(const Table& table, const std::uint8_t* bytes, Half* to) {
     const uint8x8_t codes = vld1_u8(bytes);
     const uint8x8_t high = vshr_n_u8(codes, 4);
     const uint8x8_t low = vand_u8(codes, vdup_n_u8(15));
-    const Vec::Reg2 values = look_up(table, vcombine_u8(vzip1_u8(high, low), vzip2_u8(high, low)));
+    const uint8x8_t one = low_first ? low : high, other = low_first ? high : low;
+    const Vec::Reg2 values = look_up(table, vcombine_u8(vzip1_u8(one, other), vzip2_u8(one, other)));
     Vec::store(reinterpret_cast<float*>(to), values.a);
     Vec::store(reinterpret_cast<float*>(to + 8), values.b);
   }

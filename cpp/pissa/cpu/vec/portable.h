@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "pissa/core/fp8.h"
 #include "pissa/core/nf4.h"
 #include "pissa/core/types.h"
 
@@ -68,6 +69,9 @@ struct Vec {
   static PISSA_INLINE Reg load_i8(const std::int8_t* from) {
     return each([&](int i) { return static_cast<float>(from[i]); });
   }
+  static PISSA_INLINE Reg load_f8(const std::uint8_t* from) {
+    return each([&](int i) { return e4m3_value(from[i]); });
+  }
   static PISSA_INLINE Reg load_f16(const std::uint16_t* from) {
     return each([&](int i) { return widen_f16(from[i]); });
   }
@@ -82,12 +86,14 @@ struct Vec {
   struct Reg2 {
     Reg a, b;
   };
+  static constexpr int kMostBlocks = 1;
   struct Table {
     float levels[16];
   };
-  static PISSA_INLINE Table table(const float* levels, float scale) {
+  template <int blocks>
+  static PISSA_INLINE Table table(const float* levels, const float* scales) {
     Table scaled;
-    for (int i = 0; i < 16; ++i) scaled.levels[i] = levels[i] * scale;
+    for (int i = 0; i < 16; ++i) scaled.levels[i] = levels[i] * *scales;
     return scaled;
   }
   static PISSA_INLINE Reg2 decode_split(const Table& table, const std::uint8_t* bytes) {

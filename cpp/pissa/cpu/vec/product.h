@@ -23,8 +23,8 @@ using Tiles = NoTiles;
 struct F32 {
   using Element = float;
   using Tiles = NoTiles;
-  using Table = Vec::Table;
   static constexpr int kPerWord = 1;
+  static constexpr int kMostBlocks = Vec::kMostBlocks;
   static constexpr int kDecodeBytes = Vec::kWidth;  // what one decode reads; it gives twice as many elements
 
   static PISSA_INLINE Vec::Reg mac(Vec::Reg a, Vec::Reg b, Vec::Reg c) { return Vec::fma(a, b, c); }
@@ -33,15 +33,23 @@ struct F32 {
     return V::template fma_lane<lane>(a, b, c);
   }
   static PISSA_INLINE float round(float value) { return value; }
+  static PISSA_INLINE void store(float* to, Vec::Reg2 values) {
+    Vec::store(to, values.a);
+    Vec::store(to + Vec::kWidth, values.b);
+  }
   static PISSA_INLINE float exact(std::int8_t value) { return value; }
-  static PISSA_INLINE Table table(const float* levels, float scale) { return Vec::table(levels, scale); }
+  template <int blocks>
+  static PISSA_INLINE auto table(const float* levels, const float* scales) {
+    return Vec::template table<blocks>(levels, scales);
+  }
+  template <class Table>
   static PISSA_INLINE Vec::Reg2 decode_split(const Table& table, const std::uint8_t* bytes) {
     return Vec::decode_split(table, bytes);
   }
+  template <bool low_first, class Table>
   static PISSA_INLINE void decode(const Table& table, const std::uint8_t* bytes, float* to) {
-    const Vec::Reg2 values = Vec::interleave(Vec::decode_split(table, bytes));
-    Vec::store(to, values.a);
-    Vec::store(to + Vec::kWidth, values.b);
+    const Vec::Reg2 split = Vec::decode_split(table, bytes);
+    store(to, Vec::interleave(low_first ? Vec::Reg2{split.b, split.a} : split));
   }
 };
 
@@ -50,9 +58,10 @@ struct F32 {
 // A word is a pair of bf16, the element of the lower index in the lower half. Products are exact, sums f32. Pairs is
 // the instruction set's part:
 // - mac, c + the two products of every lane; where Vec::kByLane, mac_lane also, with one lane of a for all of b
-// - Table, 16 levels times a scale, rounded once: a dequantisation to bf16 gives the same
+// - kMostBlocks and table, as a Vec's, rounded once: a dequantisation to bf16 gives the same
 // - decode_split, the elements of kDecodeBytes bytes, those in the high nibbles and those in the low ones, in 16-bit
-//   lanes; interleave, 32-bit lanes of pairs from 16-bit lanes of each; decode, the elements in order
+//   lanes; interleave, 32-bit lanes of pairs from 16-bit lanes of each; decode<low_first>, the elements in order
+// - store, two registers of f32, rounded
 struct Bf16 : Pairs {
   using Element = Half;
   using Tiles = PISSA_ISA::Tiles;
