@@ -31,7 +31,7 @@ class TiedWeightWarning(PissaWarning):
 
 
 class RequantizedWarning(PissaWarning):
-    """Weights that bitsandbytes has quantised are quantised a second time."""
+    """Weights that are quantised already are quantised a second time."""
 
 
 class InexactLoraWarning(PissaWarning):

@@ -14,7 +14,7 @@ from pissa.base.bitsandbytes_state import as_bytes, nf4_from_state
 from pissa.base.bitsandbytes_state import from_state as from_state
 from pissa.base.bitsandbytes_state import to_bitsandbytes as to_bitsandbytes
 from pissa.base.start import StartFactors
-from pissa.base.weights import Dense, HoldsCodes, copy_without_hooks, dense_linear, in_memory
+from pissa.base.weights import CodedLinear, Dense, copy_without_hooks, dense_linear, in_memory
 from pissa.distributed import is_sharded
 
 _OTHER_CODES = 0.01
@@ -28,14 +28,13 @@ def is_bitsandbytes(module: nn.Module, *names: str) -> bool:
     return kind.__name__ in names and kind.__module__.startswith("bitsandbytes.")
 
 
-class BnbLinear4bit(HoldsCodes):
+class BnbLinear4bit(CodedLinear):
     """The base in the place of bitsandbytes' Linear4bit, y = x Qᵀ + b: it computes the same from the same bytes, on the
     CPU in training as in evaluation (bitsandbytes there repacks them and loses the gradient). It remembers the dtype of
     the parameter that holds the codes, `quant_storage`, the one that bitsandbytes decodes them to, and the one that it
     casts inputs to, or None; and its layer, `linear`, if there is one: `restored` makes one otherwise."""
 
-    start = None
-    is_bnb_quantised = True
+    fingerprint_dtype = None
 
     def __init__(
         self,
@@ -47,10 +46,7 @@ class BnbLinear4bit(HoldsCodes):
         compute_dtype: torch.dtype | None,
         linear: Any = None,
     ) -> None:
-        super().__init__()
-        self.out_features, self.in_features = weight.shape
-        self.hold(weight, quant_storage)
-        self.bias = bias
+        super().__init__(weight, bias, quant_storage)
         self.decoded_dtype, self.compute_dtype = decoded_dtype, compute_dtype
         # The layer without its tensors, which would not follow ours to a device. A list keeps it out of our modules.
         self._rest: list[Any] = []
@@ -71,19 +67,11 @@ class BnbLinear4bit(HoldsCodes):
         codes = ops.quantize(weight, quantised.format, blocksize=quantised.blocksize).codes
         return weight if (codes != quantised.codes).float().mean() <= _OTHER_CODES else None
 
-    def matrix(self) -> Tensor:
-        """The weight in float32 [out, in]."""
-        return ops.dequantize(self.quantized)
-
-    def product(self, x: Tensor) -> Tensor:
-        """The output without the bias."""
-        return ops.linear(x, self.quantized)
-
     def fused(
         self, start: StartFactors, scaling: float, dtype: torch.dtype
     ) -> tuple[Tensor | ops.QuantizedWeight, bool] | None:
-        """The codes, which are the whole weight, for an input that bitsandbytes' layer would not cast."""
-        return (self.quantized, True) if self.compute_dtype in (None, dtype) else None
+        """The codes, for an input that bitsandbytes' layer would not cast."""
+        return super().fused(start, scaling, dtype) if self.compute_dtype in (None, dtype) else None
 
     def restored(self) -> nn.Module:
         """bitsandbytes' layer again, over the same bytes."""
@@ -113,18 +101,18 @@ class BnbLinear4bit(HoldsCodes):
     def forward(self, x: Tensor) -> Tensor:
         """The output, computed in `compute_dtype` if bitsandbytes' layer has one, and in the dtype of x again."""
         if self.compute_dtype in (None, x.dtype):
-            return ops.linear(x, self.quantized, self.bias)
+            return super().forward(x)
         return ops.linear(x.to(self.compute_dtype), self.quantized, self.bias).to(x.dtype)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, blocksize={self.blocksize}, double_quant={self.double_quant}"
+        return f"{super().extra_repr()}, double_quant={self.double_quant}"
 
 
 class BnbLinear(Dense):
     """The base that a layer of bitsandbytes is, which computes with its codes. Only those of 8 bits are read here: a
     layer of 4 bits that is adapted makes way for a BnbLinear4bit."""
 
-    is_bnb_quantised = True
+    is_quantised = True
     dense_type: type[nn.Module] = nn.Linear
     dtype: torch.dtype | None = None
 

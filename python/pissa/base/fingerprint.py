@@ -62,7 +62,9 @@ class Fingerprints:
 
     def _of(self, known: Remembered, base: Base, tensors: Callable[[], list[Tensor]]) -> Fingerprint:
         found = known.find(base.parameter)
-        return known.learn(base.parameter, fingerprint(*tensors())) if found is None else found
+        if found is None:
+            found = known.learn(base.parameter, fingerprint(*tensors(), dtype=base.fingerprint_dtype))
+        return found
 
     def learn_weight(self, base: Base, value: str) -> None:
         """Takes a value of `of_weight` that another process, or a file, has."""

@@ -25,7 +25,8 @@ class StartTask(NamedTuple):
     """Weights at which adapters are to start."""
 
     weights: Sequence[Tensor]
-    """[out, in], of any dtype that `ops.split` takes."""
+    """[out, in], of any dtype that `ops.split` takes; on the meta device if a method that does not read weights has not
+    asked for their values."""
     origins: Sequence[Origin]
     """Rank and scaling of each."""
     config: PissaConfig
@@ -35,6 +36,8 @@ class StartTask(NamedTuple):
     """The second moment of each layer's inputs, as `ops.split` takes it, where the configuration needs them."""
     kept: Sequence[ops.QuantizedWeight] | None = None
     """The codes of each weight, where they are there already and stay as they are."""
+    device: torch.device | None = None
+    """Where factors go; None: where the weights are."""
 
     @property
     def weight_names(self) -> list[str]:
@@ -53,6 +56,9 @@ class InitMethod(ABC):
 
     fields: ClassVar[tuple[str, ...]] = ("svd", "svd_passes", "seed")
     """The fields of the configuration that are the identity of a start; see `identity`."""
+
+    reads_weights: ClassVar[bool] = True
+    """Whether factors depend on the weights."""
 
     takes_nothing: ClassVar[bool] = False
     """Whether a residual that no alternation has found lacks nothing of the start: it is format(W)."""
@@ -160,9 +166,14 @@ class Lora(InitMethod):
     """A as nn.Linear's, B = 0 (arXiv 2106.09685). The random factor depends on the layer's name and the seed only."""
 
     name = "lora"
+    reads_weights = False
 
     def start(self, task: StartTask) -> list[StartFactors]:
-        check_weights(task.weights, task.weight_names)
+        device = task.device or task.weights[0].device
+        known = {
+            name: weight for name, weight in zip(task.weight_names, task.weights, strict=True) if not weight.is_meta
+        }
+        check_weights(list(known.values()), list(known))
         drawn = []
         for weight, origin, name in zip(task.weights, task.origins, task.names, strict=True):
             generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) ^ task.config.seed)
@@ -170,8 +181,8 @@ class Lora(InitMethod):
             uniform = torch.rand(origin.r, weight.shape[1], generator=generator, dtype=torch.float32)
             drawn.append((2 * uniform - 1) * bound)
         return [
-            StartFactors(a0, weight.new_zeros(weight.shape[0], origin.r, dtype=torch.float32), origin)
-            for a0, weight, origin in zip(_sent(drawn, task.weights), task.weights, task.origins, strict=True)
+            StartFactors(a0, torch.zeros(weight.shape[0], origin.r, device=device), origin)
+            for a0, weight, origin in zip(_sent(drawn, device), task.weights, task.origins, strict=True)
         ]
 
 
@@ -297,12 +308,11 @@ def _principal(task: StartTask, **options: Any) -> list[StartFactors]:
     ]
 
 
-def _sent(tensors: Sequence[Tensor], weights: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Tensors of the CPU where the weights are, all on one device. They go there in one copy, since the host waits for
-    the GPU at each."""
-    if not weights or weights[0].device.type == "cpu":
+def _sent(tensors: Sequence[Tensor], device: torch.device) -> Sequence[Tensor]:
+    """Tensors of the CPU on a device. They go there in one copy, since the host waits for the GPU at each."""
+    if device.type == "cpu":
         return tensors
-    flat = torch.cat([tensor.flatten() for tensor in tensors]).to(weights[0].device)
+    flat = torch.cat([tensor.flatten() for tensor in tensors]).to(device)
     parts = torch.split(flat, [tensor.numel() for tensor in tensors])
     return [part.view(tensor.shape).clone() for part, tensor in zip(parts, tensors, strict=True)]
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from pissa.base.bitsandbytes import BnbLinear, from_bitsandbytes, is_bitsandbytes, unusable
 from pissa.base.protocol import Base
+from pissa.base.released import released_linear
 from pissa.base.weights import Dense, HoldsCodes, OwnBase
 
 
@@ -26,6 +27,8 @@ def adopted(target: nn.Module) -> Base | None:
         if reason := unusable(target):
             raise TypeError(f"{what} of bitsandbytes, but {reason}")
         return from_bitsandbytes(target) if is_bitsandbytes(target, "Linear4bit") else base
+    if (released := released_linear(target)) is not None:
+        return released
     if base.kind is None or not _computes_as(base.kind, target):
         return None
     if getattr(target, "groups", 1) != 1:

@@ -46,8 +46,10 @@ class Base(ABC):
 
     fingerprint: Fingerprint | None = None
     """Of the dense weight that a stored base has replaced; None if the whole weight is kept."""
-    is_bnb_quantised: bool = False
-    """Whether bitsandbytes has quantised the whole weight."""
+    is_quantised: bool = False
+    """Whether the whole weight is codes, bitsandbytes' or those that the model was released in."""
+    fingerprint_dtype: torch.dtype | None = None
+    """What the whole weight is rounded to before its fingerprint is computed; None: it stays as `matrix` gives it."""
     is_in_checkpoint: bool = False
     """Whether a checkpoint has the residual of a stored base."""
 
@@ -93,7 +95,7 @@ class Base(ABC):
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """Of a dense weight; None if bitsandbytes has quantised it, whose codes do not tell."""
+        """Of a dense weight; None if it is codes, which do not tell."""
         return self.parameter.dtype
 
     @property

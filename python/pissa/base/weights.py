@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from pissa import ops
 from pissa.base.protocol import Base, as_matrix, as_weight
-from pissa.base.start import KeepsDtype
+from pissa.base.start import KeepsDtype, StartFactors
 from pissa.distributed import whole_tensor
 
 # ---- Modules ---------------------------------------------------------------------------------------------------------
@@ -170,7 +170,7 @@ class HoldsCodes(OwnBase):
     @property
     def double_quant(self) -> bool:
         """Whether the scales are quantised too."""
-        return self.nested_absmax is not None
+        return self.offset is not None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         def moved(tensor: Tensor) -> Tensor:
@@ -178,3 +178,40 @@ class HoldsCodes(OwnBase):
             return tensor.to(new.device) if tensor is self.weight and new.dtype != tensor.dtype else new
 
         return super()._apply(moved, recurse)
+
+
+class CodedLinear(HoldsCodes):
+    """A linear base whose whole weight is codes, y = x Qᵀ + b, computed from them as they are. Its fingerprint is that
+    of the bfloat16 weight that libraries make of released codes."""
+
+    start = None
+    is_quantised = True
+    fingerprint_dtype = torch.bfloat16
+
+    def __init__(
+        self, weight: ops.QuantizedWeight, bias: nn.Parameter | None, quant_storage: torch.dtype = torch.uint8
+    ) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.hold(weight, quant_storage)
+        self.bias = bias
+
+    def matrix(self) -> Tensor:
+        """The weight in float32 [out, in]."""
+        return ops.dequantize(self.quantized)
+
+    def product(self, x: Tensor) -> Tensor:
+        """The output without the bias."""
+        return ops.linear(x, self.quantized)
+
+    def fused(
+        self, start: StartFactors, scaling: float, dtype: torch.dtype
+    ) -> tuple[Tensor | ops.QuantizedWeight, bool] | None:
+        """The codes, which are the whole weight."""
+        return self.quantized, True
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.linear(x, self.quantized, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {self.format}, blocksize={self.blocksize}"

@@ -39,6 +39,7 @@ from pissa.files.peft_layout import (
     plain_config_text,
 )
 from pissa.files.pissa_layout import PISSA_RECORD, PISSA_WEIGHTS, TAKEN, AdapterRecord, LayerRecord
+from pissa.files.released import check_dense, open_dense
 from pissa.files.tensor_file import Layout, Source
 from pissa.layers.experts import UnfusedExperts, is_transposed, unfused_experts
 from pissa.layers.factory import leave_out
@@ -71,11 +72,7 @@ class SplitPlan(Plan):
             config.residual = "explicit"
         _check_config(config, experts)
         model = meta_model(source.folder)
-        if getattr(model.config, "quantization_config", None):
-            raise ValueError(
-                f"{source.folder} is quantised already (quantization_config in config.json); needed: the checkpoint in "
-                "16 or 32 bits"
-            )
+        check_dense(source)
         composition = Composition(model, source.names)
         linears = linear_layers(model)
         if config.task_type is None and type(model).__name__.endswith("ForCausalLM"):
@@ -275,7 +272,7 @@ def init(
         pissa.distributed.RankError: another process has failed.
     """
     begin = time.perf_counter()
-    with distributed.failing_together(), Source(source) as found:
+    with distributed.failing_together(), open_dense(source) as found:
         check_wanted(config, calibration)
         calibration = None if calibration is None else list(calibration)
         plan = SplitPlan(found, config, experts)

@@ -19,12 +19,14 @@ from transformers.quantizers import register_quantization_config
 from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from pissa import ops
 from pissa.base.bitsandbytes import from_state, linear4bit
 from pissa.base.bitsandbytes_state import ENTRIES
 from pissa.base.digest import Match, dtype_of, is_fingerprint, match
 from pissa.base.kinds import base_of
 from pissa.base.start import StartFactors
 from pissa.base.stored import residual_tensors
+from pissa.base.weights import CodedLinear
 from pissa.config import IMPLICIT, PissaConfig
 from pissa.distributed import failing_together
 from pissa.files.hub import adapter_folder
@@ -34,8 +36,9 @@ from pissa.files.messages import first_line, shown
 from pissa.files.model_folder import class_of, model_config
 from pissa.files.peft_layout import factors_of
 from pissa.files.pissa_layout import ADAPTER_FILES, PISSA_RECORD, PISSA_WEIGHTS, AdapterRecord, PissaFolder
+from pissa.files.released import KINDS, ReleasedWeights
 from pissa.files.tensor_file import Source, TensorFile
-from pissa.layers.experts import WEIGHTS
+from pissa.layers.experts import WEIGHTS, UnfusedExperts
 from pissa.layers.layer import PissaLayer, pissa_layers
 from pissa.model.decompose import decompose
 from pissa.model.inject import check_adapter_name, materialise, own_config, warn_of_dropout
@@ -44,6 +47,13 @@ from pissa.model.store import store
 
 Entries = dict[str, Tensor]
 """The entries of a layer's weight in bitsandbytes' state dict, as `base.bitsandbytes.from_state` takes them."""
+
+Packed = Entries | ops.QuantizedWeight
+"""A packed weight: bitsandbytes' entries, or codes as the model was released."""
+
+
+def _quantized(packed: Packed) -> ops.QuantizedWeight:
+    return packed if isinstance(packed, ops.QuantizedWeight) else from_state(packed)
 
 
 def packed_layers(names: Iterable[str]) -> dict[str, dict[str, str]]:
@@ -71,24 +81,31 @@ def of_layer(name: str, folder: Path | None = None) -> Iterator[None]:
 
 def mapped_model(
     source: Source, dtype: torch.dtype | None
-) -> tuple[PreTrainedModel, dict[str, Entries], Mapping[str, Any]]:
+) -> tuple[PreTrainedModel, dict[str, Packed], Mapping[str, Any]]:
     """The model of a checkpoint, on the CPU, in evaluation mode. Its tensors are views of the mapped files, except for
     one that transformers has cast (to `dtype`, or to that of the folder's config.json), or put together of several,
-    which is a copy. Packed weights are on the meta device; their entries, by the layers' names in the model, are
-    returned too, and the `quantization_config` of the folder, which the model has not."""
-    folder, tensors = source.folder, packed_layers(source.names)
-    packed = {layer: {entry: source.read(name) for entry, name in tensors[layer].items()} for layer in tensors}
+    which is a copy. Packed weights are on the meta device; they are returned too, by the layers' names in the model,
+    and the `quantization_config` of the folder, which the model has not."""
+    folder, tensors, released = source.folder, packed_layers(source.names), ReleasedWeights(source)
+    packed: dict[str, Packed] = {
+        layer: {entry: source.read(name) for entry, name in tensors[layer].items()} for layer in tensors
+    }
     shapes = {}
     for layer, entries in packed.items():
         with of_layer(layer):
-            shapes[layer] = from_state(entries).shape
-    codes = {name for entries in tensors.values() for name in entries.values()}
+            shapes[layer] = _quantized(entries).shape
+    codes = {name for entries in tensors.values() for name in entries.values()} | released.names
     state: dict[str, Any] = {name: source.read(name) for name in source.names if name not in codes}
+    config = model_config(folder)
+    kind = class_of(config)
+    quantization = vars(config).pop("quantization_config", {})
+    _check_method(folder, quantization, bool(released))
     try:
-        config = model_config(folder)
-        kind = class_of(config)
-        quantization = vars(config).pop("quantization_config", {})
         left = _left_packed(kind, config, shapes)
+        with torch.device("meta"):
+            parameters = released.fill(kind(config)) if released else {}
+        stand_ins = {name: _LeftPacked(name, shape, is_whole=False) for name, shape in parameters.items()}
+        left |= {layer: stand_ins.get(f"{layer}.weight") or stand_ins[_fused(layer)] for layer in released.layers}
         state |= {weight.name: weight for weight in left.values()}
         generation = GenerationConfig.from_pretrained(folder) if (folder / GENERATION_CONFIG_NAME).is_file() else None
         with _unpartitioned() if packed else nullcontext():
@@ -111,6 +128,7 @@ def mapped_model(
     model.config._name_or_path = model.name_or_path = str(folder)
     names = {id(parameter): name.removesuffix(".weight") for name, parameter in model.named_parameters()}
     used = {layer: weight for layer, weight in left.items() if id(weight.parameter) in names}
+    packed |= {layer: released.read(layer) for layer in released.layers}
     of_model = {names[id(w.parameter)] if w.is_whole else layer: packed[layer] for layer, w in used.items()}
     return model, of_model, quantization
 
@@ -142,6 +160,26 @@ class _LeftPacked:
     def to(self, device: object, dtype: torch.dtype) -> nn.Parameter:
         self.parameter = nn.Parameter(torch.empty(self.shape, dtype=dtype, device="meta"))
         return self.parameter
+
+
+def _check_method(folder: Path, quantization: Any, is_released: bool) -> None:
+    """Raises ValueError for a checkpoint that is quantised in a way that nothing here reads."""
+    if not isinstance(quantization, Mapping):
+        quantization = quantization.to_dict()
+    method = quantization.get("quant_method")
+    if method in KINDS and not is_released:
+        raise ValueError(f"{folder}: config.json says {method}, but there are no codes of a layout that is read")
+    if method not in (None, "bitsandbytes", "pissa", *KINDS):
+        raise ValueError(
+            f"{folder} is quantised by {shown(method)}, which is not read; allowed: bitsandbytes' nf4, "
+            f"{', '.join(KINDS)}, or 16 bits"
+        )
+
+
+def _fused(layer: str) -> str:
+    """The parameter of fused experts that a layer, one of them, is a part of."""
+    path, _, leaf = layer.rpartition(".")
+    return f"{path.rpartition('.')[0]}.{leaf}"
 
 
 _EXPERT = re.compile(rf"(.+)\.\d+\.({'|'.join(WEIGHTS)})")
@@ -278,31 +316,42 @@ def _config(
     return config
 
 
-def _fill_packed(model: nn.Module, packed: Mapping[str, Entries], quantization: Mapping[str, Any]) -> None:
-    """Gives an adapted, unwrapped model the 4-bit weights that bitsandbytes has made, by the layers' names, as they are
-    in a folder of this `quantization_config`."""
+def _fill_packed(model: nn.Module, packed: Mapping[str, Packed], quantization: Mapping[str, Any]) -> None:
+    """Gives an adapted, unwrapped model the packed weights, by the layers' names, as they are in a folder of this
+    `quantization_config`."""
     name = str(quantization.get("bnb_4bit_compute_dtype") or "float32")
     compute_dtype = getattr(torch, name, None)
     if not isinstance(compute_dtype, torch.dtype) or not compute_dtype.is_floating_point:
         raise ValueError(f"config.json: bnb_4bit_compute_dtype is {shown(name)}; needed: float32, bfloat16 or float16")
-    for layer, entries in packed.items():
-        with of_layer(layer):
-            if "SCB" in entries:
-                raise ValueError(
-                    "its weight is in 8 bits, with which only bitsandbytes computes: "
-                    "pissa.wrap(AutoModelForCausalLM.from_pretrained(folder), ...)"
-                )
+    for experts in {layer.rpartition(".")[0].rpartition(".")[0] for layer in packed}:
+        if hasattr(fused := model.get_submodule(experts), "num_experts") and not isinstance(fused, UnfusedExperts):
+            model.set_submodule(experts, UnfusedExperts(fused))  # which nothing adapts: only so can they compute
+    for layer, weight in packed.items():
         module = model.get_submodule(layer)
         dense = module.base if isinstance(module, PissaLayer) else base_of(module)
-        base = linear4bit(entries, dense.bias, compute_dtype).train(dense.module.training)
+        if isinstance(weight, ops.QuantizedWeight):
+            base: CodedLinear = CodedLinear(weight, dense.bias)
+        else:
+            base = _bnb_linear(layer, weight, dense.bias, compute_dtype)
+        base.train(dense.module.training)
         if isinstance(module, PissaLayer):
             module.base_layer = base
         else:
             model.set_submodule(layer, base)
 
 
+def _bnb_linear(layer: str, entries: Entries, bias: nn.Parameter | None, compute_dtype: torch.dtype) -> CodedLinear:
+    with of_layer(layer):
+        if "SCB" in entries:
+            raise ValueError(
+                "its weight is in 8 bits, with which only bitsandbytes computes: "
+                "pissa.wrap(AutoModelForCausalLM.from_pretrained(folder), ...)"
+            )
+        return linear4bit(entries, bias, compute_dtype)
+
+
 def _fill_split(
-    model: nn.Module, packed: Mapping[str, Entries], folder: Path, split: AdapterRecord, config: PissaConfig
+    model: nn.Module, packed: Mapping[str, Packed], folder: Path, split: AdapterRecord, config: PissaConfig
 ) -> None:
     """Puts a stored base, with the start that it lacks, into every layer of the folder's record. Residuals that are not
     `packed` are the model's weights. Each residual and its start are compared with their fingerprints: a residual's
@@ -321,8 +370,7 @@ def _fill_split(
     narrower = {}
     for name, layer in layers.items():
         record, start = records[name], starts[name]
-        entries = packed.get(name)
-        residual = layer.base.matrix().detach().contiguous() if entries is None else from_state(entries)
+        residual = layer.base.matrix().detach().contiguous() if name not in packed else _quantized(packed[name])
         with of_layer(name):
             if tuple(residual.shape) != layer.matrix_shape:
                 raise ValueError(

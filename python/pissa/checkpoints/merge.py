@@ -29,6 +29,7 @@ from pissa.files.lora_folder import LoraFactors, LoraFolder, open_adapter
 from pissa.files.messages import shown
 from pissa.files.model_folder import Composition, Part, meta_model
 from pissa.files.peft_layout import MAGNITUDE, PREFIX, base_weight_key, is_mirrored
+from pissa.files.released import open_dense
 from pissa.files.tensor_file import Source
 from pissa.layers.experts import is_transposed
 from pissa.ops.checks import check_choice
@@ -306,7 +307,7 @@ def merge(
     begin = time.perf_counter()
     check_choice("quant", quant, (None, *FORMATS))
     form = IMPLICIT if quant is None else Form.quantised(quant, *FORMATS[quant].options(None, None, 1))
-    with Source(source) as found, torch.no_grad():
+    with open_dense(source) as found, torch.no_grad():
         read = read_adapter(open_adapter(Path(adapter)), found, initial)
         run = _Merge(Planner(found, read.folder, form).plan(), read, form, Path(target))
         run.run(progressbar)

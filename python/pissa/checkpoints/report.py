@@ -23,7 +23,7 @@ from pissa.checkpoints.load import of_layer
 from pissa.config import Form, PissaConfig
 from pissa.files.hub import checkpoint_folder
 from pissa.files.model_folder import model_config
-from pissa.files.tensor_file import Source
+from pissa.files.released import open_dense
 from pissa.ops.formats import FORMATS
 
 Method = tuple[str, int]
@@ -315,7 +315,7 @@ def report(
     rank, known = ranks[0], max(ranks[-1], 4 * ranks[0])
     # Suggested ranks are multiples of 8; or of less, so that `rank` is one and some layers can get less.
     step = math.gcd(8, rank) if math.gcd(8, rank) < rank else max(1, rank // 2)
-    with Source(checkpoint_folder(model)) as source:
+    with open_dense(checkpoint_folder(model)) as source:
         plan = SplitPlan(source, PissaConfig(r=1))
         planned = list(plan.layers.values())
         config = model_config(source.folder).get_text_config()

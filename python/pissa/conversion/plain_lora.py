@@ -29,6 +29,7 @@ from pissa.files.lora_folder import INITIAL_FOLDER, LoraFolder, check_same_layer
 from pissa.files.messages import first_line, shown
 from pissa.files.model_folder import CONFIG, Composition, class_of, matrix_of, meta_model, model_config, quantised_kind
 from pissa.files.peft_layout import ADAPTER_CONFIG, Matrices, base_weight_key, inexact_lora
+from pissa.files.released import check_dense, open_dense
 from pissa.files.tensor_file import Source
 from pissa.notices import InexactLoraWarning, PissaWarning, UncertainStartWarning, WholeModelWarning
 from pissa.ops.checks import FLOATS
@@ -263,10 +264,9 @@ class BaseModel:
         """By target; without values if it is in a folder."""
 
     def _open(self, base: Name) -> None:
-        self._source = source = Source(checkpoint_folder(base))
+        self._source = source = open_dense(checkpoint_folder(base))
         self.model = model = meta_model(source.folder)
-        if getattr(model.config, "quantization_config", None):
-            raise ValueError(f"{source.folder} is quantised")
+        check_dense(source)
         for dtype in {source.entry(name).dtype for name in source.names}:
             if model.config.dtype not in (None, torch.promote_types(dtype, model.config.dtype)):
                 raise ValueError(

@@ -122,6 +122,11 @@ class Composition:
             operations = [] if converter is None else list(converter.operations)
             self._joined[renamed] = [lists[key] for key in order if key in lists], operations
 
+    def tensors(self, parameter: str) -> set[str]:
+        """The names of those that make a parameter."""
+        lists, _ = self._joined.get(parameter, ([], []))
+        return {name for names in lists for name in names}
+
     def matrix(self, parameter: str, transposed: bool) -> tuple[Part, ...]:
         """The parts, one below the other, of the matrix [out, in] that a parameter is, which is [in, out] if it is
         `transposed`."""
@@ -174,8 +179,7 @@ def matrix_of(parts: Sequence[Part], source: Source) -> Tensor:
     """The matrix that these parts are, one below the other: a view of the mapped file, if it is one part."""
     views = []
     for part in parts:
-        tensor = source.read(part.tensor)
-        matrix = tensor if part.member is None else tensor[part.member]
+        matrix = source.read(part.tensor, part.member)
         views.append(matrix.mT if part.transposed else matrix)
     return views[0] if len(views) == 1 else torch.cat(views)
 

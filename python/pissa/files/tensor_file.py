@@ -269,9 +269,10 @@ class Source(AbstractContextManager["Source"]):
         """For each file its size, its time of change, and a fingerprint of its header."""
         return {path.name: file.identity for path, file in self._files.items()}
 
-    def read(self, name: str) -> Tensor:
-        """The tensor: see `TensorFile.view`."""
-        return self._holder(name).view(name)
+    def read(self, name: str, member: int | None = None) -> Tensor:
+        """The tensor, or the one of that number in a stack: see `TensorFile.view`."""
+        tensor = self._holder(name).view(name)
+        return tensor if member is None else tensor[member]
 
     def release(self, names: Sequence[str]) -> None:
         """Gives back the memory that these tensors' pages take: see `TensorFile.release`."""

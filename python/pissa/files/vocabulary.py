@@ -123,4 +123,4 @@ def _is_dense(module: Any) -> bool:
         return True
     weight = getattr(module, "weight", None)
     is_table = isinstance(weight, Tensor) and len(whole_shape(weight)) == 2 and weight.is_floating_point()
-    return is_table and not base.is_bnb_quantised
+    return is_table and not base.is_quantised

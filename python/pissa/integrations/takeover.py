@@ -77,7 +77,7 @@ def made(
     if tell is not None:
         layers = pissa_layers(wrapped.base_model.model).values()
         base = "the base unchanged"
-        if any(layer.base.is_bnb_quantised for layer in layers):
+        if any(layer.base.is_quantised for layer in layers):
             base = "the base as bitsandbytes has quantised it"
         elif wrapped.peft_config[wrapped.active_adapter].repair is not None:
             base = "the base in bitsandbytes' 4 bits, repaired"

@@ -12,6 +12,7 @@ import torch
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 
+from pissa.base.kinds import base_of
 from pissa.config import PissaConfig, is_all_linear
 from pissa.distributed import world_size
 
@@ -95,9 +96,12 @@ class UnfusedExperts(nn.Module):
 
     def fused_weight(self, name: str) -> Tensor:
         """The weights of that name of all experts, as they compute now, in one tensor of the original's shape."""
-        linears = [cast(Any, self.expert(index).get_submodule(name)) for index in range(len(self))]
-        weights = torch.stack([linear.weight.detach() for linear in linears])
+        weights = torch.stack([linear.weight.detach() for linear in self.linears(name)])
         return weights.mT.contiguous() if is_transposed(self.fused) else weights
+
+    def linears(self, name: str) -> list[Any]:
+        """The linear layers of that name, of all experts."""
+        return [self.expert(index).get_submodule(name) for index in range(len(self))]
 
     def __len__(self) -> int:
         return cast(int, self.fused.num_experts)
@@ -235,6 +239,8 @@ def unfused_experts(model: nn.Module) -> dict[str, UnfusedExperts]:
 
 
 def fuse(model: nn.Module) -> None:
-    """Puts the original experts modules back, with the weights of the experts' linear layers, which must be dense."""
+    """Puts the original experts modules back, with the weights of the experts' linear layers. Experts whose weights are
+    codes stay unfused: no parameter holds codes of several layers."""
     for path, experts in unfused_experts(model).items():
-        model.set_submodule(path, experts.fuse())
+        if not any(base_of(linear).is_quantised for name in experts.names for linear in experts.linears(name)):
+            model.set_submodule(path, experts.fuse())

@@ -177,7 +177,7 @@ def _check_weight(base: Base, name: str) -> None:
             "has sharded over all processes. With a tensor-parallel plan each process computes a part of the product, "
             "and PiSSA decomposes whole weights: load the model without tp_plan, and shard it with fully_shard"
         )
-    if base.is_bnb_quantised:
+    if base.is_quantised:
         return
     if (type(weight) is not nn.Parameter and not is_sharded(weight)) or weight.dtype not in FLOATS:
         raise TypeError(

@@ -91,7 +91,7 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
 
     @property
     def dense_dtype(self) -> torch.dtype:
-        """The dtype of a dense weight in the base's place: the model's if bitsandbytes has quantised the base."""
+        """The dtype of a dense weight in the base's place: the model's if the base is codes."""
         return self.base.dtype or self.model_dtype
 
     def store_base(self, residual: Tensor | ops.QuantizedWeight, start: StartFactors, config: PissaConfig) -> None:

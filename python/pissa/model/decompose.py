@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from pissa import distributed
@@ -185,16 +185,23 @@ def _task(
     calibration: Inputs | None,
     originals: OriginalWeights | None,
 ) -> StartTask:
-    kept = None
+    kept, device = None, next(iter(group.values())).device
     if originals is None:
-        weights = [base.matrix() for base in group.values()]
+        # Codes are decoded for a method that reads weights: 16 million of them take 20 ms, and pages of the files.
+        reads = INIT_METHODS[config.init].reads_weights or config.form != IMPLICIT
+        weights = [base.matrix() if reads or not base.is_quantised else _unread(base) for base in group.values()]
     else:
         pairs = [originals.weight(name, base) for name, base in group.items()]
         weights, kept = [weight for weight, _ in pairs], [codes for _, codes in pairs]
-    task = StartTask(weights, [origins[name] for name in group], config, list(group), kept=kept)
+    task = StartTask(weights, [origins[name] for name in group], config, list(group), kept=kept, device=device)
     if not config.needs_calibration or calibration is None:
         return task
     return task._replace(moments=calibration.of(group, weights[0].device))
+
+
+def _unread(base: Base) -> Tensor:
+    """A weight of that shape, without values."""
+    return torch.empty(base.module.out_features, base.module.in_features, device="meta")
 
 
 def _empty_codes(config: PissaConfig, layer: PissaLayer) -> QuantizedWeight:
@@ -303,13 +310,13 @@ def _to_store(
 
 
 def _warn_of_requantising(layers: dict[str, PissaLayer], config: PissaConfig) -> None:
-    quantised = [name for name, layer in layers.items() if layer.base.is_bnb_quantised]
+    quantised = [name for name, layer in layers.items() if layer.base.is_quantised]
     if config.form != IMPLICIT and quantised:
         warnings.warn(
-            f"bitsandbytes has quantised {len(quantised)} of {len(layers)} layers already, {quantised[0]} the first. "
-            f"Each is dequantised and split, and its residual stored as {config.form.describe()}, which rounds a "
-            "second time: the base is no longer quite the function that bitsandbytes computes. Leave quant and "
-            "residual out, and the adapter takes the quantised weights as they are; or load the model in 16 bits.",
+            f"{len(quantised)} of {len(layers)} layers are quantised already, {quantised[0]} the first. Each is "
+            f"dequantised and split, and its residual stored as {config.form.describe()}, which rounds a second time: "
+            "the base is no longer quite the function that it was. Leave quant and residual out, and the adapter takes "
+            "the quantised weights as they are; or load the model in 16 bits.",
             RequantizedWarning,
             stacklevel=4,  # the caller of pissa.wrap, or of add_adapter
         )

@@ -98,7 +98,7 @@ def test_a_twin_is_a_dense_module_of_its_kind_over_another_matrix(name: str) -> 
     matrix = put(torch.randn(OUT, IN, generator=torch.Generator().manual_seed(2)))
     twin = base_of(base.twin(matrix))
     assert torch.equal(twin.matrix().detach(), matrix)
-    assert (twin.kind, twin.form, twin.is_bnb_quantised) == (base.kind, IMPLICIT, False)
+    assert (twin.kind, twin.form, twin.is_quantised) == (base.kind, IMPLICIT, False)
     assert type(twin.module) is base.dense_type
     assert not twin.parameter.requires_grad
     assert (twin.bias is None) == (base.bias is None)
@@ -122,8 +122,8 @@ def test_what_is_restored_computes_the_same(name: str) -> None:
 def test_the_form_agrees_with_what_is_kept(name: str) -> None:
     base = BASES[name]()
     assert [base.form == IMPLICIT] * 3 == [part is None for part in (base.start, base.residual, base.fingerprint)]
-    assert base.is_bnb_quantised == ("bitsandbytes" in name)
-    assert base.dtype == (None if base.is_bnb_quantised else torch.float32)
+    assert base.is_quantised == ("bitsandbytes" in name)
+    assert base.dtype == (None if base.is_quantised else torch.float32)
     shown = base.shown_weight(torch.bfloat16)
     assert shown is base.parameter or torch.equal(shown, base.matrix().to(torch.bfloat16))
     if name not in ("offloaded", "8 bits of bitsandbytes"):  # the one has no weight here, the other scales beside it

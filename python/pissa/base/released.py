@@ -1,0 +1,219 @@
+"""Weights in the bytes in which models are released, as bases that nobody touches.
+
+What holds such a weight, in a file or a module, is told by the names of its tensors and by their dtypes and shapes:
+
+    mxfp4   weight_packed uint8 [out, in / 2], weight_scale uint8 [out, in / 32]     compressed-tensors
+            weight int8 [out, in / 2], scale E8M0 [out, in / 32]                     DeepSeek-V4
+            blocks uint8 [out, in / 32, 16], scales uint8 [out, in / 32]             gpt-oss
+    nvfp4   weight_packed uint8 [out, in / 2], weight_scale E4M3 [out, in / 16],
+            weight_global_scale float32 [1]                                          compressed-tensors
+            weight uint8, weight_scale E4M3, weight_scale_2 float32 []               ModelOpt
+    int4    weight_packed int32 [out, in / 8], weight_scale [out, in / group],
+            weight_shape int64 [2]                                                   compressed-tensors
+    fp8     weight E4M3 [out, in], weight_scale_inv, weight_scale or scale: one, one for each row, or one for each tile
+            of 128 x 128 (DeepSeek-V3, transformers) or 1 x 32 (MXFP8)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from pissa import ops
+from pissa.base.weights import CodedLinear
+from pissa.ops._quant import check_quantized, e4m3_values
+from pissa.ops.formats import FORMATS
+
+CODES = ("weight", "weight_packed", "blocks")
+"""The names of a weight's codes; "weight" may be a dense one."""
+SCALES = ("weight_scale", "weight_scale_inv", "scale", "scales")
+"""The names of its scales."""
+BESIDE = ("weight_global_scale", "weight_scale_2", "weight_shape")
+"""What else a weight is made of."""
+OF_INPUTS = ("input_scale", "input_global_scale", "activation_scale", "k_scale", "v_scale")
+"""What kernels take that quantise activations, too; nothing reads it here."""
+REFUSED = {
+    "weight_zero_point": "its codes are not symmetric (weight_zero_point)",
+    "weight_g_idx": "its columns are in another order (weight_g_idx)",
+}
+
+_NAMES = (*CODES, *SCALES, *BESIDE, *REFUSED)
+_TILE, _MX_BLOCK, _NVFP4_BLOCK = 128, 32, 16
+_E8M0 = (torch.uint8, torch.float8_e8m0fnu)
+
+
+def is_code(name: str, dtype: torch.dtype) -> bool:
+    """Whether a tensor of that name, of those of `CODES`, has codes."""
+    return name != "weight" or dtype in (torch.float8_e4m3fn, torch.int8, torch.uint8)
+
+
+def released_weight(parts: Mapping[str, Tensor]) -> ops.QuantizedWeight:
+    """The weight [out, in] of tensors by their names, without copying codes.
+
+    Raises:
+        ValueError: a layout that is not of the table above, tensors that do not fit each other, or a scale that is NaN;
+            the text begins with the name of the tensor.
+    """
+    for name, why in REFUSED.items():
+        if name in parts:
+            raise ValueError(f"{why}, which is not read: use the model in 16 bits")
+    codes_name = _only(parts, CODES, "codes")
+    scale_name = _only(parts, SCALES, "scales")
+    codes, scale = parts[codes_name], parts[scale_name]
+    if codes.dtype == torch.float8_e4m3fn:
+        return _fp8(codes, scale, scale_name)
+    if codes_name == "weight_packed" and codes.dtype == torch.int32:
+        return _int4(codes, scale, parts.get("weight_shape"))
+    if codes_name == "blocks":
+        if codes.dim() != 3 or codes.shape[-1] != _MX_BLOCK // 2:
+            raise ValueError(f"blocks: got {list(codes.shape)}; needed: [out, in / 32, 16]")
+        codes = codes.flatten(1)
+    if codes.dtype not in (torch.uint8, torch.int8) or codes.dim() != 2:
+        raise ValueError(f"{codes_name}: got {codes.dtype} {list(codes.shape)}; needed: bytes [out, in / 2]")
+    if scale.dtype == torch.float8_e4m3fn:
+        return _nvfp4(codes, scale, scale_name, parts)
+    shape = (codes.shape[0], 2 * codes.shape[1])
+    scales = _finite_exponents(scale, scale_name)
+    return _fitting(codes, scales, None, "mxfp4", shape, _MX_BLOCK, scale_name)
+
+
+def _only(parts: Mapping[str, Tensor], names: Sequence[str], what: str) -> str:
+    found = [name for name in names if name in parts]
+    if len(found) != 1:
+        raise ValueError(
+            f"{' and '.join(found) or sorted(parts)}: needed are {what} under one name of {', '.join(names)}: the "
+            "checkpoint is damaged, or of a layout that is not read"
+        )
+    return found[0]
+
+
+def _finite_exponents(scale: Tensor, name: str) -> Tensor:
+    """E8M0 as bytes."""
+    if scale.dtype not in _E8M0:
+        raise ValueError(f"{name}: got {scale.dtype}; needed: uint8 or float8_e8m0fnu, powers of two")
+    exponents = scale.view(torch.uint8)
+    if exponents.numel() and int(exponents.max()) == 255:
+        raise ValueError(f"{name}: a scale is NaN (255): the checkpoint is damaged")
+    return exponents
+
+
+def _finite(scale: Tensor, name: str) -> Tensor:
+    if not torch.isfinite(scale.float()).all():
+        raise ValueError(f"{name}: a scale is NaN or infinite: the checkpoint is damaged")
+    return scale
+
+
+def _fitting(
+    codes: Tensor,
+    scales: Tensor,
+    table: Tensor | None,
+    format: str,
+    shape: tuple[int, int],
+    blocksize: int,
+    name: str,
+) -> ops.QuantizedWeight:
+    """The weight, if tensors of its format fit each other."""
+    if format != "fp8" and shape[1] % blocksize:
+        raise ValueError(f"{name}: rows of {shape[1]} elements are no multiple of the {blocksize} that share a scale")
+    flat = codes.reshape(-1).view(torch.uint8)
+    weight = ops.QuantizedWeight(flat, scales.reshape(-1), table, None, format, shape, blocksize)
+    needed = shape[0] * shape[1] // blocksize
+    if format != "fp8" and scales.numel() != needed:
+        raise ValueError(f"{name}: got {list(scales.shape)}; needed: [{shape[0]}, {shape[1] // blocksize}]")
+    return check_quantized(weight)
+
+
+def _nvfp4(codes: Tensor, scale: Tensor, name: str, parts: Mapping[str, Tensor]) -> ops.QuantizedWeight:
+    divisor, factor = parts.get("weight_global_scale"), parts.get("weight_scale_2")
+    if (divisor is None) == (factor is None):
+        raise ValueError(f"{name}: needed beside it: one of weight_global_scale and weight_scale_2")
+    values = e4m3_values(scale.device)
+    # As each library computes a block's scale, in float32.
+    table = values / divisor.float() if divisor is not None else values * factor.float()  # type: ignore[union-attr]
+    scales = scale.view(torch.uint8)
+    _finite(table[:127], "weight_scale_2" if divisor is None else "weight_global_scale")
+    if scales.numel() and int((scales & 127).max()) == 127:
+        raise ValueError(f"{name}: a scale is NaN: the checkpoint is damaged")
+    shape = (codes.shape[0], 2 * codes.shape[1])
+    return _fitting(codes, scales, table, "nvfp4", shape, _NVFP4_BLOCK, name)
+
+
+def _int4(codes: Tensor, scale: Tensor, shape: Tensor | None) -> ops.QuantizedWeight:
+    rows, columns = codes.shape[0], 8 * codes.shape[1]
+    said = None if shape is None else tuple(shape.tolist())
+    if said not in (None, (rows, columns)):
+        raise ValueError(
+            f"weight_shape: got {list(said or ())} beside weight_packed {list(codes.shape)}; needed: elements of 4 "
+            "bits, 8 in a word"
+        )
+    if scale.dim() != 2 or scale.shape[0] != rows or not scale.shape[1] or columns % scale.shape[1]:
+        raise ValueError(f"weight_scale: got {list(scale.shape)}; needed: [{rows}, {columns} / group]")
+    group, allowed = columns // scale.shape[1], FORMATS["int4"].blocksizes
+    if group not in allowed:
+        raise ValueError(f"weight_scale: got a scale for {group} elements; allowed: {', '.join(map(str, allowed))}")
+    scales = _finite(scale, "weight_scale")
+    if scales.dtype != torch.bfloat16:  # float16 and float32, exactly
+        scales = scales.float()
+    return _fitting(codes, scales, None, "int4", (rows, columns), group, "weight_scale")
+
+
+def _fp8(codes: Tensor, scale: Tensor, name: str) -> ops.QuantizedWeight:
+    rows, columns = shape = (codes.shape[0], codes.shape[1])
+    scales = _finite_exponents(scale, name) if scale.dtype in _E8M0 else _finite(scale, name)
+    if scales.dtype not in (torch.uint8, torch.bfloat16):
+        scales = scales.float()
+    if scales.numel() == 1:
+        return _fitting(codes, scales.reshape(1).expand(rows).contiguous(), None, "fp8", shape, columns, name)
+    across = scales.shape[1] if scales.dim() == 2 else 1
+    for width, height in ((_TILE, _TILE), (columns, 1), (_MX_BLOCK, 1)):
+        if (scales.shape[0], across) == (-(-rows // height), -(-columns // width)):
+            return _fitting(codes, scales, None, "fp8", shape, width, name)
+    raise ValueError(
+        f"{name}: got {list(scale.shape)} beside a weight {list(shape)}; allowed: one scale, one for each row, or one "
+        "for each tile of 128 x 128 or 1 x 32"
+    )
+
+
+def released_linear(module: nn.Module) -> CodedLinear | None:
+    """The base of a linear module that holds released codes, as transformers and compressed-tensors keep them; None if
+    it holds none. Raises ValueError as `released_weight`."""
+    parts = {name: tensor for name in _NAMES if isinstance(tensor := getattr(module, name, None), Tensor)}
+    has_codes = any(name in parts and is_code(name, parts[name].dtype) for name in CODES)
+    if not isinstance(module, nn.Linear) or not has_codes or not any(name in parts for name in SCALES):
+        return None
+    if "weight_packed" in parts:
+        parts.pop("weight", None)
+    base = CodedLinear(released_weight({name: tensor.detach() for name, tensor in parts.items()}), module.bias)
+    base.train(module.training)
+    return base
+
+
+def joined(weights: Sequence[ops.QuantizedWeight]) -> ops.QuantizedWeight:
+    """Weights of one format, one below the other: a copy, unless it is one.
+
+    Raises:
+        ValueError: weights whose scales cannot lie in one tensor.
+    """
+    first = weights[0]
+    if len(weights) == 1:
+        return first
+    rows = sum(weight.shape[0] for weight in weights)
+    kinds = {(one.format, one.shape[1], one.blocksize, one.absmax.dtype) for one in weights}
+    tables = [one.nested_absmax for one in weights if one.nested_absmax is not None]
+    tiled = first.format == "fp8" and any(_height(one) > 1 and one.shape[0] % _height(one) for one in weights[:-1])
+    if len(kinds) > 1 or tiled or len({_height(one) for one in weights}) > 1:
+        raise ValueError("weights of several formats, or whose tiles end inside, cannot be joined by their rows")
+    codes, absmax = torch.cat([one.codes for one in weights]), torch.cat([one.absmax for one in weights])
+    table = tables[0] if tables else None
+    if any(not torch.equal(other, tables[0]) for other in tables[1:]):
+        raise ValueError("weights of several global scales cannot be joined by their rows")
+    return first._replace(codes=codes, absmax=absmax, nested_absmax=table, shape=(rows, first.shape[1]))
+
+
+def _height(weight: ops.QuantizedWeight) -> int:
+    """Rows of a tile of FP8; of other formats 1."""
+    across = -(-weight.shape[1] // weight.blocksize)
+    tiled = weight.format == "fp8" and weight.absmax.numel() != weight.shape[0] * across
+    return weight.blocksize if tiled else 1

@@ -1,0 +1,235 @@
+"""A checkpoint in the bytes in which a model was released: which weights of the model are codes there, and these codes,
+mapped from the files. `base.released` has the layouts."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pissa import ops
+from pissa.base.released import BESIDE, CODES, OF_INPUTS, REFUSED, SCALES, is_code, joined, released_weight
+from pissa.files.messages import shown
+from pissa.files.model_folder import Composition, Part, quantised_kind
+from pissa.files.tensor_file import Entry, Source
+from pissa.layers.experts import is_transposed
+
+KINDS = ("fp8", "mxfp4", "compressed-tensors", "modelopt")
+"""What a config.json may call the quantisation of such a checkpoint (`quant_method`)."""
+
+
+class ReleasedWeights:
+    """The weights of a checkpoint that are codes, by the names that dense ones would have there.
+
+    Raises:
+        ValueError: codes without scales, naming the file.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._tensors: dict[str, dict[str, str]] = {}
+        present = set(source.names)
+        for name in source.names:
+            weight, _, local = _split(name)
+            bitsandbytes = {f"{name}.absmax", f"{_owner(weight)}.SCB"}
+            if local not in CODES or not is_code(local, source.entry(name).dtype) or bitsandbytes & present:
+                continue
+            names = {local: name} | {
+                other: found
+                for other in (*CODES, *SCALES, *BESIDE, *REFUSED)
+                if other != local and (found := _join(weight, other)) in present
+            }
+            if not any(other in names for other in SCALES):
+                raise ValueError(
+                    f"{source.path_of(name)}: {shown(name)} has no scales beside it ({', '.join(SCALES)}): a shard is "
+                    "missing, or the checkpoint is of a layout that is not read"
+                )
+            self._tensors[weight] = names
+        self._parts: dict[str, tuple[Part, ...]] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._tensors)
+
+    @property
+    def tensors(self) -> dict[str, list[str]]:
+        """The tensors of each weight."""
+        return {weight: list(names.values()) for weight, names in self._tensors.items()}
+
+    @property
+    def names(self) -> set[str]:
+        """The names of the checkpoint's tensors that belong to codes, those for quantised activations too."""
+        own = {name for names in self._tensors.values() for name in names.values()}
+        owners = {_owner(weight) for weight in self._tensors}
+        return own | {name for name in self._source.names if _is_of_inputs(name, owners)}
+
+    def fill(self, model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+        """Finds which parameters of a model, on the meta device, are codes: their names and shapes. Afterwards `layers`
+        are known.
+
+        Raises:
+            ValueError: a parameter that is made of codes and of something else, or that is no matrix.
+        """
+        dense = (set(self._source.names) - self.names) | self._tensors.keys()
+        composition = Composition(model, dense)
+        found = {}
+        for name, parameter in model.named_parameters():
+            tensors = composition.tensors(name)
+            if not tensors & self._tensors.keys():
+                continue
+            if not tensors <= self._tensors.keys() or parameter.dim() not in (2, 3):
+                raise ValueError(f"{self._source.folder}: {name} is made of codes and other tensors, or is no matrix")
+            path, _, leaf = name.rpartition(".")
+            if parameter.dim() == 2:
+                self._parts[path] = composition.matrix(name, False)
+            else:
+                experts = composition.stack(name, len(parameter), is_transposed(model.get_submodule(path)))
+                self._parts |= {f"{path}.{index}.{leaf}": parts for index, parts in enumerate(experts)}
+            found[name] = tuple(parameter.shape)
+        return found
+
+    @property
+    def layers(self) -> list[str]:
+        """The layers whose weights are codes, experts one by one."""
+        return list(self._parts)
+
+    def read(self, layer: str) -> ops.QuantizedWeight:
+        """The weight of a layer: views of the mapped files, unless it is joined of several.
+
+        Raises:
+            ValueError: naming tensor and file.
+        """
+        return joined([self._weight(part) for part in self._parts[layer]])
+
+    def _weight(self, part: Part) -> ops.QuantizedWeight:
+        # The matrices of a stack lie as [out, in], though the dense ones did not.
+        if (part.member is not None) != self.is_stack(part.tensor) or part.transposed != self.is_stack(part.tensor):
+            raise ValueError(f"{self._source.folder}: {part.tensor} is codes, which cannot be transposed or cut")
+        return self.weight(part.tensor, part.member)
+
+    def is_stack(self, weight: str) -> bool:
+        """Whether a weight is a stack of matrices: gpt-oss' experts."""
+        return "blocks" in self._tensors[weight]
+
+    def weight(self, weight: str, member: int | None = None) -> ops.QuantizedWeight:
+        """One of the checkpoint's weights, or that matrix [out, in] of a stack."""
+        names = self._tensors[weight]
+        tensors = {local: self._source.read(name, member) for local, name in names.items()}
+        with _naming(self._source, names):
+            return released_weight(tensors)
+
+    def shape(self, weight: str) -> tuple[int, ...]:
+        """Of the dense weight."""
+        names = self._tensors[weight]
+        codes = self._source.entry(next(names[local] for local in CODES if local in names))
+        if self.is_stack(weight):
+            experts, rows, blocks, half = (*codes.shape, 0, 0, 0, 0)[:4]
+            return experts, 2 * blocks * half, rows
+        rows, columns = (*codes.shape, 0, 0)[:2]
+        return rows, columns * {torch.float8_e4m3fn: 1, torch.int32: 8}.get(codes.dtype, 2)
+
+
+class DecodedSource(Source):
+    """A checkpoint of released codes, as the dense one that it stands for: a weight is decoded, to bfloat16 as the
+    libraries do it, when it is read."""
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        super().__init__(folder)
+        self._codes = ReleasedWeights(Source(folder))
+        first = {tensors[0]: weight for weight, tensors in self._codes.tensors.items()}
+        hidden = self._codes.names
+        self._dense = [first.get(name, name) for name in super().names if name in first or name not in hidden]
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._dense)
+
+    def path_of(self, name: str) -> Path:
+        return super().path_of(self._held(name)[0])
+
+    def entry(self, name: str) -> Entry:
+        if name not in self._codes.tensors:
+            return super().entry(name)
+        shape = self._codes.shape(name)
+        return Entry(torch.bfloat16, shape, super().entry(self._held(name)[0]).offset, 2 * math.prod(shape))
+
+    def read(self, name: str, member: int | None = None) -> Tensor:
+        if name not in self._codes.tensors:
+            return super().read(name, member)
+        if not self._codes.is_stack(name):
+            return ops.dequantize(self._codes.weight(name), torch.bfloat16)
+        if member is not None:
+            return ops.dequantize(self._codes.weight(name, member), torch.bfloat16).mT
+        return torch.stack([self.read(name, member) for member in range(self._codes.shape(name)[0])])
+
+    def release(self, names: Sequence[str]) -> None:
+        super().release([tensor for name in names for tensor in self._held(name)])
+
+    def ahead(self, names: Sequence[str]) -> None:
+        super().ahead([tensor for name in names for tensor in self._held(name)])
+
+    def _held(self, name: str) -> list[str]:
+        """The tensors that hold a dense one."""
+        return self._codes.tensors.get(name, [name])
+
+
+def open_dense(folder: str | os.PathLike[str]) -> Source:
+    """A checkpoint whose weights can be read as dense ones, whatever it is released in."""
+    source = Source(folder)
+    return DecodedSource(folder) if ReleasedWeights(source) else source
+
+
+def check_dense(source: Source) -> None:
+    """Raises ValueError unless the weights of a checkpoint can be read as dense ones."""
+    kind = None if isinstance(source, DecodedSource) else quantised_kind(source.folder)
+    if kind is not None:
+        raise ValueError(
+            f"{source.folder} is quantised already ({kind}, quantization_config in config.json); needed: the "
+            f"checkpoint in 16 or 32 bits, or as it was released in {', '.join(KINDS)}"
+        )
+
+
+@contextmanager
+def _naming(source: Source, names: dict[str, str]) -> Iterator[None]:
+    """Puts the file, and the whole name, before the tensor that a message begins with."""
+    try:
+        yield
+    except ValueError as error:
+        local = str(error).partition(":")[0].partition(" ")[0]
+        name = names.get(local, next(iter(names.values())))
+        raise ValueError(f"{source.path_of(name)}: {shown(name)}: {error}") from error
+
+
+_STACKS = {"_blocks": "blocks", "_scales": "scales"}
+"""gpt-oss' endings."""
+
+
+def _split(name: str) -> tuple[str, str, str]:
+    """A tensor's name as that of the dense weight, the mark between and the local name."""
+    for ending, local in _STACKS.items():
+        if name.endswith(ending):
+            return name.removesuffix(ending), "_", local
+    owner, _, local = name.rpartition(".")
+    return f"{owner}.weight", ".", local
+
+
+def _join(weight: str, local: str) -> str:
+    """The way back."""
+    for ending, other in _STACKS.items():
+        if local == other:
+            return f"{weight}{ending}"
+    return f"{_owner(weight)}.{local}"
+
+
+def _owner(weight: str) -> str:
+    return weight.removesuffix(".weight")
+
+
+def _is_of_inputs(name: str, owners: set[str]) -> bool:
+    owner, _, local = name.rpartition(".")
+    return local in OF_INPUTS and (owner in owners or local in ("k_scale", "v_scale"))

@@ -1,0 +1,236 @@
+"""pissa.load of models as they are released: the codes stay what they are, mapped, and all that an adapter does on a
+dense base it does on them."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+import checkpoint_folders
+import mixtures
+import pissa
+from language_models import logits, moved, train
+from pissa.base.weights import CodedLinear
+from pissa.checkpoints.init import init
+from pissa.checkpoints.merge import merge
+from released_folders import METHODS, release
+
+DENSE_LAYOUTS = [layout for layout in METHODS if layout != "mxfp4-gpt-oss"]
+FIELDS: dict[str, Any] = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+SIZES = {"hidden_size": 64, "intermediate_size": 192, "moe_intermediate_size": 64}
+
+
+def gpt_oss() -> nn.Module:
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    routed = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16}
+    sizes = mixtures.SIZES | SIZES
+    return GptOssForCausalLM(GptOssConfig(**{**sizes, **mixtures.HEADS, **routed}))
+
+
+def qwen3_moe() -> nn.Module:
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    routed = {"num_experts": 4, "num_experts_per_tok": 2, "head_dim": 32}
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**{**mixtures.SIZES, **mixtures.HEADS, **routed, **SIZES}))
+
+
+def released(kind: str, layout: str, folder: Path) -> nn.Module:
+    """The model of the weights that the folder has, in float32, so that products are compared alone."""
+    torch.manual_seed(0)
+    makers = {"gpt_oss": gpt_oss, "qwen3_moe": qwen3_moe, "llama": lambda: checkpoint_folders.llama(**SIZES)}
+    model = makers[kind]()
+    release(model, layout, folder)
+    return model.float().eval()
+
+
+def assert_near(got: Tensor, expected: Tensor) -> None:
+    assert (got - expected).norm() <= 2e-5 * expected.norm()
+
+
+@pytest.mark.parametrize(
+    ("kind", "layout"),
+    [
+        *(("llama", layout) for layout in DENSE_LAYOUTS),
+        ("gpt_oss", "mxfp4-gpt-oss"),
+        ("qwen3_moe", "fp8-tiles"),
+        ("qwen3_moe", "int4-compressed"),
+    ],
+)
+@pytest.mark.parametrize("init", ["lora", "pissa"])
+def test_an_adapter_on_released_codes(kind: str, layout: str, init: str, tokens: Tensor, tmp_path: Path) -> None:
+    dense = released(kind, layout, tmp_path / "model")
+    # In float32 products show the codes' own values, which bfloat16 weights have only of formats that it holds.
+    model = pissa.load(tmp_path / "model", init=init, dtype=torch.float32, **FIELDS)
+    coded = [module for module in model.modules() if isinstance(module, CodedLinear)]
+    assert {module.format for module in coded} == {layout.partition("-")[0]}
+    held = {id(module): module.weight.clone() for module in coded}
+    start = logits(model, tokens)
+    rounded = {"int4", "nvfp4", "fp8"} & {layout.partition("-")[0]}
+    bound = 2.0**-8 if rounded else 2e-5  # of bfloat16, to which `release` rounds the dense weights
+    assert (start - logits(dense, tokens)).norm() <= bound * start.norm()
+    losses = train(model, tokens)
+    assert losses[-1] < losses[0]
+    assert all(torch.equal(module.weight, held[id(module)]) for module in coded)
+    trained = logits(model, tokens)
+    with model.disable_adapter():
+        assert torch.equal(logits(model, tokens), start)
+    model.warned_of_plain_lora = True
+    model.save_pretrained(tmp_path / "run")
+    again = pissa.load(tmp_path / "model", adapter=tmp_path / "run", dtype=torch.float32)
+    assert torch.equal(logits(again, tokens), trained)
+    merged = copy.deepcopy(model).merge_and_unload()
+    assert_near(logits(merged, tokens), trained)
+    assert torch.equal(logits(model.unload(), tokens), start)
+
+
+@pytest.mark.parametrize(("kind", "layout"), [("llama", "fp8-tiles"), ("gpt_oss", "mxfp4-gpt-oss")])
+def test_plain_peft_on_the_dense_model_has_the_same_logits(
+    kind: str, layout: str, tokens: Tensor, tmp_path: Path
+) -> None:
+    dense = released(kind, layout, tmp_path / "model")
+    model = moved(pissa.load(tmp_path / "model", init="pissa", dtype=torch.float32, **FIELDS))
+    model.warned_of_plain_lora = True
+    model.save_pretrained(tmp_path / "run")
+    plain = PeftModel.from_pretrained(dense, tmp_path / "run").eval()
+    bound = 2.0**-8 if layout.startswith("fp8") else 2e-5
+    assert (logits(plain, tokens) - logits(model, tokens)).norm() <= bound * logits(model, tokens).norm()
+
+
+def test_the_codes_are_the_mapped_files(tmp_path: Path) -> None:
+    released("gpt_oss", "mxfp4-gpt-oss", tmp_path / "model")
+    model = pissa.load(tmp_path / "model", init="lora", **FIELDS)
+    maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if "model.safetensors" in line]
+    spans = [tuple(int(end, 16) for end in fields[0].split("-")) for fields in maps]
+    for module in model.modules():
+        if isinstance(module, CodedLinear):
+            at = module.weight.data_ptr()
+            assert any(begin <= at < end for begin, end in spans)
+
+
+def test_experts_that_nothing_adapts_compute_from_their_codes(tokens: Tensor, tmp_path: Path) -> None:
+    dense = released("gpt_oss", "mxfp4-gpt-oss", tmp_path / "model")
+    model = pissa.load(tmp_path / "model", r=4, target_modules=["q_proj"], dtype=torch.float32)
+    assert_near(logits(model, tokens), logits(dense, tokens))
+
+
+def test_another_adapter_and_a_quantised_form(tokens: Tensor, tmp_path: Path) -> None:
+    released("llama", "fp8-tiles", tmp_path / "model")
+    model = pissa.load(tmp_path / "model", dtype=torch.float32, **FIELDS)
+    start = logits(model, tokens)
+    model.add_adapter("second", pissa.PissaConfig(r=2, init="lora", target_modules=["q_proj"]))
+    model.set_adapter("second")
+    assert torch.equal(logits(model, tokens), start)
+    with pytest.warns(pissa.notices.RequantizedWarning, match="layers are quantised already"):
+        pissa.load(tmp_path / "model", quant="nf4", **FIELDS)
+
+
+# ---- What is refused ------------------------------------------------------------------------------------------------
+
+
+def changed(folder: Path, change: Any) -> Path:
+    file = folder / "model.safetensors"
+    state = load_file(file)
+    change(state)
+    save_file(state, file)
+    return folder
+
+
+def without(ending: str) -> Any:
+    def change(state: dict[str, Tensor]) -> None:
+        del state[next(name for name in sorted(state) if name.endswith(ending))]
+
+    return change
+
+
+def nan_scale(state: dict[str, Tensor]) -> None:
+    name = next(name for name in sorted(state) if name.endswith("_scales"))
+    state[name].view(-1)[7] = 255
+
+
+def with_dense_beside(state: dict[str, Tensor]) -> None:
+    name = next(name for name in sorted(state) if name.endswith("weight_packed"))
+    state[name.replace("_packed", "")] = torch.zeros(2, 2, dtype=torch.uint8)
+
+
+def short_scale(state: dict[str, Tensor]) -> None:
+    name = next(name for name in sorted(state) if name.endswith("weight_scale"))
+    state[name] = state[name][:, :-1].contiguous()
+
+
+@pytest.mark.parametrize(
+    ("kind", "layout", "change", "message"),
+    [
+        ("llama", "fp8-tiles", without("weight_scale_inv"), r"model\.safetensors: .*\.weight' has no scales beside it"),
+        (
+            "gpt_oss",
+            "mxfp4-gpt-oss",
+            nan_scale,
+            r"model\.safetensors: .*down_proj_scales': scales: a scale is NaN \(255\)",
+        ),
+        ("llama", "int4-compressed", with_dense_beside, "weight and weight_packed"),
+        ("llama", "mxfp4-compressed", short_scale, r"model\.safetensors: .*weight_scale': .*needed: \["),
+    ],
+)
+def test_bad_files_are_refused_by_tensor_and_file(
+    kind: str, layout: str, change: Any, message: str, tmp_path: Path
+) -> None:
+    released(kind, layout, tmp_path / "model")
+    with pytest.raises(ValueError, match=message):
+        pissa.load(changed(tmp_path / "model", change), **FIELDS)
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("gptq", "is quantised by 'gptq', which is not read; allowed"),
+        ("fp8", "config.json says fp8, but there are no codes"),
+    ],
+)
+def test_other_layouts_are_refused_by_name(method: str, message: str, tmp_path: Path) -> None:
+    checkpoint_folders.llama().bfloat16().save_pretrained(tmp_path / "model")
+    config = tmp_path / "model" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": {"quant_method": method}}))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        pissa.load(tmp_path / "model", **FIELDS)
+
+
+# ---- As the dense checkpoint that it stands for ---------------------------------------------------------------------
+
+
+RELEASED = [("gpt_oss", "mxfp4-gpt-oss"), ("qwen3_moe", "fp8-tiles"), ("llama", "int4-compressed")]
+
+
+def dense_twin(model: nn.Module, folder: Path) -> Path:
+    model.bfloat16().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("kind", "layout"), RELEASED)
+def test_init_and_merge_read_it_as_the_dense_checkpoint(kind: str, layout: str, tokens: Tensor, tmp_path: Path) -> None:
+    dense = dense_twin(released(kind, layout, tmp_path / "model"), tmp_path / "dense")
+    config = pissa.PissaConfig(r=4, quant="nf4")
+    for name in ("model", "dense"):
+        init(tmp_path / name, tmp_path / f"{name}-split", config, experts="nf4")
+    ours, expected = (pissa.load(tmp_path / f"{name}-split") for name in ("model", "dense"))
+    assert torch.equal(logits(ours, tokens), logits(expected, tokens))
+    model = moved(pissa.load(tmp_path / "model", init="lora", **FIELDS))
+    model.warned_of_plain_lora = True
+    model.save_pretrained(tmp_path / "run")
+    for name in ("model", "dense"):
+        merge(tmp_path / "run", tmp_path / name, tmp_path / f"{name}-merged")
+    ours, expected = (AutoModelForCausalLM.from_pretrained(tmp_path / f"{name}-merged") for name in ("model", "dense"))
+    assert ours.dtype == torch.bfloat16
+    for name, value in expected.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], value), name
+    assert dense.is_dir()
