@@ -273,17 +273,43 @@ def int8_rows(size: int) -> Iterator[Row]:
     """Ours in int8 against ours in nf4, which reads half as many bytes and decodes them from a table."""
     for work, few, backward in (("forward", (1, 4), False), ("forward + backward", (), True)):
         for tokens in (*few, 16, 128, 512, 2048):
-            case = partial(_against_nf4, size, tokens, backward)
+            case = partial(_against_nf4, size, tokens, "int8", backward)
             yield Row(f"{work}, int8, r = 64, M = {tokens}", "pissa, nf4", case, malloc="tuned")
     yield Row("quantise to int8", "bitsandbytes", partial(_quantize_int8, size))
     yield Row("dequantise int8 to float32", "bitsandbytes", partial(_dequantize_int8, size))
 
 
-def _against_nf4(size: int, tokens: int, backward: bool) -> Case:
-    ours, peer = (Layer(size, size, tokens, 64, format=format) for format in ("int8", "nf4"))
+def _against_nf4(size: int, tokens: int, format: str, backward: bool) -> Case:
+    ours, peer = (Layer(size, size, tokens, 64, format=kind) for kind in (format, "nf4"))
     if backward:
         return Case(ours.backward, peer.backward, lambda: ours.check(ours.formula()))
     return Case(ours.forward, peer.forward, lambda: ours.check(ours.formula()))
+
+
+def released_rows(size: int) -> Iterator[Row]:
+    """The formats of released models: against ours in nf4, and against decoding with torch's products."""
+    for format, goal in (("mxfp4", 1 / 1.05), ("nvfp4", 1 / 1.05), ("int4", 1 / 1.05), ("fp8", 1 / 1.1)):
+        for work, backward in (("forward", False), ("forward + backward", True)):
+            for tokens in (16, 128, 512, 2048):
+                name = f"{work}, {format}, r = 64, M = {tokens}"
+                cases = {"pissa, nf4": _against_nf4, "dequantise + torch": _against_torch}
+                for (peer, case), least in zip(cases.items(), (goal, 1.0), strict=True):
+                    yield Row(name, peer, partial(case, size, tokens, format, backward), least, malloc="tuned")
+
+
+def _against_torch(size: int, tokens: int, format: str, backward: bool) -> Case:
+    ours = Layer(size, size, tokens, 64, format=format)
+    a, b = (factor.bfloat16().requires_grad_() for factor in ours.factors)
+    x = ours.x.detach().clone().requires_grad_()
+
+    def forward() -> Tensor:
+        return linear(x, ops.dequantize(ours.weight, torch.bfloat16)) + linear(linear(x, a), b)
+
+    def both() -> tuple[Tensor, ...]:
+        y = forward()
+        return y, *torch.autograd.grad(y, (x, a, b), ours.dy)
+
+    return Case(*((ours.backward, both) if backward else (ours.forward, forward)), lambda: ours.check(both()))
 
 
 def _quantize_int8(size: int) -> Case:

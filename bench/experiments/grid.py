@@ -8,6 +8,7 @@ from dataclasses import replace
 from bench.experiments.encoder import EncoderCell
 from bench.experiments.experiment import Cell, Known, Options
 from bench.experiments.language import LanguageCell
+from bench.experiments.methods import RELEASED
 from bench.experiments.sweep import SEEDS, Sweep
 
 # At rank 16. PiSSA's is what an earlier sweep on this model found, LoRA's too; the others by what their papers say of
@@ -47,6 +48,7 @@ _LANGUAGE = {
     "nf3_repair": 2e-3,
     "nf3_both": 2e-3,
     "nf2_both": 2e-3,
+    **dict.fromkeys(RELEASED, 2e-3),
 }
 _ENCODER = {
     "lora": 5e-3,

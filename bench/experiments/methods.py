@@ -157,6 +157,9 @@ def _muon(model: Any, rate: float) -> Optimizer:
     return Muon(trained, rate, weight_decay=0.0, momentum=0.9, adjust_lr_fn="match_rms_adamw")
 
 
+RELEASED = ("mxfp4", "nvfp4", "int4", "fp8")
+"""The formats in which models are released."""
+
 METHODS: dict[str, Method] = {
     "lora": Method("LoRA", _peft()),
     "gaussian": Method("LoRA, Gaussian", _peft(init_lora_weights="gaussian")),
@@ -199,4 +202,5 @@ METHODS: dict[str, Method] = {
     "nf3_repair": _repaired("nf3, repair", quant="nf3", repair="activations"),
     "nf3_both": _repaired("nf3, both", quant="nf3", repair="activations", error_feedback=True),
     "nf2_both": _repaired("nf2, both", quant="nf2", repair="activations", error_feedback=True),
+    **{format: Method(f"{format}(W)", _ours(init="lora", quant=format), dense=False) for format in RELEASED},
 }

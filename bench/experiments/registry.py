@@ -16,6 +16,7 @@ from bench.experiments.claims.nlu import NLU
 from bench.experiments.claims.optimisers import Optimisers
 from bench.experiments.claims.quant_errors import QuantErrors
 from bench.experiments.claims.ranks import Ranks
+from bench.experiments.claims.released import Released
 from bench.experiments.claims.repair_width import RepairWidth
 from bench.experiments.claims.repairs import Repairs
 from bench.experiments.claims.start_norm import StartNorm
@@ -31,6 +32,7 @@ _ALL: tuple[Experiment, ...] = (
     AnyStart(),
     Repairs(),
     RepairWidth(),
+    Released(),
     Optimisers(),
     Alternations(),
     NLU(),
