@@ -134,15 +134,15 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
             `pissa.ops.svd_lowrank`. "exact" does not use it.
         seed: seed of the random sketch. The result does not depend on torch's generator.
         quant: "nf4" keeps the residual in 4 bits (QPiSSA), "int8" in 8, with a scale for each row, "nf3" and "nf2" in 3
-            and 2, which lose too much without a calibration. None keeps the base
-            as `residual` says.
+            and 2, which lose too much without a calibration; "mxfp4", "nvfp4", "int4" and "fp8" in the formats of
+            released models. None keeps the base as `residual` says.
         error_feedback: find the codes of the residual by error feedback (GPTQ, arXiv 2210.17323), which loses less of
             the outputs in the same bytes. With `quant` and a calibration, see `pissa.wrap`.
         quant_iters: T, alternations of decomposition and quantisation, with `quant` and for the start of "pissa",
             "loftq" or "activations" that the residual lacks. With more than 1 the start factors are those of what the
             residual misses, W - Q, and Q lacks those of the alternation before; the best alternation is kept. It costs
             T + 1 decompositions.
-        blocksize: weights that share one NF4 scale; a power of two from 32 to 4096.
+        blocksize: weights that share one scale: of NormalFloats a power of two from 32 to 4096, of INT4 32, 64 or 128.
         double_quant: quantise the NF4 scales as well. Those of INT8 stay float32.
         quant_storage: dtype of the parameters that hold the quantised codes, as in bitsandbytes: "uint8", "bfloat16",
             "float16" or "float32". FSDP may want all parameters in one dtype, or cast them to one: give that one.

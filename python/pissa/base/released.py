@@ -62,15 +62,17 @@ def released_weight(parts: Mapping[str, Tensor]) -> ops.QuantizedWeight:
     codes_name = _only(parts, CODES, "codes")
     scale_name = _only(parts, SCALES, "scales")
     codes, scale = parts[codes_name], parts[scale_name]
+    if codes.dim() != (3 if codes_name == "blocks" else 2):
+        raise ValueError(f"{codes_name}: got {list(codes.shape)}; needed: a matrix [out, ...]")
     if codes.dtype == torch.float8_e4m3fn:
         return _fp8(codes, scale, scale_name)
     if codes_name == "weight_packed" and codes.dtype == torch.int32:
         return _int4(codes, scale, parts.get("weight_shape"))
     if codes_name == "blocks":
-        if codes.dim() != 3 or codes.shape[-1] != _MX_BLOCK // 2:
+        if codes.shape[-1] != _MX_BLOCK // 2:
             raise ValueError(f"blocks: got {list(codes.shape)}; needed: [out, in / 32, 16]")
         codes = codes.flatten(1)
-    if codes.dtype not in (torch.uint8, torch.int8) or codes.dim() != 2:
+    if codes.dtype not in (torch.uint8, torch.int8):
         raise ValueError(f"{codes_name}: got {codes.dtype} {list(codes.shape)}; needed: bytes [out, in / 2]")
     if scale.dtype == torch.float8_e4m3fn:
         return _nvfp4(codes, scale, scale_name, parts)
@@ -95,13 +97,13 @@ def _finite_exponents(scale: Tensor, name: str) -> Tensor:
         raise ValueError(f"{name}: got {scale.dtype}; needed: uint8 or float8_e8m0fnu, powers of two")
     exponents = scale.view(torch.uint8)
     if exponents.numel() and int(exponents.max()) == 255:
-        raise ValueError(f"{name}: a scale is NaN (255): the checkpoint is damaged")
+        raise ValueError(f"{name}: a scale is NaN (255)")
     return exponents
 
 
 def _finite(scale: Tensor, name: str) -> Tensor:
     if not torch.isfinite(scale.float()).all():
-        raise ValueError(f"{name}: a scale is NaN or infinite: the checkpoint is damaged")
+        raise ValueError(f"{name}: a scale is NaN or infinite")
     return scale
 
 
@@ -127,15 +129,16 @@ def _fitting(
 
 def _nvfp4(codes: Tensor, scale: Tensor, name: str, parts: Mapping[str, Tensor]) -> ops.QuantizedWeight:
     divisor, factor = parts.get("weight_global_scale"), parts.get("weight_scale_2")
-    if (divisor is None) == (factor is None):
-        raise ValueError(f"{name}: needed beside it: one of weight_global_scale and weight_scale_2")
+    numbers = [one for one in (divisor, factor) if one is not None]
+    if len(numbers) != 1 or numbers[0].numel() != 1:
+        raise ValueError(f"{name}: needed beside it: one of weight_global_scale and weight_scale_2, one number")
     values = e4m3_values(scale.device)
     # As each library computes a block's scale, in float32.
     table = values / divisor.float() if divisor is not None else values * factor.float()  # type: ignore[union-attr]
     scales = scale.view(torch.uint8)
     _finite(table[:127], "weight_scale_2" if divisor is None else "weight_global_scale")
     if scales.numel() and int((scales & 127).max()) == 127:
-        raise ValueError(f"{name}: a scale is NaN: the checkpoint is damaged")
+        raise ValueError(f"{name}: a scale is NaN")
     shape = (codes.shape[0], 2 * codes.shape[1])
     return _fitting(codes, scales, table, "nvfp4", shape, _NVFP4_BLOCK, name)
 

@@ -186,7 +186,7 @@ class CodedLinear(HoldsCodes):
 
     start = None
     is_quantised = True
-    fingerprint_dtype = torch.bfloat16
+    fingerprint_dtype: torch.dtype | None = torch.bfloat16
 
     def __init__(
         self, weight: ops.QuantizedWeight, bias: nn.Parameter | None, quant_storage: torch.dtype = torch.uint8

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from pissa import ops
 from pissa.base.released import BESIDE, CODES, OF_INPUTS, REFUSED, SCALES, is_code, joined, released_weight
-from pissa.files.messages import shown
+from pissa.files.messages import reading, shown
 from pissa.files.model_folder import Composition, Part, quantised_kind
 from pissa.files.tensor_file import Entry, Source
 from pissa.layers.experts import is_transposed
@@ -119,9 +119,8 @@ class ReleasedWeights:
     def weight(self, weight: str, member: int | None = None) -> ops.QuantizedWeight:
         """One of the checkpoint's weights, or that matrix [out, in] of a stack."""
         names = self._tensors[weight]
-        tensors = {local: self._source.read(name, member) for local, name in names.items()}
         with _naming(self._source, names):
-            return released_weight(tensors)
+            return released_weight({local: self._source.read(name, member) for local, name in names.items()})
 
     def shape(self, weight: str) -> tuple[int, ...]:
         """Of the dense weight."""
@@ -197,12 +196,13 @@ def check_dense(source: Source) -> None:
 @contextmanager
 def _naming(source: Source, names: dict[str, str]) -> Iterator[None]:
     """Puts the file, and the whole name, before the tensor that a message begins with."""
-    try:
-        yield
-    except ValueError as error:
-        local = str(error).partition(":")[0].partition(" ")[0]
-        name = names.get(local, next(iter(names.values())))
-        raise ValueError(f"{source.path_of(name)}: {shown(name)}: {error}") from error
+    first = next(iter(names.values()))
+    with reading(source.path_of(first), "It is damaged, or of a layout that is not read: download it again"):
+        try:
+            yield
+        except ValueError as error:
+            local = str(error).partition(":")[0].partition(" ")[0]
+            raise ValueError(f"{shown(names.get(local, first))}: {error}") from error
 
 
 _STACKS = {"_blocks": "blocks", "_scales": "scales"}
