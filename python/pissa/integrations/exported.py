@@ -15,7 +15,7 @@ from pissa.files.lora_folder import LoraFolder
 from pissa.files.messages import shown
 from pissa.files.model_folder import matrix_of
 from pissa.files.peft_layout import PREFIX
-from pissa.files.tensor_file import Source
+from pissa.files.released import open_dense
 
 
 class Exported(NamedTuple):
@@ -71,7 +71,7 @@ def read_factors(folder: LoraFolder, base: Name | None, initial: Name | None, ru
 def _unchanged(folder: LoraFolder, base: Path) -> set[str]:
     """The tensors beside the factors that are the base's, as PEFT saves those of embeddings."""
     found = set()
-    with Source(base) as source:
+    with open_dense(base) as source:
         planner = Planner(source, folder)
         for key in folder.other_keys:
             name = key.removeprefix(PREFIX).replace(".base_layer.", ".")

@@ -17,6 +17,7 @@ from pissa.files.hub import Name, checkpoint_folder
 from pissa.files.lora_folder import LoraFactors, LoraFolder, with_sizes
 from pissa.files.messages import shown
 from pissa.files.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, FACTOR_KEYS, PREFIX, Matrices
+from pissa.files.released import open_dense
 from pissa.files.staged import check_unused, staged
 from pissa.files.tensor_file import Scratch, Source, write_tensors
 from pissa.integrations.exported import Exported, read_factors
@@ -97,7 +98,7 @@ def _places(lora: PlainLora, base: Name | None) -> dict[str, Places]:
             f"{path} has factors of fused experts, {min(fused)} the first, which vLLM calls as the checkpoint of the "
             "base does: give the unmodified model (base)"
         )
-    with Source(checkpoint_folder(base)) as source:
+    with open_dense(checkpoint_folder(base)) as source:
         planner = Planner(source, lora.folder)
         layers = {
             target: planner.unit_of(factors).layers

@@ -23,6 +23,7 @@ from language_models import logits, moved, train
 from pissa.base.weights import CodedLinear
 from pissa.checkpoints.init import init
 from pissa.checkpoints.merge import merge
+from pissa.integrations.export import export
 from released_folders import METHODS, release
 
 DENSE_LAYOUTS = [layout for layout in METHODS if layout != "mxfp4-gpt-oss"]
@@ -217,7 +218,9 @@ def dense_twin(model: nn.Module, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize(("kind", "layout"), RELEASED)
-def test_init_and_merge_read_it_as_the_dense_checkpoint(kind: str, layout: str, tokens: Tensor, tmp_path: Path) -> None:
+def test_init_merge_and_export_read_it_as_the_dense_checkpoint(
+    kind: str, layout: str, tokens: Tensor, tmp_path: Path
+) -> None:
     dense = dense_twin(released(kind, layout, tmp_path / "model"), tmp_path / "dense")
     config = pissa.PissaConfig(r=4, quant="nf4")
     for name in ("model", "dense"):
@@ -229,6 +232,10 @@ def test_init_and_merge_read_it_as_the_dense_checkpoint(kind: str, layout: str, 
     model.save_pretrained(tmp_path / "run")
     for name in ("model", "dense"):
         merge(tmp_path / "run", tmp_path / name, tmp_path / f"{name}-merged")
+        export(tmp_path / "run", tmp_path / f"{name}-vllm", "vllm", base=tmp_path / name)
+    files = [load_file(tmp_path / f"{name}-vllm" / "adapter_model.safetensors") for name in ("model", "dense")]
+    assert files[0].keys() == files[1].keys()
+    assert all(torch.equal(value, files[1][name]) for name, value in files[0].items())
     ours, expected = (AutoModelForCausalLM.from_pretrained(tmp_path / f"{name}-merged") for name in ("model", "dense"))
     assert ours.dtype == torch.bfloat16
     for name, value in expected.state_dict().items():
