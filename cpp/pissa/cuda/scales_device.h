@@ -62,12 +62,12 @@ class BlockScales {
 
   // What the format fixes is known when the kernel is compiled.
   __device__ __forceinline__ bool in_f32() const {
-    if constexpr (kKind == ScaleKind::nested || kKind == ScaleKind::tiles) return scales_.absmax != nullptr;
-    return kKind == ScaleKind::f32;
+    if constexpr (kKind == ScaleKind::e8m0 || kKind == ScaleKind::e4m3) return false;
+    return kKind == ScaleKind::f32 || scales_.absmax != nullptr;
   }
   __device__ __forceinline__ bool in_bf16() const {
-    if constexpr (kKind == ScaleKind::tiles) return scales_.absmax16 != nullptr;
-    return kKind == ScaleKind::bf16;
+    if constexpr (kKind == ScaleKind::bf16 || kKind == ScaleKind::tiles) return scales_.absmax16 != nullptr;
+    return false;
   }
   __device__ __forceinline__ bool nested() const {
     if constexpr (kKind == ScaleKind::nested) return !in_f32();

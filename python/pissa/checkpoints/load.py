@@ -323,9 +323,9 @@ def _fill_packed(model: nn.Module, packed: Mapping[str, Packed], quantization: M
     compute_dtype = getattr(torch, name, None)
     if not isinstance(compute_dtype, torch.dtype) or not compute_dtype.is_floating_point:
         raise ValueError(f"config.json: bnb_4bit_compute_dtype is {shown(name)}; needed: float32, bfloat16 or float16")
-    for experts in {layer.rpartition(".")[0].rpartition(".")[0] for layer in packed}:
-        if hasattr(fused := model.get_submodule(experts), "num_experts") and not isinstance(fused, UnfusedExperts):
-            model.set_submodule(experts, UnfusedExperts(fused))  # which nothing adapts: only so can they compute
+    for path, name in {match.groups() for layer in packed if (match := _EXPERT.fullmatch(layer))}:
+        if getattr(fused := model.get_submodule(path), name, None) is not None:
+            model.set_submodule(path, UnfusedExperts(fused))  # which nothing adapts: only so can they compute
     for layer, weight in packed.items():
         module = model.get_submodule(layer)
         dense = module.base if isinstance(module, PissaLayer) else base_of(module)

@@ -203,8 +203,7 @@ class StoredLevels {
         rows_(rows),
         cols_(cols),
         blocksize_(blocksize),
-        scales_(random, info(format).scales == ScaleKind::nested && !nested ? ScaleKind::f32 : info(format).scales,
-                ceil_div(rows * cols, blocksize)),
+        scales_(random, kind(random, format, nested), ceil_div(rows * cols, blocksize)),
         codes_(code_bytes(format, rows * cols)) {
     for (std::uint8_t& code : codes_) code = static_cast<std::uint8_t>(random.below(256));
   }
@@ -225,6 +224,13 @@ class StoredLevels {
   }
 
  private:
+  // Nested scales, or bf16 ones, may be f32 too.
+  static ScaleKind kind(Random& random, Format format, bool nested) {
+    const ScaleKind kind = info(format).scales;
+    if (kind == ScaleKind::nested ? !nested : kind == ScaleKind::bf16 && random.coin()) return ScaleKind::f32;
+    return kind;
+  }
+
   Format format_;
   std::int64_t rows_, cols_, blocksize_;
   StoredScales scales_;
