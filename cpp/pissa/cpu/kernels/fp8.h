@@ -11,9 +11,19 @@ namespace {
 
 struct Fp8 {
   static constexpr Format kFormat = Format::fp8;
+  static constexpr float kMostFactor = 0x1p119f;  // of which 256 times is finite
 
   static PISSA_INLINE std::int64_t block(const Scales& scales, std::int64_t row, std::int64_t col, std::int64_t) {
     return row / scales.rows * scales.across + col / scales.blocksize;
+  }
+
+  static PISSA_INLINE bool has_nan(const std::uint8_t* codes, std::int64_t count) {
+    std::uint8_t largest = 0;
+    for (std::int64_t i = 0; i < count; ++i) {
+      const std::uint8_t magnitude = codes[i] & 0x7f;
+      largest = magnitude > largest ? magnitude : largest;
+    }
+    return largest == 0x7f;
   }
 
   // Each element is code * scale, rounded once to the product's elements.
@@ -22,14 +32,17 @@ struct Fp8 {
                      typename Product::Element* to) {
     const auto* codes = static_cast<const std::uint8_t*>(matrix.data) + row * matrix.cols + col;
     const std::int64_t blocksize = matrix.scales.blocksize;
+    const bool nan =
+        has_nan(codes, count);  // rarely: looked for at once, it takes two instructions for a vector of bytes
     for (std::int64_t i = 0; i < count;) {
       const std::int64_t end = smaller(count, ((col + i) / blocksize + 1) * blocksize - col);
       float scale;
       decode_absmax(matrix.scales, block(matrix.scales, row, col + i, matrix.cols), 1, &scale);
-      const Vec::Reg factor = Vec::broadcast(scale);
-      for (; i + 2 * kWidth <= end; i += 2 * kWidth) {
-        Product::store(to + i, {Vec::mul(Vec::load_f8(codes + i), factor),
-                                Vec::mul(Vec::load_f8(codes + i + kWidth), factor)});
+      const Vec::Reg factor = Vec::broadcast(scale * 256.0f);
+      const std::int64_t whole = scale < kMostFactor && !nan ? end : i;
+      for (; i + 2 * kWidth <= whole; i += 2 * kWidth) {
+        Product::store(to + i,
+                       {Vec::mul(Vec::load_f8(codes + i), factor), Vec::mul(Vec::load_f8(codes + i + kWidth), factor)});
       }
       for (; i < end; ++i) to[i] = Product::round(e4m3_value(codes[i]) * scale);
     }

@@ -17,7 +17,12 @@ void decode_absmax(const Scales& scales, std::int64_t first, std::int64_t count,
   if (scales.absmax16) return decode_bf16(scales.absmax16 + first, count, to);
   if (!scales.nested_absmax) {
     const std::uint8_t* bytes = scales.absmax8 + first;
-    for (std::int64_t i = 0; i < count; ++i) to[i] = scales.levels ? scales.levels[bytes[i]] : e8m0_value(bytes[i]);
+    std::int64_t i = 0;
+    if (!scales.levels) {
+      for (; i < count; ++i) to[i] = e8m0_value(bytes[i]);
+    }
+    for (; i + kWidth <= count; i += kWidth) Vec::store(to + i, Vec::gather(scales.levels, bytes + i));
+    for (; i < count; ++i) to[i] = scales.levels[bytes[i]];
     return;
   }
   const float offset = *scales.offset;

@@ -55,15 +55,10 @@ struct Vec {
   static PISSA_INLINE Reg load_i8(const std::int8_t* from) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
   }
-  // Exponent and fraction where f16 has them, times the ratio of the biases, 2^(15 - 7). Code 127 is NaN.
+  // Sign, exponent and fraction where f16 has them: the number divided by the ratio of the biases, 2^(15 - 7). Not NaN.
   static PISSA_INLINE Reg load_f8(const std::uint8_t* from) {
     const __m128i codes = _mm_cvtepi8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
-    const __m128i magnitude = _mm_and_si128(codes, _mm_set1_epi16(0x7f));
-    const __m128i sign = _mm_and_si128(codes, _mm_set1_epi16(-0x8000));
-    const __m128i nan = _mm_cmpeq_epi16(magnitude, _mm_set1_epi16(0x7f));
-    const __m128i bits = _mm_or_si128(_mm_or_si128(_mm_slli_epi16(magnitude, 7), sign),
-                                      _mm_and_si128(nan, _mm_set1_epi16(0x7e00)));
-    return mul(_mm256_cvtph_ps(bits), broadcast(256.0f));
+    return _mm256_cvtph_ps(_mm_and_si128(_mm_slli_epi16(codes, 7), _mm_set1_epi16(-0x4080)));
   }
   static PISSA_INLINE Reg load_f16(const std::uint16_t* from) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));

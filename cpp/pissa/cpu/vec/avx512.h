@@ -47,15 +47,10 @@ struct Vec {
   static PISSA_INLINE Reg load_i8(const std::int8_t* from) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
   }
-  // Exponent and fraction where f16 has them, times the ratio of the biases, 2^(15 - 7). Code 127 is NaN.
+  // Sign, exponent and fraction where f16 has them: the number divided by the ratio of the biases, 2^(15 - 7). Not NaN.
   static PISSA_INLINE Reg load_f8(const std::uint8_t* from) {
     const __m256i codes = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
-    const __m256i magnitude = _mm256_and_si256(codes, _mm256_set1_epi16(0x7f));
-    const __m256i sign = _mm256_and_si256(codes, _mm256_set1_epi16(-0x8000));
-    const __m256i nan = _mm256_cmpeq_epi16(magnitude, _mm256_set1_epi16(0x7f));
-    const __m256i bits = _mm256_or_si256(_mm256_or_si256(_mm256_slli_epi16(magnitude, 7), sign),
-                                         _mm256_and_si256(nan, _mm256_set1_epi16(0x7e00)));
-    return mul(_mm512_cvtph_ps(bits), broadcast(256.0f));
+    return _mm512_cvtph_ps(_mm256_and_si256(_mm256_slli_epi16(codes, 7), _mm256_set1_epi16(-0x4080)));
   }
   static PISSA_INLINE Reg load_f16(const std::uint16_t* from) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));

@@ -50,14 +50,11 @@ struct Vec {
   static PISSA_INLINE Reg load_i8(const std::int8_t* from) {
     return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_u8(load_4_bytes(from))))));
   }
-  // Exponent and fraction where f16 has them, times the ratio of the biases, 2^(15 - 7). Code 127 is NaN.
+  // Sign, exponent and fraction where f16 has them: the number divided by the ratio of the biases, 2^(15 - 7). Not NaN.
   static PISSA_INLINE Reg load_f8(const std::uint8_t* from) {
     const int16x4_t codes = vget_low_s16(vmovl_s8(vreinterpret_s8_u8(load_4_bytes(from))));
-    const uint16x4_t magnitude = vand_u16(vreinterpret_u16_s16(codes), vdup_n_u16(0x7f));
-    const uint16x4_t sign = vand_u16(vreinterpret_u16_s16(codes), vdup_n_u16(0x8000));
-    const uint16x4_t nan = vand_u16(vceq_u16(magnitude, vdup_n_u16(0x7f)), vdup_n_u16(0x7e00));
-    const uint16x4_t bits = vorr_u16(vorr_u16(vshl_n_u16(magnitude, 7), sign), nan);
-    return mul(vcvt_f32_f16(vreinterpret_f16_u16(bits)), broadcast(256.0f));
+    const uint16x4_t bits = vand_u16(vshl_n_u16(vreinterpret_u16_s16(codes), 7), vdup_n_u16(0xbf80));
+    return vcvt_f32_f16(vreinterpret_f16_u16(bits));
   }
   static PISSA_INLINE Reg load_f16(const std::uint16_t* from) {
     return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from)));

@@ -70,7 +70,7 @@ struct Vec {
     return each([&](int i) { return static_cast<float>(from[i]); });
   }
   static PISSA_INLINE Reg load_f8(const std::uint8_t* from) {
-    return each([&](int i) { return e4m3_value(from[i]); });
+    return each([&](int i) { return e4m3_value(from[i]) / 256.0f; });
   }
   static PISSA_INLINE Reg load_f16(const std::uint16_t* from) {
     return each([&](int i) { return widen_f16(from[i]); });

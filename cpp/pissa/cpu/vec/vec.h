@@ -12,10 +12,11 @@
 // - zero, broadcast, load, store, add, mul, fma (a * b + c), abs, reduce_add; max_bits, reduce_max_bits, the largest as
 //   an unsigned integer: of absolute values, NaN is the largest
 // - zero64, load64 (from f32), fma64, store64
-// - load_f16, store_f16 (to nearest, ties to even); load_i8, kWidth signed bytes; load_f8, E4M3
+// - load_f16, store_f16 (to nearest, ties to even); load_i8, kWidth signed bytes; load_f8, E4M3 / 256, not NaN
 // - gather, map[index] for kWidth indices of a byte
 // - store_codes, the NF4 codes of kWidth values, two a byte: each the number of thresholds below its value
-// - table<blocks>, 16 levels times each of the scales of as many blocks, kMostBlocks at most; decode_split, the elements
+// - table<blocks>, 16 levels times each of the scales of as many blocks, kMostBlocks at most; decode_split, the
+// elements
 //   of kWidth bytes in these blocks, of one size, those in the high nibbles and those in the low ones; interleave, the
 //   two as a0 b0 a1 b1 ...
 // - transpose, of kWidth x kWidth
