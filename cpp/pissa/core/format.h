@@ -22,8 +22,8 @@ PISSA_INLINE constexpr float float_of(std::uint32_t bits) { return __builtin_bit
 /// How the numbers of a matrix are stored: three dense formats, and those of codes with scales.
 enum class Format : std::int32_t { f32, bf16, f16, nf4, int8, nf3, nf2, mxfp4, nvfp4, int4, fp8 };
 
-/// How many elements of a flattened matrix share a scale: a power of two from `least` to `most`, which where `in_row` no
-/// row may cut; or, where these are 0, the elements of a row.
+/// How many elements of a flattened matrix share a scale: a power of two from `least` to `most`, which where `in_row`
+/// no row may cut; or, where these are 0, the elements of a row.
 struct BlockRule {
   std::int64_t least = 0;
   std::int64_t most = 0;
@@ -42,9 +42,9 @@ enum class ScaleKind : std::uint8_t { f32, nested, e8m0, e4m3, bf16, tiles };
 /// What is to be known of a format.
 struct FormatInfo {
   const char* name = "";
-  int bits = 0;            ///< of an element, or of its code
-  bool quantized = false;  ///< codes and scales; quantised matrices are read-only, and contiguous
-  BlockRule blocks = {};   ///< of a quantised format
+  int bits = 0;                       ///< of an element, or of its code
+  bool quantized = false;             ///< codes and scales; quantised matrices are read-only, and contiguous
+  BlockRule blocks = {};              ///< of a quantised format
   ScaleKind scales = ScaleKind::f32;  ///< nested ones may be f32, too
 };
 
@@ -78,8 +78,9 @@ PISSA_INLINE constexpr FormatInfo info(Format format) {
 }
 
 /// Its rows.
-inline constexpr Format kFormats[] = {Format::f32, Format::bf16, Format::f16,   Format::nf4,   Format::int8, Format::nf3,
-                                      Format::nf2, Format::mxfp4, Format::nvfp4, Format::int4, Format::fp8};
+inline constexpr Format kFormats[] = {Format::f32,   Format::bf16, Format::f16, Format::nf4,
+                                      Format::int8,  Format::nf3,  Format::nf2, Format::mxfp4,
+                                      Format::nvfp4, Format::int4, Format::fp8};
 
 /// Whether the format is one of codes and scales.
 PISSA_INLINE constexpr bool is_quantized(Format format) { return info(format).quantized; }

@@ -1,5 +1,5 @@
-// The formats of four bits: 16 levels, two codes a byte, an element its level times its block's scale. This header fixes
-// the levels, which of two codes comes first, and, of all but NF4 (nf4.h), how numbers become scales and codes.
+// The formats of four bits: 16 levels, two codes a byte, an element its level times its block's scale. This header
+// fixes the levels, which of two codes comes first, and, of all but NF4 (nf4.h), how numbers become scales and codes.
 //
 //   nf4    NormalFloat, bitsandbytes' layout (nf4.h)
 //   mxfp4  E2M1 with a power of two for 32 (OCP Microscaling Formats 1.0), as gpt-oss and compressed-tensors store it

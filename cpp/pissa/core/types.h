@@ -10,21 +10,21 @@
 
 namespace pissa {
 
-/// Scales of a quantised matrix, one per block of `blocksize` elements of the flattened matrix; of NormalFloats and INT8
-/// its largest absolute value. Where they are: `absmax`, `absmax16` or `absmax8`, one of them. A byte of absmax8 is, with
-/// nested_absmax (double quantisation), that of block i `kDynamicMap[absmax8[i]] * nested_absmax[i / 256] + *offset`, with
-/// the map of bitsandbytes; with `levels`, `levels[absmax8[i]]`; alone, the power of two of E8M0.
+/// Scales of a quantised matrix, one per block of `blocksize` elements of the flattened matrix; of NormalFloats and
+/// INT8 its largest absolute value. Where they are: `absmax`, `absmax16` or `absmax8`, one of them. A byte of absmax8
+/// is, with nested_absmax (double quantisation), that of block i `kDynamicMap[absmax8[i]] * nested_absmax[i / 256] +
+/// *offset`, with the map of bitsandbytes; with `levels`, `levels[absmax8[i]]`; alone, the power of two of E8M0.
 ///
 /// Of FP8 a block is a tile of `rows` rows and `blocksize` columns, less at the edges; tiles are row-major, `across` of
 /// them side by side.
 struct Scales {
-  std::int64_t blocksize = 0;                ///< of INT8 the columns of the matrix: a block is a row
-  const float* absmax = nullptr;             ///< [blocks]
-  const std::uint8_t* absmax8 = nullptr;     ///< [blocks]
-  const float* nested_absmax = nullptr;      ///< [ceil(blocks / 256)]
-  const float* offset = nullptr;             ///< one number
-  const std::uint16_t* absmax16 = nullptr;   ///< [blocks], bf16
-  const float* levels = nullptr;             ///< [256]
+  std::int64_t blocksize = 0;               ///< of INT8 the columns of the matrix: a block is a row
+  const float* absmax = nullptr;            ///< [blocks]
+  const std::uint8_t* absmax8 = nullptr;    ///< [blocks]
+  const float* nested_absmax = nullptr;     ///< [ceil(blocks / 256)]
+  const float* offset = nullptr;            ///< one number
+  const std::uint16_t* absmax16 = nullptr;  ///< [blocks], bf16
+  const float* levels = nullptr;            ///< [256]
   std::int64_t rows = 1;
   std::int64_t across = 1;
 };

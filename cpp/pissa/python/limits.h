@@ -48,9 +48,10 @@ inline pybind11::dict limits() {
 }
 
 inline void define_limits(pybind11::module_& m) {
-  m.def("formats", formats,
-        "The quantised formats by name: bits of a code, blocksizes (none: a block is a row), usual_blocksize, and what\n"
-        "its scales may be (nested: also float32).");
+  m.def(
+      "formats", formats,
+      "The quantised formats by name: bits of a code, blocksizes (none: a block is a row), usual_blocksize, and what\n"
+      "its scales may be (nested: also float32).");
   m.def("limits", limits,
         "Rows of x up to which factors are not summed (few_tokens), scales that are quantised together\n"
         "(nested_blocksize), and reads of a weight in a step of the SVD (passes_per_step).");

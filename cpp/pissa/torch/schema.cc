@@ -18,7 +18,8 @@ STABLE_TORCH_LIBRARY(pissa, m) {
       "-> (Tensor[] a0, Tensor[] b0, Tensor[] s)");
   m.def("add_second_moment(Tensor(a!) total, Tensor x) -> ()");
   m.def("residual(Tensor weight, Tensor a0, Tensor b0, float scaling) -> Tensor");
-  m.def("quantize(Tensor weight, str format, int blocksize, Tensor? global_scale=None) -> (Tensor codes, Tensor absmax)");
+  m.def(
+      "quantize(Tensor weight, str format, int blocksize, Tensor? global_scale=None) -> (Tensor codes, Tensor absmax)");
   m.def(
       "feedback_codes(Tensor weight, Tensor lower, Tensor absmax, Tensor? nested_absmax, Tensor? offset, str format, "
       "int blocksize) -> Tensor");

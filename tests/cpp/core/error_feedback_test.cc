@@ -19,9 +19,9 @@ class ErrorFeedbackTest : public BackendTest {};
 
 float scale_of(const Matrix& matrix, std::int64_t i) {
   const Scales& scales = matrix.scales;
-  const std::int64_t block = matrix.format == Format::fp8 ? i / matrix.cols / scales.rows * scales.across +
-                                                                i % matrix.cols / scales.blocksize
-                                                          : i / scales.blocksize;
+  const std::int64_t block = matrix.format == Format::fp8
+                                 ? i / matrix.cols / scales.rows * scales.across + i % matrix.cols / scales.blocksize
+                                 : i / scales.blocksize;
   if (scales.absmax) return scales.absmax[block];
   if (scales.absmax16) return static_cast<float>(kBf16.decode(scales.absmax16[block]));
   if (scales.levels) return scales.levels[scales.absmax8[block]];

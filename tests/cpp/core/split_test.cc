@@ -144,7 +144,8 @@ TEST_P(SplitTest, ExplicitResidual) {
 // QPiSSA: the factors of W, and codes that are, one by one, those of the residual.
 TEST_P(SplitTest, QuantizedResidual) {
   Random random(3);
-  for (const auto& [quantized, blocksize] : {std::pair{Format::nf4, 64}, {Format::nf4, 256}, {Format::int8, 67}, {Format::fp8, 67}}) {
+  for (const auto& [quantized, blocksize] :
+       {std::pair{Format::nf4, 64}, {Format::nf4, 256}, {Format::int8, 67}, {Format::fp8, 67}}) {
     for (const Format format : kFloatFormats) {
       const Stored weight(random.dense(41, 67), format);
       StartFactors plain(weight.view(), 5), factors(weight.view(), 5);

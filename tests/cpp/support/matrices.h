@@ -151,7 +151,8 @@ class StoredScales {
       absmax_.push_back(static_cast<float>(0.5 + random.uniform()));
       absmax16_.push_back(static_cast<std::uint16_t>(kBf16.encode(absmax_.back())));
       // Powers of two around 1, and bytes of a table or of the dynamic map.
-      absmax8_.push_back(static_cast<std::uint8_t>(kind == ScaleKind::e8m0 ? 125 + random.below(4) : random.below(256)));
+      absmax8_.push_back(
+          static_cast<std::uint8_t>(kind == ScaleKind::e8m0 ? 125 + random.below(4) : random.below(256)));
     }
     for (std::int64_t i = 0; i < ceil_div(blocks, 256); ++i)
       nested_absmax_.push_back(static_cast<float>(0.5 + random.uniform()));
@@ -248,7 +249,8 @@ class StoredFp8 {
         width_(width),
         scales_(random, kind, ceil_div(rows, height) * ceil_div(cols, width)),
         codes_(rows * cols) {
-    for (std::uint8_t& code : codes_) code = static_cast<std::uint8_t>(random.below(64) + 128 * random.coin());  // below 2
+    for (std::uint8_t& code : codes_)
+      code = static_cast<std::uint8_t>(random.below(64) + 128 * random.coin());  // below 2
   }
 
   Matrix view() const {
@@ -313,13 +315,15 @@ class StoredInt8 {
 /// The forms in which a GEMM reads an operand, and a random normal matrix in one of them. The first are those of
 /// Format, in its order.
 enum class Form { f32, bf16, f16, nf4, int8, nf3, nf2, mxfp4, nvfp4, int4, fp8, nf4_nested };
-inline constexpr std::initializer_list<Form> kForms = {Form::f32, Form::bf16,  Form::f16,   Form::nf4,  Form::int8, Form::nf3,
-                                                       Form::nf2, Form::mxfp4, Form::nvfp4, Form::int4, Form::fp8,  Form::nf4_nested};
+inline constexpr std::initializer_list<Form> kForms = {Form::f32,   Form::bf16, Form::f16, Form::nf4,
+                                                       Form::int8,  Form::nf3,  Form::nf2, Form::mxfp4,
+                                                       Form::nvfp4, Form::int4, Form::fp8, Form::nf4_nested};
 inline constexpr std::initializer_list<Format> kFloatFormats = {Format::f32, Format::bf16, Format::f16};
 
 inline const char* name(Form form) {
-  return std::vector<const char*>{
-      "f32", "bf16", "f16", "nf4", "int8", "nf3", "nf2", "mxfp4", "nvfp4", "int4", "fp8", "nf4_nested"}[static_cast<std::size_t>(form)];
+  return std::vector<const char*>{"f32", "bf16",  "f16",   "nf4",  "int8", "nf3",
+                                  "nf2", "mxfp4", "nvfp4", "int4", "fp8",  "nf4_nested"}[static_cast<std::size_t>(
+      form)];
 }
 inline const char* name(Format format) { return name(static_cast<Form>(format)); }
 

@@ -42,9 +42,9 @@ PISSA_INLINE std::int64_t PackedPairs<format>::block(const Scales& scales, std::
   return (row * cols + col) >> log2_blocksize(scales);
 }
 
-// A cell is what one table decodes: a block, or the `blocks` of one step where they are smaller. Both ends may lie inside
-// a cell, a block or a byte. Each element is level * scale, rounded once to the product's elements. Scales are decoded
-// some cells ahead, out of the way.
+// A cell is what one table decodes: a block, or the `blocks` of one step where they are smaller. Both ends may lie
+// inside a cell, a block or a byte. Each element is level * scale, rounded once to the product's elements. Scales are
+// decoded some cells ahead, out of the way.
 template <Format format, class Product, int blocks>
 void decode_cells(const Matrix& matrix, std::int64_t first, std::int64_t count, typename Product::Element* to) {
   constexpr int kStep = 2 * Product::kDecodeBytes;
@@ -284,7 +284,8 @@ PISSA_INLINE void dispatch_dot(std::int64_t wanted, const Matrix& weight, const 
                                std::int64_t count, const SplitRows<Product>& x, float* absmax, float* c,
                                bool accumulate) {
   if (wanted == rows) return dot_rows<format, Product, rows>(weight, block, k0, count, x, absmax, c, accumulate);
-  if constexpr (rows > 1) dispatch_dot<format, Product, rows - 1>(wanted, weight, block, k0, count, x, absmax, c, accumulate);
+  if constexpr (rows > 1)
+    dispatch_dot<format, Product, rows - 1>(wanted, weight, block, k0, count, x, absmax, c, accumulate);
 }
 
 // c = or += the term
