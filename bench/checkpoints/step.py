@@ -60,6 +60,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--init", help="of an adapter of rank 16 on a folder that pissa init has not split")
     parser.add_argument("--dense", action="store_true", help="time the dense products too, before and after each step")
     parser.add_argument("--samples", type=int, default=4, help="layers whose dense products are timed")
     options = parser.parse_args()
@@ -67,7 +68,8 @@ def main() -> None:
     from pissa.layers.layer import pissa_layers
 
     begun = time.perf_counter()
-    model = pissa.load(options.folder, is_trainable=True)
+    fields = {"r": 16, "init": options.init, "target_modules": "all-linear"} if options.init else {}
+    model = pissa.load(options.folder, is_trainable=True, **fields)
     loaded = time.perf_counter() - begun
     model.config.use_cache = False
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

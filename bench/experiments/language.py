@@ -108,7 +108,7 @@ def load_model(folder: Path, method: Method, tiny: bool) -> nn.Module:
     if not tiny:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_cache=False, attn_implementation=ATTENTION)
     config = AutoConfig.from_pretrained(folder, dtype=dtype, use_cache=False)
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
     config.update(sizes | {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16})
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=ATTENTION)

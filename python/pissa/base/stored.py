@@ -145,7 +145,13 @@ class ResidualCheck:
         self._layers: dict[torch.device, list[tuple[str, float, int, Tensor]]] = {}
 
     def add(self, name: str, weight: Tensor, start: StartFactors) -> None:
-        """One more layer: its name, its weight [out, in] and the start that its residual will lack."""
+        """One more layer: its name, its weight [out, in] and the start that its residual will lack. Raises ValueError
+        if rows of the weight are no multiple of a block that has to divide them."""
+        if self._form.kind in FORMATS:
+            try:
+                FORMATS[self._form.kind].options(self._form.blocksize, self._form.double_quant, weight.shape[1])
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}: leave the layer out, or take another format") from error
         norms = [torch.linalg.vector_norm(factor, dtype=torch.float64) for factor in start.taken]
         largest = torch.stack(weight.detach().aminmax()).abs().amax().double()
         layer = (name, start.origin.scaling, weight.numel(), torch.stack([largest, *norms]))

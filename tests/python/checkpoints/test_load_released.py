@@ -241,3 +241,12 @@ def test_init_merge_and_export_read_it_as_the_dense_checkpoint(
     for name, value in expected.state_dict().items():
         assert torch.equal(ours.state_dict()[name], value), name
     assert dense.is_dir()
+
+
+def test_a_format_whose_blocks_do_not_divide_rows_is_refused_before_anything_is_replaced() -> None:
+    model = checkpoint_folders.llama(hidden_size=64, intermediate_size=96)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"down_proj: int4: got a weight of 96 columns; .* multiple of 64"):
+        pissa.wrap(model, r=2, quant="int4")
+    assert {name: value.shape for name, value in model.state_dict().items()} == {n: v.shape for n, v in before.items()}
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
