@@ -103,7 +103,7 @@ def mapped_model(
     try:
         left = _left_packed(kind, config, shapes)
         with torch.device("meta"):
-            parameters = released.fill(kind(config)) if released else {}
+            parameters = released.locate(kind(config)) if released else {}
         stand_ins = {name: _LeftPacked(name, shape, is_whole=False) for name, shape in parameters.items()}
         left |= {layer: stand_ins.get(f"{layer}.weight") or stand_ins[_fused(layer)] for layer in released.layers}
         state |= {weight.name: weight for weight in left.values()}

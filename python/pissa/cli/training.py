@@ -40,6 +40,7 @@ from pissa.files.messages import first_line
 from pissa.files.model_folder import read_config
 from pissa.files.peft_layout import inexact_lora
 from pissa.files.pissa_layout import PISSA_RECORD, AdapterRecord
+from pissa.files.released import is_released
 from pissa.files.staged import check_unused
 from pissa.notices import InexactLoraWarning
 
@@ -138,7 +139,7 @@ def _settle(ours: Any, training: Any, mixture: Any) -> tuple[pissa.PissaConfig, 
         raise UserError(f"--quant {ours.quant} needs --method pissa; plain LoRA is trained on the base as it is")
     with told(OSError, ValueError, before=f"--model {folder}: "):
         split = AdapterRecord.read(folder / PISSA_RECORD).config if is_split else None
-        base = read_config(folder) if is_split else {}
+        base = read_config(folder) if is_split or is_released(folder) else {}
     config = adapter_config(ours, training.seed, split)
     ours.dtype = ours.dtype or base.get("dtype") or base.get("torch_dtype") or "float32"
     if ours.resume:
@@ -190,6 +191,9 @@ def _model(ours: Any, training: Any, config: pissa.PissaConfig, split: bool, tra
     """The wrapped model, calibrated on the first examples of the training data if its base asks for that."""
     if split:
         model = _loaded(ours, pissa.load, dtype=getattr(torch, ours.dtype), device=training.device)
+    elif is_released(Path(ours.model_name_or_path)):  # which transformers would expand
+        config = config if ours.method == "pissa" else replace(config, init="lora")
+        model = _loaded(ours, pissa.load, config=config, dtype=getattr(torch, ours.dtype), device=training.device)
     else:
         options |= {"dtype": ours.dtype, "attn_implementation": ours.attn_implementation}
         if training.world_size > 1:  # a single process has the model spread over its GPUs

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from pissa import ops
 from pissa.base.released import BESIDE, CODES, OF_INPUTS, REFUSED, SCALES, is_code, joined, released_weight
 from pissa.files.messages import reading, shown
-from pissa.files.model_folder import Composition, Part, quantised_kind
+from pissa.files.model_folder import CONFIG, Composition, Part, quantised_kind
 from pissa.files.tensor_file import Entry, Source
 from pissa.layers.experts import is_transposed
 
@@ -68,7 +68,7 @@ class ReleasedWeights:
         owners = {_owner(weight) for weight in self._tensors}
         return own | {name for name in self._source.names if _is_of_inputs(name, owners)}
 
-    def fill(self, model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    def locate(self, model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
         """Finds which parameters of a model, on the meta device, are codes: their names and shapes. Afterwards `layers`
         are known.
 
@@ -181,6 +181,11 @@ def open_dense(folder: str | os.PathLike[str]) -> Source:
     """A checkpoint whose weights can be read as dense ones, whatever it is released in."""
     source = Source(folder)
     return DecodedSource(folder) if ReleasedWeights(source) else source
+
+
+def is_released(folder: Path) -> bool:
+    """Whether a folder's config.json says that its weights are codes of a released model."""
+    return (folder / CONFIG).is_file() and quantised_kind(folder) in KINDS
 
 
 def check_dense(source: Source) -> None:

@@ -22,11 +22,15 @@ import pytest
 import torch
 import yaml
 from packaging.requirements import Requirement
+from transformers import AutoModelForCausalLM
 
+import pissa
 import runs
 from daily import each
+from pissa.base.weights import CodedLinear
 from pissa.cli import main, training
 from pissa.cli.checks import Step0
+from released_folders import release
 from runs import cut_last_step, exact, history, logged, refused, same_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning")
@@ -412,3 +416,23 @@ def test_the_environment_report_says_what_is_wrong(
     monkeypatch.setattr(ops, "linear", lambda *args, **kwargs: linear(*args, **kwargs) * 1.001)
     assert main(["env"]) == 1
     assert "computes wrongly" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", ["lora", "pissa"])
+def test_a_released_model_is_trained_as_it_is(method: str, base: Path, data: Path, tmp_path: Path) -> None:
+    """In FP8, which transformers would expand on a CPU."""
+    folder, out = tmp_path / "model", tmp_path / "run"
+    shutil.copytree(
+        base, folder, ignore=lambda _, names: [name for name in names if "model" in name or "config" in name]
+    )
+    release(AutoModelForCausalLM.from_pretrained(base), "fp8-tiles", folder)
+    for name in ("tokenizer_config.json", "generation_config.json"):
+        if (base / name).is_file():
+            shutil.copyfile(base / name, folder / name)
+    codes = (folder / "model.safetensors").read_bytes()
+    assert main(command(folder, data, out, "--method", method, "--eval-data", str(data))) == 0
+    first, *_, last = [row for row in history(out) if "eval_loss" in row]
+    assert last["eval_loss"] < first["eval_loss"]
+    model = pissa.load(folder, adapter=out)
+    assert {module.format for module in model.modules() if isinstance(module, CodedLinear)} == {"fp8"}
+    assert (folder / "model.safetensors").read_bytes() == codes

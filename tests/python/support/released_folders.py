@@ -91,7 +91,7 @@ def release(model: nn.Module, layout: str, folder: Path) -> None:
         else:
             state[name] = dense[name] = tensor
     model.load_state_dict(dense)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     config: dict[str, Any] = model.config.to_dict() | {"architectures": [type(model).__name__], "dtype": "bfloat16"}
     config["quantization_config"] = {"quant_method": METHODS[layout]}
     (folder / "config.json").write_text(json.dumps(config))
