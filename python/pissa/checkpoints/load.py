@@ -29,7 +29,7 @@ from pissa.base.stored import residual_tensors
 from pissa.base.weights import CodedLinear
 from pissa.config import IMPLICIT, PissaConfig
 from pissa.distributed import failing_together
-from pissa.files.hub import adapter_folder
+from pissa.files.hub import adapter_folder, checkpoint_folder
 from pissa.files.load import base_doubts, restore
 from pissa.files.lora_folder import INITIAL_WEIGHTS
 from pissa.files.messages import first_line, shown
@@ -226,16 +226,17 @@ def load(
         model = pissa.load("out")  # what `pissa init` wrote
         model = pissa.load("out", adapter="run")  # with an adapter trained on it
         model = pissa.load("4bit", r=16, task_type="CAUSAL_LM")  # nf4, saved by transformers
+        model = pissa.load("openai/gpt-oss-20b", r=16, init="lora")  # as it was released
 
     On a folder of `pissa init` nothing is decomposed: the model is the one that `pissa.wrap` makes of the dense
     checkpoint, bit for bit. Another folder is loaded and wrapped: a packed weight is decoded, decomposed and let go,
-    one after another.
+    one after another, or, for LoRA's start, not even decoded. docs/released-models.md lists what is read.
 
     The files must stay as they are while the model is used. Its pages of them are the system's cache: they take memory
     that other programs can have.
 
     Args:
-        folder: of safetensors, with config.json.
+        folder: of safetensors, with config.json; or the name of one on the Hub, which is downloaded first.
         config: the configuration, copied; alternatively its fields as keywords. By default, of a folder of
             `pissa init` its own; another start or rank may be asked for there, not another form of the base.
         adapter: a folder that `save_pretrained` wrote of such a model, or a repository of the Hub. It has its own
@@ -254,7 +255,7 @@ def load(
         pissa.RankError: another process has failed.
     """
     with failing_together():
-        source = Source(folder)
+        source = Source(checkpoint_folder(folder))
         folder = source.folder
         split = AdapterRecord.read(folder / PISSA_RECORD) if (folder / PISSA_RECORD).is_file() else None
         saved = None if adapter is None else PissaFolder.read(adapter_folder(adapter, ADAPTER_FILES))

@@ -35,10 +35,12 @@ class ReleasedWeights:
         self._source = source
         self._tensors: dict[str, dict[str, str]] = {}
         present = set(source.names)
+        # bitsandbytes' codes have entries behind them ("q.weight.absmax"), or SCB beside them.
+        others = {f"{name.partition('.weight.')[0]}.weight" for name in present if ".weight." in name}
+        others |= {f"{name.removesuffix('.SCB')}.weight" for name in present if name.endswith(".SCB")}
         for name in source.names:
             weight, _, local = _split(name)
-            bitsandbytes = {f"{name}.absmax", f"{_owner(weight)}.SCB"}
-            if local not in CODES or not is_code(local, source.entry(name).dtype) or bitsandbytes & present:
+            if local not in CODES or name in others or not is_code(local, source.entry(name).dtype):
                 continue
             names = {local: name} | {
                 other: found

@@ -108,7 +108,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         ),
         r"layer 'model\.layers\.1\.mlp\.up_proj': its start factors are .*adapter_model\.safetensors is damaged",
     ),
-    "no config": (lambda folder: (folder / "config.json").unlink(), "cannot be loaded by transformers"),
+    "no config": (lambda folder: (folder / "config.json").unlink(), "config.json cannot be read"),
 }
 
 
