@@ -46,8 +46,8 @@ def wrong_in_linear(form: str, dtype: torch.dtype, device: torch.device) -> Iter
         dtype: of the activations, and of a dense weight.
     """
     for rows in (4, 150):  # few rows are multiplied by other kernels than many
-        shapes = {"x": (rows, 392), "weight": (264, 392), "bias": (264,), "dy": (rows, 264)}
-        shapes |= {"a": (8, 392), "b": (264, 8), "a0": (8, 392), "b0": (264, 8)}
+        shapes = {"x": (rows, 448), "weight": (264, 448), "bias": (264,), "dy": (rows, 264)}
+        shapes |= {"a": (8, 448), "b": (264, 8), "a0": (8, 448), "b0": (264, 8)}
         generator = torch.Generator().manual_seed(0)
         # No part of a sum is lost among the roundings of another.
         given = {name: torch.randn(shape, generator=generator) / math.sqrt(shape[-1]) for name, shape in shapes.items()}
@@ -59,7 +59,7 @@ def wrong_in_linear(form: str, dtype: torch.dtype, device: torch.device) -> Iter
             dense = ops.dequantize(kept).cpu()
         got = _with_gradients(ops.linear, kept, {name: tensor.to(device) for name, tensor in given.items()})
         exact = _with_gradients(_linear64, dense.double(), {name: tensor.double() for name, tensor in given.items()})
-        bound = 4 * (math.sqrt(392) * 2.0**-24 + torch.finfo(dtype).eps)
+        bound = 4 * (math.sqrt(448) * 2.0**-24 + torch.finfo(dtype).eps)
         for name, tensor in exact.items():
             error = (got[name].cpu().double() - tensor).abs().max() / tensor.abs().max()
             yield from _above(f"error of {name} ({rows} rows)", error.item(), bound)
@@ -178,7 +178,7 @@ def _llama(device: torch.device) -> Any:
     """A random Llama of two layers, always the same one."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 2}
+    sizes = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

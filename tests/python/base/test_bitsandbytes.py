@@ -226,7 +226,7 @@ def test_quant_decodes_splits_and_quantises_again_with_one_warning(nested: bool,
 
 
 def test_an_explicit_residual_of_quantised_layers_warns_as_well() -> None:
-    with pytest.warns(notices.RequantizedWarning, match=r"1 of 2 layers .* stored as explicit, which rounds"):
+    with pytest.warns(notices.RequantizedWarning, match=r"1 of 1 layers .* stored as explicit, which rounds"):
         model = wrap(linear4bit(), r=R, residual="explicit")
     assert isinstance(adapted(model).base_layer, ResidualLinear)
 
