@@ -169,6 +169,8 @@ class Lora(InitMethod):
     reads_weights = False
 
     def start(self, task: StartTask) -> list[StartFactors]:
+        if not task.weights:
+            return []
         device = task.device or task.weights[0].device
         known = {
             name: weight for name, weight in zip(task.weight_names, task.weights, strict=True) if not weight.is_meta

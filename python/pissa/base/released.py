@@ -36,6 +36,7 @@ OF_INPUTS = ("input_scale", "input_global_scale", "activation_scale", "k_scale",
 """What kernels take that quantise activations, too; nothing reads it here."""
 REFUSED = {
     "weight_zero_point": "its codes are not symmetric (weight_zero_point)",
+    "pre_quant_scale": "its inputs are scaled (pre_quant_scale)",
     "weight_g_idx": "its columns are in another order (weight_g_idx)",
 }
 
@@ -164,6 +165,8 @@ def _int4(codes: Tensor, scale: Tensor, shape: Tensor | None) -> ops.QuantizedWe
 
 def _fp8(codes: Tensor, scale: Tensor, name: str) -> ops.QuantizedWeight:
     rows, columns = shape = (codes.shape[0], codes.shape[1])
+    if not columns:
+        raise ValueError(f"weight: got {list(shape)}; needed: at least one column")
     scales = _finite_exponents(scale, name) if scale.dtype in _E8M0 else _finite(scale, name)
     if scales.dtype not in (torch.uint8, torch.bfloat16):
         scales = scales.float()

@@ -98,12 +98,12 @@ def mapped_model(
     state: dict[str, Any] = {name: source.read(name) for name in source.names if name not in codes}
     config = model_config(folder)
     kind = class_of(config)
-    quantization = vars(config).pop("quantization_config", {})
+    quantization = vars(config).pop("quantization_config", None) or {}
     _check_method(folder, quantization, bool(released))
+    with torch.device("meta"):
+        parameters = released.locate(kind(config)) if released else {}
     try:
         left = _left_packed(kind, config, shapes)
-        with torch.device("meta"):
-            parameters = released.locate(kind(config)) if released else {}
         stand_ins = {name: _LeftPacked(name, shape, is_whole=False) for name, shape in parameters.items()}
         left |= {layer: stand_ins.get(f"{layer}.weight") or stand_ins[_fused(layer)] for layer in released.layers}
         state |= {weight.name: weight for weight in left.values()}
@@ -167,6 +167,8 @@ def _check_method(folder: Path, quantization: Any, is_released: bool) -> None:
     if not isinstance(quantization, Mapping):
         quantization = quantization.to_dict()
     method = quantization.get("quant_method")
+    if quantization.get("transform_config"):
+        raise ValueError(f"{folder} turns its layers' inputs (transform_config in config.json), which is not read")
     if method in KINDS and not is_released:
         raise ValueError(f"{folder}: config.json says {method}, but there are no codes of a layout that is read")
     if method not in (None, "bitsandbytes", "pissa", *KINDS):
@@ -330,6 +332,8 @@ def _fill_packed(model: nn.Module, packed: Mapping[str, Packed], quantization: M
     for layer, weight in packed.items():
         module = model.get_submodule(layer)
         dense = module.base if isinstance(module, PissaLayer) else base_of(module)
+        if dense.kind is not nn.Linear:
+            raise ValueError(f"layer {shown(layer)} is no linear layer, and its weight cannot be codes")
         if isinstance(weight, ops.QuantizedWeight):
             base: CodedLinear = CodedLinear(weight, dense.bias)
         else:

@@ -306,7 +306,7 @@ def merge(
     """
     begin = time.perf_counter()
     check_choice("quant", quant, (None, *FORMATS))
-    form = IMPLICIT if quant is None else Form.quantised(quant, *FORMATS[quant].options(None, None, 1))
+    form = IMPLICIT if quant is None else Form.quantised(quant, *FORMATS[quant].options(None, None, 0))
     with open_dense(source) as found, torch.no_grad():
         read = read_adapter(open_adapter(Path(adapter)), found, initial)
         run = _Merge(Planner(found, read.folder, form).plan(), read, form, Path(target))

@@ -190,10 +190,14 @@ def _loaded(ours: Any, load: Callable[..., Any], **options: Any) -> Any:
 def _model(ours: Any, training: Any, config: pissa.PissaConfig, split: bool, train: Any, **options: Any) -> Any:
     """The wrapped model, calibrated on the first examples of the training data if its base asks for that."""
     if split:
-        model = _loaded(ours, pissa.load, dtype=getattr(torch, ours.dtype), device=training.device)
+        model = _loaded(ours, pissa.load, dtype=getattr(torch, ours.dtype, None), device=training.device)
     elif is_released(Path(ours.model_name_or_path)):  # which transformers would expand
+        if config.needs_calibration:
+            raise UserError(
+                f"--model {ours.model_name_or_path}: as released it has nothing to calibrate; leave --quant out"
+            )
         config = config if ours.method == "pissa" else replace(config, init="lora")
-        model = _loaded(ours, pissa.load, config=config, dtype=getattr(torch, ours.dtype), device=training.device)
+        model = _loaded(ours, pissa.load, config=config, dtype=getattr(torch, ours.dtype, None), device=training.device)
     else:
         options |= {"dtype": ours.dtype, "attn_implementation": ours.attn_implementation}
         if training.world_size > 1:  # a single process has the model spread over its GPUs

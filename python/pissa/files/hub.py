@@ -42,7 +42,8 @@ def checkpoint_folder(model_id: Name) -> Path:
     """The folder of a model in safetensors: `model_id`, or the one into which huggingface_hub has fetched it."""
     # Of a model and its tokenizer, without the same weights in other formats.
     files = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.md"]
-    return _fetched(model_id, "is no model", files, {})
+    # gpt-oss has the same weights again for other programs.
+    return _fetched(model_id, "is no model", files, {"ignore_patterns": ["original/*", "metal/*"]})
 
 
 def _fetched(model_id: Name, what: str, patterns: list[str], options: dict[str, Any]) -> Path:

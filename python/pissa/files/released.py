@@ -54,6 +54,11 @@ class ReleasedWeights:
                 )
             self._tensors[weight] = names
         self._parts: dict[str, tuple[Part, ...]] = {}
+        read = self.names | others
+        for name in present - read:
+            has_scale = any(f"{name}{ending}" in present for ending in _SCALE_ENDINGS)
+            if source.entry(name).dtype in _FLOAT8 or (has_scale and not source.entry(name).dtype.is_floating_point):
+                raise ValueError(f"{source.path_of(name)}: {shown(name)} has codes in a layout that is not read")
 
     def __bool__(self) -> bool:
         return bool(self._tensors)
@@ -141,7 +146,8 @@ class DecodedSource(Source):
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         super().__init__(folder)
-        self._codes = ReleasedWeights(Source(folder))
+        self._raw = Source(folder)
+        self._codes = ReleasedWeights(self._raw)
         first = {tensors[0]: weight for weight, tensors in self._codes.tensors.items()}
         hidden = self._codes.names
         self._dense = [first.get(name, name) for name in super().names if name in first or name not in hidden]
@@ -169,10 +175,16 @@ class DecodedSource(Source):
         return torch.stack([self.read(name, member) for member in range(self._codes.shape(name)[0])])
 
     def release(self, names: Sequence[str]) -> None:
-        super().release([tensor for name in names for tensor in self._held(name)])
+        held = [tensor for name in names for tensor in self._held(name)]
+        super().release(held)
+        self._raw.release(held)  # through which codes are read
 
     def ahead(self, names: Sequence[str]) -> None:
         super().ahead([tensor for name in names for tensor in self._held(name)])
+
+    def close(self) -> None:
+        super().close()
+        self._raw.close()
 
     def _held(self, name: str) -> list[str]:
         """The tensors that hold a dense one."""
@@ -211,6 +223,9 @@ def _naming(source: Source, names: dict[str, str]) -> Iterator[None]:
             local = str(error).partition(":")[0].partition(" ")[0]
             raise ValueError(f"{shown(names.get(local, first))}: {error}") from error
 
+
+_FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+_SCALE_ENDINGS = ("_scale", "_scale_inv", "_scale_2", "_scales")
 
 _STACKS = {"_blocks": "blocks", "_scales": "scales"}
 """gpt-oss' endings."""

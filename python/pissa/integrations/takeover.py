@@ -78,7 +78,7 @@ def made(
         layers = pissa_layers(wrapped.base_model.model).values()
         base = "the base unchanged"
         if any(layer.base.is_quantised for layer in layers):
-            base = "the base as bitsandbytes has quantised it"
+            base = "the quantised base as it is"
         elif wrapped.peft_config[wrapped.active_adapter].repair is not None:
             base = "the base in bitsandbytes' 4 bits, repaired"
         tell(f"LoraConfig(init_lora_weights={init!r}) became {method}: rank {config.r}, {len(layers)} layers, {base}")

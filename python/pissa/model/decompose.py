@@ -185,7 +185,7 @@ def _task(
     calibration: Inputs | None,
     originals: OriginalWeights | None,
 ) -> StartTask:
-    kept, device = None, next(iter(group.values())).device
+    kept, device = None, next((base.device for base in group.values()), None)  # a process may have no share
     if originals is None:
         # Codes are decoded for a method that reads weights: 16 million of them take 20 ms, and pages of the files.
         reads = INIT_METHODS[config.init].reads_weights or config.form != IMPLICIT

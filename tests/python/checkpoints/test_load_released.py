@@ -169,9 +169,25 @@ def short_scale(state: dict[str, Tensor]) -> None:
     state[name] = state[name][:, :-1].contiguous()
 
 
+def fused_codes(state: dict[str, Tensor]) -> None:
+    state["model.layers.0.mlp.experts.gate_up_proj"] = torch.zeros(4, 128, 64).to(torch.float8_e4m3fn)
+
+
+def scaled_inputs(state: dict[str, Tensor]) -> None:
+    state["model.layers.0.self_attn.q_proj.pre_quant_scale"] = torch.ones(64)
+
+
+def coded_embedding(state: dict[str, Tensor]) -> None:
+    state["model.embed_tokens.weight"] = state["model.embed_tokens.weight"].to(torch.float8_e4m3fn)
+    state["model.embed_tokens.weight_scale"] = torch.ones(1)
+
+
 @pytest.mark.parametrize(
     ("kind", "layout", "change", "message"),
     [
+        ("qwen3_moe", "fp8-tiles", fused_codes, r"experts\.gate_up_proj' has codes in a layout that is not read"),
+        ("llama", "fp8-tiles", scaled_inputs, "its inputs are scaled"),
+        ("llama", "fp8-tiles", coded_embedding, "'model.embed_tokens' is no linear layer"),
         ("llama", "fp8-tiles", without("weight_scale_inv"), r"model\.safetensors: .*\.weight' has no scales beside it"),
         (
             "gpt_oss",
