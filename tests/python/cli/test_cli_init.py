@@ -85,10 +85,11 @@ def test_a_folder_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_a_model_of_the_hub(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fetched without the weights in other formats."""
+    """Fetched without the weights in other formats, or for other programs."""
     asked = []
 
-    def download(name: str, allow_patterns: list[str]) -> str:
+    def download(name: str, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        assert "original/*" in ignore_patterns
         asked.append((name, allow_patterns))
         return str(base)
 
