@@ -132,11 +132,12 @@ class Stored {
 /// The level of element i of a flattened matrix whose codes are levels.
 inline float level_at(Format format, const void* data, std::int64_t i) {
   const auto* codes = static_cast<const std::uint8_t*>(data);
-  const int low = codes[i / 2] & 15, high = codes[i / 2] >> 4;
-  if (format == Format::nf4) return kNf4Levels[i % 2 == 0 ? high : low];
-  const int code4 = i % 2 == 0 ? low : high;
-  if (format == Format::int4) return static_cast<float>(code4 - 8);
-  if (format == Format::mxfp4 || format == Format::nvfp4) return static_cast<float>(kE2m1.decode(code4));
+  if (info(format).bits == 4) {
+    const int low = codes[i / 2] & 15, high = codes[i / 2] >> 4;
+    if (format == Format::nf4) return kNf4Levels[i % 2 == 0 ? high : low];
+    const int code = i % 2 == 0 ? low : high;
+    return format == Format::int4 ? static_cast<float>(code - 8) : static_cast<float>(kE2m1.decode(code));
+  }
   const int bits = info(format).bits;
   int code = 0;
   for (int k = 0; k < bits; ++k) code |= (codes[(i * bits + k) / 8] >> ((i * bits + k) % 8) & 1) << k;
