@@ -50,6 +50,11 @@ def _computes_as(kind: type[nn.Module], module: nn.Module) -> bool:
     return found is kind or (kind is nn.Embedding and hasattr(module, "embed_scale"))
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Whether the module computes what nn.Linear does."""
+    return base_of(module).kind is nn.Linear and adopted(module) is not None
+
+
 def computing_parameters(module: nn.Module) -> list[Tensor]:
     """A module's own parameters without codes, whose dtype means nothing."""
     return [] if isinstance(module, HoldsCodes) else list(module.parameters(recurse=False))

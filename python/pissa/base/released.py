@@ -189,6 +189,8 @@ def released_linear(module: nn.Module) -> CodedLinear | None:
     has_codes = any(name in parts and is_code(name, parts[name].dtype) for name in CODES)
     if not isinstance(module, nn.Linear) or not has_codes or not any(name in parts for name in SCALES):
         return None
+    if type(module).__name__ == "FP8GroupedLinear":  # several products side by side
+        return None
     if "weight_packed" in parts:
         parts.pop("weight", None)
     base = CodedLinear(released_weight({name: tensor.detach() for name, tensor in parts.items()}), module.bias)
@@ -213,8 +215,14 @@ def joined(weights: Sequence[ops.QuantizedWeight]) -> ops.QuantizedWeight:
         raise ValueError("weights of several formats, or whose tiles end inside, cannot be joined by their rows")
     codes, absmax = torch.cat([one.codes for one in weights]), torch.cat([one.absmax for one in weights])
     table = tables[0] if tables else None
-    if any(not torch.equal(other, tables[0]) for other in tables[1:]):
-        raise ValueError("weights of several global scales cannot be joined by their rows")
+    # Entry 1, as 127 is NaN: the smallest scale, in proportion to the global one.
+    others = [number for number, one in enumerate(tables) if one[1] != tables[0][1]]
+    if others:  # gate and up of an expert: scales are positive, so the second one's have the table's other half
+        second = tables[others[0]]
+        if int(absmax.max()) > 127 or any(tables[number][1] != second[1] for number in others):
+            raise ValueError("weights of several global scales, or of negative scales, cannot be joined by their rows")
+        absmax = torch.cat([one.absmax | (number in others) << 7 for number, one in enumerate(weights)])
+        table = torch.cat([tables[0][:128], second[:128]])
     return first._replace(codes=codes, absmax=absmax, nested_absmax=table, shape=(rows, first.shape[1]))
 
 

@@ -23,7 +23,7 @@ from pissa import ops
 from pissa.base.bitsandbytes import from_state, linear4bit
 from pissa.base.bitsandbytes_state import ENTRIES
 from pissa.base.digest import Match, dtype_of, is_fingerprint, match
-from pissa.base.kinds import base_of
+from pissa.base.kinds import base_of, is_linear
 from pissa.base.start import StartFactors
 from pissa.base.stored import residual_tensors
 from pissa.base.weights import CodedLinear
@@ -319,9 +319,9 @@ def _config(
     return config
 
 
-def _fill_packed(model: nn.Module, packed: Mapping[str, Packed], quantization: Mapping[str, Any]) -> None:
+def _fill_packed(model: PreTrainedModel, packed: Mapping[str, Packed], quantization: Mapping[str, Any]) -> None:
     """Gives an adapted, unwrapped model the packed weights, by the layers' names, as they are in a folder of this
-    `quantization_config`."""
+    `quantization_config`. Only linear layers compute from codes: others get the weight that these are."""
     name = str(quantization.get("bnb_4bit_compute_dtype") or "float32")
     compute_dtype = getattr(torch, name, None)
     if not isinstance(compute_dtype, torch.dtype) or not compute_dtype.is_floating_point:
@@ -331,16 +331,21 @@ def _fill_packed(model: nn.Module, packed: Mapping[str, Packed], quantization: M
             model.set_submodule(path, UnfusedExperts(fused))  # which nothing adapts: only so can they compute
     for layer, weight in packed.items():
         module = model.get_submodule(layer)
-        dense = module.base if isinstance(module, PissaLayer) else base_of(module)
-        if dense.kind is not nn.Linear:
-            raise ValueError(f"layer {shown(layer)} is no linear layer, and its weight cannot be codes")
+        adapted = module if isinstance(module, PissaLayer) else None
+        dense = base_of(module) if adapted is None else adapted.base
+        # DeepSeek-V4 has a grouped one, and an embedding may be in codes, too.
+        if dense.kind is not nn.Linear or (adapted is None and not is_linear(module)):
+            decoded = ops.dequantize(_quantized(weight), dense.parameter.dtype)
+            dense.module.register_parameter("weight", nn.Parameter(decoded, requires_grad=False))
+            model.tie_weights()
+            continue
         if isinstance(weight, ops.QuantizedWeight):
             base: CodedLinear = CodedLinear(weight, dense.bias)
         else:
             base = _bnb_linear(layer, weight, dense.bias, compute_dtype)
         base.train(dense.module.training)
-        if isinstance(module, PissaLayer):
-            module.base_layer = base
+        if adapted is not None:
+            adapted.base_layer = base
         else:
             model.set_submodule(layer, base)
 

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from pissa import ops
 from pissa.base.bitsandbytes import from_state
-from pissa.base.kinds import adopted, base_of
+from pissa.base.kinds import adopted, is_linear
 from pissa.checkpoints.load import of_layer, packed_layers
 from pissa.checkpoints.output import Output
 from pissa.checkpoints.rewrite import Errors, Layer, Plan, Result, Rewrite, Unit, linear_layers, matrix_shape
@@ -53,7 +53,7 @@ class Planner:
         self.sharing = defaultdict[int, list[str]](list)
         for name, value in self.tensors.items():
             self.sharing[id(value)].append(name)
-        linears = {name: module for name, module in self.model.named_modules() if _is_linear(module)}
+        linears = {name: module for name, module in self.model.named_modules() if is_linear(module)}
         self.linears = [name for name in linears if len(self._sharing(f"{name}.weight")) == 1]
         self.quantised: set[str] = set()
         if form != IMPLICIT:  # as transformers does it, which quantises no output layer
@@ -237,11 +237,6 @@ class Planner:
 
 
 _IN_MEMORY = "merge in memory, with PeftModel.from_pretrained or PissaModel.from_pretrained and merge_and_unload"
-
-
-def _is_linear(module: nn.Module) -> bool:
-    """Whether the module computes what nn.Linear does."""
-    return base_of(module).kind is nn.Linear and adopted(module) is not None
 
 
 class Merged(NamedTuple):

@@ -24,6 +24,8 @@ FORMER_NAMES = {"gate_up_proj": ({"w1", "w3"}, {"gate_proj", "up_proj"}), "down_
 
 # Experts whose outputs transformers sums in float32, whatever the model computes in.
 _SUMMED_IN_FLOAT32 = ("Inkling2Experts", "Inkling2LoopExperts", "NemotronHExperts")
+# Experts in codes, with which only transformers' kernels for GPUs compute, forwards.
+_WITHOUT_GRADIENTS = ("Mxfp4GptOssExperts", "FP8Experts")
 # Experts that transformers decorates like the others but computes in float32 altogether.
 _OF_THEIR_OWN = ("OpenAIPrivacyFilterExperts",)
 
@@ -148,6 +150,11 @@ def unfuse(model: nn.Module, config: PissaConfig) -> None:
     unfused, naming them and what to do. The model may then be half changed; see `model.inject.restored_on_error`.
     """
     for path, fused in list(model.named_modules()):
+        if type(fused).__name__ in _WITHOUT_GRADIENTS:
+            raise TypeError(
+                f"{path} is a {type(fused).__name__}, whose kernels return no gradients: pissa.load(folder) trains "
+                "over the codes in the model's files"
+            )
         own = fused.named_parameters(recurse=False) if "expert" in type(fused).__name__.lower() else ()
         stacks = [name for name, parameter in own if parameter.dim() == 3]
         if not stacks or not _wanted(path, stacks, config):

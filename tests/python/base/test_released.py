@@ -113,6 +113,12 @@ def test_a_module_of_transformers_in_fp8_keeps_its_bytes() -> None:
     torch.testing.assert_close(base(x), expected, atol=2e-1, rtol=2e-2)
 
 
+def test_a_grouped_module_is_no_linear_layer() -> None:
+    from transformers.integrations.finegrained_fp8 import FP8GroupedLinear
+
+    assert adopted(FP8GroupedLinear(64, 32, n_groups=2, block_size=(128, 128))) is None
+
+
 def test_a_module_of_compressed_tensors_keeps_its_bytes() -> None:
     parts = parts_of("int4-compressed-32")
     layer = nn.Linear(256, 32, bias=False)
@@ -124,7 +130,10 @@ def test_a_module_of_compressed_tensors_keeps_its_bytes() -> None:
     assert torch.equal(base.matrix().bfloat16(), parts["decoded"])
 
 
-@pytest.mark.parametrize("layout", ["mxfp4-compressed", "int4-compressed-128", "fp8-rows", "fp8-mx", "fp8-tiles"])
+JOINED = ["mxfp4-compressed", "nvfp4-modelopt", "int4-compressed-128", "fp8-rows", "fp8-mx", "fp8-tiles"]
+
+
+@pytest.mark.parametrize("layout", JOINED)
 def test_joined_rows(layout: str) -> None:
     parts = bad(layout)
     weight = released_weight(parts)
@@ -134,14 +143,30 @@ def test_joined_rows(layout: str) -> None:
     assert joined([weight]) is weight
 
 
+def scales_of(weight: ops.QuantizedWeight) -> Tensor:
+    assert weight.nested_absmax is not None
+    return weight.nested_absmax
+
+
+@pytest.mark.parametrize("order", [(0, 1), (0, 1, 0), (0, 0, 1, 1)])
+def test_joined_rows_of_two_global_scales(order: tuple[int, ...]) -> None:
+    first = released_weight(bad("nvfp4-compressed"))
+    both = [first, first._replace(nested_absmax=3 * scales_of(first))]
+    weights = [both[number] for number in order]
+    expected = torch.cat([ops.dequantize(weight) for weight in weights])
+    found = joined(weights)
+    assert torch.equal(ops.dequantize(found), expected)
+    assert torch.equal(ops.linear(torch.eye(256), found), expected.T)
+
+
 def test_what_cannot_be_joined() -> None:
     mx, other = released_weight(bad("mxfp4-compressed")), released_weight(bad("nvfp4-compressed"))
     with pytest.raises(ValueError, match="several formats"):
         joined([mx, other])
-    table = other.nested_absmax
-    assert table is not None
-    with pytest.raises(ValueError, match="several global scales"):
-        joined([other, other._replace(nested_absmax=2 * table)])
+    doubled, halved = (other._replace(nested_absmax=factor * scales_of(other)) for factor in (2.0, 0.5))
+    for weights in ([other, doubled, halved], [other._replace(absmax=other.absmax | 128), doubled]):
+        with pytest.raises(ValueError, match="several global scales, or of negative scales"):
+            joined(weights)
     codes = torch.zeros(200, 256, dtype=torch.uint8).view(torch.float8_e4m3fn)
     cut = released_weight({"weight": codes, "weight_scale_inv": torch.ones(2, 2)})
     with pytest.raises(ValueError, match="whose tiles end inside"):

@@ -257,6 +257,12 @@ def renamed(model: nn.Module) -> None:
     experts.__class__ = type("OpenAIPrivacyFilterExperts", (type(experts),), {})
 
 
+def in_codes(model: nn.Module) -> None:
+    from transformers.integrations.mxfp4 import Mxfp4GptOssExperts
+
+    model.model.layers[1].mlp.experts = Mxfp4GptOssExperts(model.config)
+
+
 OTHERWISE = "experts.2.down_proj is adapted otherwise than model.layers.0.mlp.experts.0.down_proj"
 
 
@@ -266,6 +272,8 @@ OTHERWISE = "experts.2.down_proj is adapted otherwise than model.layers.0.mlp.ex
         (on_meta, {}, ValueError, "model.layers.1.mlp.experts.down_proj is on the meta device: fused experts cannot"),
         (of_another_class, {}, TypeError, "model.layers.1.mlp.experts.down_proj is a Packed, not a dense parameter"),
         (renamed, {}, TypeError, "is a OpenAIPrivacyFilterExperts, which computes its experts in a way of its own;"),
+        (in_codes, {}, TypeError, r"is a Mxfp4GptOssExperts, whose kernels return no gradients: pissa.load\(folder\)"),
+        (in_codes, {"target_modules": ["q_proj"]}, TypeError, "is a Mxfp4GptOssExperts"),
         (with_nan, {}, ValueError, r"layer model.layers.1.mlp.experts.2.down_proj: weight: contains NaN"),
         (with_nan, {"quant": "nf4"}, ValueError, r"layer model.layers.1.mlp.experts.2.down_proj: weight: contains NaN"),
         (None, {"use_dora": True}, TypeError, r"holds fused experts, for which PEFT's files have no magnitudes"),

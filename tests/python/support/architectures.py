@@ -122,6 +122,12 @@ def _patches(generator: torch.Generator) -> dict[str, Tensor]:
     return {"pixel_values": pixels, "image_grid_thw": grid}
 
 
+def _tiles(generator: torch.Generator) -> dict[str, Tensor]:
+    """The same for Kimi K2.5, of which a patch is in 2 dimensions."""
+    grid = torch.tensor([[1, 4, 4]] * 2)
+    return {"pixel_values": torch.randn(2 * 16, 3, 4, 4, generator=generator), "image_grid_thw": grid}
+
+
 def _pixels(generator: torch.Generator) -> dict[str, Tensor]:
     return {"pixel_values": torch.randn(2, 3, 16, 16, generator=generator)}
 
@@ -167,13 +173,28 @@ EXPERTS = {"num_local_experts": 4, **EAGER}
 ROUTED = {"num_experts": 4, **EAGER}
 DEEPSEEK: dict[str, Any] = {
     **{"kv_lora_rank": 16, "q_lora_rank": 24, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8},
-    **{"n_routed_experts": 4, "n_shared_experts": 1, "moe_intermediate_size": 24, "first_k_dense_replace": 1, **EAGER},
+    **{"n_routed_experts": 4, "n_shared_experts": 1, "moe_intermediate_size": 32, "first_k_dense_replace": 1, **EAGER},
 }
 LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "original_max_position_embeddings": 16}
 LLAMA3_ROPE |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA4 = {**GROUPED, "num_local_experts": 4, "interleave_moe_layer_step": 2, "head_dim": 16}
 LLAMA4 |= {"no_rope_layers": [1, 0], "attention_chunk_size": 8, "pad_token_id": 0, "intermediate_size_mlp": 48}
 GEMMA3 = {**GROUPED, "head_dim": 16, "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
+GEMMA4 = {**GEMMA3, "global_head_dim": 16, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY}
+GEMMA4_EXPERTS = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 24}
+GEMMA4_EXPERTS |= {"experts_implementation": "eager"}
+QWEN3_5: dict[str, Any] = {
+    **{"linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4},
+    **{"head_dim": 16, "linear_conv_kernel_dim": 2, "layer_types": ["linear_attention", "full_attention"], **GROUPED},
+}
+DEEPSEEK_V4: dict[str, Any] = {
+    **{"intermediate_size": 32, "num_key_value_heads": 1, "head_dim": 16, "q_lora_rank": 24, "hc_mult": 2},
+    **{"o_groups": 2, "o_lora_rank": 8, "index_n_heads": 2, "index_head_dim": 16, "index_topk": 2, "sliding_window": 4},
+    "compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 4},
+    "layer_types": ["compressed_sparse_attention", "heavily_compressed_attention"],
+    **{"mlp_layer_types": ["hash_moe", "moe"], "partial_rotary_factor": 0.5, "n_routed_experts": 4, **EAGER},
+}
+INDEXED = {"index_topk": 8, "index_head_dim": 16, "index_n_heads": 2}
 TWO_SIDES = {**TEXT, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "decoder_attention_heads": 4, "init_std": 0.1}
 WHISPER = {"num_hidden_layers": 1, "decoder_layers": 1, "max_source_positions": 8, "max_target_positions": 16}
 WHISPER |= {"num_mel_bins": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
@@ -187,6 +208,8 @@ QWEN_VISION = {
     **{"out_hidden_size": HIDDEN, "initializer_range": 0.1},
 }
 SIGLIP = {**EYE, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16}
+KIMI_VISION = {**EYE, "num_hidden_layers": 1, "num_attention_heads": 2}
+KIMI_VISION |= {"pos_emb_height": 4, "pos_emb_width": 4, "pos_emb_time": 1}
 M_ROPE = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}
 
 _VIT = _model("ViT", "ForImageClassification", **TEXT, image_size=16, patch_size=4, num_labels=3)
@@ -215,6 +238,19 @@ ARCHITECTURES: dict[str, Architecture] = {
     "olmoe": _causal("Olmoe", **GROUPED, **ROUTED),
     # TRL asks for the model below the head, which transformers does not find in its Llama4ForCausalLM.
     "llama4": _causal("Llama4", {"FSDP2": NOT_CONTIGUOUS, "DPO": "has no attribute 'last_hidden_state'"}, **LLAMA4),
+    "qwen3_5": _causal("Qwen3_5", **QWEN3_5),
+    "qwen3_5_moe": _causal(
+        "Qwen3_5Moe", **QWEN3_5, **ROUTED, moe_intermediate_size=24, shared_expert_intermediate_size=24
+    ),
+    "gemma4": _causal("Gemma4", **GEMMA4),
+    "gemma4, experts": _causal("Gemma4", **GEMMA4, **GEMMA4_EXPERTS),
+    "deepseek_v4": _causal("DeepseekV4", **DEEPSEEK_V4),
+    "glm_moe_dsa": _causal("GlmMoeDsa", **DEEPSEEK, **INDEXED),
+    "minimax_m2": _causal("MiniMaxM2", **GROUPED, **EXPERTS, head_dim=16),
+    "mimo_v2_flash": _causal(
+        "MiMoV2Flash", **GROUPED, n_routed_experts=4, **EAGER, head_dim=16, v_head_dim=16, moe_intermediate_size=24
+    ),
+    "ministral3": _causal("Ministral3", **GROUPED, head_dim=16),
     "mamba": _causal("Mamba", hidden_size=32, intermediate_size=64, time_step_rank=2),
     "mamba2": _causal("Mamba2", hidden_size=32, num_heads=4, head_dim=16, state_size=8, n_groups=1, chunk_size=4),
     "qwen2_5_vl": _generator(
@@ -223,6 +259,17 @@ ARCHITECTURES: dict[str, Architecture] = {
         "CAUSAL_LM",
         text_config={**TEXT, **GROUPED, "rope_parameters": M_ROPE},
         vision_config=QWEN_VISION,
+        **VISION,
+    ),
+    "kimi_k2": _generator(
+        "Kimi_K25",
+        _text_with_images(_tiles),
+        "CAUSAL_LM",
+        text_config={"model_type": "deepseek_v3", **TEXT, **DEEPSEEK, "n_group": 2, "topk_group": 1},
+        vision_config=KIMI_VISION,
+        projection_hidden_size=32,
+        tie_word_embeddings=False,
+        experts_implementation="eager",
         **VISION,
     ),
     "gemma3, vision-language": _generator(

@@ -4,11 +4,12 @@ whose bytes are the libraries' (ops/test_ops_released.py), or in tiles of FP8, u
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pissa import ops
@@ -76,46 +77,39 @@ def _tiles(weight: Tensor, side: int = 128) -> tuple[dict[str, Tensor], Tensor]:
     return {"weight": codes, "weight_scale_inv": scale}, (codes.float() * wide).bfloat16()
 
 
-def release(model: nn.Module, layout: str, folder: Path) -> None:
-    """Writes a bfloat16 model with the weights of its linear layers and experts in that layout, and gives the model the
-    weights that they are. Experts are written one by one, of gpt-oss together."""
-    model.bfloat16()
-    state: dict[str, Tensor] = {}
-    dense: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict().items():
-        if tensor.dim() == 3 and ".experts." in name:
-            _release_experts(name, tensor, layout, state, dense)
-        elif name.endswith("_proj.weight") and layout != "mxfp4-gpt-oss":
-            parts, dense[name] = packed(layout, tensor)
+_LINEAR = re.compile(r"(_proj|_with_mqa|_qkv|\.w[123]|\.wq_[ab]|\.wkv|\.wo_[ab])\.weight$")
+_STAYS = re.compile(r"^(vision|mm_)|indexer|compressor|kv_b_proj")
+
+
+def release(model: nn.Module, layout: str | None, folder: Path, experts: str | None = None) -> nn.Module:
+    """Writes a model in bfloat16, under the names of its checkpoints, with its linear layers in that layout, or dense,
+    and its experts in their own, if it is another. Returns the model of the weights that these are."""
+    model.bfloat16().save_pretrained(folder)
+    state, dense = {}, {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        # transformers writes Kimi's blocks of language under the name of those of vision.
+        name = name.replace("language_model.model.blocks", "language_model.model.layers")
+        own = experts or layout if ".experts." in name else layout
+        if own == "mxfp4-gpt-oss":
+            if tensor.dim() == 3:
+                each = [packed(own, weight.mT) for weight in tensor]
+                state |= {f"{name}_{local}": torch.stack([one[0][local] for one in each]) for local in each[0][0]}
+                tensor = torch.stack([decoded.mT for _, decoded in each])
+            else:
+                state[name] = tensor
+        elif own and _LINEAR.search(name) and not _STAYS.search(name):
+            parts, tensor = packed(own, tensor)
             state |= {f"{name.removesuffix('.weight')}.{local}": part for local, part in parts.items()}
         else:
-            state[name] = dense[name] = tensor
-    model.load_state_dict(dense)
-    folder.mkdir(parents=True, exist_ok=True)
-    config: dict[str, Any] = model.config.to_dict() | {"architectures": [type(model).__name__], "dtype": "bfloat16"}
-    config["quantization_config"] = {"quant_method": METHODS[layout]}
+            state[name] = tensor
+        dense[name] = tensor
+    twin = folder.with_name(f"{folder.name}-dense")
+    shutil.copytree(folder, twin)
+    for path, tensors in {twin: dense, folder: state}.items():
+        whole = {name: part.contiguous() for name, part in tensors.items()}
+        save_file(whole, path / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": METHODS[layout or str(experts)]}
     (folder / "config.json").write_text(json.dumps(config))
-    save_file({name: part.contiguous() for name, part in state.items()}, folder / "model.safetensors")
-
-
-def _release_experts(name: str, stack: Tensor, layout: str, state: dict[str, Tensor], dense: dict[str, Tensor]) -> None:
-    transposed = layout == "mxfp4-gpt-oss"
-    each = []
-    stacks: dict[str, list[Tensor]] = {}
-    for index, weight in enumerate(stack):
-        if transposed:
-            parts, decoded = packed(layout, weight.mT)
-            for local, part in parts.items():
-                stacks.setdefault(f"{name}_{local}", []).append(part)
-            each.append(decoded.mT)
-            continue
-        path, _, leaf = name.rpartition(".")
-        halves = {"gate_proj": weight.chunk(2)[0], "up_proj": weight.chunk(2)[1]}
-        rows = []
-        for own, half in (halves if leaf == "gate_up_proj" else {leaf: weight}).items():
-            parts, decoded = packed(layout, half)
-            state |= {f"{path}.{index}.{own}.{local}": part for local, part in parts.items()}
-            rows.append(decoded)
-        each.append(torch.cat(rows))
-    state |= {key: torch.stack(parts) for key, parts in stacks.items()}
-    dense[name] = torch.stack(each)
+    found: nn.Module = type(model).from_pretrained(twin)  # type: ignore[attr-defined]
+    return found
