@@ -36,8 +36,7 @@ struct Fp8 {
         has_nan(codes, count);  // rarely: looked for at once, it takes two instructions for a vector of bytes
     for (std::int64_t i = 0; i < count;) {
       const std::int64_t end = smaller(count, ((col + i) / blocksize + 1) * blocksize - col);
-      float scale;
-      decode_absmax(matrix.scales, block(matrix.scales, row, col + i, matrix.cols), 1, &scale);
+      const float scale = block_absmax(matrix.scales, block(matrix.scales, row, col + i, matrix.cols));
       const Vec::Reg factor = Vec::broadcast(scale * 256.0f);
       const std::int64_t whole = scale < kMostFactor && !nan ? end : i;
       for (; i + 2 * kWidth <= whole; i += 2 * kWidth) {

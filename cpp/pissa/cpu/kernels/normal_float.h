@@ -38,8 +38,7 @@ struct FewBits {
     const std::int64_t end = i + count;
     while (i < end) {
       const std::int64_t block_end = smaller(((i >> log2) + 1) << log2, end);
-      float absmax;
-      decode_absmax(matrix.scales, i >> log2, 1, &absmax);
+      const float absmax = block_absmax(matrix.scales, i >> log2);
       typename Product::Element levels[kMask + 1];
       for (unsigned code = 0; code <= kMask; ++code) {
         levels[code] = Product::round(NormalFloat<format>::kLevels[code] * absmax);
