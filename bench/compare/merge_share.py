@@ -3,7 +3,7 @@
     python -m bench.compare.merge_share --gsm8k FOLDER --json bench/results/merge_share.json
 
 SmolLM2-135M-Instruct quantised to each format, trained as in `bench.compare.plain_nf4`; then base and change are added,
-rounded to the codes nearest to them under the scales that are there, and the adapter is taken away. The share of a
+rounded as `pissa merge --quant same` does it, and the adapter is taken away. The share of a
 change D that survives is <Q - W, D> / <D, D>, for W before and Q after, over all layers; "noise" is what else Q has,
 relative to D: |Q - W - share D| / |D|.
 """
@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import pissa
@@ -28,8 +27,9 @@ from bench.experiments.experiment import Options
 from bench.experiments.language_tasks import load_task
 from pissa import ops
 from pissa.layers.layer import pissa_layers
+from pissa.ops._quant import nearest_codes
 
-FORMATS = ("mxfp4", "nvfp4", "int4", "fp8", "nf4")
+FORMATS = ("mxfp4", "nvfp4", "int4", "fp8")
 
 
 def arguments() -> argparse.Namespace:
@@ -44,12 +44,6 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def nearest(weight: Tensor, held: ops.QuantizedWeight) -> ops.QuantizedWeight:
-    """The codes nearest to a weight under scales that are there: error feedback that hands nothing on."""
-    apart = torch.eye(weight.shape[1])
-    return held._replace(codes=torch.ops.pissa.feedback_codes(weight, apart, *held[1:5], held.blocksize))
-
-
 @torch.no_grad()
 def merge(model: Any) -> dict[str, float]:
     """Puts the change of every layer into its codes. Returns the share that survives, and the noise."""
@@ -57,7 +51,7 @@ def merge(model: Any) -> dict[str, float]:
     for layer in pissa_layers(model.base_model.model).values():
         base: Any = layer.base_layer
         before, change = ops.dequantize(base.residual), layer.get_delta_weight("default").float()
-        merged = nearest(before + change, base.residual)
+        merged = nearest_codes(before + change, base.residual)
         moved = (ops.dequantize(merged) - before).double()
         base.weight.copy_(merged.codes.view(base.weight.dtype))
         dots += (moved * change).sum().item()

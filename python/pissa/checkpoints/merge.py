@@ -1,10 +1,12 @@
 """Merges an adapter into a checkpoint on disk, a matrix at a time: the model that was trained becomes a checkpoint of
-its own, dense or in bitsandbytes' formats. What cannot be merged is refused before anything is written."""
+its own, dense, in bitsandbytes' formats, or in that of a released base. What cannot be merged is refused before
+anything is written."""
 
 from __future__ import annotations
 
 import math
 import os
+import shutil
 import time
 import warnings
 from collections import Counter, defaultdict
@@ -22,16 +24,28 @@ from pissa.base.bitsandbytes import from_state
 from pissa.base.kinds import adopted, is_linear
 from pissa.checkpoints.load import of_layer, packed_layers
 from pissa.checkpoints.output import Output
-from pissa.checkpoints.rewrite import Errors, Layer, Plan, Result, Rewrite, Unit, linear_layers, matrix_shape
+from pissa.checkpoints.rewrite import (
+    MODELOPT_CONFIG,
+    Errors,
+    Layer,
+    Plan,
+    Result,
+    Rewrite,
+    Unit,
+    linear_layers,
+    matrix_shape,
+    shards,
+)
 from pissa.checkpoints.trained import Adapter, read_adapter
 from pissa.config import IMPLICIT, Form
 from pissa.files.lora_folder import LoraFactors, LoraFolder, open_adapter
 from pissa.files.messages import shown
-from pissa.files.model_folder import Composition, Part, meta_model
+from pissa.files.model_folder import CONFIG, Composition, Part, meta_model, parts_of
 from pissa.files.peft_layout import MAGNITUDE, PREFIX, base_weight_key, is_mirrored
-from pissa.files.released import open_dense
+from pissa.files.released import DecodedSource, open_dense
 from pissa.files.tensor_file import Source
 from pissa.layers.experts import is_transposed
+from pissa.ops._quant import nearest_codes
 from pissa.ops.checks import check_choice
 from pissa.ops.formats import FORMATS
 
@@ -265,6 +279,15 @@ class Merged(NamedTuple):
     error_of_worst: float
     mean_error: float
     """Of the layers, each by itself."""
+    survives: dict[str, float]
+    """What of the change of each layer, or stack of experts, is left by codes of a released format, <Q - W, D> / ‖D‖²
+    for W before, D the change; of all of them by the name "all". Empty if none is written so."""
+    noise: float
+    """What else such codes have changed, in proportion to the change: ‖Q - W - survives D‖ / ‖D‖."""
+
+
+SAME = "same"
+"""The value of `quant` that stands for the format of a released base."""
 
 
 def merge(
@@ -290,7 +313,9 @@ def merge(
 
     Args:
         quant: a format, "nf4" or "int8": all linear layers but the output layer are written in it, as transformers with
-            bitsandbytes makes it of the merged weights. None: dense.
+            bitsandbytes makes it of the merged weights. "same": in the bytes of a checkpoint that was released in
+            codes: those nearest to the sums, under the scales that are there. The base lies on their grid, so that
+            most of a small change is rounded away. None: dense.
         initial: the adapter before training, or the residual model that has it; see `pissa.convert`.
         progressbar: one bar over the bytes of the checkpoint, on stderr.
 
@@ -300,26 +325,33 @@ def merge(
         OSError: the disk is full, or fails.
     """
     begin = time.perf_counter()
-    check_choice("quant", quant, (None, *FORMATS))
-    form = IMPLICIT if quant is None else Form.quantised(quant, *FORMATS[quant].options(None, None, 0))
+    check_choice("quant", quant, (None, *FORMATS, SAME))
+    form = IMPLICIT if quant in (None, SAME) else Form.quantised(quant, *FORMATS[quant].options(None, None, 0))
     with open_dense(source) as found, torch.no_grad():
         read = read_adapter(open_adapter(Path(adapter)), found, initial)
-        run = _Merge(Planner(found, read.folder, form).plan(), read, form, Path(target))
+        plan = Planner(found, read.folder, form).plan()
+        run = (_MergeSame if quant == SAME else _Merge)(plan, read, form, Path(target))
         run.run(progressbar)
         for doubt in read.doubts():
             warnings.warn(doubt, stacklevel=2)
         adapted = [unit for unit in run.plan.units if unit.factors is not None]
         changed = [run.results[unit.name] for unit in adapted]
         lost, change = (sum(result[name] for result in changed) for name in ("lost", "change"))
+        coded = {unit.name: run.results[unit.name] for unit in adapted if "kept" in run.results[unit.name]}
+        kept, moved, whole = (sum(one[name] for one in coded.values()) for name in ("kept", "moved", "change"))
+        share = kept / whole if whole else 0.0
         return Merged(
             what=read.what,
             layers=sum(len(unit.layers) for unit in adapted),
-            quantised=len(run.plan.packed),
+            quantised=len(run.plan.packed) or sum(len(unit.layers) for unit in adapted if unit.name in coded),
             bytes_read=run.bytes_read,
             bytes_written=run.bytes_written,
             bytes_done_before=run.bytes_done_before,
             seconds=time.perf_counter() - begin,
             error_of_change=math.sqrt(lost / change) if change else 0.0,
+            survives={name: one["kept"] / one["change"] for name, one in coded.items() if one["change"]}
+            | ({"all": share} if coded else {}),
+            noise=math.sqrt(max(0.0, moved / whole - share**2)) if whole else 0.0,
             **Errors.of(run.results)._asdict(),
         )
 
@@ -338,12 +370,13 @@ class _Merge(Rewrite):
         if unit.tensor is not None:
             out.write(self.file_of(unit.tensor), unit.tensor, self._other_tensor(unit))
             return {unit.name: {}}
-        sums = zip(*(self._write(out, *trained) for trained in self.adapter.trained(unit)), strict=True)
-        lost, whole, change = map(sum, sums)
-        return {unit.name: {"lost": lost, "whole": whole, "change": change}}
+        sums = Counter[str]()
+        for layer, weight, change in self.adapter.trained(unit):
+            sums.update({"change": change, **self.write_sum(out, layer, weight)})
+        return {unit.name: dict(sums)}
 
-    def _write(self, out: Output, layer: Layer, weight: Tensor, change: float) -> tuple[float, float, float]:
-        """Writes a layer: ‖Q - W'‖², ‖W'‖² and ‖change‖²."""
+    def write_sum(self, out: Output, layer: Layer, weight: Tensor) -> dict[str, float]:
+        """Writes a layer. "lost" is ‖Q - W'‖², "whole" ‖W'‖²."""
         dense, form = weight.to(layer.dtype), layer.form
         new: Tensor | ops.QuantizedWeight = dense
         if layer.is_packed:
@@ -355,7 +388,7 @@ class _Merge(Rewrite):
         if not math.isfinite(whole + lost):
             raise ValueError(f"layer {layer.name}: its merged weight is not finite in {layer.dtype}")
         self.write_layer(out, layer, new)
-        return lost**2, whole**2, change
+        return {"lost": lost**2, "whole": whole**2}
 
     def _other_tensor(self, unit: Unit) -> Tensor:
         assert unit.tensor is not None
@@ -368,3 +401,69 @@ class _Merge(Rewrite):
         if unit.rows is None:
             return value.to(tensor.dtype)
         return tensor.index_copy(0, torch.tensor(unit.rows), value.to(tensor.dtype))
+
+
+class _MergeSame(_Merge):
+    """Into the bytes of a checkpoint that was released in codes: other codes, under the scales that are there."""
+
+    source: DecodedSource
+
+    def __init__(self, plan: Plan, adapter: Adapter, form: Form, target: Path) -> None:
+        if not isinstance(plan.source, DecodedSource):
+            raise ValueError(
+                f'quant: got "same", and {plan.source.folder} is not in codes of a released model: leave it out'
+            )
+        self.codes = plan.source.codes
+        whole = [unit for unit in plan.units if unit.key is not None and unit.tensor in self.codes.tensors]
+        if whole:
+            raise ValueError(
+                f'quant: got "same", and {whole[0].tensor}, which is in codes, was trained whole; {_IN_MEMORY}'
+            )
+        plan.files = shards(plan.source.raw)
+        super().__init__(plan, adapter, form, target)
+
+    def identity(self) -> dict[str, Any]:
+        return super().identity() | {"form": SAME}
+
+    def write(self, out: Output, unit: Unit) -> dict[str, Result]:
+        coded = [name for name in unit.tensors if name in self.codes.tensors]
+        found = {unit.name: {}} if unit.tensor in coded else super().write(out, unit)
+        written = [self.codes.codes_of(name) for name in coded if unit.tensor is None]
+        self._copy(out, [tensor for name in coded for tensor in self.source.held(name) if tensor not in written])
+        return found
+
+    def write_sum(self, out: Output, layer: Layer, weight: Tensor) -> dict[str, float]:
+        """As for a dense base. "kept" is <Q - W, change>, "moved" ‖Q - W‖²."""
+        if layer.parts[0].tensor not in self.codes.tensors:
+            return super().write_sum(out, layer, weight)
+        if not bool(torch.isfinite(weight).all()):
+            raise ValueError(f"layer {layer.name}: its merged weight is not finite")
+        before, after = [], []
+        for name, part, member in parts_of(weight, layer.parts, self.source):
+            held = self.codes.weight(name, member)
+            merged = nearest_codes(part.mT if self.codes.is_stack(name) else part, held)
+            before.append(ops.dequantize(held))
+            after.append(ops.dequantize(merged))
+            tensor = self.codes.codes_of(name)
+            entry = self.source.raw.entry(tensor)
+            shape = entry.shape if member is None else entry.shape[1:]
+            out.write(self.file_of(tensor), tensor, merged.codes.view(entry.dtype).view(shape), member)
+        old, new = torch.cat(before), torch.cat(after)
+        moved, change = new - old, weight - layer.matrix(self.source).float()
+        squares = {"lost": new - weight, "whole": weight, "moved": moved}
+        found = {name: float(torch.linalg.vector_norm(matrix)) ** 2 for name, matrix in squares.items()}
+        return found | {"kept": float(torch.sum(moved.double() * change))}
+
+    def end(self, out: Output) -> None:
+        """What belongs to codes, but to no weight: scales for activations."""
+        held = {tensor for tensors in self.codes.tensors.values() for tensor in tensors}
+        self._copy(out, sorted(self.codes.names - held))
+
+    def write_config(self, out: Output) -> None:
+        for name in (CONFIG, MODELOPT_CONFIG):
+            if (path := self.source.folder / name).is_file():
+                shutil.copyfile(path, out.path(name))
+
+    def _copy(self, out: Output, tensors: list[str]) -> None:
+        for tensor in tensors:
+            out.write(self.file_of(tensor), tensor, self.source.raw.read(tensor))

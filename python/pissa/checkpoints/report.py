@@ -1,14 +1,13 @@
 """What a checkpoint holds for PiSSA, read matrix by matrix: spectra, the errors of quantised bases, ranks for a budget
-of parameters, the memory of training."""
+of parameters, what training takes."""
 
 from __future__ import annotations
 
 import itertools
 import math
 import os
-import re
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -20,11 +19,12 @@ from pissa import ops
 from pissa.checkpoints.budget import Candidate, allocate, as_pattern, check_budget, kinds_of, sample
 from pissa.checkpoints.init import SplitPlan
 from pissa.checkpoints.load import of_layer
-from pissa.config import Form, PissaConfig
+from pissa.checkpoints.training_cost import quantised_bytes, step_seconds, training_memory
+from pissa.config import PissaConfig
 from pissa.files.hub import checkpoint_folder
 from pissa.files.model_folder import model_config
 from pissa.files.released import open_dense
-from pissa.ops.formats import FORMATS
+from pissa.files.tensor_file import Source
 
 Method = tuple[str, int]
 """A way to quantise and its rank, 0 if it has no factors."""
@@ -221,64 +221,6 @@ def suggest(
     return SuggestedRanks(ranks, budget, *as_pattern(ranks), parameters(ranks), lost(ranks), largest, uniform)
 
 
-# ---- Memory ----------------------------------------------------------------------------------------------------------
-
-
-def training_memory(
-    layers: Mapping[str, tuple[int, int]],
-    r: int,
-    form: Form,
-    *,
-    rest: int,
-    dtype: torch.dtype,
-    hidden: int,
-    vocabulary: int,
-    tokens: int,
-) -> dict[str, dict[str, int]]:
-    """The bytes of a training step by what takes them, and their total, without what Python and torch take themselves:
-    "plain", and with gradient "checkpointing".
-
-    Activations, an estimate: for each token an adapted layer keeps its input and its output; logits take 16 bytes an
-    element (16 bits and float32, of the values and of their gradients). With gradient checkpointing each block keeps
-    only what it is given, and one block at a time has the rest; the logits are gone by then. What attention keeps for
-    each pair of tokens is not counted: implementations that keep it are not the usual ones. Every expert of a mixture
-    counts as if it saw every token: an upper bound.
-
-    Args:
-        layers: the shapes [out, in] of the adapted weights, by the layers' names.
-        r: the rank of the adapter; of a layer with a smaller side, that side.
-        rest: bytes of the tensors that are not adapted: embeddings, norms, biases, the output layer.
-        dtype: of the dense weights, and of what flows between layers.
-        hidden, vocabulary: elements that a block hands on for each token, and of its logits, 0 if there are none.
-    """
-    factors = 4 * sum(min(r, *shape) * sum(shape) for shape in layers.values())  # float32
-    blocks = Counter[str]()
-    for name, shape in layers.items():
-        blocks[re.sub(r"(?<![^.])(\d+)\..*", r"\1", name)] += sum(shape) * dtype.itemsize  # up to the first number
-    logits = 16 * vocabulary
-    of_a_token = {
-        "plain": blocks.total() + logits,
-        "checkpointing": len(blocks) * hidden * dtype.itemsize + max(*blocks.values(), logits),
-    }
-    stored = {
-        "weights": rest + sum(_weight_bytes(shape, dtype, form) for shape in layers.values()),
-        "start": factors,  # A0 and B0
-        "trained": factors,  # dA and dB
-        "gradients": factors,
-        "optimizer": 2 * factors,  # AdamW's two averages
-    }
-    found = {kind: stored | {"activations": tokens * count} for kind, count in of_a_token.items()}
-    return {kind: parts | {"total": sum(parts.values())} for kind, parts in found.items()}
-
-
-def _weight_bytes(shape: tuple[int, int], dtype: torch.dtype, form: Form) -> int:
-    if form.kind not in FORMATS:
-        return math.prod(shape) * dtype.itemsize
-    format = FORMATS[form.kind]
-    tensors = format.tensors(shape, *format.options(form.blocksize, form.double_quant, shape[1]))
-    return sum(math.prod(size) * kept.itemsize for size, kept in tensors.values())
-
-
 # ---- A checkpoint ----------------------------------------------------------------------------------------------------
 
 
@@ -322,13 +264,14 @@ def report(
         memory = training_memory(
             {layer.name: layer.shape for layer in planned},
             rank,
-            PissaConfig(quant=quant).form,
-            rest=sum(source.entry(name).nbytes for name in plan.copied),
+            weights=sum(source.nbytes(name) for name in (plan.copied if quant else source.names))
+            + sum(quantised_bytes(layer.shape, PissaConfig(quant=quant).form) for layer in planned if quant),
             dtype=planned[0].dtype,
             hidden=config.hidden_size,
             vocabulary=config.vocab_size,
             tokens=batch * length,
         )
+        kept = _formats(source)
         sides = [(min(layer.shape), sum(layer.shape)) for layer in planned]
         if budget is None:
             budget = sum(min(rank, side) * cost for side, cost in sides)
@@ -344,6 +287,8 @@ def report(
                 found[layer.name] = layer_report(layer.name, layer.matrix(source), known, ranks, format, exact)
                 source.release(layer.tensors)
                 bar.update(math.prod(layer.shape))
+        shapes = {layer.name: layer.shape for layer in planned}
+        seconds = step_seconds(source.folder, shapes, rank, quant=quant, batch=batch, length=length)
     groups = [factors.layers for factors in plan.factors]
     layers = [found[name] for name in itertools.chain(*groups)]
     kinds = by_kind(layers)
@@ -367,6 +312,21 @@ def report(
             for layer in layers
         },
         "suggestion": {name: value for name, value in suggestion._asdict().items() if name != "ranks"},
+        "formats": kept,
         "memory": {"batch": batch, "length": length, "rank": rank, **memory},
+        "step": {"batch": batch, "length": length, "rank": rank, **seconds},
     }
     return Report(kinds | {"all": Summary(layers)}, suggestion, numbers)
+
+
+def _formats(source: Source) -> dict[str, dict[str, float]]:
+    """What the tensors of a checkpoint are kept in: how many, their bytes, and the bits of an element."""
+    sums = defaultdict[str, list[int]](lambda: [0, 0, 0])
+    for name in source.names:
+        one = sums[source.format(name)]
+        for index, value in enumerate((1, source.nbytes(name), math.prod(source.entry(name).shape))):
+            one[index] += value
+    return {
+        format: {"tensors": count, "bytes": size, "bits": 8 * size / elements if elements else 0.0}
+        for format, (count, size, elements) in sorted(sums.items(), key=lambda item: -item[1][1])
+    }

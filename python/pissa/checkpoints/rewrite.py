@@ -120,7 +120,7 @@ class Plan:
         units: what changes.
         dense_linears: the linear layers of the model that are dense in the new checkpoint, of which config.json has a
             list if others are packed.
-        others: the safetensors files beside those of the checkpoint, by their names in the folder.
+        others: the safetensors files beside those of the checkpoint, or in their places, by their names in the folder.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class Plan:
     ) -> None:
         self.source, self.dense_linears = source, dense_linears
         units = list(units)
-        self.files = _new_shards(source, units) | dict(others)
+        self.files = shards(source, units) | dict(others)
         """The safetensors files that a run writes; the checkpoint's keep their names."""
         changed = {tensor for unit in units for tensor in unit.tensors}
         units += [Unit(f"copy {name}", tensor=name) for name in source.names if name not in changed]
@@ -157,7 +157,7 @@ class Plan:
         return any(layer.is_expert for layer in self.packed)
 
 
-def _new_shards(source: Source, units: Iterable[Unit]) -> dict[str, Layout]:
+def shards(source: Source, units: Iterable[Unit] = ()) -> dict[str, Layout]:
     """The safetensors files of the new checkpoint, by name: every tensor in the place that it has in the old one. The
     new tensors of a layer that changes its form lie where the first old one did."""
     files: dict[str, _Tensors] = {path.name: {} for path in source.paths}
@@ -218,9 +218,7 @@ class Rewrite(ABC):
 
     def __init__(self, plan: Plan, target: Path) -> None:
         self.plan, self.source, self.target = plan, plan.source, target
-        self._sizes = {
-            unit.name: sum(self.source.entry(name).nbytes for name in set(unit.tensors)) for unit in plan.units
-        }
+        self._sizes = {unit.name: sum(self.source.nbytes(name) for name in set(unit.tensors)) for unit in plan.units}
         self.results: dict[str, Result] = {}
         """Of the units that are done, by name."""
         self.bytes_read = sum(self._sizes.values())
@@ -277,7 +275,7 @@ class Rewrite(ABC):
                 self.results |= others
             if distributed.rank() == 0:
                 self._copy_small_files(out)
-                self._write_config(out)
+                self.write_config(out)
                 self.end(out)
             out.finish()
 
@@ -344,7 +342,7 @@ class Rewrite(ABC):
     def _copy_small_files(self, out: Output) -> None:
         """Copies the files beside the weights and config.json: tokenizer, templates, card; and writes the index."""
         folder = self.source.folder
-        paths = [path for path in folder.iterdir() if path.name not in (CONFIG, INDEX, PISSA_RECORD)]
+        paths = [path for path in folder.iterdir() if path.name not in (CONFIG, MODELOPT_CONFIG, INDEX, PISSA_RECORD)]
         paths += [path for name in _FOLDERS for path in folder.glob(f"{name}/**/*")]
         for path in paths:
             if path.is_file() and not path.name.startswith(".") and not path.name.endswith(WEIGHT_FILES):
@@ -360,7 +358,7 @@ class Rewrite(ABC):
             json.dumps({"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}, indent=2) + "\n"
         )
 
-    def _write_config(self, out: Output) -> None:
+    def write_config(self, out: Output) -> None:
         """Writes config.json, with what transformers has to know of packed layers; see `quantization_config`."""
         config, packed = read_config(self.source.folder), self.plan.packed
         was_packed = config.pop("quantization_config", None) is not None
@@ -394,6 +392,9 @@ class Errors(NamedTuple):
             math.sqrt(lost / whole), worst, each[worst] if worst else 0.0, sum(each.values()) / max(1, len(each))
         )
 
+
+MODELOPT_CONFIG = "hf_quant_config.json"
+"""Where ModelOpt says a second time that a checkpoint is quantised."""
 
 _FOLDERS = (CHAT_TEMPLATE_DIR, "*_tokenizer")
 """What transformers makes folders of: named chat templates, and the further tokenizers of a processor. Any other folder

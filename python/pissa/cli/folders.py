@@ -233,8 +233,8 @@ def _add_merge(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quant",
         metavar="FORMAT",
-        help="write the linear layers in nf4 or int8, in the format of transformers with bitsandbytes; dense unless "
-        "given",
+        help="write the linear layers in nf4 or int8, in the format of transformers with bitsandbytes; or in that of a "
+        "released base: same; dense unless given",
     )
 
 
@@ -247,7 +247,12 @@ def _merge(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     yield done._asdict()
     say("adapter", f"{args.adapter}: {done.what}, {done.layers} layers")
     say("read", _read(done))
-    written = f"{done.quantised} layers in {args.quant}" if args.quant else "dense, rounded once"
+    for name, share in done.survives.items():
+        say("survives", f"{share:.1%} of the change: {name}")
+    if done.survives:
+        say("noise", f"{done.noise:.0%} of the change; an adapter beside the base loses nothing")
+    where = "the base's format" if args.quant == "same" else args.quant
+    written = f"{done.quantised} layers in {where}" if args.quant else "dense, rounded once"
     say("error", f"{written}: {done.error:.3%} of the weights' norm, {done.error_of_change:.3%} of the change's")
     say("saved", f"{args.target}: {as_size(done.bytes_written)}")
 

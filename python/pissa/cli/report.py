@@ -64,9 +64,14 @@ def _report(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             draw_report(found, new)
             new(NUMBERS).write_text(f"{json.dumps(found.numbers, indent=2)}\n")
     yield found.numbers
+    kept = (
+        f"{format}: {one['bits']:.3g} bits a weight, {as_size(one['bytes'])}"
+        for format, one in found.numbers["formats"].items()
+    )
     layers, ranks = found.kinds["all"].layers, found.numbers["ranks"]
     adapted = sum(math.prod(layer.shape) for layer in layers)
     say("model", f"{args.model}: {len(layers)} layers of {adapted:,} parameters to adapt")
+    say("files", "; ".join(kept))
     if args.exact:
         say("spectrum", "all singular values, from Gram matrices in float64")
     else:
@@ -98,8 +103,18 @@ def _report(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         [words, *(as_size(memory[kind][part]) for kind in ("plain", "checkpointing"))]
         for part, words in _MEMORY_PARTS.items()
     ]
+    step = found.numbers["step"]
+    if "plain" in step:
+        rows.append(["seconds a step, about", f"{step['plain']:.3g}", f"{step['checkpointing']:.3g}"])
     head = f"training at rank {memory['rank']},\n{memory['batch']} x {memory['length']} tokens"
     print(format_table((head, "\nmemory", "gradient\ncheckpointing"), rows) + "\n")
+    if "plain" in step:
+        alike = ", ".join(f"{one['block']} for {one['count']}" for one in step["blocks"])
+        rate = memory["batch"] * memory["length"] / step["plain"]
+        say("step", f"about {rate:.3g} tokens a second with {step['threads']} threads, without the optimizer;")
+        say("", f"measured here, one block for all that are like it: {alike}")
+    else:
+        say("step", f"seconds not measured: {step['not measured']}")
     say("time", f"{found.numbers['seconds']:.0f} s")
     if args.out is not None:
         say("written", f"{args.out / NUMBERS} and pictures")

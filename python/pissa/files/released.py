@@ -68,6 +68,10 @@ class ReleasedWeights:
         """The tensors of each weight."""
         return {weight: list(names.values()) for weight, names in self._tensors.items()}
 
+    def codes_of(self, weight: str) -> str:
+        """The one of them that has its codes."""
+        return next(self._tensors[weight][local] for local in CODES if local in self._tensors[weight])
+
     @property
     def names(self) -> set[str]:
         """The names of the checkpoint's tensors that belong to codes, those for quantised activations too."""
@@ -131,8 +135,7 @@ class ReleasedWeights:
 
     def shape(self, weight: str) -> tuple[int, ...]:
         """Of the dense weight."""
-        names = self._tensors[weight]
-        codes = self._source.entry(next(names[local] for local in CODES if local in names))
+        codes = self._source.entry(self.codes_of(weight))
         if self.is_stack(weight):
             experts, rows, blocks, half = (*codes.shape, 0, 0, 0, 0)[:4]
             return experts, 2 * blocks * half, rows
@@ -146,10 +149,11 @@ class DecodedSource(Source):
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         super().__init__(folder)
-        self._raw = Source(folder)
-        self._codes = ReleasedWeights(self._raw)
-        first = {tensors[0]: weight for weight, tensors in self._codes.tensors.items()}
-        hidden = self._codes.names
+        self.raw = Source(folder)
+        """The same, as it is."""
+        self.codes = ReleasedWeights(self.raw)
+        first = {tensors[0]: weight for weight, tensors in self.codes.tensors.items()}
+        hidden = self.codes.names
         self._dense = [first.get(name, name) for name in super().names if name in first or name not in hidden]
 
     @property
@@ -157,38 +161,46 @@ class DecodedSource(Source):
         return list(self._dense)
 
     def path_of(self, name: str) -> Path:
-        return super().path_of(self._held(name)[0])
+        return super().path_of(self.held(name)[0])
 
     def entry(self, name: str) -> Entry:
-        if name not in self._codes.tensors:
+        if name not in self.codes.tensors:
             return super().entry(name)
-        shape = self._codes.shape(name)
-        return Entry(torch.bfloat16, shape, super().entry(self._held(name)[0]).offset, 2 * math.prod(shape))
+        shape = self.codes.shape(name)
+        return Entry(torch.bfloat16, shape, super().entry(self.held(name)[0]).offset, 2 * math.prod(shape))
+
+    def nbytes(self, name: str) -> int:
+        return sum(self.raw.nbytes(tensor) for tensor in self.held(name))
+
+    def format(self, name: str) -> str:
+        if name not in self.codes.tensors:
+            return super().format(name)
+        return self.codes.weight(name, 0 if self.codes.is_stack(name) else None).format
 
     def read(self, name: str, member: int | None = None) -> Tensor:
-        if name not in self._codes.tensors:
+        if name not in self.codes.tensors:
             return super().read(name, member)
-        if not self._codes.is_stack(name):
-            return ops.dequantize(self._codes.weight(name), torch.bfloat16)
+        if not self.codes.is_stack(name):
+            return ops.dequantize(self.codes.weight(name), torch.bfloat16)
         if member is not None:
-            return ops.dequantize(self._codes.weight(name, member), torch.bfloat16).mT
-        return torch.stack([self.read(name, member) for member in range(self._codes.shape(name)[0])])
+            return ops.dequantize(self.codes.weight(name, member), torch.bfloat16).mT
+        return torch.stack([self.read(name, member) for member in range(self.codes.shape(name)[0])])
 
     def release(self, names: Sequence[str]) -> None:
-        held = [tensor for name in names for tensor in self._held(name)]
+        held = [tensor for name in names for tensor in self.held(name)]
         super().release(held)
-        self._raw.release(held)  # through which codes are read
+        self.raw.release(held)  # through which codes are read
 
     def ahead(self, names: Sequence[str]) -> None:
-        super().ahead([tensor for name in names for tensor in self._held(name)])
+        super().ahead([tensor for name in names for tensor in self.held(name)])
 
     def close(self) -> None:
         super().close()
-        self._raw.close()
+        self.raw.close()
 
-    def _held(self, name: str) -> list[str]:
-        """The tensors that hold a dense one."""
-        return self._codes.tensors.get(name, [name])
+    def held(self, name: str) -> list[str]:
+        """The tensors of the checkpoint that hold one."""
+        return self.codes.tensors.get(name, [name])
 
 
 def open_dense(folder: str | os.PathLike[str]) -> Source:

@@ -265,6 +265,14 @@ class Source(AbstractContextManager["Source"]):
         """Where the tensor lies, its dtype and its shape."""
         return self._holder(name).entries[name]
 
+    def nbytes(self, name: str) -> int:
+        """The bytes of the files that hold the tensor."""
+        return self.entry(name).nbytes
+
+    def format(self, name: str) -> str:
+        """What the tensor is kept in: a dtype, or codes."""
+        return str(self.entry(name).dtype).removeprefix("torch.")
+
     def identity(self) -> dict[str, str]:
         """For each file its size, its time of change, and a fingerprint of its header."""
         return {path.name: file.identity for path, file in self._files.items()}

@@ -203,6 +203,22 @@ def with_feedback(weight: Tensor, nearest: QuantizedWeight, factor: Tensor) -> Q
     return nearest._replace(codes=_OPS.feedback_codes(weight, factor, *nearest[1:5], nearest.blocksize))
 
 
+def nearest_codes(weight: Tensor, held: QuantizedWeight) -> QuantizedWeight:
+    """A weight [out, in] in the codes nearest to it under the scales of `held`, which is of a format of released
+    models: error feedback that hands nothing on, 128 columns at a time."""
+    columns, blocksize = held.shape[1], held.blocksize
+    scales = held.absmax.view(-1, -(-columns // blocksize))
+    found = []
+    for first in range(0, columns, 128):
+        part = weight[:, first : first + 128]
+        width = part.shape[1]
+        own = scales[:, first // blocksize : -(-(first + width) // blocksize)].reshape(-1)
+        apart = torch.eye(width, device=weight.device)
+        size = blocksize if blocksize <= 128 else width  # else a row has one
+        found.append(_OPS.feedback_codes(part, apart, own, *held[2:5], size).view(len(weight), -1))
+    return held._replace(codes=torch.cat(found, 1).view(-1))
+
+
 def check_whole_bytes(format: str, weight: Tensor, name: str = "weight") -> None:
     """Whether each row of a weight ends with a whole byte of codes, as error feedback needs it."""
     share = 8 // math.gcd(8, FORMATS[format].bits)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 import pissa
-from pissa.checkpoints.report import training_memory
+from pissa.checkpoints.training_cost import quantised_bytes, training_memory
 from pissa.config import Form
 from pissa.layers.layer import pissa_layers
 
@@ -27,11 +28,13 @@ def predicted(model: nn.Module, form: Form) -> dict[str, int]:
     layers = pissa_layers(model.base_model.model, "default")
     config = model.base_model.model.config
     rest = (config.vocab_size * config.hidden_size * 2 + (2 * config.num_hidden_layers + 1) * config.hidden_size) * 2
+    shapes = {name: layer.matrix_shape for name, layer in layers.items()}
+    dense = form.kind == "implicit"
     return training_memory(
-        {name: layer.matrix_shape for name, layer in layers.items()},
+        shapes,
         4,
-        form,
-        rest=rest,
+        weights=rest
+        + sum(2 * math.prod(shape) if dense else quantised_bytes(shape, form) for shape in shapes.values()),
         dtype=torch.bfloat16,
         hidden=config.hidden_size,
         vocabulary=config.vocab_size,
@@ -92,13 +95,13 @@ def test_what_a_forward_keeps(name: str, tiny_llama: Callable[..., nn.Module]) -
 
 def test_formula() -> None:
     layers = {"h.0.q": (6, 4), "h.0.v": (3, 4), "h.1.q": (6, 4)}
-    sizes: dict[str, Any] = {"rest": 1000, "dtype": torch.bfloat16, "hidden": 4, "vocabulary": 10, "tokens": 15}
+    sizes: dict[str, Any] = {"weights": 1000, "dtype": torch.bfloat16, "hidden": 4, "vocabulary": 10, "tokens": 15}
     parameters = 2 * (10 + 7 + 10)
-    found = training_memory(layers, 2, Form("implicit"), **sizes)
+    found = training_memory(layers, 2, **sizes)
     plain, less = found["plain"], found["checkpointing"]
     total = plain.pop("total")
     assert plain == {
-        "weights": 1000 + 2 * (24 + 12 + 24),
+        "weights": 1000,
         "start": 4 * parameters,
         "trained": 4 * parameters,
         "gradients": 4 * parameters,
@@ -107,7 +110,7 @@ def test_formula() -> None:
     }
     assert total == sum(plain.values())
     assert less["activations"] == 15 * (2 * 4 * 2 + 160)
-    no_logits = training_memory(layers, 2, Form("implicit"), **sizes | {"vocabulary": 0})["checkpointing"]
+    no_logits = training_memory(layers, 2, **sizes | {"vocabulary": 0})["checkpointing"]
     assert no_logits["activations"] == 15 * (2 * 4 * 2 + 17 * 2)
-    of_a_small_side = training_memory(layers, 4, Form("implicit"), **sizes)["plain"]
+    of_a_small_side = training_memory(layers, 4, **sizes)["plain"]
     assert of_a_small_side["trained"] == 4 * (4 * 10 + 3 * 7 + 4 * 10)

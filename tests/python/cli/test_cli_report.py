@@ -44,6 +44,9 @@ def test_tables(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "QPiSSA T=5" in out
     assert re.search(r"^least energy held by rank 4", out, flags=re.MULTILINE)
     assert re.search(r"^total, about +\d", out, flags=re.MULTILINE)
+    assert re.search(r"^seconds a step, about +\d", out, flags=re.MULTILINE)
+    assert re.search(r"^files     float32: 32 bits a weight, \d", out, flags=re.MULTILINE)
+    assert "one block for all that are like it: model.layers.0 for 2\n" in out
     assert "Traceback" not in captured.err
     assert "100%" in captured.err
 
@@ -78,6 +81,7 @@ EXPECTED: dict[str, Any] = {
         "largest_rank": int,
         "uniform": {"r": int, "parameters": int, "lost": float},
     },
+    "formats": {"float32": {"tensors": int, "bytes": int, "bits": float}},
     "memory": {
         "batch": int,
         "length": int,
@@ -86,6 +90,11 @@ EXPECTED: dict[str, Any] = {
             name: dict.fromkeys(("weights", "start", "trained", "gradients", "optimizer", "activations", "total"), int)
             for name in ("plain", "checkpointing")
         },
+    },
+    "step": {
+        **{"batch": int, "length": int, "rank": int, "plain": float, "checkpointing": float, "blocks": list},
+        "rest": {"forward": float, "backward": float},
+        "threads": int,
     },
 }
 LAYER = {
@@ -132,7 +141,7 @@ def test_json(base: Path, written: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert found["suggestion"]["parameters"] <= found["suggestion"]["budget"]
     of_file = json.loads((written / "report.json").read_text())
     for report in (of_file, found):
-        del report["seconds"]
+        del report["seconds"], report["step"]
     assert of_file == found
 
 

@@ -17,7 +17,7 @@ GROUND = f"{PACKAGE}/*.py*"
 # cpp, 150 in ops, 330 in model, and 700 of tests; the repair of a model that bitsandbytes has quantised
 # is 150 in model and 40 in integrations. The formats of released models are 680 in cpp, 110 in ops, 260 in base (their
 # layouts), 230 in files (which tensors make which layer; a checkpoint read as the dense one), 450 in bench, 1,000 of
-# tests.
+# tests, and 90 in checkpoints (a merge into the same format). What a training step takes, in seconds, is 110 there.
 BUDGETS = {
     GROUND: 1_060,
     f"{PACKAGE}/ops": 2_000,
@@ -26,7 +26,7 @@ BUDGETS = {
     f"{PACKAGE}/model": 2_350,
     f"{PACKAGE}/files": 2_780,
     f"{PACKAGE}/conversion": 660,
-    f"{PACKAGE}/checkpoints": 2_730,
+    f"{PACKAGE}/checkpoints": 2_910,
     f"{PACKAGE}/integrations": 890,
     f"{PACKAGE}/training": 390,
     f"{PACKAGE}/cli": 2_410,

@@ -1,0 +1,166 @@
+"""What a training step takes: memory, and seconds on this machine, by one block of each kind."""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+import time
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pissa.checkpoints.load import load
+from pissa.config import Form, PissaConfig, exactly
+from pissa.files.messages import first_line
+from pissa.files.model_folder import meta_model
+from pissa.model.blocks import blocks_of
+from pissa.ops.formats import FORMATS
+
+
+def training_memory(
+    layers: Mapping[str, tuple[int, int]],
+    r: int,
+    *,
+    weights: int,
+    dtype: torch.dtype,
+    hidden: int,
+    vocabulary: int,
+    tokens: int,
+) -> dict[str, dict[str, int]]:
+    """The bytes of a training step by what takes them, and their total, without what Python and torch take themselves:
+    "plain", and with gradient "checkpointing".
+
+    Activations, an estimate: for each token an adapted layer keeps its input and its output; logits take 16 bytes an
+    element (16 bits and float32, of the values and of their gradients). With gradient checkpointing each block keeps
+    only what it is given, and one block at a time has the rest; the logits are gone by then. What attention keeps for
+    each pair of tokens is not counted: implementations that keep it are not the usual ones. Every expert of a mixture
+    counts as if it saw every token: an upper bound.
+
+    Args:
+        layers: the shapes [out, in] of the adapted weights, by the layers' names.
+        r: the rank of the adapter; of a layer with a smaller side, that side.
+        weights: bytes of the model, of the tensors that are not adapted, too.
+        dtype: of what flows between layers.
+        hidden, vocabulary: elements that a block hands on for each token, and of its logits, 0 if there are none.
+    """
+    factors = 4 * sum(min(r, *shape) * sum(shape) for shape in layers.values())  # float32
+    blocks = Counter[str]()
+    for name, shape in layers.items():
+        blocks[re.sub(r"(?<![^.])(\d+)\..*", r"\1", name)] += sum(shape) * dtype.itemsize  # up to the first number
+    logits = 16 * vocabulary
+    of_a_token = {
+        "plain": blocks.total() + logits,
+        "checkpointing": len(blocks) * hidden * dtype.itemsize + max(*blocks.values(), logits),
+    }
+    stored = {
+        "weights": weights,
+        "start": factors,  # A0 and B0
+        "trained": factors,  # dA and dB
+        "gradients": factors,
+        "optimizer": 2 * factors,  # AdamW's two averages
+    }
+    found = {kind: stored | {"activations": tokens * count} for kind, count in of_a_token.items()}
+    return {kind: parts | {"total": sum(parts.values())} for kind, parts in found.items()}
+
+
+def quantised_bytes(shape: tuple[int, int], form: Form) -> int:
+    """Of a weight in codes."""
+    format = FORMATS[form.kind]
+    tensors = format.tensors(shape, *format.options(form.blocksize, form.double_quant, shape[1]))
+    return sum(math.prod(size) * kept.itemsize for size, kept in tensors.values())
+
+
+# ---- Seconds ---------------------------------------------------------------------------------------------------------
+
+_REPEATS = 3
+_NOT_MEASURED = "not measured"
+
+
+def step_seconds(
+    folder: Path,
+    layers: Mapping[str, tuple[int, int]],
+    r: int,
+    *,
+    quant: str | None,
+    batch: int,
+    length: int,
+) -> dict[str, Any]:
+    """The seconds of a training step of a causal language model on this machine, without the optimizer: "plain", and
+    with gradient "checkpointing". Only one block of each kind is given an adapter and run, between embeddings and loss;
+    the others are taken to be like it. "blocks" has each kind's first block, how many there are, and the seconds of its
+    forward and backward; "rest" those of the model without blocks. If that fails, "not measured" says why.
+
+    Args:
+        layers: the shapes [out, in] of the adapted weights, by the layers' names.
+        r: the rank of the adapter; of a layer with a smaller side, that side.
+        quant: as of `pissa.wrap`.
+        batch, length: sequences of a step, and their tokens, which are random.
+    """
+    numbered = [name for name in layers if re.search(r"\.\d+\.", name)]
+    kinds = _kinds(blocks_of(meta_model(folder), numbered), numbered, layers) if numbered else []
+    if not kinds:
+        return {_NOT_MEASURED: "the layers are not in blocks, one after the other in one list"}
+    chosen = {name: shape for name, shape in layers.items() if any(name.startswith(f"{one[0]}.") for one in kinds)}
+    config = PissaConfig(
+        r=r,
+        init="lora",
+        quant=quant,
+        target_modules=list(chosen),
+        rank_pattern={exactly(name): min(shape) for name, shape in chosen.items() if min(shape) < r},
+    )
+    try:
+        model: Any = load(folder, config).train()
+        model.enable_input_require_grads()  # as if blocks before had adapters
+        tokens = torch.randint(model.config.get_text_config().vocab_size, (batch, length))
+        every = [model.base_model.model.get_submodule(name) for kind in kinds for name in kind]
+        rest = _seconds(model, tokens, every)
+        found: list[dict[str, Any]] = []
+        for first, *others in kinds:
+            block = model.base_model.model.get_submodule(first)
+            both = _seconds(model, tokens, [one for one in every if one is not block])
+            forward, backward = (max(0.0, whole - less) for whole, less in zip(both, rest, strict=True))
+            found.append({"block": first, "count": 1 + len(others), "forward": forward, "backward": backward})
+    except Exception as error:  # whatever a model of any kind may raise that is not run as it is meant to be
+        return {_NOT_MEASURED: f"{type(error).__name__}: {first_line(error)}"}
+    forward = sum(one["count"] * one["forward"] for one in found)
+    plain = sum(rest) + forward + sum(one["count"] * one["backward"] for one in found)
+    return {
+        "plain": plain,
+        "checkpointing": plain + forward,
+        "blocks": found,
+        "rest": dict(zip(("forward", "backward"), rest, strict=True)),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _kinds(blocks: Sequence[str], names: Sequence[str], layers: Mapping[str, tuple[int, int]]) -> list[list[str]]:
+    """The blocks that have adapted layers of the same names and shapes; `names` are those that are in blocks."""
+    found = defaultdict[Any, list[str]](list)
+    for block in blocks:
+        here = [name for name in names if name.startswith(f"{block}.")]
+        inside = tuple((name.removeprefix(block), layers[name]) for name in here)
+        if inside:
+            found[inside].append(block)
+    return list(found.values())
+
+
+def _seconds(model: nn.Module, tokens: torch.Tensor, skipped: Sequence[Any]) -> tuple[float, float]:
+    """The median seconds of a forward and a backward, in which some blocks hand on what they are given."""
+    for block in skipped:
+        block.forward = lambda hidden, *_, **__: hidden
+    found = []
+    for _ in range(1 + _REPEATS):
+        start = time.perf_counter()
+        loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+        between = time.perf_counter()
+        loss.backward()
+        found.append((between - start, time.perf_counter() - between))
+    for block in skipped:
+        del block.forward
+    forward, backward = zip(*found[1:], strict=True)
+    return statistics.median(forward), statistics.median(backward)
