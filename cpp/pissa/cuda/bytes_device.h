@@ -8,7 +8,8 @@
 namespace pissa::cuda {
 namespace {
 
-/// What formats with such codes have in common. Number::of gives the number of the lowest byte of a word.
+/// What formats with such codes have in common. Number::of gives the number of the lowest byte of a word, Number::two
+/// those of the two lowest.
 template <class Number>
 struct Bytes {
   using Octet = uint2;  // the codes of kOctet neighbours
@@ -32,14 +33,16 @@ struct Bytes {
    public:
     __device__ __forceinline__ void levels(const Octet& codes, float (&values)[kOctet]) const {
 #pragma unroll
-      for (int i = 0; i < kOctet; ++i) values[i] = Number::of((i < 4 ? codes.x : codes.y) >> (8 * (i % 4)));
+      for (int i = 0; i < kOctet; i += 2) {
+        Number::two((i < 4 ? codes.x : codes.y) >> (8 * (i % 4)), values[i], values[i + 1]);
+      }
     }
     /// Elements [4 * i, 4 * i + 4) of a line.
     __device__ __forceinline__ void four_levels(const Line& codes, int i, float (&values)[4]) const {
       const uint4& half = codes.half[i / 4];
       const unsigned word = i % 4 == 0 ? half.x : i % 4 == 1 ? half.y : i % 4 == 2 ? half.z : half.w;
 #pragma unroll
-      for (int j = 0; j < 4; ++j) values[j] = Number::of(word >> (8 * j));
+      for (int j = 0; j < 4; j += 2) Number::two(word >> (8 * j), values[j], values[j + 1]);
     }
   };
 };

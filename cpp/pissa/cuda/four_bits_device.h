@@ -54,7 +54,8 @@ struct PackedPairs {
 
    private:
     // From the lane that has it: one shuffle, no memory. Bits above the code do not matter: the shuffle takes the
-    // lowest five, and the fifth chooses between two lanes with the same level.
+    // lowest five, and the fifth chooses between two lanes with the same level. Of E2M1 alone some GPUs have an
+    // instruction; code for it runs on no later one (sm_100a, sm_120a).
     __device__ __forceinline__ float level(unsigned code) const {
       return __shfl_sync(kAllLanes, lane_level_, static_cast<int>(code));
     }

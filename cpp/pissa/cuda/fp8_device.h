@@ -17,6 +17,17 @@ struct E4m3 {
     const float size = magnitude == 0x7fu ? __uint_as_float(0x7fc00000u) : __uint_as_float(magnitude << 20) * 0x1p120f;
     return __uint_as_float(__float_as_uint(size) | (word & 0x80u) << 24);
   }
+  /// From sm_89 on one instruction, by way of two halves, which are exact, for twelve.
+  static __device__ __forceinline__ void two(unsigned word, float& first, float& second) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+    unsigned halves;
+    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(static_cast<unsigned short>(word)));
+    unpack_halves<Format::f16>(halves, first, second);
+#else
+    first = of(word);
+    second = of(word >> 8);
+#endif
+  }
 };
 
 struct Fp8 : Bytes<E4m3> {

@@ -11,6 +11,10 @@ namespace {
 
 struct SignedByte {
   static __device__ __forceinline__ float of(unsigned word) { return static_cast<std::int8_t>(word); }
+  static __device__ __forceinline__ void two(unsigned word, float& first, float& second) {
+    first = of(word);
+    second = of(word >> 8);
+  }
 };
 
 struct Int8 : Bytes<SignedByte> {
