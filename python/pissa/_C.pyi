@@ -15,4 +15,4 @@ def formats() -> dict[str, dict[str, Any]]:
 
 def limits() -> dict[str, int]:
     """Rows of x up to which factors are not summed (few_tokens), scales that are quantised together
-    (nested_blocksize), and reads of a weight in a step of the SVD (passes_per_step)."""
+    (nested_blocksize), reads of a weight in a step of the SVD (passes_per_step), and scores of a token (scores)."""

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pissa.model.pissa_model import PissaModel as PissaModel
     from pissa.model.wrap import wrap as wrap
     from pissa.ops import build_info as build_info
+    from pissa.training.fused_head import fuse_head as fuse_head
     from pissa.training.lora_state import lora_config as lora_config
     from pissa.training.lora_state import lora_state_dict as lora_state_dict
     from pissa.training.suggest_lr import suggest_lr as suggest_lr
@@ -47,6 +48,7 @@ _HOMES = {
     "build_info": "pissa.ops:build_info",
     "convert": "pissa.conversion:convert",
     "export": "pissa.integrations.export:export",
+    "fuse_head": "pissa.training.fused_head:fuse_head",
     "layers": "pissa.layers:",
     "load": "pissa.checkpoints.load:load",
     "lora_config": "pissa.training.lora_state:lora_config",

@@ -24,6 +24,10 @@ namespace pissa {
 inline constexpr std::size_t kMostTerms = 3;
 inline constexpr std::size_t kMostTail = kMostTerms - 1;
 
+/// What a row of logits is asked for: log p of its label, the entropy, log of the sum of p squared, the mean of the
+/// logits, and 1 where none is larger than the label's, else 0.
+inline constexpr std::int64_t kScores = 5;
+
 /// What every backend asks before it adds up terms.
 inline void check_terms(std::span<const Term> terms, std::size_t most = kMostTerms) {
   PISSA_CHECK(terms.size() <= most, "terms: got ", terms.size(), "; allowed: at most ", most);
@@ -35,7 +39,8 @@ template <class B>
 concept Backend = requires(B backend, Matrix matrix, MutableMatrix out, std::span<const Term> terms, std::int64_t count,
                            std::uint64_t seed, float scale, Precision precision, Format format, const float* scales,
                            std::uint8_t* codes, float* nested, float* offset, QuantOutput quantized,
-                           std::span<const Matrix> matrices, float* largest, double* squares, Scales given) {
+                           std::span<const Matrix> matrices, float* largest, double* squares, Scales given,
+                           const std::int64_t* labels, bool gradient) {
   // A matrix [rows, cols], uninitialised, freed with the returned object; `.view()` is its MutableMatrix.
   { backend.alloc(count, count, format).view() } -> std::convertible_to<MutableMatrix>;
 
@@ -96,6 +101,13 @@ concept Backend = requires(B backend, Matrix matrix, MutableMatrix out, std::spa
   // computed until then. Lives no longer than the backend.
   { backend.weight_gemm_nt(matrix, backend.decode_ahead(matrix, precision, count), scale, precision, terms, matrix, out) };
   { backend.weight_gemm_nn(matrix, backend.decode_ahead(matrix, precision, count), scale, precision, terms, out) };
+
+  // Row by row of logits, f32, which become z, as token_scores.h says, and then d log p_y / d logits where the gradient is
+  // asked for; what they are otherwise is not said. scores: [rows, kScores] f32.
+  { backend.score_rows(out, labels, scale, scale, out, gradient) };
+
+  // The bytes of f32 logits that token_scores.h has at a time.
+  { B::kLogitBytes } -> std::convertible_to<std::int64_t>;
 
   // Makes rows [done, done + count) of `basis` orthonormal and orthogonal to rows [0, done), which are orthonormal
   // already and stay as they are. Rank-deficient or zero rows are completed to an orthonormal set; but where they are

@@ -134,6 +134,14 @@ void CpuBackend::normalize_rows(const Matrix& a, const MutableMatrix& out) const
   });
 }
 
+void CpuBackend::score_rows(const MutableMatrix& logits, const std::int64_t* labels, float scale, float cap,
+                            const MutableMatrix& scores, bool gradient) const {
+  parallel_for(executor_, logits.rows, 64 * logits.rows * logits.cols, [&](std::int64_t row) {
+    kernels_.score_row(reinterpret_cast<float*>(element(logits, row, 0)), logits.cols, labels[row], scale, cap,
+                       gradient, reinterpret_cast<float*>(element(scores, row, 0)));
+  });
+}
+
 // Pieces of all matrices are dealt out together: many small ones keep the threads as busy as a large one.
 void CpuBackend::max_abs(std::span<const Matrix> matrices, float* largest) const {
   constexpr std::int64_t kPiece = 1 << 16;  // elements, rounded to whole rows

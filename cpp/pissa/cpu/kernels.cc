@@ -5,6 +5,7 @@
 #include "pissa/cpu/kernels/decode.h"
 #include "pissa/cpu/kernels/gemm.h"
 #include "pissa/cpu/kernels/reduce.h"
+#include "pissa/cpu/kernels/score_row.h"
 
 namespace pissa::cpu::PISSA_ISA {
 
@@ -22,6 +23,7 @@ const Kernels& kernels() {
                                     max_abs,
                                     quantize,
                                     quantize_columns,
+                                    score_row,
                                     gram};
   return table;
 }

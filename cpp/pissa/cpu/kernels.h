@@ -71,6 +71,10 @@ struct Kernels {
                            const Scales& scales, std::int64_t row, std::int64_t rows, std::int64_t first,
                            const MutableMatrix& errors, std::uint8_t* codes);
 
+  /// Backend::score_rows of one row: logits [count], scores [kScores].
+  void (*score_row)(float* logits, std::int64_t count, std::int64_t label, float scale, float cap, bool gradient,
+                    float* scores);
+
   /// gram[i * ld_gram + j] = <row i, other j> in f64, for i in [first, last) and j <= i; `others` may be `rows`.
   void (*gram)(const float* rows, const float* others, std::int64_t cols, std::int64_t ld, std::int64_t first,
                std::int64_t last, double* gram, std::int64_t ld_gram);

@@ -150,6 +150,11 @@ void CudaBackend::quantize_columns(const Matrix& w, const Matrix& lower, Format 
   cuda::quantize_columns(context_, w, lower, format, scales, first, errors, codes);
 }
 
+void CudaBackend::score_rows(const MutableMatrix& logits, const std::int64_t* labels, float scale, float cap,
+                             const MutableMatrix& scores, bool gradient) const {
+  cuda::score_rows(context_, logits, labels, scale, cap, scores, gradient);
+}
+
 void CudaBackend::weight_gemm_nt(const Matrix& x, const Weight& weight, float scale, Precision precision,
                                  std::span<const Term> tail, const Matrix& bias, const MutableMatrix& y) const {
   weight_gemm(x, weight, Op::t, scale, precision, tail, bias, y);

@@ -44,6 +44,7 @@ inline pybind11::dict limits() {
   table["few_tokens"] = kFewTokens;
   table["nested_blocksize"] = kNestedBlocksize;
   table["passes_per_step"] = kPassesPerStep;
+  table["scores"] = kScores;
   return table;
 }
 
@@ -54,7 +55,7 @@ inline void define_limits(pybind11::module_& m) {
       "its scales may be (nested: also float32).");
   m.def("limits", limits,
         "Rows of x up to which factors are not summed (few_tokens), scales that are quantised together\n"
-        "(nested_blocksize), and reads of a weight in a step of the SVD (passes_per_step).");
+        "(nested_blocksize), reads of a weight in a step of the SVD (passes_per_step), and scores of a token (scores).");
 }
 
 }  // namespace pissa::python

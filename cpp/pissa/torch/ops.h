@@ -13,6 +13,7 @@
 #include "pissa/torch/linear.h"
 #include "pissa/torch/quantize.h"
 #include "pissa/torch/svd.h"
+#include "pissa/torch/token_scores.h"
 
 namespace pissa::ops {
 
@@ -35,6 +36,8 @@ void implement(Library& m) {
   m.impl("quantized_linear_backward", TORCH_BOX(&quantized_linear_backward<Device>));
   m.impl("add_low_rank", TORCH_BOX(&add_low_rank<Device>));
   m.impl("add_low_rank_backward", TORCH_BOX(&add_low_rank_backward<Device>));
+  m.impl("token_scores", TORCH_BOX(&token_scores<Device>));
+  m.impl("quantized_token_scores", TORCH_BOX(&quantized_token_scores<Device>));
 }
 
 }  // namespace pissa::ops

@@ -54,4 +54,11 @@ STABLE_TORCH_LIBRARY(pissa, m) {
   m.def(
       "add_low_rank_backward(Tensor dy, Tensor x, Tensor a, Tensor b, Tensor? a0, Tensor? b0, Tensor kept, "
       "float scaling, bool implicit, bool need_dx) -> (Tensor dx, Tensor grad_a, Tensor grad_b)");
+  m.def(
+      "token_scores(Tensor x, Tensor weight, Tensor? bias, Tensor labels, float scale, float cap, bool need_dx) "
+      "-> (Tensor scores, Tensor dx)");
+  m.def(
+      "quantized_token_scores(Tensor x, Tensor codes, Tensor absmax, Tensor? nested_absmax, Tensor? offset, "
+      "str format, int blocksize, int out_features, Tensor? bias, Tensor labels, float scale, float cap, bool need_dx) "
+      "-> (Tensor scores, Tensor dx)");
 }

@@ -6,10 +6,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from pissa import ops
 from pissa.base.bitsandbytes import BnbLinear, from_bitsandbytes, is_bitsandbytes, unusable
 from pissa.base.protocol import Base
 from pissa.base.released import released_linear
-from pissa.base.weights import Dense, HoldsCodes, OwnBase
+from pissa.base.weights import CodedLinear, Dense, HoldsCodes, OwnBase, is_offloaded
+from pissa.distributed import is_partitioned, whole_tensor
 
 
 def base_of(module: nn.Module) -> Base:
@@ -53,6 +55,18 @@ def _computes_as(kind: type[nn.Module], module: nn.Module) -> bool:
 def is_linear(module: nn.Module) -> bool:
     """Whether the module computes what nn.Linear does."""
     return base_of(module).kind is nn.Linear and adopted(module) is not None
+
+
+def frozen_product(module: Any) -> tuple[Tensor | ops.QuantizedWeight, Tensor | None] | None:
+    """Weight and bias of a module that computes a product with them and nothing else, none of them trained; None of
+    another module, and of one whose weight is not here."""
+    if type(module) is CodedLinear:
+        return module.quantized, module.bias
+    if not is_linear(module) or not isinstance(base_of(module), Dense) or module._forward_hooks or is_offloaded(module):
+        return None
+    if any(parameter.requires_grad or is_partitioned(parameter) for parameter in module.parameters()):
+        return None
+    return whole_tensor(module.weight), None if module.bias is None else whole_tensor(module.bias)
 
 
 def computing_parameters(module: nn.Module) -> list[Tensor]:

@@ -78,6 +78,7 @@ class Training(NamedTuple):
                 made = getattr(trl, f"{self.trainer}Trainer")
                 trainer: Any = made(model, args=training, callbacks=[watch], **names)
             training.model_init_kwargs = recorded
+            _fuse_head(trainer.model)
             if not training.disable_tqdm:
                 trainer.remove_callback(ProgressCallback)
                 trainer.add_callback(LossBar)
@@ -236,6 +237,14 @@ def _calibration(train: Any, count: int) -> list[torch.Tensor]:
 
 def _method_name(ours: Any) -> str:
     return {"lora": "LoRA", "pissa": f"QPiSSA ({ours.quant})" if ours.quant else "PiSSA"}[ours.method]
+
+
+def _fuse_head(model: Any) -> None:
+    """Has the model compute its loss without logits, where it can."""
+    try:
+        pissa.fuse_head(model)
+    except (TypeError, ValueError) as error:
+        say("loss", f"of logits in memory, since {error}")
 
 
 def _batches(trainer: Any, count: int) -> list[Any]:

@@ -13,6 +13,7 @@ from pissa.ops._load import _C  # loading it defines the ops
 from pissa.ops.formats import FORMATS, NESTED_BLOCKSIZE
 
 _FEW_TOKENS: int = _C.limits()["few_tokens"]
+_SCORES: int = _C.limits()["scores"]
 
 # ---- Fakes -----------------------------------------------------------------------------------------------------------
 # torch calls each with all arguments of its op, by position.
@@ -145,6 +146,14 @@ def _(dy: Tensor, x: Tensor, a: Tensor, *args: Any) -> tuple[Tensor, Tensor, Ten
     return _fake_gradients(x, dy.shape[-1], a, need_dx=args[-1])
 
 
+def _fake_token_scores(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    return _floats(x, *x.shape[:-1], _SCORES), x.new_empty(x.shape if args[-1] else (0,))
+
+
+for _op in ("token_scores", "quantized_token_scores"):
+    register_fake(f"pissa::{_op}", _fake_token_scores)
+
+
 # ---- Gradients -------------------------------------------------------------------------------------------------------
 # Saved for the backward: x and what the forward keeps. The ops that multiply take x, what holds the weight, bias, a, b,
 # a0, b0, scaling, implicit. In add_low_rank, which has no weight, base and x have changed places.
@@ -194,6 +203,24 @@ class _Gradients(NamedTuple):
 for _op, _x, _tensors in (("linear", 0, 1), ("quantized_linear", 0, 4), ("add_low_rank", _ADDEND, 0)):
     _gradients = _Gradients(getattr(torch.ops.pissa, f"{_op}_backward"), _x, _tensors)
     register_autograd(f"pissa::{_op}", _gradients.backward, setup_context=_gradients.save)
+
+
+# Scores of tokens: a forward computes d log p / dx of each token at once. What else it returns has no gradient.
+
+
+def _save_token_scores(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _, dx = output
+    ctx.mark_non_differentiable(dx)
+    ctx.save_for_backward(dx)
+
+
+def _token_scores_backward(ctx: Any, grad_scores: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    (dx,) = ctx.saved_tensors
+    return ((grad_scores[..., :1] * dx).to(dx.dtype), *[None] * (len(ctx.needs_input_grad) - 1))
+
+
+for _op in ("token_scores", "quantized_token_scores"):
+    register_autograd(f"pissa::{_op}", _token_scores_backward, setup_context=_save_token_scores)
 
 
 # ---- Two nodes of autograd's graph -----------------------------------------------------------------------------------

@@ -33,6 +33,33 @@ def _checked_factors(
     return a.float(), b.float(), a0.float(), b0.float()
 
 
+def checked_operands(
+    x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None
+) -> tuple[Tensor, str, list[Any], Tensor]:
+    """The operands of x Wᵀ + bias, after checking that they fit: x, in autocast's dtype under autocast; the op; what
+    holds the weight, as the op takes it; and a tensor of it."""
+    x = check_tensor("x", x)
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):  # which does not know the meta device
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    slots: list[Any]
+    if isinstance(weight, QuantizedWeight):
+        check_quantized(weight)
+        *parts, (out_features, in_features), blocksize = weight
+        op, slots, held = "quantized_linear", [*parts, blocksize, out_features], weight.codes
+    else:
+        check_tensor("weight", weight)
+        if weight.dim() != 2:
+            raise ValueError(f"weight: got shape {list(weight.shape)}; needed: [out, in]")
+        check_frozen("weight", weight)
+        out_features, in_features = weight.shape
+        op, slots, held = "linear", [weight], weight
+    if x.dim() < 1 or x.shape[-1] != in_features:
+        raise ValueError(f"x: got shape {list(x.shape)}; needed: [..., in] with in = {in_features}")
+    if bias is not None and (check_tensor("bias", bias).dim() != 1 or bias.shape[0] != out_features):
+        raise ValueError(f"bias: got shape {list(bias.shape)}; needed: [{out_features}]")
+    return x, op, slots, held
+
+
 def linear(
     x: Tensor,
     weight: Tensor | QuantizedWeight,
@@ -80,25 +107,8 @@ def linear(
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    x = check_tensor("x", x)
-    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):  # which does not know the meta device
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    slots: list[Any]
-    if isinstance(weight, QuantizedWeight):
-        check_quantized(weight)
-        *parts, (out_features, in_features), blocksize = weight
-        op, slots, held = "quantized_linear", [*parts, blocksize, out_features], weight.codes
-    else:
-        check_tensor("weight", weight)
-        if weight.dim() != 2:
-            raise ValueError(f"weight: got shape {list(weight.shape)}; needed: [out, in]")
-        check_frozen("weight", weight)
-        out_features, in_features = weight.shape
-        op, slots, held = "linear", [weight], weight
-    if x.dim() < 1 or x.shape[-1] != in_features:
-        raise ValueError(f"x: got shape {list(x.shape)}; needed: [..., in] with in = {in_features}")
-    if bias is not None and (check_tensor("bias", bias).dim() != 1 or bias.shape[0] != out_features):
-        raise ValueError(f"bias: got shape {list(bias.shape)}; needed: [{out_features}]")
+    x, op, slots, held = checked_operands(x, weight, bias)
+    out_features, in_features = weight.shape
     check_change_scaling(scaling)
     if (a is None) != (b is None) or (a0 is None) != (b0 is None) or (a0 is not None and a is None):
         raise ValueError("factors: give a with b, and a0 with b0 beside them, or none of them")

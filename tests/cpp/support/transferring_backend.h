@@ -222,6 +222,13 @@ class TransferringBackend {
                              at.upload(codes, code_bytes(format, w.rows * w.cols), true));
     });
   }
+  static constexpr std::int64_t kLogitBytes = cuda::CudaBackend::kLogitBytes;
+  void score_rows(const MutableMatrix& logits, const std::int64_t* labels, float scale, float cap,
+                  const MutableMatrix& scores, bool gradient) const {
+    staged([&](Staging& at) {
+      cuda_.score_rows(at(logits), at.upload(labels, logits.rows), scale, cap, at(scores), gradient);
+    });
+  }
   void quantize_absmax(const float* absmax, std::int64_t count, const float* given, std::uint8_t* codes8,
                        float* nested_absmax, float* offset) const {
     staged([&](Staging& at) {

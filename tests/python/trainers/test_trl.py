@@ -68,6 +68,30 @@ def test_supervised_fine_tuning(form: str, packing: bool, base: Base, tokenizer:
     assert loss_of(sft(again, tmp_path, tokenizer, packing=packing)) == loss_of(run)
 
 
+# -- a loss without logits
+
+
+@pytest.mark.parametrize("method", ["SFT", "DPO", "KTO"])
+def test_a_fused_head_has_their_losses(method: str, base: Base, tokenizer: Any, tmp_path: Path) -> None:
+    """And their metrics, with accumulated gradients. Losses are of two sums of float32 in orders of their own."""
+
+    def run(fused: bool) -> Any:
+        found = trl_trainer(
+            method, wrapped(base(), "implicit"), tmp_path, tokenizer, bf16=False, gradient_accumulation_steps=2
+        )
+        if fused:
+            pissa.fuse_head(found.model)
+        found.train()
+        return found
+
+    ours, theirs = run(True), run(False)
+    rows = [row for row in theirs.state.log_history if "loss" in row]
+    assert len(rows) >= 3
+    for row, expected in zip((row for row in ours.state.log_history if "loss" in row), rows, strict=True):
+        for key in expected.keys() - {"grad_norm"}:
+            assert row[key] == pytest.approx(expected[key], rel=1e-3, abs=1e-5), key
+
+
 # -- preferences
 
 

@@ -1,0 +1,109 @@
+// A row of logits: the softmax's scores of one label, and their gradient. Included by kernels.cc only.
+//
+// Plain loops over kLanes numbers, which compilers turn into vectors of any width: the order of the sums, and so their
+// bits, are the same for every instruction set.
+#pragma once
+
+#include "pissa/cpu/kernels/dense.h"
+
+namespace pissa::cpu::PISSA_ISA {
+namespace {
+
+constexpr std::int64_t kLanes = 16;
+
+// exp(x) for x <= 0, within 2 ulp; below -87 it is exp(-87), 1.6e-38. Reduction and polynomial are those of Cephes'
+// expf.
+PISSA_INLINE float exp_of(float x) {
+  constexpr float kRounding = 0x1.8p23f;  // added to a number, it leaves its nearest integer in the lowest bits
+  const float clipped = x < -87.0f ? -87.0f : x;
+  const float shifted = clipped * 1.44269504f + kRounding;
+  const float n = shifted - kRounding;
+  const float r = (clipped - n * 0.693359375f) + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  std::uint32_t bits;
+  __builtin_memcpy(&bits, &shifted, sizeof bits);
+  bits = (bits << 23) + 0x3f800000u;
+  float power;
+  __builtin_memcpy(&power, &bits, sizeof power);
+  return p * power;
+}
+
+// Sums of values(i)[0], [1], ... over all i: of runs in f32, of the runs in f64.
+template <int n>
+struct Sums {
+  double total[n] = {};
+
+  template <class F>
+  PISSA_INLINE Sums(std::int64_t count, F add) {
+    constexpr std::int64_t kRun = 1024;
+    for (std::int64_t first = 0; first < count; first += kRun) {
+      const std::int64_t end = smaller(first + kRun, count);
+      float lanes[n][kLanes] = {};
+      std::int64_t i = first;
+      for (; i + kLanes <= end; i += kLanes) {
+        for (std::int64_t lane = 0; lane < kLanes; ++lane) add(i + lane, lane, lanes);
+      }
+      for (; i < end; ++i) add(i, i % kLanes, lanes);
+      for (int sum = 0; sum < n; ++sum) {
+        for (const float lane : lanes[sum]) total[sum] += double{lane};
+      }
+    }
+  }
+};
+
+void score_row(float* logits, std::int64_t count, std::int64_t label, float scale, float cap, bool gradient,
+               float* scores) {
+  const auto slope = [cap](float z) { return 1.0f - z / cap * (z / cap); };  // of the cap: dz / d (scale l)
+  if (cap > 0) {
+    const float factor = 2.0f * scale / cap;
+    for (std::int64_t i = 0; i < count; ++i) {
+      const float twice = logits[i] * factor;
+      const float e = exp_of(-__builtin_fabsf(twice));  // tanh |t| = (1 - e) / (1 + e) with e = exp(-2 |t|)
+      logits[i] = __builtin_copysignf(cap * ((1.0f - e) / (1.0f + e)), twice);
+    }
+  } else if (scale != 1.0f) {
+    for (std::int64_t i = 0; i < count; ++i) logits[i] *= scale;
+  }
+  float most[kLanes];
+  for (float& lane : most) lane = logits[0];
+  const Sums<1> all(count, [&](std::int64_t i, std::int64_t lane, auto& sums) {
+    most[lane] = logits[i] > most[lane] ? logits[i] : most[lane];
+    sums[0][lane] += logits[i];
+  });
+  float largest = most[0];
+  for (const float lane : most) largest = lane > largest ? lane : largest;
+  const Sums<3> exps(count, [&](std::int64_t i, std::int64_t lane, auto& sums) {
+    const float less = logits[i] - largest;
+    const float e = exp_of(less);
+    sums[0][lane] += e;
+    sums[1][lane] += e * e;
+    sums[2][lane] += e * (less < -87.0f ? -87.0f : less);
+  });
+  const float total = static_cast<float>(exps.total[0]);
+  const float log_total = __builtin_logf(total);
+  const bool known = label >= 0 && label < count;
+  const float of_label = known ? logits[label] : __builtin_nanf("");
+  scores[0] = (of_label - largest) - log_total;
+  scores[1] = log_total - static_cast<float>(exps.total[2]) / total;
+  scores[2] = __builtin_logf(static_cast<float>(exps.total[1])) - 2.0f * log_total;
+  scores[3] = static_cast<float>(all.total[0] / static_cast<double>(count));
+  scores[4] = of_label >= largest ? 1.0f : 0.0f;
+  if (!gradient) return;
+  const float share = known ? scale / total : of_label;
+  if (cap > 0) {
+    for (std::int64_t i = 0; i < count; ++i) logits[i] = -(exp_of(logits[i] - largest) * share) * slope(logits[i]);
+    if (known) logits[label] += scale * slope(of_label);
+  } else {
+    for (std::int64_t i = 0; i < count; ++i) logits[i] = -(exp_of(logits[i] - largest) * share);
+    if (known) logits[label] += scale;
+  }
+}
+
+}  // namespace
+}  // namespace pissa::cpu::PISSA_ISA

@@ -1,0 +1,113 @@
+"""What an output layer says of the tokens that come: their log-probabilities and the loss, without logits in memory."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from pissa.ops._linear import checked_operands
+from pissa.ops._quant import QuantizedWeight
+from pissa.ops.checks import check_choice, check_devices
+
+_OPS = torch.ops.pissa
+IGNORED = -100
+"""The label of a token that does not count, as in torch and transformers."""
+
+Reduction = Literal["mean", "sum", "none"]
+
+
+class TokenScores(NamedTuple):
+    """Of tokens, of the labels' shape, float32 but for the last; 0 where a label is -100."""
+
+    log_probs: Tensor
+    """log p of the label: the one that has a gradient."""
+    entropy: Tensor
+    """Of p."""
+    log_sum_sq_probs: Tensor
+    """The logarithm of the sum of p² over the vocabulary."""
+    mean_logits: Tensor
+    """Of the scaled and capped logits."""
+    is_top1: Tensor
+    """Whether no logit is larger than the label's."""
+
+
+def token_scores(
+    x: Tensor,
+    weight: Tensor | QuantizedWeight,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+) -> TokenScores:
+    """Scores of labels under `softmax(z)` with z = scale (x Wᵀ + bias), or softcap · tanh(z / softcap)::
+
+        scores = token_scores(hidden[:, :-1], head.weight, labels[:, 1:])
+        loss = -scores.log_probs.sum() / (labels[:, 1:] != -100).sum()
+
+    Logits are computed a chunk of tokens at a time and forgotten: one product forward, one for the gradient of x, which
+    is computed at once and kept beside x, in its dtype. A token whose label is -100 costs nothing. Products as
+    `linear`'s; what follows them is float32. Differentiable in x, once; weight and bias are frozen.
+
+    Args:
+        x: [..., in], float32, bfloat16 or float16: hidden states.
+        weight: [vocabulary, in] in any of these dtypes, or `QuantizedWeight`.
+        labels: [...] of int64, from 0 to the vocabulary's size, or -100. On CUDA, where looking would wait, one outside
+            gives NaN.
+        bias: [vocabulary], or None.
+        scale: of the logits, any finite number.
+        softcap: their bound, positive; None: none.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    x, op, slots, held = checked_operands(x, weight, bias)
+    if labels.dtype != torch.int64 or labels.shape != x.shape[:-1]:
+        raise ValueError(
+            f"labels: got {labels.dtype} of shape {list(labels.shape)}; needed: int64 of shape {list(x.shape[:-1])}"
+        )
+    if not isinstance(scale, (int, float)) or not math.isfinite(scale):
+        raise ValueError(f"scale: got {scale!r}; allowed: a finite number")
+    if softcap is not None and not 0 < softcap < float("inf"):
+        raise ValueError(f"softcap: got {softcap}; needed: a positive, finite number, or None")
+    check_devices({"x": x, "weight": held, "bias": bias, "labels": labels})
+    counted = labels != IGNORED
+    chosen = labels[counted]
+    vocabulary = slots[-1].shape[0] if isinstance(slots[-1], Tensor) else slots[-1]
+    if chosen.device.type == "cpu" and chosen.numel() and not 0 <= int(chosen.min()) <= int(chosen.max()) < vocabulary:
+        raise ValueError(
+            f"labels: got {int(chosen.min())} to {int(chosen.max())}; allowed: 0 to {vocabulary - 1}, and {IGNORED}"
+        )
+    need_dx = torch.is_grad_enabled() and x.requires_grad
+    name = "token_scores" if op == "linear" else "quantized_token_scores"
+    scores, _ = getattr(_OPS, name)(x[counted], *slots, bias, chosen, float(scale), float(softcap or 0), need_dx)
+    everywhere = scores.new_zeros((*labels.shape, scores.shape[-1])).masked_scatter(counted[..., None], scores)
+    log_probs, *others = everywhere.unbind(-1)
+    entropy, log_sum_sq_probs, mean_logits, is_top1 = (other.detach() for other in others)
+    return TokenScores(log_probs, entropy, log_sum_sq_probs, mean_logits, is_top1.bool())
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor | QuantizedWeight,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """`cross_entropy(linear(x, weight, bias), labels)` without logits in memory: `token_scores`, whose arguments these
+    are.
+
+    Args:
+        reduction: "mean" over the labels that count, NaN if none does; "sum"; or "none", a loss for each label.
+    """
+    check_choice("reduction", reduction, get_args(Reduction))
+    losses = -token_scores(x, weight, labels, bias=bias, scale=scale, softcap=softcap).log_probs
+    if reduction == "none":
+        return losses
+    return losses.sum() / (labels != IGNORED).sum() if reduction == "mean" else losses.sum()

@@ -1,0 +1,177 @@
+"""fuse_head: a causal language model's loss out of its hidden states, without logits in memory."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any, NamedTuple
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.utils import ModelOutput
+
+from pissa import ops
+from pissa.base.kinds import frozen_product
+from pissa.distributed import is_partitioned
+from pissa.ops import TokenScores
+
+
+@dataclass
+class ScoredOutput(ModelOutput):  # type: ignore[misc]
+    """What a model with a fused head returns for labels. The fields between `loss` and `label_mask` are those of
+    `ops.TokenScores`, of the tokens that come, [batch, length - 1], or, for shift_labels, [batch, length]."""
+
+    loss: Tensor | None = None
+    log_probs: Tensor | None = None
+    entropy: Tensor | None = None
+    log_sum_sq_probs: Tensor | None = None
+    mean_logits: Tensor | None = None
+    is_top1: Tensor | None = None
+    label_mask: Tensor | None = None
+    """Whether a label counts: is not -100."""
+    logits: Tensor | None = None
+    """None: there are none."""
+    aux_loss: Tensor | None = None
+    """None, as TRL's trainers ask."""
+
+
+def fuse_head(model: nn.Module) -> None:
+    """From now on the model computes its loss from labels without logits in memory, and without work for tokens whose
+    label is -100::
+
+        model = pissa.wrap(model, r=16)
+        pissa.fuse_head(model)
+        loss = model(input_ids=ids, labels=labels).loss  # model(...).logits is None then
+
+        trainer = SFTTrainer(model, ...)  # or DPOTrainer, KTOTrainer: TRL fuses the head in its own way
+        pissa.fuse_head(trainer.model)
+
+    A call without labels, and generation, are as before. So is, with its logits, a call that needs more than a product
+    with a frozen head: where the head has an adapter, is trained, offloaded or partitioned by DeepSpeed, or the model
+    returns what its router does. The loss is transformers' own, `num_items_in_batch` included; logits are float32
+    sums, not rounded to the model's dtype, so that its last digits differ. `ops.token_scores` computes it.
+
+    Call it before FSDP shards the model, or in a trainer. The model runs once, with one token, to see that its logits
+    are a product, scaled and capped as its configuration says. Entropies have no gradient: GRPO's trainer keeps TRL's.
+
+    Args:
+        model: a causal language model of transformers, or a PeftModel of one.
+
+    Raises:
+        TypeError: another model.
+        ValueError: its loss or its logits are computed in another way.
+    """
+    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    head = getattr(inner, "get_output_embeddings", lambda: None)()
+    if head is None or not hasattr(inner, "loss_function"):
+        raise TypeError(f"model: got a {type(inner).__name__}; needed: a causal language model of transformers")
+    name = type(inner).__name__
+    if any(map(is_partitioned, inner.parameters())):
+        raise ValueError(f"model: the weights of {name} are partitioned by DeepSpeed; needed: whole ones")
+    if inner.loss_function is not ForCausalLMLoss:
+        raise ValueError(f"model: {name} has a loss of its own; needed: transformers' for causal language models")
+    shape = _LogitsShape.of(inner)
+    if (difference := shape.difference(inner, head)) > 0:
+        raise ValueError(
+            f"model: {name} makes its logits of its head's output in a way that its configuration does not say: they "
+            f"differ by {difference:.1e}"
+        )
+    own: Callable[..., Any] = inner.forward
+
+    @functools.wraps(type(inner).forward)
+    def forward(self: Any, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
+        """`fused_lm_head` is the word of TRL's trainers."""
+        labels, shifted, items = (kwargs.get(key) for key in _OF_THE_LOSS)
+        others = {key: value for key, value in kwargs.items() if key not in _OF_THE_LOSS}
+        routed = others.get("output_router_logits", getattr(self.config, "output_router_logits", False))
+        head = frozen_product(self.get_output_embeddings())
+        unlabelled = labels is None and shifted is None
+        if unlabelled or routed or not _NEEDS_LOGITS.isdisjoint(others) or (head is None and not fused_lm_head):
+            return own(*args, **kwargs, **({"fused_lm_head": True} if fused_lm_head else {}))
+        if head is None:  # TRL's own way leaves out an adapter of the head
+            rows, find = own(*args, **others).logits, _scores_of_logits
+        else:
+            rows = _backbone(self)(*args, **(others | {"use_cache": False})).last_hidden_state
+            find = functools.partial(shape.scores, *head)
+        if shifted is None:
+            rows, labels = rows[:, :-1], kwargs["labels"][:, 1:]
+        else:
+            labels = shifted
+        labels = labels.to(rows.device)
+        scores, mask = find(rows, labels), labels != ops.IGNORED
+        loss = -scores.log_probs.sum() / (mask.sum() if items is None else items)
+        return ScoredOutput(loss=loss, label_mask=mask, **scores._asdict())
+
+    inner.forward = MethodType(forward, inner)
+
+
+_OF_THE_LOSS = ("labels", "shift_labels", "num_items_in_batch")
+_NEEDS_LOGITS = {"logits_to_keep", "ignore_index"}
+"""Arguments of a model's forward with which only its own can deal."""
+
+
+def _backbone(model: Any) -> nn.Module:
+    """The model without its head. Llama 4's text model takes itself for it."""
+    found: nn.Module = model.base_model
+    return next(child for child in model.children() if isinstance(child, PreTrainedModel)) if found is model else found
+
+
+def _scores_of_logits(logits: Tensor, labels: Tensor) -> TokenScores:
+    counted = labels != ops.IGNORED
+    logits = logits.float()
+    found = torch.log_softmax(logits, -1)
+    log_probs = found.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+    with torch.no_grad():
+        entropy = -(found.exp() * found).sum(-1)
+        others = (entropy, (2 * found).logsumexp(-1), logits.mean(-1), log_probs >= found.amax(-1))
+    return TokenScores(*(score.masked_fill(~counted, 0) for score in (log_probs, *others)))
+
+
+class _LogitsShape(NamedTuple):
+    """What a model makes of its head's output: `scale` times it, bounded by `softcap`."""
+
+    scale: float
+    softcap: float | None
+
+    @classmethod
+    def of(cls, model: Any) -> _LogitsShape:
+        """As the configuration says: each family has a word of its own."""
+        config = model.config.get_text_config()
+        divisor = getattr(config, "logits_scaling", None)
+        if divisor is not None and config.model_type != "hyperclovax":
+            divisor = 1 / divisor
+        names = ("logit_scale", "output_multiplier", "lm_head_multiplier")
+        scales = [getattr(config, name, None) for name in names]
+        scale = next((value for value in (*scales, divisor) if value is not None), 1.0)
+        return cls(float(scale), getattr(config, "final_logit_softcapping", None))
+
+    @torch.no_grad()
+    def difference(self, model: Any, head: nn.Module) -> float:
+        """By how much the model's logits differ from this for numbers from -60 to 60 in the place of its head's output,
+        above rounding."""
+        given: list[Tensor] = []
+
+        def replaced(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+            given.append(torch.linspace(-60, 60, output.shape[-1], device=output.device).to(output.dtype))
+            return given[0].expand_as(output)
+
+        device = model.get_input_embeddings().weight.device
+        handle = head.register_forward_hook(replaced)
+        try:
+            found = model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False).logits
+        finally:
+            handle.remove()
+        numbers = given[0].double() * self.scale
+        expected = numbers if self.softcap is None else self.softcap * torch.tanh(numbers / self.softcap)
+        rounding = 4 * torch.finfo(given[0].dtype).eps * expected.abs().clamp(min=1)
+        return max(0.0, float(((found[0, -1].double() - expected).abs() - rounding).max()))
+
+    def scores(
+        self, weight: Tensor | ops.QuantizedWeight, bias: Tensor | None, hidden: Tensor, labels: Tensor
+    ) -> TokenScores:
+        return ops.token_scores(hidden, weight, labels, bias=bias, scale=self.scale, softcap=self.softcap)
