@@ -79,9 +79,11 @@ class Trainer:
         vocabulary = model.get_input_embeddings().num_embeddings
         tokens = torch.randint(vocabulary, BATCH, generator=torch.Generator().manual_seed(0))
         self.tokens = tokens.to(self.trained[0].device)
+        self.labels = self.tokens.clone()
+        self.labels[:, : BATCH[1] // 2] = -100  # of prompts
 
     def loss(self) -> Tensor:
-        return self.model(input_ids=self.tokens, labels=self.tokens).loss
+        return self.model(input_ids=self.tokens, labels=self.labels).loss
 
     def step(self) -> None:
         self.loss().backward()
@@ -116,6 +118,9 @@ def step_case(base: nn.Module, quant: str | None, dtype: torch.dtype) -> Case:
     """Ours computes the peer's loss: both are the base, since ours changes nothing yet and LoRA has B = 0, or have the
     same residual and factors. Only then their gradients are equal."""
     model = pissa.wrap(copy.deepcopy(base), r=R, quant=quant, task_type="CAUSAL_LM", progressbar=False).train()
+    pissa.fuse_head(model)
+    if next(base.parameters()).device.type == "cpu":
+        pissa.fuse_attention(model)
     if quant and (lacking := missing("bitsandbytes")):
         ours = Trainer(model)
         return Case(ours.step, None, lambda: f"first loss {ours.first()[0]:.4f}", no_peer=lacking)

@@ -15,6 +15,7 @@
 #include "pissa/core/nested_scales.h"
 #include "pissa/core/quantized.h"
 #include "pissa/cpu/factorize.h"
+#include "pissa/cpu/gemm_blocks.h"
 #include "pissa/cpu/kernels.h"
 #include "pissa/cpu/parallel.h"
 
@@ -90,7 +91,9 @@ const Panels& panels() {
   return panels;
 }
 
-void gemm_blocks(const Kernels& kernels, const GemmProblem& problem) {  // on the calling thread
+}  // namespace
+
+void gemm_blocks(const Kernels& kernels, const GemmProblem& problem) {
   for (std::int64_t j = 0; j < problem.out.cols; j += kNc) {
     for (std::int64_t i = 0; i < problem.out.rows; i += kMc) {
       const Block block{i, std::min(kMc, problem.out.rows - i), j, std::min(kNc, problem.out.cols - j)};
@@ -98,8 +101,6 @@ void gemm_blocks(const Kernels& kernels, const GemmProblem& problem) {  // on th
     }
   }
 }
-
-}  // namespace
 
 Buffer::Buffer(std::int64_t rows, std::int64_t cols, Format format)
     : rows_(rows),

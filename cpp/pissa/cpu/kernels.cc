@@ -5,7 +5,7 @@
 #include "pissa/cpu/kernels/decode.h"
 #include "pissa/cpu/kernels/gemm.h"
 #include "pissa/cpu/kernels/reduce.h"
-#include "pissa/cpu/kernels/score_row.h"
+#include "pissa/cpu/kernels/softmax.h"
 
 namespace pissa::cpu::PISSA_ISA {
 
@@ -24,6 +24,9 @@ const Kernels& kernels() {
                                     quantize,
                                     quantize_columns,
                                     score_row,
+                                    softmax_row,
+                                    softmax_backward_row,
+                                    transpose_matrix,
                                     gram};
   return table;
 }

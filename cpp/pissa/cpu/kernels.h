@@ -75,6 +75,17 @@ struct Kernels {
   void (*score_row)(float* logits, std::int64_t count, std::int64_t label, float scale, float cap, bool gradient,
                     float* scores);
 
+  /// A row of products [count], then zeros up to `end`, becomes the softmax of scale times it, of those elements where
+  /// mask, if there is one, is not 0. Returns the logarithm of the sum of exp; of no element -infinity.
+  float (*softmax_row)(float* row, std::int64_t count, std::int64_t end, const std::uint8_t* mask, float scale);
+
+  /// The same row again, from that logarithm: products become p, and dp becomes scale * p * (dp - less); zeros elsewhere.
+  void (*softmax_backward_row)(float* row, float* dp, std::int64_t count, std::int64_t end, const std::uint8_t* mask,
+                               float log_sum, float less, float scale);
+
+  /// to[j * rows + i] = from[i * cols + j].
+  void (*transpose)(const float* from, std::int64_t rows, std::int64_t cols, float* to);
+
   /// gram[i * ld_gram + j] = <row i, other j> in f64, for i in [first, last) and j <= i; `others` may be `rows`.
   void (*gram)(const float* rows, const float* others, std::int64_t cols, std::int64_t ld, std::int64_t first,
                std::int64_t last, double* gram, std::int64_t ld_gram);

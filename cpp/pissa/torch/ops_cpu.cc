@@ -1,7 +1,9 @@
 // The ops on the CPU: CpuBackend, on torch's thread pool.
+#include "pissa/cpu/attention.h"
 #include "pissa/cpu/backend.h"
 #include "pissa/cpu/isa.h"
 #include "pissa/cpu/split_many.h"
+#include "pissa/torch/attention.h"
 #include "pissa/torch/ops.h"
 
 namespace pissa::ops {
@@ -27,6 +29,14 @@ class CpuDevice {
   void split_many(std::span<const SplitTask> tasks, const SvdOptions& options) const {
     cpu::split_many(tasks, options, executor_, cpu::kernels());
   }
+  template <class... Args>
+  void attention_forward(const Args&... args) const {
+    cpu::attention_forward(executor_, cpu::kernels(), args...);
+  }
+  template <class... Args>
+  void attention_backward(const Args&... args) const {
+    cpu::attention_backward(executor_, cpu::kernels(), args...);
+  }
 
  private:
   TorchExecutor executor_;
@@ -36,4 +46,8 @@ class CpuDevice {
 }  // namespace
 }  // namespace pissa::ops
 
-STABLE_TORCH_LIBRARY_IMPL(pissa, CPU, m) { pissa::ops::implement<pissa::ops::CpuDevice>(m); }
+STABLE_TORCH_LIBRARY_IMPL(pissa, CPU, m) {
+  pissa::ops::implement<pissa::ops::CpuDevice>(m);
+  m.impl("attention", TORCH_BOX(&pissa::ops::attention<pissa::ops::CpuDevice>));
+  m.impl("attention_backward", TORCH_BOX(&pissa::ops::attention_backward<pissa::ops::CpuDevice>));
+}

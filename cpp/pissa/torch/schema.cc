@@ -61,4 +61,10 @@ STABLE_TORCH_LIBRARY(pissa, m) {
       "quantized_token_scores(Tensor x, Tensor codes, Tensor absmax, Tensor? nested_absmax, Tensor? offset, "
       "str format, int blocksize, int out_features, Tensor? bias, Tensor labels, float scale, float cap, bool need_dx) "
       "-> (Tensor scores, Tensor dx)");
+  m.def(
+      "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, bool causal) "
+      "-> (Tensor out, Tensor log_sums)");
+  m.def(
+      "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor out, Tensor log_sums, "
+      "float scale, bool causal) -> (Tensor dq, Tensor dk, Tensor dv)");
 }

@@ -78,7 +78,7 @@ class Training(NamedTuple):
                 made = getattr(trl, f"{self.trainer}Trainer")
                 trainer: Any = made(model, args=training, callbacks=[watch], **names)
             training.model_init_kwargs = recorded
-            _fuse_head(trainer.model)
+            _fuse(trainer.model)
             if not training.disable_tqdm:
                 trainer.remove_callback(ProgressCallback)
                 trainer.add_callback(LossBar)
@@ -239,8 +239,11 @@ def _method_name(ours: Any) -> str:
     return {"lora": "LoRA", "pissa": f"QPiSSA ({ours.quant})" if ours.quant else "PiSSA"}[ours.method]
 
 
-def _fuse_head(model: Any) -> None:
-    """Has the model compute its loss without logits, where it can."""
+def _fuse(model: Any) -> None:
+    """Has the model compute its loss without logits and, on a CPU, its attention by ours, where it can."""
+    if model.device.type == "cpu":
+        with contextlib.suppress(ValueError):  # it has another attention than torch's, on request or by its nature
+            pissa.fuse_attention(model)
     try:
         pissa.fuse_head(model)
     except (TypeError, ValueError) as error:

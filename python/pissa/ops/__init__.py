@@ -11,21 +11,22 @@ from __future__ import annotations
 from typing import Any
 
 from pissa.ops import formats
+from pissa.ops._attention import attention
 from pissa.ops._linear import add_low_rank, linear
 from pissa.ops._load import _C
 from pissa.ops._principal import residual, residual_many, svd_lowrank
 from pissa.ops._quant import QuantizedWeight, dequantize, quantize
-from pissa.ops._scores import IGNORED, TokenScores, linear_cross_entropy, token_scores
+from pissa.ops._scores import TokenScores, linear_cross_entropy, token_scores
 from pissa.ops._second_moment import add_second_moment
 from pissa.ops._split import Split, split, split_many
 
 __all__ = [
-    "IGNORED",
     "QuantizedWeight",
     "Split",
     "TokenScores",
     "add_low_rank",
     "add_second_moment",
+    "attention",
     "build_info",
     "dequantize",
     "formats",

@@ -154,6 +154,18 @@ for _op in ("token_scores", "quantized_token_scores"):
     register_fake(f"pissa::{_op}", _fake_token_scores)
 
 
+@register_fake("pissa::attention")
+def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    batch, heads, queries, _dim = q.shape
+    return q.new_empty(batch, queries, heads, v.shape[-1]), _floats(q, batch, heads, queries)
+
+
+@register_fake("pissa::attention_backward")
+def _(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = (x.new_empty(x.transpose(1, 2).shape) for x in (q, k, v))
+    return dq, dk, dv
+
+
 # ---- Gradients -------------------------------------------------------------------------------------------------------
 # Saved for the backward: x and what the forward keeps. The ops that multiply take x, what holds the weight, bias, a, b,
 # a0, b0, scaling, implicit. In add_low_rank, which has no weight, base and x have changed places.
@@ -223,10 +235,26 @@ for _op in ("token_scores", "quantized_token_scores"):
     register_autograd(f"pissa::{_op}", _token_scores_backward, setup_context=_save_token_scores)
 
 
+def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *operands, ctx.scale, ctx.causal = inputs
+    out, log_sums = output
+    ctx.mark_non_differentiable(log_sums)
+    ctx.save_for_backward(*operands, out, log_sums)
+
+
+def _attention_backward(ctx: Any, dout: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    gradients = torch.ops.pissa.attention_backward(dout, *ctx.saved_tensors, ctx.scale, ctx.causal)
+    return (*(gradient.transpose(1, 2) for gradient in gradients), None, None, None)
+
+
+register_autograd("pissa::attention", _attention_backward, setup_context=_save_attention)
+
+
 # ---- Two nodes of autograd's graph -----------------------------------------------------------------------------------
 # The first one saves the operands of the linear op, the second one computes. Activation checkpointing computes a block
 # again until the last operand of it is saved, and stops there. So the last product of a block, whose output no gradient
-# needs, is left out: in a block of Llama's, 22 % of the forward's products.
+# needs, is left out: in a block of Llama's, 22 % of the forward's products. x Aᵀ, 4 r bytes a token, stays with the
+# second node, checkpointed or not: computed again it took 3 % of a step.
 
 
 def can_be_two_nodes(x: Tensor, a: Tensor | None) -> bool:
@@ -265,7 +293,7 @@ class _Product(torch.autograd.Function):
         ctx.op, ctx.slots, ctx.operands = op, slots, x.grad_fn
         ctx.set_materialize_grads(False)
         y: Tensor
-        y, _ = getattr(torch.ops.pissa, op)(x, *others)
+        y, ctx.kept = getattr(torch.ops.pissa, op)(x, *others)
         return y
 
     @staticmethod
@@ -278,9 +306,8 @@ class _Product(torch.autograd.Function):
             number if tensor is None else tensor for tensor, number in zip(saved, ctx.operands.numbers, strict=True)
         ]
         weight, (_, a, b, a0, b0, scaling, implicit) = others[: ctx.slots], others[ctx.slots :]
-        kept = _kept_again(x, a, a0, scaling, implicit)
         backward = getattr(torch.ops.pissa, f"{ctx.op}_backward")
-        dx, grad_a, grad_b = backward(dy, x, *weight, a, b, a0, b0, kept, scaling, implicit, True)
+        dx, grad_a, grad_b = backward(dy, x, *weight, a, b, a0, b0, ctx.kept, scaling, implicit, True)
         need_bias, need_a, need_b = ctx.needs_input_grad[3 + ctx.slots : 6 + ctx.slots]
         found = (
             dy.flatten(0, -2).sum(0) if need_bias else None,
@@ -288,12 +315,3 @@ class _Product(torch.autograd.Function):
             grad_b if need_b else None,
         )
         return (dx, None, None, *[None] * ctx.slots, *found, *[None] * 4)
-
-
-def _kept_again(x: Tensor, a: Tensor, a0: Tensor | None, scaling: float, implicit: bool) -> Tensor:
-    """What the op keeps for the backward, x Aᵀ: it is that of a layer of the same a with one output."""
-    b = a.new_zeros(1, len(a))
-    y = x.new_empty(*x.shape[:-1], 1)
-    kept: Tensor
-    _, kept = torch.ops.pissa.add_low_rank(y, x, a, b, a0, None if a0 is None else b, scaling, implicit)
-    return kept

@@ -19,6 +19,7 @@ from pissa import ops
 from pissa.base.kinds import frozen_product
 from pissa.distributed import is_partitioned
 from pissa.ops import TokenScores
+from pissa.ops._scores import IGNORED
 
 
 @dataclass
@@ -103,7 +104,7 @@ def fuse_head(model: nn.Module) -> None:
         else:
             labels = shifted
         labels = labels.to(rows.device)
-        scores, mask = find(rows, labels), labels != ops.IGNORED
+        scores, mask = find(rows, labels), labels != IGNORED
         loss = -scores.log_probs.sum() / (mask.sum() if items is None else items)
         return ScoredOutput(loss=loss, label_mask=mask, **scores._asdict())
 
@@ -122,7 +123,7 @@ def _backbone(model: Any) -> nn.Module:
 
 
 def _scores_of_logits(logits: Tensor, labels: Tensor) -> TokenScores:
-    counted = labels != ops.IGNORED
+    counted = labels != IGNORED
     logits = logits.float()
     found = torch.log_softmax(logits, -1)
     log_probs = found.gather(-1, labels.clamp(min=0)[..., None])[..., 0]

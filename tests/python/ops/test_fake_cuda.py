@@ -40,6 +40,9 @@ def calls(tokens: int = 5) -> dict[str, list[tuple[Any, ...]]]:
     stored = [(*rest[:5], 64, ROWS), (*ops.quantize(weight.float(), "int8")[:5], COLS, ROWS)]
     codes = [("nf4", 64), ("int8", COLS)]
     none = [None] * 4
+    labels, head_bias = put(torch.arange(tokens)), ones(ROWS, dtype=torch.float32)
+    q, k, v = (torch.ones(1, heads, tokens, 8) for heads in (4, 2, 2))  # on the CPU: no GPU has this op
+    q_leaf, seen = q.clone().requires_grad_(), torch.ones(1, 4, tokens, tokens, dtype=torch.bool)
     return {
         "max_abs": [([weight, x],)],
         "svd_lowrank": [(weight, 1.0, R, *svd)],
@@ -63,6 +66,31 @@ def calls(tokens: int = 5) -> dict[str, list[tuple[Any, ...]]]:
             (dy, x, *parts, *factors, kept, 0.5, False, need) for parts in stored for need in (True, False)
         ],
         "add_low_rank": [(dy, leaf_x, *leaves, 0.5, True), (dy, x, leaf_a, leaf_b, None, None, 0.5, False)],
+        "token_scores": [
+            (leaf_x, weight, head_bias, labels, 0.5, 3.0, True),
+            (x, weight, None, labels, 1.0, 0.0, False),
+        ],
+        "quantized_token_scores": [
+            call
+            for parts in stored
+            for call in (
+                (leaf_x, *parts, head_bias, labels, 0.5, 3.0, True),
+                (x, *parts, None, labels, 1.0, 0.0, False),
+            )
+        ],
+        "attention": [(q_leaf, k, v, seen, 0.5, False), (q, k, v, None, 0.5, True)],
+        "attention_backward": [
+            (
+                torch.ones(1, tokens, 4, 8),
+                q,
+                k,
+                v,
+                mask,
+                *torch.ops.pissa.attention(q, k, v, mask, *how),
+                *how,
+            )
+            for mask, how in ((seen, (0.5, False)), (None, (0.5, True)))
+        ],
         "add_low_rank_backward": [(dy, x, *factors, kept, 0.5, True, need) for need in (True, False)],
     }
 

@@ -132,5 +132,15 @@ PISSA_INLINE void transpose(const float* from, std::int64_t ld_from, std::int64_
   }
 }
 
+void transpose_matrix(const float* from, std::int64_t rows, std::int64_t cols, float* to) {
+  for (std::int64_t i = 0; i < rows; i += kWidth) {
+    const std::int64_t whole = rows - i < kWidth ? 0 : cols / kWidth * kWidth;
+    transpose(from + i * cols, cols, whole, to + i, rows);
+    for (std::int64_t k = i; k < smaller(i + kWidth, rows); ++k) {
+      for (std::int64_t j = whole; j < cols; ++j) to[j * rows + k] = from[k * cols + j];
+    }
+  }
+}
+
 }  // namespace
 }  // namespace pissa::cpu::PISSA_ISA

@@ -1,4 +1,5 @@
-// A row of logits: the softmax's scores of one label, and their gradient. Included by kernels.cc only.
+// Softmax of a row: scores of one label and their gradient, attention's weights and theirs. Included by kernels.cc
+// only.
 //
 // Plain loops over kLanes numbers, which compilers turn into vectors of any width: the order of the sums, and so their
 // bits, are the same for every instruction set.
@@ -103,6 +104,45 @@ void score_row(float* logits, std::int64_t count, std::int64_t label, float scal
     for (std::int64_t i = 0; i < count; ++i) logits[i] = -(exp_of(logits[i] - largest) * share);
     if (known) logits[label] += scale;
   }
+}
+
+// What the mask hides is as far below as exp_of goes, and then set to 0.
+PISSA_INLINE void hide(float* row, std::int64_t count, const std::uint8_t* mask, float value) {
+  for (std::int64_t i = 0; i < count; ++i) row[i] = mask[i] ? row[i] : value;
+}
+
+float softmax_row(float* row, std::int64_t count, std::int64_t end, const std::uint8_t* mask, float scale) {
+  for (std::int64_t i = count; i < end; ++i) row[i] = 0.0f;
+  if (count == 0) return -__builtin_inff();
+  for (std::int64_t i = 0; i < count; ++i) row[i] *= scale;
+  if (mask) hide(row, count, mask, -__builtin_inff());
+  float most[kLanes];
+  for (float& lane : most) lane = row[count - 1];  // which is seen
+  std::int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    for (std::int64_t lane = 0; lane < kLanes; ++lane)
+      most[lane] = row[i + lane] > most[lane] ? row[i + lane] : most[lane];
+  }
+  for (; i < count; ++i) most[0] = row[i] > most[0] ? row[i] : most[0];
+  float largest = most[0];
+  for (const float lane : most) largest = lane > largest ? lane : largest;
+  const Sums<1> sum(count, [&](std::int64_t at, std::int64_t lane, auto& sums) {
+    row[at] = exp_of(row[at] - largest);
+    sums[0][lane] += row[at];
+  });
+  const float share = static_cast<float>(1.0 / sum.total[0]);
+  for (std::int64_t at = 0; at < count; ++at) row[at] *= share;
+  if (mask) hide(row, count, mask, 0.0f);
+  return largest + __builtin_logf(static_cast<float>(sum.total[0]));
+}
+
+void softmax_backward_row(float* row, float* dp, std::int64_t count, std::int64_t end, const std::uint8_t* mask,
+                          float log_sum, float less, float scale) {
+  for (std::int64_t i = 0; i < count; ++i) row[i] = exp_of(row[i] * scale - log_sum);
+  if (mask) hide(row, count, mask, 0.0f);
+  for (std::int64_t i = count; i < end; ++i) row[i] = 0.0f;
+  for (std::int64_t i = 0; i < count; ++i) dp[i] = row[i] * (dp[i] - less) * scale;
+  for (std::int64_t i = count; i < end; ++i) dp[i] = 0.0f;
 }
 
 }  // namespace

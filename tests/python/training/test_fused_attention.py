@@ -1,0 +1,126 @@
+"""ops.attention beside torch's, and fuse_attention in models of transformers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+import pissa
+from architectures import ARCHITECTURES
+from daily import each
+from pissa import ops
+from pissa.training import fused_attention
+
+pytestmark = [pytest.mark.cpu_only, pytest.mark.filterwarnings("ignore::pissa.notices.PissaWarning")]
+
+
+def drawn(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """[batch, heads, length, dim], with heads beside each other in memory."""
+    batch, heads, length, dim = shape
+    values = torch.randn(batch, length, heads, dim, generator=torch.Generator().manual_seed(seed))
+    return values.to(dtype).transpose(1, 2).requires_grad_()
+
+
+def mask_of(batch: int, queries: int, keys: int) -> Tensor:
+    """Causal, the first sequence padded on the left by three, the others on the right by two."""
+    mask = torch.ones(batch, 1, queries, keys, dtype=torch.bool).tril(keys - queries)
+    mask[0, ..., :3] = False
+    mask[1:, ..., -2:] = False
+    mask[0, :, :3, 0] = True
+    return mask
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03)], ids=str)
+def test_torchs_attention_and_its_gradients(masked: bool, dtype: torch.dtype, tolerance: float) -> None:
+    """In float64, of the rounded operands. bfloat16's shares and gradients are rounded to 2^-9 of their size twice."""
+    q, k, v = (drawn(2, heads, 140, 24, seed=heads + i, dtype=dtype) for i, heads in enumerate((6, 2, 2)))
+    dout = torch.randn(q.shape, generator=torch.Generator().manual_seed(9)).to(dtype)
+    mask = mask_of(2, 140, 140) if masked else None
+    found = ops.attention(q, k, v, mask=mask, scale=0.3, causal=not masked)
+    assert found.transpose(1, 2).is_contiguous()
+    gradients = torch.autograd.grad(found, (q, k, v), dout)
+    exact = [tensor.detach().double().requires_grad_() for tensor in (q, k, v)]
+    expected = scaled_dot_product_attention(*exact, mask, is_causal=not masked, scale=0.3, enable_gqa=True)
+    right = torch.autograd.grad(expected, exact, dout.double())
+    for got, wanted in zip((found, *gradients), (expected, *right), strict=True):
+        assert got.dtype == dtype
+        error = (got.double() - wanted).abs().max() / wanted.abs().max()
+        assert error <= tolerance
+
+
+def test_the_op_is_what_torch_asks_of_ops() -> None:
+    q, k, v = drawn(1, 4, 9, 8, seed=1), drawn(1, 2, 9, 8, seed=2), drawn(1, 2, 9, 6, seed=3)
+    for mask in (None, mask_of(1, 9, 9).expand(1, 4, 9, 9)):
+        torch.library.opcheck(torch.ops.pissa.attention.default, (q, k, v, mask, 0.5, mask is None))
+
+
+@pytest.mark.parametrize(
+    ("changed", "kind", "message"),
+    [
+        ({"q": torch.zeros(2, 3, 4)}, ValueError, r"q: got shape \[2, 3, 4\]; needed: \[batch"),
+        ({"k": torch.zeros(1, 2, 5, 8).double()}, TypeError, "k"),
+        ({"k": torch.zeros(1, 2, 5, 8).bfloat16()}, TypeError, "k: got torch.bfloat16; needed: q's"),
+        ({"k": torch.zeros(1, 3, 5, 8)}, ValueError, "k: got shape .* with heads that divide 4"),
+        ({"k": torch.zeros(1, 2, 5, 7)}, ValueError, "k: got shape"),
+        ({"v": torch.zeros(1, 2, 6, 8)}, ValueError, "v: got shape"),
+        ({"scale": float("inf")}, ValueError, "scale: got inf"),
+        ({"mask": torch.zeros(1, 1, 5, 5)}, TypeError, "mask: got torch.float32; needed: bool"),
+        ({"mask": torch.ones(1, 1, 4, 5).bool()}, ValueError, "mask: got shape"),
+    ],
+)
+def test_what_is_refused(changed: dict[str, Any], kind: type[Exception], message: str) -> None:
+    given: dict[str, Any] = {"q": torch.zeros(1, 4, 5, 8), "k": torch.zeros(1, 2, 5, 8), "v": torch.zeros(1, 2, 5, 8)}
+    with pytest.raises(kind, match=message):
+        ops.attention(**(given | changed))
+
+
+NAMES = [name for name, one in ARCHITECTURES.items() if one.make().config._attn_implementation == "sdpa"]
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("name", each(NAMES, ["llama3", "gemma3", "deepseek_v3", "roberta"]))
+def test_a_models_outputs_and_gradients(name: str, padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = pissa.wrap(ARCHITECTURES[name].make(), **ARCHITECTURES[name].config())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.02)
+    batch = ARCHITECTURES[name].batch()
+    if padded and "input_ids" in batch and "pixel_values" not in batch:
+        batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+        batch["attention_mask"][0, -3:] = 0
+
+    def run() -> list[Tensor]:
+        model.zero_grad()
+        loss = model(**batch).loss
+        loss.backward()
+        return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+    expected = run()
+    pissa.fuse_attention(model)
+    if name != "t5":  # which has a bias for each distance
+        monkeypatch.setattr(fused_attention, "sdpa_attention_forward", lambda *_, **__: pytest.fail("torch's"))
+    for found, wanted in zip(run(), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=2e-5 * float(wanted.abs().max()) + 1e-9)
+
+
+def test_generation_is_torchs() -> None:
+    model = pissa.wrap(ARCHITECTURES["llama3"].make(), r=4, task_type="CAUSAL_LM")
+    ids = torch.arange(12).view(2, 6)
+    expected = model.generate(input_ids=ids, max_new_tokens=5, do_sample=False)
+    pissa.fuse_attention(model)
+    assert torch.equal(model.generate(input_ids=ids, max_new_tokens=5, do_sample=False), expected)
+
+
+def test_other_models_are_refused() -> None:
+    with pytest.raises(TypeError, match="model: got a Linear"):
+        pissa.fuse_attention(nn.Linear(2, 2))
+    model = ARCHITECTURES["llama3"].make()
+    model.set_attn_implementation("eager")
+    with pytest.raises(ValueError, match="its attention is 'eager'; needed: torch's"):
+        pissa.fuse_attention(model)
