@@ -66,7 +66,7 @@ def speed() -> Figure:
     figures.note(
         figure,
         "two Zen 4 cores; a layer of 4096 x 4096, r = 64; step: r = 16; start: 4096 x 4096, r = 128\n"
-        "medians and quartiles of 9 pairs of runs, of 7 and 9 for the step\n"
+        "medians and quartiles of 9 pairs of runs, of 5 for the step\n"
         "(*) PEFT's adapters in bfloat16; for both sides a malloc that keeps freed memory",
     )
     return figure

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from pissa.model.pissa_model import PissaModel as PissaModel
     from pissa.model.wrap import wrap as wrap
     from pissa.ops import build_info as build_info
-    from pissa.training.fused_attention import fuse_attention as fuse_attention
     from pissa.training.fused_head import fuse_head as fuse_head
+    from pissa.training.fused_layers import fuse_layers as fuse_layers
     from pissa.training.lora_state import lora_config as lora_config
     from pissa.training.lora_state import lora_state_dict as lora_state_dict
     from pissa.training.suggest_lr import suggest_lr as suggest_lr
@@ -49,7 +49,7 @@ _HOMES = {
     "build_info": "pissa.ops:build_info",
     "convert": "pissa.conversion:convert",
     "export": "pissa.integrations.export:export",
-    "fuse_attention": "pissa.training.fused_attention:fuse_attention",
+    "fuse_layers": "pissa.training.fused_layers:fuse_layers",
     "fuse_head": "pissa.training.fused_head:fuse_head",
     "layers": "pissa.layers:",
     "load": "pissa.checkpoints.load:load",

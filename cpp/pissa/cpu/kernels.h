@@ -79,7 +79,8 @@ struct Kernels {
   /// mask, if there is one, is not 0. Returns the logarithm of the sum of exp; of no element -infinity.
   float (*softmax_row)(float* row, std::int64_t count, std::int64_t end, const std::uint8_t* mask, float scale);
 
-  /// The same row again, from that logarithm: products become p, and dp becomes scale * p * (dp - less); zeros elsewhere.
+  /// The same row again, from that logarithm: products become p, and dp becomes scale * p * (dp - less); zeros
+  /// elsewhere.
   void (*softmax_backward_row)(float* row, float* dp, std::int64_t count, std::int64_t end, const std::uint8_t* mask,
                                float log_sum, float less, float scale);
 

@@ -53,9 +53,10 @@ inline void define_limits(pybind11::module_& m) {
       "formats", formats,
       "The quantised formats by name: bits of a code, blocksizes (none: a block is a row), usual_blocksize, and what\n"
       "its scales may be (nested: also float32).");
-  m.def("limits", limits,
-        "Rows of x up to which factors are not summed (few_tokens), scales that are quantised together\n"
-        "(nested_blocksize), reads of a weight in a step of the SVD (passes_per_step), and scores of a token (scores).");
+  m.def(
+      "limits", limits,
+      "Rows of x up to which factors are not summed (few_tokens), scales that are quantised together\n"
+      "(nested_blocksize), reads of a weight in a step of the SVD (passes_per_step), and scores of a token (scores).");
 }
 
 }  // namespace pissa::python

@@ -2,9 +2,11 @@
 #include "pissa/cpu/attention.h"
 #include "pissa/cpu/backend.h"
 #include "pissa/cpu/isa.h"
+#include "pissa/cpu/rms_norm.h"
 #include "pissa/cpu/split_many.h"
 #include "pissa/torch/attention.h"
 #include "pissa/torch/ops.h"
+#include "pissa/torch/rms_norm.h"
 
 namespace pissa::ops {
 namespace {
@@ -37,6 +39,14 @@ class CpuDevice {
   void attention_backward(const Args&... args) const {
     cpu::attention_backward(executor_, cpu::kernels(), args...);
   }
+  template <class... Args>
+  void rms_norm_forward(const Args&... args) const {
+    cpu::rms_norm_forward(executor_, cpu::kernels(), args...);
+  }
+  template <class... Args>
+  void rms_norm_backward(const Args&... args) const {
+    cpu::rms_norm_backward(executor_, cpu::kernels(), args...);
+  }
 
  private:
   TorchExecutor executor_;
@@ -49,5 +59,7 @@ class CpuDevice {
 STABLE_TORCH_LIBRARY_IMPL(pissa, CPU, m) {
   pissa::ops::implement<pissa::ops::CpuDevice>(m);
   m.impl("attention", TORCH_BOX(&pissa::ops::attention<pissa::ops::CpuDevice>));
+  m.impl("rms_norm", TORCH_BOX(&pissa::ops::rms_norm<pissa::ops::CpuDevice>));
+  m.impl("rms_norm_backward", TORCH_BOX(&pissa::ops::rms_norm_backward<pissa::ops::CpuDevice>));
   m.impl("attention_backward", TORCH_BOX(&pissa::ops::attention_backward<pissa::ops::CpuDevice>));
 }

@@ -61,6 +61,8 @@ STABLE_TORCH_LIBRARY(pissa, m) {
       "quantized_token_scores(Tensor x, Tensor codes, Tensor absmax, Tensor? nested_absmax, Tensor? offset, "
       "str format, int blocksize, int out_features, Tensor? bias, Tensor labels, float scale, float cap, bool need_dx) "
       "-> (Tensor scores, Tensor dx)");
+  m.def("rms_norm(Tensor x, Tensor weight, float offset, float eps) -> (Tensor y, Tensor scales)");
+  m.def("rms_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor scales, float offset) -> Tensor");
   m.def(
       "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, bool causal) "
       "-> (Tensor out, Tensor log_sums)");

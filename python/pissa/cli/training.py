@@ -240,11 +240,9 @@ def _method_name(ours: Any) -> str:
 
 
 def _fuse(model: Any) -> None:
-    """Has the model compute its loss without logits and, on a CPU, its attention by ours, where it can."""
-    if model.device.type == "cpu":
-        with contextlib.suppress(ValueError):  # it has another attention than torch's, on request or by its nature
-            pissa.fuse_attention(model)
+    """Has the model compute its loss without logits, where it can, and, on a CPU, its attention and norms by ours."""
     try:
+        pissa.fuse_layers(model)
         pissa.fuse_head(model)
     except (TypeError, ValueError) as error:
         say("loss", f"of logits in memory, since {error}")

@@ -14,6 +14,7 @@ from pissa.ops import formats
 from pissa.ops._attention import attention
 from pissa.ops._linear import add_low_rank, linear
 from pissa.ops._load import _C
+from pissa.ops._norm import rms_norm
 from pissa.ops._principal import residual, residual_many, svd_lowrank
 from pissa.ops._quant import QuantizedWeight, dequantize, quantize
 from pissa.ops._scores import TokenScores, linear_cross_entropy, token_scores
@@ -35,6 +36,7 @@ __all__ = [
     "quantize",
     "residual",
     "residual_many",
+    "rms_norm",
     "split",
     "split_many",
     "svd_lowrank",

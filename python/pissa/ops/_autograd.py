@@ -154,6 +154,16 @@ for _op in ("token_scores", "quantized_token_scores"):
     register_fake(f"pissa::{_op}", _fake_token_scores)
 
 
+@register_fake("pissa::rms_norm")
+def _(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), _floats(x, *x.shape[:-1])
+
+
+@register_fake("pissa::rms_norm_backward")
+def _(dy: Tensor, x: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(x.shape)
+
+
 @register_fake("pissa::attention")
 def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     batch, heads, queries, _dim = q.shape
@@ -247,6 +257,18 @@ def _attention_backward(ctx: Any, dout: Tensor, _: Tensor | None) -> tuple[Tenso
     return (*(gradient.transpose(1, 2) for gradient in gradients), None, None, None)
 
 
+def _save_rms_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, ctx.offset, _eps = inputs
+    _, scales = output
+    ctx.mark_non_differentiable(scales)
+    ctx.save_for_backward(x, weight, scales)
+
+
+def _rms_norm_backward(ctx: Any, dy: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    return torch.ops.pissa.rms_norm_backward(dy, *ctx.saved_tensors, ctx.offset), None, None, None
+
+
+register_autograd("pissa::rms_norm", _rms_norm_backward, setup_context=_save_rms_norm)
 register_autograd("pissa::attention", _attention_backward, setup_context=_save_attention)
 
 

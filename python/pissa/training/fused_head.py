@@ -82,7 +82,8 @@ def fuse_head(model: nn.Module) -> None:
             f"model: {name} makes its logits of its head's output in a way that its configuration does not say: they "
             f"differ by {difference:.1e}"
         )
-    own: Callable[..., Any] = inner.forward
+    own: Any = inner.forward
+    own = getattr(own, "__func__", functools.partial(_without_self, own))  # a copy of the model calls it on itself
 
     @functools.wraps(type(inner).forward)
     def forward(self: Any, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
@@ -93,9 +94,9 @@ def fuse_head(model: nn.Module) -> None:
         head = frozen_product(self.get_output_embeddings())
         unlabelled = labels is None and shifted is None
         if unlabelled or routed or not _NEEDS_LOGITS.isdisjoint(others) or (head is None and not fused_lm_head):
-            return own(*args, **kwargs, **({"fused_lm_head": True} if fused_lm_head else {}))
+            return own(self, *args, **kwargs, **({"fused_lm_head": True} if fused_lm_head else {}))
         if head is None:  # TRL's own way leaves out an adapter of the head
-            rows, find = own(*args, **others).logits, _scores_of_logits
+            rows, find = own(self, *args, **others).logits, _scores_of_logits
         else:
             rows = _backbone(self)(*args, **(others | {"use_cache": False})).last_hidden_state
             find = functools.partial(shape.scores, *head)
@@ -109,6 +110,10 @@ def fuse_head(model: nn.Module) -> None:
         return ScoredOutput(loss=loss, label_mask=mask, **scores._asdict())
 
     inner.forward = MethodType(forward, inner)
+
+
+def _without_self(function: Callable[..., Any], _: Any, *args: Any, **kwargs: Any) -> Any:
+    return function(*args, **kwargs)
 
 
 _OF_THE_LOSS = ("labels", "shift_labels", "num_items_in_batch")

@@ -18,10 +18,11 @@ GROUND = f"{PACKAGE}/*.py*"
 # is 150 in model and 40 in integrations. The formats of released models are 680 in cpp, 110 in ops, 260 in base (their
 # layouts), 230 in files (which tensors make which layer; a checkpoint read as the dense one), 450 in bench, 1,000 of
 # tests, and 90 in checkpoints (a merge into the same format). What a training step takes, in seconds, is 110 there.
-# The loss without logits is 290 in cpp, 140 in ops, 170 in training, 480 of tests; attention 370, 120, 80, 390.
+# The loss without logits is 290 in cpp, 140 in ops, 170 in training, 480 of tests; attention and norms
+# 530, 190, 120, 490.
 BUDGETS = {
     GROUND: 1_060,
-    f"{PACKAGE}/ops": 2_260,
+    f"{PACKAGE}/ops": 2_330,
     f"{PACKAGE}/base": 2_200,
     f"{PACKAGE}/layers": 1_230,
     f"{PACKAGE}/model": 2_350,
@@ -29,11 +30,11 @@ BUDGETS = {
     f"{PACKAGE}/conversion": 660,
     f"{PACKAGE}/checkpoints": 2_910,
     f"{PACKAGE}/integrations": 890,
-    f"{PACKAGE}/training": 640,
+    f"{PACKAGE}/training": 680,
     f"{PACKAGE}/cli": 2_410,
-    "cpp/pissa": 11_420,
+    "cpp/pissa": 11_580,
     "bench": 13_200,
-    "tests": 43_950,
+    "tests": 44_050,
 }
 TEXT = {".py", ".pyi", ".h", ".cc", ".cu", ".txt", ".sh", ".md", ".json", ".jsonl", ".yaml", ".ini"}
 

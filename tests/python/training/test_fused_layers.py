@@ -1,7 +1,8 @@
-"""ops.attention beside torch's, and fuse_attention in models of transformers."""
+"""ops.attention and ops.rms_norm beside torch's, and fuse_layers in models of transformers."""
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import pissa
 from architectures import ARCHITECTURES
 from daily import each
 from pissa import ops
-from pissa.training import fused_attention
+from pissa.training import fused_layers
 
 pytestmark = [pytest.mark.cpu_only, pytest.mark.filterwarnings("ignore::pissa.notices.PissaWarning")]
 
@@ -79,6 +80,48 @@ def test_what_is_refused(changed: dict[str, Any], kind: type[Exception], message
         ops.attention(**(given | changed))
 
 
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 2**-8)], ids=str)
+def test_torchs_norm_and_its_gradient(dtype: torch.dtype, tolerance: float, offset: float) -> None:
+    """In float64, of the rounded operands: some ten roundings of float32, and one to the dtype."""
+    generator = torch.Generator().manual_seed(0)
+    x = (3 * torch.randn(2, 35, 70, generator=generator)).to(dtype).requires_grad_()
+    weight, dy = (torch.randn(shape, generator=generator).to(dtype) for shape in ((70,), (2, 35, 70)))
+    y = ops.rms_norm(x, weight, 1e-5, offset=offset)
+    (dx,) = torch.autograd.grad(y, x, dy)
+    exact = x.detach().double().requires_grad_()
+    expected = nn.functional.rms_norm(exact, (70,), weight.double() + offset, 1e-5)
+    (right,) = torch.autograd.grad(expected, exact, dy.double())
+    for got, wanted in ((y, expected), (dx, right)):
+        assert got.dtype == dtype
+        assert (got.double() - wanted).abs().max() <= tolerance * wanted.abs().max()
+
+
+def test_a_norms_rows_do_not_meet() -> None:
+    x = torch.randn(40, 33)
+    y = ops.rms_norm(x, torch.ones(33))
+    assert torch.equal(ops.rms_norm(x[7:8], torch.ones(33)), y[7:8])
+    x[3, 5] = torch.nan
+    again = ops.rms_norm(x, torch.ones(33))
+    assert again[3].isnan().all()
+    assert torch.equal(again[4:], y[4:])
+    assert ops.rms_norm(x[:0], torch.ones(33)).shape == (0, 33)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"weight": torch.ones(4)}, r"weight: got shape \[4\]"),
+        ({"weight": torch.ones(5, requires_grad=True)}, "weight"),
+        ({"eps": -1.0}, "eps: got -1.0; allowed: a finite number, at least 0"),
+        ({"offset": float("nan")}, "offset: got nan; allowed: a finite number$"),
+    ],
+)
+def test_norms_that_are_refused(changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ops.rms_norm(**({"x": torch.zeros(3, 5), "weight": torch.ones(5)} | changed))
+
+
 NAMES = [name for name, one in ARCHITECTURES.items() if one.make().config._attn_implementation == "sdpa"]
 
 
@@ -102,9 +145,9 @@ def test_a_models_outputs_and_gradients(name: str, padded: bool, monkeypatch: py
         return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
 
     expected = run()
-    pissa.fuse_attention(model)
+    pissa.fuse_layers(model)
     if name != "t5":  # which has a bias for each distance
-        monkeypatch.setattr(fused_attention, "sdpa_attention_forward", lambda *_, **__: pytest.fail("torch's"))
+        monkeypatch.setattr(fused_layers, "sdpa_attention_forward", lambda *_, **__: pytest.fail("torch's"))
     for found, wanted in zip(run(), expected, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-3, atol=2e-5 * float(wanted.abs().max()) + 1e-9)
 
@@ -113,14 +156,54 @@ def test_generation_is_torchs() -> None:
     model = pissa.wrap(ARCHITECTURES["llama3"].make(), r=4, task_type="CAUSAL_LM")
     ids = torch.arange(12).view(2, 6)
     expected = model.generate(input_ids=ids, max_new_tokens=5, do_sample=False)
-    pissa.fuse_attention(model)
+    pissa.fuse_layers(model)
     assert torch.equal(model.generate(input_ids=ids, max_new_tokens=5, do_sample=False), expected)
 
 
-def test_other_models_are_refused() -> None:
+NORMS = {"llama3": 0.0, "gemma3": 1.0, "qwen3": 0.0, "olmoe": 0.0, "gpt_oss": 0.0, "t5": None, "roberta": None}
+
+
+@pytest.mark.parametrize(("name", "offset"), NORMS.items())
+def test_which_norms_are_fused(name: str, offset: float | None) -> None:
+    model = pissa.wrap(ARCHITECTURES[name].make(), **ARCHITECTURES[name].config())
+    norms = [module for module in model.modules() if type(module).__name__.endswith("RMSNorm")]
+    pissa.fuse_layers(model)
+    found = {module.forward.__func__._offset for module in norms if "forward" in vars(module)}
+    assert found == (set() if offset is None else {offset})
+    assert offset is None or all("forward" in vars(module) for module in norms)
+
+
+def test_a_norm_that_is_trained_stays_torchs() -> None:
+    model = ARCHITECTURES["llama3"].make()
+    pissa.fuse_layers(model)
+    assert "forward" not in vars(model.model.norm)
+    model.requires_grad_(False)
+    pissa.fuse_layers(model)
+    model.model.norm.requires_grad_(True)
+    batch = ARCHITECTURES["llama3"].batch()
+    model(**batch).loss.backward()
+    assert model.model.norm.weight.grad is not None
+
+
+def test_a_copy_of_a_fused_model_is_its_own() -> None:
+    model = pissa.wrap(ARCHITECTURES["llama3"].make(), r=4, task_type="CAUSAL_LM")
+    pissa.fuse_layers(model)
+    pissa.fuse_head(model)
+    other, batch = copy.deepcopy(model), ARCHITECTURES["llama3"].batch()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    for labelled in (True, False):
+        given = batch if labelled else {key: value for key, value in batch.items() if key != "labels"}
+        output = other(**given)
+        assert (output.loss if labelled else output.logits).abs().sum() > 0
+    assert other(**batch).loss != model(**batch).loss
+
+
+def test_another_attention_stays() -> None:
     with pytest.raises(TypeError, match="model: got a Linear"):
-        pissa.fuse_attention(nn.Linear(2, 2))
+        pissa.fuse_layers(nn.Linear(2, 2))
     model = ARCHITECTURES["llama3"].make()
     model.set_attn_implementation("eager")
-    with pytest.raises(ValueError, match="its attention is 'eager'; needed: torch's"):
-        pissa.fuse_attention(model)
+    pissa.fuse_layers(model)
+    assert model.config._attn_implementation == "eager"

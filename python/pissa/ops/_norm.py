@@ -1,0 +1,42 @@
+"""RMSNorm on the CPU, fused."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from pissa.ops.checks import check_devices, check_frozen, check_tensor
+
+_OPS = torch.ops.pissa
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, *, offset: float = 0.0) -> Tensor:
+    """`x / sqrt(mean(x²) + eps) · (offset + weight)` over the last dimension, in one pass; on the CPU.
+
+    Computed in float32 and rounded once. Differentiable in x; of it the backward keeps x and a number for each row.
+
+    Args:
+        x: [..., n], float32, bfloat16 or float16.
+        weight: [n] in any of these dtypes, frozen.
+        eps: at least 0.
+        offset: 1 in Gemma's norms, whose weight is what is added to it.
+
+    Returns:
+        [..., n] in x's dtype.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    x, weight = check_tensor("x", x), check_tensor("weight", weight)
+    if weight.dim() != 1 or x.dim() < 1 or x.shape[-1] != len(weight) or not len(weight):
+        raise ValueError(f"weight: got shape {list(weight.shape)}; needed: [n] for an x of [..., n], {list(x.shape)}")
+    check_frozen("weight", weight)
+    for name, number in (("eps", eps), ("offset", offset)):
+        if not isinstance(number, (int, float)) or not math.isfinite(number) or (name == "eps" and number < 0):
+            raise ValueError(f"{name}: got {number!r}; allowed: a finite number{', at least 0' * (name == 'eps')}")
+    check_devices({"x": x, "weight": weight})
+    y: Tensor
+    y, _ = _OPS.rms_norm(x, weight, float(offset), float(eps))
+    return y

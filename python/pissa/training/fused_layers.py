@@ -1,0 +1,116 @@
+"""fuse_layers: what lies between a model's linear layers, attention and norms, by our kernels for the CPU."""
+
+from __future__ import annotations
+
+import inspect
+from types import MethodType
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from pissa import ops
+from pissa.distributed import is_sharded
+
+NAME = "pissa"
+"""Of the attention, as `attn_implementation` takes it."""
+
+
+def fuse_layers(model: nn.Module) -> None:
+    """From now on a model computes its attention by `ops.attention` and its frozen RMSNorms by `ops.rms_norm`, on a
+    CPU; the same within rounding::
+
+        model = pissa.wrap(model, r=16)
+        pissa.fuse_layers(model)
+
+    It takes the place of torch's `scaled_dot_product_attention`, which takes 1.4 to 2 times as long. What it cannot do
+    stays torch's: dropout, a bias in the mask, one query at a time as in generation, other devices.
+    `model.set_attn_implementation("sdpa")` undoes that. Norms are found by trying what each computes.
+
+    Args:
+        model: a model of transformers, or a PeftModel of one.
+
+    Raises:
+        TypeError: another model.
+    """
+    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not hasattr(inner, "set_attn_implementation"):
+        raise TypeError(f"model: got a {type(inner).__name__}; needed: a model of transformers")
+    if inner.config._attn_implementation == "sdpa" and inner.device.type == "cpu":
+        AttentionInterface.register(NAME, _attention)
+        AttentionMaskInterface.register(NAME, sdpa_mask)
+        inner.set_attn_implementation(NAME)
+    for module in inner.modules():
+        if (norm := _RmsNorm.of(module)) is not None:
+            module.forward = MethodType(norm, module)
+
+
+# ---- Attention -------------------------------------------------------------------------------------------------------
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """As transformers calls it: heads [batch, heads, length, dim]; returns [batch, length, heads, dim]."""
+    causal = attention_mask is None and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    plain = others.get("position_bias") is None and others.get("softcap") is None and not dropout
+    masked = attention_mask is None or attention_mask.dtype == torch.bool
+    queries, keys = query.shape[2], key.shape[2]
+    if not plain or not masked or query.device.type != "cpu" or queries == 1 or (causal and queries != keys):
+        found: tuple[Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout, scaling, is_causal, **others
+        )
+        return found
+    out = ops.attention(query, key, value, mask=attention_mask, scale=scaling, causal=causal)
+    return out.transpose(1, 2), None
+
+
+# ---- Norms -----------------------------------------------------------------------------------------------------------
+
+
+class _RmsNorm:
+    """The forward of a module that is an RMSNorm."""
+
+    def __init__(self, eps: float, offset: float) -> None:
+        self._eps, self._offset = eps, offset
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, module: Any) -> _RmsNorm | None:
+        """Of a norm with one frozen weight that computes what `ops.rms_norm` does; None of another module."""
+        if "RMSNorm" not in type(module).__name__ or "forward" in vars(module):
+            return None
+        weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", getattr(module, "eps", None))
+        if not isinstance(eps, float) or [*dict(module.named_parameters())] != ["weight"] or weight is None:
+            return None
+        if weight.dim() != 1 or weight.requires_grad or weight.device.type != "cpu" or is_sharded(weight):
+            return None
+        if len(inspect.signature(module.forward).parameters) != 1:  # one with a gate
+            return None
+        x = torch.randn(2, len(weight), generator=torch.Generator().manual_seed(0)).to(weight.dtype)
+        expected = module(x)
+        bound = 4 * torch.finfo(weight.dtype).eps  # twice rounded there: the norm, and its product with the weight
+        for offset in (0.0, 1.0):
+            found = ops.rms_norm(x, weight, eps, offset=offset)
+            if found.dtype == expected.dtype and torch.allclose(found, expected, bound, bound):
+                return cls(eps, offset)
+        return None
+
+    def __call__(self, module: Any, x: Tensor) -> Tensor:
+        weight = module.weight
+        if x.device.type != "cpu" or weight.requires_grad or weight.dtype != x.dtype or is_sharded(weight):
+            found: Tensor = type(module).forward(module, x)
+            return found
+        return ops.rms_norm(x, weight, self._eps, offset=self._offset)
