@@ -14,9 +14,9 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -314,7 +314,8 @@ def _report(trainer: Any, ours: Any, split: bool, unit: str) -> dict[str, Any]:
     say("loss", f"{first:.4f} in the first 5 steps, {last:.4f} in the last 5")
     if held_out:
         say("held out", f"loss {held_out[0]:.4f} before, {held_out[-1]:.4f} after")
-    say("cost", f"{seconds:.2f} s per step (median), peak memory {memory:,.0f} MiB")
+    rate = f", {found:,.0f} tokens a second" if (found := _rate(history)) else ""
+    say("cost", f"{seconds:.2f} s per step (median){rate}, peak memory {memory:,.0f} MiB")
     say("saved", f"{out}: the adapter, {RUN_FILE}, {PICTURE_FILE}, checkpoints")
     say("next", f"pissa merge {out} NEW_FOLDER --base {model}")
     if ours.quant:
@@ -337,8 +338,17 @@ def peak_memory_mib() -> float:
     return int(lines["VmHWM"].split()[0]) / 2**10
 
 
+def _rate(history: Sequence[Mapping[str, Any]]) -> float:
+    """Tokens a second, padding not counted, of the steps that were logged; 0 where TRL does not count tokens."""
+    steps = [row for row in history if "loss" in row and "num_tokens" in row and "seconds" in row]
+    if len(steps) < 2:  # one has only the sum of what came before, too
+        return 0.0
+    seconds = sum(row["seconds"] * (row["step"] - before["step"]) for before, row in pairwise(steps))
+    return float(steps[-1]["num_tokens"] - steps[0]["num_tokens"]) / seconds if seconds else 0.0
+
+
 class LossBar(ProgressCallback):  # type: ignore[misc]
-    """A progress bar with the loss. ProgressCallback prints a line for each step."""
+    """A progress bar with the loss and tokens a second. ProgressCallback prints a line for each step."""
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         super().on_train_begin(*args, **kwargs)
@@ -347,7 +357,8 @@ class LossBar(ProgressCallback):  # type: ignore[misc]
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
         if self.training_bar is not None and "loss" in logs:
-            self.training_bar.set_postfix_str(f"loss {logs['loss']:.3f}", refresh=False)
+            rate = f", {found:,.0f} tokens/s" if (found := _rate(state.log_history)) else ""
+            self.training_bar.set_postfix_str(f"loss {logs['loss']:.3f}{rate}", refresh=False)
 
 
 class CompleteError(Exception):

@@ -96,6 +96,9 @@ def test_a_run_leaves_adapter_losses_and_picture(method: str, trained: Callable[
     assert f"loss {first['eval_loss']:.4f} before, {last['eval_loss']:.4f} after" in said
     # Two layers of q, k, v, o, gate, up, down: 4 (in + out) of each
     assert f"{2 * 4 * (64 + 48 + 48 + 64 + 88 + 88 + 88):,} trainable parameters" in said
+    rate = (steps[-1]["num_tokens"] - steps[0]["num_tokens"]) / sum(row["seconds"] for row in steps[1:])
+    assert f"(median), {rate:,.0f} tokens a second, peak" in said
+    assert f", {rate:,.0f} tokens/s" in errors
     assert "{'loss'" not in said
     assert "training: 100%" in errors
     for noise in ("Map:", "Warning", "Loading weights"):
