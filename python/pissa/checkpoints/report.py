@@ -268,7 +268,6 @@ def report(
             + sum(quantised_bytes(layer.shape, PissaConfig(quant=quant).form) for layer in planned if quant),
             dtype=planned[0].dtype,
             hidden=config.hidden_size,
-            vocabulary=config.vocab_size,
             tokens=batch * length,
         )
         kept = _formats(source)

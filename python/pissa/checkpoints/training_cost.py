@@ -8,6 +8,7 @@ import statistics
 import time
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from pissa.files.messages import first_line
 from pissa.files.model_folder import meta_model
 from pissa.model.blocks import blocks_of
 from pissa.ops.formats import FORMATS
+from pissa.training.fused_head import fuse_head
+from pissa.training.fused_layers import fuse_layers
 
 
 def training_memory(
@@ -29,33 +32,30 @@ def training_memory(
     weights: int,
     dtype: torch.dtype,
     hidden: int,
-    vocabulary: int,
     tokens: int,
 ) -> dict[str, dict[str, int]]:
     """The bytes of a training step by what takes them, and their total, without what Python and torch take themselves:
     "plain", and with gradient "checkpointing".
 
-    Activations, an estimate: for each token an adapted layer keeps its input and its output; logits take 16 bytes an
-    element (16 bits and float32, of the values and of their gradients). With gradient checkpointing each block keeps
-    only what it is given, and one block at a time has the rest; the logits are gone by then. What attention keeps for
-    each pair of tokens is not counted: implementations that keep it are not the usual ones. Every expert of a mixture
-    counts as if it saw every token: an upper bound.
+    Activations, an estimate: for each token an adapted layer keeps its input and its output. With gradient
+    checkpointing each block keeps only what it is given, and one block at a time has the rest. Logits are not counted,
+    which `fuse_head` does without; nor is what attention keeps for each pair of tokens: implementations that keep it
+    are not the usual ones. Every expert of a mixture counts as if it saw every token: an upper bound.
 
     Args:
         layers: the shapes [out, in] of the adapted weights, by the layers' names.
         r: the rank of the adapter; of a layer with a smaller side, that side.
         weights: bytes of the model, of the tensors that are not adapted, too.
         dtype: of what flows between layers.
-        hidden, vocabulary: elements that a block hands on for each token, and of its logits, 0 if there are none.
+        hidden: elements that a block hands on for each token.
     """
     factors = 4 * sum(min(r, *shape) * sum(shape) for shape in layers.values())  # float32
     blocks = Counter[str]()
     for name, shape in layers.items():
         blocks[re.sub(r"(?<![^.])(\d+)\..*", r"\1", name)] += sum(shape) * dtype.itemsize  # up to the first number
-    logits = 16 * vocabulary
     of_a_token = {
-        "plain": blocks.total() + logits,
-        "checkpointing": len(blocks) * hidden * dtype.itemsize + max(*blocks.values(), logits),
+        "plain": blocks.total(),
+        "checkpointing": len(blocks) * hidden * dtype.itemsize + max(blocks.values()),
     }
     stored = {
         "weights": weights,
@@ -90,10 +90,11 @@ def step_seconds(
     batch: int,
     length: int,
 ) -> dict[str, Any]:
-    """The seconds of a training step of a causal language model on this machine, without the optimizer: "plain", and
-    with gradient "checkpointing". Only one block of each kind is given an adapter and run, between embeddings and loss;
-    the others are taken to be like it. "blocks" has each kind's first block, how many there are, and the seconds of its
-    forward and backward; "rest" those of the model without blocks. If that fails, "not measured" says why.
+    """The seconds of a training step of a causal language model on this machine, as `pissa finetune` makes it, without
+    the optimizer: "plain", and with gradient "checkpointing". Only one block of each kind is given an adapter and run,
+    between embeddings and loss; the others are taken to be like it. "blocks" has each kind's first block, how many
+    there are, and the seconds of its forward and backward; "rest" those of the model without blocks. If that fails,
+    "not measured" says why.
 
     Args:
         layers: the shapes [out, in] of the adapted weights, by the layers' names.
@@ -115,6 +116,9 @@ def step_seconds(
     )
     try:
         model: Any = load(folder, config).train()
+        fuse_layers(model)
+        with suppress(TypeError, ValueError):  # where it needs logits
+            fuse_head(model)
         model.enable_input_require_grads()  # as if blocks before had adapters
         tokens = torch.randint(model.config.get_text_config().vocab_size, (batch, length))
         every = [model.base_model.model.get_submodule(name) for kind in kinds for name in kind]

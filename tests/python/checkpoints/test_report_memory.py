@@ -37,7 +37,6 @@ def predicted(model: nn.Module, form: Form) -> dict[str, int]:
         + sum(2 * math.prod(shape) if dense else quantised_bytes(shape, form) for shape in shapes.values()),
         dtype=torch.bfloat16,
         hidden=config.hidden_size,
-        vocabulary=config.vocab_size,
         tokens=BATCH * LENGTH,
     )["plain"]
 
@@ -71,8 +70,7 @@ def test_stored_tensors(name: str, tiny_llama: Callable[..., nn.Module]) -> None
 @pytest.mark.cpu_only
 @pytest.mark.parametrize("name", ["implicit", "nf4"])
 def test_what_a_forward_keeps(name: str, tiny_llama: Callable[..., nn.Module]) -> None:
-    """Within a factor of 1.5 of what autograd saves. (The peak of a step of 135M parameters, bfloat16, 512 tokens, was
-    measured at 0.9 to 1 of the prediction.)"""
+    """Within a factor of 1.5 of what autograd saves."""
     options, form = FORMS[name]
     sizes = {"hidden_size": 256, "intermediate_size": 640, "num_hidden_layers": 4}
     model: Any = pissa.wrap(tiny_llama(dtype=torch.bfloat16, **sizes), r=4, **options).train()
@@ -88,14 +86,13 @@ def test_what_a_forward_keeps(name: str, tiny_llama: Callable[..., nn.Module]) -
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model(input_ids=tokens).logits.sum()
     found = predicted(model, form)["activations"]
-    logits = 16 * model.base_model.model.config.vocab_size * BATCH * LENGTH
     saved = nbytes(list(kept.values()))
-    assert saved / 1.5 < found - logits < saved * 1.5
+    assert saved / 1.5 < found < saved * 1.5
 
 
 def test_formula() -> None:
     layers = {"h.0.q": (6, 4), "h.0.v": (3, 4), "h.1.q": (6, 4)}
-    sizes: dict[str, Any] = {"weights": 1000, "dtype": torch.bfloat16, "hidden": 4, "vocabulary": 10, "tokens": 15}
+    sizes: dict[str, Any] = {"weights": 1000, "dtype": torch.bfloat16, "hidden": 4, "tokens": 15}
     parameters = 2 * (10 + 7 + 10)
     found = training_memory(layers, 2, **sizes)
     plain, less = found["plain"], found["checkpointing"]
@@ -106,11 +103,9 @@ def test_formula() -> None:
         "trained": 4 * parameters,
         "gradients": 4 * parameters,
         "optimizer": 8 * parameters,
-        "activations": 15 * (27 * 2 + 160),
+        "activations": 15 * 27 * 2,
     }
     assert total == sum(plain.values())
-    assert less["activations"] == 15 * (2 * 4 * 2 + 160)
-    no_logits = training_memory(layers, 2, **sizes | {"vocabulary": 0})["checkpointing"]
-    assert no_logits["activations"] == 15 * (2 * 4 * 2 + 17 * 2)
+    assert less["activations"] == 15 * (2 * 4 * 2 + 17 * 2)
     of_a_small_side = training_memory(layers, 4, **sizes)["plain"]
     assert of_a_small_side["trained"] == 4 * (4 * 10 + 3 * 7 + 4 * 10)

@@ -27,9 +27,9 @@ ROOMS: dict[str, set[str]] = {
     "layers": PEFT,
     "files": PEFT | {"safetensors"},
     "model": PEFT | {"tqdm"},
+    "training": PEFT | {"tqdm"},
     "conversion": PEFT | {"tqdm"},
     "checkpoints": PEFT | {"safetensors", "tqdm"},
-    "training": PEFT | {"tqdm"},
     "integrations": PEFT | {"safetensors", "tqdm"},
     "cli": PEFT | {"tqdm", "matplotlib", "safetensors", "gguf", "reasoning_gym", "datasets", "trl", "yaml"},
 }
