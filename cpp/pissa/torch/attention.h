@@ -12,7 +12,7 @@ namespace pissa::ops {
 // A tensor [batch, heads, length, dim] with neighbouring elements in a row; with `transposed`, of one that is
 // [batch, length, heads, dim].
 inline Heads heads_of(const char* name, const Tensor& tensor, bool transposed = false) {
-  PISSA_CHECK(tensor.dim() == 4 && (tensor.stride(3) == 1 || tensor.size(3) == 1), name,
+  PISSA_CHECK(tensor.dim() == 4 && (tensor.stride(3) == 1 || tensor.size(3) == 1 || tensor.numel() == 0), name,
               ": needed four dimensions, and neighbours in the last");
   const int head = transposed ? 2 : 1, row = transposed ? 1 : 2;
   return {const_cast<void*>(tensor.const_data_ptr()),

@@ -62,7 +62,9 @@ def frozen_product(module: Any) -> tuple[Tensor | ops.QuantizedWeight, Tensor | 
     another module, and of one whose weight is not here."""
     if type(module) is CodedLinear:
         return module.quantized, module.bias
-    if not is_linear(module) or not isinstance(base_of(module), Dense) or module._forward_hooks or is_offloaded(module):
+    if not is_linear(module) or not isinstance(base_of(module), Dense):
+        return None
+    if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) or is_offloaded(module):
         return None
     if any(parameter.requires_grad or is_partitioned(parameter) for parameter in module.parameters()):
         return None

@@ -28,7 +28,8 @@ def attention(
     query that sees no key gets zeros. The same bits for any number of threads.
 
     Args:
-        q: [batch, heads, queries, dim], float32, bfloat16 or float16, strided in any way.
+        q: [batch, heads, queries, dim], float32, bfloat16 or float16, strided in any way. Under autocast all three are
+            cast to its dtype.
         k: [batch, heads / group, keys, dim] of that dtype.
         v: [batch, heads / group, keys, dim of values] of that dtype.
         mask: bool, [batch, heads, queries, keys] or what can be expanded to it: True where a query sees a key.
@@ -42,6 +43,8 @@ def attention(
     Raises:
         TypeError, ValueError: naming the argument.
     """
+    if q.device.type != "meta" and torch.is_autocast_enabled(q.device.type):
+        q, k, v = (tensor.to(torch.get_autocast_dtype(q.device.type)) for tensor in (q, k, v))
     given = {"q": q, "k": k, "v": v}
     for name, tensor in given.items():
         if check_tensor(name, tensor).dim() != 4:
@@ -50,6 +53,8 @@ def attention(
             raise TypeError(f"{name}: got {tensor.dtype}; needed: q's, {q.dtype}")
     batch, heads, queries, dim = q.shape
     shared, keys = k.shape[1:3]
+    if not dim:
+        raise ValueError(f"q: got shape {list(q.shape)}; needed: a dim of 1 or more")
     if k.shape != (batch, shared, keys, dim) or not shared or heads % shared or not keys:
         raise ValueError(
             f"k: got shape {list(k.shape)}; needed: [{batch}, heads, keys, {dim}], with heads that divide {heads}"

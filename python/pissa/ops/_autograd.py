@@ -328,8 +328,11 @@ class _Product(torch.autograd.Function):
             number if tensor is None else tensor for tensor, number in zip(saved, ctx.operands.numbers, strict=True)
         ]
         weight, (_, a, b, a0, b0, scaling, implicit) = others[: ctx.slots], others[ctx.slots :]
+        kept, ctx.kept = ctx.kept, None  # so that it lives no longer than what autograd saves
+        if kept is None:  # a second backward
+            kept = _kept_again(x, a, a0, scaling, implicit)
         backward = getattr(torch.ops.pissa, f"{ctx.op}_backward")
-        dx, grad_a, grad_b = backward(dy, x, *weight, a, b, a0, b0, ctx.kept, scaling, implicit, True)
+        dx, grad_a, grad_b = backward(dy, x, *weight, a, b, a0, b0, kept, scaling, implicit, True)
         need_bias, need_a, need_b = ctx.needs_input_grad[3 + ctx.slots : 6 + ctx.slots]
         found = (
             dy.flatten(0, -2).sum(0) if need_bias else None,
@@ -337,3 +340,12 @@ class _Product(torch.autograd.Function):
             grad_b if need_b else None,
         )
         return (dx, None, None, *[None] * ctx.slots, *found, *[None] * 4)
+
+
+def _kept_again(x: Tensor, a: Tensor, a0: Tensor | None, scaling: float, implicit: bool) -> Tensor:
+    """What the op keeps for the backward, x Aᵀ: it is that of a layer of the same a with one output."""
+    b = a.new_zeros(1, len(a))
+    y = x.new_empty(*x.shape[:-1], 1)
+    kept: Tensor
+    _, kept = torch.ops.pissa.add_low_rank(y, x, a, b, a0, None if a0 is None else b, scaling, implicit)
+    return kept

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import ModelOutput
 
 from pissa import ops
-from pissa.base.kinds import frozen_product
+from pissa.base.kinds import evaluating, frozen_product
 from pissa.distributed import is_partitioned
 from pissa.ops import TokenScores
 from pissa.ops._scores import IGNORED
@@ -52,79 +53,136 @@ def fuse_head(model: nn.Module) -> None:
         trainer = SFTTrainer(model, ...)  # or DPOTrainer, KTOTrainer: TRL fuses the head in its own way
         pissa.fuse_head(trainer.model)
 
-    A call without labels, and generation, are as before. So is, with its logits, a call that needs more than a product
-    with a frozen head: where the head has an adapter, is trained, offloaded or partitioned by DeepSpeed, or the model
-    returns what its router does. The loss is transformers' own, `num_items_in_batch` included; logits are float32
-    sums, not rounded to the model's dtype, so that its last digits differ. `ops.token_scores` computes it.
+    A call without labels, generation, and evaluation without gradients are as before. So is, with its logits, a call
+    that needs more than a product with a frozen head: where the head has an adapter, is trained, has hooks, is
+    offloaded or partitioned by DeepSpeed, or more than the loss is asked for. The loss is transformers' own,
+    `num_items_in_batch` included; logits are float32 sums, not rounded to the model's dtype, so that its last digits
+    differ. `ops.token_scores` computes it; entropies have no gradient.
 
-    Call it before FSDP shards the model, or in a trainer. The model runs once, with one token, to see that its logits
-    are a product, scaled and capped as its configuration says. Entropies have no gradient: GRPO's trainer keeps TRL's.
+    Call it before FSDP shards the model, or in a trainer. The model computes a loss of nine tokens in both ways, to see
+    that they agree.
 
     Args:
         model: a causal language model of transformers, or a PeftModel of one.
 
     Raises:
         TypeError: another model.
-        ValueError: its loss or its logits are computed in another way.
+        ValueError: its loss or its logits are computed in another way; or TRL's head, which is in its place, has a
+            temperature.
     """
     inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     head = getattr(inner, "get_output_embeddings", lambda: None)()
-    if head is None or not hasattr(inner, "loss_function"):
+    if head is None or not hasattr(inner, "loss_function") or inner.config.is_encoder_decoder:
         raise TypeError(f"model: got a {type(inner).__name__}; needed: a causal language model of transformers")
     name = type(inner).__name__
     if any(map(is_partitioned, inner.parameters())):
         raise ValueError(f"model: the weights of {name} are partitioned by DeepSpeed; needed: whole ones")
     if inner.loss_function is not ForCausalLMLoss:
         raise ValueError(f"model: {name} has a loss of its own; needed: transformers' for causal language models")
-    shape = _LogitsShape.of(inner)
-    if (difference := shape.difference(inner, head)) > 0:
-        raise ValueError(
-            f"model: {name} makes its logits of its head's output in a way that its configuration does not say: they "
-            f"differ by {difference:.1e}"
-        )
     own: Any = inner.forward
     own = getattr(own, "__func__", functools.partial(_without_self, own))  # a copy of the model calls it on itself
+    _check_no_temperature(own)
+    shape = _LogitsShape.of(inner)
 
     @functools.wraps(type(inner).forward)
     def forward(self: Any, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
         """`fused_lm_head` is the word of TRL's trainers."""
         labels, shifted, items = (kwargs.get(key) for key in _OF_THE_LOSS)
         others = {key: value for key, value in kwargs.items() if key not in _OF_THE_LOSS}
-        routed = others.get("output_router_logits", getattr(self.config, "output_router_logits", False))
+        loss_alone = (labels is not None or shifted is not None) and not _asks_for_more(self, others)
         head = frozen_product(self.get_output_embeddings())
-        unlabelled = labels is None and shifted is None
-        if unlabelled or routed or not _NEEDS_LOGITS.isdisjoint(others) or (head is None and not fused_lm_head):
+        if not loss_alone or not (fused_lm_head or (head and (self.training or torch.is_grad_enabled()))):
             return own(self, *args, **kwargs, **({"fused_lm_head": True} if fused_lm_head else {}))
         if head is None:  # TRL's own way leaves out an adapter of the head
             rows, find = own(self, *args, **others).logits, _scores_of_logits
         else:
-            rows = _backbone(self)(*args, **(others | {"use_cache": False})).last_hidden_state
-            find = functools.partial(shape.scores, *head)
+            hidden = _backbone(self)(*args, **(others | {"use_cache": False, "return_dict": True})).last_hidden_state
+            rows, find = hidden.to(self.get_output_embeddings().weight.device), functools.partial(shape.scores, *head)
         if shifted is None:
             rows, labels = rows[:, :-1], kwargs["labels"][:, 1:]
         else:
             labels = shifted
         labels = labels.to(rows.device)
         scores, mask = find(rows, labels), labels != IGNORED
-        loss = -scores.log_probs.sum() / (mask.sum() if items is None else items)
-        return ScoredOutput(loss=loss, label_mask=mask, **scores._asdict())
+        count = mask.sum() if items is None else torch.as_tensor(items, device=rows.device)
+        return ScoredOutput(loss=-scores.log_probs.sum() / count, label_mask=mask, **scores._asdict())
 
+    try:
+        difference = max(shape.difference(inner, head), _difference(inner, forward))
+    except Exception as error:  # whatever a model of any kind may raise that is not run as it is meant to be
+        raise ValueError(f"model: {name} cannot be tried with nine tokens: {type(error).__name__}: {error}") from error
+    if not difference <= 0:
+        raise ValueError(
+            f"model: {name} makes its logits or its loss of its hidden states in a way that its configuration does not "
+            f"say: they differ by {difference:.1e}"
+        )
     inner.forward = MethodType(forward, inner)
+
+
+_OF_THE_LOSS = ("labels", "shift_labels", "num_items_in_batch")
+
+
+def _asks_for_more(model: Any, arguments: Mapping[str, Any]) -> bool:
+    """Whether a call with these arguments, and labels, is to return more than a loss."""
+    routed = arguments.get("output_router_logits")
+    if routed is None:
+        configs = (model.config, model.config.get_text_config())
+        routed = any(getattr(config, "output_router_logits", False) for config in configs)
+    dicts = arguments.get("return_dict")
+    tuples = not (getattr(model.config, "return_dict", True) if dicts is None else dicts)
+    names = ("output_hidden_states", "output_attentions", "use_cache", "logits_to_keep", "ignore_index")
+    states = any(getattr(model.config, name, False) for name in names[:2])
+    return bool(routed or tuples or states or any(arguments.get(name) for name in names))
+
+
+def _check_no_temperature(own: Any) -> None:
+    """Raises ValueError if `own` is the head of a trainer of TRL's that divides logits, or casts them."""
+    names = getattr(getattr(own, "__code__", None), "co_freevars", ())
+    given = {
+        name: cell.cell_contents for name, cell in zip(names, getattr(own, "__closure__", None) or (), strict=True)
+    }
+    if given.get("temperature", 1.0) != 1.0 or given.get("cast_lm_head_to_fp32", False):
+        raise ValueError("model: TRL's head of this trainer has a temperature, or casts to float32; needed: neither")
 
 
 def _without_self(function: Callable[..., Any], _: Any, *args: Any, **kwargs: Any) -> Any:
     return function(*args, **kwargs)
 
 
-_OF_THE_LOSS = ("labels", "shift_labels", "num_items_in_batch")
-_NEEDS_LOGITS = {"logits_to_keep", "ignore_index"}
-"""Arguments of a model's forward with which only its own can deal."""
-
-
 def _backbone(model: Any) -> nn.Module:
     """The model without its head. Llama 4's text model takes itself for it."""
     found: nn.Module = model.base_model
     return next(child for child in model.children() if isinstance(child, PreTrainedModel)) if found is model else found
+
+
+@contextmanager
+def _tried(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients for the block, and torch's generators as they were after it."""
+    modes = [(module, module.training) for module in model.modules()]
+    evaluating(model)
+    try:
+        with torch.no_grad(), torch.random.fork_rng():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _difference(model: Any, fused: Callable[..., Any]) -> float:
+    """By how much the two losses of nine tokens differ, above the rounding of logits."""
+    device = model.get_input_embeddings().weight.device
+    ids = torch.arange(1, 10, device=device)[None] % model.get_input_embeddings().weight.shape[0]
+    labels = ids.clone()
+    labels[0, 4] = IGNORED
+    with _tried(model):
+        expected = model(input_ids=ids, labels=labels)
+        with torch.enable_grad():
+            found = fused(model, input_ids=ids, labels=labels).loss.detach()
+    if frozen_product(model.get_output_embeddings()) is None:
+        return 0.0  # the model's own way
+    size = 1 + float(expected.logits.abs().max())
+    rounding = 2 * torch.finfo(expected.logits.dtype).eps + 1e-5  # of logits; and of sums, in orders of their own
+    return float((found - expected.loss).abs()) - size * rounding
 
 
 def _scores_of_logits(logits: Tensor, labels: Tensor) -> TokenScores:
@@ -156,7 +214,6 @@ class _LogitsShape(NamedTuple):
         scale = next((value for value in (*scales, divisor) if value is not None), 1.0)
         return cls(float(scale), getattr(config, "final_logit_softcapping", None))
 
-    @torch.no_grad()
     def difference(self, model: Any, head: nn.Module) -> float:
         """By how much the model's logits differ from this for numbers from -60 to 60 in the place of its head's output,
         above rounding."""
@@ -169,7 +226,9 @@ class _LogitsShape(NamedTuple):
         device = model.get_input_embeddings().weight.device
         handle = head.register_forward_hook(replaced)
         try:
-            found = model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False).logits
+            with _tried(model):
+                ids = torch.zeros(1, 1, dtype=torch.long, device=device)
+                found = model(input_ids=ids, use_cache=False, return_dict=True).logits
         finally:
             handle.remove()
         numbers = given[0].double() * self.scale

@@ -9,15 +9,11 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from pissa import ops
 from pissa.distributed import is_sharded
-
-NAME = "pissa"
-"""Of the attention, as `attn_implementation` takes it."""
 
 
 def fuse_layers(model: nn.Module) -> None:
@@ -27,9 +23,9 @@ def fuse_layers(model: nn.Module) -> None:
         model = pissa.wrap(model, r=16)
         pissa.fuse_layers(model)
 
-    It takes the place of torch's `scaled_dot_product_attention`, which takes 1.4 to 2 times as long. What it cannot do
-    stays torch's: dropout, a bias in the mask, one query at a time as in generation, other devices.
-    `model.set_attn_implementation("sdpa")` undoes that. Norms are found by trying what each computes.
+    Attention is replaced where it is torch's `scaled_dot_product_attention` ("sdpa", the default of most models), which
+    takes 1.4 to 2 times as long. What ours cannot do stays torch's: dropout, a bias in the mask, one query at a time as
+    in generation, other devices. Other models keep torch's attention. Norms are found by trying what each computes.
 
     Args:
         model: a model of transformers, or a PeftModel of one.
@@ -40,13 +36,12 @@ def fuse_layers(model: nn.Module) -> None:
     inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     if not hasattr(inner, "set_attn_implementation"):
         raise TypeError(f"model: got a {type(inner).__name__}; needed: a model of transformers")
-    if inner.config._attn_implementation == "sdpa" and inner.device.type == "cpu":
-        AttentionInterface.register(NAME, _attention)
-        AttentionMaskInterface.register(NAME, sdpa_mask)
-        inner.set_attn_implementation(NAME)
+    AttentionInterface.register("sdpa", _attention)  # transformers' own, but for the modules that are marked
     for module in inner.modules():
-        if (norm := _RmsNorm.of(module)) is not None:
-            module.forward = MethodType(norm, module)
+        module._fused_attention = True
+        if (form := _norm_form(module)) is not None:
+            module._fused_norm = form
+            module.forward = MethodType(_norm, module)
 
 
 # ---- Attention -------------------------------------------------------------------------------------------------------
@@ -63,12 +58,14 @@ def _attention(
     is_causal: bool | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """As transformers calls it: heads [batch, heads, length, dim]; returns [batch, length, heads, dim]."""
+    """As transformers calls it: heads [batch, heads, length, dim]; returns [batch, length, heads, dim]. Models look at
+    the name of their attention to choose masks, so that it stays "sdpa"."""
     causal = attention_mask is None and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    marked = getattr(module, "_fused_attention", False) and query.device.type == "cpu"
     plain = others.get("position_bias") is None and others.get("softcap") is None and not dropout
     masked = attention_mask is None or attention_mask.dtype == torch.bool
     queries, keys = query.shape[2], key.shape[2]
-    if not plain or not masked or query.device.type != "cpu" or queries == 1 or (causal and queries != keys):
+    if not marked or not plain or not masked or queries == 1 or (causal and queries != keys):
         found: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal, **others
         )
@@ -80,37 +77,36 @@ def _attention(
 # ---- Norms -----------------------------------------------------------------------------------------------------------
 
 
-class _RmsNorm:
-    """The forward of a module that is an RMSNorm."""
-
-    def __init__(self, eps: float, offset: float) -> None:
-        self._eps, self._offset = eps, offset
-
-    @classmethod
-    @torch.no_grad()
-    def of(cls, module: Any) -> _RmsNorm | None:
-        """Of a norm with one frozen weight that computes what `ops.rms_norm` does; None of another module."""
-        if "RMSNorm" not in type(module).__name__ or "forward" in vars(module):
-            return None
-        weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", getattr(module, "eps", None))
-        if not isinstance(eps, float) or [*dict(module.named_parameters())] != ["weight"] or weight is None:
-            return None
-        if weight.dim() != 1 or weight.requires_grad or weight.device.type != "cpu" or is_sharded(weight):
-            return None
-        if len(inspect.signature(module.forward).parameters) != 1:  # one with a gate
-            return None
-        x = torch.randn(2, len(weight), generator=torch.Generator().manual_seed(0)).to(weight.dtype)
-        expected = module(x)
-        bound = 4 * torch.finfo(weight.dtype).eps  # twice rounded there: the norm, and its product with the weight
-        for offset in (0.0, 1.0):
-            found = ops.rms_norm(x, weight, eps, offset=offset)
-            if found.dtype == expected.dtype and torch.allclose(found, expected, bound, bound):
-                return cls(eps, offset)
+@torch.no_grad()
+def _norm_form(module: Any) -> tuple[float, float] | None:
+    """eps and offset of a norm with one frozen weight that computes what `ops.rms_norm` does; None of another
+    module."""
+    if "RMSNorm" not in type(module).__name__ or "forward" in vars(module):
         return None
+    weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if not isinstance(eps, float) or [*dict(module.named_parameters())] != ["weight"] or weight is None:
+        return None
+    if weight.dim() != 1 or weight.requires_grad or weight.device.type != "cpu" or is_sharded(weight):
+        return None
+    if len(inspect.signature(module.forward).parameters) != 1:  # one with a gate
+        return None
+    x = torch.randn(2, len(weight), generator=torch.Generator().manual_seed(0)).to(weight.dtype)
+    expected = module(x)
+    bound = 4 * torch.finfo(weight.dtype).eps  # twice rounded there: the norm, and its product with the weight
+    for offset in (0.0, 1.0):
+        found = ops.rms_norm(x, weight, eps, offset=offset)
+        if found.dtype == expected.dtype and torch.allclose(found, expected, bound, bound):
+            return eps, offset
+    return None
 
-    def __call__(self, module: Any, x: Tensor) -> Tensor:
-        weight = module.weight
-        if x.device.type != "cpu" or weight.requires_grad or weight.dtype != x.dtype or is_sharded(weight):
-            found: Tensor = type(module).forward(module, x)
-            return found
-        return ops.rms_norm(x, weight, self._eps, offset=self._offset)
+
+def _norm(module: Any, x: Tensor) -> Tensor:
+    weight = module.weight
+    if x.device.type != "cpu" or weight.requires_grad or weight.dtype != x.dtype or is_sharded(weight):
+        found: Tensor = type(module).forward(module, x)
+        return found
+    eps, offset = module._fused_norm
+    return ops.rms_norm(x, weight, eps, offset=offset)
+
+
+_norm.__name__ = "forward"  # by which pickle finds it again: a model that was loaded is not fused

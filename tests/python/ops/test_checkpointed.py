@@ -59,6 +59,21 @@ def test_the_same_bits_as_one_node(weight: str, is_lora: bool, dtype: torch.dtyp
         assert torch.equal(got, wanted)
 
 
+def test_a_second_backward_has_the_same_bits() -> None:
+    given = arguments("nf4", False, torch.bfloat16)
+    y = ops.linear(**(given | {"x": given["x"].clone()}))
+    first, second = (torch.autograd.grad(y.sum(), [given["a"], given["b"]], retain_graph=True) for _ in range(2))
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+
+
+def test_what_a_forward_keeps_goes_with_its_backward() -> None:
+    given = arguments("nf4", False, torch.bfloat16)
+    y = ops.linear(**(given | {"x": given["x"].clone()}))
+    assert y.grad_fn.kept.numel() == ROWS * R
+    y.sum().backward()
+    assert y.grad_fn.kept is None
+
+
 @contextmanager
 def counted() -> Iterator[Counter[str]]:
     """The number of calls of each op of ours."""

@@ -18,8 +18,8 @@ GROUND = f"{PACKAGE}/*.py*"
 # is 150 in model and 40 in integrations. The formats of released models are 680 in cpp, 110 in ops, 260 in base (their
 # layouts), 230 in files (which tensors make which layer; a checkpoint read as the dense one), 450 in bench, 1,000 of
 # tests, and 90 in checkpoints (a merge into the same format). What a training step takes, in seconds, is 110 there.
-# The loss without logits is 290 in cpp, 140 in ops, 170 in training, 480 of tests; attention and norms
-# 530, 190, 120, 490.
+# The loss without logits is 290 in cpp, 140 in ops, 230 in training, 580 of tests; attention and norms
+# 530, 190, 160, 590.
 BUDGETS = {
     GROUND: 1_060,
     f"{PACKAGE}/ops": 2_330,
@@ -30,11 +30,11 @@ BUDGETS = {
     f"{PACKAGE}/conversion": 660,
     f"{PACKAGE}/checkpoints": 2_910,
     f"{PACKAGE}/integrations": 890,
-    f"{PACKAGE}/training": 680,
+    f"{PACKAGE}/training": 740,
     f"{PACKAGE}/cli": 2_410,
     "cpp/pissa": 11_580,
     "bench": 13_200,
-    "tests": 44_050,
+    "tests": 44_350,
 }
 TEXT = {".py", ".pyi", ".h", ".cc", ".cu", ".txt", ".sh", ".md", ".json", ".jsonl", ".yaml", ".ini"}
 

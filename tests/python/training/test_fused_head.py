@@ -150,6 +150,80 @@ def test_peft_models_too() -> None:
     torch.testing.assert_close(fused.loss, own, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("asked", ["output_hidden_states", "output_attentions", "use_cache"])
+def test_what_asks_for_more_than_a_loss_gets_it(asked: str) -> None:
+    model, batch = wrapped("llama3"), half_masked("llama3")
+    pissa.fuse_head(model)
+    output = model(**batch, **{asked: True})
+    assert output.logits is not None
+    name = {"output_hidden_states": "hidden_states", "output_attentions": "attentions", "use_cache": "past_key_values"}
+    assert output[name[asked]] is not None
+
+
+def test_tuples_and_evaluation_are_the_models_own() -> None:
+    model, batch = wrapped("llama3"), half_masked("llama3")
+    own = model(**batch)
+    pissa.fuse_head(model)
+    loss, logits, *_ = model(**batch, return_dict=False)
+    assert torch.equal(loss, own.loss)
+    assert torch.equal(logits, own.logits)
+    with torch.no_grad():
+        assert torch.equal(model(**batch).logits, own.logits)
+        assert model.train()(**batch).logits is None
+        assert model.eval()(**batch, fused_lm_head=True).logits is None
+
+
+def test_an_auxiliary_loss_that_the_text_configuration_asks_for() -> None:
+    model, batch = wrapped("mixtral"), half_masked("mixtral")
+    model.config.get_text_config().output_router_logits = True
+    own = model(**batch).loss
+    pissa.fuse_head(model)
+    assert torch.equal(model(**batch, output_router_logits=None).loss, own)
+
+
+def test_a_head_with_hooks_computes_its_logits() -> None:
+    model, batch = wrapped("llama3"), half_masked("llama3")
+    model.base_model.model.lm_head.register_forward_pre_hook(lambda _, given: (given[0] * 0.5,))
+    own = model(**batch).loss
+    pissa.fuse_head(model)
+    assert torch.equal(model(**batch).loss, own)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("ModernBertDecoder", {"num_key_value_heads": 4, "pad_token_id": 0}),
+        ("Roberta", {"is_decoder": True, "type_vocab_size": 1}),
+        ("Bart", {"d_model": 64, "decoder_layers": 1, "decoder_ffn_dim": 64, "is_decoder": True}),
+    ],
+)
+def test_other_heads_are_found_out(kind: str, fields: dict[str, Any]) -> None:
+    config = getattr(transformers, f"{kind}Config")(**(TEXT | fields))
+    config.is_encoder_decoder = False
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval().requires_grad_(False)
+    forward = model.forward
+    with pytest.raises(ValueError, match=r"its configuration does not say|has a loss of its own|cannot be tried"):
+        pissa.fuse_head(model)
+    assert model.forward == forward
+
+
+def test_the_generators_and_modes_are_left_as_they_were() -> None:
+    model = wrapped("gpt2").train()
+    modes, state = [module.training for module in model.modules()], torch.get_rng_state()
+    pissa.fuse_head(model)
+    assert [module.training for module in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_temperature_of_trls_is_refused() -> None:
+    from trl.trainer.utils import add_fused_lm_head
+
+    model = wrapped("llama3")
+    add_fused_lm_head(model.get_base_model(), temperature=0.7)
+    with pytest.raises(ValueError, match="TRL's head of this trainer has a temperature"):
+        pissa.fuse_head(model)
+
+
 def test_what_is_refused() -> None:
     with pytest.raises(TypeError, match="model: got a Linear; needed: a causal language model"):
         pissa.fuse_head(nn.Linear(2, 2))
@@ -158,6 +232,8 @@ def test_what_is_refused() -> None:
     with pytest.raises(ValueError, match="in a way that its configuration does not say: they differ by"):
         pissa.fuse_head(model)
     model.config.logit_scale = None
+    with pytest.raises(TypeError, match="model: got a T5ForConditionalGeneration"):
+        pissa.fuse_head(ARCHITECTURES["t5"].make())
     model.loss_function = lambda *_, **__: None
     with pytest.raises(ValueError, match="has a loss of its own"):
         pissa.fuse_head(model)

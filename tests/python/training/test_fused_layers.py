@@ -19,6 +19,10 @@ from pissa.training import fused_layers
 pytestmark = [pytest.mark.cpu_only, pytest.mark.filterwarnings("ignore::pissa.notices.PissaWarning")]
 
 
+def wrapped_llama() -> Any:
+    return pissa.wrap(ARCHITECTURES["llama3"].make(), r=4, task_type="CAUSAL_LM")
+
+
 def drawn(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """[batch, heads, length, dim], with heads beside each other in memory."""
     batch, heads, length, dim = shape
@@ -63,6 +67,7 @@ def test_the_op_is_what_torch_asks_of_ops() -> None:
 @pytest.mark.parametrize(
     ("changed", "kind", "message"),
     [
+        ({"q": torch.zeros(1, 4, 5, 0)}, ValueError, "q: got shape .* needed: a dim of 1"),
         ({"q": torch.zeros(2, 3, 4)}, ValueError, r"q: got shape \[2, 3, 4\]; needed: \[batch"),
         ({"k": torch.zeros(1, 2, 5, 8).double()}, TypeError, "k"),
         ({"k": torch.zeros(1, 2, 5, 8).bfloat16()}, TypeError, "k: got torch.bfloat16; needed: q's"),
@@ -168,7 +173,7 @@ def test_which_norms_are_fused(name: str, offset: float | None) -> None:
     model = pissa.wrap(ARCHITECTURES[name].make(), **ARCHITECTURES[name].config())
     norms = [module for module in model.modules() if type(module).__name__.endswith("RMSNorm")]
     pissa.fuse_layers(model)
-    found = {module.forward.__func__._offset for module in norms if "forward" in vars(module)}
+    found = {module._fused_norm[1] for module in norms if "forward" in vars(module)}
     assert found == (set() if offset is None else {offset})
     assert offset is None or all("forward" in vars(module) for module in norms)
 
@@ -200,10 +205,44 @@ def test_a_copy_of_a_fused_model_is_its_own() -> None:
     assert other(**batch).loss != model(**batch).loss
 
 
-def test_another_attention_stays() -> None:
+def test_another_attention_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(TypeError, match="model: got a Linear"):
         pissa.fuse_layers(nn.Linear(2, 2))
-    model = ARCHITECTURES["llama3"].make()
+    model = ARCHITECTURES["llama3"].make().requires_grad_(False)
     model.set_attn_implementation("eager")
+    batch = ARCHITECTURES["llama3"].batch()
+    own = model(**batch).logits
     pissa.fuse_layers(model)
-    assert model.config._attn_implementation == "eager"
+    monkeypatch.setattr(ops, "attention", lambda *_, **__: pytest.fail("ours"))
+    torch.testing.assert_close(model(**batch).logits, own)
+    other = ARCHITECTURES["llama3"].make()
+    torch.testing.assert_close(other(**batch).logits, own)  # torch's, as before
+
+
+def test_autocast() -> None:
+    """RoPE leaves q and k in float32 beside a v of bfloat16, as torch's attention takes them."""
+    model, batch = wrapped_llama(), ARCHITECTURES["llama3"].batch()
+    with torch.autocast("cpu", torch.bfloat16):
+        own = model(**batch).loss
+        pissa.fuse_layers(model)
+        found = model(**batch).loss
+    found.backward()
+    torch.testing.assert_close(found, own, rtol=2e-2, atol=2e-2)
+    q, k, v = (drawn(1, 2, 9, 8, seed=seed) for seed in range(3))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ops.attention(q, k, v.bfloat16()).dtype == torch.bfloat16
+
+
+def test_masks_that_follow_the_attentions_name() -> None:
+    """Gemma 4 cuts its queries for logits_to_keep, where it knows the attention."""
+    model, batch = ARCHITECTURES["gemma4"].make(), ARCHITECTURES["gemma4"].batch()
+    expected = model(input_ids=batch["input_ids"], logits_to_keep=4).logits
+    pissa.fuse_layers(model)
+    torch.testing.assert_close(model(input_ids=batch["input_ids"], logits_to_keep=4).logits, expected)
+
+
+def test_an_empty_batch() -> None:
+    q, k, v = (torch.zeros(0, 2, 3, 4, requires_grad=True) for _ in range(3))
+    ops.attention(q, k, v).sum().backward()
+    assert q.grad is not None
+    assert q.grad.shape == q.shape
