@@ -23,7 +23,7 @@ class TokenScores(NamedTuple):
     """Of tokens, of the labels' shape, float32 but for the last; 0 where a label is -100."""
 
     log_probs: Tensor
-    """log p of the label: the one that has a gradient."""
+    """Logarithms of the labels' p, which alone have a gradient."""
     entropy: Tensor
     """Of p."""
     log_sum_sq_probs: Tensor
