@@ -92,6 +92,8 @@ def test_a_merged_model_is_one_of_transformers(name: str, tmp_path: Path) -> Non
     # Which is not written, and other implementations have other bits.
     eager = {"experts_implementation": "eager"} if hasattr(merged.config, "num_experts_per_tok") else {}
     again = type(merged).from_pretrained(tmp_path, **eager)
+    for parameter in again.parameters():  # torch's product with one row has other bits where its weight is not aligned
+        parameter.data = parameter.data.clone()
     batch = architecture.batch()
     assert torch.equal(checks.output(again.eval(), batch), checks.output(merged, batch))
     assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".safetensors"}
