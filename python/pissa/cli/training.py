@@ -243,6 +243,8 @@ def _fuse(model: Any) -> None:
     """Has the model compute its loss without logits, where it can, and, on a CPU, its attention and norms by ours."""
     try:
         pissa.fuse_layers(model)
+        if not hasattr(trl.trainer.utils, "add_fused_lm_head"):
+            return  # TRL 1.14, the last for Python 3.10, asks a head for other sums
         pissa.fuse_head(model)
     except (TypeError, ValueError) as error:
         say("loss", f"of logits in memory, since {error}")

@@ -50,7 +50,7 @@ def fuse_head(model: nn.Module) -> None:
         pissa.fuse_head(model)
         loss = model(input_ids=ids, labels=labels).loss  # model(...).logits is None then
 
-        trainer = SFTTrainer(model, ...)  # or DPOTrainer, KTOTrainer: TRL fuses the head in its own way
+        trainer = SFTTrainer(model, ...)  # or DPOTrainer, KTOTrainer, from TRL 1.15 on: each has a head of its own
         pissa.fuse_head(trainer.model)
 
     A call without labels, generation, and evaluation without gradients are as before. So is, with its logits, a call
