@@ -78,6 +78,7 @@ def quantised_bytes(shape: tuple[int, int], form: Form) -> int:
 # ---- Seconds ---------------------------------------------------------------------------------------------------------
 
 _REPEATS = 3
+_RUNS = 8  # of a block in a pass, where there are as many like it: its seconds are a difference
 _NOT_MEASURED = "not measured"
 
 
@@ -125,9 +126,11 @@ def step_seconds(
         rest = _seconds(model, tokens, every)
         found: list[dict[str, Any]] = []
         for first, *others in kinds:
-            block = model.base_model.model.get_submodule(first)
-            both = _seconds(model, tokens, [one for one in every if one is not block])
-            forward, backward = (max(0.0, whole - less) for whole, less in zip(both, rest, strict=True))
+            block, *more = (model.base_model.model.get_submodule(name) for name in (first, *others[: _RUNS - 1]))
+            both = _seconds(model, tokens, [one for one in every if one not in (block, *more)], (block, more))
+            forward, backward = (
+                max(0.0, whole - less) / (1 + len(more)) for whole, less in zip(both, rest, strict=True)
+            )
             found.append({"block": first, "count": 1 + len(others), "forward": forward, "backward": backward})
     except Exception as error:  # whatever a model of any kind may raise that is not run as it is meant to be
         return {_NOT_MEASURED: f"{type(error).__name__}: {first_line(error)}"}
@@ -153,10 +156,16 @@ def _kinds(blocks: Sequence[str], names: Sequence[str], layers: Mapping[str, tup
     return list(found.values())
 
 
-def _seconds(model: nn.Module, tokens: torch.Tensor, skipped: Sequence[Any]) -> tuple[float, float]:
-    """The median seconds of a forward and a backward, in which some blocks hand on what they are given."""
+def _seconds(
+    model: nn.Module, tokens: torch.Tensor, skipped: Sequence[Any], repeated: tuple[Any, Sequence[Any]] = (None, ())
+) -> tuple[float, float]:
+    """The median seconds of a forward and a backward, in which some blocks hand on what they are given, and one of them
+    runs in the place of others, too."""
     for block in skipped:
         block.forward = lambda hidden, *_, **__: hidden
+    one, others = repeated
+    for block in others:
+        block.forward = one.forward
     found = []
     for _ in range(1 + _REPEATS):
         start = time.perf_counter()
@@ -164,7 +173,7 @@ def _seconds(model: nn.Module, tokens: torch.Tensor, skipped: Sequence[Any]) -> 
         between = time.perf_counter()
         loss.backward()
         found.append((between - start, time.perf_counter() - between))
-    for block in skipped:
+    for block in (*skipped, *others):
         del block.forward
     forward, backward = zip(*found[1:], strict=True)
     return statistics.median(forward), statistics.median(backward)

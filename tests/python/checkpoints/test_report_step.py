@@ -65,7 +65,7 @@ def test_what_is_measured_adds_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_the_others_hand_on_what_they_are_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, skipped = saved(ARCHITECTURES["deepseek_v3"], tmp_path), []
-    monkeypatch.setattr(training_cost, "_seconds", lambda _, __, some: (skipped.append(len(some)), (1.0, 1.0))[1])
+    monkeypatch.setattr(training_cost, "_seconds", lambda _, __, some, *___: (skipped.append(len(some)), (1.0, 1.0))[1])
     assert "plain" in measured(folder, quant="nf4")
     assert skipped == [2, 1, 1]
 

@@ -28,7 +28,7 @@ BUDGETS = {
     f"{PACKAGE}/model": 2_350,
     f"{PACKAGE}/files": 2_780,
     f"{PACKAGE}/conversion": 660,
-    f"{PACKAGE}/checkpoints": 2_910,
+    f"{PACKAGE}/checkpoints": 2_920,
     f"{PACKAGE}/integrations": 890,
     f"{PACKAGE}/training": 740,
     f"{PACKAGE}/cli": 2_410,
