@@ -10,7 +10,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <span>
 
 #include "pissa/core/backend.h"
 #include "pissa/core/error.h"

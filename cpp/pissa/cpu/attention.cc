@@ -1,8 +1,6 @@
 #include "pissa/cpu/attention.h"
 
 #include <algorithm>
-#include <cstring>
-#include <vector>
 
 #include "pissa/cpu/backend.h"
 #include "pissa/cpu/gemm_blocks.h"

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <tuple>
-#include <vector>
 
 #include "pissa/core/attention.h"
 #include "pissa/torch/tensors.h"

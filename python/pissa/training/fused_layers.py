@@ -24,7 +24,7 @@ def fuse_layers(model: nn.Module) -> None:
         pissa.fuse_layers(model)
 
     Attention is replaced where it is torch's `scaled_dot_product_attention` ("sdpa", the default of most models), which
-    takes 1.4 to 2 times as long. What ours cannot do stays torch's: dropout, a bias in the mask, one query at a time as
+    takes 1.3 to 2 times as long. What ours cannot do stays torch's: dropout, a bias in the mask, one query at a time as
     in generation, other devices. Other models keep torch's attention. Norms are found by trying what each computes.
 
     Args:
