@@ -79,14 +79,14 @@ const Panels& panels() {
   // After A's strip 3 KB, so that `scratch` does not begin with a page, as the rows of most weights do: a load of a row
   // would wait for a store to scratch at the same place in its page, 5 % of a product with 16 rows.
   constexpr std::int64_t kApart = 768;
-  static constexpr std::int64_t kSizes[] = {kStripRows * (kKc + 16) + kApart, (kKc + 1) * kNc, (kMc + kStripRows) * kNc,
-                                            32 * kKc, kNc};
+  static constexpr std::array kSizes{
+      kStripRows * (kKc + 16) + kApart, (kKc + kPanelPad) * kNc, (kMc + kStripRows) * kNc, 32 * kKc, kNc, kNc};
   pool();  // made before the buffer, so that it outlives it
-  thread_local const Buffer buffer(1, kSizes[0] + kSizes[1] + kSizes[2] + kSizes[3] + kSizes[4]);
+  thread_local const Buffer buffer(1, std::reduce(kSizes.begin(), kSizes.end()));
   thread_local const Panels panels = [] {
-    float* at[5] = {static_cast<float*>(buffer.view().data)};
-    for (int i = 1; i < 5; ++i) at[i] = at[i - 1] + kSizes[i - 1];
-    return Panels{at[0], at[1], at[2], at[3], at[4]};
+    float* at[kSizes.size()] = {static_cast<float*>(buffer.view().data)};
+    for (std::size_t i = 1; i < kSizes.size(); ++i) at[i] = at[i - 1] + kSizes[i - 1];
+    return Panels{at[0], at[1], at[2], at[3], at[4], at[5]};
   }();
   return panels;
 }
@@ -137,14 +137,49 @@ void CpuBackend::run(const GemmProblem& problem) const {
   });
 }
 
+// scale * a^T in the numbers that products of that precision take.
+Buffer CpuBackend::turned(const Matrix& a, float scale, Precision precision) const {
+  constexpr std::int64_t kRows = 64;
+  Buffer out(a.cols, a.rows, kernels_.bf16 && precision == Precision::bf16 ? Format::bf16 : Format::f32);
+  parallel_for(executor_, ceil_div(a.rows, kRows), 4 * a.rows * a.cols, [&](std::int64_t task) {
+    const std::int64_t first = task * kRows;
+    const std::int64_t rows = std::min(kRows, a.rows - first);
+    const Buffer scratch(2, rows * a.cols);
+    float* values = static_cast<float*>(scratch.view().data);
+    float* columns = values + rows * a.cols;
+    for (std::int64_t i = 0; i < rows; ++i) kernels_.decode(a, first + i, 0, a.cols, values + i * a.cols);
+    for (std::int64_t i = 0; i < rows * a.cols; ++i) values[i] *= scale;
+    kernels_.transpose(values, rows, a.cols, columns);
+    for (std::int64_t j = 0; j < a.cols; ++j) {
+      const MutableMatrix row = rows_of(out.view(), j, 1);
+      kernels_.encode(columns + j * rows, rows, row.format,
+                      static_cast<char*>(row.data) + first * element_size(row.format));
+    }
+  });
+  return out;
+}
+
+// a^T b is computed from a^T as it is stored then: packed across its rows anew for each block of columns, a thin a took
+// a third of the product. With fewer columns than rows it is (b^T a)^T: what is long runs along the panels of B.
 void CpuBackend::gemm(std::span<const Term> terms, const Matrix& addend, const MutableMatrix& out) const {
+  constexpr std::int64_t kMostTurned = 512;  // columns of a
   check_terms(terms);
-  // a^T b with fewer columns than rows is computed as (b^T a)^T: what is long then runs along the panels of B.
-  if (terms.size() == 1 && terms[0].op_a == Op::t && terms[0].op_b == Op::n && !addend && out.cols < out.rows) {
-    const Term swapped{terms[0].b, Op::t, terms[0].a, Op::n, terms[0].scale, terms[0].precision};
-    return run({&swapped, 1, {}, {}, {out.data, out.cols, out.rows, out.ld, out.format}, true});
+  if (terms.size() != 1 || terms[0].op_a == Op::n || terms[0].op_b == Op::t || addend) {
+    return run({terms.data(), static_cast<std::int64_t>(terms.size()), addend, {}, out});
   }
-  run({terms.data(), static_cast<std::int64_t>(terms.size()), addend, {}, out});
+  auto [a, op_a, b, op_b, scale, precision] = terms[0];
+  const bool swapped = out.cols < out.rows;
+  if (swapped) std::swap(a, b);
+  const bool thin = a.cols <= kMostTurned;
+  const Buffer columns = turned(thin ? a : Matrix{}, scale, precision);
+  const Term term =
+      thin ? Term{columns.view(), Op::n, b, Op::n, 1.0f, precision} : Term{a, Op::t, b, Op::n, scale, precision};
+  run({&term,
+       1,
+       {},
+       {},
+       {out.data, swapped ? out.cols : out.rows, swapped ? out.rows : out.cols, out.ld, out.format},
+       swapped});
 }
 
 void CpuBackend::quantize(const float* values, std::int64_t count, const QuantOutput& out) const {

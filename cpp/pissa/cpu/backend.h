@@ -75,6 +75,7 @@ class CpuBackend {
 
  private:
   void run(const GemmProblem& problem) const;
+  Buffer turned(const Matrix& a, float scale, Precision precision) const;
   void weight_gemm(const Term& product, std::span<const Term> tail, const Matrix& bias, const MutableMatrix& out) const;
   void quantize(const float* values, std::int64_t count, const QuantOutput& out) const;
   void quantize(const Matrix& a, const QuantOutput& out) const;

@@ -8,11 +8,13 @@
 namespace pissa::cpu {
 
 /// Blocking of the GEMM: a task computes at most kMc x kNc of the output, kKc words of the inner dimension at a time,
-/// a word being one f32 or two bf16. The panel of B is 512 KB and stays in L2; the f32 accumulators are 1 MB. kMc is a
+/// a word being one f32 or two bf16: with bf16 weights 512 columns and an adapter of rank 64. The panel of B is 576 KB
+/// and stays in L2; the f32 accumulators are 1 MB. kMc is a
 /// multiple of AVX-512's tile_rows; the others' leave a short last tile.
 inline constexpr std::int64_t kMc = 518;
 inline constexpr std::int64_t kNc = 512;
-inline constexpr std::int64_t kKc = 256;
+inline constexpr std::int64_t kKc = 288;
+inline constexpr std::int64_t kPanelPad = 17;    // words at most from a panel's strip to the next
 inline constexpr std::int64_t kStripRows = 32;   // of A: a tile's at most, rounded up to a square for transposition
 inline constexpr std::int64_t kDotRows = 16;     // up to so many rows are multiplied without a panel
 inline constexpr std::int64_t kCodeDotRows = 4;  // and up to so many by a quantised weight's codes as they are
@@ -20,10 +22,11 @@ inline constexpr std::int64_t kCodeDotRows = 4;  // and up to so many by a quant
 /// A thread's scratch memory, 64-byte aligned, allocated once.
 struct Panels {
   float* a;        // kStripRows * (kKc + 16): a strip of A
-  float* b;        // (kKc + 1) * kNc
+  float* b;        // (kKc + kPanelPad) * kNc
   float* c;        // (kMc + kStripRows) * kNc: whole squares are read when it is stored transposed
   float* scratch;  // 32 * kKc: what is about to be transposed
   float* b_row;    // kNc: a pair of rows about to be interleaved
+  float* bias;     // kNc
 };
 
 /// out = addend + sum of the terms + bias; addend [M, N] and bias [1, N] may be absent. Of a transposed problem,

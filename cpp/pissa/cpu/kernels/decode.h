@@ -85,19 +85,38 @@ PISSA_INLINE void decode_elements(const Matrix& matrix, std::int64_t row, std::i
 }
 
 #if PISSA_HAS_BF16
+// scale * from, rounded.
+PISSA_INLINE void round_elements(const float* from, std::int64_t count, float scale, Half* to) {
+  constexpr std::int64_t kStep = 2 * kWidth;
+  const Vec::Reg factor = Vec::broadcast(scale);
+  const auto store = [&](const float* values, Half* rounded) {
+    Bf16::store(rounded, {Vec::mul(Vec::load(values), factor), Vec::mul(Vec::load(values + kWidth), factor)});
+  };
+  std::int64_t i = 0;
+  for (; i + kStep <= count; i += kStep) store(from + i, to + i);
+  if (i == count) return;
+  float rest[kStep] = {};
+  Half rounded[kStep];
+  for (std::int64_t k = i; k < count; ++k) rest[k - i] = from[k];
+  store(rest, rounded);
+  for (std::int64_t k = i; k < count; ++k) to[k] = rounded[k - i];
+}
+
 PISSA_INLINE void decode_elements(const Matrix& matrix, std::int64_t row, std::int64_t col, std::int64_t count,
                                   float scale, Bf16, Half* to) {
   if (scale == 1.0f && matrix.format == Format::bf16) {
     copy_elements(static_cast<const Half*>(matrix.data) + row * matrix.ld + col, count, to);
   } else if (scale == 1.0f && is_quantized(matrix.format)) {
     with_codes(matrix.format, [&](auto codes) { codes.template decode<Bf16>(matrix, row, col, count, to); });
+  } else if (matrix.format == Format::f32) {
+    round_elements(static_cast<const float*>(matrix.data) + row * matrix.ld + col, count, scale, to);
   } else {
     constexpr std::int64_t kRun = 256;
     alignas(64) float values[kRun];
     for (std::int64_t i = 0; i < count; i += kRun) {
       const std::int64_t run = smaller(kRun, count - i);
-      decode_elements(matrix, row, col + i, run, scale, F32{}, values);
-      for (std::int64_t j = 0; j < run; ++j) to[i + j] = round_to_bf16(values[j]);
+      decode(matrix, row, col + i, run, values);
+      round_elements(values, run, scale, to + i);
     }
   }
 }

@@ -2,7 +2,7 @@
 //
 // Goto's scheme: a panel of B, decoded once for all rows of the block, stays in L2; A is copied strip by strip, each
 // just before it is used, so that it is in L1; a tile of the output is accumulated in registers over the panel's depth
-// and added to the block's f32 accumulators, which are rounded once, at the end.
+// and added to the block's f32 accumulators. A strip's rows are rounded and stored as soon as their sums are whole.
 #pragma once
 
 #include "pissa/cpu/kernels/few_rows.h"
@@ -39,18 +39,19 @@ void pack_lanes(const Slice& slice, bool across, std::int64_t stride, float* str
   }
 }
 
+// A strip of A from its word `at` on.
 template <class Product, int rows>
-void pack_a(const Term& term, const Slice& slice, const Panels& panels) {
+void pack_a(const Term& term, const Slice& slice, std::int64_t at, const Panels& panels) {
   static_assert(rows <= kStripRows);
   if constexpr (Vec::kByLane) {
-    return pack_lanes<Product, rows>(slice, term.op_a == Op::t, 0, panels.a, panels);
+    return pack_lanes<Product, rows>(slice, term.op_a == Op::t, 0, panels.a + at * rows, panels);
   } else {
     constexpr int kLanes = static_cast<int>(ceil_div(rows, kTileCols)) * kTileCols;  // to be transposed
-    if (term.op_a == Op::n) return rows_along_inner<Product>(slice, slice.count, kStripLd, panels.a);
+    if (term.op_a == Op::n) return rows_along_inner<Product>(slice, slice.count, kStripLd, panels.a + at);
     const std::int64_t length = words<Product>(slice.depth);
     rows_across_inner<Product, kLanes>(slice, kLanes, 0, panels.scratch, panels.b_row);
     for (std::int64_t k = 0; k < length; k += kWidth) {
-      transpose(panels.scratch + k * kLanes, kLanes, rows, panels.a + k, kStripLd);
+      transpose(panels.scratch + k * kLanes, kLanes, rows, panels.a + at + k, kStripLd);
     }
   }
 }
@@ -61,50 +62,6 @@ PISSA_INLINE void pad_words(std::int64_t length, std::int64_t whole, std::int64_
   for (std::int64_t i = 0; length < whole && i < count; ++i) {
     __builtin_memset(to + i * stride + length * width, 0, (whole - length) * width * sizeof *to);
   }
-}
-
-// c = or += the term
-template <class Product, int vecs>
-void multiply(const Term& term, const Block& block, const Panels& panels, bool accumulate) {
-  constexpr int kCols = vecs * kWidth;
-  constexpr int kRows = Product::Tiles::kRows;
-  const std::int64_t inner = term.inner();
-  const typename Product::Tiles tiles;
-  for (std::int64_t k0 = 0; k0 < inner; k0 += kKc * Product::kPerWord) {
-    const std::int64_t depth = smaller(kKc * Product::kPerWord, inner - k0);
-    const std::int64_t length = words<Product>(depth);
-    // Strips a little more than 32 KB apart: a row that is dealt out to all of them touches as many sets of L1.
-    const std::int64_t stride = ceil_div(length, kWidth) * kWidth * kCols + kCols;
-    pack_lanes<Product, kCols>({term.b, block.col, block.cols, k0, depth}, term.op_b == Op::n, stride, panels.b,
-                               panels);
-    const std::int64_t whole = ceil_div(length, Product::Tiles::kDepth) * Product::Tiles::kDepth;
-    pad_words(length, whole, kCols, ceil_div(block.cols, kCols), stride, panels.b);
-    for (std::int64_t i = 0; i < block.rows; i += kRows) {
-      const std::int64_t rows = smaller(kRows, block.rows - i);
-      pack_a<Product, kRows>(term, {term.a, block.row + i, rows, k0, depth, term.scale}, panels);
-      pad_words(length, whole, 1, rows, kStripLd, panels.a);
-      const float* b = panels.b;
-      for (std::int64_t j = 0; j < block.cols; j += kCols, b += stride) {
-        multiply_tile<Product, vecs>(tiles, rows, whole, panels.a, b, panels.c + i * kNc + j, accumulate);
-      }
-    }
-    accumulate = true;
-  }
-}
-
-template <class Product>
-void multiply(const Term& term, const Block& block, const Panels& panels, bool accumulate, std::int64_t rows) {
-  if (is_quantized(term.b.format) && with_codes(term.b.format, [&](auto codes) {
-        const bool dots = codes.template dots<Product>(term, rows);
-        if (dots) codes.template dot<Product>(term, block, panels, accumulate);
-        return dots;
-      })) {
-    return;
-  }
-  if (is_few_rows(term, rows)) multiply_few_rows<Product>(term, block, panels, accumulate);
-  // Tile registers add in another order: where a narrow block comes from how the output is cut, that must not be seen.
-  else if (block.cols <= kWidth && !Product::Tiles::kMultiply) multiply<Product, 1>(term, block, panels, accumulate);
-  else multiply<Product, 2>(term, block, panels, accumulate);
 }
 
 char* element(const MutableMatrix& out, std::int64_t offset) {
@@ -127,35 +84,181 @@ void store_transposed(const GemmProblem& problem, const Block& block, const Pane
   }
 }
 
-void gemm_block(const GemmProblem& problem, const Block& block, const Panels& panels) {
-  bool accumulate = static_cast<bool>(problem.addend);
-  if (accumulate) {
-    for (std::int64_t i = 0; i < block.rows; ++i) {
-      decode(problem.addend, block.row + i, block.col, block.cols, panels.c + i * kNc);
+// What a block's sums begin with and where they go.
+class Output {
+ public:
+  Output(const GemmProblem& problem, const Block& block, const Panels& panels)
+      : problem_(problem), block_(block), bias_(panels.bias) {
+    if (problem.bias) decode(problem.bias, 0, block.col, block.cols, panels.bias);
+  }
+  // Rows of c, from row i of the block on, become the addend's, if there is one.
+  void begin(std::int64_t i, std::int64_t rows, float* c) const {
+    for (std::int64_t k = 0; has_addend() && k < rows; ++k) {
+      decode(problem_.addend, block_.row + i + k, block_.col, block_.cols, c + k * kNc);
     }
   }
-  for (const Term* term = problem.terms; term != problem.terms + problem.term_count; ++term) {
-    if (term->inner() == 0) continue;
-    const std::int64_t rows = problem.out.rows;  // not the block's: how the output is cut must not matter
-#if PISSA_HAS_BF16
-    if (term->precision == Precision::bf16) multiply<Bf16>(*term, block, panels, accumulate, rows);
-    else
-#endif
-      multiply<F32>(*term, block, panels, accumulate, rows);
-    accumulate = true;
+  // Rows of c are whole.
+  void end(std::int64_t i, std::int64_t rows, float* c) const {
+    for (std::int64_t k = 0; stored_by_row() && k < rows; ++k, c += kNc) {
+      for (std::int64_t j = 0; problem_.bias && j < block_.cols; ++j) c[j] += bias_[j];
+      encode(c, block_.cols, problem_.out.format,
+             element(problem_.out, (block_.row + i + k) * problem_.out.ld + block_.col));
+    }
   }
-  for (std::int64_t i = 0; !accumulate && i < block.rows; ++i) {
+  bool has_addend() const { return static_cast<bool>(problem_.addend); }
+  bool stored_by_row() const { return problem_.out && !problem_.transposed; }
+
+ private:
+  const GemmProblem& problem_;
+  const Block& block_;
+  const float* bias_;
+};
+
+// Terms of one precision, multiplied as if they were one: their inner dimensions, in words, follow one another.
+struct Run {
+  const Term* begin;
+  const Term* end;
+  bool first, last;  // whether the block's sums begin, and end, with it
+
+  // visit(term, k0, depth, at) for what lies in words [from, from + length): elements [k0, k0 + depth) of a term,
+  // behind `at` words of those before it.
+  template <class Product, class F>
+  PISSA_INLINE void visit(std::int64_t from, std::int64_t length, F visit) const {
+    std::int64_t start = 0;  // of the term
+    for (const Term* term = begin; term != end; ++term) {
+      const std::int64_t skipped = from > start ? from - start : 0;
+      const std::int64_t k0 = skipped * Product::kPerWord;
+      const std::int64_t depth = smaller((from + length - start) * Product::kPerWord, term->inner()) - k0;
+      if (depth > 0) visit(*term, k0, depth, start + skipped - from);
+      start += words<Product>(term->inner());
+    }
+  }
+  template <class Product>
+  std::int64_t length() const {
+    std::int64_t total = 0;
+    for (const Term* term = begin; term != end; ++term) total += words<Product>(term->inner());
+    return total;
+  }
+};
+
+// The depth of a panel in words: as few panels as there must be, all about as deep, in whole steps of 16 words, which
+// hold two blocks of codes.
+PISSA_INLINE std::int64_t panel_words(std::int64_t words) {
+  constexpr std::int64_t kStep = 16;
+  const std::int64_t panels = words > kKc ? ceil_div(words, kKc) : 1;
+  return ceil_div(ceil_div(words, panels), kStep) * kStep;
+}
+
+void add_nothing(const Run& run, const Block& block, const Panels& panels, const Output& output) {
+  for (std::int64_t i = 0; run.first && i < block.rows; ++i) {
     __builtin_memset(panels.c + i * kNc, 0, block.cols * sizeof(float));
   }
-  if (!problem.out) return;
-  if (problem.transposed) return store_transposed(problem, block, panels);
-  float* bias = panels.b;
-  if (problem.bias) decode(problem.bias, 0, block.col, block.cols, bias);
-  for (std::int64_t i = 0; i < block.rows; ++i) {
-    float* c = panels.c + i * kNc;
-    for (std::int64_t j = 0; problem.bias && j < block.cols; ++j) c[j] += bias[j];
-    encode(c, block.cols, problem.out.format, element(problem.out, (block.row + i) * problem.out.ld + block.col));
+  if (run.first) output.begin(0, block.rows, panels.c);
+  if (run.last) output.end(0, block.rows, panels.c);
+}
+
+// Adds a run to the block's sums. Where one panel is all, every tile has the accumulators of the first, which stay in
+// L1: those of a block are 1 MB.
+template <class Product, int vecs>
+void multiply(const Run& run, const Block& block, const Panels& panels, const Output& output) {
+  constexpr int kCols = vecs * kWidth;
+  constexpr int kRows = Product::Tiles::kRows;
+  const std::int64_t total = run.length<Product>();
+  if (total == 0) return add_nothing(run, block, panels, output);
+  const std::int64_t panel = panel_words(total);
+  const bool once = run.first && run.last && total <= panel && output.stored_by_row();
+  const typename Product::Tiles tiles;
+  for (std::int64_t from = 0; from < total; from += panel) {
+    const std::int64_t length = smaller(panel, total - from);
+    const std::int64_t whole = ceil_div(length, Product::Tiles::kDepth) * Product::Tiles::kDepth;
+    const bool begins = run.first && from == 0;
+    const bool ends = run.last && from + length == total;
+    // Strips a little more than 32 KB apart: a row that is dealt out to all of them touches as many sets of L1. Not by
+    // more: then the processor fetches the next strip ahead. A transposition fills whole squares.
+    std::int64_t room = whole;
+    run.visit<Product>(from, length, [&](const Term&, std::int64_t, std::int64_t depth, std::int64_t at) {
+      const std::int64_t filled = at + ceil_div(words<Product>(depth), kWidth) * kWidth;
+      room = room < filled ? filled : room;
+    });
+    const std::int64_t stride = room * kCols + kCols;
+    run.visit<Product>(from, length, [&](const Term& term, std::int64_t k0, std::int64_t depth, std::int64_t at) {
+      pack_lanes<Product, kCols>({term.b, block.col, block.cols, k0, depth}, term.op_b == Op::n, stride,
+                                 panels.b + at * kCols, panels);
+    });
+    pad_words(length, whole, kCols, ceil_div(block.cols, kCols), stride, panels.b);
+    for (std::int64_t i = 0; i < block.rows; i += kRows) {
+      const std::int64_t rows = smaller(kRows, block.rows - i);
+      float* c = panels.c + (once ? 0 : i * kNc);
+      if (begins) output.begin(i, rows, c);
+      run.visit<Product>(from, length, [&](const Term& term, std::int64_t k0, std::int64_t depth, std::int64_t at) {
+        pack_a<Product, kRows>(term, {term.a, block.row + i, rows, k0, depth, term.scale}, at, panels);
+      });
+      pad_words(length, whole, 1, rows, kStripLd, panels.a);
+      const float* b = panels.b;
+      for (std::int64_t j = 0; j < block.cols; j += kCols, b += stride) {
+        multiply_tile<Product, vecs>(tiles, rows, whole, panels.a, b, c + j, !begins || output.has_addend());
+      }
+      if (ends) output.end(i, rows, c);
+    }
   }
+}
+
+// Whether a term is multiplied without a panel.
+template <class Product>
+bool is_direct(const Term& term, std::int64_t rows) {
+  if (is_few_rows(term, rows)) return true;
+  return is_quantized(term.b.format) &&
+         with_codes(term.b.format, [&](auto codes) { return codes.template dots<Product>(term, rows); });
+}
+
+// c = or += the term
+template <class Product>
+void multiply_directly(const Term& term, const Block& block, const Panels& panels, bool accumulate, std::int64_t rows) {
+  if (is_quantized(term.b.format) && with_codes(term.b.format, [&](auto codes) {
+        const bool dots = codes.template dots<Product>(term, rows);
+        if (dots) codes.template dot<Product>(term, block, panels, accumulate);
+        return dots;
+      })) {
+    return;
+  }
+  multiply_few_rows<Product>(term, block, panels, accumulate);
+}
+
+// Adds as many of the terms from `term` on as are multiplied in the same way; returns the first of the others.
+template <class Product>
+const Term* multiply(const GemmProblem& problem, const Term* term, const Block& block, const Panels& panels,
+                     const Output& output) {
+  const Term* const last = problem.terms + problem.term_count;
+  const std::int64_t rows = problem.out.rows;  // not the block's: how the output is cut must not matter
+  const bool first = term == problem.terms;
+  if (term != last && is_direct<Product>(*term, rows)) {
+    if (first) output.begin(0, block.rows, panels.c);
+    multiply_directly<Product>(*term, block, panels, !first || output.has_addend(), rows);
+    if (++term == last) output.end(0, block.rows, panels.c);
+    return term;
+  }
+  const Term* end = term;
+  while (end != last && end->precision == term->precision && !is_direct<Product>(*end, rows)) ++end;
+  const Run run{term, end, first, end == last};
+  // Tile registers add in another order: where a narrow block comes from how the output is cut, that must not be seen.
+  if (block.cols <= kWidth && !Product::Tiles::kMultiply) multiply<Product, 1>(run, block, panels, output);
+  else multiply<Product, 2>(run, block, panels, output);
+  return end;
+}
+
+void gemm_block(const GemmProblem& problem, const Block& block, const Panels& panels) {
+  const Output output(problem, block, panels);
+  const Term* term = problem.terms;
+  do {
+#if PISSA_HAS_BF16
+    if (problem.term_count > 0 && term->precision == Precision::bf16) {
+      term = multiply<Bf16>(problem, term, block, panels, output);
+      continue;
+    }
+#endif
+    term = multiply<F32>(problem, term, block, panels, output);
+  } while (term != problem.terms + problem.term_count);
+  if (problem.transposed) store_transposed(problem, block, panels);
 }
 
 }  // namespace
