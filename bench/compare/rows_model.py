@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import pissa
+from bench.checkpoints.generate import SHAPES
 from bench.compare.interleave import Case, Row, agree, relative_error, require
 from bench.compare.peers import lora_layers, lora_on_dense, lora_on_nf4
 from bench.compare.records import missing
@@ -29,26 +30,35 @@ _ADAPTERS = {"default": ("float32", torch.float32), "tuned": ("bfloat16", torch.
 
 
 def model_rows(tiny: bool) -> Iterator[Row]:
-    for malloc, goal in (("default", 1.6), ("tuned", 1.35)):
-        name, dtype = _ADAPTERS[malloc]
+    for setting, goal in (("default", 1.6), ("tuned", 1.35)):
+        name, dtype = _ADAPTERS[setting]
         yield Row(
             f"training step of SmolLM2-135M, nf4, r = {R}",
             f"PEFT + bitsandbytes, {name} adapters",
             partial(_step, tiny, "nf4", dtype),
             goal,
-            malloc=malloc,
+            setting=setting,
             memory=True,
         )
-    for malloc, goal in (("default", None), ("tuned", 1.25)):
-        name, dtype = _ADAPTERS[malloc]
+    for setting, goal in (("default", None), ("tuned", 1.25)):
+        name, dtype = _ADAPTERS[setting]
         yield Row(
             f"training step of SmolLM2-135M, bfloat16, implicit residual, r = {R}",
             f"PEFT LoRA, {name} adapters",
             partial(_step, tiny, None, dtype),
             goal,
-            malloc=malloc,
+            setting=setting,
             memory=True,
         )
+    yield Row(
+        f"training step of Llama-3.2-1B's shape, nf4, r = {R}",
+        f"PEFT + bitsandbytes, {_ADAPTERS['tuned'][0]} adapters",
+        partial(_step_of_shape, "tiny" if tiny else "1b"),
+        1.35,
+        setting="tuned",
+        max_pairs=5,
+        memory=True,
+    )
     yield Row(
         f"wrapping SmolLM2-135M, float32, r = {R}",
         "PEFT, pissa_niter_16",
@@ -66,6 +76,14 @@ def model_rows(tiny: bool) -> Iterator[Row]:
 
 def _step(tiny: bool, quant: str | None, dtype: torch.dtype) -> Case:
     return step_case(language_model(tiny, torch.bfloat16), quant, dtype)
+
+
+def _step_of_shape(shape: str) -> Case:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SHAPES[shape], use_cache=False)).to(torch.bfloat16).train()
+    return step_case(model, "nf4", _ADAPTERS["tuned"][1])
 
 
 class Trainer:

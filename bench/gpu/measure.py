@@ -176,7 +176,7 @@ def main() -> int:
             start = time.monotonic()
             result = measured(name, measure, log)
             failed |= result.failed
-            row = {key: value for key, value in result.as_dict().items() if key not in ("malloc", "growth_mib")}
+            row = {key: value for key, value in result.as_dict().items() if key not in ("setting", "growth_mib")}
             log.write(name=name, stage=stage, row=row)
             print(f"{line(row)}  [{time.monotonic() - start:.1f} s] {result.note}", flush=True)
             if result.failed:

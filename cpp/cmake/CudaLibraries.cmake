@@ -5,8 +5,9 @@
 set(PISSA_CUDA AUTO CACHE STRING "Build the CUDA backend: AUTO (if CUDA 13 is found), ON, OFF")
 set_property(CACHE PISSA_CUDA PROPERTY STRINGS AUTO ON OFF)
 set(PISSA_CUDA_ROOT "" CACHE PATH "CUDA 13 to build with: a folder with bin/nvcc; empty: PyPI wheels, then a toolkit")
-# Every architecture of a data centre or workstation card that CUDA 13 and torch serve; later ones compile 120's PTX.
-set(PISSA_CUDA_ARCHITECTURES 80-real 86-real 89-real 90-real 100-real 120-real 120-virtual CACHE STRING
+# Every architecture that CUDA 13 compiles for, but the oldest and smaller relatives of one: T4, A100, RTX 30, RTX 40, H100,
+# B200, Jetson Thor, RTX 50. Later ones compile 120's PTX.
+set(PISSA_CUDA_ARCHITECTURES 75-real 80-real 86-real 89-real 90-real 100-real 110-real 120-real 120-virtual CACHE STRING
     "GPU architectures, as in CMAKE_CUDA_ARCHITECTURES")
 set(PISSA_CUDA_FOUND OFF)
 if(NOT PISSA_CUDA MATCHES "^(AUTO|ON|OFF)$")

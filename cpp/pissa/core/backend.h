@@ -99,8 +99,8 @@ concept Backend = requires(B backend, Matrix matrix, MutableMatrix out, std::spa
 
   // A weight that products of `count` rows will take, instead of the matrix: a device may decode it beside what is
   // computed until then. Lives no longer than the backend.
-  { backend.weight_gemm_nt(matrix, backend.decode_ahead(matrix, precision, count), scale, precision, terms, matrix, out) };
-  { backend.weight_gemm_nn(matrix, backend.decode_ahead(matrix, precision, count), scale, precision, terms, out) };
+  { backend.weight_gemm_nt(matrix, backend.decode_ahead(matrix, Op::t, precision, count), scale, precision, terms, matrix, out) };
+  { backend.weight_gemm_nn(matrix, backend.decode_ahead(matrix, Op::n, precision, count), scale, precision, terms, out) };
 
   // Row by row of logits, f32, which become z, as token_scores.h says, and then d log p_y / d logits where the gradient is
   // asked for; what they are otherwise is not said. scores: [rows, kScores] f32.

@@ -43,6 +43,12 @@ struct Adapter {
 /// again.
 inline constexpr std::int64_t kFewTokens = 16;
 
+/// The format of x A^T and dy B: x's half precision where the device's products would round them to it, f32 elsewhere.
+template <Backend B>
+Format thin_format(const Matrix& x) {
+  return KeepsFactorSums<B> && x.rows > kFewTokens ? x.format : Format::f32;
+}
+
 /// A0 + dA and B0 + dB rounded to x's half precision, which the forward may keep for the backward.
 struct FactorSums {
   MutableMatrix a;  ///< [r, in]
@@ -51,7 +57,7 @@ struct FactorSums {
   /// Whether a forward at x keeps them: not where the device does not round factors, or takes them apart anyway.
   template <Backend B>
   static bool kept(const Matrix& x, const Adapter& adapter) {
-    return KeepsFactorSums<B> && x.format != Format::f32 && x.rows > kFewTokens && adapter.a0;
+    return thin_format<B>(x) != Format::f32 && adapter.a0;
   }
   /// Their elements, which lie one after the other.
   static std::int64_t size(const Adapter& adapter) {
@@ -128,7 +134,7 @@ void with_forward_tail(B& backend, const Matrix& x, const Adapter& adapter, cons
   const Factor factor_a(backend, adapter.a0, adapter.a, sums.a, apart);
   backend.gemm(factor_a.times(x, Op::t, 1.0f, precision), {}, xa);
   if (adapter.adds_change()) {
-    auto x_delta_a = backend.alloc(x.rows, adapter.rank(), Format::f32);
+    auto x_delta_a = backend.alloc(x.rows, adapter.rank(), xa.format);
     product(backend, x, Op::n, adapter.a, Op::t, 1.0f, precision, x_delta_a.view());
     TermPair tail;
     tail.add({xa, Op::n, adapter.b, Op::t, s, precision});
@@ -150,7 +156,8 @@ void with_backward_tail(B& backend, const Matrix& dy, const Matrix& x, const Ada
   const Precision precision = precision_of(x.format);
   product(backend, dy, Op::t, xa, Op::n, s, precision, grad_b);
 
-  auto dy_b = backend.alloc(dy.rows, r, Format::f32);  // dy B, or dy dB and dy B0 apart
+  // dy B, or dy dB and dy B0 apart, which are summed
+  auto dy_b = backend.alloc(dy.rows, r, change ? Format::f32 : thin_format<B>(x));
   auto dy_b0 = backend.alloc(change ? dy.rows : 0, r, Format::f32);
   const Factor factor_b(backend, change ? Matrix{} : adapter.b0, adapter.b, sums.b, apart);
   backend.gemm(factor_b.times(dy, Op::n, 1.0f, precision), {}, dy_b.view());
@@ -175,14 +182,14 @@ void with_backward_tail(B& backend, const Matrix& dy, const Matrix& x, const Ada
 /// @param bias [1, out], dense; may be absent
 /// @param adapter may be absent: Adapter{}
 /// @param y [tokens, out], dense, is written
-/// @param xa [tokens, r] f32, receives x A^T for the backward; absent without an adapter
+/// @param xa [tokens, r] in thin_format or f32, receives x A^T for the backward; absent without an adapter
 /// @param sums receives the factors for the backward; given where FactorSums::kept says so
 template <Backend B>
 void linear_forward(B& backend, const Matrix& x, const Matrix& weight, const Matrix& bias, const Adapter& adapter,
                     const MutableMatrix& y, const MutableMatrix& xa, const FactorSums& sums = {}) {
   const Precision precision = precision_of(x.format);
   if (!adapter) return backend.weight_gemm_nt(x, weight, 1.0f, precision, {}, bias, y);
-  const auto ahead = backend.decode_ahead(weight, precision, x.rows);
+  const auto ahead = backend.decode_ahead(weight, Op::t, precision, x.rows);
   detail::with_forward_tail(backend, x, adapter, xa, sums, [&](std::span<const Term> tail) {
     backend.weight_gemm_nt(x, ahead, 1.0f, precision, tail, bias, y);
   });
@@ -209,7 +216,7 @@ void linear_backward(B& backend, const Matrix& dy, const Matrix& x, const Matrix
     if (dx) backend.weight_gemm_nn(dy, weight, 1.0f, precision, {}, dx);
     return;
   }
-  const auto ahead = backend.decode_ahead(dx ? weight : Matrix{}, precision, dy.rows);
+  const auto ahead = backend.decode_ahead(dx ? weight : Matrix{}, Op::n, precision, dy.rows);
   detail::with_backward_tail(backend, dy, x, adapter, xa, sums, grad_a, grad_b, [&](std::span<const Term> tail) {
     if (dx) backend.weight_gemm_nn(dy, ahead, 1.0f, precision, tail, dx);
   });
@@ -222,7 +229,7 @@ void linear_backward(B& backend, const Matrix& dy, const Matrix& x, const Matrix
 /// @param x [tokens, in], dense
 /// @param adapter as in linear_forward
 /// @param y [tokens, out] in base's format, is written; may be base
-/// @param xa [tokens, r] f32, receives x A^T for the backward
+/// @param xa as in linear_forward
 /// @param sums as in linear_forward
 template <Backend B>
 void add_low_rank_forward(B& backend, const Matrix& base, const Matrix& x, const Adapter& adapter,

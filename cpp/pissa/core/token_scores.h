@@ -36,7 +36,7 @@ void token_scores(B& backend, const Matrix& x, const Matrix& weight, const Matri
   const Precision precision = precision_of(x.format);
   const std::int64_t most = std::max<std::int64_t>(B::kLogitBytes / (4 * std::max<std::int64_t>(weight.rows, 1)), 1);
   const std::int64_t step = ceil_div(x.rows, ceil_div(x.rows, most));
-  const auto decoded = backend.decode_ahead(weight, precision, step);
+  const auto decoded = backend.decode_ahead(weight, Op::n, precision, step);
   auto logits = backend.alloc(step, weight.rows, Format::f32);
   for (std::int64_t first = 0; first < x.rows; first += step) {
     const std::int64_t count = std::min(step, x.rows - first);

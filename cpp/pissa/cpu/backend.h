@@ -65,7 +65,7 @@ class CpuBackend {
                       std::span<const Term> tail, const Matrix& bias, const MutableMatrix& y) const;
   void weight_gemm_nn(const Matrix& dy, const Matrix& weight, float scale, Precision precision,
                       std::span<const Term> tail, const MutableMatrix& dx) const;
-  Matrix decode_ahead(const Matrix& weight, Precision, std::int64_t) const { return weight; }  // products decode it
+  Matrix decode_ahead(const Matrix& weight, Op, Precision, std::int64_t) const { return weight; }  // products decode it
   void orthonormalize(const MutableMatrix& basis, std::int64_t done, std::int64_t count, Rank rank) const;
   void reorthonormalize(const MutableMatrix& basis, const MutableMatrix& companion, std::int64_t done,
                         std::int64_t count) const;

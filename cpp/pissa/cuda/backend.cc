@@ -174,8 +174,8 @@ void CudaBackend::weight_gemm(const Matrix& x, const Weight& weight, Op op, floa
   for (std::int64_t i = 0; i < count(); ++i) multiply(one_of(x, i), weights_[i], one_of(y, i));
 }
 
-Weight CudaBackend::decode_ahead(const Matrix& weight, Precision precision, std::int64_t rows) const {
-  if (!is_quantized(weight.format) || rows <= kFewRows) return weight;
+Weight CudaBackend::decode_ahead(const Matrix& weight, Op op, Precision precision, std::int64_t rows) const {
+  if (!is_quantized(weight.format) || rows <= (op == Op::t ? kFewRowsQuantized : kFewRows)) return weight;
   const Format format = common_format(weight, weight, precision);
   const std::int64_t bytes = weight.rows * weight.cols * element_size(format);
   if (bytes == 0 || bytes > kChunkBytes) return weight;

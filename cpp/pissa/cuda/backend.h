@@ -63,7 +63,7 @@ class CudaBackend {
   void weight_gemm_nn(const Matrix& dy, const Weight& weight, float scale, Precision precision,
                       std::span<const Term> tail, const MutableMatrix& dx) const;
   /// Decodes a quantised weight that fits into one chunk, for more than 16 rows.
-  Weight decode_ahead(const Matrix& weight, Precision precision, std::int64_t rows) const;
+  Weight decode_ahead(const Matrix& weight, Op op, Precision precision, std::int64_t rows) const;
   void orthonormalize(const MutableMatrix& basis, std::int64_t done, std::int64_t rows, Rank rank);
   void reorthonormalize(const MutableMatrix& basis, const MutableMatrix& companion, std::int64_t done,
                         std::int64_t rows);

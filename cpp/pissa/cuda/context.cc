@@ -118,24 +118,28 @@ const Context& standalone_context() {
   return kept = context;
 }
 
-void check_supported(int device) {
+int capability(int device) {
   Context context;
   context.device = device;
   int major = 0, minor = 0;
   check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), context, "cudaDeviceGetAttribute");
   check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), context, "cudaDeviceGetAttribute");
+  return 10 * major + minor;
+}
+
+void check_supported(int device) {
   // Code for x.y runs on x.z with z >= y; PTX of the newest on everything newer.
-  const int capability = 10 * major + minor;
+  const int found = capability(device);
   const int newest = *std::max_element(std::begin(kArchitectures), std::end(kArchitectures));
-  const bool supported = capability > newest || std::any_of(std::begin(kArchitectures), std::end(kArchitectures),
-                                                            [&](int a) { return a / 10 == major && a <= capability; });
+  const bool supported = found > newest || std::any_of(std::begin(kArchitectures), std::end(kArchitectures),
+                                                            [&](int a) { return a / 10 == found / 10 && a <= found; });
   if (supported) return;
   std::string built;
   for (const int a : kArchitectures) built += message(built.empty() ? "" : ", ", a / 10, ".", a % 10);
-  throw std::runtime_error(message("CUDA device ", device, ": got compute capability ", major, ".", minor,
+  throw std::runtime_error(message("CUDA device ", device, ": got compute capability ", found / 10, ".", found % 10,
                                    "; this build runs on ", built,
                                    " and newer; move the tensors to the CPU, or build pissa from source with "
-                                   "-DPISSA_CUDA_ARCHITECTURES (8.0 is the oldest that the kernels support)"));
+                                   "-DPISSA_CUDA_ARCHITECTURES (7.5 is the oldest that the kernels support)"));
 }
 
 // By way of memory that stays: if a call fails, its copy may still be on the stream when the caller's variable is gone.

@@ -55,6 +55,9 @@ struct Context {
 /// thread has ended they serve the next new one.
 const Context& standalone_context();
 
+/// 10 * major + minor of a device's compute capability.
+int capability(int device);
+
 /// Throws std::runtime_error, naming the device and what the library was built for, unless it can run there.
 void check_supported(int device);
 

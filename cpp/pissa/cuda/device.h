@@ -30,11 +30,22 @@ __device__ __forceinline__ T& shared_memory() {
 #endif
 
 /// d += a b, [16, 8] += [16, 16] [16, 8], by the tensor cores of one warp; a and b in bf16 or f16, d in f32. The PTX
-/// ISA, "Matrix fragments for mma.m16n8k16", says which lane holds which elements.
+/// ISA, "Matrix fragments for mma.m16n8k16", says which lane holds which elements. Before compute capability 8.0 f16
+/// alone, in two steps of m16n8k8, whose fragments are the halves of these.
 template <Format format>
 __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
 #if defined(PISSA_CUDA_SIM)
   cuda_sim::mma_m16n8k16(d, a, b, format == Format::bf16);
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+  if constexpr (format == Format::bf16) {
+    __trap();  // products.cc sends it another way
+  } else {
+    for (int half = 0; half < 2; ++half) {
+      asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+          : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+          : "r"(a[2 * half]), "r"(a[2 * half + 1]), "r"(b[half]));
+    }
+  }
 #else
   if constexpr (format == Format::bf16) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"

@@ -1,6 +1,7 @@
 #include "pissa/cuda/few_rows.h"
 
 #include <algorithm>
+#include <type_traits>
 
 #include "pissa/cuda/formats_device.h"
 #include "pissa/cuda/reduce_device.h"
@@ -8,7 +9,7 @@
 namespace pissa::cuda {
 namespace {
 
-constexpr int kRows = static_cast<int>(kFewRows);
+constexpr int kRows = static_cast<int>(kFewRows);  // also of a tile of the tensor cores
 constexpr unsigned kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kMostTerms = 2;
@@ -117,8 +118,9 @@ __global__ void few_rows_kernel(RowSum sum) {
 // ---- A quantised weight ------------------------------------------------------------------------------------------
 // A block computes 16 columns of y, its warps divide K in chunks of 128. The order of the inner dimension is free, so a
 // lane takes a line of a chunk, 32 neighbours with one scale, or two: k is dealt to the tensor cores' steps four at a
-// time, x in the same order. The tail is more columns of the inner dimension, for the tensor cores too: chunks of 32,
-// dealt to the warps in turn. Its second factors are asked for at the start, and are in L2 when their turn comes.
+// time, x in the same order. Elements of half a chunk wait in registers for all tiles of 16 rows of x, if there are
+// several. The tail is more columns of the inner dimension, for the tensor cores too: chunks of 32, dealt to the warps
+// in turn. Its second factors are asked for at the start, and are in L2 when their turn comes.
 
 constexpr int kTiles = 2;
 constexpr int kTileCols = 8;
@@ -134,16 +136,18 @@ constexpr int scales_of_line(Format format) {
   return least > 0 && least < kLine ? kLine / least : 1;
 }
 
-__device__ __forceinline__ unsigned word_of(const uint4 (&words)[4], int i) {
+template <int n>
+__device__ __forceinline__ unsigned word_of(const uint4 (&words)[n], int i) {
   const uint4& four = words[i / 4];
   return i % 4 == 0 ? four.x : i % 4 == 1 ? four.y : i % 4 == 2 ? four.z : four.w;
 }
 
-// 32 neighbours of a row of x, or zeros.
-__device__ __forceinline__ void load_x(const Matrix& x, int row, std::int64_t k, bool inside, uint4 (&words)[4]) {
+// 8 n neighbours of a row of x, or zeros.
+template <int n>
+__device__ __forceinline__ void load_x(const Matrix& x, int row, std::int64_t k, bool inside, uint4 (&words)[n]) {
   const uint4* from = reinterpret_cast<const uint4*>(static_cast<const char*>(x.data) + 2 * (row * x.ld + k));
 #pragma unroll
-  for (int i = 0; i < 4; ++i) words[i] = inside && row < x.rows ? from[i] : make_uint4(0, 0, 0, 0);
+  for (int i = 0; i < n; ++i) words[i] = inside && row < x.rows ? from[i] : make_uint4(0, 0, 0, 0);
 }
 
 // The rows of the tail's second factors that a block needs.
@@ -163,8 +167,9 @@ __device__ __forceinline__ void prefetch_tail(const RowSum& sum, std::int64_t fi
 }
 
 // totals += the warp's share of the tail; the terms are rounded to `format`.
-template <Format format>
-__device__ __forceinline__ void add_tail(const RowSum& sum, std::int64_t first_col, float (&totals)[kTiles][4]) {
+template <Format format, int kRowTiles>
+__device__ __forceinline__ void add_tail(const RowSum& sum, std::int64_t first_col,
+                                         float (&totals)[kRowTiles][kTiles][4]) {
   const int group = threadIdx.x % kWarp / 4;
   const int quad = threadIdx.x % 4;
   int turn = static_cast<int>(threadIdx.x) / kWarp;
@@ -173,22 +178,25 @@ __device__ __forceinline__ void add_tail(const RowSum& sum, std::int64_t first_c
     const int chunks = static_cast<int>((term.a.cols + kTailChunk - 1) / kTailChunk);
     for (; turn < chunks; turn += kWarps) {
       const std::int64_t k = turn * kTailChunk + quad * kOctet;
-      float a[2][kOctet];
       float b[kTiles][kOctet];
       load_rows(term.b, first_col + group, kTileCols, k, b);
-      load_rows(term.a, group, 8, k, a);
-      const auto scaled = [&](int row, int j) {
-        return pack_halves<format>(term.scale * a[row][j], term.scale * a[row][j + 1]);
-      };
 #pragma unroll
-      for (int step = 0; step < kTailSteps; ++step) {
-        const int j = 4 * step;
-        const unsigned a_words[4] = {scaled(0, j), scaled(1, j), scaled(0, j + 2), scaled(1, j + 2)};
+      for (int rows = 0; rows < kRowTiles; ++rows) {
+        float a[2][kOctet];
+        load_rows(term.a, rows * kRows + group, 8, k, a);
+        const auto scaled = [&](int row, int j) {
+          return pack_halves<format>(term.scale * a[row][j], term.scale * a[row][j + 1]);
+        };
 #pragma unroll
-        for (int tile = 0; tile < kTiles; ++tile) {
-          const unsigned b_words[2] = {pack_halves<format>(b[tile][j], b[tile][j + 1]),
-                                       pack_halves<format>(b[tile][j + 2], b[tile][j + 3])};
-          mma_m16n8k16<format>(totals[tile], a_words, b_words);
+        for (int step = 0; step < kTailSteps; ++step) {
+          const int j = 4 * step;
+          const unsigned a_words[4] = {scaled(0, j), scaled(1, j), scaled(0, j + 2), scaled(1, j + 2)};
+#pragma unroll
+          for (int tile = 0; tile < kTiles; ++tile) {
+            const unsigned b_words[2] = {pack_halves<format>(b[tile][j], b[tile][j + 1]),
+                                         pack_halves<format>(b[tile][j + 2], b[tile][j + 3])};
+            mma_m16n8k16<format>(totals[rows][tile], a_words, b_words);
+          }
         }
       }
     }
@@ -196,13 +204,48 @@ __device__ __forceinline__ void add_tail(const RowSum& sum, std::int64_t first_c
   }
 }
 
+// Elements of the weight that a lane has in a chunk.
 template <Format format, class Codes>
-__global__ void __launch_bounds__(kThreads, 3)
+struct Elements {
+  static constexpr int kScales = scales_of_line(Codes::kFormat);
+
+  typename Codes::Line codes[kTiles];
+  float scale[kTiles][kScales];
+
+  // The tensor cores' second operand in a step.
+  __device__ __forceinline__ void words(const typename Codes::Decoder& decoder, int step,
+                                        unsigned (&b)[kTiles][2]) const {
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+      float values[4];
+      decoder.four_levels(codes[tile], step, values);
+#pragma unroll
+      for (float& value : values) value = Codes::element(value, scale[tile][step * kScales / kSteps]);
+      b[tile][0] = pack_halves<format>(values[0], values[1]);
+      b[tile][1] = pack_halves<format>(values[2], values[3]);
+    }
+  }
+};
+
+// totals += a step's product with 16 rows of x, of two of which the lane has neighbours: upper and lower.
+template <Format format, int n>
+__device__ __forceinline__ void multiply_step(const uint4 (&upper)[n], const uint4 (&lower)[n], int step,
+                                              const unsigned (&b)[kTiles][2], float (&totals)[kTiles][4]) {
+  const unsigned a[4] = {word_of(upper, 2 * step), word_of(lower, 2 * step), word_of(upper, 2 * step + 1),
+                         word_of(lower, 2 * step + 1)};
+#pragma unroll
+  for (int tile = 0; tile < kTiles; ++tile) mma_m16n8k16<format>(totals[tile], a, b[tile]);
+}
+
+template <Format format, class Codes, int kRowTiles>
+__global__ void __launch_bounds__(kThreads, kRowTiles == 1 ? 3 : 2)
     few_rows_quantized_kernel(Matrix x, Matrix weight, int shift, RowSum sum) {
   struct Shared {
-    float partial[kWarps][kRows][kBlockCols];
+    float partial[kWarps][kRowTiles * kRows][kBlockCols];
   };
-  constexpr int kScales = scales_of_line(Codes::kFormat);
+  constexpr int kScales = Elements<format, Codes>::kScales;
+  constexpr int kParts = kRowTiles == 1 ? 1 : 2;  // of a chunk
+  constexpr int kPartSteps = kSteps / kParts;
   Shared& shared = shared_memory<Shared>();
   const int lane = threadIdx.x % kWarp;
   const int warp = threadIdx.x / kWarp;
@@ -211,47 +254,58 @@ __global__ void __launch_bounds__(kThreads, 3)
   const std::int64_t first_col = static_cast<std::int64_t>(blockIdx.x) * kBlockCols;
   const typename Codes::Decoder decoder;
   const BlockScales<Codes> scales(weight.scales, shift);
-  float totals[kTiles][4] = {};
+  float totals[kRowTiles][kTiles][4] = {};
   prefetch_tail(sum, first_col);
 
   for (std::int64_t chunk = static_cast<std::int64_t>(warp) * kChunk; chunk < weight.cols; chunk += kWarps * kChunk) {
     const std::int64_t k = chunk + quad * kLine;
     const bool inside = k < weight.cols;
-    typename Codes::Line codes[kTiles];
+    Elements<format, Codes> elements;
     typename BlockScales<Codes>::Part parts[kTiles][kScales];
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
       const std::int64_t col = first_col + tile * kTileCols + group;
       const bool valid = inside && col < weight.rows;
       const std::int64_t at = col * weight.cols + k;
-      codes[tile] = valid ? static_cast<const typename Codes::Line*>(weight.data)[at / kLine] : typename Codes::Line{};
+      elements.codes[tile] =
+          valid ? static_cast<const typename Codes::Line*>(weight.data)[at / kLine] : typename Codes::Line{};
 #pragma unroll
       for (int i = 0; i < kScales; ++i) {
         if (valid) parts[tile][i] = scales.load(col, k + i * kLine / kScales, at + i * kLine / kScales);
       }
     }
-    uint4 upper[4];
-    uint4 lower[4];
-    load_x(x, group, k, inside, upper);
-    load_x(x, group + 8, k, inside, lower);
-    float scale[kTiles][kScales];
+    uint4 upper[4 / kParts];
+    uint4 lower[4 / kParts];
+    const auto load = [&](int part, int rows) {
+      load_x(x, rows * kRows + group, k + part * (kLine / kParts), inside, upper);
+      load_x(x, rows * kRows + group + 8, k + part * (kLine / kParts), inside, lower);
+    };
+    load(0, 0);
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
-      for (int i = 0; i < kScales; ++i) scale[tile][i] = inside ? scales.value(parts[tile][i]) : 0.0f;
+      for (int i = 0; i < kScales; ++i) elements.scale[tile][i] = inside ? scales.value(parts[tile][i]) : 0.0f;
     }
+    if constexpr (kRowTiles == 1) {
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      const unsigned a[4] = {word_of(upper, 2 * step), word_of(lower, 2 * step), word_of(upper, 2 * step + 1),
-                             word_of(lower, 2 * step + 1)};
+      for (int step = 0; step < kSteps; ++step) {
+        unsigned b[kTiles][2];
+        elements.words(decoder, step, b);
+        multiply_step<format>(upper, lower, step, b, totals[0]);
+      }
+    } else {
 #pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile) {
-        float values[4];
-        decoder.four_levels(codes[tile], step, values);
+      for (int part = 0; part < kParts; ++part) {
+        unsigned b[kPartSteps][kTiles][2];
 #pragma unroll
-        for (float& value : values) value = Codes::element(value, scale[tile][step * kScales / kSteps]);
-        const unsigned b[2] = {pack_halves<format>(values[0], values[1]), pack_halves<format>(values[2], values[3])};
-        mma_m16n8k16<format>(totals[tile], a, b);
+        for (int step = 0; step < kPartSteps; ++step) elements.words(decoder, part * kPartSteps + step, b[step]);
+#pragma unroll
+        for (int rows = 0; rows < kRowTiles; ++rows) {
+          if (part + rows > 0) load(part, rows);
+#pragma unroll
+          for (int step = 0; step < kPartSteps; ++step)
+            multiply_step<format>(upper, lower, step, b[step], totals[rows]);
+        }
       }
     }
   }
@@ -259,31 +313,42 @@ __global__ void __launch_bounds__(kThreads, 3)
   add_tail<format>(sum, first_col, totals);
 
 #pragma unroll
-  for (int tile = 0; tile < kTiles; ++tile) {
+  for (int rows = 0; rows < kRowTiles; ++rows) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      shared.partial[warp][group + i / 2 * 8][tile * kTileCols + 2 * quad + i % 2] = totals[tile][i];
+    for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int row = rows * kRows + group + i / 2 * 8;
+        shared.partial[warp][row][tile * kTileCols + 2 * quad + i % 2] = totals[rows][tile][i];
+      }
     }
   }
   __syncthreads();
 
-  static_assert(kRows * kBlockCols == kThreads);  // one element of y a thread
-  const int row = threadIdx.x / kBlockCols;
+  static_assert(kRows * kBlockCols == kThreads);  // one element of y a thread, of each tile
   const std::int64_t col = first_col + threadIdx.x % kBlockCols;
-  if (row >= sum.out.rows || col >= sum.out.cols) return;
-  float value = 0.0f;
 #pragma unroll
-  for (int other = 0; other < kWarps; ++other) value += shared.partial[other][row][threadIdx.x % kBlockCols];
-  finish(sum, row, col, value);
+  for (int rows = 0; rows < kRowTiles; ++rows) {
+    const int row = rows * kRows + static_cast<int>(threadIdx.x) / kBlockCols;
+    if (row >= sum.out.rows || col >= sum.out.cols) return;
+    float value = 0.0f;
+#pragma unroll
+    for (int other = 0; other < kWarps; ++other) value += shared.partial[other][row][threadIdx.x % kBlockCols];
+    finish(sum, row, col, value);
+  }
+}
+
+bool are_rows_by_rows(std::span<const Term> terms) {
+  return terms.size() <= kMostTerms && std::ranges::all_of(terms, [](const Term& term) {
+           return term.op_a == Op::n && term.op_b == Op::t && !is_quantized(term.a.format) &&
+                  !is_quantized(term.b.format);
+         });
 }
 
 }  // namespace
 
 bool few_rows_fit(std::span<const Term> terms, const MutableMatrix& out) {
-  return out.rows <= kFewRows && terms.size() <= kMostTerms && std::ranges::all_of(terms, [](const Term& term) {
-           return term.op_a == Op::n && term.op_b == Op::t && !is_quantized(term.a.format) &&
-                  !is_quantized(term.b.format);
-         });
+  return out.rows <= kFewRows && are_rows_by_rows(terms);
 }
 
 void few_rows_gemm(const Context& context, std::span<const Term> terms, const Matrix& addend, const Matrix& bias,
@@ -299,22 +364,29 @@ void few_rows_gemm(const Context& context, std::span<const Term> terms, const Ma
 }
 
 bool few_rows_quantized_fits(const Matrix& x, const Matrix& weight, std::span<const Term> tail) {
-  return x.rows <= kFewRows && (x.format == Format::bf16 || x.format == Format::f16) && is_quantized(weight.format) &&
-         weight.cols % kLine == 0 && weight.scales.blocksize % (kLine / scales_of_line(weight.format)) == 0 &&
-         x.ld % 8 == 0 && aligned_to_16(x.data) && aligned_to_16(weight.data) &&
-         few_rows_fit(tail, {nullptr, x.rows}) &&
+  return x.rows <= kFewRowsQuantized && (x.format == Format::bf16 || x.format == Format::f16) &&
+         is_quantized(weight.format) && weight.cols % kLine == 0 &&
+         weight.scales.blocksize % (kLine / scales_of_line(weight.format)) == 0 && x.ld % 8 == 0 &&
+         aligned_to_16(x.data) && aligned_to_16(weight.data) && are_rows_by_rows(tail) &&
          std::ranges::all_of(tail, [&](const Term& term) { return term.precision == precision_of(x.format); });
 }
 
 void few_rows_quantized(const Context& context, const Matrix& x, const Matrix& weight, std::span<const Term> tail,
                         const Matrix& bias, const MutableMatrix& y) {
   const dim3 grid(static_cast<unsigned>((weight.rows + kBlockCols - 1) / kBlockCols));
-  with_codes(weight.format, [&](auto codes) {
-    using Codes = decltype(codes);
-    const auto kernel = x.format == Format::bf16 ? few_rows_quantized_kernel<Format::bf16, Codes>
-                                                 : few_rows_quantized_kernel<Format::f16, Codes>;
+  const auto start = [&](auto kernel) {
     launch(context, "few_rows_quantized", kernel, grid, kThreads, x, weight, shift_of(weight.scales.blocksize),
            sum_of(tail, {}, bias, y));
+  };
+  with_codes(weight.format, [&](auto codes) {
+    using Codes = decltype(codes);
+    const auto start_for = [&]<int kRowTiles>(std::integral_constant<int, kRowTiles>) {
+      if (x.format == Format::bf16) start(few_rows_quantized_kernel<Format::bf16, Codes, kRowTiles>);
+      else start(few_rows_quantized_kernel<Format::f16, Codes, kRowTiles>);
+    };
+    if (x.rows <= kRows) start_for(std::integral_constant<int, 1>{});
+    else if (x.rows <= 2 * kRows) start_for(std::integral_constant<int, 2>{});
+    else start_for(std::integral_constant<int, 4>{});
   });
 }
 

@@ -1,5 +1,5 @@
-// Products with at most 16 rows, as decoding has them: bound by reading the second factor once, so without a copy of it
-// and with everything that is added in the same kernel.
+// Products with few rows, as decoding has them, alone or in batches: bound by reading the second factor once, so
+// without a copy of it and with everything that is added in the same kernel.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,10 @@
 
 namespace pissa::cuda {
 
-inline constexpr std::int64_t kFewRows = 16;
+inline constexpr std::int64_t kFewRows = 16;  ///< of few_rows_gemm
+/// Of few_rows_quantized. By arithmetic for an H100 (bench/NOTES.md) more take less time with the weight decoded into
+/// memory: each block of 16 columns reads all of x from L2.
+inline constexpr std::int64_t kFewRowsQuantized = 64;
 
 /// Whether few_rows_gemm can compute a sum: few rows, dense first factors as they are, second factors transposed.
 bool few_rows_fit(std::span<const Term> terms, const MutableMatrix& out);
@@ -20,8 +23,9 @@ bool few_rows_fit(std::span<const Term> terms, const MutableMatrix& out);
 void few_rows_gemm(const Context& context, std::span<const Term> terms, const Matrix& addend, const Matrix& bias,
                    const MutableMatrix& out);
 
-/// Whether few_rows_quantized can compute x W^T: x in half precision, at 16-byte addresses, W quantised, its rows whole
-/// lines, and its blocks, unless all of the format divide one, the tail rounded to x's format.
+/// Whether few_rows_quantized is to compute x W^T: at most kFewRowsQuantized rows of x, in half precision, at 16-byte
+/// addresses, W quantised, its rows whole lines, and its blocks, unless all of the format divide one, the tail rounded
+/// to x's format.
 bool few_rows_quantized_fits(const Matrix& x, const Matrix& weight, std::span<const Term> tail);
 
 /// y = x W^T + tail + bias, in one kernel: W is decoded in registers, to x's format, and the tail's factors are rounded

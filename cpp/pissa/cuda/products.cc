@@ -133,6 +133,11 @@ struct WeightPlan {
   }
 };
 
+// Turing's tensor cores multiply f16 alone.
+bool has_tensor_cores(const Context& context, Format format) {
+  return format == Format::f16 || capability(context.device) >= 80;
+}
+
 void fill_zero(const Context& context, const MutableMatrix& out, std::int64_t count) {
   const Buffer zero(context, 1, out.cols, Format::f32);
   check(cudaMemsetAsync(zero.view().data, 0, static_cast<std::size_t>(out.cols) * sizeof(float), context.stream),
@@ -193,7 +198,8 @@ void weight_product(const Context& context, const Matrix& x, const Weight& weigh
   check_terms(tail, kMostTail);
   if (y.rows == 0 || y.cols == 0) return;
   const WeightPlan plan(x, weight.view(), scale, precision, y);
-  if (op == Op::t && scale == 1.0f && plan.format == x.format && few_rows_quantized_fits(x, weight.view(), tail)) {
+  if (op == Op::t && scale == 1.0f && plan.format == x.format && few_rows_quantized_fits(x, weight.view(), tail) &&
+      has_tensor_cores(context, x.format)) {
     return few_rows_quantized(context, x, weight.view(), tail, bias, y);
   }
 

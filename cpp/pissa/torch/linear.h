@@ -55,7 +55,7 @@ struct AdapterTensors {
 
 // What a forward keeps for its backward: sums of factors in x's dtype, where the backend keeps them, and xa. Together
 // in one float32 tensor, empty without an adapter: torch has work with each output of an op in every call, also on the
-// CPU, which keeps xa alone.
+// CPU, which keeps xa alone, in float32.
 struct Kept {
   Tensor tensor;
   MutableMatrix xa;
@@ -65,25 +65,28 @@ struct Kept {
   template <Backend B>
   Kept(const B&, const Tensor& x, const Matrix& x_view, const Adapter& adapter)
       : Kept(new_tensor(x, {floats<B>(x_view, adapter)}, ScalarType::Float), x_view, adapter,
-             FactorSums::kept<B>(x_view, adapter)) {}
+             FactorSums::kept<B>(x_view, adapter), thin_format<B>(x_view)) {}
 
   // As the forward returned it.
   template <Backend B>
   Kept(const B&, const Matrix& x_view, const Adapter& adapter, const Tensor& kept)
-      : Kept(torch::stable::contiguous(kept), x_view, adapter, FactorSums::kept<B>(x_view, adapter)) {
+      : Kept(torch::stable::contiguous(kept), x_view, adapter, FactorSums::kept<B>(x_view, adapter),
+             thin_format<B>(x_view)) {
     PISSA_CHECK(kept.numel() == (floats<B>(x_view, adapter)) && kept.scalar_type() == ScalarType::Float, "kept: got ",
                 kept.numel(), " elements; needed: what the forward returned, ", floats<B>(x_view, adapter));
   }
 
  private:
-  Kept(const Tensor& tensor_, const Matrix& x, const Adapter& adapter, bool keeps_sums) : tensor(tensor_) {
+  Kept(const Tensor& tensor_, const Matrix& x, const Adapter& adapter, bool keeps_sums, Format thin)
+      : tensor(tensor_) {
     float* data = static_cast<float*>(tensor.mutable_data_ptr());
     if (keeps_sums) sums = FactorSums::at(data, x.format, adapter);
-    xa = {data + (keeps_sums ? floats_of_sums(adapter) : 0), x.rows, adapter.rank(), adapter.rank(), Format::f32};
+    xa = {data + (keeps_sums ? floats_of_sums(adapter) : 0), x.rows, adapter.rank(), adapter.rank(), thin};
   }
   template <Backend B>
   static std::int64_t floats(const Matrix& x, const Adapter& adapter) {
-    const std::int64_t of_xa = adapter ? x.rows * adapter.rank() : 0;
+    const std::int64_t size = element_size(thin_format<B>(x));
+    const std::int64_t of_xa = adapter ? ceil_div(x.rows * adapter.rank() * size, 4) : 0;
     return of_xa + (FactorSums::kept<B>(x, adapter) ? floats_of_sums(adapter) : 0);
   }
   // Of halves; so many that xa is at 16 bytes.

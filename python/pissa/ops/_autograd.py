@@ -105,13 +105,14 @@ def _out_features(weight: list[Any]) -> int:
 
 
 def _kept(x: Tensor, out_features: int, a: Tensor | None, a0: Tensor | None, implicit: bool) -> Tensor:
-    """What the forward keeps for the backward: x Aᵀ, behind, on CUDA, sums of factors in x's half precision."""
+    """What the forward keeps for the backward: x Aᵀ, on CUDA in x's half precision and behind sums of factors in it."""
     if a is None:
         return _floats(x, 0)
     tokens, r = x.numel() // x.shape[-1], a.shape[0]
-    has_sums = a0 is not None and x.is_cuda and x.dtype != torch.float32 and tokens > _FEW_TOKENS
-    halves = r * (x.shape[-1] + (0 if implicit else out_features)) if has_sums else 0
-    return _floats(x, -(-halves // 8) * 4 + tokens * r)
+    if not x.is_cuda or x.dtype == torch.float32 or tokens <= _FEW_TOKENS:
+        return _floats(x, tokens * r)
+    sums = 0 if a0 is None else r * (x.shape[-1] + (0 if implicit else out_features))
+    return _floats(x, -(-sums // 8) * 4 + -(-tokens * r // 2))
 
 
 def _fake_linear(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:

@@ -87,8 +87,8 @@ def linear(
     rows of x are multiplied in another order than more: a row's last digits may depend on how many come with it.
 
     On CUDA, half-precision activations (float16 too) round the factors and a quantised weight to their dtype, and for
-    more than 16 rows of x the sum is rounded to it once more, after the adapter's part. Everything is queued on the
-    current stream, nothing waits: CUDA graphs can capture forward and backward.
+    more than 16 rows of x, 64 with a quantised weight, the sum is rounded to it once more, after the adapter's part.
+    Everything is queued on the current stream, nothing waits: CUDA graphs can capture forward and backward.
 
     Args:
         x: [..., in], float32, bfloat16 or float16.

@@ -72,7 +72,7 @@ class FewRowsTest : public BackendTest {
 
 TEST_P(FewRowsTest, EveryNumberOfRows) {
   Random random(1);
-  for (std::int64_t m = 1; m <= 16; ++m) {
+  for (std::int64_t m = 1; m <= 64; m += m < 18 ? 1 : 1 + random.below(4)) {
     for (const Format format : {Format::bf16, Format::f16}) {
       for (const Format levels : {Format::nf4, Format::nf3, Format::nf2}) {
         const StoredLevels weight(random, levels, 21, 160, random.pick({32, 64, 128}), random.coin());
@@ -112,7 +112,7 @@ TEST_P(FewRowsTest, EveryEdge) {
 TEST_P(FewRowsTest, EveryRank) {
   Random random(6);
   for (const std::int64_t r : {1, 7, 8, 16, 31, 32, 33, 64, 128, 255, 256, 257, 300}) {
-    for (const std::int64_t m : {1, 9, 16}) {
+    for (const std::int64_t m : {1, 9, 16, 32, 64}) {
       check(random, m, StoredNf4(random, 17, 96, 64, random.coin()), Format::bf16, {r}, random.coin());
       check(random, m, StoredInt8(random, 17, 96), Format::f16, {r, 1 + random.below(100)}, random.coin());
     }
@@ -183,7 +183,8 @@ TEST_P(FewRowsTest, WhatTheyCannotTake) {
     return cuda::few_rows_quantized_fits(x, weight, tail);
   };
   EXPECT_TRUE(fits([](auto&...) {}));
-  EXPECT_FALSE(fits([](Matrix& x, auto&...) { x.rows = 17; }));
+  EXPECT_TRUE(fits([](Matrix& x, auto&...) { x.rows = 64; }));
+  EXPECT_FALSE(fits([](Matrix& x, auto&...) { x.rows = 65; }));
   EXPECT_FALSE(fits([](Matrix& x, auto&...) { x.format = Format::f32; }));
   EXPECT_FALSE(fits([](Matrix& x, auto&...) { x.ld = 68; }));
   EXPECT_FALSE(fits([](Matrix& x, auto&...) { x.data = memory + 8; }));

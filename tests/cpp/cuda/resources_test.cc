@@ -18,6 +18,7 @@
 #include "pissa/cuda/products.h"
 #include "pissa/cuda/split_many.h"
 #include "sim/control.h"
+#include "sim/ledger.h"
 #include "support/device_layer.h"
 #include "support/matrices.h"
 #include "support/reference.h"
@@ -44,6 +45,33 @@ TEST(CudaResources, AFewTokensTakeTwoLaunchesAndNoMemory) {
   }
 }
 
+// Kernels and products. Up to 64 tokens: sums of factors, x A^T, the rest in one kernel. Above, the weight is decoded,
+// and the tail is a product of its own. Backward: decoded, dy^T xa, dy B, (dy B)^T x, the tail, dy W. Nothing is
+// converted.
+TEST(CudaResources, LaunchesOfALayer) {
+  const auto products_of = [](void (DeviceLayer::*pass)(), DeviceLayer& layer) {
+    cuda_sim::reset_ledger();
+    (layer.*pass)();
+    return cuda_sim::sum_if([](const cuda_sim::Entry& entry) { return entry.kind == cuda_sim::Kind::library; }).calls;
+  };
+  for (const auto& [tokens, forward, forward_products, backward, backward_products] :
+       {std::tuple{17, 2, 1, 1, 5}, {64, 2, 1, 1, 5}, {65, 2, 3, 1, 5}, {512, 2, 3, 1, 5}}) {
+    DeviceLayer layer(tokens, 64, 128, 8);
+    EXPECT_EQ(cost_of(&DeviceLayer::forward, layer).first, forward) << tokens;
+    EXPECT_EQ(products_of(&DeviceLayer::forward, layer), forward_products) << tokens;
+    EXPECT_EQ(cost_of(&DeviceLayer::backward, layer).first, backward) << tokens;
+    EXPECT_EQ(products_of(&DeviceLayer::backward, layer), backward_products) << tokens;
+  }
+}
+
+// Whose tensor cores know no bf16.
+TEST(CudaResources, ATuringCardDecodesForFewTokens) {
+  cuda_sim::set_compute_capability(7, 5);
+  DeviceLayer layer(16, 64, 128, 8);
+  EXPECT_GT(cost_of(&DeviceLayer::forward, layer).first, 2);
+  cuda_sim::set_compute_capability(9, 0);
+}
+
 // No operand is copied for it: dy alone would take 300 x 64 elements.
 TEST(CudaResources, AScalingCostsNothing) {
   DeviceLayer plain(300, 64, 64, 8, 1.0f), scaled(300, 64, 64, 8, 0.3f);
@@ -57,7 +85,7 @@ TEST(CudaResources, FactorsAreSummedOnceForBothPasses) {
   for (const bool implicit : {false, true}) {
     std::vector<std::int64_t> launches;
     for (const bool keeps : {false, true}) {
-      DeviceLayer layer(40, 64, 128, 8);
+      DeviceLayer layer(80, 64, 128, 8);
       ASSERT_TRUE(layer.keeps_sums);
       layer.adapter.implicit = implicit;
       layer.keeps_sums = keeps;

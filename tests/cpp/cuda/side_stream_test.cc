@@ -29,7 +29,7 @@ TEST(CudaSideStream, AWeightIsDecodedBesideWhatIsQueuedNext) {
   {
     Staging at(context);
     cuda::CudaBackend cuda(context);
-    const cuda::Weight ahead = cuda.decode_ahead(at(host.view()), Precision::bf16, 17);
+    const cuda::Weight ahead = cuda.decode_ahead(at(host.view()), Op::t, Precision::bf16, 65);
     cudaStreamSynchronize(context.stream);
     EXPECT_EQ(cudaStreamQuery(context.side().stream), cudaErrorNotReady);
     ahead.wait();

@@ -25,7 +25,7 @@ class DeviceLayer {
         a_(random_.dense(r, in), Format::f32),
         b_(random_.dense(out, r), Format::f32),
         y_(context_, tokens, out, Format::bf16),
-        xa_(context_, tokens, r, Format::f32),
+        xa_(context_, tokens, r, thin_format<cuda::CudaBackend>(x_.view())),
         sums_(context_, r, in + out, Format::bf16),
         dx_(context_, tokens, in, Format::bf16),
         grad_a_(context_, r, in, Format::f32),

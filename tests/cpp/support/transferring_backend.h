@@ -186,12 +186,12 @@ class TransferringBackend {
   struct Ahead {
     Staging staging;
     cuda::Weight weight;
-    Ahead(const cuda::Context& context, const cuda::CudaBackend& cuda, const Matrix& from, Precision precision,
+    Ahead(const cuda::Context& context, const cuda::CudaBackend& cuda, const Matrix& from, Op op, Precision precision,
           std::int64_t rows)
-        : staging(context), weight(cuda.decode_ahead(staging(from), precision, rows)) {}
+        : staging(context), weight(cuda.decode_ahead(staging(from), op, precision, rows)) {}
   };
-  Ahead decode_ahead(const Matrix& weight, Precision precision, std::int64_t rows) const {
-    return {context_, cuda_, weight, precision, rows};
+  Ahead decode_ahead(const Matrix& weight, Op op, Precision precision, std::int64_t rows) const {
+    return {context_, cuda_, weight, op, precision, rows};
   }
   void weight_gemm_nt(const Matrix& x, const Ahead& ahead, float scale, Precision precision, std::span<const Term> tail,
                       const Matrix& bias, const MutableMatrix& y) const {
