@@ -41,15 +41,15 @@ WORK = {
 def speed() -> Figure:
     """How many times as long PEFT with bitsandbytes takes, and with the best settings that it has."""
     files = [json.loads((DATA / name).read_text()) for name in ("zen4_2_cores.json", "zen4_2_cores_models.json")]
-    rows = {(row["work"], row["malloc"]): row for file in files for row in file["rows"]}  # the second file's are later
+    rows = {(row["work"], row["setting"]): row for file in files for row in file["rows"]}  # the second file's are later
     figure, (axes,) = figures.panels(["How many times as fast as PEFT + bitsandbytes, 4 bits, on a CPU"], height=2.9)
     for place, work in enumerate(WORK):
-        for malloc, offset, color in (("default", -0.19, pictures.PISSA), ("tuned", 0.19, TUNED)):
-            row = rows.get((work, malloc))
+        for setting, offset, color in (("default", -0.19, pictures.PISSA), ("tuned", 0.19, TUNED)):
+            row = rows.get((work, setting))
             if row is not None:
                 low, high = row["ratio_quartiles"]
                 ratio = row["ratio_median"]
-                axes.barh(place + offset, ratio, 0.36, color=color, hatch="" if malloc == "default" else "///")
+                axes.barh(place + offset, ratio, 0.36, color=color, hatch="" if setting == "default" else "///")
                 axes.plot([low, high], [place + offset] * 2, color="black", linewidth=1)
                 axes.text(high + 0.08, place + offset, f"{ratio:.2f}", va="center", fontsize=8)
     axes.axvline(1, color="black", linewidth=0.8)

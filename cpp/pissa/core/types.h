@@ -100,6 +100,9 @@ inline Matrix one_of(Matrix stack, std::int64_t i) {
 /// Whether a GEMM reads an operand as it is or transposed (BLAS's N and T).
 enum class Op : std::uint8_t { n, t };
 
+/// Of a gated linear unit.
+enum class Activation { silu, gelu_tanh };
+
 /// What a product's operands may be rounded to before they are multiplied; sums are f32 either way. `bf16` and `f16`
 /// are what mixed precision means, and what a device does where it has faster units for them; `tf32` is TF32 where the
 /// device has it and its user has allowed it, and f32 elsewhere; `f32` keeps every digit given.

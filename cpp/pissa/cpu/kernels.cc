@@ -3,6 +3,7 @@
 #include "pissa/cpu/kernels.h"
 
 #include "pissa/cpu/kernels/decode.h"
+#include "pissa/cpu/kernels/gated.h"
 #include "pissa/cpu/kernels/gemm.h"
 #include "pissa/cpu/kernels/reduce.h"
 #include "pissa/cpu/kernels/softmax.h"
@@ -26,6 +27,8 @@ const Kernels& kernels() {
                                     score_row,
                                     softmax_row,
                                     softmax_backward_row,
+                                    gated,
+                                    gated_backward,
                                     transpose_matrix,
                                     gram};
   return table;

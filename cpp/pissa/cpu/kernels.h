@@ -87,6 +87,12 @@ struct Kernels {
   void (*softmax_backward_row)(float* row, float* dp, std::int64_t count, std::int64_t end, const std::uint8_t* mask,
                                float log_sum, float less, float scale);
 
+  /// gate becomes f(gate) * up.
+  void (*gated)(float* gate, const float* up, std::int64_t count, Activation activation);
+
+  /// gate and up become their gradients.
+  void (*gated_backward)(const float* dy, float* gate, float* up, std::int64_t count, Activation activation);
+
   /// to[j * rows + i] = from[i * cols + j].
   void (*transpose)(const float* from, std::int64_t rows, std::int64_t cols, float* to);
 

@@ -77,8 +77,7 @@ struct Kept {
   }
 
  private:
-  Kept(const Tensor& tensor_, const Matrix& x, const Adapter& adapter, bool keeps_sums, Format thin)
-      : tensor(tensor_) {
+  Kept(const Tensor& tensor_, const Matrix& x, const Adapter& adapter, bool keeps_sums, Format thin) : tensor(tensor_) {
     float* data = static_cast<float*>(tensor.mutable_data_ptr());
     if (keeps_sums) sums = FactorSums::at(data, x.format, adapter);
     xa = {data + (keeps_sums ? floats_of_sums(adapter) : 0), x.rows, adapter.rank(), adapter.rank(), thin};

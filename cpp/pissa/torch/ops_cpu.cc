@@ -1,10 +1,12 @@
 // The ops on the CPU: CpuBackend, on torch's thread pool.
 #include "pissa/cpu/attention.h"
 #include "pissa/cpu/backend.h"
+#include "pissa/cpu/gated.h"
 #include "pissa/cpu/isa.h"
 #include "pissa/cpu/rms_norm.h"
 #include "pissa/cpu/split_many.h"
 #include "pissa/torch/attention.h"
+#include "pissa/torch/gated.h"
 #include "pissa/torch/ops.h"
 #include "pissa/torch/rms_norm.h"
 
@@ -47,6 +49,14 @@ class CpuDevice {
   void rms_norm_backward(const Args&... args) const {
     cpu::rms_norm_backward(executor_, cpu::kernels(), args...);
   }
+  template <class... Args>
+  void gated_forward(const Args&... args) const {
+    cpu::gated_forward(executor_, cpu::kernels(), args...);
+  }
+  template <class... Args>
+  void gated_backward(const Args&... args) const {
+    cpu::gated_backward(executor_, cpu::kernels(), args...);
+  }
 
  private:
   TorchExecutor executor_;
@@ -61,5 +71,7 @@ STABLE_TORCH_LIBRARY_IMPL(pissa, CPU, m) {
   m.impl("attention", TORCH_BOX(&pissa::ops::attention<pissa::ops::CpuDevice>));
   m.impl("rms_norm", TORCH_BOX(&pissa::ops::rms_norm<pissa::ops::CpuDevice>));
   m.impl("rms_norm_backward", TORCH_BOX(&pissa::ops::rms_norm_backward<pissa::ops::CpuDevice>));
+  m.impl("gated", TORCH_BOX(&pissa::ops::gated<pissa::ops::CpuDevice>));
+  m.impl("gated_backward", TORCH_BOX(&pissa::ops::gated_backward<pissa::ops::CpuDevice>));
   m.impl("attention_backward", TORCH_BOX(&pissa::ops::attention_backward<pissa::ops::CpuDevice>));
 }

@@ -62,6 +62,8 @@ STABLE_TORCH_LIBRARY(pissa, m) {
       "str format, int blocksize, int out_features, Tensor? bias, Tensor labels, float scale, float cap, bool need_dx) "
       "-> (Tensor scores, Tensor dx)");
   m.def("rms_norm(Tensor x, Tensor weight, float offset, float eps) -> (Tensor y, Tensor scales)");
+  m.def("gated(Tensor gate, Tensor up, str activation) -> Tensor");
+  m.def("gated_backward(Tensor dy, Tensor gate, Tensor up, str activation) -> (Tensor dgate, Tensor dup)");
   m.def("rms_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor scales, float offset) -> Tensor");
   m.def(
       "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, bool causal) "

@@ -13,6 +13,7 @@ from typing import Any
 
 from pissa.ops import formats
 from pissa.ops._attention import attention
+from pissa.ops._gated import gated
 from pissa.ops._linear import add_low_rank, linear
 from pissa.ops._load import _C
 from pissa.ops._norm import rms_norm
@@ -32,6 +33,7 @@ __all__ = [
     "build_info",
     "dequantize",
     "formats",
+    "gated",
     "linear",
     "linear_cross_entropy",
     "quantize",

@@ -165,6 +165,16 @@ def _(dy: Tensor, x: Tensor, *_: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
+@register_fake("pissa::gated")
+def _(gate: Tensor, *_: Any) -> Tensor:
+    return gate.new_empty(gate.shape)
+
+
+@register_fake("pissa::gated_backward")
+def _(dy: Tensor, gate: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return gate.new_empty(gate.shape), gate.new_empty(gate.shape)
+
+
 @register_fake("pissa::attention")
 def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     batch, heads, queries, _dim = q.shape
@@ -269,6 +279,16 @@ def _rms_norm_backward(ctx: Any, dy: Tensor, _: Tensor | None) -> tuple[Tensor |
     return torch.ops.pissa.rms_norm_backward(dy, *ctx.saved_tensors, ctx.offset), None, None, None
 
 
+def _save_gated(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    gate, up, ctx.activation = inputs
+    ctx.save_for_backward(gate, up)
+
+
+def _gated_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    return (*torch.ops.pissa.gated_backward(dy, *ctx.saved_tensors, ctx.activation), None)
+
+
+register_autograd("pissa::gated", _gated_backward, setup_context=_save_gated)
 register_autograd("pissa::rms_norm", _rms_norm_backward, setup_context=_save_rms_norm)
 register_autograd("pissa::attention", _attention_backward, setup_context=_save_attention)
 

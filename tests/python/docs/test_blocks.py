@@ -24,6 +24,7 @@ NIGHTLY = ("trainers", "troubleshooting", "large-checkpoints", "choices")
 """Pages that take half of the time, in trainings and checkpoints that other tests have, too."""
 DAILY = [page for page in pages.PAGES if page.stem not in NIGHTLY]
 TEXT = "text"  # what a program prints, or what needs several processes, or files that only others have
+FRAGMENT = "py"  # Python that runs nowhere, "...", or in docs/situations.py
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +76,7 @@ def test_every_block_runs(page: Path, here: Path) -> None:
             for line in text.replace("\\\n", "").splitlines():
                 _command(line.partition("#")[0].strip(), here)
         else:
-            assert language == TEXT, f"{page.name}: {language!r} is none of python, diff, sh and {TEXT}:\n{text}"
+            assert language in (TEXT, FRAGMENT), f"{page.name}: {language!r} is none of python, diff, sh, {TEXT}:\n{text}"
 
 
 def _python(text: str, names: dict[str, Any]) -> None:

@@ -78,6 +78,8 @@ def calls(tokens: int = 5) -> dict[str, list[tuple[Any, ...]]]:
                 (x, *parts, None, labels, 1.0, 0.0, False),
             )
         ],
+        "gated": [(q_leaf, q, "silu")],
+        "gated_backward": [(q, q, q, "silu")],
         "rms_norm": [(q_leaf, torch.ones(8), 1.0, 1e-5)],
         "rms_norm_backward": [(q, q, torch.ones(8), torch.ones(1, 4, tokens), 1.0)],
         "attention": [(q_leaf, k, v, seen, 0.5, False), (q, k, v, None, 0.5, True)],

@@ -22,7 +22,7 @@ GROUND = f"{PACKAGE}/*.py*"
 # 530, 190, 160, 590.
 BUDGETS = {
     GROUND: 1_060,
-    f"{PACKAGE}/ops": 2_330,
+    f"{PACKAGE}/ops": 2_370,
     f"{PACKAGE}/base": 2_200,
     f"{PACKAGE}/layers": 1_230,
     f"{PACKAGE}/model": 2_350,
@@ -30,10 +30,10 @@ BUDGETS = {
     f"{PACKAGE}/conversion": 660,
     f"{PACKAGE}/checkpoints": 2_920,
     f"{PACKAGE}/integrations": 890,
-    f"{PACKAGE}/training": 740,
+    f"{PACKAGE}/training": 780,
     f"{PACKAGE}/cli": 2_410,
-    "cpp/pissa": 11_580,
-    "bench": 13_200,
+    "cpp/pissa": 12_050,
+    "bench": 13_250,
     "tests": 44_350,
 }
 TEXT = {".py", ".pyi", ".h", ".cc", ".cu", ".txt", ".sh", ".md", ".json", ".jsonl", ".yaml", ".ini"}

@@ -127,6 +127,56 @@ def test_norms_that_are_refused(changed: dict[str, Any], message: str) -> None:
         ops.rms_norm(**({"x": torch.zeros(3, 5), "weight": torch.ones(5)} | changed))
 
 
+F = {"silu": nn.functional.silu, "gelu_tanh": lambda x: nn.functional.gelu(x, approximate="tanh")}
+
+
+@pytest.mark.parametrize("activation", F)
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 3e-6), (torch.bfloat16, 2**-8), (torch.float16, 2**-10)], ids=str
+)
+def test_torchs_gates_and_their_gradients(activation: str, dtype: torch.dtype, tolerance: float) -> None:
+    """In float64, of the rounded operands: one rounding, and in float32 2 ulp of exp and a few more. Large values of
+    both signs, runs of 512 and their edges."""
+    values = torch.randn(3, 5, 701, generator=torch.Generator().manual_seed(0)) * 8
+    values[:, 0, :6] = torch.tensor([0.0, -0.0, 60, -60, 200, -200])
+    gate, up, dy = values.to(dtype).unbind(0)
+    gate.requires_grad_(), up.requires_grad_()
+    y = ops.gated(gate, up, activation)
+    found = (y, *torch.autograd.grad(y, (gate, up), dy))
+    exact = [tensor.detach().double().requires_grad_() for tensor in (gate, up)]
+    expected = F[activation](exact[0]) * exact[1]
+    for got, wanted in zip(found, (expected, *torch.autograd.grad(expected, exact, dy.double())), strict=True):
+        assert got.dtype == dtype
+        bound = tolerance * wanted.abs() + 1e-5 * (exact[1].abs() + dy.double().abs()).clamp(min=1)
+        assert bool(((got.double() - wanted).abs() <= bound).all())
+    torch.library.opcheck(torch.ops.pissa.gated.default, (gate, up, activation))
+
+
+def test_gates_of_any_shape_and_gates_that_are_refused() -> None:
+    x = torch.randn(4, 6)
+    assert torch.equal(ops.gated(x.T, x.T), ops.gated(x, x).T)
+    assert ops.gated(x[:0], x[:0]).shape == (0, 6)
+    x[1, 2] = torch.nan
+    assert ops.gated(x, torch.ones(4, 6)).isnan().nonzero().tolist() == [[1, 2]]
+    with pytest.raises(ValueError, match=r"up: got shape \[4, 5\]; needed: gate's, \[4, 6\]"):
+        ops.gated(x, x[:, :5])
+    with pytest.raises(TypeError, match=r"up: got torch\.bfloat16; needed: gate's torch\.float32"):
+        ops.gated(x, x.bfloat16())
+    with pytest.raises(ValueError, match="activation: got 'relu'; allowed: silu, gelu_tanh"):
+        ops.gated(x, x, "relu")
+
+
+GATES = {"llama3": "silu", "gemma3": "gelu_tanh", "gpt_oss": None, "t5": None, "roberta": None}
+
+
+@pytest.mark.parametrize(("name", "activation"), GATES.items())
+def test_which_gates_are_fused(name: str, activation: str | None) -> None:
+    model = pissa.wrap(ARCHITECTURES[name].make(), **ARCHITECTURES[name].config())
+    pissa.fuse_layers(model)
+    found = {module._fused_gate for module in model.modules() if hasattr(module, "_fused_gate")}
+    assert found == (set() if activation is None else {activation})
+
+
 NAMES = [name for name, one in ARCHITECTURES.items() if one.make().config._attn_implementation == "sdpa"]
 
 

@@ -1,0 +1,209 @@
+"""The tables of README.md and docs/speed.md, from the committed results.
+
+    python -m bench.compare.page    # writes them; a test says when they are not those of the results
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "bench" / "results"
+PAGES = ROOT / "README.md", ROOT / "docs" / "speed.md", ROOT / "docs" / "what-fits.md"
+
+_GB = 1e9
+_TABLE = re.compile(r"(?<=<!-- table: )(\w+)( -->\n).*?(?=<!-- end -->)", re.DOTALL)
+
+# Rows of bench.checkpoints, and what the page calls their models.
+RATES = {
+    "step-smollm2": ("SmolLM2-135M", "nf4"),
+    "step-smollm2-bf16": ("SmolLM2-135M", "bfloat16"),
+    "step-350m": ("0.34 G, Llama's shapes", "nf4"),
+    "step-1b": ("Llama-3.2-1B's shapes", "nf4"),
+    "step-1b-bf16": ("Llama-3.2-1B's shapes", "bfloat16"),
+    "step-3b": ("Llama-3.2-3B's shapes", "nf4"),
+    "step-7b": ("Llama-2-7B's shapes", "nf4"),
+}
+# A step of bench.compare's models.
+STEP = "training step of SmolLM2-135M, nf4, r = 16"
+STEP_TOKENS = 4 * 127
+
+
+def _load(name: str) -> Any:
+    return json.loads((RESULTS / name).read_text())
+
+
+def rows() -> list[dict[str, Any]]:
+    """Of bench.compare."""
+    return [row for name in ("zen4_2_cores_models.json", "zen4_2_cores.json") for row in _load(name)["rows"]]
+
+
+def _table(header: str, lines: Iterable[Iterable[str]]) -> str:
+    columns = header.split(" | ")
+    body = [" | ".join(line) for line in lines]
+    return "\n".join(f"| {line} |" for line in (header, " | ".join("---" for _ in columns), *body)).replace("  |", " |")
+
+
+def _number(value: float) -> str:
+    """Three digits, without an exponent."""
+    return f"{round(value):,}" if value >= 100 else f"{value:.3g}"
+
+
+# ---- Tables ----------------------------------------------------------------------------------------------------------
+
+
+def rates() -> str:
+    """Models of 0.1 to 20 G parameters: tokens a second and memory of a training step."""
+    found = _load("checkpoints.json")
+    lines = [_rate(model, format, found[name]["result"]) for name, (model, format) in RATES.items() if name in found]
+    large = next(row for row in _load("released_models.json")["rows"] if row["init"] == "pissa")
+    lines.append(
+        ["gpt-oss-20b's shapes", "mxfp4", _tokens(large), "", _memory(large["private_gb"], large["together_gb"]), ""]
+    )
+    return _table(
+        "model | format | tokens a second | tokens a second x parameters, G | memory, GB: own, with the file's pages "
+        "| of torch's dense rate",
+        lines,
+    )
+
+
+def _rate(model: str, format: str, result: dict[str, Any]) -> list[str]:
+    rate = result["tokens_per_second"]
+    memory = _memory(result["private"] / _GB, result["together"] / _GB)
+    growth = f"{rate * result['parameters'] / 1e9:.0f}"
+    return [model, format, _number(rate), growth, memory, f"{result['share_of_dense_rate']:.2f}"]
+
+
+def fits() -> str:
+    """The 4-bit rows: what a start and a step take."""
+    found = _load("checkpoints.json")
+    lines = []
+    for name, (model, format) in RATES.items():
+        start = found.get(name.removeprefix("step-"))
+        if format != "nf4" or start is None:
+            continue
+        result = found[name]["result"]
+        own, together = result["private"] / _GB, result["together"] / _GB
+        seconds = f"{start['result']['own_seconds']:.0f} s"
+        lines.append([model, f"{own:.1f} GB", f"{together:.1f} GB", seconds, _number(result["tokens_per_second"])])
+    large = next(row for row in _load("released_models.json")["rows"] if row["init"] == "pissa")
+    own, together, start = large["private_gb"], large["together_gb"], f"{large['load']:.0f} s"
+    lines.append(["gpt-oss-20b's shapes, mxfp4", f"{own:.1f} GB", f"{together:.1f} GB", start, _tokens(large)])
+    return _table("model, in nf4 | own memory | with the file's pages | start | tokens a second", lines)
+
+
+def _tokens(row: dict[str, Any]) -> str:
+    """Of a row of bench.checkpoints.released, whose steps have 512 tokens; the first one reads pages."""
+    return _number(512 / row["steps"][-1])
+
+
+def _memory(private: float, together: float) -> str:
+    return f"{private:.1f}, {together:.1f}"
+
+
+def layers() -> str:
+    """All rows but those of other tables, against PEFT as installed first."""
+    return _compared(lambda row: row["setting"] != "avx2" and not re.search("int8|head and loss", row["work"]))
+
+
+def avx2() -> str:
+    return _compared(lambda row: row["setting"] == "avx2")
+
+
+def head() -> str:
+    return _compared(lambda row: row["work"].startswith("head and loss"))
+
+
+def _compared(wanted: Callable[[dict[str, Any]], bool]) -> str:
+    return _table(
+        "work | against | goal | peer / ours (quartiles) | ours, ms | peer, ms | memory, MiB: ours / peer",
+        [_line(row) for row in rows() if wanted(row)],
+    )
+
+
+def _line(row: dict[str, Any]) -> list[str]:
+    ratio, goal = row["ratio_median"], row["goal"]
+    shown = f"**{ratio:.2f}**" if goal is not None and ratio >= goal else f"{ratio:.2f}"
+    low, high = row["ratio_quartiles"]
+    stretch = "" if row["stretch"] is None else f" (stretch {row['stretch']:g})"
+    growth = row["growth_mib"]
+    return [
+        row["work"],
+        row["against"] + (", tuned" if row["setting"] == "tuned" and "PEFT" in row["against"] else ""),
+        "" if goal is None else f"{goal:g}{stretch}",
+        f"{shown} ({low:.2f} to {high:.2f})",
+        _number(row["ours_median_ms"]),
+        _number(row["peer_median_ms"]),
+        "" if growth is None else f"{growth[0]:,.0f} / {growth[1]:,.0f}",
+    ]
+
+
+def int8() -> str:
+    """NF4 and INT8 in turns."""
+    lines = [
+        [row["work"].replace("int8, ", ""), _number(row["peer_median_ms"]), _number(row["ours_median_ms"])]
+        for row in rows()
+        if re.search("int8, r = ", row["work"])
+    ]
+    return _table("work | nf4, ms | int8, ms", lines)
+
+
+def readme() -> str:
+    by_setting = {row["setting"]: row for row in rows() if row["work"] == STEP}
+    found = _load("checkpoints.json")["step-7b"]["result"]
+    large = next(row for row in _load("released_models.json")["rows"] if row["init"] == "pissa")
+    text = " ".join((ROOT / "bench" / "experiments" / "conclusions.md").read_text().split())
+    loss = re.search(r"error_feedback=True`, (0\.\d+ ± 0\.\d+), where QLoRA loses (0\.\d+ ± 0\.\d+)", text)
+    assert loss is not None
+    return _table(
+        "on two Zen 4 cores | pissa | PEFT 0.21, bitsandbytes 0.50",
+        [
+            ["training step of SmolLM2-135M in nf4, tokens a second, memory", *_sides(by_setting["default"])],
+            ["the same, PEFT with its best settings", *_sides(by_setting["tuned"])],
+            [
+                "of a 7B in nf4 (Llama-2's shapes, 512 tokens)",
+                f"{_number(found['tokens_per_second'])}, {found['together'] / _GB:.1f} GB",
+                "not measured",
+            ],
+            [
+                "of gpt-oss-20b as it is released, in MXFP4",
+                f"{_tokens(large)}, {large['private_gb']:.1f} GB and the mapped file",
+                "experts in 16 bits",
+            ],
+            ["loss that 4 bits cost, SmolLM2 trained on GSM8K, nats", loss[1], loss[2]],
+            ["[situations](docs/situations.md) in which PiSSA is right", "20 of 20", "0 of 20"],
+        ],
+    )
+
+
+def _sides(row: dict[str, Any]) -> list[str]:
+    times = row["ours_median_ms"], row["peer_median_ms"]
+    return [
+        f"{_number(1e3 * STEP_TOKENS / ms)}, {growth:.0f} MiB"
+        for ms, growth in zip(times, row["growth_mib"], strict=True)
+    ]
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    table.__name__: table for table in (rates, fits, layers, avx2, head, int8, readme)
+}
+
+
+def written(text: str) -> str:
+    """A page with its tables written anew."""
+    return _TABLE.sub(lambda match: f"{match[1]}{match[2]}{TABLES[match[1]]()}\n", text)
+
+
+def main() -> None:
+    for page in PAGES:
+        page.write_text(written(page.read_text()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,485 @@
+"""Writes situations.md: what PEFT's PiSSA does in twenty situations, and what pissa does, both run here.
+
+    python docs/situations.py            # writes the page
+    python docs/situations.py --check    # runs both sides alone
+
+Exit status 1: PEFT's side has been mended, or ours is wrong; the situation is named.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import os
+import sys
+import tempfile
+import textwrap
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import peft
+import torch
+import transformers
+from accelerate import cpu_offload  # noqa: F401  as the next two, in the code that is run
+from safetensors.torch import load_file  # noqa: F401
+from torch import Tensor, nn
+
+import pissa  # noqa: F401
+
+PAGE = Path(__file__).with_suffix(".md")
+TOKENS = torch.arange(24).reshape(2, 12)
+
+
+def base(dtype: torch.dtype = torch.float32, **fields: Any) -> nn.Module:
+    """A Llama of two layers, the same at each call."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 128}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.2}
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**sizes, **heads, **fields})).to(dtype).eval()
+
+
+def mixture() -> nn.Module:
+    """A Mixtral of four experts, which transformers keeps in one parameter."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "vocab_size": 128}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4}
+    torch.manual_seed(0)
+    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes, **heads)).eval()
+
+
+def convolution() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3))
+
+
+def in_4_bits(storage: torch.dtype = torch.uint8) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(bnb.nn.Linear4bit(64, 32, quant_type="nf4", quant_storage=storage)).to("cpu")
+
+
+def lora(**fields: Any) -> peft.LoraConfig:
+    """PEFT's configuration of PiSSA."""
+    more = {"r": 4, "lora_alpha": 4, "target_modules": "all-linear", "init_lora_weights": "pissa"}
+    return peft.LoraConfig(**{**more, **fields})
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> Tensor:
+    return model(input_ids=TOKENS).logits.float()
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    """Relative, in the Frobenius norm."""
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+def train(model: nn.Module) -> None:
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(3):
+        model(input_ids=TOKENS, labels=TOKENS).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+# Both sides end with an expression: an error of numbers, whether something holds, or what is written on the page.
+Outcome = float | bool | str | Exception
+
+
+def is_wrong(outcome: Outcome) -> bool:
+    if isinstance(outcome, Exception):
+        return True
+    return not outcome if isinstance(outcome, bool) else isinstance(outcome, float) and outcome > 1e-3
+
+
+def is_right(outcome: Outcome) -> bool:
+    if isinstance(outcome, Exception):
+        return False
+    return outcome if isinstance(outcome, bool) else isinstance(outcome, str) or outcome < 1e-5
+
+
+@dataclass(frozen=True)
+class Situation:
+    title: str
+    what: str
+    """What the last line of both sides tells."""
+    theirs: str
+    ours: str
+    wrong: Callable[[Outcome], bool] = is_wrong
+    right: Callable[[Outcome], bool] = is_right
+
+
+def _refused(outcome: Outcome) -> bool:
+    """By an error that names the layer."""
+    return isinstance(outcome, (ValueError, TypeError)) and "model.layers" in str(outcome)
+
+
+SITUATIONS = (
+    Situation(
+        "An adapter is loaded after another seed",
+        "error of the logits after loading",
+        """
+        model = peft.get_peft_model(base(), lora(init_lora_weights="pissa_niter_4"))
+        train(model)
+        model.save_pretrained("saved")
+        other = base()
+        torch.manual_seed(1)
+        error(logits(peft.PeftModel.from_pretrained(other, "saved")), logits(model))
+        """,
+        """
+        model = pissa.wrap(base(), r=4)
+        train(model)
+        model.save_pretrained("saved")
+        other = base()
+        torch.manual_seed(1)
+        error(logits(pissa.PissaModel.from_pretrained(other, "saved")), logits(model))
+        """,
+    ),
+    Situation(
+        "The adapter is disabled, or unloaded",
+        "error of the logits against the base's",
+        """
+        model = peft.get_peft_model(base(), lora())
+        error(logits(model.unload()), logits(base()))
+        """,
+        """
+        model = pissa.wrap(base(), r=4)
+        error(logits(model.unload()), logits(base()))
+        """,
+    ),
+    Situation(
+        "A second adapter is added",
+        "error of the first adapter's logits",
+        """
+        model = peft.get_peft_model(base(), lora())
+        first = logits(model)
+        model.add_adapter("second", lora())
+        error(logits(model), first)
+        """,
+        """
+        model = pissa.wrap(base(), r=4)
+        first = logits(model)
+        model.add_adapter("second", pissa.PissaConfig(r=4))
+        error(logits(model), first)
+        """,
+    ),
+    Situation(
+        "The model without its adapter is the reference of DPO, GRPO or KTO",
+        "error of the reference against the policy, which are equal before the first step",
+        """
+        model = peft.get_peft_model(base(), lora())
+        with model.disable_adapter():
+            reference = logits(model)
+        error(reference, logits(model))
+        """,
+        """
+        model = pissa.wrap(base(), r=4)
+        with model.disable_adapter():
+            reference = logits(model)
+        error(reference, logits(model))
+        """,
+    ),
+    Situation(
+        "The output layer is tied to the embeddings",
+        "error of the embeddings",
+        """
+        model = peft.get_peft_model(base(tie_word_embeddings=True), lora(target_modules=["lm_head"]))
+        error(model.get_input_embeddings().weight, base(tie_word_embeddings=True).get_input_embeddings().weight)
+        """,
+        """
+        model = pissa.wrap(base(tie_word_embeddings=True), r=4, target_modules=["lm_head"])
+        error(model.get_input_embeddings().weight, base(tie_word_embeddings=True).get_input_embeddings().weight)
+        """,
+    ),
+    Situation(
+        "The output layer is trained whole, and the adapter is converted to a plain LoRA",
+        "error of the logits of the LoRA on the unmodified base",
+        """
+        model = peft.get_peft_model(base(), lora(modules_to_save=["lm_head"]))
+        model.peft_config["default"].init_lora_weights = True
+        model.save_pretrained("start")
+        model.peft_config["default"].init_lora_weights = "pissa"
+        train(model)
+        model.save_pretrained("lora", path_initial_model_for_weight_conversion="start")
+        error(logits(peft.PeftModel.from_pretrained(base(), "lora")), logits(model))
+        """,
+        """
+        model = pissa.wrap(base(), r=4, modules_to_save=["lm_head"])
+        train(model)
+        model.save_pretrained("lora")
+        error(logits(peft.PeftModel.from_pretrained(base(), "lora")), logits(model))
+        """,
+    ),
+    Situation(
+        "DoRA is converted to a plain LoRA",
+        "whether the folder has the trained magnitudes",
+        """
+        model = peft.get_peft_model(base(), lora(use_dora=True))
+        model.peft_config["default"].init_lora_weights = True
+        model.save_pretrained("start")
+        model.peft_config["default"].init_lora_weights = "pissa"
+        train(model)
+        model.save_pretrained("lora", path_initial_model_for_weight_conversion="start")
+        any("magnitude" in name for name in load_file("lora/adapter_model.safetensors"))
+        """,
+        """
+        model = pissa.wrap(base(), r=4, use_dora=True)
+        train(model)
+        model.save_pretrained("lora")
+        any("magnitude" in name for name in load_file("lora/adapter_model.safetensors"))
+        """,
+    ),
+    Situation(
+        "A mixture keeps its experts in one parameter",
+        "error of the logits before the first step",
+        """
+        config = lora(target_modules=["q_proj"], target_parameters=["experts.gate_up_proj"])
+        model = peft.get_peft_model(mixture(), config)
+        error(logits(model), logits(mixture()))
+        """,
+        """
+        model = pissa.wrap(mixture(), r=4)
+        error(logits(model), logits(mixture()))
+        """,
+    ),
+    Situation(
+        "An embedding is adapted",
+        "whether it starts from principal components, and not from 0",
+        """
+        model = peft.get_peft_model(base(), lora(target_modules=["embed_tokens"]))
+        bool(model.get_input_embeddings().lora_embedding_A["default"].any())
+        """,
+        """
+        model = pissa.wrap(base(), r=4, target_modules=["embed_tokens"])
+        bool(model.get_input_embeddings().start_of("default").a0.any())
+        """,
+    ),
+    Situation(
+        "A convolution is adapted",
+        "whether it is",
+        """
+        model = peft.get_peft_model(convolution(), lora(target_modules=["0"]))
+        "0.lora_A.default.weight" in dict(model.base_model.model.named_parameters())
+        """,
+        """
+        model = pissa.wrap(convolution(), r=4, target_modules=["0"])
+        "0.lora_A.default.weight" in dict(model.base_model.model.named_parameters())
+        """,
+    ),
+    Situation(
+        "bitsandbytes has loaded the model in 4 bits",
+        "whether the layer is adapted",
+        """
+        model = peft.get_peft_model(in_4_bits(), lora(target_modules=["0"]))
+        "0.lora_A.default.weight" in dict(model.base_model.model.named_parameters())
+        """,
+        """
+        model = pissa.wrap(in_4_bits(), r=4, target_modules=["0"])
+        "0.lora_A.default.weight" in dict(model.base_model.model.named_parameters())
+        """,
+    ),
+    Situation(
+        "The same, in the dtype that FSDP asks for",
+        "whether its start is finite",
+        """
+        model = peft.get_peft_model(in_4_bits(storage=torch.bfloat16), lora(target_modules=["0"]))
+        model.base_model.model[0].lora_A["default"].weight.isfinite().all().item()
+        """,
+        """
+        model = pissa.wrap(in_4_bits(storage=torch.bfloat16), r=4, target_modules=["0"])
+        model.base_model.model[0].lora_A["default"].weight.isfinite().all().item()
+        """,
+    ),
+    Situation(
+        "A weight is on the meta device",
+        "what is said",
+        """
+        peft.get_peft_model(base().to("meta"), lora())
+        """,
+        """
+        pissa.wrap(base().to("meta"), r=4)
+        """,
+        wrong=lambda outcome: isinstance(outcome, Exception) and "model.layers" not in str(outcome),
+        right=_refused,
+    ),
+    Situation(
+        "accelerate has offloaded the model",
+        "error of the logits before the first step",
+        """
+        model = peft.get_peft_model(cpu_offload(base()), lora())
+        error(logits(model), logits(base()))
+        """,
+        """
+        model = pissa.wrap(cpu_offload(base()), r=4)
+        error(logits(model), logits(base()))
+        """,
+    ),
+    Situation(
+        "The model is in bfloat16",
+        "error of the logits before the first step",
+        """
+        model = peft.get_peft_model(base(torch.bfloat16), lora())
+        error(logits(model), logits(base(torch.bfloat16)))
+        """,
+        """
+        model = pissa.wrap(base(torch.bfloat16), r=4)
+        error(logits(model), logits(base(torch.bfloat16)))
+        """,
+    ),
+    Situation(
+        "Dropout is asked for",
+        "error of the logits before the first step, in training mode",
+        """
+        model = peft.get_peft_model(base(), lora(lora_dropout=0.1)).train()
+        error(logits(model), logits(base()))
+        """,
+        """
+        model = pissa.wrap(base(), r=4, lora_dropout=0.1).train()
+        error(logits(model), logits(base()))
+        """,
+    ),
+    Situation(
+        "The rank is larger than a layer",
+        "whether the factors have that rank",
+        """
+        model = peft.get_peft_model(base(), lora(r=33, target_modules=["k_proj"]))
+        all(len(weight) == 33 for name, weight in model.named_parameters() if "lora_A" in name)
+        """,
+        """
+        model = pissa.wrap(base(), r=33, target_modules=["k_proj"])
+        all(len(weight) == 33 for name, weight in model.named_parameters() if "lora_A" in name)
+        """,
+        right=_refused,
+    ),
+    Situation(
+        "A path ends with a slash",
+        "error of the logits of the converted LoRA",
+        """
+        model = peft.get_peft_model(base(), lora())
+        model.peft_config["default"].init_lora_weights = True
+        model.save_pretrained("start/")
+        model.peft_config["default"].init_lora_weights = "pissa"
+        train(model)
+        model.save_pretrained("lora/", path_initial_model_for_weight_conversion="start/")
+        error(logits(peft.PeftModel.from_pretrained(base(), "lora/")), logits(model))
+        """,
+        """
+        model = pissa.wrap(base(), r=4)
+        train(model)
+        model.save_pretrained("lora/")
+        error(logits(peft.PeftModel.from_pretrained(base(), "lora/")), logits(model))
+        """,
+    ),
+    Situation(
+        "rsLoRA with ranks by layer is converted to a plain LoRA",
+        "error of the logits of the LoRA on the unmodified base",
+        """
+        model = peft.get_peft_model(base(), lora(use_rslora=True, rank_pattern={"q_proj": 2}))
+        model.peft_config["default"].init_lora_weights = True
+        model.save_pretrained("start")
+        model.peft_config["default"].init_lora_weights = "pissa"
+        train(model)
+        model.save_pretrained("lora", path_initial_model_for_weight_conversion="start")
+        error(logits(peft.PeftModel.from_pretrained(base(), "lora")), logits(model))
+        """,
+        """
+        model = pissa.wrap(base(), r=4, use_rslora=True, rank_pattern={"q_proj": 2})
+        train(model)
+        model.save_pretrained("lora")
+        error(logits(peft.PeftModel.from_pretrained(base(), "lora")), logits(model))
+        """,
+    ),
+    Situation(
+        "An untrained adapter is merged in bfloat16",
+        "whether each weight is the base's",
+        """
+        model = peft.get_peft_model(base(torch.bfloat16), lora()).merge_and_unload()
+        all(torch.equal(a, b) for a, b in zip(model.parameters(), base(torch.bfloat16).parameters()))
+        """,
+        """
+        model = pissa.wrap(base(torch.bfloat16), r=4).merge_and_unload()
+        all(torch.equal(a, b) for a, b in zip(model.parameters(), base(torch.bfloat16).parameters()))
+        """,
+    ),
+)
+
+
+@contextmanager
+def _empty_folder() -> Iterator[None]:
+    """As the current one."""
+    before = Path.cwd()
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        try:
+            yield
+        finally:
+            os.chdir(before)
+
+
+def outcome_of(code: str) -> Outcome:
+    """The value of the last line; or the exception that a line raises."""
+    tree = ast.parse(textwrap.dedent(code))
+    last = tree.body.pop()
+    assert isinstance(last, ast.Expr)
+    names = dict(globals())
+    with _empty_folder():
+        try:
+            exec(compile(tree, "situation", "exec"), names)
+            value = eval(compile(ast.Expression(last.value), "situation", "eval"), names)
+        except Exception as raised:  # is what the page shows
+            return raised
+    return value if isinstance(value, (float, bool, str)) else "no error"
+
+
+def shown(outcome: Outcome) -> str:
+    if isinstance(outcome, bool):
+        return "yes" if outcome else "no"
+    if isinstance(outcome, float):
+        return "0, bit for bit" if outcome == 0 else f"{outcome:.2g}"
+    if isinstance(outcome, Exception):
+        text = " ".join(str(outcome).split())
+        return f"{type(outcome).__name__}: {text if len(text) < 160 else text[:157] + '...'}"
+    return outcome
+
+
+def side(name: str, code: str, outcome: Outcome) -> list[str]:
+    return [f"{name}:", "", "```py", textwrap.dedent(code).strip(), "```", "", "```text", shown(outcome), "```", ""]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    lines = [
+        "# Twenty situations",
+        "",
+        f"What PiSSA does in PEFT {peft.__version__}, and in pissa. `python docs/situations.py` runs both sides and",
+        "writes this page; it fails when PEFT has mended a situation. `base()` is a Llama of two layers, `mixture()` a",
+        "Mixtral of four experts, `lora()` PEFT's `LoraConfig` with r = 4 and PiSSA as its start. `train` takes three",
+        "steps. Errors are relative, in the Frobenius norm.",
+        "",
+    ]
+    failed = 0
+    for number, situation in enumerate(SITUATIONS, 1):
+        theirs, ours = outcome_of(situation.theirs), outcome_of(situation.ours)
+        for name, holds, outcome in (
+            ("PEFT has mended it", situation.wrong(theirs), theirs),
+            ("pissa is wrong", situation.right(ours), ours),
+        ):
+            if not holds:
+                print(f"{number}. {situation.title}: {name}: {shown(outcome)}", file=sys.stderr)
+                failed = 1
+        lines += [f"## {number}. {situation.title}", "", f"The last line tells {situation.what}.", ""]
+        lines += side(f"PEFT {peft.__version__}", situation.theirs, theirs) + side("pissa", situation.ours, ours)
+    if not options.check and not failed:
+        PAGE.write_text("\n".join(lines).rstrip() + "\n")
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,41 @@
+"""Gated activations on the CPU, fused."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pissa.ops.checks import check_devices, check_tensor
+
+_OPS = torch.ops.pissa
+ACTIVATIONS = "silu", "gelu_tanh"
+
+
+def gated(gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:
+    """`f(gate) · up`, what SwiGLU and GeGLU have between their linear layers, in one pass; on the CPU.
+
+    Computed in float32 and rounded once. Differentiable in both; the backward keeps them and nothing else.
+
+    Args:
+        gate: any shape of at least one dimension, float32, bfloat16 or float16.
+        up: in gate's shape and dtype.
+        activation: f, "silu", or "gelu_tanh", GELU by tanh.
+
+    Returns:
+        A tensor in gate's shape and dtype.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    gate, up = check_tensor("gate", gate), check_tensor("up", up)
+    if gate.dim() < 1 or up.shape != gate.shape:
+        raise ValueError(
+            f"up: got shape {list(up.shape)}; needed: gate's, {list(gate.shape)}, of one dimension or more"
+        )
+    if up.dtype != gate.dtype:
+        raise TypeError(f"up: got {up.dtype}; needed: gate's {gate.dtype}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation: got {activation!r}; allowed: {', '.join(ACTIVATIONS)}")
+    check_devices({"gate": gate, "up": up})
+    y: Tensor = _OPS.gated(gate, up, activation)
+    return y
