@@ -76,7 +76,7 @@ def test_every_block_runs(page: Path, here: Path) -> None:
             for line in text.replace("\\\n", "").splitlines():
                 _command(line.partition("#")[0].strip(), here)
         else:
-            assert language in (TEXT, FRAGMENT), f"{page.name}: {language!r} is none of python, diff, sh, {TEXT}:\n{text}"
+            assert language in (TEXT, FRAGMENT), f"{page.name}: {language!r} is no language of blocks:\n{text}"
 
 
 def _python(text: str, names: dict[str, Any]) -> None:
