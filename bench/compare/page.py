@@ -162,22 +162,26 @@ def readme() -> str:
     loss = re.search(r"error_feedback=True`, (0\.\d+ ± 0\.\d+), where QLoRA loses (0\.\d+ ± 0\.\d+)", text)
     assert loss is not None
     return _table(
-        "on two Zen 4 cores | pissa | PEFT 0.21, bitsandbytes 0.50",
+        "a training on two Zen 4 cores | pissa | PEFT 0.21, bitsandbytes 0.50",
         [
-            ["training step of SmolLM2-135M in nf4, tokens a second, memory", *_sides(by_setting["default"])],
-            ["the same, PEFT with its best settings", *_sides(by_setting["tuned"])],
+            ["step of SmolLM2-135M in nf4: tokens a second, memory it takes", *_sides(by_setting["default"])],
+            ["the same once more, with PEFT's best settings", *_sides(by_setting["tuned"])],
             [
-                "of a 7B in nf4 (Llama-2's shapes, 512 tokens)",
+                "step of a 7B in nf4 (Llama-2's shapes, 512 tokens)",
                 f"{_number(found['tokens_per_second'])}, {found['together'] / _GB:.1f} GB",
                 "not measured",
             ],
             [
-                "of gpt-oss-20b as it is released, in MXFP4",
-                f"{_tokens(large)}, {large['private_gb']:.1f} GB and the mapped file",
-                "experts in 16 bits",
+                "step of gpt-oss-20b as it is released, in MXFP4",
+                f"{_tokens(large)}, {large['private_gb']:.1f} GB beside the mapped file",
+                "not possible in 4 bits",
             ],
-            ["loss that 4 bits cost, SmolLM2 trained on GSM8K, nats", loss[1], loss[2]],
-            ["[situations](docs/situations.md) in which PiSSA is right", "20 of 20", "0 of 20"],
+            [
+                "SmolLM2 trained on GSM8K: loss above LoRA in 16 bits (nats)",
+                f"{loss[1]}, calibrated",
+                f"{loss[2]}, QLoRA",
+            ],
+            ["[twenty situations](docs/situations.md) of PiSSA", "work", "wrong, or fail"],
         ],
     )
 

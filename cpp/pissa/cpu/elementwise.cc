@@ -43,7 +43,8 @@ void CpuBackend::copy(const Matrix& a, const MutableMatrix& out) const {
 // Matrices without gaps are added as one long row: of a factor [out, 16] a row takes as long as 100 elements.
 void CpuBackend::add(const Matrix& a, const Matrix& b, const MutableMatrix& out) const {
   const std::int64_t count = out.rows * out.cols;
-  if (out.rows > 1 && a.ld == out.cols && b.ld == out.cols && out.ld == out.cols) {
+  const bool dense = !is_quantized(a.format) && !is_quantized(b.format);
+  if (dense && out.rows > 1 && a.ld == out.cols && b.ld == out.cols && out.ld == out.cols) {
     return add({a.data, 1, count, count, a.format}, {b.data, 1, count, count, b.format},
                {out.data, 1, count, count, out.format});
   }

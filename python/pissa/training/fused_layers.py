@@ -15,6 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from pissa import ops
 from pissa.distributed import is_sharded
 from pissa.ops._gated import ACTIVATIONS
+from pissa.ops.checks import FLOATS
 
 
 def fuse_layers(model: nn.Module) -> None:
@@ -45,7 +46,7 @@ def fuse_layers(model: nn.Module) -> None:
             module._fused_norm = form
             module.forward = MethodType(_norm, module)
         if (activation := _gate_activation(module)) is not None:
-            module._fused_gate = activation
+            module._fused_gate, module.__dict__["_fused_act"] = activation, module.act_fn
             module.forward = MethodType(_gated, module)
 
 
@@ -119,6 +120,8 @@ _norm.__name__ = "forward"  # by which pickle finds it again: a model that was l
 
 # ---- Gates -----------------------------------------------------------------------------------------------------------
 
+_HOOKS = "_forward_hooks", "_forward_pre_hooks"  # of an activation: they would not be called
+
 
 @torch.no_grad()
 def _gate_activation(module: Any) -> str | None:
@@ -127,27 +130,35 @@ def _gate_activation(module: Any) -> str | None:
     names = ("gate_proj", "up_proj", "down_proj", "act_fn")
     if any(getattr(module, name, None) is None for name in names) or "forward" in vars(module):
         return None
-    if len(inspect.signature(module.forward).parameters) != 1:
+    act_fn = module.act_fn
+    if len(inspect.signature(module.forward).parameters) != 1 or any(getattr(act_fn, kind, None) for kind in _HOOKS):
         return None
-    gate, up = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(0)) * 3
+    where: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+    drawn = torch.randn(3, 2, 5, 64, **where, generator=torch.Generator().manual_seed(0))
+    gate, up, x = drawn * torch.linspace(0.1, 60, 64, **where)  # of any size, so that a limit is seen
     layers = {"gate_proj": lambda x: gate + x, "up_proj": lambda x: up - x, "down_proj": lambda x: 2 * x}
     try:
-        found = type(module).forward(SimpleNamespace(**layers, act_fn=module.act_fn), torch.ones(64))
-    except AttributeError:  # it looks at more
+        found = type(module).forward(SimpleNamespace(**layers, act_fn=act_fn), x)
+    except Exception:  # it looks at more, or at other dtypes: another block
         return None
     for activation in ACTIVATIONS:
-        if torch.allclose(found, 2 * ops.gated(gate + 1, up - 1, activation), 1e-5, 1e-5):
+        expected = 2 * ops.gated(gate + x, up - x, activation)
+        if not isinstance(found, Tensor) or found.shape != expected.shape:
+            return None
+        if torch.allclose(found, expected, rtol=1e-5, atol=5e-3):  # 1 + tanh is off by 2^-24, times 200 twice
             return activation
     return None
 
 
-def _gated(module: Any, x: Tensor) -> Tensor:
-    gate, up = module.gate_proj(x), module.up_proj(x)
-    if x.device.type == "cpu" and gate.dtype == up.dtype:
-        gated = ops.gated(gate, up, module._fused_gate)
+def _gated(module: Any, *inputs: Any, **named: Any) -> Tensor:
+    (x,) = (*inputs, *named.values())
+    found: Tensor
+    if type(x) is Tensor and x.device.type == "cpu" and x.dtype in FLOATS and module.act_fn is module._fused_act:
+        gate, up = module.gate_proj(x), module.up_proj(x)
+        same = gate.dtype == up.dtype and gate.dtype in FLOATS
+        found = module.down_proj(ops.gated(gate, up, module._fused_gate) if same else module.act_fn(gate) * up)
     else:
-        gated = module.act_fn(gate) * up
-    found: Tensor = module.down_proj(gated)
+        found = type(module).forward(module, *inputs, **named)
     return found
 
 

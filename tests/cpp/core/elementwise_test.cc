@@ -79,6 +79,16 @@ TEST_P(ElementwiseTest, AddRoundsOnce) {
   });
 }
 
+TEST_P(ElementwiseTest, AddTakesMatricesWithoutGaps) {
+  Random random(7);
+  for (const Form form : kForms) {
+    const Operand a(random, 4, 64, form), b(random, 4, 64, Form::f32);
+    Stored out = Stored::poisoned(4, 64, Format::f32, 0);
+    backend().add(a.view(), b.view(), out.mutable_view());
+    expect_close(out, {a.values() + b.values(), absolute(a.values()) + absolute(b.values())}, 1);
+  }
+}
+
 TEST_P(ElementwiseTest, AddWorksInPlace) {
   Random random(3);
   Stored a(random.dense(5, 1100), Format::f32);

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import trl
 import yaml
-from transformers.models.llama.modeling_llama import LlamaMLP
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 import pissa
 import runs
@@ -71,8 +71,8 @@ def test_gradient_checkpointing_changes_no_bit(
     split: Path, data: Path, tmp_path: Path, trained: tuple[Path, str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
-    forward = LlamaMLP.forward
-    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: calls.append(self) or forward(self, x))
+    forward = LlamaAttention.forward
+    monkeypatch.setattr(LlamaAttention, "forward", lambda self, *x, **y: calls.append(self) or forward(self, *x, **y))
     assert main(command(split, data, tmp_path / "run", "--gradient-checkpointing")) == 0
     # Of two layers: three times to try the fused head, twice to check the start, twice in each of four steps.
     tried = 3 if hasattr(trl.trainer.utils, "add_fused_lm_head") else 0  # which TRL before 1.15 has not

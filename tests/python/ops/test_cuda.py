@@ -247,4 +247,5 @@ def test_what_a_forward_keeps(dtype: torch.dtype, tokens: int, start: bool, impl
             for op, first in ((torch.ops.pissa.linear, (x, weight, None)), (torch.ops.pissa.add_low_rank, (base, x))):
                 _, kept = op(*first, *factors, 1.0, implicit)
                 assert kept.dtype == torch.float32
-                assert kept.shape == (2 * tokens + (halves // 2 if device == "cuda" else 0),)
+                in_halves = device == "cuda" and dtype != torch.float32 and tokens > 16
+                assert kept.shape == (tokens + halves // 2 if in_halves else 2 * tokens,)

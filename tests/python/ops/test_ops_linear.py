@@ -373,3 +373,12 @@ def test_add_low_rank_refuses_by_name(name: str, value: object, error: type[Exce
     names = {"y": "y|b", "b0": "factors"}.get(name, name)
     with pytest.raises(error, match=rf"^({names})\b"):
         ops.add_low_rank(**(arguments | {name: put(value)}))
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("rows", [1, 4, 5, 20])
+def test_a_quantised_weight_without_inputs_gives_the_bias(rows: int) -> None:
+    ops.linear(torch.randn(rows, 64), ops.quantize(torch.randn(5, 64), "nf4"))  # what it must not find again
+    codes, absmax = torch.empty(0, dtype=torch.uint8), torch.empty(0)
+    weight = ops.QuantizedWeight(codes, absmax, None, None, "nf4", (5, 0), 64)
+    assert torch.equal(ops.linear(torch.zeros(rows, 0), weight, torch.arange(5.0)), torch.arange(5.0).expand(rows, 5))

@@ -177,6 +177,80 @@ def test_which_gates_are_fused(name: str, activation: str | None) -> None:
     assert found == (set() if activation is None else {activation})
 
 
+class Block(nn.Module):
+    """A gated MLP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = nn.Linear(8, 12), nn.Linear(8, 12), nn.Linear(12, 8)
+        self.act_fn: nn.Module = nn.SiLU()
+        self.requires_grad_(False)
+
+    def forward(self, hidden: Tensor) -> Any:
+        return self.down_proj(self.act_fn(self.gate_proj(hidden)) * self.up_proj(hidden))
+
+
+class Clamped(Block):
+    def forward(self, hidden: Tensor) -> Any:
+        return self.down_proj(self.act_fn(self.gate_proj(hidden).clamp(max=12)) * self.up_proj(hidden))
+
+
+class Normed(Block):
+    def forward(self, hidden: Tensor) -> Any:
+        return super().forward(nn.functional.rms_norm(hidden, hidden.shape[-1:]))
+
+
+class Pair(Block):
+    def forward(self, hidden: Tensor) -> Any:
+        batch, _length, _dim = hidden.shape
+        return super().forward(hidden), batch
+
+
+def with_another(block: Block, act_fn: nn.Module) -> Block:
+    block.act_fn = act_fn
+    return block
+
+
+def watched() -> Block:
+    block = Block()
+    block.act_fn.register_forward_hook(lambda *_: None)
+    return block
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        *(Clamped, Normed, Pair, watched),
+        *(lambda kind=kind: with_another(Block(), kind()) for kind in (nn.PReLU, nn.ReLU, nn.GELU, nn.Hardswish)),
+    ],
+)
+def test_blocks_that_compute_something_else_are_their_own(make: Any) -> None:
+    assert fused_layers._gate_activation(make()) is None
+
+
+@pytest.mark.parametrize("setting", [{"dtype": torch.bfloat16}, {"dtype": torch.float64}, {"device": "meta"}])
+def test_defaults_of_torch_do_not_change_what_is_found(setting: dict[str, Any]) -> None:
+    block, before = Block(), torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(setting.get("dtype", before))
+        with torch.device(setting.get("device", "cpu")):
+            assert fused_layers._gate_activation(block) == "silu"
+    finally:
+        torch.set_default_dtype(before)
+
+
+def test_a_fused_block_is_called_as_it_was() -> None:
+    model = ARCHITECTURES["llama3"].make()
+    pissa.fuse_layers(model)
+    block = model.model.layers[0].mlp
+    hidden = torch.randn(2, 3, model.config.hidden_size)
+    assert torch.equal(block(x=hidden), block(hidden))
+    block.act_fn = nn.ReLU()
+    expected = block.down_proj(torch.relu(block.gate_proj(hidden)) * block.up_proj(hidden))
+    assert torch.equal(block(hidden), expected)
+    torch.testing.assert_close(block.double()(hidden.double()).float(), expected, rtol=1e-4, atol=1e-6)
+
+
 NAMES = [name for name, one in ARCHITECTURES.items() if one.make().config._attn_implementation == "sdpa"]
 
 
