@@ -1,5 +1,5 @@
 """The core as functions on tensors: truncated SVD, PiSSA's split, quantised weights, the fused linear layer, attention,
-norms, and an output layer's loss.
+norms, gates, and an output layer's loss.
 
 Only torch is needed. Everything here validates its arguments and raises `ValueError` or `TypeError` that name the
 argument, then calls `torch.ops.pissa.*` (the compiled ops; see cpp/pissa/torch/schema.cc), which work under

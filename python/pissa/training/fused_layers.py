@@ -27,8 +27,8 @@ def fuse_layers(model: nn.Module) -> None:
 
     Attention is replaced where it is torch's `scaled_dot_product_attention` ("sdpa", the default of most models), which
     takes 1.3 to 2 times as long. What ours cannot do stays torch's: dropout, a bias in the mask, one query at a time as
-    in generation, other devices. Other models keep torch's attention. Norms and gates are found by trying what
-    each computes.
+    in generation, other devices. Other models keep torch's attention. Norms and gates are found by trying what each
+    computes.
 
     Args:
         model: a model of transformers, or a PeftModel of one.
@@ -46,7 +46,8 @@ def fuse_layers(model: nn.Module) -> None:
             module._fused_norm = form
             module.forward = MethodType(_norm, module)
         if (activation := _gate_activation(module)) is not None:
-            module._fused_gate, module.__dict__["_fused_act"] = activation, module.act_fn
+            module._fused_gate = activation
+            module.__dict__["_fused_act"] = module.act_fn  # the same object, and no second submodule
             module.forward = MethodType(_gated, module)
 
 
