@@ -1,4 +1,4 @@
-"""The tables of README.md and docs/speed.md, from the committed results.
+"""The tables of README.md, docs/speed.md and docs/what-fits.md, from the committed results.
 
     python -m bench.compare.page    # writes them; a test says when they are not those of the results
 
@@ -61,8 +61,8 @@ def _number(value: float) -> str:
 def rates() -> str:
     """Models of 0.1 to 20 G parameters: tokens a second and memory of a training step."""
     found = _load("checkpoints.json")
-    lines = [_rate(model, format, found[name]["result"]) for name, (model, format) in RATES.items() if name in found]
-    large = next(row for row in _load("released_models.json")["rows"] if row["init"] == "pissa")
+    lines = [_rate(model, format, found[name]["result"]) for name, (model, format) in RATES.items()]
+    large = _largest()
     lines.append(
         ["gpt-oss-20b's shapes", "mxfp4", _tokens(large), "", _memory(large["private_gb"], large["together_gb"]), ""]
     )
@@ -92,10 +92,16 @@ def fits() -> str:
         own, together = result["private"] / _GB, result["together"] / _GB
         seconds = f"{start['result']['own_seconds']:.0f} s"
         lines.append([model, f"{own:.1f} GB", f"{together:.1f} GB", seconds, _number(result["tokens_per_second"])])
-    large = next(row for row in _load("released_models.json")["rows"] if row["init"] == "pissa")
+    large = _largest()
     own, together, start = large["private_gb"], large["together_gb"], f"{large['load']:.0f} s"
     lines.append(["gpt-oss-20b's shapes, mxfp4", f"{own:.1f} GB", f"{together:.1f} GB", start, _tokens(large)])
     return _table("model, in nf4 | own memory | with the file's pages | start | tokens a second", lines)
+
+
+def _largest() -> dict[str, Any]:
+    """The row of gpt-oss-20b, trained from PiSSA's start."""
+    found: dict[str, Any] = next(row for row in _load("released_models.json")["rows"] if row["init"] == "pissa")
+    return found
 
 
 def _tokens(row: dict[str, Any]) -> str:
@@ -157,7 +163,7 @@ def int8() -> str:
 def readme() -> str:
     by_setting = {row["setting"]: row for row in rows() if row["work"] == STEP}
     found = _load("checkpoints.json")["step-7b"]["result"]
-    large = next(row for row in _load("released_models.json")["rows"] if row["init"] == "pissa")
+    large = _largest()
     text = " ".join((ROOT / "bench" / "experiments" / "conclusions.md").read_text().split())
     loss = re.search(r"error_feedback=True`, (0\.\d+ ± 0\.\d+), where QLoRA loses (0\.\d+ ± 0\.\d+)", text)
     assert loss is not None

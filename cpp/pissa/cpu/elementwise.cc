@@ -10,27 +10,9 @@
 #include "pissa/cpu/backend.h"
 #include "pissa/cpu/kernels.h"
 #include "pissa/cpu/parallel.h"
+#include "pissa/cpu/runs.h"
 
 namespace pissa::cpu {
-namespace {
-
-char* element(const MutableMatrix& matrix, std::int64_t row, std::int64_t col) {
-  return static_cast<char*>(matrix.data) + (row * matrix.ld + col) * element_size(matrix.format);
-}
-
-// Elementwise work on rows, in runs of at most kRun elements that fit the stack.
-constexpr std::int64_t kRun = 1024;
-
-template <class F>
-void for_each_run(const Executor& executor, const MutableMatrix& out, F f) {
-  const std::int64_t runs = ceil_div(out.cols, kRun);
-  parallel_for(executor, out.rows * runs, 8 * out.rows * out.cols, [&](std::int64_t i) {
-    const std::int64_t col = i % runs * kRun;
-    f(i / runs, col, std::min(kRun, out.cols - col));
-  });
-}
-
-}  // namespace
 
 void CpuBackend::copy(const Matrix& a, const MutableMatrix& out) const {
   for_each_run(executor_, out, [&](std::int64_t row, std::int64_t col, std::int64_t count) {
@@ -40,13 +22,10 @@ void CpuBackend::copy(const Matrix& a, const MutableMatrix& out) const {
   });
 }
 
-// Matrices without gaps are added as one long row: of a factor [out, 16] a row takes as long as 100 elements.
 void CpuBackend::add(const Matrix& a, const Matrix& b, const MutableMatrix& out) const {
-  const std::int64_t count = out.rows * out.cols;
   const bool dense = !is_quantized(a.format) && !is_quantized(b.format);
   if (dense && out.rows > 1 && a.ld == out.cols && b.ld == out.cols && out.ld == out.cols) {
-    return add({a.data, 1, count, count, a.format}, {b.data, 1, count, count, b.format},
-               {out.data, 1, count, count, out.format});
+    return add(as_row(a), as_row(b), as_row(out));
   }
   for_each_run(executor_, out, [&](std::int64_t row, std::int64_t col, std::int64_t count) {
     float values[kRun];

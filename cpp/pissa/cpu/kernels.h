@@ -8,9 +8,9 @@
 namespace pissa::cpu {
 
 /// Blocking of the GEMM: a task computes at most kMc x kNc of the output, kKc words of the inner dimension at a time,
-/// a word being one f32 or two bf16: 512 columns of a weight and an adapter of rank 64 in bf16. The panel of B is 576 KB
-/// and stays in L2; the f32 accumulators are 1 MB. kMc is a multiple of AVX-512's tile_rows; the others' leave a short
-/// last tile.
+/// a word being one f32 or two bf16: 512 columns of a weight and an adapter of rank 64 in bf16. The panel of B is 576
+/// KB and stays in L2; the f32 accumulators are 1 MB. kMc is a multiple of AVX-512's tile_rows; the others' leave a
+/// short last tile.
 inline constexpr std::int64_t kMc = 518;
 inline constexpr std::int64_t kNc = 512;
 inline constexpr std::int64_t kKc = 288;

@@ -240,7 +240,7 @@ def _method_name(ours: Any) -> str:
 
 
 def _fuse(model: Any) -> None:
-    """Has the model compute its loss without logits, where it can, and, on a CPU, its attention, norms and gates by ours."""
+    """Has the model compute its loss without logits, where it can, and on a CPU what `pissa.fuse_layers` says."""
     try:
         pissa.fuse_layers(model)
         if not hasattr(trl.trainer.utils, "add_fused_lm_head"):

@@ -12,8 +12,7 @@ ACTIVATIONS = "silu", "gelu_tanh"
 
 
 def gated(gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:
-    """`f(gate) · up`, what SwiGLU and GeGLU (arXiv 2002.05202) have between their linear layers, in one pass; on the
-    CPU.
+    """`f(gate) · up`, of SwiGLU and GeGLU (arXiv 2002.05202), in one pass; on the CPU.
 
     Computed in float32 and rounded once. Differentiable in both; the backward keeps them and nothing else.
 
