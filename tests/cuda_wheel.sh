@@ -33,7 +33,7 @@ expect "undefined C++ names of torch" "" "$(echo "$undefined" | grep -E '^_ZNK?(
 expect "undefined functions of CUDA's driver and runtime" "" "$(echo "$undefined" | grep -E '^_*cu(da)?[A-Z]' | line)"
 expect "symbols that show" "" "$(nm -D --defined-only "$library" | awk '{print $NF}' | grep -v '^_Z' | line)"
 
-expect "code for GPUs" "80 86 89 90 100 120" \
+expect "code for GPUs" "75 80 86 89 90 100 110 120" \
   "$("$cuobjdump" --list-elf "$library" | sed -n 's/.*\.sm_\([0-9a-z]*\)\.cubin/\1/p' | line)"
 expect "PTX" "120" "$("$cuobjdump" --list-ptx "$library" | sed -n 's/.*\.sm_\([0-9a-z]*\)\.ptx/\1/p' | line)"
 
@@ -53,7 +53,7 @@ loaded = "libpissa_cuda13.so" in Path("/proc/self/maps").read_text()
 assert loaded == fits == (_load.cuda_problem is None), (torch.__version__, loaded, _load.cuda_problem)
 cuda = pissa.build_info()["cuda"]
 assert cuda["runtime"].startswith("13."), cuda
-assert cuda["architectures"] == ["80", "86", "89", "90", "100", "120"], cuda
+assert cuda["architectures"] == ["75", "80", "86", "89", "90", "100", "110", "120"], cuda
 weight = torch.randn(48, 32)
 left, singular, right = ops.svd_lowrank(weight, 32)
 assert torch.allclose(left * singular @ right.mT, weight, atol=1e-4)
