@@ -4,7 +4,7 @@
 # make nightly what is too long to wait for: sanitizers, the CUDA library, PEFT's tests, every architecture (about 50 minutes, by its parts)
 # make test-oldest   our Python tests beside the oldest release of everything that pyproject.toml allows
 # make test-arm   the kernels for ARM, under an emulator; needs g++-aarch64-linux-gnu and qemu-user, too    (9 minutes)
-# make wheels the sdist and wheels for other machines, for every Python found; needs g++-aarch64-linux-gnu, too    (10 to 15 minutes)
+# make wheels the sdist and wheels with CUDA for x86-64 and AArch64, for every Python found; needs g++-aarch64-linux-gnu, too    (20 to 25 minutes)
 # make test-wheels   those wheels in fresh systems, beside two releases of torch; needs debootstrap, too, and root    (5 minutes or more for each)
 # make docs   the book, into build/docs; needs doxygen, too    (half a minute, once all is built)
 #
@@ -90,11 +90,12 @@ wheel: $(if $(filter ON,$(CUDA)),$(BUILD)/wheel-cuda.stamp,$(BUILD)/wheel.stamp)
 # --no-deps: what they name besides is for running programs. One minor version for all parts of the compiler: each front
 # end writes a language that only its own back end reads; and the oldest cuBLAS, so that whichever torch brings will do.
 CUDA_PYTHON := $(BUILD)/venv-cuda/bin/python
-CUDA_COMPILER := $(foreach part,cuda-nvcc nvvm cuda-crt cuda-runtime cuda-cccl,'nvidia-$(part)~=13.0.0')
+CUDA_COMPILER := 'nvidia-cuda-nvcc~=13.0.0' 'nvidia-nvvm~=13.0.0' 'nvidia-cuda-cuobjdump>=13,<14'
+CUDA_LIBRARIES := $(foreach part,cuda-crt cuda-runtime cuda-cccl cublas,'nvidia-$(part)~=13.0.0') 'nvidia-cusolver~=12.0.0'
 
 $(BUILD)/venv-cuda.stamp: $(BUILD)/venv-build.stamp
 	$(PYTHON) -m venv --clear $(BUILD)/venv-cuda
-	$(CUDA_PYTHON) -m pip install -q --no-deps $(CUDA_COMPILER) 'nvidia-cublas~=13.0.0' 'nvidia-cusolver~=12.0.0' 'nvidia-cuda-cuobjdump>=13,<14'
+	$(CUDA_PYTHON) -m pip install -q --no-deps $(CUDA_COMPILER) $(CUDA_LIBRARIES)
 	site() { "$$1" -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; }; \
 	  site $(abspath $(BUILD_PYTHON)) >"$$(site $(CUDA_PYTHON))/venv-build.pth"  # torch and the tools
 	touch $@
@@ -139,7 +140,17 @@ $(WHEELS)/tools.stamp: | tools
 	  'scikit-build-core>=1.0' 'ziglang>=0.14'
 	touch $@
 
-wheels: tools-arm-compiler $(BUILD)/venv-build.stamp $(WHEELS)/tools.stamp
+# CUDA to compile wheels of an architecture with: programs for this machine, headers and libraries for the other.
+$(WHEELS)/cuda-%.stamp: $(WHEELS)/tools.stamp
+	rm -rf $(@:.stamp=)
+	$(WHEELS)/tools/bin/python -m pip download -q --no-deps -d $(@:.stamp=)/parts $(CUDA_COMPILER)
+	$(WHEELS)/tools/bin/python -m pip download -q --no-deps -d $(@:.stamp=)/parts --only-binary :all: \
+	  $(foreach tag,2_17 2_27 2_28,--platform manylinux_$(tag)_$*) --platform manylinux2014_$* $(CUDA_LIBRARIES)
+	for part in $(@:.stamp=)/parts/*.whl; do unzip -qo "$$part" -d $(@:.stamp=); done
+	rm -rf $(@:.stamp=)/parts
+	touch $@
+
+wheels: tools-arm-compiler $(BUILD)/venv-build.stamp $(WHEELS)/tools.stamp $(foreach machine,$(sort $(shell uname -m) aarch64),$(WHEELS)/cuda-$(machine).stamp)
 	sh tests/wheels/build.sh $(WHEELS) "$$($(BUILD_PYTHON) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" $(WHEELS)/tools $(PYTHONS)
 
 tools-wheels:
@@ -246,7 +257,7 @@ versions: $(BUILD)/venv-test.stamp
 
 test-cuda-build: $(BUILD)/wheel-cuda.stamp $(BUILD)/venv-test.stamp
 	sh tests/cuda_isolation.sh $(abspath $(CUDA_PYTHON))
-	sh tests/cuda_wheel.sh $(BUILD)/dist-cuda/*.whl $(TEST_PYTHON) $(BUILD)/venv-cuda/lib/python*/site-packages/nvidia/cu13/bin/cuobjdump
+	sh tests/cuda_wheel.sh $(BUILD)/dist-cuda/*.whl $(BUILD)/venv-cuda/lib/python*/site-packages/nvidia/cu13/bin/cuobjdump $(TEST_PYTHON)
 
 # bench/gpu.sh, with the simulated GPU in the place of one.
 test-gpu-rehearsal: $(BUILD)/venv-test.stamp $(BUILD)/tree.stamp

@@ -1,9 +1,10 @@
 #!/bin/sh
-# A wheel with the CUDA library, on a machine without a GPU: what the library links, where it looks for it, what of torch and
-# of its own it shows, for which GPUs it has code; and that beside the torch of PYTHON the wheel imports without a word.
-# Usage: cuda_wheel.sh WHEEL PYTHON CUOBJDUMP
+# A wheel with the CUDA library, of any architecture, on a machine without a GPU: what the library links, where it looks for
+# it, what of torch and of its own it shows, for which GPUs it has code, how large it is; and, if PYTHON is given, that beside
+# its torch the wheel imports without a word.
+# Usage: cuda_wheel.sh WHEEL CUOBJDUMP [PYTHON]
 set -eu
-wheel=$1 python=$2 cuobjdump=$3
+wheel=$1 cuobjdump=$2 python=${3-}
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 failed=0
@@ -14,8 +15,10 @@ expect() {  # WHAT NEEDED GOT
   failed=1
 }
 line() { LC_ALL=C sort -Vu | tr '\n' ' ' | sed 's/ $//'; }
+# Names of the dynamic symbols whose section is, or is not, UND. Unlike nm, readelf reads every architecture.
+symbols() { readelf -W --dyn-syms "$library" | awk -v test="$1" '$8 != "" && ($7 == "UND") == (test == "undefined") && $1 ~ /^[0-9]+:$/ {sub("@.*", "", $8); print $8}'; }
 
-"$python" -m pip install -q --no-deps --target "$folder" "$wheel"
+unzip -qo "$wheel" -d "$folder"
 library=$folder/pissa/libpissa_cuda13.so
 [ -f "$library" ] || { echo "$wheel has no pissa/libpissa_cuda13.so" >&2; exit 1; }
 
@@ -28,17 +31,24 @@ expect "RUNPATH" "(RUNPATH) [\$ORIGIN/../nvidia/cu13/lib]" \
 
 # torch: C functions only, for C++ names of at, c10 and torch change between releases. CUDA: no driver and no runtime; the
 # latter is inside, and its symbols must not show, for torch has a runtime of its own in the process.
-undefined=$(nm -D --undefined-only "$library" | awk '{print $NF}')
+undefined=$(symbols undefined)
+[ -n "$undefined" ] || expect "undefined symbols" "torch's, libc's" ""
 expect "undefined C++ names of torch" "" "$(echo "$undefined" | grep -E '^_ZNK?(2at|3c10|5torch|6caffe2)' | line)"
 expect "undefined functions of CUDA's driver and runtime" "" "$(echo "$undefined" | grep -E '^_*cu(da)?[A-Z]' | line)"
-expect "symbols that show" "" "$(nm -D --defined-only "$library" | awk '{print $NF}' | grep -v '^_Z' | line)"
+expect "symbols that show" "" "$(symbols defined | grep -v '^_Z' | line)"
 
 expect "code for GPUs" "75 80 86 89 90 100 110 120" \
   "$("$cuobjdump" --list-elf "$library" | sed -n 's/.*\.sm_\([0-9a-z]*\)\.cubin/\1/p' | line)"
 expect "PTX" "120" "$("$cuobjdump" --list-ptx "$library" | sed -n 's/.*\.sm_\([0-9a-z]*\)\.ptx/\1/p' | line)"
 
+# In MiB. Compressed by nvcc: without, it has six times as many.
+size=$(($(stat -c %s "$library") >> 20))
+echo "$(basename "$wheel"): the CUDA library has $size MiB, the wheel $(($(stat -c %s "$wheel") >> 20))"
+[ $size -le 12 ] || expect "size of the CUDA library, MiB" "at most 12" "$size"
+
 grep -q '"CUDA runtime"' "$folder"/pissa-*.dist-info/sboms/pissa.cdx.json || expect "listed among the parts" "CUDA runtime" ""
 
+[ -n "$python" ] || exit $failed
 output=$(PYTHONPATH=$folder "$python" -W error - 2>&1 <<'EOF'
 from pathlib import Path
 

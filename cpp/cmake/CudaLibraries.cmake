@@ -1,7 +1,8 @@
 # PISSA_CUDA_FOUND, the language CUDA and the interface target `pissa_cuda_libraries`: nvcc 13, cuBLAS, cuBLASLt, cuSOLVER
 # and the static CUDA runtime. Each is looked for in PISSA_CUDA_ROOT, then in the PyPI wheels of Python_EXECUTABLE
-# (site-packages/nvidia/cu13) and of the environment that an isolated build is started from, then in a toolkit: a toolkit's compiler with the wheels' cuBLAS is fine, and is what a
-# CUDA build of torch leads to. The runtime and its headers come from the compiler's own folder: they must match it.
+# (site-packages/nvidia/cu13) and of the environment that an isolated build is started from, then in a toolkit, which
+# CUDACXX, CUDA_HOME or CUDA_PATH may name: a toolkit's compiler with the wheels' cuBLAS is fine, and is what a CUDA build of
+# torch leads to. The runtime and its headers come from the compiler's own folder: they must match it.
 set(PISSA_CUDA AUTO CACHE STRING "Build the CUDA backend: AUTO (if CUDA 13 is found), ON, OFF")
 set_property(CACHE PISSA_CUDA PROPERTY STRINGS AUTO ON OFF)
 set(PISSA_CUDA_ROOT "" CACHE PATH "CUDA 13 to build with: a folder with bin/nvcc; empty: PyPI wheels, then a toolkit")
@@ -46,7 +47,7 @@ else()
   if(NOT nvcc AND DEFINED ENV{CUDACXX})
     find_program(nvcc "$ENV{CUDACXX}" NO_CACHE)
   endif()
-  find_program(nvcc nvcc PATHS /usr/local/cuda/bin NO_CACHE)
+  find_program(nvcc nvcc HINTS ENV CUDA_HOME ENV CUDA_PATH PATHS /usr/local/cuda PATH_SUFFIXES bin NO_CACHE)
 endif()
 if(CMAKE_VERSION VERSION_LESS 3.26)
   list(APPEND problems "CMake ${CMAKE_VERSION}, which does not know CUDA's C++20: 3.26 does")
@@ -71,11 +72,12 @@ else()
 endif()
 
 # The libraries: the files of CUDA 13 by their full names, for a wheel has no others.
-set(roots ${PISSA_CUDA_ROOT} ${wheels} ${nvcc_root} /usr/local/cuda)
+set(roots ${PISSA_CUDA_ROOT} ${wheels} ${nvcc_root} $ENV{CUDA_HOME} $ENV{CUDA_PATH} /usr/local/cuda)
 set(lib_folders lib64 lib targets/${CMAKE_SYSTEM_PROCESSOR}-linux/lib targets/sbsa-linux/lib)
 function(pissa_find_cuda name library header pip_packages)
-  find_library(library_file ${library} HINTS ${ARGN} PATH_SUFFIXES ${lib_folders} NO_CACHE)
-  find_path(header_folder ${header} HINTS ${ARGN} PATH_SUFFIXES include NO_CACHE)
+  # A cross-compiler's root, which has the target's system, has no CUDA.
+  find_library(library_file ${library} HINTS ${ARGN} PATH_SUFFIXES ${lib_folders} NO_CACHE NO_CMAKE_FIND_ROOT_PATH)
+  find_path(header_folder ${header} HINTS ${ARGN} PATH_SUFFIXES include NO_CACHE NO_CMAKE_FIND_ROOT_PATH)
   if(NOT library_file OR NOT header_folder)
     set(problems ${problems} "no ${name} (${library}, ${header})" PARENT_SCOPE)
     set(packages ${packages} ${pip_packages} PARENT_SCOPE)
@@ -122,15 +124,15 @@ if(problems)
 endif()
 
 # CMake tries the compiler by linking programs. The wheels have `lib` where nvcc expects `lib64`, so for these trials, and
-# only for them, the host's linker is told by LIBRARY_PATH; what we build names the runtime's file instead.
+# only for them, nvcc is told where; what we build names the runtime's file instead.
 get_filename_component(cudart_folder "${cudart_library}" DIRECTORY)
-set(saved_library_path "$ENV{LIBRARY_PATH}")
-set(ENV{LIBRARY_PATH} "${cudart_folder}:${saved_library_path}")
+set(saved_flags "$ENV{NVCC_APPEND_FLAGS}")
+set(ENV{NVCC_APPEND_FLAGS} "${saved_flags} -L${cudart_folder}")
 set(CMAKE_CUDA_COMPILER "${nvcc}" CACHE FILEPATH "nvcc")
 set(CMAKE_CUDA_HOST_COMPILER "${CMAKE_CXX_COMPILER}" CACHE FILEPATH "The compiler that nvcc calls")
 set(CMAKE_CUDA_ARCHITECTURES ${PISSA_CUDA_ARCHITECTURES})
 enable_language(CUDA)
-set(ENV{LIBRARY_PATH} "${saved_library_path}")
+set(ENV{NVCC_APPEND_FLAGS} "${saved_flags}")
 set(CMAKE_CUDA_RUNTIME_LIBRARY None)
 
 file(STRINGS "${cudart_include}/cuda_runtime_api.h" version REGEX "#define CUDART_VERSION +[0-9]+")

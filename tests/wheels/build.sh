@@ -1,5 +1,6 @@
 #!/bin/sh
-# The sdist, and for each PYTHON a wheel for this machine's architecture and one for AArch64, into FOLDER/dist, inspected.
+# The sdist, and for each PYTHON a wheel for this machine's architecture and one for AArch64, both with the CUDA library,
+# into FOLDER/dist, inspected. FOLDER/cuda-ARCHITECTURE has the CUDA to compile them with.
 # PACKAGES has torch, of which headers are wanted; TOOLS is an environment with auditwheel, twine and others (Makefile).
 # Usage: build.sh FOLDER PACKAGES TOOLS PYTHON...
 set -eu
@@ -26,11 +27,13 @@ wheel() {  # VERSION ARCHITECTURE OPTION...
   rm -rf "$folder/raw" "$folder/repaired"
   PATH=$folder/${python%/python}:$PATH
   "$python" -m pip wheel -q --no-build-isolation --no-deps --wheel-dir "$folder/raw" --config-settings=build-dir="$folder/$architecture" \
-    --config-settings=cmake.define.PISSA_CUDA=OFF --config-settings=cmake.define.PISSA_MANYLINUX=ON "$@" "$repository"
+    --config-settings=cmake.define.PISSA_CUDA=ON --config-settings=cmake.define.PISSA_CUDA_ROOT="$folder/cuda-$architecture/nvidia/cu13" \
+    --config-settings=cmake.define.PISSA_MANYLINUX=ON "$@" "$repository"
   inspect "$architecture" "$folder"/raw/*.whl
-  # The tag is that of the oldest system which has all that is needed. torch's libraries are there already, for pissa imports
-  # torch first.
-  auditwheel repair --only-plat --exclude 'libtorch*' --exclude 'libc10*' -w "$folder/repaired" "$folder"/raw/*.whl
+  sh "$repository/tests/cuda_wheel.sh" "$folder"/raw/*.whl "$folder/cuda-$architecture/nvidia/cu13/bin/cuobjdump"
+  # The tag is that of the oldest system which has all that is needed. torch's and CUDA's libraries are there already, for
+  # pissa imports torch first.
+  auditwheel repair --only-plat --exclude 'libtorch*' --exclude 'libc10*' --exclude 'libcu*' -w "$folder/repaired" "$folder"/raw/*.whl
   case $(ls "$folder/repaired") in
     *-manylinux_2_1[0-9]_"$architecture".whl | *-manylinux_2_2[0-8]_"$architecture".whl) mv "$folder"/repaired/*.whl "$folder/dist" ;;
     *) ls "$folder/repaired" >&2; echo "needs more than manylinux_2_28 has; auditwheel show $folder/raw/*.whl says what" >&2; exit 1 ;;
