@@ -2,8 +2,9 @@
 
     python -m bench.inner_loops build/aarch64/CMakeFiles/pissa_kernels_neonbf16.dir/cpp/pissa/cpu/kernels.cc.o
 
-A loop is a backward branch inside a function, an inner loop one that holds no other. The GEMM's micro-kernel is the one
-with the most multiply-accumulates: at best a loop has nothing but these. Prints a Markdown table, for bench/NOTES.md.
+A loop is a backward branch inside a function. An inner loop is one that contains no other. The GEMM's micro-kernel is
+the loop with the most multiply-accumulates. At best a loop contains only these. Prints a Markdown table for
+bench/NOTES.md.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Sphinx's configuration: `make docs` builds the book into build/docs, warnings are errors."""
+"""Sphinx's configuration. `make docs` builds the book into build/docs and treats warnings as errors."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ version = release = pissa.__version__
 extensions = ["myst_parser", "breathe", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3  # every heading can be linked to, and links to headings are checked
-nitpicky = True  # a name that leads nowhere is a warning
+nitpicky = True  # warn about references that cannot be resolved
 
-# Names without a page here: `make docs` needs no network, so that other projects' inventories are not read.
+# Names without a page here. `make docs` does not use the network, so it does not read other projects' inventories.
 nitpick_ignore_regex = [
     ("py:class", r"(torch|peft|os|collections\.abc|dataclasses)\..+"),
-    ("cpp:identifier", "pissa(::cpu|::cuda)?"),  # namespaces, which Breathe refers to but does not describe
+    ("cpp:identifier", "pissa(::cpu|::cuda)?"),  # namespaces that Breathe refers to but does not describe
     ("cpp:identifier", "(cuda|cublas|cusolver)[A-Za-z]+_t"),  # CUDA's types
 ]
 
 breathe_projects = {"pissa": "../build/doxygen/xml"}  # by docs/Doxyfile
 breathe_default_project = "pissa"
-breathe_show_include = False  # one header is included
+breathe_show_include = False  # users include only one header
 
-default_role = "literal"  # of docstrings: single backticks are code
-smartquotes_action = "D"  # dashes alone: quotes can be copied
+default_role = "literal"  # in docstrings, single backticks are code
+smartquotes_action = "D"  # only dashes, so that quotes in examples can be copied
 
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented_params"
@@ -38,4 +38,4 @@ html_copy_source = False
 html_static_path = ["static"]
 html_css_files = ["tables.css"]
 templates_path: list[str] = []
-exclude_patterns = ["pypi.md"]  # for the package index
+exclude_patterns = ["pypi.md"]  # written for the package index

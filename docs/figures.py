@@ -1,4 +1,4 @@
-"""The pictures of the book and the README, out of committed data: `make figures`.
+"""Draws the pictures of the book and the README from committed data: `make figures`.
 
 python docs/figures.py    # writes docs/pictures/*.png
 """
@@ -26,7 +26,7 @@ HERE = Path(__file__).parent
 DATA = HERE.parent / "bench" / "results"
 TUNED, FROZEN, TRAINED = "#E8A87C", "0.85", pictures.PISSA
 
-# Rows of bench/compare, and what a bar of them is called.
+# Rows of bench/compare, and the labels of their bars.
 WORK = {
     "training step of SmolLM2-135M, nf4, r = 16": "training step, SmolLM2-135M",
     "training step of Llama-3.2-1B's shape, nf4, r = 16": "training step, Llama-3.2-1B's shape",
@@ -40,9 +40,9 @@ WORK = {
 
 
 def speed() -> Figure:
-    """How many times as long PEFT with bitsandbytes takes, and with the best settings that it has."""
+    """How many times as long PEFT with bitsandbytes takes, with its default settings and with its best ones."""
     files = [json.loads((DATA / name).read_text()) for name in ("zen4_2_cores.json", "zen4_2_cores_models.json")]
-    rows = {(row["work"], row["setting"]): row for file in files for row in file["rows"]}  # the second file's are later
+    rows = {(row["work"], row["setting"]): row for file in files for row in file["rows"]}  # the second file's rows are newer
     figure, (axes,) = figures.panels(["How many times as fast as PEFT + bitsandbytes, 4 bits, on a CPU"], height=3.2)
     for place, work in enumerate(WORK):
         for setting, offset, color in (("default", -0.19, pictures.PISSA), ("tuned", 0.19, TUNED)):
@@ -63,7 +63,7 @@ def speed() -> Figure:
         Rectangle((0, 0), 1, 1, color=pictures.PISSA, label="against PEFT as installed"),
         Rectangle((0, 0), 1, 1, facecolor=TUNED, hatch="///", label="against PEFT tuned (*)"),
     ]
-    axes.legend(handles=handles, loc="center right", bbox_to_anchor=(1, 0.29), frameon=False)  # beside short bars
+    axes.legend(handles=handles, loc="center right", bbox_to_anchor=(1, 0.29), frameon=False)  # next to short bars
     figures.note(
         figure,
         "two Zen 4 cores; a layer of 4096 x 4096, r = 64; step: r = 16; start: 4096 x 4096, r = 128\n"
@@ -74,8 +74,8 @@ def speed() -> Figure:
 
 
 def valley() -> Figure:
-    """Held-out loss against the learning rate, PiSSA and LoRA, in two trainings; grey is between the largest rate at
-    which PiSSA is ahead and the smallest at which LoRA is."""
+    """Held-out loss against the learning rate for PiSSA and LoRA, in two trainings. The grey area lies between the
+    largest rate at which PiSSA is ahead and the smallest at which LoRA is."""
     known = Results(DATA / "experiments")
     lora, pissa = equal_rates.sweeps("gsm8k", Options())
     figure, (left, right) = figures.panels(["40 steps", "24 steps"], height=2.8)
@@ -94,7 +94,7 @@ def valley() -> Figure:
 
 
 def _trials(method: str, known: Known) -> dict[float, float]:
-    """The losses of 24 steps by rate, ascending: a sweep's, and that at the suggested rate."""
+    """The losses after 24 steps by rate, ascending: those of a sweep, and the one at the suggested rate."""
     losses = suggested.trial_sweep("gsm8k_24", method, 16, Options()).losses(known)
     cell = suggested.at_suggested(SuggestionCell("gsm8k_24", method, 16), known)
     return dict(sorted((losses | {cell.rate: loss_of(known[cell])}).items()))
@@ -118,7 +118,7 @@ def _valleys(axes: Axes, lora: dict[float, float], pissa: dict[float, float], to
 
 
 def split() -> Figure:
-    """A weight, its singular values, and the two parts."""
+    """A weight, its singular values, and its two parts."""
     figure, axes = figures.panels(["the weight's singular values", "what becomes of them"], height=2.2)
     values = 3.2 * np.arange(1, 33) ** -0.55
     r = 6
@@ -139,7 +139,7 @@ def split() -> Figure:
 
 
 def fused() -> Figure:
-    """What memory a layer in 4 bits touches, by separate steps and fused."""
+    """The memory that a 4-bit layer touches, in separate steps and fused."""
     figure, (apart, one) = figures.panels(["separate steps", "fused"], columns=1, height=1.25)
     for axes in (apart, one):
         _canvas(axes, (0, 20), (0, 4))

@@ -1,4 +1,4 @@
-"""The manual page of `pissa`, out of its parser: `python docs/man.py FILE`, which `make docs` runs."""
+"""Generates the manual page of `pissa` from its parser: `python docs/man.py FILE`, which `make docs` runs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def main() -> None:
     page = Manpage(parser)
     page.manual = "pissa"
     page.description = "fine-tune language models with PiSSA and QPiSSA"
-    # A line of text that begins with a quote would be a macro to troff.
+    # troff would interpret a line of text that begins with a quote as a macro.
     Path(sys.argv[1]).write_text(str(page).replace("\n'", "\n\\(aq"), encoding="utf-8")
 
 

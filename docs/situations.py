@@ -1,9 +1,9 @@
-"""Writes situations.md: what PEFT's PiSSA does in twenty situations, and what pissa does, both run here.
+"""Writes situations.md: what PEFT's PiSSA and pissa do in twenty situations. Both are run here.
 
     python docs/situations.py            # writes the page
-    python docs/situations.py --check    # runs both sides alone
+    python docs/situations.py --check    # only runs both sides
 
-Exit status 1: PEFT's side has been mended, or ours is wrong; the situation is named.
+Exit status 1: PEFT's side has been fixed, or ours is wrong. The situation is named.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import bitsandbytes as bnb
 import peft
 import torch
 import transformers
-from accelerate import cpu_offload  # noqa: F401  as the next two, in the code that is run
+from accelerate import cpu_offload  # noqa: F401  used in the code that is run, like the next two
 from safetensors.torch import load_file  # noqa: F401
 from torch import Tensor, nn
 
@@ -36,7 +36,7 @@ TOKENS = torch.arange(24).reshape(2, 12)
 
 
 def base(dtype: torch.dtype = torch.float32, **fields: Any) -> nn.Module:
-    """A Llama of two layers, the same at each call."""
+    """A Llama with two layers, the same at each call."""
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 128}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.2}
     torch.manual_seed(0)
@@ -44,7 +44,7 @@ def base(dtype: torch.dtype = torch.float32, **fields: Any) -> nn.Module:
 
 
 def mixture() -> nn.Module:
-    """A Mixtral of four experts, which transformers keeps in one parameter."""
+    """A Mixtral with four experts, which transformers keeps in one parameter."""
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "vocab_size": 128}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4}
     torch.manual_seed(0)
@@ -73,7 +73,7 @@ def logits(model: nn.Module) -> Tensor:
 
 
 def error(found: Tensor, expected: Tensor) -> float:
-    """Relative, in the Frobenius norm."""
+    """The relative error, in the Frobenius norm."""
     return ((found - expected).norm() / expected.norm()).item()
 
 
@@ -85,7 +85,7 @@ def train(model: nn.Module) -> None:
         optimizer.zero_grad()
 
 
-# Both sides end with an expression: an error of numbers, whether something holds, or what is written on the page.
+# Both sides end with an expression: a numerical error, whether something holds, or a text for the page.
 Outcome = float | bool | str | Exception
 
 
@@ -105,7 +105,7 @@ def is_right(outcome: Outcome) -> bool:
 class Situation:
     title: str
     what: str
-    """What the last line of both sides tells."""
+    """What the last line of both sides shows."""
     theirs: str
     ours: str
     wrong: Callable[[Outcome], bool] = is_wrong
@@ -113,7 +113,7 @@ class Situation:
 
 
 def _refused(outcome: Outcome) -> bool:
-    """By an error that names the layer."""
+    """Whether an error that names the layer was raised."""
     return isinstance(outcome, (ValueError, TypeError)) and "model.layers" in str(outcome)
 
 
@@ -409,7 +409,7 @@ SITUATIONS = (
 
 @contextmanager
 def _empty_folder() -> Iterator[None]:
-    """As the current one."""
+    """Makes an empty folder the working directory."""
     before = Path.cwd()
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
@@ -420,7 +420,7 @@ def _empty_folder() -> Iterator[None]:
 
 
 def outcome_of(code: str) -> Outcome:
-    """The value of the last line; or the exception that a line raises."""
+    """The value of the last line, or the exception that a line raises."""
     tree = ast.parse(textwrap.dedent(code))
     last = tree.body.pop()
     assert isinstance(last, ast.Expr)
@@ -429,7 +429,7 @@ def outcome_of(code: str) -> Outcome:
         try:
             exec(compile(tree, "situation", "exec"), names)
             value = eval(compile(ast.Expression(last.value), "situation", "eval"), names)
-        except Exception as raised:  # is what the page shows
+        except Exception as raised:  # the page shows it
             return raised
     return value if isinstance(value, (float, bool, str)) else "no error"
 

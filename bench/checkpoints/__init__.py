@@ -1,1 +1,1 @@
-"""Checkpoints of any size, generated, and what `pissa init`, `pissa.load` and their peers need to process them."""
+"""Generates checkpoints of any size; measures what `pissa init`, `pissa.load` and their peers need to process them."""

@@ -1,10 +1,10 @@
-"""What `pissa init` and `pissa.load` take, beside their peers: a row a process, or several.
+"""Measures time and memory of `pissa init`, `pissa.load` and their peers. Each row runs in one or more processes.
 
-    python -m bench.checkpoints --work DIR --rows peer 3b 7b     # both cores alone, 40 GB of disk for 7b
+    python -m bench.checkpoints --work DIR --rows peer 3b 7b     # needs both cores idle, and 40 GB of disk for 7b
     python -m bench.checkpoints --work DIR --shape tiny          # does it run?
     python -m bench.checkpoints --table                          # what was measured, in Markdown
 
-Results go to bench/results/checkpoints.json, a row in the place of the one from before. Checkpoints are generated in
+Results are written to bench/results/checkpoints.json. A new row replaces the earlier one. Checkpoints are generated in
 DIR and removed. Exit status 1: a row has failed, or has missed its goal.
 """
 

@@ -2,10 +2,10 @@
 
     python -m bench.checkpoints.generate OUT --shape 7b      # 13.5 GB, as fast as the disk writes
 
-A layer's weight has the singular values c * i^-0.45. One weight of each shape is made, from a diagonal by orthogonal
-transforms; each layer has its rows in an order of its own and the signs of some columns flipped, which leaves the
-spectrum. Embeddings are noise, norms 1. The same name, shape and seed give the same bytes. Files are written tensor by
-tensor; if something fails, OUT is removed.
+The weights of the layers have the singular values c * i^-0.45. One weight of each shape is made, from a diagonal by
+orthogonal transforms. Each layer permutes its rows and flips the signs of some columns, which preserves the spectrum.
+Embeddings are noise, and norms are 1. The same name, shape and seed give the same bytes. Files are written tensor by
+tensor. If something fails, OUT is removed.
 """
 
 from __future__ import annotations

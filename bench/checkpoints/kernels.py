@@ -1,8 +1,8 @@
-"""The rate of the kernels alone: SVD and residual of weights of a shape that are in memory.
+"""Measures the rate of the kernels alone: SVD and residual of weights of one shape that are in memory.
 
     python -m bench.checkpoints.kernels --shape 7b
 
-Some weights of each shape of a layer are timed, and counted as often as the model has them.
+For each shape of a layer some weights are timed. The time is multiplied by the number of such weights in the model.
 """
 
 from __future__ import annotations

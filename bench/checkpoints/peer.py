@@ -1,9 +1,9 @@
-"""The way in which the paper's authors make a QPiSSA checkpoint, with transformers, PEFT and bitsandbytes.
+"""Makes a QPiSSA checkpoint in the way of the paper's authors, with transformers, PEFT and bitsandbytes.
 
     python -m bench.checkpoints.peer SRC OUT --rank 16
 
-The model is loaded, `init_lora_weights="pissa_niter_4"` splits its layers, adapter and residual model are saved; the
-residual model is loaded again in 4 bits and saved.
+The model is loaded, `init_lora_weights="pissa_niter_4"` splits its layers, and adapter and residual model are saved.
+The residual model is then loaded again in 4 bits and saved.
 """
 
 from __future__ import annotations

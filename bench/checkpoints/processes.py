@@ -1,4 +1,4 @@
-"""Programs in processes of their own: how long they take, and how much memory, what is mapped apart."""
+"""Runs programs in their own processes and measures their time and memory, with mapped memory counted separately."""
 
 from __future__ import annotations
 

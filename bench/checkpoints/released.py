@@ -1,10 +1,10 @@
-"""Models as they are released, of random weights: what pissa.load and a step of training take.
+"""Models as they are released, with random weights: what pissa.load and a training step take.
 
     python -m bench.checkpoints.released --work DIR --json bench/results/released_models.json
 
-gpt-oss-20b in its exact tensors (13.8 GB); a block of DeepSeek-V3 in FP8 with 24 of its experts, and of Kimi K2 in INT4
-with 72, each beside the same block in bfloat16. A step is that of `bench.checkpoints.step`, 512 tokens; each has a
-process of its own. A folder is made when it is measured, and removed.
+The models are gpt-oss-20b in its exact tensors (13.8 GB), a block of DeepSeek-V3 in FP8 with 24 of its experts, and a
+block of Kimi K2 in INT4 with 72. Both blocks are compared with the same block in bfloat16. A step is that of
+`bench.checkpoints.step`, 512 tokens. Each model has its own process. Folders are made when needed, then removed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The rows of the table: what each measures, and what is wanted of it."""
+"""The rows of the table: what each one measures, and its goal."""
 
 from __future__ import annotations
 

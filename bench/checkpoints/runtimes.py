@@ -1,10 +1,10 @@
-"""A checkpoint of `pissa init` in plain transformers, bitsandbytes and PEFT, beside `pissa.load` of it.
+"""Compares a checkpoint of `pissa init` in plain transformers, bitsandbytes and PEFT with `pissa.load` of it.
 
     python -m bench.checkpoints.runtimes OUT
 
-The report has the largest difference of logits, as a share of the largest logit, and the loss of both. On a CPU
+The report contains the largest difference of logits, as a share of the largest logit, and the loss of both. On a CPU
 bitsandbytes computes with 4-bit weights in the dtype of the input while a model is in training mode, but in bf16 in
-evaluation; so both modes of it are compared. (These models have no dropout.)
+evaluation mode. Both of its modes are therefore compared. (These models have no dropout.)
 """
 
 from __future__ import annotations

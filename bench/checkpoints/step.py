@@ -1,11 +1,11 @@
-"""A step of training over a mapped checkpoint, and the products of that step at torch's dense rate.
+"""Measures a training step over a mapped checkpoint, and the products of that step at torch's dense rate.
 
     python -m bench.checkpoints.step OUT --steps 2            # memory and time of the step alone
     python -m bench.checkpoints.step OUT --steps 3 --dense    # in turns with the products
 
-A step is forward and backward of 1 x 512 tokens with gradient checkpointing, and AdamW. Its products with weights are
-y = x Wᵀ, twice in each layer, since the backward pass computes it again, and dx = dy W; one of each in the output
-layer.
+A step is forward and backward of 1 x 512 tokens with gradient checkpointing, and AdamW. Its products with the weights
+of a layer are y = x Wᵀ, computed twice because the backward pass repeats it, and dx = dy W. The output layer has one
+of each.
 """
 
 from __future__ import annotations

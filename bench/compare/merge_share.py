@@ -1,10 +1,10 @@
-"""What rounding leaves of a trained change that is merged back into the format of its base.
+"""Measures how much of a trained change is left after it is merged into the format of its base and rounded.
 
     python -m bench.compare.merge_share --gsm8k FOLDER --json bench/results/merge_share.json
 
-SmolLM2-135M-Instruct quantised to each format, trained as in `bench.compare.plain_nf4`; then base and change are added,
-rounded as `pissa merge --quant same` does it, and the adapter is taken away. The share of a
-change D that survives is <Q - W, D> / <D, D>, for W before and Q after, over all layers; "noise" is what else Q has,
+SmolLM2-135M-Instruct is quantised to each format and trained as in `bench.compare.plain_nf4`. Then base and change are
+added and rounded as `pissa merge --quant same` does it, and the adapter is removed. The share of a change D that
+survives is <Q - W, D> / <D, D>, where W is before and Q after, over all layers. "noise" is the rest of the difference,
 relative to D: |Q - W - share D| / |D|.
 """
 

@@ -1,8 +1,8 @@
 """The tables of README.md, docs/speed.md and docs/what-fits.md, from the committed results.
 
-    python -m bench.compare.page    # writes them; a test says when they are not those of the results
+    python -m bench.compare.page    # writes them; a test fails if they differ from the results
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`.
+A table is written between `<!-- table: NAME -->` and `<!-- end -->`.
 """
 
 from __future__ import annotations

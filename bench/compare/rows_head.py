@@ -1,4 +1,4 @@
-"""Rows about the output layer and the loss alone: forward and backward of hidden states of which half have a label."""
+"""Rows about the output layer and the loss alone: forward and backward of hidden states, half of which have a label."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows about a whole language model, SmolLM2-135M: a step of training, and wrapping."""
+"""Rows about a whole language model, SmolLM2-135M: a training step, and wrapping."""
 
 from __future__ import annotations
 

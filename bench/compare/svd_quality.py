@@ -1,15 +1,15 @@
-"""The energy that pissa.ops.svd_lowrank loses with passes="auto", beside torch.svd_lowrank with niter=16; its time.
+"""Compares the energy lost by pissa.ops.svd_lowrank with passes="auto" and torch.svd_lowrank with niter=16; its time.
 
     python -m bench.compare.svd_quality --json bench/results/svd_quality.json  # half an hour on one core
     python -m bench.compare.svd_quality --size 512 --seeds 1                   # does it run?
 
 A weight is U diag(s) V^T with random orthogonal U and V and s_i = i^-p, so its best rank-r part needs no SVD. The loss
 is (||S_r||^2 - ||projection||^2) / ||S_r||^2. The projection is that of the weight on the r columns found for U, or for
-V, whichever loses more; U's loss is the loss of U diag(S) V^T. Each entry is the median over the seeds of the sketch.
+V, whichever loses more. U's loss is the loss of U diag(S) V^T. Each entry is the median over the seeds of the sketch.
 
-Time is the processor time of `split`, with "auto" and with 8 passes in turns, on one thread of one core: the median of
-the ratios. Exit status 1: "auto" loses more than torch + 1e-5, or, up to rank 64, takes more than 1.25 times as long as
-8 passes.
+Time is the processor time of `split`, with "auto" and with 8 passes in turns, on one thread of one core. The median of
+the ratios is reported. Exit status 1: "auto" loses more than torch + 1e-5, or, up to rank 64, takes more than 1.25
+times as long as 8 passes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The paper's claims, repeated: experiments that declare their cells, run once each, and pages out of the results."""
+"""The paper's claims, repeated: experiments that declare their cells, each run once, and pages made of the results."""
 
 import os
 

@@ -1,11 +1,11 @@
 """The paper's claims on models and data that two cores can train, every method at its best rate.
 
     python -m bench.experiments NAME --data gsm8k=DIR reviews=DIR mnist=DIR    # runs what is missing, writes the page
-    python -m bench.experiments NAME --only-page                               # the page, of what is known
+    python -m bench.experiments NAME --only-page                               # writes the page from known results
     python -m bench.experiments --list
 
-A line of JSON for each cell goes to bench/results/experiments/KIND.jsonl; a cell that is there is not run again.
-PROTOCOL.md says what is run and how; README.md is the page.
+Each cell writes a line of JSON to bench/results/experiments/KIND.jsonl. A cell that is already there is not run again.
+PROTOCOL.md describes what is run and how. README.md is the page.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""The cell of an encoder: MiniLM-L6 with a new head, fine-tuned by transformers' Trainer to tell reviews that praise
-from those that blame."""
+"""The cell of an encoder: MiniLM-L6 with a new head, fine-tuned by transformers' Trainer to distinguish positive
+reviews from negative ones."""
 
 from __future__ import annotations
 

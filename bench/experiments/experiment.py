@@ -1,4 +1,4 @@
-"""What an experiment is: cells that are wanted, given what is known, and the page that the known ones make."""
+"""The definition of an experiment: the cells that it wants, given the known ones, and the section made of these."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures of sweeps and curves, the same bytes from the same numbers. They are as wide as a page's text, with letters
+"""Pictures of sweeps and curves. The same numbers give the same bytes. They are as wide as a page's text, with letters
 of 8 points."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The cell of a first gradient: that of A and B before any training."""
+"""The cell of a first gradient: the gradient of A and B before any training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where each sweep of the learning rate begins: the middle of its five rates, fixed before the runs."""
+"""Where each sweep of the learning rate begins: the middle one of its five rates, fixed before the runs."""
 
 from __future__ import annotations
 

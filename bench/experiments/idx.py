@@ -1,4 +1,4 @@
-"""The IDX format, in which MNIST is published: a header of sizes, then bytes."""
+"""The IDX format, in which MNIST is published: a header with the sizes, then bytes."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The cell of a language model: SmolLM2, or another, fine-tuned by TRL's SFTTrainer and evaluated on what it has not
-seen."""
+"""The cell of a language model: SmolLM2, or another, fine-tuned by TRL's SFTTrainer and evaluated on data that it has
+not seen."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a language model learns here: data of a task, in tokens."""
+"""The tasks of the language model: their data, in tokens."""
 
 from __future__ import annotations
 

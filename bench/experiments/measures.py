@@ -1,4 +1,4 @@
-"""What tables and pictures take from the results of a sweep."""
+"""The values that tables and pictures take from the results of a sweep."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Numbers as results hold them."""
+"""Numbers in the form in which results store them."""
 
 from __future__ import annotations
 

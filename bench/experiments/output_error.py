@@ -1,4 +1,4 @@
-"""The cell of an output error: how much of what nf4 loses of a layer's outputs each repair gives back."""
+"""The cell of an output error: how much of nf4's error in a layer's outputs each repair removes."""
 
 from __future__ import annotations
 

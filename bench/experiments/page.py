@@ -1,4 +1,4 @@
-"""The page: README.md and its pictures, out of the results alone."""
+"""The page: README.md and its pictures, made only from the results."""
 
 from __future__ import annotations
 

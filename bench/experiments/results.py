@@ -1,4 +1,4 @@
-"""Files of results: a line of JSON for each finished cell, a file for each kind of cell."""
+"""Files of results: a line of JSON for each finished cell, and a file for each kind of cell."""
 
 from __future__ import annotations
 

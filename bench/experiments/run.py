@@ -1,4 +1,4 @@
-"""Runs the cells that are not known yet, each in a process of its own, so many at a time."""
+"""Runs the cells that are not known yet, each in its own process, a given number at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The cell of a suggested rate: what `pissa.suggest_lr` says of a method on a task."""
+"""The cell of a suggested rate: what `pissa.suggest_lr` suggests for a method on a task."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The cell of a truncated SVD: seconds, and how far the result is from the exact one."""
+"""The cell of a truncated SVD: its seconds, and how far its result is from the exact one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sweeps of the learning rate: which rates are tried, which one is the best, which seeds follow."""
+"""Sweeps of the learning rate: which rates are tried, which one is best, which seeds follow."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Markdown tables of means over seeds; bold is only what differs."""
+"""Markdown tables of means over seeds. Only what differs is bold."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""A machine with a GPU: builds, tests and measures there; `python -m bench.gpu`."""
+"""Builds, tests and measures on a machine with a GPU: `python -m bench.gpu`."""

@@ -1,13 +1,13 @@
-"""Speed on a GPU beside torch, PEFT and bitsandbytes. Every row is checked, then both sides are timed in turns.
+"""Compares speed on a GPU with torch, PEFT and bitsandbytes. Every row is checked, then both sides are timed in turns.
 
     python -m bench.gpu.measure                                # everything, minutes
-    python -m bench.gpu.measure decode --rows "M = 1,"         # of a stage, rows that contain this
+    python -m bench.gpu.measure decode --rows "M = 1,"         # the rows of a stage that contain this
     python -m bench.gpu.measure --device cpu --quick           # does it run? The ratios mean nothing
 
 Times are the GPU's, between events, with cold caches. Calls are queued beforehand, so that neither side pays for its
-CPU time; the start of a model and a model's training are timed by the wall clock. A row whose peer cannot be imported
-has our time alone. Exit status 1: a row failed, and its last column says why; 3: after it the GPU computes nothing
-more in this process; 75: no time for all rows; 77: packages are missing. A missed goal is no failure.
+CPU time. The start of a model and its training are timed by the wall clock. A row whose peer cannot be imported has
+only our time. Exit status 1: a row failed, and its last column says why; 3: after that row the GPU computes nothing
+more in this process; 75: not enough time for all rows; 77: packages are missing. A missed goal is not a failure.
 """
 
 from __future__ import annotations

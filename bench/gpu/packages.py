@@ -1,8 +1,9 @@
-"""Takes from the prepared folder the packages that this machine lacks.
+"""Installs the packages that this machine lacks from the prepared folder.
 
     python -m bench.gpu.packages PREPARED_DIR SITE
 
-A package is taken if none is installed or an older one. SITE is the folder to put them in; it must be on PYTHONPATH.
+A package is taken if it is not installed or the installed one is older. SITE is the folder to put packages into. It
+must be on PYTHONPATH.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Where the time of a decomposition goes: kernels by their time, of one weight, of 26 and of 128 of them at once.
+"""Where the time of a decomposition goes: kernels by their time, for one weight, and for 26 and 128 weights at once.
 
     python -m bench.gpu.profiling [--device cpu] [--quick]
 
-Below them the steps that libraries do, alone: torch calls the same potrfBatched of cuSOLVER for its batched Cholesky
-factors. Our eigensolver is in the tables, three kernels (cuda/eigh.cu); torch's own stands beside it.
+Below the tables are the steps of libraries alone: torch calls the same potrfBatched of cuSOLVER for its batched
+Cholesky factors. Our eigensolver, three kernels (cuda/eigh.cu), is in the tables; torch's own is shown for comparison.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Rows about one layer on a GPU: training and decoding with it, and NF4 beside a copy.
+"""Rows about one layer on a GPU: training and decoding with it, and NF4 compared with a copy.
 
-All of it also runs on the CPU, with small sizes, to see that it runs; the ratios mean nothing there.
+All of them also run on the CPU, with small sizes, to test that they run. The ratios mean nothing there.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Rows about a small language model on a GPU: wrapping it, and a step of training, by the wall clock."""
+"""Rows about a small language model on a GPU: wrapping it, and a training step, by the wall clock."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writes the paper's training data as `pissa finetune` reads it: the first examples, a question and an answer each.
+"""Writes the paper's training data as `pissa finetune` reads it: the first examples, each a question and an answer.
 
 python bench/recipes/data.py metamath metamath.jsonl            # from the Hugging Face hub
 python bench/recipes/data.py evol-instruct out.jsonl --rows 100000 --source FILE_OR_FOLDER

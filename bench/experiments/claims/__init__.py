@@ -1,1 +1,1 @@
-"""The experiments: a file for each claim."""
+"""The experiments, with a file for each claim."""

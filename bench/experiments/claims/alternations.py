@@ -1,4 +1,4 @@
-"""How many alternations of decomposition and quantisation a start in 4 bits should take, by the loss after training."""
+"""How many alternations of decomposition and quantisation a 4-bit start should take, by the loss after training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Any start on any base in 4 bits: what the smaller error of the base is worth, before training and after."""
+"""Any start on any 4-bit base: the value of the base's smaller error, before training and after it."""
 
 from __future__ import annotations
 

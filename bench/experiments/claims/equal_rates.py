@@ -1,4 +1,4 @@
-"""PiSSA against LoRA at equal rates, as in the paper, beside each at its own best rate."""
+"""PiSSA against LoRA at equal rates, as in the paper, and each at its own best rate."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Table 6: the truncated SVD by passes over the weight: seconds, error, and the loss after training from it."""
+"""Table 6: the truncated SVD by passes over the weight: seconds, error, and loss after training from its start."""
 
 from __future__ import annotations
 

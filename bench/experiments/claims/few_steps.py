@@ -1,4 +1,4 @@
-"""How many steps each method needs for the loss that LoRA ends with, each at its best rate."""
+"""How many steps each method needs to reach LoRA's final loss, each at its best rate."""
 
 from __future__ import annotations
 

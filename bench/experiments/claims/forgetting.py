@@ -1,4 +1,4 @@
-"""What is forgotten: the loss on prose that no task has, before and after training, at each method's best rate."""
+"""Forgetting: the loss on prose that belongs to no task, before and after training, at each method's best rate."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether PiSSA is ahead where the optimiser does not see how long the factors are."""
+"""Whether PiSSA is ahead with an optimiser that does not see how long the factors are."""
 
 from __future__ import annotations
 

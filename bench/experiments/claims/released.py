@@ -1,4 +1,4 @@
-"""What training on the formats of released models costs, beside NF4 and 16 bits."""
+"""The cost of training on the formats of released models, compared with NF4 and 16 bits."""
 
 from __future__ import annotations
 

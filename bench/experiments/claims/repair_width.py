@@ -1,4 +1,4 @@
-"""What a repair of a fixed rank is worth in wider layers: nobody should extrapolate from a small model."""
+"""The value of a repair of fixed rank in wider layers, so that nobody has to extrapolate from a small model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a base in few bits loses, and what repairs that know the layers' inputs give back."""
+"""What a base in few bits loses, and how much of it repairs recover if they know the layers' inputs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The orthonormal start beside PiSSA's, LoRA's, rsLoRA's and OLoRA's, at three ranks."""
+"""The orthonormal start compared with the starts of PiSSA, LoRA, rsLoRA and OLoRA, at three ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The rate that `--lr auto` suggests, against the sweeps."""
+"""The rate that `--lr auto` suggests, compared with the sweeps."""
 
 from __future__ import annotations
 
