@@ -42,7 +42,7 @@ WORK = {
 def speed() -> Figure:
     """How many times as long PEFT with bitsandbytes takes, with its default settings and with its best ones."""
     files = [json.loads((DATA / name).read_text()) for name in ("zen4_2_cores.json", "zen4_2_cores_models.json")]
-    rows = {(row["work"], row["setting"]): row for file in files for row in file["rows"]}  # the second file's rows are newer
+    rows = {(row["work"], row["setting"]): row for file in files for row in file["rows"]}  # the second file is newer
     figure, (axes,) = figures.panels(["How many times as fast as PEFT + bitsandbytes, 4 bits, on a CPU"], height=3.2)
     for place, work in enumerate(WORK):
         for setting, offset, color in (("default", -0.19, pictures.PISSA), ("tuned", 0.19, TUNED)):

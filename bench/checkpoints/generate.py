@@ -33,7 +33,7 @@ _CHUNK_ROWS = 4096  # of an embedding
 
 
 def _llama(hidden: int, inner: int, layers: int, heads: int, vocabulary: int = 32000, **more: Any) -> dict[str, Any]:
-    """Of LlamaConfig; embeddings are tied unless `more` says otherwise."""
+    """The fields of a LlamaConfig. Embeddings are tied unless `more` says otherwise."""
     sizes = {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers}
     sizes |= {"num_attention_heads": heads, "vocab_size": vocabulary, "tie_word_embeddings": True}
     return {**sizes, **more}
@@ -107,7 +107,7 @@ def _signs(size: int, generator: torch.Generator) -> Tensor:
 
 
 def values_of(name: str, shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Iterator[Tensor]:
-    """The tensor of that name, in parts of some rows."""
+    """The tensor of that name, in parts of a few rows each."""
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) ^ seed)
     if len(shape) == 1:
         yield torch.ones(shape, dtype=dtype)
@@ -156,7 +156,7 @@ def generate(out: Path, shape: str, dtype: str = "bf16", seed: int = 0, shard_by
 
 @contextmanager
 def generated(out: Path, shape: str, **options: Any) -> Iterator[Path]:
-    """The folder with the checkpoint, which is removed in the end."""
+    """The folder with the checkpoint. It is removed at the end."""
     generate(out, shape, **options)
     try:
         yield out

@@ -41,12 +41,12 @@ class Usage:
     """What it wrote to stdout."""
 
     def as_dict(self) -> dict[str, Any]:
-        """All but the output."""
+        """All fields except the output."""
         return {name: value for name, value in asdict(self).items() if name != "output"}
 
 
 def environment(threads: int) -> dict[str, str]:
-    """For programs of ours and of peers alike."""
+    """The environment of our programs and of the peers'."""
     paths = [str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH", "")]
     quiet = {"TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1", "GLOO_SOCKET_IFNAME": "lo"}
     return {

@@ -72,7 +72,7 @@ def gpt_oss(layers: int) -> tuple[Any, Iterator[tuple[str, dict[str, Tensor]]], 
 
 
 def block(format: str, experts: int, heads: int) -> tuple[Any, Iterator[tuple[str, dict[str, Tensor]]], str]:
-    """The same of one block; of INT4 the experts alone are packed."""
+    """The same for one block. In INT4 only the experts are packed."""
     routed = {"n_routed_experts": experts, "num_experts_per_tok": 8, "n_group": 1, "topk_group": 1}
     sizes = {"hidden_size": 7168, "moe_intermediate_size": 2048, "num_hidden_layers": 1, "vocab_size": 1024}
     heads_of = {"num_attention_heads": heads, "num_key_value_heads": heads, "first_k_dense_replace": 0}
@@ -117,7 +117,7 @@ def packed(format: str, layer: str, weight: Tensor) -> dict[str, Tensor]:
 
 
 def make(shape: str, folder: Path, layers: int) -> float:
-    """Writes the checkpoint. Returns its GB."""
+    """Writes the checkpoint. Returns its size in GB."""
     name, _, format = shape.partition(" ")
     if name == "gpt-oss-20b":
         config, shards, method = gpt_oss(layers)

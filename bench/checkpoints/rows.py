@@ -47,7 +47,7 @@ class Row(NamedTuple):
 
 
 def init(options: Options, source: Path, out: Path, *more: object) -> Usage:
-    """`pissa init` in a process."""
+    """Runs `pissa init` in its own process."""
     arguments = ("init", source, out, "--rank", options.rank, *more)
     return run_module("pissa", *arguments, threads=options.threads, cwd=options.work)
 
@@ -144,7 +144,7 @@ def _init(options: Options, source: Path, shape: str, memory: str, out: Path) ->
 
 
 def parameters(config: Any) -> tuple[int, int]:
-    """Of the layers that are split, and of the model."""
+    """The numbers of parameters of the layers that are split, and of the model."""
     sizes = tensor_shapes(config)
     linear = sum(math.prod(size) for name, size in sizes.items() if name.endswith("_proj.weight"))
     return linear, sum(math.prod(size) for size in sizes.values())

@@ -34,12 +34,12 @@ class DenseProducts:
         }
 
     def flops(self) -> int:
-        """Of all products of a step."""
+        """The floating-point operations of all products of a step."""
         inside = sum(rows * cols * count for (rows, cols), count in self._block.items())
         return 2 * self._tokens * (3 * self._blocks * inside + 2 * self._head[0] * self._head[1])
 
     def seconds(self, samples: int) -> float:
-        """Of a step, from the mean of so many layers and one output layer."""
+        """The seconds of a step, from the mean over that many layers and one output layer."""
         block = [shape for shape, count in self._block.items() for _ in range(count)]
         layers = sum(self._products(block, 2) for _ in range(samples)) / samples
         return self._blocks * layers + self._products([self._head], 1)

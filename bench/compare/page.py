@@ -40,7 +40,7 @@ def _load(name: str) -> Any:
 
 
 def rows() -> list[dict[str, Any]]:
-    """Of bench.compare."""
+    """The rows of bench.compare."""
     return [row for name in ("zen4_2_cores_models.json", "zen4_2_cores.json") for row in _load(name)["rows"]]
 
 
@@ -81,7 +81,7 @@ def _rate(model: str, format: str, result: dict[str, Any]) -> list[str]:
 
 
 def fits() -> str:
-    """The 4-bit rows: what a start and a step take."""
+    """The 4-bit rows: time and memory of a start and of a step."""
     found = _load("checkpoints.json")
     lines = []
     for name, (model, format) in RATES.items():
@@ -105,7 +105,7 @@ def _largest() -> dict[str, Any]:
 
 
 def _tokens(row: dict[str, Any]) -> str:
-    """Of a row of bench.checkpoints.released, whose steps have 512 tokens; the first one reads pages."""
+    """Tokens a second of a row of bench.checkpoints.released. Steps have 512 tokens, and the first one reads pages."""
     return _number(512 / row["steps"][-1])
 
 
@@ -114,7 +114,7 @@ def _memory(private: float, together: float) -> str:
 
 
 def layers() -> str:
-    """All rows but those of other tables, against PEFT as installed first."""
+    """All rows except those of other tables, with the rows against PEFT as installed first."""
     return _compared(lambda row: row["setting"] != "avx2" and not re.search("int8|head and loss", row["work"]))
 
 
@@ -151,7 +151,7 @@ def _line(row: dict[str, Any]) -> list[str]:
 
 
 def int8() -> str:
-    """NF4 and INT8 in turns."""
+    """NF4 and INT8, timed in turns."""
     lines = [
         [row["work"].replace("int8, ", ""), _number(row["peer_median_ms"]), _number(row["ours_median_ms"])]
         for row in rows()
@@ -206,7 +206,7 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def written(text: str) -> str:
-    """A page with its tables written anew."""
+    """The page with its tables regenerated."""
     return _TABLE.sub(lambda match: f"{match[1]}{match[2]}{TABLES[match[1]]()}\n", text)
 
 

@@ -84,13 +84,13 @@ def kinds(options: argparse.Namespace) -> Iterator[tuple[str, list[Tensor]]]:
 
 
 def norms(error: Tensor) -> tuple[float, float]:
-    """Nuclear and Frobenius."""
+    """The nuclear and the Frobenius norm."""
     values = torch.linalg.svdvals(error)
     return values.sum().item(), values.norm().item()
 
 
 def left(weight: Tensor, **how: Any) -> Tensor:
-    """What a split does not hold of the weight, float64."""
+    """The part of the weight that a split does not represent, float64."""
     split = ops.split(weight, form="nf4", tolerance=0, **how)
     assert isinstance(split.residual, ops.QuantizedWeight)
     return weight.double() - ops.dequantize(split.residual).double() - split.b0.double() @ split.a0.double()
@@ -102,7 +102,7 @@ def best_of_rank(matrix: Tensor, r: int) -> Tensor:
 
 
 def exact_left(weight: Tensor, r: int) -> Tensor:
-    """The same of the reference."""
+    """The same for the reference."""
     dense = weight.double()
     principal, best = best_of_rank(dense, r), None
     for _ in range(ITERS):
@@ -162,7 +162,7 @@ def errors(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def seconds(weight: Tensor, r: int, quant_iters: int) -> tuple[float, float]:
-    """Processor time of both threads, and time that passes."""
+    """Processor time of both threads, and elapsed time."""
     start = time.process_time(), time.perf_counter()
     ops.split(weight, r, form="nf4", quant_iters=quant_iters)
     return time.process_time() - start[0], time.perf_counter() - start[1]

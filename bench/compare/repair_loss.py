@@ -61,7 +61,7 @@ def load(folder: Path) -> nn.Module:
 
 
 def mean_loss(model: nn.Module, rows: list[Row]) -> Tensor:
-    """Over the tokens that count."""
+    """The mean loss over the tokens that count."""
     total, count = torch.zeros(()), 0
     for row in rows:
         ids, labels = (torch.tensor([row[name]]) for name in ("input_ids", "labels"))

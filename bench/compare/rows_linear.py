@@ -121,7 +121,7 @@ class Layer:
 
     @property
     def factors(self) -> tuple[Tensor, Tensor]:
-        """A and B, whole."""
+        """The whole factors A and B."""
         return (self.a0 + self.delta_a).detach(), (self.b0 + self.delta_b).detach()
 
     def forward(self) -> Tensor:
@@ -284,7 +284,7 @@ def quantise_case(weights: Sequence[Tensor], nested: bool = True) -> Case:
 
 
 def dequantise_case(weights: Sequence[ops.QuantizedWeight]) -> Case:
-    """To bfloat16; weights that take turns."""
+    """Decoding to bfloat16, with weights that take turns."""
     ours = in_turns([partial(ops.dequantize, weight, torch.bfloat16) for weight in weights])
     if lacking := missing("bitsandbytes"):
         return Case(ours, None, lambda: "its bits are checked beside the copy", no_peer=lacking)

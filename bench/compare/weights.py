@@ -63,7 +63,7 @@ def low_rank_factors(rows: int, cols: int, r: int) -> tuple[Tensor, Tensor, Tens
 
 @functools.cache
 def _squared_singular_values(size: int) -> Tensor:
-    """Of the bfloat16 weight, descending, float64; kept in a file."""
+    """Those of the bfloat16 weight, descending, float64. They are kept in a file."""
     weight = bfloat16_weight(size)
     digest = hashlib.blake2b(weight.view(torch.uint8).numpy().data, digest_size=8).hexdigest()
     path = CACHE / f"spectrum-{digest}.pt"
@@ -103,7 +103,7 @@ def fewest_passes(loss: Callable[[int], float], allowed: float, choices: range) 
 
 
 def random_llama(hidden: int, inner: int, layers: int, vocabulary: int, device: str = "cpu") -> nn.Module:
-    """In bfloat16 and training mode, with heads of 32, without a cache of keys and values."""
+    """A Llama in bfloat16 and training mode, with heads of 32, without a cache of keys and values."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)

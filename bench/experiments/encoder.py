@@ -132,7 +132,7 @@ _INVENTED = [("a good one", 1.0), ("not worth the time", -1.0), ("well made", 2.
 
 
 def _rated(file: Path) -> list[tuple[str, float]]:
-    """The snippets of a file, with their ratings; those rated 0 are left out."""
+    """The snippets of a file with their ratings, without those rated 0."""
     lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
     rated = [(text, float(rating)) for _, rating, text in (line.split("\t") for line in lines if line)]
     return [(text, rating) for text, rating in rated if rating != 0]
@@ -190,7 +190,7 @@ def _trainer(model: Any, data: Data, cell: EncoderCell, steps: int, out: Path) -
 
 
 def _measures(predictions: Any) -> dict[str, float]:
-    """The loss is that of the logits alone: PEFT's AdaLoRA adds the weight of orthogonality to the model's own."""
+    """The loss is that of the logits, because PEFT's AdaLoRA adds the orthogonality term to the model's own loss."""
     chances = torch.from_numpy(predictions.predictions).double().softmax(-1).numpy()
     return {
         "loss": log_loss(predictions.label_ids, chances, labels=[0, 1]),

@@ -16,7 +16,7 @@ Result = dict[str, Any]
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line says of all cells."""
+    """The options of the command line that apply to all cells."""
 
     model: str | None = None
     """A folder or a name on the hub, in the place of the experiment's own model."""
@@ -26,7 +26,7 @@ class Options:
     """Tiny random models, few steps and few cells: whether everything runs, not what comes out."""
 
     def path(self, name: str) -> Path:
-        """Where the data of that name are.
+        """The path of the data of that name.
 
         Raises:
             SystemExit: they were not given.
@@ -39,7 +39,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Cell(ABC):
-    """What determines a result: fields of numbers and strings. `run` is called in a process of its own."""
+    """What determines a result: fields of numbers and strings. `run` is called in its own process."""
 
     kind: ClassVar[str]
     """Names the file that results of this class are kept in."""
@@ -49,7 +49,7 @@ class Cell(ABC):
         return json.dumps(dataclasses.asdict(self), sort_keys=True)
 
     def prepare(self, options: Options) -> None:  # noqa: B027  most cells share nothing
-        """Loads what cells share, in the process that starts theirs: each is a fork of it."""
+        """Loads what cells share, in the process from which each cell's process is forked."""
 
     @abstractmethod
     def run(self, options: Options) -> Result:
@@ -81,7 +81,7 @@ class Known:
 
 @dataclass(frozen=True)
 class Section:
-    """What an experiment says: a part of the page, and its pictures."""
+    """The output of an experiment: a part of the page, and its pictures."""
 
     text: str
     """Markdown below the title: a table or a picture, and one sentence of meaning."""
@@ -105,4 +105,4 @@ class Experiment(ABC):
 
     @abstractmethod
     def section(self, known: Known, options: Options) -> Section:
-        """The page's part, out of the cells that are known; what is missing is shown as missing."""
+        """The section of the page, made from the known cells. Missing results are shown as missing."""

@@ -49,7 +49,7 @@ _SOLID, _DASHED, _DOTTED, _BOTH = "-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.5
 
 
 class Style(NamedTuple):
-    """How a line looks: in grey, marker and line style tell it from others."""
+    """The look of a line. In grey, marker and line style distinguish it from others."""
 
     color: str
     marker: str
@@ -121,12 +121,12 @@ _OTHERS = (
 
 
 def label(name: str) -> str:
-    """A method's label; any other name is its own."""
+    """A method's label. Any other name is its own label."""
     return METHODS[name].label if name in METHODS else name
 
 
 def style(name: str, place: int = 0) -> Style:
-    """A method's style on all pictures; that of its place in the picture for any other line."""
+    """A method's style in all pictures. Any other line gets the style of its place in the picture."""
     return _STYLES.get(name) or _OTHERS[place % len(_OTHERS)]
 
 
@@ -171,7 +171,7 @@ def against_rate(axes: Axes, losses: Mapping[str, Mapping[float, float]], best: 
 
 
 def sweeps(axes: Axes, each: Mapping[str, Sweep], known: Known) -> None:
-    """Loss against the rate of the sweeps of some methods, as far as they are known."""
+    """Loss against the rate for the sweeps of some methods, as far as they are known."""
     against_rate(
         axes,
         {method: sweep.losses(known) for method, sweep in each.items()},
@@ -244,7 +244,7 @@ def doubling(axes: Axes, ranks: Sequence[int]) -> None:
 
 
 def legend(figure: Figure, names: Sequence[str], note: str = "", columns: int = 4) -> None:
-    """One legend for all panels, below them, where it covers nothing; `note` says n and what bars are."""
+    """One legend for all panels, below them, where it covers nothing. `note` gives n and explains the bars."""
     looks = [style(name, place) for place, name in enumerate(names)]
     handles = [
         mpl.lines.Line2D([], [], label=label(name), **look.line) for name, look in zip(names, looks, strict=True)

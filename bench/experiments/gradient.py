@@ -72,7 +72,7 @@ class GradientCell(Cell):
 
 
 def cosine(one: Result, other: Result, of: str) -> float | None:
-    """That of two results' gradients, "a", "b" or "step", by their sketches; None if one is zero."""
+    """The cosine of two results' gradients, "a", "b" or "step", from their sketches. None if one of them is zero."""
     first, second = (torch.tensor(result["sketches"][of], dtype=torch.float64) for result in (one, other))
     if not first.any() or not second.any():
         return None
@@ -89,7 +89,7 @@ class _Layer(NamedTuple):
 
 
 def _layers(model: nn.Module) -> Iterator[_Layer]:
-    """PEFT's parameters are the factors; ours are what is added to them."""
+    """The layers. PEFT's parameters are the factors, and ours are the differences from them."""
     for layer in model.modules():
         if isinstance(layer, LoraLayer):
             a, b = (factor["default"].weight for factor in (layer.lora_A, layer.lora_B))

@@ -77,7 +77,7 @@ def encoder_sweep(task: str, method: str, r: int = 16, seeds: tuple[int, ...] = 
 
 
 def sized(sweep: Sweep, options: Options) -> Sweep:
-    """With --quick one rate of the sweep, and a second seed of LoRA and PiSSA, which every claim has."""
+    """With --quick: one rate of the sweep, and a second seed for LoRA and PiSSA, which every claim has."""
     if not options.quick:
         return sweep
     seeds = sweep.seeds[:1] if sweep.cell.method in ("lora", "pissa") else ()

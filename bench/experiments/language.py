@@ -96,7 +96,7 @@ def task_of(name: str, options: Options) -> LanguageTask:
 
 @cache
 def calibration_of(name: str, reading: Reading, options: Options) -> pissa.Calibration:
-    """Of the dense model, which all cells with this reading share."""
+    """The calibration of the dense model. All cells with this reading share it."""
     task = task_of(name, options)
     model = load_model(task.folder, METHODS["lora"], options.quick)
     batches = [torch.tensor([row["input_ids"]]) for row in task.texts(reading.text, reading.examples)]
@@ -174,7 +174,7 @@ def _measures(trainer: SFTTrainer, task: LanguageTask, found: Mapping[str, float
 
 
 def generated(model: Any, task: LanguageTask) -> float | None:
-    """The share of held-out answers that greedy decoding gives: its first line, without white space around it."""
+    """The share of held-out answers that greedy decoding gives. Its first line counts, without surrounding white space."""
     tokenizer, right = task.tokenizer, 0
     for begin in range(0, len(task.held_out), GENERATED):
         rows = task.held_out[begin : begin + GENERATED]

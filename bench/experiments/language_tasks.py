@@ -23,7 +23,7 @@ PLAIN_TEMPLATE = (
 
 
 class LanguageTask(NamedTuple):
-    """Rows have input_ids and labels; labels are -100 but for the tokens of answers."""
+    """Rows have input_ids and labels. Labels are -100 except for the tokens of answers."""
 
     folder: Path
     """Of the model and its tokenizer."""
@@ -114,7 +114,7 @@ def _gsm8k(folder: Path) -> tuple[list[Chat], list[Chat]]:
 
 
 def _sums(held_out: int) -> tuple[list[Chat], list[Chat]]:
-    """Sums and differences of two numbers of one or two digits, out of reasoning-gym: a short exact answer."""
+    """Sums and differences of two numbers of one or two digits, from reasoning-gym: a short exact answer."""
     sizes = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}
     made = reasoning_gym.create_dataset(
         "basic_arithmetic", seed=1, size=4000, operators=["+", "-"], allow_parentheses=False, **sizes
@@ -125,14 +125,14 @@ def _sums(held_out: int) -> tuple[list[Chat], list[Chat]]:
 
 
 def _sentences() -> tuple[list[Chat], list[Chat]]:
-    """The words of a sentence put into order, out of reasoning-gym: prose, no arithmetic, short answers."""
+    """The words of a sentence put into order, from reasoning-gym: prose, no arithmetic, short answers."""
     made = reasoning_gym.create_dataset("sentence_reordering", seed=1, size=1000)
     chats = _chats({entry["answer"]: entry["question"] for entry in made}.items(), "sentence_reordering")
     return chats[100:], chats[:100]
 
 
 def _chats(pairs: Iterable[tuple[str, str]], where: str) -> list[Chat]:
-    """Of answers with their questions."""
+    """Chats of questions and their answers."""
     roles = ("user", "assistant")
     return [
         Chat(where, [{"role": role, "content": text} for role, text in zip(roles, (question, answer), strict=True)])

@@ -22,22 +22,22 @@ TASKS = {task: f"{'MiniLM' if task in ENCODED else 'SmolLM2'} on {name}" for tas
 
 
 def mean_of(results: Iterable[Result], measure: Callable[[Result], float]) -> Spread | None:
-    """Over seeds; infinite if it is for one of them, None without results."""
+    """The mean over seeds. Infinite if it is infinite for one of them, None without results."""
     return spread(values) if (values := [measure(result) for result in results]) else None
 
 
 def over_seeds(sweep: Sweep, known: Known, measure: Callable[[Result], float] = loss_of) -> Spread | None:
-    """A measure at the best rate; None while that is not known."""
+    """A measure at the best rate, over seeds. None while that rate is not known."""
     return mean_of(sweep.at_best(known), measure)
 
 
 def accuracy(result: Result) -> float:
-    """In percent."""
+    """The accuracy in percent."""
     return 100 * float(result["after"]["accuracy"])
 
 
 def seed_0(sweep: Sweep, known: Known) -> Result | None:
-    """The sweep's own result at the best rate: nothing but training is in its time."""
+    """The sweep's own result at the best rate. Its time contains only training."""
     best = sweep.best(known)
     return None if best is None else known[sweep.at(best)]
 
@@ -64,7 +64,7 @@ def first_and_last(norms: list[float | None], count: int = 10) -> tuple[float, f
 
 
 def verdict(spreads: Mapping[str, Spread | None], what: str = "loss", largest: bool = False) -> str:
-    """One sentence: which method is better than all others, if one is; else, how many cannot be told from the first."""
+    """One sentence: the method that is better than all others, or how many are not distinguishable from the first."""
     found = {name: one for name, one in spreads.items() if one is not None}
     if len(found) < 2:
         return "Not enough is known to compare."

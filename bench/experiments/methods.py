@@ -36,7 +36,7 @@ class Reading(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """What a method may depend on besides the model."""
+    """What a method may depend on in addition to the model."""
 
     r: int
     seed: int
@@ -139,7 +139,7 @@ def _nf4(**fields: Any) -> Callable[[nn.Module, Setting], nn.Module]:
 
 
 def _repaired(label: str, reading: Reading = Reading(), quant: str = "nf4", **fields: Any) -> Method:  # noqa: B008
-    """LoRA's start, or another, on a base that knows its inputs."""
+    """LoRA's start, or another one, on a calibrated base."""
     return Method(label, _ours(**{"init": "lora", "quant": quant} | fields), dense=False, reading=reading)
 
 
@@ -152,7 +152,7 @@ def _loraplus(model: Any, rate: float) -> Optimizer:
 
 
 def _muon(model: Any, rate: float) -> Optimizer:
-    """On each factor, with steps as large as AdamW's."""
+    """Muon on each factor, with steps as large as AdamW's."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return Muon(trained, rate, weight_decay=0.0, momentum=0.9, adjust_lr_fn="match_rms_adamw")
 

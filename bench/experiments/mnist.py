@@ -97,7 +97,7 @@ class Labelled(NamedTuple):
 
 
 class Digits(NamedTuple):
-    """What is learned first, what is learned then, and what is held out of the latter."""
+    """The digits that are learned first, those that are learned next, and those held out of the latter."""
 
     odd: Labelled
     even: Labelled
@@ -145,7 +145,7 @@ def _first(pixels: np.ndarray, labels: np.ndarray, remainder: int, count: int) -
 
 
 def _fit(model: nn.Module, digits: Labelled, rate: float, epochs: int) -> list[float]:
-    """Adam on all digits at once; the loss before each step."""
+    """Trains with Adam on all digits at once. Returns the loss before each step."""
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=rate)
     losses = []
     for _ in range(epochs):

@@ -7,12 +7,12 @@ from typing import Any
 
 
 def rounded(value: float) -> float | None:
-    """Six digits; None if it is not finite, which JSON cannot say."""
+    """Six digits. None if the number is not finite, because JSON cannot represent that."""
     return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
 def log_of(trainer: Any) -> dict[str, Any]:
-    """What a trainer of transformers has noted of each step, before gradients are cut; and how much it trains."""
+    """What transformers' trainer has logged for each step, before gradient clipping, and how much it trains."""
     steps = [row for row in trainer.state.log_history if "loss" in row]
     return {
         "losses": [rounded(row["loss"]) for row in steps],

@@ -63,7 +63,7 @@ class OutputErrorCell(Cell):
 
 
 def removed(result: Result, method: str) -> float:
-    """The share of plain nf4's squared error of the outputs that is gone."""
+    """The share of plain nf4's squared error of the outputs that was removed."""
     errors = result["errors"]
     return 1 - (float(errors[method]) / float(errors["plain"])) ** 2
 

@@ -33,7 +33,7 @@ differences is chance. — is not known yet. Losses are in nats.
 
 
 def write_page(experiments: Sequence[Experiment], known: Known, options: Options, folder: Path) -> None:
-    """Writes README.md, and pictures into pictures/; the same results give the same bytes."""
+    """Writes README.md, and pictures into pictures/. The same results give the same bytes."""
     pictures = folder / "pictures"
     pictures.mkdir(parents=True, exist_ok=True)
     wanted = {experiment.name: list(dict.fromkeys(experiment.wanted(known, options))) for experiment in experiments}

@@ -17,7 +17,7 @@ PACKAGES = ("pissa", "torch", "transformers", "peft", "trl", "accelerate", "bits
 
 
 class Results(Known):
-    """What is known from a folder; `add` writes there."""
+    """The results in a folder. `add` writes there."""
 
     def __init__(self, folder: Path) -> None:
         """

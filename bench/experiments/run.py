@@ -76,7 +76,7 @@ def run(wanted: Wanted, results: Results, options: Options, jobs: int) -> list[C
 
 
 def _measure(cell: Cell, options: Options, sender: Connection, said: int) -> None:
-    """The process of a cell. What it writes goes to the file `said`: the screen has the bar of all cells."""
+    """The process of a cell. Its output goes to the file `said`, because the screen shows the bar of all cells."""
     os.dup2(said, 1)
     os.dup2(said, 2)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -19,7 +19,7 @@ SEEDS = (1, 2)  # that follow at the best rate; 0 is the sweep's
 
 
 class Spread(NamedTuple):
-    """What was measured with several seeds."""
+    """The measurements with several seeds."""
 
     values: tuple[float, ...]
     """In the order of the seeds: those of two methods are of the same seeds, as far as both go."""
@@ -34,7 +34,7 @@ class Spread(NamedTuple):
 
     @property
     def deviation(self) -> float:
-        """Of the seeds (n - 1); NaN of one seed, and if one of them diverged."""
+        """The standard deviation over the seeds (n - 1). NaN for one seed, and if one of them diverged."""
         return stdev(self.values) if self.n > 1 and math.isfinite(self.mean) else math.nan
 
     @property
@@ -53,7 +53,7 @@ def spread(values: Iterable[float]) -> Spread:
 
 
 def nearest(rate: float) -> float:
-    """The rate of the grid that is nearest, by ratio."""
+    """The nearest rate of the grid, by ratio."""
     return min(RATES, key=lambda known: abs(math.log(known / rate)))
 
 

@@ -18,7 +18,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def number(value: float | None, digits: int = 4, sign: bool = False) -> str:
-    """A number with so many digits behind the point; a dash for None and what is not finite."""
+    """A number with that many digits after the point. A dash for None and for numbers that are not finite."""
     return MISSING if value is None or not math.isfinite(value) else f"{value:{'+' if sign else ''}.{digits}f}"
 
 
@@ -31,7 +31,7 @@ def rate(value: float | None) -> str:
 
 
 def measured(spread: Spread | None, digits: int = 4, bold: bool = False) -> str:
-    """Mean ± deviation of the seeds; the mean alone of one seed, "diverged" if it is infinite."""
+    """Mean ± deviation of the seeds. Only the mean for one seed, "diverged" if it is infinite."""
     if spread is None:
         return MISSING
     if math.isinf(spread.mean):
@@ -43,7 +43,7 @@ def measured(spread: Spread | None, digits: int = 4, bold: bool = False) -> str:
 
 
 def count(spread: Spread | None) -> str:
-    """How many seeds."""
+    """The number of seeds."""
     return MISSING if spread is None else str(spread.n)
 
 
@@ -69,7 +69,7 @@ def difference(one: Spread | None, other: Spread | None, digits: int = 4) -> str
 
 
 def winner(spreads: Mapping[str, Spread | None], largest: bool = False) -> str | None:
-    """The method that is better than all others by more than two standard errors of the difference; None if none is."""
+    """The method that is better than all others by more than two standard errors of the difference, or None."""
     known = {name: spread for name, spread in spreads.items() if spread is not None}
     if len(known) < 2:
         return None
@@ -79,6 +79,6 @@ def winner(spreads: Mapping[str, Spread | None], largest: bool = False) -> str |
 
 
 def column(spreads: Mapping[str, Spread | None], digits: int = 4, largest: bool = False) -> dict[str, str]:
-    """A column of a table by method: mean ± deviation, the winner in bold. The least is the best, or the largest."""
+    """A column of a table by method: mean ± deviation, the winner in bold. The best is the least, or the largest."""
     best = winner(spreads, largest)
     return {name: measured(spread, digits, name == best) for name, spread in spreads.items()}

@@ -216,7 +216,7 @@ def _weights(shape: tuple[int, int], device: str) -> list[Tensor]:
 
 
 def _copies(bytes_moved: float, device: str) -> Call:
-    """A copy within the device's memory that reads and writes as many bytes together."""
+    """A copy within the device's memory that reads and writes the same total number of bytes."""
     half = int(bytes_moved / 2)
     pairs = [torch.zeros(2, half, dtype=torch.uint8, device=device) for _ in range(4)]
     return in_turns([partial(pair[1].copy_, pair[0]) for pair in pairs])

@@ -28,7 +28,7 @@ def model_rows(device: str, quick: bool) -> Iterator[Row]:
 
 
 def _llama(device: str, quick: bool) -> nn.Module:
-    """8 layers, 0.5 billion weights."""
+    """A Llama with 8 layers and 0.5 billion weights."""
     return random_llama(128, 352, 2, 512, device) if quick else random_llama(2048, 5632, 8, 32000, device)
 
 

@@ -20,12 +20,12 @@ HEAD = f"| {_COLUMNS} |\n|{'---|' * (_COLUMNS.count('|') + 1)}"
 
 
 def records(path: Path) -> list[dict[str, Any]]:
-    """What bench.gpu.measure has written; nothing if there is no such file."""
+    """The records that bench.gpu.measure has written. An empty list if there is no such file."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def line(result: Mapping[str, Any]) -> str:
-    """A row of the table, of a result as a record has it."""
+    """A row of the table, from a result as a record stores it."""
     goal = "" if result["goal"] is None else f"{result['goal']:g}"
     start = f"| {result['work']} | {result['against']} | {goal} |"
     if result["failed"]:

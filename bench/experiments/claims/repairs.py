@@ -124,7 +124,7 @@ def _elsewhere(task: str, known: Known, options: Options) -> list[list[str]]:
 
 
 def _seeded(results: Iterable[Result]) -> list[Result]:
-    """Those of seeds above 0, which have losses before training and on prose."""
+    """The results of seeds above 0, which have losses before training and on prose."""
     return [result for result in results if "before" in result]
 
 

@@ -85,7 +85,7 @@ def _row(task: str, method: str, sweep: Sweep, known: Known) -> list[str]:
 
 
 def _trial_row(task: str, method: str, r: int, known: Known, options: Options) -> list[str]:
-    """At the suggested rate itself, which was trained too."""
+    """The row of the suggested rate itself, which was trained too."""
     suggestion, sweep = SuggestionCell(task, method, r), trial_sweep(task, method, r, options)
     name, best = f"{measures.NAMES[task]}, {label(method)}, {r}", sweep.best(known)
     if best is None or suggestion not in known or (cell := at_suggested(suggestion, known)) not in known:
