@@ -174,7 +174,7 @@ def _measures(trainer: SFTTrainer, task: LanguageTask, found: Mapping[str, float
 
 
 def generated(model: Any, task: LanguageTask) -> float | None:
-    """The share of held-out answers that greedy decoding gives. Its first line counts, without surrounding white space."""
+    """The share of held-out answers that greedy decoding gives. Its stripped first line counts."""
     tokenizer, right = task.tokenizer, 0
     for begin in range(0, len(task.held_out), GENERATED):
         rows = task.held_out[begin : begin + GENERATED]
