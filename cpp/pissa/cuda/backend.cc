@@ -34,7 +34,7 @@ Buffer remove_earlier(const Context& context, const Matrix& earlier, const Mutab
   return overlap;
 }
 
-// [count][k, k] = rows others^T in f64.
+// [count][k, k] = rows others^T in f64, which is symmetric.
 Array<double> gram_of(const Context& context, const Matrix& rows, const Matrix& others, std::int64_t count) {
   constexpr std::int64_t kSlab = 1024;  // columns in f64 at a time
   const std::int64_t k = rows.rows;

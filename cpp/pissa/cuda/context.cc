@@ -2,10 +2,9 @@
 
 #include <algorithm>
 #include <array>
-#include <deque>
-#include <mutex>
 #include <utility>
-#include <vector>
+
+#include "pissa/cuda/of_thread.h"
 
 namespace pissa::cuda {
 namespace {
@@ -27,43 +26,6 @@ class StreamOrderedAllocator final : public Allocator {
     throw std::runtime_error(text);
   }
   void free(void* data, cudaStream_t stream) const noexcept override { cudaFreeAsync(data, stream); }
-};
-
-// What a thread keeps, one for each device, from its first use on; it stays where it is when those of more devices
-// follow. It is never destroyed, for at the end of the process the driver may be gone before; that of a thread that has
-// ended serves the next new one.
-template <class Kept>
-class OfThread {
- public:
-  static Kept& at(int device) {
-    thread_local const OfThread mine;
-    std::deque<Kept>& kept = *mine.kept_;
-    if (kept.size() <= static_cast<std::size_t>(device)) kept.resize(static_cast<std::size_t>(device) + 1);
-    return kept[static_cast<std::size_t>(device)];
-  }
-
- private:
-  struct Free {
-    std::mutex mutex;
-    std::vector<std::deque<Kept>*> kept;
-  };
-  static Free& free() {
-    static Free& free = *new Free;
-    return free;
-  }
-
-  OfThread() {
-    const std::lock_guard lock(free().mutex);
-    if (free().kept.empty()) free().kept.push_back(new std::deque<Kept>);
-    kept_ = free().kept.back();
-    free().kept.pop_back();
-  }
-  ~OfThread() {
-    const std::lock_guard lock(free().mutex);
-    free().kept.push_back(kept_);
-  }
-
-  std::deque<Kept>* kept_;
 };
 
 // While it lives, a capture lets this thread make calls that are in no graph, as torch's allocator does.
@@ -132,7 +94,7 @@ void check_supported(int device) {
   const int found = capability(device);
   const int newest = *std::max_element(std::begin(kArchitectures), std::end(kArchitectures));
   const bool supported = found > newest || std::any_of(std::begin(kArchitectures), std::end(kArchitectures),
-                                                            [&](int a) { return a / 10 == found / 10 && a <= found; });
+                                                       [&](int a) { return a / 10 == found / 10 && a <= found; });
   if (supported) return;
   std::string built;
   for (const int a : kArchitectures) built += message(built.empty() ? "" : ", ", a / 10, ".", a % 10);

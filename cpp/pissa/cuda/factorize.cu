@@ -21,6 +21,13 @@ Array<double*> pointers_to(const Context& context, double* base, std::int64_t st
   return pointers;
 }
 
+// A block mirrors one row of one matrix.
+__global__ void mirror_lower_kernel(double* matrices, std::int64_t k) {
+  double* matrix = matrices + blockIdx.y * k * k;
+  const std::int64_t i = blockIdx.x;
+  for (std::int64_t j = threadIdx.x; j < i; j += kThreads) matrix[j * k + i] = matrix[i * k + j];
+}
+
 struct Seen {
   int not_finite;
 };
@@ -100,6 +107,11 @@ int narrowed(std::int64_t size) {
 }
 
 }  // namespace
+
+void mirror_lower(const Context& context, double* matrices, std::int64_t k, std::int64_t count) {
+  launch(context, "mirror_lower", mirror_lower_kernel, dim3(static_cast<unsigned>(k), static_cast<unsigned>(count)),
+         kThreads, matrices, k);
+}
 
 void identity_unless_finite(const Context& context, double* matrices, std::int64_t k, Flag flag, int* flags,
                             std::int64_t count) {

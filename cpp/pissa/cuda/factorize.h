@@ -13,6 +13,9 @@ namespace pissa::cuda {
 /// What may go wrong while the host is not looking: bits of one word for each matrix of the stack, in device memory.
 enum Flag : int { kDependentRows = 1, kNotConverged = 2 };
 
+/// matrices [count][k, k]: what is right of the diagonal becomes what is left of it.
+void mirror_lower(const Context& context, double* matrices, std::int64_t k, std::int64_t count);
+
 /// matrices [count][k, k]: one with an element that is not finite becomes the identity, and its `flag` is raised.
 /// Libraries may refuse a whole stack for one NaN.
 void identity_unless_finite(const Context& context, double* matrices, std::int64_t k, Flag flag, int* flags,

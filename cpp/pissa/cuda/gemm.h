@@ -40,7 +40,8 @@ struct WideMatrix {
 void matmul(const Context& context, double alpha, const WideMatrix& a, Op op_a, const WideMatrix& b, Op op_b,
             double beta, const WideMatrix& out, std::int64_t count);
 
-/// gram [count][k, k] += rows others^T, f64; both [count][k, cols], contiguous. `first`: the sum starts here.
+/// gram [count][k, k] += rows others^T, a symmetric product, in f64; both [count][k, cols], contiguous. `first`: the
+/// sum starts here.
 void gram(const Context& context, const double* rows, const double* others, std::int64_t k, std::int64_t cols,
           bool first, double* gram, std::int64_t count);
 

@@ -111,7 +111,7 @@ TEST_F(CudaDry7B, FactorisesAtLeast64MatricesAtOnce) {
 }
 
 // The host hears of each stack once, whether its weights had full rank, 4 bytes each: it is told their largest
-// elements. Products with a weight are a call each, all others one for a stack: 3136 and about 250.
+// elements. Products with a weight are a call each, all others one for a stack: 3136 and about 300.
 TEST_F(CudaDry7B, WaitsThreeTimesAndTakesFewCallsBesideItsPasses) {
   const auto of_kind = [](cuda_sim::Kind kind) {
     return cuda_sim::sum_if([kind](const Entry& entry) { return entry.kind == kind; });
@@ -121,22 +121,23 @@ TEST_F(CudaDry7B, WaitsThreeTimesAndTakesFewCallsBesideItsPasses) {
   EXPECT_EQ(of_kind(cuda_sim::Kind::copy_to_device).calls, 0);
   const auto passes = cuda_sim::sum_if([](const Entry& entry) { return entry.type == cuda_sim::Type::bf16; }).calls;
   EXPECT_EQ(passes, 14 * 224);
-  EXPECT_LE(of_kind(cuda_sim::Kind::library).calls - passes, 3 * 300);
+  EXPECT_LE(of_kind(cuda_sim::Kind::library).calls - passes, 3 * 310);
 }
 
 // In f64, of which many cards compute 1/64 as much as in f32, are Gram matrices, of slabs of up to 1024 columns: of 70
-// rows of 4096, three a block, seven blocks; and of the long side, of 490 rows for the eigenproblem, and of 128 twice.
-// All the rest, factors and eigenproblems, is less than a tenth of it.
+// rows of 4096, three a block, seven blocks; and of the long side, of 490 rows for the eigenproblem, in rows of 128 up
+// to the diagonal, and of 128 twice. All the rest, factors and eigenproblems, is less than a tenth of it.
 TEST_F(CudaDry7B, ComputesLittleElseInF64) {
   const auto in_f64 = [](bool gram) {
     return cuda_sim::sum_if([gram](const Entry& entry) {
-             const bool is_gram = entry.name == "cublasLtMatmul" && entry.m == entry.n && entry.k >= 11008 % 1024;
+             const bool is_gram = entry.name == "cublasLtMatmul" && entry.k >= 11008 % 1024;
              return entry.type == cuda_sim::Type::f64 && is_gram == gram;
            })
         .flops;
   };
   const auto gram = [](double rows, double cols) { return 2 * rows * rows * cols; };
-  const auto long_side = [&](double cols) { return gram(490, cols) + 2 * gram(128, cols); };
+  const double triangle = 128 * 128 + 128 * 256 + 128 * 384 + 106 * 490;
+  const auto long_side = [&](double cols) { return 2 * triangle * cols + 2 * gram(128, cols); };
   EXPECT_EQ(in_f64(true), 224 * 21 * gram(70, 4096) + 128 * long_side(4096) + (64 + 32) * long_side(11008));
   EXPECT_LE(in_f64(false), in_f64(true) / 10);
 }

@@ -15,6 +15,7 @@
 #include "pissa/core/split.h"
 #include "pissa/cuda/backend.h"
 #include "pissa/cuda/context.h"
+#include "pissa/cuda/lt_plan.h"
 #include "pissa/cuda/products.h"
 #include "pissa/cuda/split_many.h"
 #include "sim/control.h"
@@ -44,6 +45,7 @@ class CudaFailures : public ::testing::Test {
     const std::size_t before = cuda_sim::bytes_in_use();
     int calls = 0;
     for (;; ++calls) {
+      cuda::LtPlan::forget(context);
       cuda_sim::fail_next(status, calls);
       try {
         run();
@@ -221,7 +223,8 @@ TEST_F(CudaFailures, ACardThatIsTooOldIsRefusedWithTheListOfThoseThatAreNot) {
     }
   };
   const std::string text = refused(7, 0);
-  EXPECT_NE(text.find("got compute capability 7.0; this build runs on 7.5, 8.0, 9.0 and newer"), std::string::npos) << text;
+  EXPECT_NE(text.find("got compute capability 7.0; this build runs on 7.5, 8.0, 9.0 and newer"), std::string::npos)
+      << text;
   for (const auto& [major, minor] : {std::pair{7, 5}, {8, 0}, {8, 6}, {8, 9}, {9, 0}, {10, 0}, {12, 0}}) {
     EXPECT_EQ(refused(major, minor), "") << major << "." << minor;
   }

@@ -13,6 +13,7 @@
 #include "pissa/core/rsvd.h"
 #include "pissa/cuda/context.h"
 #include "pissa/cuda/gemm.h"
+#include "pissa/cuda/lt_plan.h"
 #include "pissa/cuda/products.h"
 #include "sim/control.h"
 #include "support/matrices.h"
@@ -27,8 +28,18 @@ namespace {
 class LibraryModes : public ::testing::Test {
  protected:
   void TearDown() override {
+    cuda::LtPlan::forget(cuda::standalone_context());
     cuda_sim::reset_libraries();
     cublasSetMathMode(cuda::standalone_context().blas, CUBLAS_DEFAULT_MATH);
+  }
+  // Plans that were found before know better.
+  void set_no_algorithm_below(std::uint32_t bytes, cuda_sim::NoAlgorithm how = cuda_sim::NoAlgorithm::none_returned) {
+    cuda_sim::set_no_algorithm_below(bytes, how);
+    cuda::LtPlan::forget(cuda::standalone_context());
+  }
+  void set_no_algorithm_for(std::uint64_t m, cuda_sim::NoAlgorithm how) {
+    cuda_sim::set_no_algorithm_for(m, how);
+    cuda::LtPlan::forget(cuda::standalone_context());
   }
   TransferringBackend backend;
   Random random{1};
@@ -134,7 +145,7 @@ TEST_F(LibraryModes, WithoutAnAlgorithm) {
   using cuda_sim::NoAlgorithm;
   for (const auto how : {NoAlgorithm::none_returned, NoAlgorithm::not_supported, NoAlgorithm::refused_later}) {
     SCOPED_TRACE(static_cast<int>(how));
-    cuda_sim::set_no_algorithm_below(16, how);
+    set_no_algorithm_below(16, how);
     for (const std::int64_t lead : {1, 4, 8}) {
       Biased(random, 0, lead).check(backend, how == NoAlgorithm::refused_later ? 2 : 1);
       Biased(random, 1, lead).check(backend);
@@ -164,7 +175,7 @@ TEST_F(LibraryModes, ABiasOfAChunkWithoutAnAlgorithm) {
       b(random.dense(72, 3), Format::bf16), bias(random.dense(1, 72), Format::bf16, Stored::kAligned, 0);
   const Dense w = Stored(weight.values(), Format::bf16).values();
   for (const auto how : {cuda_sim::NoAlgorithm::none_returned, cuda_sim::NoAlgorithm::refused_later}) {
-    cuda_sim::set_no_algorithm_for(8, how);
+    set_no_algorithm_for(8, how);
     for (const std::size_t terms : {0, 1}) {
       SCOPED_TRACE(::testing::Message() << static_cast<int>(how) << ", " << terms);
       Stored y = Stored::poisoned(20, 72, Format::bf16);
@@ -185,7 +196,7 @@ TEST_F(LibraryModes, ABiasOfAChunkWithoutAnAlgorithm) {
 
 // A stack of products, each of its own matrices; and of f64.
 TEST_F(LibraryModes, StacksWithoutAnAlgorithm) {
-  cuda_sim::set_no_algorithm_below(16);
+  set_no_algorithm_below(16);
   const cuda::Context& context = cuda::standalone_context();
   const std::int64_t count = 3, m = 17, n = 5, k = 7;
   const auto stacked = [&](Matrix matrix) {
@@ -224,7 +235,7 @@ TEST_F(LibraryModes, StacksWithoutAnAlgorithm) {
 
 // As with an algorithm: (1 + 2^-9) - 1 is 2^-9. The handle is left as it was.
 TEST_F(LibraryModes, WithoutAnAlgorithmPartsOfASumAreNotRounded) {
-  cuda_sim::set_no_algorithm_below(16);
+  set_no_algorithm_below(16);
   const cuda::Context& context = cuda::standalone_context();
   cublasSetMathMode(context.blas, CUBLAS_DEFAULT_MATH);
   Dense a_values(20, 4);
@@ -255,7 +266,7 @@ TEST_F(LibraryModes, ALayerInTf32WhereItIsAllowed) {
     for (const std::uint32_t no_algorithm_below : {0, 512}) {
       SCOPED_TRACE(::testing::Message() << mode << ", " << no_algorithm_below);
       cublasSetMathMode(cuda::standalone_context().blas, mode);
-      cuda_sim::set_no_algorithm_below(no_algorithm_below);
+      set_no_algorithm_below(no_algorithm_below);
       const double factor = mode == CUBLAS_TF32_TENSOR_OP_MATH ? 1 : fine;
       const auto expect_all = [&](const Stored& actual, double value) {
         EXPECT_EQ(actual.values().values, std::vector<double>(actual.values().values.size(), value * factor));
@@ -278,7 +289,7 @@ TEST_F(LibraryModes, ALayerInTf32WhereItIsAllowed) {
 TEST_F(LibraryModes, ADecompositionIsNeverInTf32) {
   const Stored weight(random.dense(40, 70), Format::f32);
   for (const std::uint32_t no_algorithm_below : {0, 512}) {
-    cuda_sim::set_no_algorithm_below(no_algorithm_below);
+    set_no_algorithm_below(no_algorithm_below);
     const auto decomposed = [&](cublasMath_t mode) {
       cublasSetMathMode(cuda::standalone_context().blas, mode);
       const auto factors = svd_lowrank(backend, weight.view(), 4, {SvdMethod::krylov, 8, 0});

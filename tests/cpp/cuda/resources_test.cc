@@ -15,6 +15,7 @@
 #include "pissa/cuda/backend.h"
 #include "pissa/cuda/context.h"
 #include "pissa/cuda/device.h"
+#include "pissa/cuda/lt_plan.h"
 #include "pissa/cuda/products.h"
 #include "pissa/cuda/split_many.h"
 #include "sim/control.h"
@@ -62,6 +63,23 @@ TEST(CudaResources, LaunchesOfALayer) {
     EXPECT_EQ(cost_of(&DeviceLayer::backward, layer).first, backward) << tokens;
     EXPECT_EQ(products_of(&DeviceLayer::backward, layer), backward_products) << tokens;
   }
+}
+
+// The host asks cublasLt for three products, and nothing else, once their shapes have been met.
+TEST(CudaResources, APlanIsFoundOnceForEachShape) {
+  DeviceLayer layer(512, 64, 128, 8);
+  const auto forward_with_calls = [&](int allowed) {
+    cuda_sim::fail_next(CUBLAS_STATUS_EXECUTION_FAILED, allowed);
+    layer.forward();
+    const bool were_enough = cuda_sim::failure_pending();
+    cuda_sim::clear_failures();
+    return were_enough;
+  };
+  layer.forward();
+  EXPECT_TRUE(forward_with_calls(3));
+  cuda::LtPlan::forget(cuda::standalone_context());
+  EXPECT_THROW(forward_with_calls(3), std::runtime_error);
+  cuda_sim::clear_failures();
 }
 
 // Whose tensor cores know no bf16.
