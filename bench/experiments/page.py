@@ -6,17 +6,28 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from bench.experiments.experiment import Cell, Experiment, Known, Options
-from bench.experiments.figures import save
+from bench.experiments.figures import Figure, save
 
 CONCLUSIONS = "conclusions.md"
-"""Beside README.md: what people conclude from it, inserted at its end."""
+"""Beside README.md: what people conclude from it, inserted at its start."""
 
 _HEAD = """\
 # The paper's claims, every method at its best rate
 
-PiSSA's paper (arXiv 2404.02948v4) on models and data that two cores can train, beside what the paper says. \
-[PROTOCOL.md](PROTOCOL.md) has the rules, which were fixed before the runs. This page is made from \
-`bench/results/experiments/*.jsonl` alone:
+The claims of PiSSA's paper (arXiv 2404.02948v4), tested on models and data that two cores can train. The conclusions \
+come first; behind them, each experiment has a section with its tables. [PROTOCOL.md](PROTOCOL.md) has the rules, which \
+were fixed before the runs.
+"""
+
+_READING = """\
+## How to read the tables
+
+A number is a mean over seeds ± their deviation, at the rate with the least held-out loss of seed 0. **Bold** is \
+better than all others by more than two standard errors of the difference. Differences are taken seed by seed, because \
+a seed draws the order of the data for all methods alike. With three seeds that is a confidence of 82 %: one in five \
+such differences is chance. A dash stands for a number that is not known yet. Losses are in nats.
+
+This page is made from `bench/results/experiments/*.jsonl` and its conclusions:
 
     # this page again
     python -m bench.experiments --only-page
@@ -24,11 +35,6 @@ PiSSA's paper (arXiv 2404.02948v4) on models and data that two cores can train, 
     python -m bench.experiments --data gsm8k=DIR reviews=DIR mnist=DIR
     # all of it again, elsewhere
     python -m bench.experiments --data … --results DIR --page DIR
-
-A number is a mean over seeds ± their deviation, at the rate with the least held-out loss of seed 0. **Bold** is \
-better than all others by more than two standard errors of the difference. Differences are taken seed by seed: a seed \
-draws the order of the data for all methods alike. With three seeds that is a confidence of 82 %: one in five such \
-differences is chance. — is not known yet. Losses are in nats.
 """
 
 
@@ -37,16 +43,26 @@ def write_page(experiments: Sequence[Experiment], known: Known, options: Options
     pictures = folder / "pictures"
     pictures.mkdir(parents=True, exist_ok=True)
     wanted = {experiment.name: list(dict.fromkeys(experiment.wanted(known, options))) for experiment in experiments}
-    parts = [_HEAD + _sums({cell: None for cells in wanted.values() for cell in cells}, known)]
+    parts = [_HEAD]
+    if (conclusions := folder / CONCLUSIONS).exists():
+        parts.append(conclusions.read_text(encoding="utf-8"))
+    parts.append(_READING + _sums({cell: None for cells in wanted.values() for cell in cells}, known))
     for experiment in experiments:
         section = experiment.section(known, options)
         for name, figure in section.pictures.items():
             save(figure, pictures / name)
-        shown = [f"![{name.rpartition('.')[0].replace('-', ' ')}](pictures/{name})" for name in section.pictures]
+        shown = [f"![{_alternative(figure)}](pictures/{name})" for name, figure in section.pictures.items()]
         parts += [_title(experiment, wanted[experiment.name], known), section.text, *shown]
-    if (conclusions := folder / CONCLUSIONS).exists():
-        parts.append(conclusions.read_text(encoding="utf-8"))
     (folder / "README.md").write_text("\n\n".join(part.strip("\n") for part in parts) + "\n", encoding="utf-8")
+
+
+def _alternative(figure: Figure) -> str:
+    """For those who do not see the picture: what its panels show."""
+    panels = [
+        (axes.get_ylabel(), axes.get_xlabel(), axes.get_title(loc="left") or axes.get_title()) for axes in figure.axes
+    ]
+    names = [" against ".join(filter(None, (y, x))) or "values" for y, x, _ in panels]
+    return "; ".join(f"{name}: {title}" if title else name for name, (*_, title) in zip(names, panels, strict=True))
 
 
 def _sums(cells: Iterable[Cell], known: Known) -> str:
