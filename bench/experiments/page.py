@@ -15,8 +15,8 @@ _HEAD = """\
 # The paper's claims, every method at its best rate
 
 The claims of PiSSA's paper (arXiv 2404.02948v4), tested on models and data that two cores can train. The conclusions \
-come first; behind them, each experiment has a section with its tables. [PROTOCOL.md](PROTOCOL.md) has the rules, which \
-were fixed before the runs.
+come first; behind them, each experiment has a section with its tables. [PROTOCOL.md](PROTOCOL.md) has the rules, \
+which were fixed before the runs.
 """
 
 _READING = """\

@@ -31,12 +31,12 @@ wheel() {  # VERSION ARCHITECTURE OPTION...
     --config-settings=cmake.define.PISSA_MANYLINUX=ON "$@" "$repository"
   inspect "$architecture" "$folder"/raw/*.whl
   sh "$repository/tests/cuda_wheel.sh" "$folder"/raw/*.whl "$folder/cuda-$architecture/nvidia/cu13/bin/cuobjdump"
-  # The tag is that of the oldest system which has all that is needed. torch's and CUDA's libraries are there already, for
-  # pissa imports torch first.
+  # The tag is that of the oldest system which has all that is needed: of glibc 2.34, for the CUDA runtime takes its threads
+  # from where this machine's glibc keeps them. torch's and CUDA's libraries are there already, for pissa imports torch first.
   auditwheel repair --only-plat --exclude 'libtorch*' --exclude 'libc10*' --exclude 'libcu*' -w "$folder/repaired" "$folder"/raw/*.whl
   case $(ls "$folder/repaired") in
-    *-manylinux_2_1[0-9]_"$architecture".whl | *-manylinux_2_2[0-8]_"$architecture".whl) mv "$folder"/repaired/*.whl "$folder/dist" ;;
-    *) ls "$folder/repaired" >&2; echo "needs more than manylinux_2_28 has; auditwheel show $folder/raw/*.whl says what" >&2; exit 1 ;;
+    *-manylinux_2_[12][0-9]_"$architecture".whl | *-manylinux_2_3[0-4]_"$architecture".whl) mv "$folder"/repaired/*.whl "$folder/dist" ;;
+    *) ls "$folder/repaired" >&2; echo "needs more than manylinux_2_34 has; auditwheel show $folder/raw/*.whl says what" >&2; exit 1 ;;
   esac
 }
 
