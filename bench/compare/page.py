@@ -168,26 +168,26 @@ def readme() -> str:
     loss = re.search(r"error_feedback=True`, (0\.\d+ ± 0\.\d+), where QLoRA loses (0\.\d+ ± 0\.\d+)", text)
     assert loss is not None
     return _table(
-        "a training on two Zen 4 cores | pissa | PEFT 0.21, bitsandbytes 0.50",
+        "training on two Zen 4 cores, rank 16: tokens a second, memory | pissa | PEFT 0.21, bitsandbytes 0.50",
         [
-            ["step of SmolLM2-135M in nf4: tokens a second, memory it takes", *_sides(by_setting["default"])],
-            ["the same once more, with PEFT's best settings", *_sides(by_setting["tuned"])],
+            ["SmolLM2-135M, nf4, 4 x 127 tokens", *_sides(by_setting["default"])],
+            ["the same, with PEFT's best settings for both", *_sides(by_setting["tuned"])],
             [
-                "step of a 7B in nf4 (Llama-2's shapes, 512 tokens)",
+                "Llama-2-7B's shapes, nf4, 512 tokens",
                 f"{_number(found['tokens_per_second'])}, {found['together'] / _GB:.1f} GB",
                 "not measured",
             ],
             [
-                "step of gpt-oss-20b as it is released, in MXFP4",
-                f"{_tokens(large)}, {large['private_gb']:.1f} GB beside the mapped file",
-                "not possible in 4 bits",
+                "gpt-oss-20b's shapes, MXFP4 as released, 512 tokens",
+                f"{_tokens(large)}, {large['private_gb']:.1f} GB and {large['together_gb'] - large['private_gb']:.0f} of mapped file",
+                "only decoded to 16 bits",
             ],
             [
-                "SmolLM2 trained on GSM8K: loss above LoRA in 16 bits (nats)",
-                f"{loss[1]}, calibrated",
+                "held-out loss above that of LoRA in 16 bits, SmolLM2 on GSM8K, nats",
+                f"{loss[1]}, LoRA on a calibrated base",
                 f"{loss[2]}, QLoRA",
             ],
-            ["[twenty situations](docs/situations.md) of PiSSA", "work", "wrong, or fail"],
+            ["PiSSA in [twenty situations](docs/situations.md)", "right", "fails, or is wrong"],
         ],
     )
 
