@@ -1,4 +1,4 @@
-"""The command line: parses arguments, runs one command, turns an error that the user can put right into one line."""
+"""The command line: parses arguments, runs one command, and reports an error that the user can correct in one line."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from typing import Any
 from pissa.cli.terminal import UserError, silence_third_parties
 from pissa.files.staged import CompletedError
 
-# The commands and their help. Each is a module of its name, or what `_HOMES` names, with `run(args)`, and with
-# `add_arguments(parser)`, or the `trainer` of TRL whose options it has. It is imported only if it is given.
+# The commands and their help texts. Each command is a module of the same name, or what `_HOMES` names. It has
+# `run(args)` and either `add_arguments(parser)` or the `trainer` of TRL whose options it takes. It is imported only
+# when that command is given.
 COMMANDS = {
     "finetune": "fine-tune a causal language model on your data",
     "dpo": "train a causal language model on your preferences",
-    "demo": "LoRA, PiSSA and QPiSSA side by side on a small real model",
-    "init": "split a checkpoint on disk into residuals and a LoRA, in little memory",
-    "merge": "merge an adapter into a checkpoint on disk, in little memory",
+    "demo": "compare LoRA, PiSSA and QPiSSA on a small real model",
+    "init": "split a checkpoint on disk into residuals and a LoRA, using little memory",
+    "merge": "merge an adapter into a checkpoint on disk, using little memory",
     "export": "write an adapter for another runtime: bitsandbytes, vLLM, llama.cpp, or merged",
     "convert": "turn a PiSSA adapter of any layout into a plain LoRA",
-    "report": "spectra, errors of 4-bit bases, ranks and memory, before training",
-    "run": "run a program that trains with PEFT: its PiSSA and 4-bit LoRA are ours",
+    "report": "report spectra, 4-bit errors, ranks and memory before training",
+    "run": "run a PEFT training program with pissa's PiSSA and 4-bit LoRA",
     "env": "report versions and whether everything works",
     "selftest": "check this installation; run it before you report a problem",
     "completion": "print what a shell needs to complete these commands",
@@ -34,7 +35,7 @@ _HOMES = {
     "report": "report:REPORT",
 }
 
-# What an interrupted command leaves, if it leaves something.
+# What an interrupted command leaves behind, if anything.
 _INTERRUPTED = {
     "finetune": "a run that has begun goes on with --resume",
     "dpo": "a run that has begun goes on with --resume",
@@ -46,9 +47,9 @@ _INTERRUPTED = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the `pissa` command with these arguments, or with those of the process, which is then the command's own
-    (`args.is_process`). Returns 0 when done, now or by an earlier run; 1 when the environment or a check is broken, 2
-    for wrong input, 130 when interrupted."""
+    """Runs the `pissa` command with the given arguments. Without any, it takes the arguments of the process, and the
+    process then belongs to the command (`args.is_process`). Returns 0 when the work is done, now or by an earlier run;
+    1 when the environment or a check is broken; 2 for wrong input; 130 when interrupted."""
     is_process = argv is None
     argv = sys.argv[1:] if argv is None else argv
     command = next(iter(argv), "")
@@ -76,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parser_for(named: Collection[str]) -> argparse.ArgumentParser:
-    """A parser of all commands. Only those that are named get their arguments."""
+    """Returns a parser for all commands. Only the named commands get their arguments."""
     parser = argparse.ArgumentParser(
         prog="pissa", description="Fine-tune language models with PiSSA and QPiSSA (arXiv 2404.02948)."
     )
@@ -89,7 +90,7 @@ def parser_for(named: Collection[str]) -> argparse.ArgumentParser:
         if trainer := getattr(module, "trainer", None):
             from pissa.cli.options import trl_parser
 
-            # Left to argparse, the usage would have a hundred lines.
+            # argparse's own usage text would be a hundred lines long.
             usage = f"pissa {name} [options]; --help lists them"
             own = {"parents": [trl_parser(trainer, add_help=False)], "usage": usage}
         description = f"{text[0].upper()}{text[1:]}."
@@ -102,7 +103,7 @@ def parser_for(named: Collection[str]) -> argparse.ArgumentParser:
 
 
 class _ShowDefaults(argparse.HelpFormatter):
-    """As argparse.ArgumentDefaultsHelpFormatter, but silent about "None" and "False"."""
+    """Like argparse.ArgumentDefaultsHelpFormatter, but does not print the defaults "None" and "False"."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         shown = not any(action.default is none for none in (None, False, argparse.SUPPRESS)) and action.default != ""

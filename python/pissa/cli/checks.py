@@ -1,4 +1,4 @@
-"""Whether a layer and a model compute what they should: what `pissa selftest` checks, and what every training does."""
+"""Checks that a layer and a model compute what they should. `pissa selftest` and every training run use them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ _NOT_THE_MODELS = ("labels", "completion_mask", "ref_chosen_logps", "ref_rejecte
 
 
 def checks(device: torch.device, models: bool) -> Iterator[tuple[str, Callable[[], Iterator[str]]]]:
-    """What `pissa selftest` checks on a device: names, and what finds what is wrong."""
+    """Yields the checks of `pissa selftest` for a device: each check's name, and a function that yields what is
+    wrong."""
     for form in ("dense", *FORMATS):
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             name = f"linear, {form} weight, {str(dtype).removeprefix('torch.')}"
@@ -35,21 +36,22 @@ def checks(device: torch.device, models: bool) -> Iterator[tuple[str, Callable[[
 
 
 def wrong_in_linear(form: str, dtype: torch.dtype, device: torch.device) -> Iterator[str]:
-    """What is wrong with the fused linear layer, forward and backward, beside its formula in float64: a line each.
+    """Compares the fused linear layer, forward and backward, with its formula in float64, and yields a line for each
+    error.
 
-    A sum of k random terms in float32 is off by about √k u of its size, u = 2^-24. In half precision factors and
-    products are rounded to their dtype up to five times, eps / 2 each, to either side: by about one eps. The bound is
-    four times as much.
+    A float32 sum of k random terms is off by about √k u of its size, where u = 2^-24. In half precision, factors and
+    products are rounded to their dtype up to five times. Each rounding is off by up to eps / 2 in either direction,
+    which adds up to about one eps. The bound is four times the sum of both.
 
     Args:
-        form: of the weight, "dense" or a format.
-        dtype: of the activations, and of a dense weight.
+        form: the form of the weight, "dense" or a format.
+        dtype: the dtype of the activations, and of a dense weight.
     """
-    for rows in (4, 150):  # few rows are multiplied by other kernels than many
+    for rows in (4, 150):  # few rows and many rows use different kernels
         shapes = {"x": (rows, 448), "weight": (264, 448), "bias": (264,), "dy": (rows, 264)}
         shapes |= {"a": (8, 448), "b": (264, 8), "a0": (8, 448), "b0": (264, 8)}
         generator = torch.Generator().manual_seed(0)
-        # No part of a sum is lost among the roundings of another.
+        # The terms of a sum have similar sizes, so that none is lost in the rounding of another.
         given = {name: torch.randn(shape, generator=generator) / math.sqrt(shape[-1]) for name, shape in shapes.items()}
         given |= {name: given[name].to(dtype) for name in ("x", "weight", "dy")}
         dense = given.pop("weight")
@@ -72,7 +74,7 @@ def _linear64(
 
 
 def _with_gradients(linear: Callable[..., Tensor], weight: Any, given: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The output, and the gradients of x, a and b, where dy is that of the output."""
+    """Returns the output and the gradients of x, a and b, where dy is the gradient of the output."""
     tensors = {name: tensor.detach().requires_grad_(name in ("x", "a", "b")) for name, tensor in given.items()}
     trained = {name: tensor for name, tensor in tensors.items() if tensor.requires_grad}
     x, dy = tensors.pop("x"), tensors.pop("dy")
@@ -82,7 +84,7 @@ def _with_gradients(linear: Callable[..., Tensor], weight: Any, given: dict[str,
 
 
 def _above(what: str, got: float, allowed: float) -> Iterator[str]:
-    if not got <= allowed:  # NaN is wrong too
+    if not got <= allowed:  # also true for NaN
         yield f"{what}: got {got:.3g}, allowed {allowed:.3g}"
 
 
@@ -90,8 +92,8 @@ def _above(what: str, got: float, allowed: float) -> Iterator[str]:
 
 
 class Step0(NamedTuple):
-    """The relative difference of the logits with and without the adapter, the largest that rounding explains, and the
-    norm of the logits, over a number of `tokens`."""
+    """The relative difference of the logits with and without the adapter, the largest difference that rounding
+    explains, and the norm of the logits, over `tokens` tokens."""
 
     difference: float
     bound: float
@@ -100,12 +102,12 @@ class Step0(NamedTuple):
 
 
 def step0_check(model: PeftModel, batch: dict[str, Any]) -> Step0:
-    """Compares the logits before training with the adapter enabled (the model) and disabled (the base). An adapter that
-    starts wrong (PiSSA on a base that has lost its principal part) differs by about 1.
+    """Compares the logits before training with the adapter enabled (the model) and disabled (the base). If the adapter
+    starts wrong (PiSSA on a base that lacks its principal part), they differ by about 1.
 
     Args:
-        model: with one active adapter. Afterwards it is in evaluation mode.
-        batch: as a trainer of TRL collates it, on the model's device; tokens that attention_mask leaves out are not
+        model: the model, with one active adapter. Afterwards it is in evaluation mode.
+        batch: a batch as a TRL trainer collates it, on the model's device. Tokens that attention_mask excludes are not
             compared.
     """
     inputs = {key: value for key, value in batch.items() if key not in _NOT_THE_MODELS}
@@ -116,13 +118,13 @@ def step0_check(model: PeftModel, batch: dict[str, Any]) -> Step0:
 
 
 def _rounding_bound(model: PeftModel) -> float:
-    """The largest relative difference of logits that rounding explains, between two passes that compute the same
-    function and may round differently.
+    """Returns the largest relative difference of logits that rounding explains between two passes that compute the same
+    function but may round differently.
 
-    With k the inner dimension of an adapted layer, a sum of k products in float32 (u = eps/2) is off by about √k u of
-    its norm, once in each of the two passes; the layer's output is then rounded to the base's dtype, eps at most
-    between the two. These errors are independent from layer to layer and pass the layers above with a gain near 1, so
-    they add up as a random walk does: √(Σ 2 k u²) + √n eps(dtype) for n layers.
+    For an adapted layer of inner dimension k, a float32 sum of k products (u = eps/2) is off by about √k u of its norm,
+    once in each of the two passes. The layer's output is then rounded to the base's dtype, so that the two passes
+    differ by at most eps. These errors are independent from layer to layer and pass the layers above with a gain near
+    1. They therefore add up like a random walk: √(Σ 2 k u²) + √n eps(dtype) for n layers.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -132,17 +134,17 @@ def _rounding_bound(model: PeftModel) -> float:
 
 
 def wrong_in_model(form: str, device: torch.device) -> Iterator[str]:
-    """What is wrong with a small model, its base in this form, wrapped, trained, saved, and loaded: a line each."""
+    """Wraps a small model with its base in this form, trains, saves and loads it, and yields a line for each error."""
     from peft import PeftModel
 
     from pissa.layers.layer import pissa_layers
 
-    tokens = {"input_ids": (20 * torch.arange(4)[:, None] + torch.arange(24) % 3).to(device)}  # easily learnt
+    tokens = {"input_ids": (20 * torch.arange(4)[:, None] + torch.arange(24) % 3).to(device)}  # easily learned
     given = _logits(_llama(device), tokens)
     model: Any = pissa.wrap(_llama(device), r=8, quant=None if form == "implicit" else form)
     start = step0_check(model, tokens)
     yield from _above("difference of the logits with and without the adapter", start.difference, start.bound)
-    # What the format loses of a weight, which adds up from layer to layer as roundings do.
+    # The error of the format for one weight. It adds up from layer to layer, as rounding errors do.
     lost = 0.0
     if form != "implicit":
         weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)).to(device)
@@ -160,7 +162,7 @@ def wrong_in_model(form: str, device: torch.device) -> Iterator[str]:
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    yield from _above("loss of the eighth step", losses[-1], 0.9 * losses[0])  # it falls to 0.8 of the first
+    yield from _above("loss of the eighth step", losses[-1], 0.9 * losses[0])  # it falls to 0.8 of the first step's
 
     trained = _logits(model, tokens)
     with tempfile.TemporaryDirectory(prefix="pissa-selftest-") as folder:
@@ -168,14 +170,14 @@ def wrong_in_model(form: str, device: torch.device) -> Iterator[str]:
         loaded = pissa.PissaModel.from_pretrained(_llama(device), folder)
         off = _off(_logits(loaded, tokens), trained)
         yield from _above("difference of the loaded model's logits", off, 0.0)
-        if form == "implicit":  # a quantised base's rounding error a plain LoRA lacks
+        if form == "implicit":  # a plain LoRA lacks the rounding error of a quantised base
             plain = PeftModel.from_pretrained(_llama(device), folder)
             off = _off(_logits(plain, tokens), trained)
             yield from _above("difference of the logits by PEFT's LoRA of the same files", off, start.bound)
 
 
 def _llama(device: torch.device) -> Any:
-    """A random Llama of two layers, always the same one."""
+    """A random two-layer Llama, always the same one."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
@@ -187,7 +189,7 @@ def _llama(device: torch.device) -> Any:
 
 @torch.no_grad()
 def _logits(model: Any, inputs: dict[str, Any]) -> Tensor:
-    """The logits, in evaluation mode, of the tokens that attention_mask has."""
+    """The logits, in evaluation mode, of the tokens that attention_mask includes."""
     logits: Tensor = model.eval()(**inputs, use_cache=False).logits
     mask = inputs.get("attention_mask")
     return (logits.flatten(0, 1) if mask is None else logits[mask.bool()]).float()

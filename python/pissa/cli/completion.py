@@ -1,4 +1,4 @@
-"""`pissa completion`: what a shell needs to complete the commands and their options."""
+"""`pissa completion`: prints the script that a shell needs to complete the commands and their options."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the script. Returns the exit code."""
+    """Prints the completion script. Returns the exit code."""
     import shtab
 
     from pissa.cli import COMMANDS, parser_for

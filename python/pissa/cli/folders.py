@@ -1,4 +1,4 @@
-"""`pissa init`, `merge`, `export` and `convert`: functions of the package that write a folder, as commands."""
+"""`pissa init`, `merge`, `export` and `convert`: commands for the package's functions that write a folder."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ if TYPE_CHECKING:
 
 
 class FolderCommand(NamedTuple):
-    """A command that calls a function and reports what it has done."""
+    """A command that calls a function and reports its result."""
 
     add_arguments: Callable[[argparse.ArgumentParser], None]
     work: Callable[[argparse.Namespace], Iterator[dict[str, Any]]]
-    """Calls the function and yields what JSON has of the result; then says it in lines."""
+    """Calls the function and yields its result for JSON; then prints it in lines."""
 
     def run(self, args: argparse.Namespace) -> int:
-        """Runs the command. Returns the exit code. What an interrupted run has done stays."""
+        """Runs the command. Returns the exit code. An interrupted run keeps the work that it has done."""
         silence_third_parties()
         from pissa.distributed import RankError
 
         work = self.work(args)
-        speaks = os.environ.get("RANK", "0") == "0"  # of those that torchrun has started
+        speaks = os.environ.get("RANK", "0") == "0"  # one of the processes that torchrun started
         with _noted(shown=speaks and not args.json) as notes, told(OSError, ValueError, RankError):
             done = next(work)
         if speaks and args.json:
@@ -58,7 +58,7 @@ class FolderCommand(NamedTuple):
 
 @contextmanager
 def _noted(shown: bool) -> Iterator[list[str]]:
-    """The warnings of the block, said as they come: before hours of work that they may call in question."""
+    """Prints the warnings of the block at once, because they may call hours of work into question."""
     texts: list[str] = []
 
     def note(message: Warning | str, *_: Any, **__: Any) -> None:
@@ -74,9 +74,9 @@ def _noted(shown: bool) -> Iterator[list[str]]:
 
 
 def _add_adapter(parser: argparse.ArgumentParser, target: str, base: str, base_is_required: bool = False) -> None:
-    """Adds the arguments of all commands that read an adapter."""
+    """Adds the arguments that all commands which read an adapter share."""
     parser.add_argument(
-        "adapter", type=Path, metavar="ADAPTER", help="folder of the adapter: of pissa, PEFT, or a LoRA"
+        "adapter", type=Path, metavar="ADAPTER", help="folder of the adapter: one of pissa or PEFT, or a LoRA"
     )
     parser.add_argument("target", type=Path, metavar="OUT", help=target)
     parser.add_argument("--base", required=base_is_required, metavar="DIR_OR_NAME", help=base)
@@ -84,19 +84,19 @@ def _add_adapter(parser: argparse.ArgumentParser, target: str, base: str, base_i
         "--initial",
         type=Path,
         metavar="DIR",
-        help="of an adapter that PEFT trained on a residual: the adapter as it was saved before training, or a "
-        "residual model that has it in pissa_init",
+        help="if PEFT trained the adapter on a residual: the adapter as it was saved before training, or a "
+        "residual model that contains it in pissa_init",
     )
     parser.add_argument("--json", action="store_true", help="report as one JSON object")
 
 
 def _options(args: argparse.Namespace, *names: str) -> dict[str, Any]:
-    """The options of those names, which are those of a function's arguments too."""
+    """The named options, which are also arguments of a function."""
     return {name: getattr(args, name) for name in names}
 
 
 def _read(done: Initialised | Merged) -> str:
-    """What a run has read of a checkpoint, and how fast."""
+    """The amount of checkpoint data that a run has read, and the speed."""
     before = f", {as_size(done.bytes_done_before)} by an earlier run" if done.bytes_done_before else ""
     rate = round((done.bytes_read - done.bytes_done_before) / done.seconds)
     return f"{as_size(done.bytes_read)}{before}; {done.seconds:.1f} s, {as_size(rate)}/s"
@@ -121,44 +121,47 @@ _alpha = number(float, "a number above 0", lambda value: 0 < value < float("inf"
 
 def _add_init(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SRC", help="folder of the model, or its name on the Hugging Face Hub")
-    parser.add_argument("target", type=Path, metavar="OUT", help="new folder, or that of a run that was interrupted")
+    parser.add_argument("target", type=Path, metavar="OUT", help="new folder, or the folder of an interrupted run")
     parser.add_argument(
         "--quant",
         metavar="FORMAT",
-        help="keep the residual in nf4 or int8, in the format of transformers with bitsandbytes; dense unless given",
+        help="keep the residual in nf4 or int8, in the format of transformers with bitsandbytes; default: dense",
     )
     parser.add_argument("--rank", type=positive_int, default=16, metavar="R", help="rank of the adapter")
-    parser.add_argument("--alpha", type=_alpha, metavar="A", help="LoRA alpha; the rank unless given")
+    parser.add_argument("--alpha", type=_alpha, metavar="A", help="LoRA alpha (default: the rank)")
     parser.add_argument(
-        "--target-modules", nargs="+", metavar="NAME", help="layers to adapt; all linear ones but the output layer"
+        "--target-modules",
+        nargs="+",
+        metavar="NAME",
+        help="layers to adapt (default: all linear ones except the output layer)",
     )
     parser.add_argument("--exclude-modules", nargs="+", metavar="NAME", help="layers not to adapt")
     parser.add_argument(
         "--init",
         default="pissa",
         metavar="METHOD",
-        help="where the adapter starts: pissa, pissa_medium, pissa_minor, lora (plain QLoRA), olora, loftq, or "
-        "activations, with a calibration",
+        help="how the adapter starts: pissa, pissa_medium, pissa_minor, lora (plain QLoRA), olora, loftq, or "
+        "activations (which needs a calibration)",
     )
     add_calibration(
         parser,
-        "with --quant: records (.jsonl, .json) of what the model will read. The codes are then found by error "
-        "feedback, and lose less of the outputs; with --init lora it is a better checkpoint for any QLoRA program",
+        "with --quant: records (.jsonl, .json) like what the model will read. Error feedback then chooses the "
+        "codes, and the outputs lose less; with --init lora this makes a better checkpoint for any QLoRA program",
     )
     parser.add_argument(
         "--quant-iters", type=positive_int, default=1, metavar="T", help="alternations of SVD and quantisation"
     )
-    parser.add_argument("--svd-passes", type=passes, default="auto", metavar="N", help="reads of each matrix, even")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the random sketch")
+    parser.add_argument("--svd-passes", type=passes, default="auto", metavar="N", help="passes over each matrix (even)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the random sketch")
     parser.add_argument(
-        "--memory", type=_memory, default="1GB", metavar="SIZE", help="matrices and results in memory at a time"
+        "--memory", type=_memory, default="1GB", metavar="SIZE", help="limit for matrices and results in memory"
     )
     parser.add_argument(
         "--experts",
         metavar="FORMAT",
         default="dense",
-        help="with --quant, fused experts: a dense residual, which every program reads, or in that format, which only "
-        "pissa.load reads",
+        help="how --quant keeps fused experts: as a dense residual, which every program reads, or in FORMAT, which "
+        "only pissa.load reads",
     )
     parser.add_argument("--device", default="cpu", metavar="DEV", help="where matrices are split, e.g. cuda")
     parser.add_argument("--json", action="store_true", help="report as one JSON object")
@@ -166,13 +169,13 @@ def _add_init(parser: argparse.ArgumentParser) -> None:
 
 @contextmanager
 def _processes() -> Iterator[None]:
-    """Joins the processes that torchrun has started, for the block."""
+    """Joins the processes that torchrun has started, for the duration of the block."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
     import torch.distributed as dist
 
-    # The last process to end may be days behind; one that dies is torchrun's to notice.
+    # The last process may end days after the first. If one dies, torchrun notices.
     dist.init_process_group("gloo", timeout=timedelta(days=30))
     try:
         yield
@@ -182,14 +185,14 @@ def _processes() -> Iterator[None]:
 
 def _init(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     if args.is_process and "peft" not in sys.modules:
-        # PEFT imports an installed bitsandbytes, which takes a second and 40 MB; nothing here uses it.
+        # PEFT imports bitsandbytes if it is installed. That takes a second and 40 MB, and nothing here uses it.
         sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
     from pissa.checkpoints.init import init
     from pissa.cli.data import batches_of
     from pissa.config import PissaConfig
     from pissa.files.hub import checkpoint_folder
 
-    with told(TypeError), _processes():  # a layer of a kind that cannot be adapted
+    with told(TypeError), _processes():  # raised for a layer of a kind that cannot be adapted
         source, method = checkpoint_folder(args.source), _options(args, *_METHOD)
         batches = None if args.calibration is None else batches_of(args.calibration, args.examples, source)
         done = init(
@@ -207,7 +210,7 @@ def _init(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     if done.memory > args.memory:
         needed = f"{as_size(done.memory)}, which {done.largest} needs by itself"
         say("memory", f"{needed}; --memory is {as_size(args.memory)}")
-    given_up = ", given up for the outputs' sake" if args.calibration else ""
+    given_up = ", lost to keep the outputs closer" if args.calibration else ""
     say("error", f"{done.error:.3%} of the weights' norm is in neither the residual nor the adapter{given_up}")
     say("saved", f"{args.target}: {as_size(done.bytes_written)}, the adapter in pissa_init")
     if done.only_ours:
@@ -225,16 +228,16 @@ INIT = FolderCommand(_add_init, _init)
 def _add_merge(parser: argparse.ArgumentParser) -> None:
     _add_adapter(
         parser,
-        "new folder, or that of a run that was interrupted",
-        "folder of the model that the adapter was trained on, or its name on the Hugging Face Hub; also what pissa "
-        "init has written",
+        "new folder, or the folder of an interrupted run",
+        "folder of the model that the adapter was trained on, or its name on the Hugging Face Hub; or a folder that "
+        "pissa init has written",
         base_is_required=True,
     )
     parser.add_argument(
         "--quant",
         metavar="FORMAT",
-        help="write the linear layers in nf4 or int8, in the format of transformers with bitsandbytes; or in that of a "
-        "released base: same; dense unless given",
+        help="write the linear layers in nf4 or int8, in the format of transformers with bitsandbytes; same: in the "
+        "format of a released base (default: dense)",
     )
 
 
@@ -265,9 +268,9 @@ MERGE = FolderCommand(_add_merge, _merge)
 def _add_export(parser: argparse.ArgumentParser) -> None:
     _add_adapter(
         parser,
-        "new folder; of gguf a new file",
-        "the model that the adapter was trained on, a folder or a name on the Hugging Face Hub; the one that the "
-        "adapter names unless given",
+        "new folder, or for gguf a new file",
+        "the model that the adapter was trained on, a folder or a name on the Hugging Face Hub (default: the one that "
+        "the adapter names)",
     )
     parser.add_argument(
         "--to",
@@ -278,7 +281,7 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--requantise",
         action="store_true",
-        help="bnb4 of an adapter whose base was not in 4 bits: merge and quantise it, with the error that is reported",
+        help="for bnb4, if the adapter's base was not in 4 bits: merge it, quantise the result and report the error",
     )
 
 
@@ -308,19 +311,19 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     _add_adapter(
         parser,
         "new folder for the LoRA",
-        'the unmodified model: the start of PEFT\'s exact "pissa" is computed from it, a residual model compared',
+        'the unmodified model: computes the start of PEFT\'s exact "pissa" again, or is compared with a residual model',
     )
     lower = parser.add_mutually_exclusive_group()
-    lower.add_argument("--rank", type=positive_int, metavar="N", help="largest rank of a layer; what is best is kept")
+    lower.add_argument("--rank", type=positive_int, metavar="N", help="largest rank of a layer (best approximation)")
     lower.add_argument(
-        "--energy", type=_share, metavar="X", help="share of the change's square that each layer keeps, e.g. 0.99"
+        "--energy", type=_share, metavar="X", help="share of the change's squared norm that each layer keeps, e.g. 0.99"
     )
     parser.add_argument(
         "--subtracted",
         action="store_true",
         default=None,
-        help="the adapter is [B, -B0] [A ; A0], as PEFT's path_initial_model_for_weight_conversion writes it; usually "
-        "recognised without",
+        help="the adapter is [B, -B0] [A ; A0], as PEFT's path_initial_model_for_weight_conversion writes it (usually "
+        "recognised without this option)",
     )
 
 
@@ -350,7 +353,7 @@ def _convert(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def as_range(numbers: list[int]) -> str:
-    """The least and the largest of numbers."""
+    """The smallest and the largest of the numbers, as text."""
     low, high = min(numbers), max(numbers)
     return str(low) if low == high else f"{low} to {high}"
 

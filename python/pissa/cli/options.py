@@ -1,4 +1,4 @@
-"""The options of `pissa finetune` and `pissa dpo`: TRL's, with the paper's defaults, and PissaConfig's fields."""
+"""The options of `pissa finetune` and `pissa dpo`: TRL's, with the paper's defaults, and the fields of PissaConfig."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from pissa.ops.formats import FORMATS
 AUTO = "auto"
 RUN_FILE = "run.yaml"
 
-# Of LoraConfig's fields, those that mean the same to PiSSA and are the user's to choose.
+# The fields of LoraConfig that mean the same for PiSSA and that the user may choose.
 _STRUCTURES = ("rank_pattern", "alpha_pattern", "trainable_token_indices")
 _NAMES = ("target_modules", "exclude_modules", "target_parameters", "layers_pattern", "modules_to_save")
 _VALUES = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "bias", "layers_to_transform")
-_NO_OPTIONS = {f.name for f in fields(LoraConfig)}.difference(_VALUES, _STRUCTURES, _NAMES) | {"seed"}  # the run's
+_NO_OPTIONS = {f.name for f in fields(LoraConfig)}.difference(_VALUES, _STRUCTURES, _NAMES) | {"seed"}  # the run's own
 _METHOD = {f.name: default_of(f) for f in fields(pissa.PissaConfig) if f.name not in _NO_OPTIONS} | {"preset": None}
 
 _ALIASES = {
@@ -39,8 +39,8 @@ _ALIASES = {
     **{"per_device_train_batch_size": "--batch-size", "gradient_accumulation_steps": "--grad-accum"},
     "warmup_steps": "--warmup-ratio",
 }
-# The paper's schedule and batch of 8 x 16 (arXiv 2404.02948, section 5), and what suits a terminal. An option of the
-# method that is not given is None, but for switches.
+# The paper's schedule and its batch of 8 x 16 (arXiv 2404.02948, section 5), and settings that suit a terminal. An
+# option of the method that is not given is None, except for switches.
 _DEFAULTS: dict[str, Any] = {
     **{"max_length": 512, "num_train_epochs": 1.0, "warmup_steps": 0.03, "lr_scheduler_type": "cosine", "seed": 0},
     **{"per_device_eval_batch_size": None, "gradient_accumulation_steps": 16, "output_dir": ""},
@@ -48,11 +48,11 @@ _DEFAULTS: dict[str, Any] = {
     **{"bf16": False, "gradient_checkpointing": None, "dtype": None, "use_cpu": not torch.accelerator.is_available()},
     **{name: default if isinstance(default, bool) else None for name, default in _METHOD.items()},
 }
-# PiSSA's best at rank 16, on GSM8K and on sums (bench/experiments, SmolLM2-135M). The paper's 2e-5 is for 7 billion
-# parameters and rank 128. TRL's stays for preferences.
+# PiSSA's best rate at rank 16, on GSM8K and on sums (bench/experiments, SmolLM2-135M). The paper's 2e-5 is for 7
+# billion parameters and rank 128. For preferences, TRL's default remains.
 _RATE = {"SFT": {"learning_rate": 2e-4}}
-# Rank 64 lowers the loss on GSM8K by 0.026 ± 0.008 at 1.5 times the time, and none that could be told apart on films
-# (bench/experiments, start-norm).
+# Rank 64 lowers the loss on GSM8K by 0.026 ± 0.008 and takes 1.5 times as long. On films the difference was within
+# noise (bench/experiments, start-norm).
 _RANK = 16
 _structure = number(json.loads, 'JSON, such as {"q_proj": 8}', lambda value: isinstance(value, (dict, list)))
 _rate = number(float, f"a number above 0, or {AUTO}", lambda value: 0 < value < float("inf"))
@@ -64,24 +64,24 @@ _TYPES: dict[str, Any] = {
     **dict.fromkeys(_NAMES, list[str]),
 }
 _HELP = {
-    "model_name_or_path": "folder of a model, or its name on the hub; or a folder that pissa init has written",
-    "dataset_name": "file of records (.jsonl, .json), folder or name of a data set in TRL's formats, or gsm-symbolic",
-    "learning_rate": f"learning rate at its peak, or {AUTO}: the one that pissa.suggest_lr finds",
+    "model_name_or_path": "folder of a model, its name on the hub, or a folder that pissa init has written",
+    "dataset_name": "file of records (.jsonl, .json), folder or name of a data set in a TRL format, or gsm-symbolic",
+    "learning_rate": f"peak learning rate, or {AUTO}: the one that pissa.suggest_lr finds",
     "r": f"rank of the adapters (default: {_RANK})",
     "output_dir": "new folder of the run: adapter, checkpoints, options, picture of the losses",
 }
 _OWN = (
-    ("eval_data", str, None, "held-out data: its loss before and after"),
-    ("method", str, "pissa", "pissa, or lora: plain LoRA to compare"),
-    ("preset", str, None, "rl: starts as LoRA and scales by alpha / sqrt(rank), for rewards"),
-    ("calibration", int, 64, "training examples that --repair activations and --error-feedback look at"),
-    ("resume", bool, False, "go on from the last checkpoint in the folder"),
-    ("json", bool, False, "report as one JSON object; lines for people go to stderr"),
+    ("eval_data", str, None, "held-out data: the loss is computed before and after training"),
+    ("method", str, "pissa", "pissa, or lora: plain LoRA, for comparison"),
+    ("preset", str, None, "rl: start as LoRA does and scale by alpha / sqrt(rank), for training by rewards"),
+    ("calibration", int, 64, "number of training examples for --repair activations and --error-feedback"),
+    ("resume", bool, False, "continue from the last checkpoint in the folder"),
+    ("json", bool, False, "report as one JSON object; readable lines go to stderr"),
 )
 
 
 def _fields(config: type, names: Collection[str], **defaults: Any) -> list[tuple[str, Any, Any]]:
-    """Fields of a dataclass with our types, defaults and short names; `defaults` of some of them are others."""
+    """Fields of a dataclass with our types, defaults and short names. `defaults` replaces some of the defaults."""
     hints, found = types_of_fields(config), []
     defaults = _DEFAULTS | defaults
     for f in (f for f in fields(config) if f.name in names):
@@ -96,7 +96,7 @@ def _fields(config: type, names: Collection[str], **defaults: Any) -> list[tuple
 
 
 def trl_parser(kind: str, **options: Any) -> TrlParser:
-    """A parser of our options and of those of one of TRL's trainers: "SFT", "DPO"."""
+    """A parser for our options and those of one of TRL's trainers, "SFT" or "DPO"."""
     config = getattr(trl, f"{kind}Config")
     ours = [
         *_fields(ModelConfig, ("model_name_or_path", "model_revision", "attn_implementation", "dtype")),
@@ -109,32 +109,34 @@ def trl_parser(kind: str, **options: Any) -> TrlParser:
         "Training", _fields(config, {*_ALIASES, *_DEFAULTS, *_TYPES}, **_RATE.get(kind, {})), bases=(config,)
     )
     parser = TrlParser((first, training, DatasetMixtureConfig), **options)
-    parser.add_argument("--config", metavar="FILE", help="YAML file of options by their long names; flags win")
+    parser.add_argument(
+        "--config", metavar="FILE", help="YAML file of options by their long names; flags take precedence"
+    )
     return parser
 
 
 def parse(args: Namespace, kind: str) -> tuple[Any, Any, Any]:
-    """Our options, the trainer's, and TRL's mixture of data sets, out of `args.argv` and `args.config`."""
+    """Returns our options, the trainer's, and TRL's mixture of data sets, from `args.argv` and `args.config`."""
     file = ["--config", args.config] if args.config else []  # TRL looks for these two words
     with told(OSError, ValueError, TypeError, yaml.YAMLError):
         ours, training, mixture, _ = trl_parser(kind).parse_args_and_config([*args.argv, *file])
-    # It is pickled with each checkpoint, which an object of a class made here cannot be.
+    # The options are pickled with each checkpoint, which is impossible for an object of a class that is defined here.
     training.__class__ = type(training).__base__
     training.per_device_eval_batch_size = training.per_device_eval_batch_size or training.per_device_train_batch_size
     return ours, training, mixture
 
 
 def flag(name: str) -> str:
-    """How messages spell an option."""
+    """The spelling of an option in messages."""
     return _ALIASES.get(name, f"--{name.replace('_', '-')}")
 
 
 def adapter_config(ours: Any, seed: int, split: pissa.PissaConfig | None = None) -> pissa.PissaConfig:
-    """The configuration that the options ask for, or that of a model that is split, which has the word: an option that
-    says otherwise is refused. The options are completed from it."""
+    """Returns the configuration that the options ask for. If the model is already split, its configuration applies: an
+    option that contradicts it is refused, and the options are completed from it."""
     given = {name: value for name in _METHOD if (value := getattr(ours, name)) is not None} | {"r": ours.r or _RANK}
     for name in ("target_modules", "exclude_modules"):
-        # PEFT takes a text as an expression for whole names, names in a list as their ends.
+        # PEFT reads a string as an expression for whole names, and the names in a list as endings.
         match given.get(name):
             case [only] if only == "all-linear" or re.search(r"[^\w.]", only):
                 given[name] = only
@@ -152,7 +154,7 @@ def adapter_config(ours: Any, seed: int, split: pissa.PissaConfig | None = None)
 
 # ---- run.yaml --------------------------------------------------------------------------------------------------------
 
-# Beginnings of the options that a resumed run may have otherwise: where it writes, what it reports, when it evaluates.
+# Prefixes of the options in which a resumed run may differ: where it writes, what it reports, when it evaluates.
 _FREE = (
     *("output_dir", "resume", "json", "report_to", "run_name", "project", "trackio", "disable_tqdm", "logging_"),
     *("log_", "save_", "eval_s", "eval_on", "per_device_eval", "hub_", "push_to_hub", "dataloader_", "ddp_", "fsdp"),
@@ -160,20 +162,20 @@ _FREE = (
 
 
 def record(out: Path, *options: Any) -> None:
-    """Makes the folder and writes run.yaml, which --config takes."""
+    """Creates the folder and writes run.yaml, which --config reads."""
     with staged(out) as new:
         new(RUN_FILE).write_text(yaml.safe_dump(_as_dict(*options), sort_keys=False))
 
 
 def go_on(out: Path, ours: Any, training: Any, mixture: Any) -> None:
-    """Checks that a folder holds a run with the same options, or names each that differs. A rate that was to be found
-    becomes the one that it had."""
+    """Checks that a folder contains a run with the same options, or names each one that differs. A rate that is to be
+    found becomes the rate that the run used."""
     path = out / RUN_FILE
     if not path.is_file():
         raise UserError(f"--resume: {out} holds no run ({RUN_FILE} is missing); leave --resume out to start one")
     needed = "Needed: options by name; leave --resume out and give another --out to start anew"
     with told(ValueError), reading(path, needed):
-        # An earlier version has had fewer options of the method.
+        # A run of an earlier version may have recorded fewer options of the method.
         before = _METHOD | dict(yaml.safe_load(path.read_text(encoding="utf-8")))
     if training.learning_rate == AUTO:
         training.learning_rate = before.get("learning_rate", AUTO)
@@ -184,7 +186,7 @@ def go_on(out: Path, ours: Any, training: Any, mixture: Any) -> None:
 
 
 def _as_dict(*options: Any) -> dict[str, Any]:
-    """All options by name, as JSON and YAML have them, but for what is of this machine alone."""
+    """All options by name, as JSON and YAML store them, except those that concern only this machine."""
     values = {f.name: getattr(part, f.name) for part in options for f in fields(part) if f.init}
     found: dict[str, Any] = json.loads(json.dumps(values, default=vars))
     return {name: value for name, value in found.items() if name not in ("hub_token", "use_cpu")}

@@ -1,4 +1,4 @@
-"""The pictures of runs and of reports. Their colours are those of `bench` and of the book too."""
+"""The pictures of runs and of reports. `bench` and the documentation use the same colours."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pissa.files.staged import staged
 if TYPE_CHECKING:
     from pissa.checkpoints.report import Report
 
-# Okabe and Ito's colours differ to every kind of colour blindness; their yellow is too pale for print.
+# Okabe and Ito's colours are distinguishable with every kind of colour blindness. Their yellow is too pale for print.
 BLUE, SKY, GREEN, ORANGE, RED, PINK = "#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7"
 BLACK, GREY = "#000000", "#777777"
 LORA, PISSA, QPISSA, LOFTQ = BLUE, RED, PINK, GREEN  # a method has one colour everywhere
@@ -29,11 +29,11 @@ STYLES: dict[str, dict[str, Any]] = {
     "QPiSSA": {"color": QPISSA, "linestyle": (0, (5, 1.5))},
     "LoRA": {"color": LORA, "linestyle": (0, (1, 1.2))},
 }
-"""Of lines, by method; line styles differ in grey."""
+"""Line styles by method, so that lines are distinguishable in grey."""
 
 _KINDS = cycler(color=[BLUE, RED, GREEN, PINK, ORANGE, SKY, GREY, BLACK], linestyle=["-", "--", ":", "-."] * 2)
 _DEPTH = LinearSegmentedColormap.from_list("depth", (BLUE, "#7E8FA0", ORANGE))
-"""From the first block to the last."""
+"""The colours from the first block to the last."""
 
 _PAGE = {
     "axes.formatter.min_exponent": 2,
@@ -49,7 +49,7 @@ _PAGE = {
 
 
 def smoothed(losses: Sequence[float], window: int) -> list[float]:
-    """The running mean over `window` (odd) values; near the ends, over those that exist."""
+    """The running mean over `window` (odd) values. Near the ends, over those that exist."""
     half = window // 2
     return [fmean(losses[max(0, i - half) : i + half + 1]) for i in range(len(losses))]
 
@@ -58,12 +58,13 @@ def smoothed(losses: Sequence[float], window: int) -> list[float]:
 def draw_losses(
     runs: Mapping[str, tuple[Sequence[int], Sequence[float]]], path: Path, title: str, unit: str = "answer token"
 ) -> None:
-    """Draws the losses, nats per `unit`, of runs over their steps: each thin, the running mean thick; and writes a PNG.
+    """Draws the losses of runs, in nats per `unit`, over their steps, and writes a PNG. The losses are thin lines,
+    their running means thick ones.
 
     Args:
-        runs: by the method, PiSSA, QPiSSA or LoRA, and what else is to be said after a space.
+        runs: by label: the method, PiSSA, QPiSSA or LoRA, and after a space anything else to be shown.
     """
-    # The object interface: no window system, and no global state of pyplot.
+    # The object interface needs no window system and no global state of pyplot.
     figure = Figure(figsize=(7.2, 4.4))
     axes = figure.subplots()
     window = max(1, max(len(losses) for _, losses in runs.values()) // 6) | 1
@@ -84,16 +85,16 @@ def draw_losses(
 
 @mpl.rc_context(_PAGE | {"axes.prop_cycle": _KINDS, "font.size": 8.5, "savefig.dpi": 200})
 def draw_report(report: Report, path: Callable[[str], Path]) -> None:
-    """Writes PNG files to the paths of their names: spectra, and energy against rank."""
+    """Writes the PNG files: spectra, and energy against rank. `path` gives the path for each name."""
     for name, picture in {"spectra.png": _spectra, "energy.png": _energy}.items():
-        figure = Figure(figsize=(4.4, 3.6))  # inches: what a telephone shows in about full size
+        figure = Figure(figsize=(4.4, 3.6))  # inches: about full size on a telephone
         picture(report, figure)
         figure.legend(loc="outside upper left", ncols=4)
         figure.savefig(path(name), format="png")
 
 
 def _spectra(report: Report, figure: Figure) -> None:
-    """Singular values of every layer over the norm of its weight, a panel for each kind, coloured by depth."""
+    """Singular values of every layer divided by the norm of its weight, one panel for each kind, coloured by depth."""
     kinds = {kind: some.layers for kind, some in report.kinds.items() if kind != "all"}
     rows = math.ceil(len(kinds) / 2)
     figure.set_figheight(0.9 + 1.3 * rows)
@@ -107,14 +108,14 @@ def _spectra(report: Report, figure: Figure) -> None:
         ax.set_title(kind)
     for ax in axes[len(kinds) :]:
         ax.set_visible(False)
-    for ax in axes[len(kinds) - 2 : len(kinds)]:  # the lowest of its column
+    for ax in axes[len(kinds) - 2 : len(kinds)]:  # the lowest panel of its column
         ax.tick_params(labelbottom=True)
     figure.supxlabel("number of the singular value")
     figure.supylabel("singular value / norm of the weight")
 
 
 def _energy(report: Report, figure: Figure) -> None:
-    """The energy that each rank holds, a line for each kind of layers."""
+    """The energy that each rank holds, one line for each kind of layer."""
     ranks = range(report.suggestion.largest_rank + 1)
     ax = figure.subplots()
     ax.set(xlim=(0, ranks[-1]), ylim=(0, 100), xlabel="rank", ylabel="energy held (% of ‖W‖²)")

@@ -1,4 +1,5 @@
-"""`pissa report`: what a checkpoint holds for PiSSA: spectra, errors of quantised bases, ranks for a budget, memory."""
+"""`pissa report`: reports a checkpoint's spectra, errors of quantised bases, ranks for a budget, and training
+memory."""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ _MEMORY_PARTS = {
     "activations": "activations, about",
     "total": "total, about",
 }
-"""The parts of the memory of training, in words."""
+"""Names of the parts of the memory that training takes."""
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,12 +40,16 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--budget",
         type=positive_int,
         metavar="PARAMETERS",
-        help="trained parameters that the suggested ranks may have; by default what the smallest rank has",
+        help="trained parameters for the suggested ranks (default: as many as the smallest rank has)",
     )
     parser.add_argument("--sample", type=positive_int, metavar="N", help="quantise only N layers of each kind")
-    parser.add_argument("--exact", action="store_true", help="all singular values: slow for large matrices")
-    parser.add_argument("--batch", type=positive_int, default=1, metavar="N", help="sequences of a step, for memory")
-    parser.add_argument("--length", type=positive_int, default=512, metavar="N", help="tokens of a sequence")
+    parser.add_argument("--exact", action="store_true", help="compute all singular values (slow for large matrices)")
+    parser.add_argument(
+        "--batch", type=positive_int, default=1, metavar="N", help="sequences in a step (for the memory)"
+    )
+    parser.add_argument(
+        "--length", type=positive_int, default=512, metavar="N", help="tokens in a sequence (for the memory)"
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", help="new folder for the numbers and pictures")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
 

@@ -1,7 +1,7 @@
-"""`pissa run`: runs a program of somebody else's, in which `pissa.integrations.peft` is enabled.
+"""`pissa run`: runs another program, with `pissa.integrations.peft` enabled in it.
 
-The program takes the place of this process. Python, which it is or starts, finds `startup/peft.py` for peft, for
-PYTHONPATH begins with that folder.
+The program replaces this process. PYTHONPATH begins with the folder `startup`. Therefore the program's Python, or the
+Python that it starts, finds `startup/peft.py` when it imports peft.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--init",
         choices=["pissa"],
-        help="the start of adapters about which the program says nothing; TRL's scripts cannot say it",
+        help="how adapters start if the program does not choose; TRL's scripts cannot choose",
     )
     add_calibration(
         parser,
-        "records (.jsonl, .json) of what the model will read: what a model loaded with load_in_4bit loses is repaired "
-        "beneath its LoRA, from the 16-bit checkpoint that it was loaded from",
+        "records (.jsonl, .json) like what the model will read: the error of a model loaded with load_in_4bit is "
+        "repaired beneath its LoRA, from the 16-bit checkpoint that it was loaded from",
     )
     parser.add_argument(
         "program",
@@ -38,13 +38,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the program in the place of this process. In it and in the Python processes that it starts, which inherit
-    PYTHONPATH, adapters that PEFT makes are ours where `integrations.peft` says so."""
+    """Runs the program in place of this process. In it, and in the Python processes that it starts, which inherit
+    PYTHONPATH, adapters that PEFT makes are pissa's in the cases that `integrations.peft` describes."""
     program: list[str] = args.program[1:] if args.program[:1] == ["--"] else args.program
     if not program:
         raise UserError(f"got no program; {_ALLOWED}")
     name, *arguments = program
-    # A command of this environment comes before those on PATH.
+    # A command of this environment takes precedence over those on PATH.
     found = shutil.which(name, path=os.path.dirname(sys.executable)) or shutil.which(name)
     if name == "-m" or name.endswith(".py"):
         found, arguments = sys.executable, program

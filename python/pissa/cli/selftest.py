@@ -1,4 +1,4 @@
-"""`pissa selftest`: checks the fused layer and small models on this machine; what to run before reporting a problem."""
+"""`pissa selftest`: checks the fused layer and small models on this machine. Run it before reporting a problem."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ if TYPE_CHECKING:
     import torch
 
 _WIDTH = 58
-"""Of a check's name with the dots behind it. The whole line fits into 80 columns."""
+"""The width of a check's name and the dots after it. The whole line fits into 80 columns."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="compute there only, not on all that pissa can use")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="test only this device (default: all usable ones)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs all checks, a line each. Returns 0 if none has failed, else 1."""
+    """Runs all checks and prints a line for each. Returns 0 if none has failed, otherwise 1."""
     print(f"Python {platform.python_version()}, {platform.platform()}")
     began = time.perf_counter()
     core, models = "torch, the compiled core of pissa", find_spec("peft") is not None
-    # If torch or the core does not load, that is what is to be reported: nothing above imports either.
+    # If torch or the core cannot be loaded, that has to be reported, so nothing above imports either.
     passed = {core: _passes(core, _import_ops)}
     for device in _devices(args.device) if passed[core] else ():
         from pissa.cli.checks import checks
@@ -56,8 +56,9 @@ def _import_ops() -> None:
 
 
 def _passes(name: str, check: Callable[[], Iterable[str] | None]) -> bool:
-    """Runs and prints a check, which finds what is wrong, a line each. An error that it raises is a failure too."""
-    # Before it runs: this line tells which check has hung, or ended the process.
+    """Runs a check and prints its result. The check yields a line for each error; an exception counts as a failure
+    too."""
+    # Printed before the check runs, so that this line shows which check hung or ended the process.
     print(f"  {f'{name} ':.<{_WIDTH}}", end=" ", flush=True)
     began = time.perf_counter()
     wrong: list[str] = []
@@ -76,7 +77,7 @@ def _passes(name: str, check: Callable[[], Iterable[str] | None]) -> bool:
 
 
 def _devices(asked: str | None) -> Iterator[torch.device]:
-    """Where to compute, said before each; and, of a GPU that was not asked to be left out, why not there."""
+    """Yields the devices to test and prints each one first. Reports why a GPU is not tested, unless it was excluded."""
     import torch
 
     import pissa

@@ -1,5 +1,5 @@
-"""What a command is told, numbers within limits; and what it says: lines and tables on stdout, errors that the user can
-put right, other packages kept silent."""
+"""Input and output of commands: numbers within limits, lines and tables on stdout, errors that the user can correct,
+and other packages kept silent."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from pissa.files.messages import first_line
 
 
 class UserError(Exception):
-    """Something that the user can put right: the message says what is wrong, what is allowed and how to fix it. Any
-    command may raise it, before something is overwritten."""
+    """An error that the user can correct. The message says what is wrong, what is allowed and how to fix it. Any
+    command may raise it, before anything is overwritten."""
 
 
 @contextmanager
 def told(*errors: type[Exception], before: str = "", after: str = "") -> Iterator[None]:
-    """Makes a UserError of errors of these classes in the block: the first line of their text, between two others."""
+    """Turns errors of these classes in the block into a UserError: the first line of their text, between two others."""
     try:
         yield
     except errors as error:
@@ -28,12 +28,12 @@ def told(*errors: type[Exception], before: str = "", after: str = "") -> Iterato
 
 
 def say(label: str, text: str) -> None:
-    """Prints one line: its subject, and the text. Progress bars and errors go to stderr instead."""
+    """Prints one line: a label and the text. Progress bars and errors go to stderr instead."""
     print(f"{label:<9} {text}", flush=True)
 
 
 def as_size(count: int) -> str:
-    """A number of bytes, in three digits: "1.23 GB"."""
+    """A number of bytes with three digits, such as "1.23 GB"."""
     for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if count >= size:
             return f"{count / size:.3g} {unit}"
@@ -41,11 +41,12 @@ def as_size(count: int) -> str:
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table with aligned columns: the first to the left, the others, which hold numbers, to the right.
+    """Formats a table with aligned columns. The first column is aligned to the left. The others contain numbers and are
+    aligned to the right.
 
     Args:
-        header: one cell for each column; a cell may have several lines.
-        rows: each with one cell for each column.
+        header: one cell for each column. A cell may have several lines.
+        rows: each has one cell for each column.
     """
     heads = [cell.split("\n") for cell in header]
     depth = max(map(len, heads))
@@ -58,18 +59,19 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def silence_third_parties() -> None:
-    """Silences messages of other packages that would litter the screen. Call it before peft and transformers load."""
-    # peft asks transformers for an attribute that transformers has renamed; nothing can be done about it here.
+    """Silences messages of other packages that would clutter the screen. Call it before importing peft and
+    transformers."""
+    # peft asks transformers for an attribute that transformers has renamed. Nothing can be done about it here.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-    # TRL's own defaults have what transformers calls by another name now.
+    # TRL's own defaults use a name that transformers has since changed.
     warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
-    # peft imports an installed bitsandbytes, which reports an optional kernel package at every start.
+    # peft imports bitsandbytes if it is installed, which reports an optional kernel package at every start.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    # The Trainer says which special tokens of the model it sets to those of the tokenizer.
+    # The Trainer reports which special tokens of the model it sets to those of the tokenizer.
     logging.getLogger("transformers.trainer_utils").setLevel(logging.ERROR)
     from transformers.utils import logging as transformers_logging
 
-    # These bars last a tenth of a second ("Loading weights", "Writing model shards") between our own lines.
+    # These bars appear for a tenth of a second ("Loading weights", "Writing model shards") between our own lines.
     transformers_logging.disable_progress_bar()
 
 
@@ -97,9 +99,9 @@ passes = number(
 
 
 def add_calibration(parser: argparse.ArgumentParser, help: str) -> None:
-    """The options --calibration, described so, and --examples."""
+    """Adds the option --calibration with this help text, and the option --examples."""
     parser.add_argument("--calibration", metavar="FILE", help=help)
-    # Some ten thousand tokens. Other numbers are compared in bench/experiments, `repairs`.
+    # About ten thousand tokens. bench/experiments, `repairs`, compares other numbers.
     parser.add_argument(
-        "--examples", type=positive_int, default=64, metavar="N", help="of the calibration (default: 64)"
+        "--examples", type=positive_int, default=64, metavar="N", help="examples for the calibration (default: 64)"
     )

@@ -1,5 +1,5 @@
-"""`pissa finetune`, with TRL's SFTTrainer, and `pissa dpo`, with its DPOTrainer: wrap a model, check it, have TRL train
-it, save the adapter."""
+"""`pissa finetune`, with TRL's SFTTrainer, and `pissa dpo`, with its DPOTrainer: wrap a model, check it, train it with
+TRL and save the adapter."""
 
 from __future__ import annotations
 
@@ -48,16 +48,17 @@ PICTURE_FILE = "loss.png"
 
 
 class Training(NamedTuple):
-    """A command that trains by one of TRL's trainers."""
+    """A command that trains with one of TRL's trainers."""
 
     trainer: str
-    """Its name without "Trainer"."""
+    """The name of the trainer without "Trainer"."""
     unit: str
-    """What a loss is the mean of."""
+    """What the loss is averaged over."""
     rows: Callable[[str, int, Any, int], tuple[list[dict[str, Any]], str]]
-    """Those of a file, or of the built-in data (source, seed, tokenizer, most tokens), and a note on what was cut."""
+    """Rows of a file or of the built-in data (source, seed, tokenizer, most tokens), and a note on what was cut."""
     check: Callable[[Any, Step0], tuple[str, bool]]
-    """What is found of a trainer before its first step, beside the logits, and whether that is right."""
+    """Checks a trainer before its first step, in addition to the logits. Returns what it found, and whether that is
+    right."""
 
     def run(self, args: argparse.Namespace) -> int:
         """Runs one training. Returns the exit code."""
@@ -73,8 +74,8 @@ class Training(NamedTuple):
             watch = Watch()
             names = {"train_dataset": train, "eval_dataset": held_out, "processing_class": processor}
             recorded = training.model_init_kwargs
-            training.model_init_kwargs = None  # TRL would say that it ignores them
-            with told(ValueError, KeyError):  # options that do not go together, or do not fit the data
+            training.model_init_kwargs = None  # TRL would report that it ignores them
+            with told(ValueError, KeyError):  # options that contradict each other or do not fit the data
                 made = getattr(trl, f"{self.trainer}Trainer")
                 trainer: Any = made(model, args=training, callbacks=[watch], **names)
             training.model_init_kwargs = recorded
@@ -95,8 +96,8 @@ class Training(NamedTuple):
                     record(Path(training.output_dir), ours, training, mixture)
                 _train(trainer, ours, watch, f"pissa {args.command}")
                 result |= _report(trainer, ours, split, self.unit)
-            # DDP's reducer goes before its process group. If it is the last to hold the group, it waits with Python's
-            # lock for a thread of gloo's that waits for the lock (torch 2.13).
+            # DDP's reducer must be freed before its process group. If the reducer is the last to hold the group, it
+            # holds Python's lock and waits for a gloo thread that waits for the same lock (torch 2.13).
             accelerator = trainer.accelerator
             del trainer
             accelerator.free_memory()
@@ -108,7 +109,8 @@ class Training(NamedTuple):
 
 @contextlib.contextmanager
 def _images_fit(training: Any) -> Iterator[None]:
-    """Says what to do about an image of which --max-length cuts tokens: collator and model meet it batch by batch."""
+    """Explains how to handle an image whose tokens --max-length cuts. Collator and model find one only batch by
+    batch."""
     try:
         yield
     except ValueError as error:
@@ -152,7 +154,7 @@ def _settle(ours: Any, training: Any, mixture: Any) -> tuple[pissa.PissaConfig, 
 
 
 def _data(ours: Any, training: Any, mixture: Any, rows: Callable[..., Any], tokenizer: Any) -> tuple[Any, Any]:
-    """What to train on and what is held out, as TRL takes it."""
+    """The training data and the held-out data, in TRL's form."""
 
     def source(label: str, name: str, split: str) -> Any:
         if is_records(name):
@@ -184,12 +186,12 @@ def _loaded(ours: Any, load: Callable[..., Any], **options: Any) -> Any:
     with told(OSError, ValueError, KeyError, TypeError, before=before, after=needed):
         try:
             return load(name, **options)
-        except ImportError as error:  # a processor of images or videos, or code of the model's own
+        except ImportError as error:  # a processor of images or videos, or the model's own code
             raise UserError(f"--model {name}: {first_line(error).partition('. ')[0]}; install it") from error
 
 
 def _model(ours: Any, training: Any, config: pissa.PissaConfig, split: bool, train: Any, **options: Any) -> Any:
-    """The wrapped model, calibrated on the first examples of the training data if its base asks for that."""
+    """The wrapped model, calibrated on the first examples of the training data if its base asks for a calibration."""
     if split:
         model = _loaded(ours, pissa.load, dtype=getattr(torch, ours.dtype, None), device=training.device)
     elif is_released(Path(ours.model_name_or_path)):  # which transformers would expand
@@ -201,15 +203,15 @@ def _model(ours: Any, training: Any, config: pissa.PissaConfig, split: bool, tra
         model = _loaded(ours, pissa.load, config=config, dtype=getattr(torch, ours.dtype, None), device=training.device)
     else:
         options |= {"dtype": ours.dtype, "attn_implementation": ours.attn_implementation}
-        if training.world_size > 1:  # a single process has the model spread over its GPUs
-            os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # each process decomposes weights that it has
+        if training.world_size > 1:  # a single process spreads the model over its GPUs
+            os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # each process decomposes weights that it holds
             sharded = training.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true"
             whole = training.distributed_state.distributed_type == DistributedType.MULTI_GPU and not sharded
             options["device_map"] = {"": training.device} if whole else None
         options |= training.model_init_kwargs or {}
         model = _loaded(ours, create_model_from_path, **options)
         set_seed(training.seed)  # LoRA's A is random
-        # A rank above a layer's size, NaN in a weight: the message names it.
+        # Raised for a rank above a layer's size or a NaN in a weight. The message names the layer.
         with told(TypeError, ValueError, before=f"--model {ours.model_name_or_path}: "):
             if ours.method == "lora":
                 model = get_peft_model(model, replace(config.as_lora(times=1), inference_mode=False))
@@ -225,7 +227,7 @@ def _model(ours: Any, training: Any, config: pissa.PissaConfig, split: bool, tra
 
 
 def _calibration(train: Any, count: int) -> list[torch.Tensor]:
-    """The first rows of the training data, in tokens."""
+    """The first rows of the training data, as tokens."""
     rows = list(islice(iter(train), count))
     if not rows or "input_ids" not in rows[0]:
         raise UserError(
@@ -240,18 +242,18 @@ def _method_name(ours: Any) -> str:
 
 
 def _fuse(model: Any) -> None:
-    """Has the model compute its loss without logits, where it can, and on a CPU what `pissa.fuse_layers` says."""
+    """Makes the model compute its loss without logits where it can, and on a CPU applies `pissa.fuse_layers`."""
     try:
         pissa.fuse_layers(model)
         if not hasattr(trl.trainer.utils, "add_fused_lm_head"):
-            return  # TRL 1.14, the last for Python 3.10, asks a head for other sums
+            return  # TRL 1.14, the last for Python 3.10, asks the head for other sums
         pissa.fuse_head(model)
     except (TypeError, ValueError) as error:
         say("loss", f"of logits in memory, since {error}")
 
 
 def _batches(trainer: Any, count: int) -> list[Any]:
-    """Batches of the training data, in a random order, at most so many."""
+    """At most `count` batches of the training data, in random order."""
     rows, size = iter(trainer.train_dataset.shuffle(seed=trainer.args.seed)), trainer.args.per_device_train_batch_size
     batches = islice(iter(lambda: list(islice(rows, size)), []), count)
     return [send_to_device(trainer.data_collator(batch), trainer.model.device) for batch in batches]
@@ -271,16 +273,16 @@ def _check(trainer: Any, more: Callable[..., tuple[str, bool]]) -> dict[str, Any
 
 
 def _train(trainer: Any, ours: Any, watch: Watch, command: str) -> None:
-    """Trains, from a checkpoint on if asked, evaluates before and after, and saves."""
+    """Trains, from a checkpoint if asked to resume, evaluates before and after, and saves."""
     args, out = trainer.args, Path(trainer.args.output_dir)
     checkpoint = args.resume_from_checkpoint or (_last_checkpoint(out) if ours.resume else None)
     if checkpoint:
         say("resume", f"from {checkpoint}")
     args.eval_on_start = trainer.eval_dataset is not None and not checkpoint
     with warnings.catch_warnings():
-        # Said once at the end, not across the progress bar at the first checkpoint.
+        # Reported once at the end instead of across the progress bar at the first checkpoint.
         warnings.simplefilter("ignore", InexactLoraWarning)
-        # Several processes would not all hear of it in the same step.
+        # Several processes would not all receive the signal in the same step.
         listening = watch.listening() if args.world_size == 1 else contextlib.nullcontext()
         with listening, contextlib.suppress(CompleteError):
             trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
@@ -295,13 +297,13 @@ def _train(trainer: Any, ours: Any, watch: Watch, command: str) -> None:
 
 
 def _last_checkpoint(out: Path) -> Path | None:
-    """The last complete checkpoint. The Trainer writes trainer_state.json last, so only a complete one has it."""
+    """The last complete checkpoint. The Trainer writes trainer_state.json last, so only a complete one contains it."""
     complete = [path.parent for path in out.glob("checkpoint-*/trainer_state.json")]
     return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
 def _report(trainer: Any, ours: Any, split: bool, unit: str) -> dict[str, Any]:
-    """Draws the losses, in nats per `unit`, says how the run went, and returns it."""
+    """Draws the losses, in nats per `unit`, prints how the run went, and returns the report."""
     out, model, history = trainer.args.output_dir, ours.model_name_or_path, trainer.state.log_history
     steps = [row for row in history if "loss" in row]
     losses, held_out = [row["loss"] for row in steps], [row["eval_loss"] for row in history if "eval_loss" in row]
@@ -332,25 +334,26 @@ def _report(trainer: Any, ours: Any, split: bool, unit: str) -> dict[str, Any]:
 
 
 def peak_memory_mib() -> float:
-    """Highest memory so far, in MiB: what a GPU has allocated, without one what is resident of this process."""
+    """Peak memory so far, in MiB: the memory allocated on a GPU or, without one, the resident memory of this
+    process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
-    # Not getrusage: its maximum survives exec, so a child would start with that of the process that made it.
+    # Not getrusage: its maximum survives exec, so a child would start with the maximum of its parent.
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(lines["VmHWM"].split()[0]) / 2**10
 
 
 def _rate(history: Sequence[Mapping[str, Any]]) -> float:
-    """Tokens a second, padding not counted, of the steps that were logged; 0 where TRL does not count tokens."""
+    """Tokens per second, without padding, of the logged steps; 0 where TRL does not count tokens."""
     steps = [row for row in history if "loss" in row and "num_tokens" in row and "seconds" in row]
-    if len(steps) < 2:  # one has only the sum of what came before, too
+    if len(steps) < 2:  # a single one contains only the sum, with everything before it
         return 0.0
     seconds = sum(row["seconds"] * (row["step"] - before["step"]) for before, row in pairwise(steps))
     return float(steps[-1]["num_tokens"] - steps[0]["num_tokens"]) / seconds if seconds else 0.0
 
 
 class LossBar(ProgressCallback):  # type: ignore[misc]
-    """A progress bar with the loss and tokens a second. ProgressCallback prints a line for each step."""
+    """A progress bar with the loss and tokens per second. ProgressCallback prints a line for each step."""
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         super().on_train_begin(*args, **kwargs)
@@ -364,16 +367,16 @@ class LossBar(ProgressCallback):  # type: ignore[misc]
 
 
 class CompleteError(Exception):
-    """All steps of a run have been made."""
+    """All steps of a run are done."""
 
 
 class Watch(TrainerCallback):  # type: ignore[misc]
-    """Notes `seconds` of the step and `peak_memory_mib` with each logged loss, in trainer_state.json. At Ctrl-C the
-    step is finished, a checkpoint written, and the training ends; a second one ends it at once.
+    """Records the `seconds` per step and `peak_memory_mib` with each logged loss, in trainer_state.json. At Ctrl-C, the
+    step is finished, a checkpoint is written, and the training ends. A second Ctrl-C ends it at once.
 
     Raises:
-        CompleteError: out of `train`, if it is resumed behind its last step, when the checkpoint has been loaded.
-            Trainer makes one more step, in an epoch that has more batches.
+        CompleteError: from `train`, after the checkpoint has been loaded, if the run is resumed after its last step.
+            Trainer would make one more step in an epoch that has more batches.
     """
 
     requested = False
@@ -381,7 +384,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Takes Ctrl-C for the block."""
+        """Handles Ctrl-C for the duration of the block."""
         before = signal.signal(signal.SIGINT, self._request)
         try:
             yield
@@ -421,8 +424,8 @@ def _answers(source: str, seed: int, tokenizer: Any, max_length: int) -> tuple[l
 
 
 def _preferences(source: str, seed: int, tokenizer: Any, max_length: int) -> tuple[list[dict[str, Any]], str]:
-    """Messages, as TRL takes them; texts with the Alpaca prompt, to which TRL adds the start token, for a tokenizer
-    without a chat template."""
+    """Messages, as TRL takes them. For a tokenizer without a chat template, texts with the Alpaca prompt, to which TRL
+    adds the start token."""
     rows = []
     for chosen, rejected in read_preferences(source):
         prompt: Any = chosen.messages[:-1]
@@ -435,10 +438,11 @@ def _preferences(source: str, seed: int, tokenizer: Any, max_length: int) -> tup
 
 
 def _starts_at_ln_2(trainer: Any, found: Step0) -> tuple[str, bool]:
-    """The reference is the model without its adapter: the margin between answers is 0, and the first loss ln 2.
+    """Checks the first loss. The reference is the model without its adapter, so the margin between answers is 0 and the
+    first loss is ln 2.
 
-    The log-probability of a token is off by at most twice the largest difference of its logits; the sum over T tokens
-    by 2 sqrt(T) times the norm of all differences. The loss moves by beta / 2 times that.
+    The log-probability of a token is off by at most twice the largest difference of its logits. The sum over T tokens
+    is off by 2 sqrt(T) times the norm of all differences. The loss moves by beta / 2 times that.
     """
     if "ref" in trainer.model.peft_config:  # TRL's copy of the adapter, which computes what the base does
         trainer.model.delete_adapter("ref")

@@ -161,7 +161,7 @@ def test_images_in_a_file_of_records_are_refused(
     for kind, row in {"finetune": {"completion": "b"}, "dpo": {"chosen": "b", "rejected": "c"}}.items():
         path.write_text(json.dumps({"prompt": "a", **row, name: "1.png"}))
         message = refused(command(base, path, tmp_path / "run", name=kind), capsys)
-        assert f'{path}:1: found "{name}"; a file of records is text alone' in message
+        assert f'{path}:1: found "{name}"; a file of records contains only text' in message
         assert "metadata.jsonl" in message
 
 

@@ -206,7 +206,7 @@ def test_an_end_token_is_added_where_the_template_has_none(tokenizer: Any, monke
 
 def test_a_template_that_rewrites_the_prompt_is_refused(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenizer, "chat_template", "{{ messages | length }}{{ messages[-1]['content'] }}")
-    with pytest.raises(UserError, match=r"f:1: .*cannot be told apart"):
+    with pytest.raises(UserError, match=r"f:1: .*cannot be separated"):
         prompt_and_answer(Chat("f:1", TURNS), tokenizer)
 
 

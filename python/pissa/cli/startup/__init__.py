@@ -1,1 +1,1 @@
-"""What `pissa run` puts before other modules, in the processes whose PYTHONPATH begins with this folder."""
+"""Modules that `pissa run` puts in front of others, in the processes whose PYTHONPATH begins with this folder."""

@@ -1,5 +1,5 @@
-"""Python finds this module as peft where the folder is on PYTHONPATH, as `pissa run` sees to, when a program imports
-that. It loads the real one, which takes its place, and enables `pissa.integrations.peft`."""
+"""Python finds this module as peft when this folder is on PYTHONPATH, which `pissa run` ensures. When a program imports
+peft, this module loads the real one, which replaces it, and enables `pissa.integrations.peft`."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from importlib import import_module
 from typing import Any
 
 INIT = "PISSA_RUN_INIT"
-"""The variable that says how adapters start about which the program says nothing; see `integrations.peft.enable`."""
+"""The environment variable that holds the start of adapters for which the program chooses none; see
+`integrations.peft.enable`."""
 CALIBRATION = "PISSA_RUN_CALIBRATION"
-"""The variable that has the number of examples and the file of a calibration."""
+"""The environment variable that holds the number of examples and the file of a calibration."""
 FOLDER = os.path.dirname(os.path.abspath(__file__))
 
 
@@ -23,13 +24,13 @@ def _give_way() -> None:
     try:
         import_module("peft")
     finally:
-        sys.path.insert(place, entry)  # processes that are spawned begin with this path
+        sys.path.insert(place, entry)  # spawned processes begin with this path
     from pissa.integrations import peft
 
     init: Any = os.environ.get(INIT)
     examples, _, file = os.environ.get(CALIBRATION, "").partition(" ")
     say = partial(print, "pissa run:", file=sys.stderr, flush=True)
-    # The first of several processes says what it takes over.
+    # Only the first of several processes reports what it takes over.
     notify = say if os.environ.get("RANK", "0") == "0" else None
     peft.enable(notify, init, partial(_batches, file, int(examples)) if file else None)
 
