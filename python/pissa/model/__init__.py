@@ -1,1 +1,1 @@
-"""Adapted layers put into a model, and taken out again."""
+"""Puts adapted layers into a model and takes them out again."""

@@ -1,5 +1,5 @@
-"""Forward passes that go through a model's blocks together, so that what belongs to one block need be there only while
-they are in it."""
+"""Forward passes that go through a model's blocks together, so that the data of a block is needed only while the passes
+are in that block."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from torch import nn
 
 
 def blocks_of(model: nn.Module, layers: Iterable[str]) -> list[str]:
-    """The names of the blocks that hold these layers, in order: the members of one list of modules. An empty list if
-    the layers are in more than one, as those of an encoder and a decoder, or in a single block."""
+    """The names of the blocks that contain these layers, in order. The blocks are the members of one list of modules.
+    The result is empty if the layers are in more than one such list, as in an encoder and a decoder, or in a single
+    block."""
     path = commonpath([name.replace(".", "/") for name in layers]).split("/")
     for count in range(1, len(path) + 1):
         found = model.get_submodule(".".join(path[:count]))
@@ -26,16 +27,18 @@ def blocks_of(model: nn.Module, layers: Iterable[str]) -> list[str]:
 
 
 _THREADS = 1024
-"""Of all passes together: OpenMP makes a team for each thread that computes, and keeps it while the thread lives."""
+"""The limit for all passes together. OpenMP makes a team for each thread that computes and keeps it while that thread
+lives."""
 
 
 def side_by_side(model: nn.Module, blocks: Sequence[str], calls: Sequence[Mapping[str, Any]]) -> Iterator[None]:
-    """Calls the model with each of `calls`, without gradients, and yields whenever all of the calls have gone through
-    the next block; without blocks once, at the end. One call computes at a time, in order: each is a thread that waits
-    before every block.
+    """Calls the model with each of `calls`, without gradients, and yields each time all calls have gone through the
+    next block. Without blocks it yields once, at the end. Only one call computes at a time, in order. Each call is a
+    thread that waits before every block.
 
     Raises:
-        Exception: what a call has raised, ValueError if it runs the blocks in another order. The others are ended.
+        Exception: the exception that a call raised; ValueError if a call runs the blocks in another order. The other
+            calls are ended.
     """
     threads = max(1, min(torch.get_num_threads(), _THREADS // max(len(calls), 1)))  # a setting of each thread
     passes = [_Pass(model, call, threads) for call in calls]
@@ -57,7 +60,7 @@ def side_by_side(model: nn.Module, blocks: Sequence[str], calls: Sequence[Mappin
 
 
 class _EndedError(Exception):
-    """Ends a call that nobody waits for any more."""
+    """Ends a call for which nobody waits any more."""
 
 
 class _Pass(threading.Thread):
@@ -68,7 +71,7 @@ class _Pass(threading.Thread):
         self._model, self._call, self._threads = model, call, threads
         self._state = _thread_state(next(model.parameters()).device)
         self._reached = 0
-        """The blocks that it has come to."""
+        """The number of blocks that the call has reached."""
         self._go, self._stopped = threading.Semaphore(0), threading.Semaphore(0)
         self._error: BaseException | None = None
         self._ends = False
@@ -91,7 +94,7 @@ class _Pass(threading.Thread):
             self._stopped.release()
 
     def step(self) -> None:
-        """Goes on to the next block, or to the end."""
+        """Continues to the next block, or to the end."""
         if self._ends:
             return
         if not self.is_alive():
@@ -102,7 +105,7 @@ class _Pass(threading.Thread):
             raise self._error
 
     def wait(self, name: str, number: int) -> None:
-        """In the thread of the call: before a block."""
+        """Waits before a block. Runs in the thread of the call."""
         if number != self._reached:
             raise ValueError(
                 f"calibration: the model runs {name} again, or out of order, so that its blocks cannot be calibrated "
@@ -129,7 +132,7 @@ def _wait(name: str, number: int, *_: Any) -> None:
 
 
 def _thread_state(device: torch.device) -> list[AbstractContextManager[Any]]:
-    """What a thread does not have of the one that made it, though a call may depend on it: autocast, and the GPU."""
+    """The state that a new thread does not inherit, although a call may depend on it: autocast and the current GPU."""
     kind = device.type if device.type != "meta" else "cpu"
     enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
     autocast = torch.autocast(kind, dtype=dtype, enabled=enabled)

@@ -1,7 +1,7 @@
-"""calibrate: what a model's layers read, as the second moment of the inputs of each.
+"""calibrate: measures what a model's layers read, as the second moment of each layer's inputs.
 
-Padding never enters the model: a batch is cut at its attention mask, and rows of one length run together. So experts,
-whose inputs do not tell which token they are of, do not see it either.
+Padding never enters the model: a batch is cut at its attention mask, and rows of the same length run together.
+Therefore experts do not see padding either, although their inputs do not show which token they belong to.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from pissa.notices import UncalibratedWarning
 from pissa.ops.formats import FORMATS
 
 Batch = Mapping[str, Any] | Tensor
-"""Arguments of the model, without labels; or input_ids alone."""
+"""Arguments of the model without labels, or only input_ids."""
 
 _MASK = "attention_mask"
 _NEEDLESS = {"use_cache": False, "logits_to_keep": 1}
-"""Arguments of transformers' models that spare what no layer reads: cached keys, and logits."""
+"""Arguments of transformers' models that avoid computing what no layer reads: cached keys, and logits."""
 
 
 def calibrate(
@@ -47,30 +47,30 @@ def calibrate(
     progressbar: bool = False,
     **config_fields: Any,
 ) -> Calibration:
-    """The second moments R = E[xᵀx] of what the linear layers of a model read, for `pissa.wrap`, which takes batches as
-    well: this is for using them more than once::
+    """Computes the second moments R = E[xᵀx] of what the linear layers of a model read, for `pissa.wrap`. `pissa.wrap`
+    also takes batches directly; use this function to use the moments more than once::
 
         calibration = pissa.calibrate(model, batches)
         model = pissa.wrap(model, quant="nf4", repair="activations", calibration=calibration)
 
-    The model runs forwards only, and is left as it was. R takes 4 in² bytes for each group of layers that have the same
-    inputs (four in a block of Llama: 0.7 GB in a 7B, 22 GB in all of it), where the layers compute. Sums are float32,
-    in the order of the batches, with the same bits for any number of threads. With several processes all of them give
-    the same batches.
+    The model only runs forward and is left as it was. R takes 4 in² bytes for each group of layers that share their
+    inputs (four groups in a Llama block: 0.7 GB in each block of a 7B model, 22 GB in total), on the device where the
+    layers compute. Sums are float32, in the order of the batches, and have the same bits for any number of threads.
+    With several processes, all of them must give the same batches.
 
     Args:
-        model: not wrapped, as it is going to be.
+        model: the model before it is wrapped.
         batches: mappings of the model's arguments, as a tokenizer or a data loader returns them ("labels" is left out),
-            or tensors of input_ids [rows, tokens]. Where attention_mask [rows, tokens] is 0 nothing is counted; ones
-            have to stand together.
-        config, config_fields: those of `pissa.wrap`; only which layers they target matters.
-        diagonal: only R's diagonal, E[x²] of each input: 4 in bytes, and less work. The repair then removes less of the
-            error, and error feedback needs all of R.
+            or tensors of input_ids [rows, tokens]. Positions where attention_mask [rows, tokens] is 0 are not counted.
+            The ones of a row must be contiguous.
+        config, config_fields: as for `pissa.wrap`; only the targeted layers matter.
+        diagonal: compute only R's diagonal, E[x²] of each input. It takes 4 in bytes and less work. The repair then
+            removes less of the error. Error feedback needs all of R.
         progressbar: show one bar on stderr.
 
     Raises:
-        TypeError, ValueError: as `pissa.wrap`; a batch that is neither, a mask with holes, NaN or Inf in an input, or
-            no batch. The model is left as it was.
+        TypeError, ValueError: as for `pissa.wrap`; also for a batch that is neither a mapping nor a tensor, a mask with
+            holes, NaN or Inf in an input, or no batch. The model is left as it was.
     """
     restore = way_back(model)
     try:
@@ -82,10 +82,10 @@ def calibrate(
 
 
 def check_wanted(config: PissaConfig, calibration: object) -> None:
-    """Whether a calibration is given where a configuration needs one, and only there.
+    """Checks that a calibration is given where a configuration needs one, and only there.
 
     Raises:
-        ValueError: it is not.
+        ValueError: a calibration is missing or unused.
     """
     if config.needs_calibration and calibration is None:
         wanted = "error_feedback=True" if config.error_feedback else "init or repair 'activations'"
@@ -113,7 +113,7 @@ def check_wanted(config: PissaConfig, calibration: object) -> None:
 
 @torch.no_grad()
 def observed(wrapped: PeftModel, batches: Iterable[Batch], progressbar: bool, *, diagonal: bool = False) -> Calibration:
-    """The calibration of the adapted linear layers of a model, whose adapter may lack its start still."""
+    """Calibrates the adapted linear layers of a model. The adapter may still lack its start."""
     layers = _linear_layers(wrapped)
     with (
         _observing(wrapped, layers, _Observer(diagonal)) as observer,
@@ -129,8 +129,8 @@ def observed(wrapped: PeftModel, batches: Iterable[Batch], progressbar: bool, *,
 
 
 def in_blocks(wrapped: PeftModel, batches: Iterable[Batch]) -> Generator[Calibration, None, None]:
-    """The same, block after block: only one block's is in memory, beside what the batches are there. Layers that are
-    not in blocks, one after the other in one list of modules, are in one calibration with all."""
+    """Like `observed`, but block by block: only one block's calibration is in memory, together with the batches at that
+    block. If the layers are not in consecutive blocks of one list of modules, one calibration contains all of them."""
     layers, base = _linear_layers(wrapped), wrapped.base_model.model
     calls = [call for batch in batches for call in _calls(wrapped, batch)]
     blocks = blocks_of(base, layers)
@@ -148,7 +148,7 @@ def _linear_layers(wrapped: PeftModel) -> list[str]:
 
 @contextmanager
 def _observing(wrapped: PeftModel, layers: Iterable[str], observer: _Observer) -> Iterator[_Observer]:
-    """Has an observer see the inputs of layers, while the model is in evaluation mode, without its adapters."""
+    """Lets an observer see the inputs of layers, while the model is in evaluation mode and without its adapters."""
     base = wrapped.base_model.model
     hooks = [base.get_submodule(name).register_forward_pre_hook(observer.hook(name)) for name in layers]
     training = {module: module.training for module in base.modules()}
@@ -168,7 +168,7 @@ def _observing(wrapped: PeftModel, layers: Iterable[str], observer: _Observer) -
 
 
 class _Observer:
-    """Adds up the second moments of the inputs of layers, once for those that are given the same tensor."""
+    """Adds up the second moments of the inputs of layers, once for all layers that are given the same tensor."""
 
     def __init__(self, diagonal: bool = False) -> None:
         self._diagonal = diagonal
@@ -178,14 +178,14 @@ class _Observer:
         self._last: tuple[Tensor, str] | None = None
 
     def hook(self, name: str) -> Any:
-        """The forward pre-hook of the layer of that name."""
+        """The forward pre-hook of the layer with that name."""
         return lambda _, args: self._add(name, args[0])
 
     def _add(self, name: str, x: Tensor) -> None:
         shared = self._last is not None and self._last[0] is x
         leader = self._last[1] if shared and self._last is not None else name
         if self._leaders.setdefault(name, leader) != leader:
-            raise ValueError(f"layer {name}: has the inputs of {self._leaders[name]} in one batch, in another not")
+            raise ValueError(f"layer {name}: has the inputs of {self._leaders[name]} in one batch but not in another")
         if shared:
             return
         self._last = x, name
@@ -200,26 +200,25 @@ class _Observer:
         self._tokens[name] += x.numel() // x.shape[-1]
 
     def clear(self) -> None:
-        """Forgets what was added up."""
+        """Discards the sums."""
         self._sums, self._tokens = {}, {}
         self.forget()
 
     def forget(self) -> None:
-        """At the end of a forward pass: a later tensor may have the place of an earlier one."""
+        """Called at the end of a forward pass, because a later tensor may have the address of an earlier one."""
         self._last = None
 
     def calibration(self, names: Iterable[str]) -> Calibration:
-        """The mean of what was added up for these layers. An expert that no token was given to has the mean of its
-        siblings' inputs.
+        """Returns the means for these layers. An expert that received no token gets the mean of its siblings' inputs.
 
         Raises:
-            ValueError: nothing was added up, or something that is not finite, naming the layer.
+            ValueError: nothing was added up, or a sum is not finite. The message names the layer.
         """
         if not self._sums:
             raise ValueError("calibration: got no batch with tokens; give batches of what the model will read")
         means: dict[str, Tensor] = {}
         for name in list(self._sums):
-            total = self._sums.pop(name)  # a model's sums and its means together would be twice as much
+            total = self._sums.pop(name)  # keeping a model's sums together with its means would double the memory
             if not self._diagonal:
                 total = total.tril_() + total.tril(-1).mT
             means[name] = total / max(self._tokens[name], 1)
@@ -239,17 +238,18 @@ class _Observer:
 
 
 def _of_experts(name: str) -> tuple[str, str] | None:
-    """What experts' layers with the same part of the work have in common in their names; None of another layer."""
+    """The common part of the names of the experts' layers that do the same part of the work; None for any other
+    layer."""
     found = re.fullmatch(r"(.*experts)\.\d+\.(.*)", name)
     return None if found is None else (found[1], found[2])
 
 
 def _calls(wrapped: PeftModel, batch: Batch) -> Iterator[dict[str, Any]]:
-    """The arguments with which the model reads a batch: in parts of rows of one length, from the first to the last
-    token of the mask.
+    """Yields the arguments with which the model reads a batch. Each part contains rows of one length, from the first to
+    the last token of the mask.
 
     Raises:
-        TypeError: it is neither a mapping nor a tensor.
+        TypeError: the batch is neither a mapping nor a tensor.
         ValueError: the mask has holes.
     """
     base = wrapped.base_model.model

@@ -1,4 +1,4 @@
-"""What a calibration has found of the inputs of a model's layers."""
+"""The second moments that a calibration found for the inputs of a model's layers."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _TOKENS = "tokens"
 
 
 class Inputs(Protocol):
-    """What is known of the inputs of a model's layers."""
+    """Provides second moments of the inputs of a model's layers."""
 
     def of(self, names: Iterable[str], device: torch.device) -> list[Tensor]:
-        """The second moments of layers of these names, [in, in], on a device."""
+        """Returns the second moments of the named layers, [in, in], on a device."""
 
 
 @dataclass(frozen=True)
@@ -30,21 +30,21 @@ class Calibration:
     """The second moments of the layers' inputs."""
 
     moments: Mapping[str, Tensor]
-    """R = E[xᵀx] by the layer's name, float32 [in, in], symmetric, where the layer computes; or its diagonal alone,
-    [in]. Layers with the same inputs have the same tensor."""
+    """R = E[xᵀx] by the layer's name: symmetric float32 [in, in], on the device where the layer computes, or only its
+    diagonal, [in]. Layers with the same inputs share one tensor."""
     tokens: int
-    """Over which the mean was taken; of experts, those of all of them."""
+    """The number of tokens over which the mean was taken; for experts, the tokens of all experts together."""
 
     @property
     def diagonal(self) -> bool:
-        """Whether there are diagonals alone."""
+        """Whether only diagonals are stored."""
         return any(moment.dim() == 1 for moment in self.moments.values())
 
     def of(self, names: Iterable[str], device: torch.device) -> list[Tensor]:
-        """The moments of layers of these names, [in, in], on a device.
+        """Returns the moments of the named layers, [in, in], on a device.
 
         Raises:
-            ValueError: naming a layer that was not calibrated.
+            ValueError: a layer was not calibrated. The message names it.
         """
         found = []
         for name in names:
@@ -58,7 +58,7 @@ class Calibration:
         return found
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a safetensors file: each moment under the names of its layers, with blanks between."""
+        """Writes a safetensors file. Each moment is stored under the names of its layers, separated by blanks."""
         names: dict[int, list[str]] = {}
         for name, moment in self.moments.items():
             names.setdefault(moment.data_ptr(), []).append(name)
@@ -68,10 +68,10 @@ class Calibration:
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Calibration:
-        """Reads what `save` has written: the moments are views of the mapped file.
+        """Reads a file that `save` has written. The moments are views of the mapped file.
 
         Raises:
-            ValueError: naming the file, and what is wrong with it.
+            ValueError: the file is wrong. The message names it and the problem.
         """
         file = TensorFile(Path(path))
         with reading(Path(path), "a file that Calibration.save has written"):

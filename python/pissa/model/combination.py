@@ -1,4 +1,4 @@
-"""Weighted combinations of adapters: their changes of each weight, summed, as the change of one new adapter."""
+"""Weighted combinations of adapters: the sum of their changes of each weight becomes the change of one new adapter."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from pissa.config import PissaConfig, exactly
 from pissa.layers.layer import PissaLayer, pissa_layers
 from pissa.ops.low_rank import Spectrum, pad_rank
 
-# These prune changes before they sum them. "ties" and "dare_ties" also take the method that elects signs.
+# These prune changes before summing them. "ties" and "dare_ties" also take the method that elects signs.
 _PRUNED: dict[str, Callable[..., Tensor]] = {
     prune.__name__: prune for prune in (ties, dare_ties, dare_linear, magnitude_prune)
 }
 COMBINATIONS = ("svd", "linear", "cat", *_PRUNED, *(f"{name}_svd" for name in _PRUNED))
 
 Parts = tuple[Tensor, Tensor, Tensor, Tensor]
-"""a0, b0, dA and dB of a layer, float32 matrices, for a scaling of 1."""
+"""a0, b0, dA and dB of a layer: float32 matrices for a scaling of 1."""
 
 
 class Combination:
@@ -58,7 +58,7 @@ class Combination:
         if shared:
             raise ValueError(
                 "Cannot add weighted adapters if they target the same module with modules_to_save, but found "
-                f"{len(shared)} such instance(s). Give adapters of which one at most has each module"
+                f"{len(shared)} such instance(s). Give adapters of which at most one has each module"
             )
         if not adapters or len(adapters) != len(weights):
             raise ValueError(
@@ -90,13 +90,14 @@ class Combination:
         self.terms = list(zip(adapters, weights, strict=True))
         self.method = method  # "cat", "svd" or "linear", or a key of _PRUNED
         self.density, self.majority_sign_method = density, majority_sign_method
-        self.ranks: dict[str, int] = {}  # of the new adapter's layers
+        self.ranks: dict[str, int] = {}  # by layer of the new adapter
         for name, layer in layers.items():
             held = limit if method in _PRUNED else sum(layer.r.get(adapter, 0) for adapter in adapters)
             self.ranks[name] = min(limit, held, *layer.matrix_shape)
 
     def config(self) -> PissaConfig:
-        """The new adapter's configuration: the first adapter's, but for the fields that the combination determines."""
+        """The new adapter's configuration: the first adapter's, except for the fields that the combination
+        determines."""
         ((r, _),) = Counter(self.ranks.values()).most_common(1)
         saved = [name for adapter, _ in self.terms for name in self.configs[adapter].modules_to_save or ()]
         fields: dict[str, Any] = {
@@ -115,17 +116,17 @@ class Combination:
             "quant_iters": 1,
         }
         config = dataclasses.replace(self.configs[self.terms[0][0]], **fields)
-        # PEFT also takes a name for a target if it ends with one of these.
+        # PEFT also treats a name as a target if it ends with one of these.
         targets = {name for name, _ in self.model.named_modules() if check_target_module_exists(config, name)}
         config.exclude_modules = targets.difference(self.ranks) or None
         return config
 
     @torch.no_grad()
     def start(self, adapter_name: str, config: PissaConfig) -> None:
-        """Gives the new adapter its factors: in all processes those of rank 0, since pruning may be random."""
+        """Gives the new adapter its factors. All processes get those of rank 0, because pruning may be random."""
         layers = pissa_layers(self.model, adapter_name)
         parts = {name: self._parts(layer, self.ranks[name]) for name, layer in layers.items()}
-        distributed.agree()  # from here to the last broadcast nothing can fail on one rank alone
+        distributed.agree()  # from here to the last broadcast, no rank can fail by itself
         for name, layer in layers.items():
             a0, b0, da, db = (distributed.broadcast(part, 0) for part in parts.pop(name))
             layer.share_start(adapter_name, StartFactors(a0, b0, layer.origin(adapter_name, config)))
@@ -144,7 +145,7 @@ class Combination:
         starts = [layer.start_of(adapter) for adapter, _ in terms]
         changes = [layer.changed_factors(adapter) for adapter, _ in terms]
         scales = [weight * layer.scaling[adapter] for adapter, weight in terms]
-        # s (B A - B0 A0), with s in the factors on the right, side by side.
+        # s (B A - B0 A0), with s in the right-hand factors, concatenated.
         a0 = torch.cat([scale * start.a0 for scale, start in zip(scales, starts, strict=True)])
         da = torch.cat([scale * change.float() for scale, (change, _) in zip(scales, changes, strict=True)])
         b0 = torch.cat([start.b0 for start in starts], dim=1)
@@ -163,8 +164,8 @@ class Combination:
 
 
 def _split(spectrum: Spectrum, rank: int) -> Parts:
-    """The leading 2 rank components of a change as dB A + B0 dA. A has rows and B0 has columns of length 1, so that
-    both deltas can learn even where the change is zero."""
+    """The leading 2 rank components of a change, as dB A + B0 dA. The rows of A and the columns of B0 have length 1, so
+    that both deltas can learn even where the change is zero."""
     left, values, right = spectrum.left[:, : 2 * rank], spectrum.values[: 2 * rank], spectrum.right[: 2 * rank]
     values = nn.functional.pad(values, (0, 2 * rank - len(values)))
     right, left = pad_rank(right, left, 2 * rank)

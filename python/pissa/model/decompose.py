@@ -1,4 +1,4 @@
-"""The start of an injected adapter: one process or several decompose the base of each layer."""
+"""Starts an injected adapter: one process or several decompose the base of each layer."""
 
 from __future__ import annotations
 
@@ -33,26 +33,27 @@ from pissa.model.original import OriginalWeights
 from pissa.notices import RequantizedWarning, TiedWeightWarning
 from pissa.ops import QuantizedWeight
 
-# Elements of the layers that are decomposed at once, for each thread. Enough for the threads to finish together; few
-# enough for the bar to move, and for the memory of the dense weights (float32, 16 MB) that stored bases give.
+# How many elements of layers are decomposed at once, for each thread. This is enough for the threads to finish
+# together, and few enough for the progress bar to move and to limit the memory of the dense weights (float32, 16 MB)
+# that stored bases return.
 _GROUP = 1 << 22
-# The same on a GPU, which decomposes weights of one shape together. Those that have to be copied first take 4 GiB in
+# The same for a GPU, which decomposes weights of one shape together. Those that have to be copied first take 4 GiB in
 # float32.
 _GPU_GROUP = 1 << 30
 
-_MAY_DIFFER = ("base_model_name_or_path", "runtime_config")  # machines may have the model in other folders
+_MAY_DIFFER = ("base_model_name_or_path", "runtime_config")  # machines may store the model in different folders
 
 
 class Replacement(NamedTuple):
-    """A layer whose dense base is to be stored."""
+    """A layer whose dense base is to be replaced by a stored residual."""
 
     layer: PissaLayer
     of_base: StartFactors
-    """The start that will be taken out of its residual."""
+    """The start that will be taken out of the residual."""
     start: StartFactors
     """The adapter's start."""
     codes: QuantizedWeight | None = None
-    """The residual, if it does not follow from weight and start: bitsandbytes' codes, or those of error feedback."""
+    """The residual if it does not follow from weight and start: bitsandbytes' codes, or those of error feedback."""
 
 
 def decompose(
@@ -66,26 +67,27 @@ def decompose(
     calibration: Inputs | None = None,
     originals: OriginalWeights | None = None,
 ) -> dict[str, Replacement]:
-    """Starts an adapter that has just been injected: finds the start factors that `config` asks for in the base of each
-    of its layers, and gives them to the layers whose bases stay. `store` replaces the other bases.
+    """Starts an adapter that has just been injected: computes the start factors that `config` asks for from the base of
+    each of its layers, and gives them to the layers that keep their bases. `store` replaces the other bases.
 
-    With several processes (torch.distributed) all of them have to call this. Each decomposes some of the layers and
-    gives the others what it found, so that all have the same bits. An error on one rank does not stop the others; see
-    `distributed.failing_together`.
+    With several processes (torch.distributed), all of them must call this function. Each decomposes some of the layers
+    and sends the results to the others, so that all have the same bits. An error on one rank does not stop the others;
+    see `distributed.failing_together`.
 
     Args:
         model: the (unwrapped) model.
         first: whether the model has no other adapter, so that a stored base may still replace a dense one.
-        keep_bases: whether the layers keep their bases, of whatever form. They have been given them already.
-        calibration: of the layers, where the configuration needs one.
-        originals: the weights that bitsandbytes has quantised, whose codes are to stay. Other layers keep their bases.
+        keep_bases: whether the layers keep their bases, whatever their form. The bases have been set already.
+        calibration: second moments of the layers' inputs, if the configuration needs them.
+        originals: the weights that bitsandbytes has quantised. Their codes do not change. Other layers keep their
+            bases.
 
     Returns:
-        What `store` is to do, by the layers' names. No weight can make it fail any more.
+        The work left for `store`, by layer name. From here on, no weight can make it fail.
 
     Raises:
-        ValueError: naming the layer: NaN or Inf in its weight, or a form that it cannot have; or a model or a
-            configuration that is not the same on all ranks.
+        ValueError: NaN or Inf in a layer's weight, or a form that the layer cannot have (the message names the layer);
+            or a model or a configuration that is not the same on all ranks.
     """
     if INIT_METHODS[config.init].is_given:
         raise ValueError(
@@ -111,7 +113,7 @@ def decompose(
     known = {*starts, *(stored if config.starts_as_base else ())}
     others = {name: origin for name, origin in origins.items() if name not in known}
     total = sum(list(_owners(layers, some).values()).count(distributed.rank()) for some in (of_bases, others))
-    # tqdm reads TQDM_DISABLE only if it is not told whether to be disabled.
+    # tqdm reads TQDM_DISABLE only if `disable` is not given.
     with tqdm(total=total, desc="PiSSA init", unit="layer") if progressbar else nullcontext() as bar:
         find = partial(_find_starts, layers, adapter_name, bar=bar, calibration=calibration)
         taken, codes = find(of_bases, config.of_base(), are_taken=True, originals=originals)
@@ -143,9 +145,9 @@ def _find_starts(
     are_taken: bool,
     originals: OriginalWeights | None = None,
 ) -> tuple[dict[str, StartFactors], dict[str, QuantizedWeight]]:
-    """The starts of these origins and configuration, by the names of their layers, and residuals whose codes were found
-    by error feedback: each rank finds some of them, and sends them to the others. Starts that will be taken out of
-    residuals (`are_taken`) are checked for these."""
+    """Returns the starts for these origins and this configuration, by layer name, and the residuals whose codes error
+    feedback has found. Each rank computes some of them and sends them to the others. Starts that will be taken out of
+    residuals (`are_taken`) are checked for that."""
     starts: dict[str, StartFactors] = {}
     residuals: dict[str, QuantizedWeight] = {}
     check = ResidualCheck(config.form) if are_taken else None
@@ -158,10 +160,10 @@ def _find_starts(
         if check is not None:
             for name, weight in zip(group, task.weights, strict=True):
                 check.add(name, weight, starts[name])
-        del task  # and its weights
+        del task  # which also frees its weights
         if bar is not None:
             bar.update(len(group))
-    # From here to the last broadcast nothing can fail on one rank alone.
+    # From here to the last broadcast, no rank can fail by itself.
     shares = distributed.agree({name: start.rank_taken for name, start in starts.items()})
     for owner, share in enumerate(shares):
         for name, rank_taken in share.items():
@@ -187,7 +189,7 @@ def _task(
 ) -> StartTask:
     kept, device = None, next((base.device for base in group.values()), None)  # a process may have no share
     if originals is None:
-        # Codes are decoded for a method that reads weights: 16 million of them take 20 ms, and pages of the files.
+        # Decode codes only for a method that reads weights: 16 million of them take 20 ms and load pages of the files.
         reads = INIT_METHODS[config.init].reads_weights or config.form != IMPLICIT
         weights = [base.matrix() if reads or not base.is_quantised else _unread(base) for base in group.values()]
     else:
@@ -200,12 +202,12 @@ def _task(
 
 
 def _unread(base: Base) -> Tensor:
-    """A weight of that shape, without values."""
+    """A weight of the base's shape, without values."""
     return torch.empty(base.module.out_features, base.module.in_features, device="meta")
 
 
 def _empty_codes(config: PissaConfig, layer: PissaLayer) -> QuantizedWeight:
-    """Room for what another rank has found."""
+    """Memory for the codes that another rank has found."""
     shapes, device = residual_shapes(config.form, layer.matrix_shape), layer.base.device
     parts = {name: torch.empty(shape, dtype=dtype, device=device) for name, (shape, [dtype]) in shapes.items()}
     codes = residual_from(parts, config.form, layer.matrix_shape)
@@ -219,9 +221,9 @@ def _check_same_on_all_ranks(
     config: PissaConfig,
     calibration: Inputs | None,
 ) -> None:
-    """Raises ValueError on every rank if any rank's model or config differs from rank 0's, or it already holds start
-    factors for other layers, or a calibration differs. Of weights that are in memory and not sharded the fingerprints
-    are compared, which `share_fingerprints` finds again. The host waits once for a GPU."""
+    """Raises ValueError on every rank if any rank's model, configuration or calibration differs from rank 0's, or if it
+    already holds start factors for other layers. For weights that are in memory and not sharded, the fingerprints are
+    compared; `share_fingerprints` computes them again. The host waits for a GPU once."""
     known: dict[str, Fingerprint] = {
         name: layer.fingerprints.of_weight(layer.base)
         for name, layer in layers.items()
@@ -239,8 +241,8 @@ def _check_same_on_all_ranks(
             if first.get(name) != other.get(name):
                 raise ValueError(
                     f"the model differs between processes: layer {name} has other weights on rank {number} than on "
-                    "rank 0, or other adapters. Load the same checkpoint in every process (not on rank "
-                    "0 alone, as fsdp_cpu_ram_efficient_loading does), or draw random weights with the same seed"
+                    "rank 0, or other adapters. Load the same checkpoint in every process (not only on rank "
+                    "0, as fsdp_cpu_ram_efficient_loading does), or draw random weights with the same seed"
                 )
         for name in first_fields:
             if other_fields[name] != first_fields[name]:
@@ -255,9 +257,9 @@ def share_fingerprints(
     compute: Callable[[Fingerprints, Base], Fingerprint],
     learn: Callable[[Fingerprints, Base, str], None],
 ) -> None:
-    """With several processes, or of sharded weights, computes the layers' fingerprints, each on one rank, and gives all
-    of them to every rank. Saving, on one rank alone, needs them when the weights may be sharded. The host waits once
-    for a GPU."""
+    """Computes the layers' fingerprints, each on one rank, and sends all of them to every rank, if there are several
+    processes or the weights are sharded. Saving, which runs on one rank only, needs them if the weights may be sharded.
+    The host waits for a GPU once."""
     if distributed.world_size() == 1 and not _any_sharded(layers):
         return
     mine: dict[str, Fingerprint] = {}
@@ -271,8 +273,8 @@ def share_fingerprints(
 def _to_store(
     model: nn.Module, layers: dict[str, PissaLayer], config: PissaConfig, first: bool
 ) -> dict[str, PissaLayer]:
-    """The layers whose dense base is to be replaced by a residual. Weights that are tied to another module's stay as
-    they are, with a warning. Raises ValueError, naming a layer whose base cannot be replaced."""
+    """The layers whose dense base is to be replaced by a residual. A weight that is tied to another module's stays as
+    it is, with a warning. Raises ValueError, naming the layer, for a base that cannot be replaced."""
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     stored, tied = {}, []
     for name, layer in layers.items():
@@ -289,7 +291,7 @@ def _to_store(
         if not first or layer.base.form != IMPLICIT:
             raise ValueError(
                 f"the base of layer {name} is {layer.base.form.describe()} and cannot become "
-                f"{config.form.describe()}: other adapters are changes of the function that it has. "
+                f"{config.form.describe()}: other adapters are changes to that function. "
                 "Leave quant and residual out, and the adapter takes the base as it is"
             )
         if distributed.is_dtensor(layer.base.parameter):
@@ -314,8 +316,8 @@ def _warn_of_requantising(layers: dict[str, PissaLayer], config: PissaConfig) ->
     if config.form != IMPLICIT and quantised:
         warnings.warn(
             f"{len(quantised)} of {len(layers)} layers are quantised already, {quantised[0]} the first. Each is "
-            f"dequantised and split, and its residual stored as {config.form.describe()}, which rounds a second time: "
-            "the base is no longer quite the function that it was. Leave quant and residual out, and the adapter takes "
+            f"dequantised and split, and its residual stored as {config.form.describe()}. This rounds a second time, "
+            "so the base function changes slightly. Leave quant and residual out, and the adapter takes "
             "the quantised weights as they are; or load the model in 16 bits.",
             RequantizedWarning,
             stacklevel=4,  # the caller of pissa.wrap, or of add_adapter
@@ -326,14 +328,15 @@ def _warn_of_requantising(layers: dict[str, PissaLayer], config: PissaConfig) ->
 
 
 def _owners(layers: Mapping[str, PissaLayer], names: Iterable[str]) -> dict[str, int]:
-    """The rank that works on each of the layers of these names."""
+    """The rank that works on each of the named layers."""
     return distributed.owners({name: math.prod(layers[name].matrix_shape) for name in names})
 
 
 def own_groups(layers: dict[str, PissaLayer]) -> Iterator[dict[str, Base]]:
-    """The bases of the layers that this process works on, in groups. A base whose weight is sharded is given with the
-    whole weight: all processes gather the weights that one of them needs, one after the other, and only that one keeps
-    them, until it asks for its next group. An error in one process then ends the others at their next group."""
+    """Yields the bases of the layers that this process works on, in groups. If a base's weight is sharded, the base
+    comes with the whole weight: all processes gather, one after the other, the weights that one of them needs, and only
+    that one keeps them, until it asks for its next group. An error in one process therefore ends the others at their
+    next group."""
     owners = _owners(layers, layers)
     shares: list[dict[str, PissaLayer]] = [{} for _ in range(distributed.world_size())]
     for name, layer in layers.items():
@@ -354,7 +357,7 @@ def own_groups(layers: dict[str, PissaLayer]) -> Iterator[dict[str, Base]]:
                     gathered[name] = base
                 del base
         yield gathered
-        gathered.clear()  # the caller's variable goes on holding it
+        gathered.clear()  # the caller's variable still refers to it
 
 
 def _any_sharded(layers: Mapping[str, PissaLayer]) -> bool:
@@ -362,9 +365,9 @@ def _any_sharded(layers: Mapping[str, PissaLayer]) -> bool:
 
 
 def groups(layers: dict[str, PissaLayer], *, threads: int | None = None) -> Iterator[dict[str, PissaLayer]]:
-    """The layers in groups, each on one device: on the CPU in order, on a GPU those of one shape and dtype. A group has
-    at most `_GROUP` elements a thread, on a GPU `_GPU_GROUP`, or a single layer. `threads`: of the CPU that have a
-    layer each; all by default."""
+    """Yields the layers in groups, each on one device: on the CPU in order, on a GPU by shape and dtype. A group has at
+    most `_GROUP` elements for each thread (`_GPU_GROUP` on a GPU), or consists of a single layer. `threads` is the
+    number of CPU threads that work on one layer each (default: all)."""
     count = torch.get_num_threads() if threads is None else threads
     alike: dict[tuple[Any, ...], dict[str, PissaLayer]] = {}
     for name, layer in layers.items():

@@ -1,5 +1,5 @@
-"""The injection of an adapter's layers: what is checked and done before and after PEFT puts them in, and the way back
-on failure."""
+"""The injection of an adapter's layers: checks and steps before and after PEFT inserts them, and how to undo it on
+failure."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from pissa.layers.tokens import mend_token_layers
 from pissa.notices import DropoutWarning
 from pissa.peft_private import build_layers_with
 
-# Parts of the names of parameters in a model with adapters, and the word for "no adapter" in adapter_names.
+# Parts of the parameter names of a model with adapters, and the word for "no adapter" in adapter_names.
 _PEFTS_NAMES = {"base_model", "model", "base_layer", "modules_to_save", "original_module", "weight", "bias", "__base__"}
 _PEFTS_NAMES |= set(PissaLayer.adapter_layer_names) | set(PissaLayer.other_param_names)
 
 
 def check_adapter_name(name: str, model: nn.Module) -> None:
-    """Raises ValueError unless `name` can be the name of a folder, a key of torch's dictionaries of modules, and a part
-    of the names of parameters in `model`, by which PEFT tells the adapters of a state dict apart."""
+    """Raises ValueError unless `name` can be the name of a folder, a key of torch's module dictionaries, and a part of
+    the parameter names in `model`, by which PEFT identifies the adapters in a state dict."""
     if (
         not isinstance(name, str)
-        or not name.isprintable()  # printable names can be encoded, too
+        or not name.isprintable()  # printable names can also be encoded
         or not 0 < len(name.encode()) <= 200
         or set(name) & set("./\\")
     ):
@@ -44,15 +44,15 @@ def check_adapter_name(name: str, model: nn.Module) -> None:
     if name in taken | _PEFTS_NAMES or hasattr(nn.ModuleDict(), name) or hasattr(nn.ParameterDict(), name):
         raise ValueError(
             f"adapter_name: got {name!r}, which is part of the names of the model's parameters or an attribute of "
-            f"torch's modules, so the adapter could not be told from it; give another name, such as {name + '_1'!r}"
+            f"torch's modules, so the adapter could not be distinguished; give another name, such as {name + '_1'!r}"
         )
 
 
 def check_plain(model: nn.Module, adapter_name: str) -> None:
-    """Raises ValueError for a model that is wrapped already, or of which no adapter can have that name."""
+    """Raises ValueError for a model that is already wrapped, or in which no adapter can have that name."""
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise ValueError(
-            "the model carries an adapter already, for wrapping changes it in place. To wrap it anew: model = "
+            "the model carries an adapter already, because wrapping changes it in place. To wrap it anew: model = "
             "model.unload() first, or load it again if its base was stored (quant, residual='explicit'); for a "
             "second adapter: model.add_adapter(name, config), model.load_adapter(folder, name)"
         )
@@ -60,14 +60,14 @@ def check_plain(model: nn.Module, adapter_name: str) -> None:
 
 
 def own_config(config: PissaConfig) -> PissaConfig:
-    """A copy, since PEFT writes into the configuration that it is given."""
+    """Returns a copy, because PEFT writes into the configuration that it is given."""
     if not isinstance(config, PissaConfig):
         raise TypeError(f"config must be a pissa.PissaConfig, got {type(config).__name__}")
     return copy.deepcopy(config)
 
 
 def warn_of_dropout(config: PissaConfig) -> None:
-    """Warns the caller's caller of `lora_dropout`, unless the adapter starts as LoRA, which uses it."""
+    """Warns the caller's caller about `lora_dropout`, unless the adapter starts as LoRA, which uses dropout."""
     if config.lora_dropout > 0 and config.init != "lora":
         warnings.warn(
             f"lora_dropout={config.lora_dropout}: the paper trains PiSSA without dropout. It is applied to the input "
@@ -78,8 +78,8 @@ def warn_of_dropout(config: PissaConfig) -> None:
 
 
 def prepare(model: nn.Module, config: PissaConfig) -> None:
-    """Readies the (unwrapped) model and the configuration for PEFT, which then builds our layers for the targets.
-    Raises TypeError or ValueError, as `complete`, naming the layer that cannot be adapted."""
+    """Prepares the (unwrapped) model and the configuration for PEFT, which then builds our layers for the targets. Like
+    `complete`, raises TypeError or ValueError naming the layer that cannot be adapted."""
     reshard(model)
     check_trained(model, config)
     build_layers_with(config, layer_factory(model))
@@ -88,19 +88,20 @@ def prepare(model: nn.Module, config: PissaConfig) -> None:
 
 
 def complete(model: nn.Module, config: PissaConfig, adapter_name: str) -> None:
-    """Finishes what PEFT has injected. The adapter then lacks its start factors only."""
+    """Finishes the adapter that PEFT has injected. Afterwards, it lacks only its start factors."""
     mend_token_layers(model)
-    if config.modules_to_save:  # PEFT adds the names of a task's head each time that a model is made, restored ones too
+    if config.modules_to_save:  # PEFT adds the names of a task's head whenever a model is made or restored
         config.modules_to_save = list(dict.fromkeys(config.modules_to_save))
     check_parents(model, adapter_name)
-    check_trained(model, config)  # a task's head is known only now
+    check_trained(model, config)  # only now is a task's head known
     materialise(model, adapter_name)
     average_gradients(model, adapter_name)
 
 
 def materialise(model: nn.Module, adapter_name: str) -> None:
-    """Puts the parameters of a new adapter, which are zero, where its layers compute. PEFT puts them where the base's
-    weights are; for a base that accelerate offloads, or that is to be filled later, that is the meta device."""
+    """Moves the parameters of a new adapter, which are zero, to the device where its layers compute. PEFT puts them on
+    the device of the base's weights, which is the meta device for a base that accelerate offloads or that is to be
+    filled later."""
     for layer in pissa_layers(model, adapter_name).values():
         device = layer.base.device
         for entries in layer.dictionaries(adapter_name):
@@ -113,10 +114,10 @@ def materialise(model: nn.Module, adapter_name: str) -> None:
 
 @contextmanager
 def restored_on_error(model: nn.Module) -> Iterator[None]:
-    """Leaves `model` as it was if the block, which adds an adapter, fails: every module's attributes, children,
-    parameters and hooks, and every parameter's `requires_grad`.
+    """Restores `model` if the block, which adds an adapter, fails: every module's attributes, children, parameters and
+    hooks, and every parameter's `requires_grad`.
 
-    Nothing is copied. A parameter that the block writes into is therefore not restored, and the dense weights that the
+    Nothing is copied. Therefore a parameter that the block writes into is not restored, and the dense weights that the
     block replaces stay in memory until it ends.
     """
     restore = way_back(model)
@@ -128,10 +129,10 @@ def restored_on_error(model: nn.Module) -> Iterator[None]:
 
 
 def way_back(model: nn.Module) -> Callable[[], None]:
-    """What puts the model back into the state of now, as `restored_on_error` does."""
+    """Returns a function that puts the model back into its current state, for `restored_on_error`."""
     modules = [(module, vars(module).copy()) for module in model.modules()]
-    # PEFT shares one dictionary of configurations among several modules, and lists of adapters' names among others.
-    # Their content is restored in place.
+    # PEFT shares one dictionary of configurations among several modules, and lists of adapter names among others. Their
+    # content is restored in place.
     containers = [
         (value, dict(value.items()) if isinstance(value, dict) else value.copy())  # DeepSpeed's dict has no copy
         for _, attributes in modules
@@ -148,7 +149,7 @@ def way_back(model: nn.Module) -> Callable[[], None]:
             container.clear()
             container.extend(content) if isinstance(container, list) else container.update(content)
         for parameter, flag in flags:
-            if parameter.requires_grad != flag:  # a parameter that torch makes lazily can be asked, but not told
+            if parameter.requires_grad != flag:  # a lazily created parameter has a flag that cannot be set
                 parameter.requires_grad_(flag)
 
     return restore
@@ -156,12 +157,12 @@ def way_back(model: nn.Module) -> Callable[[], None]:
 
 # ---- A model that fully_shard has sharded already (FSDP2) ------------------------------------------------------------
 #
-# FSDP manages the parameters that a module had when it was sharded, and no others. So what an adapter trains stays
-# whole in every process, and its gradients are averaged here, as DDP does it.
+# FSDP manages only the parameters that a module had when it was sharded. Therefore an adapter's trained parameters stay
+# whole in every process, and their gradients are averaged here, as in DDP.
 
 
 def reshard(model: nn.Module) -> None:
-    """Frees the whole weights that FSDP keeps of the modules that it has computed with last. Raises TypeError if the
+    """Frees the whole weights that FSDP keeps for the modules with which it computed last. Raises TypeError if the
     older FSDP holds the weights, in flat parameters."""
     for name, module in model.named_modules():
         if isinstance(module, FullyShardedDataParallel):
@@ -175,8 +176,8 @@ def reshard(model: nn.Module) -> None:
 
 
 def check_trained(model: nn.Module, config: PissaConfig) -> None:
-    """Raises ValueError, naming the field of the configuration, if in a model that fully_shard has sharded something is
-    trained beside the adapted layers' parameters."""
+    """Raises ValueError, naming the field of the configuration, if a model that fully_shard has sharded trains anything
+    besides the parameters of adapted layers."""
     if not any(is_managed(module) for module in model.modules()):
         return
     asked = {
@@ -187,14 +188,14 @@ def check_trained(model: nn.Module, config: PissaConfig) -> None:
     for field, value in asked.items():
         if value:
             raise ValueError(
-                f"{field}={value!r} trains a part of the model itself, which fully_shard has sharded, beside "
-                f"parameters that it does not know: wrap the model first and shard it then, or leave {field} out (a "
+                f"{field}={value!r} trains a part of the model itself, which fully_shard has sharded, together "
+                f"with parameters that it does not know: wrap the model first and shard it then, or leave {field} out (a "
                 "task type such as SEQ_CLS adds its head to modules_to_save)"
             )
 
 
 def average_gradients(model: nn.Module, adapter_name: str) -> None:
-    """Has the gradients of an adapter's parameters averaged over all processes where FSDP holds the base."""
+    """Averages the gradients of an adapter's parameters over all processes if FSDP holds the base."""
     for layer in pissa_layers(model, adapter_name).values():
         if is_managed(layer.base.module):
             for entries in layer.dictionaries(adapter_name):

@@ -1,4 +1,4 @@
-"""What the layers of a model read, block after block: only one block's second moments are in memory."""
+"""The second moments of what the layers of a model read, block by block: only one block's moments are in memory."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from pissa.model.calibrate import Batch, in_blocks
 
 
 class Moments:
-    """The second moments of the inputs of a model's layers, as `Calibration` has them. They are found in the order of
-    the blocks, and those that are not asked for yet wait in memory: each may be asked for once.
+    """The second moments of the inputs of a model's layers, as in `Calibration`. They are computed in the order of the
+    blocks, and wait in memory until they are requested. Each may be requested once.
 
     Args:
-        wrapped: the model, whose adapter may lack its start still, and whose layers stay as they are until `close`.
-        batches: what the model reads, as `pissa.calibrate` takes it.
-        wanted: the layers that will be asked for, by name.
+        wrapped: the model. Its adapter may still lack its start. Its layers must stay as they are until `close`.
+        batches: the model's inputs, as `pissa.calibrate` takes them.
+        wanted: the names of the layers that will be requested.
     """
 
     def __init__(self, wrapped: PeftModel, batches: Iterable[Batch], wanted: Iterable[str]) -> None:
@@ -28,10 +28,10 @@ class Moments:
         self._wanted = set(wanted)
 
     def of(self, names: Iterable[str], device: torch.device) -> list[Tensor]:
-        """The moments of these layers, [in, in], on a device.
+        """Returns the moments of these layers, [in, in], on a device.
 
         Raises:
-            ValueError: what `pissa.calibrate` refuses of the model and the batches, or a layer that is not linear.
+            ValueError: `pissa.calibrate` would refuse the model or the batches, or a layer is not linear.
         """
         names = list(names)
         while lacking := [name for name in names if name not in self._waiting]:
@@ -47,7 +47,7 @@ class Moments:
 
 
 def digest_of(batches: Iterable[Batch]) -> str:
-    """The XXH3-128 of all tensors of the batches: a run goes on with these alone."""
+    """The XXH3-128 of all tensors of the batches. A run can only be continued with the same ones."""
     known: dict[str, Fingerprint] = {}
     for number, batch in enumerate(batches):
         if isinstance(batch, Tensor):

@@ -1,4 +1,4 @@
-"""The dense weights of a model that bitsandbytes has quantised: what its codes lose of them is repaired."""
+"""The dense weights of a model that bitsandbytes has quantised. With them, the error of its codes is repaired."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from pissa.files.tensor_file import Source
 
 
 class OriginalWeights:
-    """The checkpoint that a model was quantised from, mapped: one matrix at a time is read.
+    """The checkpoint that a model was quantised from. It is mapped, and one matrix is read at a time.
 
     Args:
         weights: its folder, or its name on the Hub.
 
     Raises:
-        ValueError: it is no checkpoint of dense weights, or the configuration would change codes.
+        ValueError: it is not a checkpoint of dense weights, or the configuration would change codes.
     """
 
     def __init__(self, weights: Name, config: PissaConfig) -> None:
@@ -39,19 +39,19 @@ class OriginalWeights:
         if kind := quantised_kind(folder):
             raise ValueError(f"weights: {folder} is quantised ({kind}); needed: the checkpoint in 16 or 32 bits")
         self.fingerprints: dict[str, Fingerprint] = {}
-        """Of the weights that were read, by the layers' names."""
+        """The fingerprints of the weights that were read, by layer name."""
         self._source, self._read = Source(folder), list[str]()
         model = meta_model(folder)
         self._parts, self._head = Composition(model, self._source.names), f"{model.base_model_prefix}."
         self._known = {name for name, _ in model.named_parameters()}
 
     def weight(self, name: str, base: Base) -> tuple[Tensor, ops.QuantizedWeight]:
-        """The weight [out, in] that bitsandbytes has quantised in the layer of that name, as it did; and its codes.
+        """Returns the weight [out, in] of the named layer, which bitsandbytes has quantised, and its codes.
 
         Raises:
-            ValueError: the checkpoint has no such weight, or another one.
+            ValueError: the checkpoint does not contain that weight, or contains a different one.
         """
-        self._source.release(self._read)  # or the file's pages would count as the process's memory
+        self._source.release(self._read)  # otherwise the file's pages would count as this process's memory
         parameter = f"{name}.weight"
         if parameter not in self._known:  # a model without the head that config.json names
             parameter = self._head + parameter

@@ -34,14 +34,14 @@ from pissa.peft_private import MendedPeftModel
 
 
 class PissaModel(MendedPeftModel):
-    """A peft.PeftModel with PiSSA adapters. Made by `pissa.wrap`, by `peft.get_peft_model` of a PissaConfig, or by
-    `PissaModel.from_pretrained`."""
+    """A peft.PeftModel with PiSSA adapters. `pissa.wrap`, `peft.get_peft_model` with a PissaConfig, and
+    `PissaModel.from_pretrained` create it."""
 
     def __init__(
         self, model: nn.Module, peft_config: PissaConfig, adapter_name: str = "default", **kwargs: Any
     ) -> None:
-        """Injects the adapter's layers, which have no start factors yet. `wrap` and `from_pretrained` give them theirs,
-        and put the model back on failure."""
+        """Injects the adapter's layers, which have no start factors yet. `wrap` and `from_pretrained` set the factors,
+        and restore the model on failure."""
         prepare(model, peft_config)
         token = BUILDING.set(True)
         try:
@@ -61,14 +61,14 @@ class PissaModel(MendedPeftModel):
         low_cpu_mem_usage: bool = False,
         autocast_adapter_dtype: bool = True,
     ) -> None:
-        """Adds an adapter that changes nothing yet. It shares the start factors of one that has the same rank, scaling
-        and decomposition. A peft.LoraConfig stands for init="lora" and its own fields.
+        """Adds an adapter that does not change the model's outputs yet. It shares the start factors of an adapter with
+        the same rank, scaling and decomposition. A peft.LoraConfig is read as init="lora" with its own fields.
 
-        The base function stays what it is: an adapter may ask for the form that a layer's base has, or for none, which
-        leaves a stored base as it is.
+        The base function does not change: an adapter may ask for the form that a layer's base already has, or for none,
+        which leaves a stored base as it is.
 
         Raises:
-            TypeError, ValueError: as `wrap`. The model is left as it was.
+            TypeError, ValueError: as for `wrap`. The model is left as it was.
         """
         with restored_on_error(self), failing_together():
             config = as_pissa(peft_config)
@@ -86,7 +86,7 @@ class PissaModel(MendedPeftModel):
         check_adapter_name(adapter_name, self.base_model.model)
 
     def _inject(self, adapter_name: str, config: PissaConfig, autocast_adapter_dtype: bool) -> None:
-        """Adds the layers of one more adapter, which have no start factors yet."""
+        """Adds the layers of another adapter, which have no start factors yet."""
         adapters = (parameter for name, parameter in self.named_parameters() if ".lora_" in name)
         if any(map(is_sharded, adapters)) or any(map(is_of_an_engine, self.modules())):
             raise ValueError(
@@ -111,31 +111,35 @@ class PissaModel(MendedPeftModel):
         majority_sign_method: str = "total",
     ) -> None:
         """Adds an adapter whose change of each weight is the sum of weight * s (B A - B0 A0) over `adapters`. It is an
-        adapter like any other: it can be trained, saved and combined again.
+        ordinary adapter: it can be trained, saved and combined again.
 
-        An adapter of rank r can hold any change of rank 2r. So every rank below is half the rank of the change.
+        An adapter of rank r can represent any change of rank 2r. Therefore every rank below is half the rank of the
+        change.
 
         Args:
-            adapters: names. The adapters may differ in their layers and ranks.
-            weights: a finite number for each adapter, of any sign.
+            adapters: names of the adapters. They may differ in their layers and ranks.
+            weights: a finite number of either sign for each adapter.
             adapter_name: name of the new adapter.
-            combination_type: "cat" is the whole sum, at the sum of the adapters' ranks. "svd" is the best approximation
-                of the sum at rank `svd_rank`, "linear" the best one at the adapters' rank, which must be equal.
-                (PEFT's "linear" sums factors, which is no sum of changes.) "ties", "dare_ties", "dare_linear" and
-                "magnitude_prune" first prune the changes as PEFT's functions of these names do; the pruned sum is
-                approximated as in "linear", or with "_svd" behind the name as in "svd".
-            svd_rank: for the types that end in "svd"; by default the largest rank of the adapters. A layer that needs
+            combination_type: "cat" is the whole sum; its rank is the sum of the adapters' ranks. "svd" is the best
+                approximation of the sum at rank `svd_rank`. "linear" is the best approximation at the adapters' rank,
+                which must be equal. (PEFT's "linear" sums factors, which does not give the sum of the changes.) "ties",
+                "dare_ties", "dare_linear" and "magnitude_prune" first prune the changes as PEFT's functions of these
+                names do. The pruned sum is then approximated as in "linear", or, with "_svd" after the name, as in
+                "svd".
+            svd_rank: rank for the types that end in "svd" (default: the largest rank of the adapters). A layer that
+                needs a lower rank gets the lower one.
                 less has less.
             svd_clamp: must be None. It would clip factors, and one change has many pairs of factors.
-            svd_full_matrices, svd_driver: accepted as in PEFT; without effect.
+            svd_full_matrices, svd_driver: accepted for compatibility with PEFT; without effect.
             density: share of the values that pruning keeps, above 0 and at most 1.
             majority_sign_method: "total" or "frequency", for "ties" and "dare_ties".
 
-        A module of `modules_to_save` that one of the adapters has is copied as it is. On any failure the model is left
-        as it was.
+        If one of the adapters has a module in `modules_to_save`, the module is copied as it is. On any failure the
+        model is left as it was.
 
         Raises:
-            ValueError: naming the argument; adapters that train more than factors (DoRA, biases).
+            ValueError: an argument is invalid (the message names it), or an adapter trains more than factors (DoRA,
+                biases).
         """
         with restored_on_error(self), failing_together():
             self._check_new_name(adapter_name)
@@ -150,24 +154,24 @@ class PissaModel(MendedPeftModel):
             combination.start(adapter_name, config)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Merges the adapters into dense weights that take the base's place, as in PEFT. Trained tokens are merged into
-        the weight itself.
+        """Merges the adapters into dense weights that replace the base, as in PEFT. Trained tokens are merged into the
+        weight itself.
 
         Raises:
-            ValueError: trained tokens that one weight cannot hold. Nothing is merged then.
+            ValueError: one weight cannot hold the trained tokens. In this case nothing is merged.
         """
         check_tokens_can_be_merged(self.base_model.model, adapter_names)
         self.base_model.merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
     def unmerge_adapter(self) -> None:
-        """Puts the base back, bit for bit."""
+        """Restores the base, bit for bit."""
         self.base_model.unmerge_adapter()
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, Any]]:
-        """As in torch. While adapters are merged, what is merged has the names of the model without adapters, but for
-        PEFT's "base_layer" in them."""
+        """As in torch. While adapters are merged, merged weights have the names of the model without adapters, except
+        that PEFT's "base_layer" remains in them."""
         named: Iterator[tuple[str, Any]] = super().named_parameters(prefix, recurse, remove_duplicate)
         base = self.base_model.model
         if recurse and not prefix and any(layer.merged for layer in pissa_layers(base).values()):
@@ -175,7 +179,7 @@ class PissaModel(MendedPeftModel):
         return named
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As in torch, but what `peft.set_peft_model_state_dict` loads is loaded whole or not at all."""
+        """As in torch, but the state that `peft.set_peft_model_state_dict` loads is loaded entirely or not at all."""
         return load_whole(self, state_dict, partial(super().load_state_dict, strict=strict, assign=assign))
 
     def resize_token_embeddings(
@@ -185,7 +189,7 @@ class PissaModel(MendedPeftModel):
         both with the adapter.
 
         Raises:
-            ValueError: naming the layer that is trained. Nothing is changed then.
+            ValueError: one of these layers is trained. The message names it. In this case nothing is changed.
         """
         base: Any = self.base_model.model
         embeddings: Any = base.get_input_embeddings()
@@ -201,10 +205,10 @@ class PissaModel(MendedPeftModel):
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> nn.Module:
-        """The model with the adapters merged into dense weights, as in PEFT. Fused experts are fused again.
+        """Returns the model with the adapters merged into dense weights, as in PEFT. Fused experts are fused again.
 
         Raises:
-            ValueError: as `merge_adapter`.
+            ValueError: as for `merge_adapter`.
         """
         check_tokens_can_be_merged(self.base_model.model, adapter_names)
         model = self.base_model.merge_and_unload(
@@ -213,16 +217,16 @@ class PissaModel(MendedPeftModel):
         return _as_given(model)
 
     def unload(self) -> nn.Module:
-        """The base without adapters, as in PEFT. Fused experts are fused again."""
+        """Returns the base without adapters, as in PEFT. Fused experts are fused again."""
         return _as_given(self.base_model.unload())
 
     def orthogonality_loss(self, adapter_name: str = "default") -> torch.Tensor:
-        """How far the singular vectors of an adapter with `use_adalora` (arXiv 2303.10512) are from orthogonal: the
-        mean of ‖V Vᵀ - I‖² and ‖Uᵀ U - I‖² (eq. 4 there) over all V = V0 + dV [r, in] and U = B0 + dB [out, r],
-        float32. It is 0 at the start, where V0 and B0 are singular vectors.
+        """Measures how far the singular vectors of an adapter with `use_adalora` (arXiv 2303.10512) are from
+        orthogonal: the mean of ‖V Vᵀ - I‖² and ‖Uᵀ U - I‖² (eq. 4 there) over all V = V0 + dV [r, in] and U = B0 + dB
+        [out, r], in float32. It is 0 at the start, where V0 and B0 are singular vectors.
 
-        In training mode the model adds it, times `orth_reg_weight`, to the loss that it returns. A loss of your own has
-        to add it itself. If fully_shard has sharded the adapter, all processes have to call this.
+        In training mode the model adds it, times `orth_reg_weight`, to the loss that it returns. If you compute your
+        own loss, add it yourself. If fully_shard has sharded the adapter, all processes must call this method.
         """
         squares = []
         for layer in pissa_layers(self.base_model.model, adapter_name).values():
@@ -234,10 +238,11 @@ class PissaModel(MendedPeftModel):
         return torch.stack(squares).mean()
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """The numbers of trainable parameters and of all parameters. A quantised element counts as a parameter."""
+        """Returns the numbers of trainable parameters and of all parameters. A quantised element counts as one
+        parameter."""
         trainable, total = super().get_nb_trainable_parameters()
         for layer in pissa_layers(self.base_model.model).values():
-            if not is_partitioned(layer.base.parameter):  # of which PEFT knows the size
+            if not is_partitioned(layer.base.parameter):  # for a partitioned one, PEFT knows the size
                 total += math.prod(layer.matrix_shape) - layer.base.parameter.numel()
         return trainable, total
 
@@ -253,24 +258,25 @@ class PissaModel(MendedPeftModel):
         state_dict: dict[str, torch.Tensor] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Writes each adapter as a plain LoRA, which PEFT, vLLM and transformers load onto the unmodified base. Further
-        files beside it let `from_pretrained` go on training exactly where this model is.
+        """Writes each adapter as a plain LoRA, which PEFT, vLLM and transformers load onto the unmodified base.
+        Additional files next to it let `from_pretrained` continue training exactly from the current state of this
+        model.
 
-        An adapter that is not called "default" goes to a sub-folder of its name. Every file is written under a
-        temporary name, flushed and then renamed, so that a crash leaves a complete adapter. (With `use_adalora` a crash
-        between two of the renames leaves files that `from_pretrained` refuses.)
+        An adapter that is not called "default" is saved in a sub-folder of its name. Every file is written under a
+        temporary name, flushed and then renamed, so that a crash leaves a complete adapter. (With `use_adalora`, a
+        crash between two of the renames leaves files that `from_pretrained` refuses.)
 
         Args:
-            save_directory: the folder; made if need be.
+            save_directory: the folder; created if necessary.
             safe_serialization: must be True; this package never writes pickle.
-            selected_adapters: names of the adapters to save; all by default.
+            selected_adapters: names of the adapters to save (default: all).
             save_embedding_layers: whether the base's input embeddings and output layer are written too;
                 `from_pretrained` then puts them into the base. "auto" writes them if the vocabulary was resized,
-                because the new rows are random. If the base's files are not at hand to show that, it writes them if the
-                adapter changes one of the two.
+                because the new rows are random. If the base's files are not available to show that, it writes them if
+                the adapter changes one of the two.
             is_main_process: False writes nothing.
-            path_initial_model_for_weight_conversion: accepted as in PEFT; without effect. The files are converted
-                already.
+            path_initial_model_for_weight_conversion: accepted for compatibility with PEFT; without effect, because the
+                files are already converted.
             state_dict: the model's state dict, if the caller has gathered it.
             kwargs: ignored, as PEFT does.
         """
@@ -307,24 +313,27 @@ class PissaModel(MendedPeftModel):
         """Restores a saved adapter onto its base, bit for bit, without decomposing anything.
 
         Args:
-            model: the unmodified base, its vocabulary resized as the trained one's was. On any failure it is left as it
-                was.
-            model_id: the folder that `save_pretrained` wrote, or the id of a repository of the Hugging Face Hub with
+            model: the unmodified base, with its vocabulary resized as in the trained model. On any failure it is left
+                as it was.
+            model_id: the folder that `save_pretrained` wrote, or the id of a repository on the Hugging Face Hub with
+                these files. A folder of that name takes precedence.
                 these files. A folder of that name wins.
             adapter_name: name of the adapter.
-            is_trainable: False freezes it, and puts the model into evaluation mode.
+            is_trainable: False freezes the adapter and puts the model into evaluation mode.
             autocast_adapter_dtype: keep the adapter's parameters in float32 on a 16-bit base.
-            config: takes the place of the saved configuration, without a copy. It has to describe the same adapter; see
+            config: used instead of the saved configuration, without a copy. It must describe the same adapter; see
                 `PissaConfig.from_pretrained`.
-            ephemeral_gpu_offload, low_cpu_mem_usage: accepted as in PEFT; without effect.
-            key_mapping: must be empty: the layers have the names that they were saved with.
-            kwargs: `subfolder`; for the Hub `revision`, `token`, `cache_dir`, `local_files_only` and the like. Unknown
-                options are ignored, as in PEFT. `torch_device` is ignored because the adapter goes where its layer is;
-                `device_map`, `max_memory` and the like, because a dispatched base stays as it is.
+            ephemeral_gpu_offload, low_cpu_mem_usage: accepted for compatibility with PEFT; without effect.
+            key_mapping: must be empty, because the layers have the names under which they were saved.
+            kwargs: `subfolder`; for the Hub `revision`, `token`, `cache_dir`, `local_files_only` and similar options.
+                Unknown options are ignored, as in PEFT. `torch_device` is ignored because the adapter is put on the
+                device of its layer. `device_map`, `max_memory` and similar options are ignored because a dispatched
+                base stays as it is.
 
         Raises:
-            ValueError: a folder without a PiSSA adapter, a damaged file, an option that cannot be honoured, or another
-                base than the adapter was trained on, naming the first layer that differs.
+            ValueError: the folder contains no PiSSA adapter, a file is damaged, an option cannot be honoured, or the
+                base differs from the one that the adapter was trained on. The message then names the first layer that
+                differs.
             TypeError: `config` is not a PissaConfig.
         """
         check_plain(model, adapter_name)
@@ -352,26 +361,27 @@ class PissaModel(MendedPeftModel):
         config: PissaConfig | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Adds a saved adapter, or restores the saved state of an adapter that the model has. A plain LoRA of PEFT's
-        is added, too: as an adapter whose start is zero (`init` "given").
+        """Adds a saved adapter, or restores the saved state of an adapter that the model already has. It can also add a
+        plain PEFT LoRA, as an adapter whose start is zero (`init` "given").
 
         Args:
-            model_id: see `from_pretrained`; or a folder with a plain LoRA.
+            model_id: as for `from_pretrained`, or a folder with a plain LoRA.
             adapter_name: name of the adapter.
             is_trainable: whether a new adapter is trained; False puts the model into evaluation mode.
-            torch_device: accepted as in PEFT; without effect. The adapter goes where its layer is.
+            torch_device: accepted for compatibility with PEFT; without effect, because the adapter is put on the device
+                of its layer.
             autocast_adapter_dtype: keep the adapter's parameters in float32 on a 16-bit base.
-            ephemeral_gpu_offload, low_cpu_mem_usage: accepted as in PEFT; without effect.
+            ephemeral_gpu_offload, low_cpu_mem_usage: accepted for compatibility with PEFT; without effect.
             key_mapping: see `from_pretrained`.
             config: see `from_pretrained`. For an adapter that the model has, it is only compared with the saved one.
             kwargs: see `from_pretrained`.
 
         Returns:
-            PEFT's load result, torch's named tuple of missing_keys and unexpected_keys. Both are empty, for an adapter
-            with a tensor missing, or one too many, is refused.
+            PEFT's load result: torch's named tuple of missing_keys and unexpected_keys. Both are empty, because an
+                adapter with a missing or an additional tensor is refused.
 
         Raises:
-            ValueError, TypeError: as `from_pretrained`. The model is left as it was.
+            ValueError, TypeError: as for `from_pretrained`. The model is left as it was.
         """
         known = adapter_name in self.peft_config
         if not known:
@@ -399,7 +409,7 @@ class PissaModel(MendedPeftModel):
         return nn.Module().load_state_dict({})  # torch has no public name for the type
 
 
-# A PissaModel over each of PEFT's classes for a task: PissaModelForCausalLM and so on, names of this module for pickle.
+# A PissaModel for each of PEFT's task classes: PissaModelForCausalLM and so on, named in this module for pickle.
 _CLASSES: dict[str | None, type[PissaModel]] = {}
 for _task, _peft_class in MODEL_TYPE_TO_PEFT_MODEL_MAPPING.items():
     _name = f"Pissa{_peft_class.__name__.removeprefix('Peft')}"
@@ -408,12 +418,12 @@ for _task, _peft_class in MODEL_TYPE_TO_PEFT_MODEL_MAPPING.items():
 
 
 def model_class(config: PissaConfig) -> type[PissaModel]:
-    """The class of the model for the configuration's task type."""
+    """The model class for the configuration's task type."""
     return _CLASSES.get(config.task_type, PissaModel)
 
 
 def _as_given(model: nn.Module) -> nn.Module:
-    """An unloaded model, put back into the state before it was wrapped."""
+    """Returns an unloaded model, restored to its state before it was wrapped."""
     fuse(model)
     hooks = model._state_dict_pre_hooks
     for key in [key for key, hook in hooks.items() if hook is refuse_residuals]:
@@ -422,8 +432,8 @@ def _as_given(model: nn.Module) -> nn.Module:
 
 
 def _add_orthogonality_loss(model: PissaModel, inputs: Any, outputs: Any) -> None:
-    """A forward hook: in training mode, adds the orthogonality loss of each active adapter with `use_adalora` to the
-    model's loss. A loss that is computed elsewhere from the logits lacks it, as with PEFT's AdaLoraModel."""
+    """A forward hook. In training mode, it adds the orthogonality loss of each active adapter with `use_adalora` to the
+    model's loss. As with PEFT's AdaLoraModel, a loss computed elsewhere from the logits does not include it."""
     if not model.training or not isinstance(getattr(outputs, "loss", None), Tensor):
         return
     for name in model.active_adapters:
@@ -434,8 +444,8 @@ def _add_orthogonality_loss(model: PissaModel, inputs: Any, outputs: Any) -> Non
 
 
 def _check_can_be_resized(base: Any) -> None:
-    """Raises ValueError if an adapter trains the embeddings or the output layer of an (unwrapped) transformers model,
-    which transformers replaces without knowing of it."""
+    """Raises ValueError if an adapter trains the embeddings or the output layer of an (unwrapped) transformers model.
+    transformers would replace these layers without knowing about the adapter."""
     names = {module: name for name, module in base.named_modules()}
     for module in (base.get_input_embeddings(), base.get_output_embeddings()):
         if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
@@ -448,10 +458,10 @@ def _check_can_be_resized(base: Any) -> None:
 
 
 def _with_unwrapped_names(base: nn.Module, named: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """The parameters of a PissaModel over the (unwrapped) model `base`, which is merged, under the names that the model
-    has without adapters. TRL, for one, sends them to the engine that generates: it merges, takes "base_layer" out of
-    the names, and leaves out what is LoRA's. The experts that we have made linear layers are one parameter again, a
-    copy; trained tokens are in their embedding's weight alone."""
+    """Yields the parameters of a merged PissaModel over the (unwrapped) model `base`, under the names that the model
+    has without adapters. TRL, for example, sends them to the engine that generates: it merges, removes "base_layer"
+    from the names, and leaves out LoRA's parameters. Experts that were turned into linear layers are one parameter
+    again, which is a copy. Trained tokens are only in the weight of their embedding."""
     experts = {f"{PREFIX}{path}.": module for path, module in unfused_experts(base).items()}
     for name, parameter in named:
         if path := next((path for path in experts if name.startswith(path)), None):

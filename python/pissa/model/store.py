@@ -1,5 +1,5 @@
-"""The bases of a model replaced by residuals, layer by layer: each dense weight is let go as soon as its residual is
-there, and so is the file that it may be a view of."""
+"""Replaces the bases of a model by residuals, layer by layer. Each dense weight is freed as soon as its residual
+exists, and so is the file that it may be a view of."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ def store(
     config: PissaConfig,
     replacements: dict[str, Replacement],
 ) -> None:
-    """Does in the (unwrapped) model what `decompose` has left to do, and empties `replacements`. If the dense weights
-    were views of a file, the model's other tensors get memory of their own, so that nothing keeps the file mapped.
-    Until then its pages may stay, which the system can take back.
+    """Completes in the (unwrapped) model the work that `decompose` has prepared, and empties `replacements`. If the
+    dense weights were views of a file, the model's other tensors get their own memory, so that nothing keeps the file
+    mapped. Until then its pages may stay in memory, but the system can reclaim them.
 
-    A weight that DeepSpeed has partitioned is gathered, and its residual partitioned in its place.
+    If DeepSpeed has partitioned a weight, it is gathered, and its residual is partitioned in its place.
 
-    With several processes all of them have to call this, outside of `distributed.failing_together`: it has a block of
-    its own, and an error that went through two would be told twice, the second time to nobody.
+    With several processes, all of them must call this function, outside of `distributed.failing_together`. It has such
+    a block of its own, and an error that passed through two blocks would be reported twice, the second time to nobody.
 
     Raises:
-        BaseException: only for reasons beside the weights: memory is short, the user interrupts, another rank fails.
-            The model is then partly stored; a note on the error says so, which Python 3.10 does not print.
+        BaseException: only for reasons other than the weights: memory is short, the user interrupts, another rank
+            fails. The model is then partly stored. A note on the error says so, but Python 3.10 does not print it.
     """
     if not replacements:
         return
@@ -48,7 +48,7 @@ def store(
     try:
         with failing_together():
             for group in groups(layers, threads=1):
-                agree()  # a sharded weight is gathered by all
+                agree()  # all processes gather a sharded weight
                 residuals: list[Any] = [replacements[name].codes for name in group]
                 if None in residuals:
                     weights = [layer.base.matrix() for layer in group.values()]
@@ -63,14 +63,14 @@ def store(
                 own_memory(model)
             share_fingerprints(layers, Fingerprints.of_residual, Fingerprints.learn_residual)
     except BaseException as error:
-        # What add_note does, which Python 3.10 does not have.
+        # Does what add_note does, which Python 3.10 does not have.
         vars(error)["__notes__"] = [*getattr(error, "__notes__", ()), _PARTLY_STORED]
         raise
 
 
 def _is_view(tensor: Tensor) -> bool:
     """Whether the tensor keeps more memory than it fills, or memory that torch has not allocated. A parameter that
-    safetensors or torch have read is such a view: the whole file is mapped as long as one of its tensors is left."""
+    safetensors or torch has read is such a view: the whole file stays mapped as long as one of its tensors exists."""
     if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta:
         return False
     storage = tensor.untyped_storage()
@@ -79,8 +79,8 @@ def _is_view(tensor: Tensor) -> bool:
 
 @torch.no_grad()
 def own_memory(model: nn.Module) -> None:
-    """Gives parameters and buffers that are views memory of their own. They stay the same objects, and those at one
-    place have one place afterwards. Views that overlap otherwise stay as they are."""
+    """Gives parameters and buffers that are views their own memory. They stay the same objects, and tensors that share
+    an address still do so afterwards. Views that overlap in other ways stay as they are."""
     places: dict[tuple[int, int, torch.dtype, tuple[int, ...]], list[Tensor]] = defaultdict(list)
     for tensor in itertools.chain(model.parameters(), model.buffers()):
         if _is_view(tensor) and tensor.numel():

@@ -1,8 +1,8 @@
-"""What PEFT's functions take out of a model with our adapters, and put into it: an adapter as the plain LoRA that it
-is, and the base only if it is whole.
+"""The adapters and bases that PEFT's functions read from a model with our adapters, or load into it. An adapter is read
+as its plain LoRA, and the base is read only if it is whole.
 
-PEFT asks a tuner class, which it finds in its public table under the configuration's `peft_type`. Ours has a type of
-its own there. Everything else about it is LoRA's.
+PEFT calls a tuner class, which it looks up in its public table by the configuration's `peft_type`. Our tuner has its
+own type in that table. In everything else it is LoRA's tuner.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from pissa.peft_private import LoraTuner
 
 
 class PissaTuner(LoraTuner):
-    """PEFT's LoraModel, of which `peft.get_peft_model_state_dict` gives an adapter as the plain LoRA of rank 2r for the
-    unmodified base, in PEFT's names and layout, float32: lora_A = [A ; dA], lora_B = [dB | B0]. The parameters hold dA
-    and dB under the names of A and B: loaded elsewhere, they would be another function."""
+    """PEFT's LoraModel, for which `peft.get_peft_model_state_dict` returns an adapter as the plain LoRA of rank 2r for
+    the unmodified base, in PEFT's names and layout, float32: lora_A = [A ; dA], lora_B = [dB | B0]. The parameters hold
+    dA and dB under the names of A and B, so loading them elsewhere would give another function."""
 
     @classmethod
     def handed_out(
         cls, model: Any, config: PissaConfig, adapter_name: str, state: Mapping[str, Tensor], found: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """The plain LoRA, the magnitudes of DoRA, and the biases that are trained. A layer is left out if `state`
-        lacks its parameters. Raises ValueError for a part of a parameter, and for factors under other names."""
+        """Returns the plain LoRA, the magnitudes of DoRA, and the trained biases. A layer is left out if `state` lacks
+        its parameters. Raises ValueError for a part of a parameter, and for factors under other names."""
         inner = model.base_model.model
         layers = pissa_layers(inner, adapter_name)
-        adapted = pissa_layers(inner)  # PEFT lists what merged layers of other adapters keep
+        adapted = pissa_layers(inner)  # PEFT also lists the layers that are kept for merged layers of other adapters
         tensors = {key: value for key, value in found.items() if not is_of_a_layer(key, adapted)}
         matrices = {}
         _check_names(state, layers, adapter_name)
@@ -63,10 +63,10 @@ class PissaTuner(LoraTuner):
     def taken_in(
         cls, model: Any, config: PissaConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """dA and dB for the factors in `state_dict`, and the rest of it. Factors of rank 2r are this adapter's own, as
-        `handed_out` gives them. Factors of rank r are any plain LoRA's: they become A and B of an adapter that starts
-        at zero. Nothing is changed here, and a mark says what `load_whole` has to change. Raises ValueError for factors
-        of other layers, shapes or start."""
+        """Returns dA and dB for the factors in `state_dict`, and the rest of it. Factors of rank 2r are this adapter's
+        own, as `handed_out` returns them. Factors of rank r are any plain LoRA's: they become A and B of an adapter
+        that starts at zero. Nothing is changed here; a mark tells `load_whole` what to change. Raises ValueError for
+        factors of other layers, shapes or start."""
         inner = model.base_model.model
         layers = pissa_layers(inner, adapter_name)
         parts = factors_of(inner, layers)
@@ -79,7 +79,7 @@ class PissaTuner(LoraTuner):
                 "the folder that save_pretrained wrote, model.load_adapter(folder, name)"
             )
         is_any_lora = _is_of_rank({name: layer.r[adapter_name] for name, layer in layers.items()}, parts, state_dict)
-        deltas: dict[str, Matrices] = {}  # the factors themselves, if they are any LoRA's
+        deltas: dict[str, Matrices] = {}  # for any other LoRA, the factors themselves
         for part in parts:
             deltas |= part.unpack(*(state_dict[key].detach() for key in part.keys))
         if not is_any_lora:
@@ -95,12 +95,14 @@ class PissaTuner(LoraTuner):
 
 
 _STARTS_AT_ZERO = f"{PREFIX}starts_at_zero."
-"""Before an adapter's name: the mark, no tensor of the model, that goes with the factors in what is to be loaded."""
+"""Precedes an adapter's name in the key of the mark, which is not a tensor of the model and accompanies the factors to
+be loaded."""
 
 
 def load_whole(model: Any, state_dict: Mapping[str, Any], load: Callable[[Mapping[str, Any]], Any]) -> Any:
-    """Loads a state dict into a PissaModel by `load`, torch's method. The factors that `taken_in` has marked are loaded
-    with all that is beside them and with their start, or the model is left as it was, with torch's error."""
+    """Loads a state dict into a PissaModel with `load`, torch's method. The factors that `taken_in` has marked are
+    loaded together with all other tensors and with their start. Otherwise the model is left as it was, with torch's
+    error."""
     marks = {key: mark for key, mark in state_dict.items() if key.startswith(_STARTS_AT_ZERO)}
     if not marks:
         return load(state_dict)
@@ -108,7 +110,7 @@ def load_whole(model: Any, state_dict: Mapping[str, Any], load: Callable[[Mappin
     shapes = {key: value.shape for key, value in model.state_dict().items() if key in unmarked}
     misfits = {key: unmarked[key] for key, shape in shapes.items() if unmarked[key].shape != shape}
     if misfits:
-        load(misfits)  # which raises; beside others torch would load those first
+        load(misfits)  # which raises; together with others, torch would load those first
     loaded = load(unmarked)
     for name in (key.removeprefix(_STARTS_AT_ZERO) for key, mark in marks.items() if mark):
         config = model.peft_config[name]
@@ -119,22 +121,22 @@ def load_whole(model: Any, state_dict: Mapping[str, Any], load: Callable[[Mappin
 
 
 def _check_names(state_dict: Mapping[str, Tensor], layers: Mapping[str, PissaLayer], adapter_name: str) -> None:
-    """Raises ValueError for an adapter's factors under names that are no layer's, as in the state dict of a part of the
-    model. They would be left out, and who asks would take a plain base for what was trained."""
+    """Raises ValueError for an adapter's factors under names that no layer has, as in the state dict of a part of the
+    model. They would be left out, and the caller would mistake a plain base for what was trained."""
     known = {f"{PREFIX}{name}.{key}" for name, layer in layers.items() for key in layer.state_keys(adapter_name)}
     endings = tuple({f".{key}" for layer in layers.values() for key in layer.state_keys(adapter_name)})
     for name in state_dict:
         if f".{name}".endswith(endings) and name not in known:
             raise ValueError(
-                f"the state dict has {name}, which is no name in the whole model's: give the state dict of the "
+                f"the state dict has {name}, which is not a name in the whole model's: give the state dict of the "
                 "PissaModel, or a part of that with its names. pissa.lora_state_dict(model) gathers what FSDP2 has "
                 "sharded"
             )
 
 
 def _is_of_rank(ranks: Mapping[str, int], parts: Sequence[FactorTensors], state_dict: Mapping[str, Tensor]) -> bool:
-    """Whether the factors in a state dict have these ranks; False if they have twice these. Raises ValueError if one is
-    missing, or has another shape."""
+    """Whether the factors in a state dict have these ranks; False if they have twice these ranks. Raises ValueError if
+    a factor is missing or has another shape."""
     given = {key: tuple(state_dict[key].shape) for part in parts for key in part.keys if key in state_dict}
     misfits = {}
     for times in (1, 2):
@@ -152,25 +154,26 @@ def _is_of_rank(ranks: Mapping[str, int], parts: Sequence[FactorTensors], state_
 
 
 def _without_start(a: Tensor, b: Tensor, start: StartFactors, name: str) -> Matrices:
-    """dA and dB out of [A ; dA] and [dB | B0]. Raises ValueError if these do not hold this start."""
+    """Extracts dA and dB from [A ; dA] and [dB | B0]. Raises ValueError if these do not contain this start."""
     device = start.a0.device
     upper, da, db, b0 = split_difference(a.to(device), b.to(device))
     if not (torch.equal(upper, start.a0 + da) and torch.equal(b0, start.b0)):
         raise ValueError(
             f"the state dict does not fit the adapter: in layer {name} it is of twice the rank, but not [A ; dA] and "
-            "[dB | B0] with this adapter's start factors, in float32. To have another adapter beside this one: "
+            "[dB | B0] with this adapter's start factors, in float32. To add it as another adapter: "
             "model.load_adapter(folder, name)"
         )
     return da, db
 
 
 BUILDING = ContextVar("BUILDING", default=False)
-"""Whether a PissaModel is being made: its constructor asks for a tuner, and no PeftModel of PEFT's own."""
+"""Whether a PissaModel is being constructed: its constructor asks for a tuner, and not for one of PEFT's own
+PeftModels."""
 
 
 def refuse_residuals(base: nn.Module, prefix: str, keep_vars: bool) -> None:
-    """A hook of `base.state_dict()`, which `peft.get_base_model_state_dict` calls: raises ValueError as long as layers
-    keep residuals under the names of their weights. A PissaModel's state dict has them as they are."""
+    """A hook of `base.state_dict()`, which `peft.get_base_model_state_dict` calls. Raises ValueError as long as layers
+    keep residuals under the names of their weights. A PissaModel's state dict contains these as they are."""
     if prefix:
         return
     for name, layer in pissa_layers(base).items():
@@ -183,7 +186,7 @@ def refuse_residuals(base: nn.Module, prefix: str, keep_vars: bool) -> None:
             )
 
 
-# Our classes in the public tables of PEFT and transformers. Nobody else's entries change.
+# Registers our classes in the public tables of PEFT and transformers. All other entries stay as they are.
 PEFT_TYPE_TO_TUNER_MAPPING[PissaType.PISSA] = PissaTuner
 PEFT_TYPE_TO_PREFIX_MAPPING[PissaType.PISSA] = PEFT_TYPE_TO_PREFIX_MAPPING[PeftType.LORA]
 for _names in SUPPORTED_PEFT_TASKS.values():

@@ -1,4 +1,5 @@
-"""wrap: a PiSSA adapter on a model, from nothing but a configuration; by PEFT's functions, too."""
+"""wrap: puts a PiSSA adapter on a model, given only a configuration. PEFT's functions do the same with a
+PissaConfig."""
 
 from __future__ import annotations
 
@@ -47,48 +48,49 @@ def wrap(
         model = pissa.wrap(model, r=16, target_modules=["q_proj", "v_proj"])
         model = pissa.wrap(model, pissa.PissaConfig(r=16, quant="nf4"))
 
-    The wrapped model computes what the base does until the first step of training. With `quant` the base is the
-    quantised residual plus its principal part; with `weights` the repaired model.
+    The wrapped model computes the same as the base until the first training step. With `quant`, the base is the
+    quantised residual plus its principal part; with `weights`, it is the repaired model.
 
-    With several processes (torch.distributed) all of them have to call this, with the same model and configuration.
-    They share the work, and an error in one is an error in all.
+    With several processes (torch.distributed), all of them must call this function with the same model and
+    configuration. They share the work, and an error in one is raised in all.
 
-    The model may be sharded already, by fully_shard (FSDP2) over all processes, or by DeepSpeed ZeRO-3 while it was
-    loaded, before deepspeed.initialize. Each weight is then gathered by all processes, and kept by the one that
-    decomposes it: beside its parts a process holds one group of weights (a layer, or layers of a few million elements
-    together) and one weight that passes. With ZeRO-3 the adapter's parameters, and a residual, are partitioned like the
-    rest. With fully_shard, which manages what it has sharded and no more, the base stays as it is (no `quant`, no
-    residual="explicit"), and the adapter's parameters are whole in every process; in each backward pass their gradients
-    become the mean over all processes, so that they can be clipped and stepped as if there were one.
+    The model may already be sharded: by fully_shard (FSDP2) over all processes, or by DeepSpeed ZeRO-3 when it was
+    loaded, before deepspeed.initialize. All processes then gather each weight, and the one that decomposes it keeps it.
+    In addition to its shards, a process holds one group of weights (a layer, or several layers with a few million
+    elements together) and one weight in transit. With ZeRO-3, the adapter's parameters and a residual are partitioned
+    like the rest. fully_shard manages only what it has sharded. Therefore the base stays as it is (no `quant`, no
+    residual="explicit"), and the adapter's parameters are whole in every process. In each backward pass their gradients
+    become the mean over all processes, so that they can be clipped and stepped as in a single process.
 
     Args:
-        model: usually transformers'. If anything is wrong with it or with
-            the configuration, it is left as it was. With `quant` or residual="explicit" its dense weights are replaced
-            and freed layer by layer once all start factors are there: the dense model and one layer are in memory at
-            most. If memory is short then, or the user interrupts, or another process fails, the model is left partly
-            stored, and has to be loaded again; a note on the error says so.
-        config: the configuration; copied. Alternatively give its fields as keywords.
+        model: usually a transformers model. If anything is wrong with it or with the configuration, it is left as it
+            was. With `quant` or residual="explicit", its dense weights are replaced and freed layer by layer once all
+            start factors are computed, so that at most the dense model and one layer are in memory. If memory runs out
+            then, the user interrupts, or another process fails, the model is left partly stored and must be loaded
+            again; a note on the error says so.
+        config: the configuration, which is copied. Alternatively, give its fields as keywords.
         calibration: with `quant`: batches of what the model will read, a thousand tokens or more, as `pissa.calibrate`
-            takes them, or what it has returned. The base then loses less of its outputs: it is repaired, as with
-            repair="activations", unless error_feedback=True or init="activations" says what the calibration is for. Of
-            batches a single process has the second moments of one block in memory at a time, on a CPU; several have
-            those of the model.
-        weights: of a model that was loaded with load_in_4bit=True: the folder or the name on the Hub of the checkpoint
-            in 16 bits that it was loaded from. With repair="activations" and a calibration, or repair="loftq", the
-            repair of what bitsandbytes' codes lose is put beside them; they stay as they are. `quant` and its options
-            are those of the codes, and may be left out, but not of a `config`. One group of matrices at a time is read.
-            Layers that bitsandbytes has not quantised keep their bases. Any other start than the repair's is found in
-            the codes.
+            takes them, or its result. The outputs of the base then lose less: the base is repaired, as with
+            repair="activations", unless error_feedback=True or init="activations" determines how the calibration is
+            used. If batches are given, a single process on a CPU keeps the second moments of one block in memory at a
+            time. Several processes keep those of the whole model.
+        weights: for a model that was loaded with load_in_4bit=True: the folder, or the name on the Hub, of the 16-bit
+            checkpoint that it was loaded from. With repair="activations" and a calibration, or with repair="loftq",
+            factors that repair the error of bitsandbytes' codes are added to them; the codes do not change. `quant` and
+            its options must match the codes. They may be left out as keywords, but not in a `config`. One group of
+            matrices is read at a time. Layers that bitsandbytes has not quantised keep their bases. Any start other
+            than the repair's is computed from the codes.
         adapter_name: name of the adapter.
         autocast_adapter_dtype: keep the trained parameters in float32 on a 16-bit base.
-        low_cpu_mem_usage: accepted as in PEFT; without effect, since nothing is drawn or allocated twice.
+        low_cpu_mem_usage: accepted for compatibility with PEFT; without effect, because nothing is drawn or allocated
+            twice.
         progressbar: show one bar on stderr. The environment variable TQDM_DISABLE hides it.
-        config_fields: fields of `PissaConfig`, in the place of `config`.
+        config_fields: fields of `PissaConfig`, instead of `config`.
 
     Raises:
-        TypeError: no model, config and fields both given, or a layer that cannot be adapted.
-        ValueError: no layer found, a rank too large for a layer that is named, NaN or Inf in a weight, a model that is
-            wrapped already, or `weights` of another model, or whose codes they are not.
+        TypeError: `model` is not a module, both config and fields are given, or a layer cannot be adapted.
+        ValueError: no layer was found, the rank is too large for a layer (the message names it), a weight contains NaN
+            or Inf, the model is already wrapped, or `weights` belong to another model or do not match the codes.
         pissa.RankError: another process has failed.
     """
     if not isinstance(model, nn.Module):
@@ -141,28 +143,30 @@ def wrap(
 
 # ---- A PissaConfig that is given to PEFT -----------------------------------------------------------------------------
 #
-# By `peft.get_peft_model(model, config)`, a trainer's `peft_config=`, or the class itself, `PeftModel(model, config)`.
-# PEFT makes its PeftModel in several places, with or without its table of task types. Each goes through the constructor
-# of PeftModel, which looks the tuner up in a public table. There our `peft_type` has `PissaTunerOrToCome`: the model
-# that PEFT makes becomes the one that `wrap` gives. No entry of anybody else changes, and nothing of PEFT is replaced.
+# Given by `peft.get_peft_model(model, config)`, a trainer's `peft_config=`, or the class itself, `PeftModel(model,
+# config)`. PEFT makes its PeftModel in several places, with or without its table of task types. Each call goes through
+# the constructor of PeftModel, which looks up the tuner in a public table. In that table, our `peft_type` maps to
+# `PissaTunerOrToCome`: the model that PEFT makes becomes the one that `wrap` returns. No other entry changes, and
+# nothing of PEFT is replaced.
 
 
 class PissaTunerOrToCome(PissaTuner):
-    """What PEFT's table of tuners has: PissaTuner, except for the constructor of a PeftModel that is not ours."""
+    """The entry in PEFT's table of tuners: PissaTuner, except in the constructor of a PeftModel that is not ours."""
 
     def __new__(cls, model: nn.Module, peft_config: Any, adapter_name: str, **kwargs: Any) -> Any:
-        """A PissaTuner; for a PeftModel that PEFT makes, which alone gives a dictionary, what makes it ours."""
+        """Returns a PissaTuner, or, for a PeftModel that PEFT makes (only that passes a dictionary), what makes it
+        ours."""
         if BUILDING.get() or not isinstance(peft_config, Mapping):
             return PissaTuner(model, peft_config, adapter_name, **kwargs)
         return _TunerToCome(model, peft_config[adapter_name])
 
 
 class _TunerToCome(nn.Module):
-    """Turns the PeftModel that it is put into into the PissaModel of a model and a configuration."""
+    """Turns the PeftModel that it is inserted into into the PissaModel of a model and a configuration."""
 
     def __init__(self, model: nn.Module, config: PissaConfig) -> None:
         super().__init__()
-        self.given = (model, config)  # a tuple, so that the model is no child
+        self.given = (model, config)  # a tuple, so that the model does not become a child
         self.parents: list[nn.Module] = []
         self.hook = register_module_module_registration_hook(self._note)
         started_by_peft(self, self._start)
@@ -172,7 +176,7 @@ class _TunerToCome(nn.Module):
             self.parents.append(parent)
 
     def _start(self, adapter_name: str, autocast_adapter_dtype: bool) -> None:
-        """Wraps the model. A subclass of PEFT's classes, which would lose what it adds, is refused."""
+        """Wraps the model. A subclass of PEFT's classes would lose what it adds and is therefore refused."""
         self.hook.remove()
         (made,) = self.parents
         if not type(made).__module__.startswith(PeftModel.__module__):
