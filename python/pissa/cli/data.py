@@ -177,7 +177,7 @@ def encode(
 
     Returns:
         Rows of input_ids and labels of equal length, which TRL takes as they are; the number of answers that were cut;
-            the number of chats that were left out because their prompt leaves no room for an answer.
+        the number of chats that were left out because their prompt leaves no room for an answer.
     """
     rows, cut = [], 0
     for chat in chats:

@@ -1,5 +1,4 @@
-"""Forward passes that go through a model's blocks together, so that the data of a block is needed only while the passes
-are in that block."""
+"""Forward passes that go through a model's blocks together, so that a block's data is needed only during its passes."""
 
 from __future__ import annotations
 
@@ -15,9 +14,8 @@ from torch import nn
 
 
 def blocks_of(model: nn.Module, layers: Iterable[str]) -> list[str]:
-    """The names of the blocks that contain these layers, in order. The blocks are the members of one list of modules.
-    The result is empty if the layers are in more than one such list, as in an encoder and a decoder, or in a single
-    block."""
+    """The names of the blocks that contain these layers, in order. Blocks are the members of one list of modules. Empty
+    if the layers are in several lists, as in an encoder and a decoder, or in a single block."""
     path = commonpath([name.replace(".", "/") for name in layers]).split("/")
     for count in range(1, len(path) + 1):
         found = model.get_submodule(".".join(path[:count]))
@@ -27,8 +25,7 @@ def blocks_of(model: nn.Module, layers: Iterable[str]) -> list[str]:
 
 
 _THREADS = 1024
-"""The limit for all passes together. OpenMP makes a team for each thread that computes and keeps it while that thread
-lives."""
+"""The limit for all passes together. OpenMP makes a team for each computing thread for as long as that lives."""
 
 
 def side_by_side(model: nn.Module, blocks: Sequence[str], calls: Sequence[Mapping[str, Any]]) -> Iterator[None]:

@@ -238,8 +238,7 @@ class _Observer:
 
 
 def _of_experts(name: str) -> tuple[str, str] | None:
-    """The common part of the names of the experts' layers that do the same part of the work; None for any other
-    layer."""
+    """The common part of the names of the experts' layers that do the same part of the work; None for other layers."""
     found = re.fullmatch(r"(.*experts)\.\d+\.(.*)", name)
     return None if found is None else (found[1], found[2])
 

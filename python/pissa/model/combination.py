@@ -96,8 +96,7 @@ class Combination:
             self.ranks[name] = min(limit, held, *layer.matrix_shape)
 
     def config(self) -> PissaConfig:
-        """The new adapter's configuration: the first adapter's, except for the fields that the combination
-        determines."""
+        """The new adapter's configuration: the first adapter's, except for fields that the combination determines."""
         ((r, _),) = Counter(self.ranks.values()).most_common(1)
         saved = [name for adapter, _ in self.terms for name in self.configs[adapter].modules_to_save or ()]
         fields: dict[str, Any] = {

@@ -33,12 +33,10 @@ from pissa.model.original import OriginalWeights
 from pissa.notices import RequantizedWarning, TiedWeightWarning
 from pissa.ops import QuantizedWeight
 
-# How many elements of layers are decomposed at once, for each thread. This is enough for the threads to finish
-# together, and few enough for the progress bar to move and to limit the memory of the dense weights (float32, 16 MB)
-# that stored bases return.
+# How many elements of layers are decomposed at once, for each thread. Enough for the threads to finish together, and
+# few enough for the progress bar to move and to limit the memory of stored bases' dense weights (float32, 16 MB).
 _GROUP = 1 << 22
-# The same for a GPU, which decomposes weights of one shape together. Those that have to be copied first take 4 GiB in
-# float32.
+# The same for a GPU, which decomposes weights of one shape together. Those that are copied first take 4 GiB in float32.
 _GPU_GROUP = 1 << 30
 
 _MAY_DIFFER = ("base_model_name_or_path", "runtime_config")  # machines may store the model in different folders
@@ -79,8 +77,7 @@ def decompose(
         first: whether the model has no other adapter, so that a stored base may still replace a dense one.
         keep_bases: whether the layers keep their bases, whatever their form. The bases have been set already.
         calibration: second moments of the layers' inputs, if the configuration needs them.
-        originals: the weights that bitsandbytes has quantised. Their codes do not change. Other layers keep their
-            bases.
+        originals: the weights that bitsandbytes has quantised. Their codes stay. Other layers keep their bases.
 
     Returns:
         The work left for `store`, by layer name. From here on, no weight can make it fail.
@@ -258,8 +255,8 @@ def share_fingerprints(
     learn: Callable[[Fingerprints, Base, str], None],
 ) -> None:
     """Computes the layers' fingerprints, each on one rank, and sends all of them to every rank, if there are several
-    processes or the weights are sharded. Saving, which runs on one rank only, needs them if the weights may be sharded.
-    The host waits for a GPU once."""
+    processes or the weights are sharded. Saving, on one rank only, needs them if weights may be sharded. The host waits
+    for a GPU once."""
     if distributed.world_size() == 1 and not _any_sharded(layers):
         return
     mine: dict[str, Fingerprint] = {}
@@ -316,7 +313,7 @@ def _warn_of_requantising(layers: dict[str, PissaLayer], config: PissaConfig) ->
     if config.form != IMPLICIT and quantised:
         warnings.warn(
             f"{len(quantised)} of {len(layers)} layers are quantised already, {quantised[0]} the first. Each is "
-            f"dequantised and split, and its residual stored as {config.form.describe()}. This rounds a second time, "
+            f"dequantised and split, and its residual stored as {config.form.describe()}, which rounds a second time, "
             "so the base function changes slightly. Leave quant and residual out, and the adapter takes "
             "the quantised weights as they are; or load the model in 16 bits.",
             RequantizedWarning,

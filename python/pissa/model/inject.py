@@ -1,5 +1,4 @@
-"""The injection of an adapter's layers: checks and steps before and after PEFT inserts them, and how to undo it on
-failure."""
+"""Injects an adapter's layers: checks and steps before and after PEFT inserts them, undone on failure."""
 
 from __future__ import annotations
 
@@ -189,8 +188,8 @@ def check_trained(model: nn.Module, config: PissaConfig) -> None:
         if value:
             raise ValueError(
                 f"{field}={value!r} trains a part of the model itself, which fully_shard has sharded, together "
-                f"with parameters that it does not know: wrap the model first and shard it then, or leave {field} out (a "
-                "task type such as SEQ_CLS adds its head to modules_to_save)"
+                f"with parameters that it does not know: wrap the model first and shard it then, or leave {field} out "
+                "(a task type such as SEQ_CLS adds its head to modules_to_save)"
             )
 
 

@@ -113,8 +113,7 @@ class PissaModel(MendedPeftModel):
         """Adds an adapter whose change of each weight is the sum of weight * s (B A - B0 A0) over `adapters`. It is an
         ordinary adapter: it can be trained, saved and combined again.
 
-        An adapter of rank r can represent any change of rank 2r. Therefore every rank below is half the rank of the
-        change.
+        An adapter of rank r can represent any change of rank 2r. Every rank below is therefore half that of the change.
 
         Args:
             adapters: names of the adapters. They may differ in their layers and ranks.
@@ -124,8 +123,7 @@ class PissaModel(MendedPeftModel):
                 approximation of the sum at rank `svd_rank`. "linear" is the best approximation at the adapters' rank,
                 which must be equal. (PEFT's "linear" sums factors, which does not give the sum of the changes.) "ties",
                 "dare_ties", "dare_linear" and "magnitude_prune" first prune the changes as PEFT's functions of these
-                names do. The pruned sum is then approximated as in "linear", or, with "_svd" after the name, as in
-                "svd".
+                names do. The pruned sum is approximated as in "linear", or, with "_svd" after the name, as in "svd".
             svd_rank: rank for the types that end in "svd" (default: the largest rank of the adapters). A layer that
                 needs a lower rank gets the lower one.
                 less has less.
@@ -138,8 +136,7 @@ class PissaModel(MendedPeftModel):
         model is left as it was.
 
         Raises:
-            ValueError: an argument is invalid (the message names it), or an adapter trains more than factors (DoRA,
-                biases).
+            ValueError: an invalid argument, which is named, or an adapter that trains more than factors (DoRA, biases).
         """
         with restored_on_error(self), failing_together():
             self._check_new_name(adapter_name)
@@ -170,8 +167,8 @@ class PissaModel(MendedPeftModel):
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, Any]]:
-        """As in torch. While adapters are merged, merged weights have the names of the model without adapters, except
-        that PEFT's "base_layer" remains in them."""
+        """As in torch. While adapters are merged, merged weights have their names without adapters, plus PEFT's
+        "base_layer"."""
         named: Iterator[tuple[str, Any]] = super().named_parameters(prefix, recurse, remove_duplicate)
         base = self.base_model.model
         if recurse and not prefix and any(layer.merged for layer in pissa_layers(base).values()):
@@ -238,8 +235,7 @@ class PissaModel(MendedPeftModel):
         return torch.stack(squares).mean()
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """Returns the numbers of trainable parameters and of all parameters. A quantised element counts as one
-        parameter."""
+        """Returns the numbers of trainable parameters and of all parameters. A quantised element counts as one."""
         trainable, total = super().get_nb_trainable_parameters()
         for layer in pissa_layers(self.base_model.model).values():
             if not is_partitioned(layer.base.parameter):  # for a partitioned one, PEFT knows the size
@@ -259,8 +255,7 @@ class PissaModel(MendedPeftModel):
         **kwargs: Any,
     ) -> None:
         """Writes each adapter as a plain LoRA, which PEFT, vLLM and transformers load onto the unmodified base.
-        Additional files next to it let `from_pretrained` continue training exactly from the current state of this
-        model.
+        Additional files let `from_pretrained` continue training exactly from the current state of this model.
 
         An adapter that is not called "default" is saved in a sub-folder of its name. Every file is written under a
         temporary name, flushed and then renamed, so that a crash leaves a complete adapter. (With `use_adalora`, a
@@ -275,8 +270,8 @@ class PissaModel(MendedPeftModel):
                 because the new rows are random. If the base's files are not available to show that, it writes them if
                 the adapter changes one of the two.
             is_main_process: False writes nothing.
-            path_initial_model_for_weight_conversion: accepted for compatibility with PEFT; without effect, because the
-                files are already converted.
+            path_initial_model_for_weight_conversion: accepted for compatibility with PEFT; without effect: files are
+                converted.
             state_dict: the model's state dict, if the caller has gathered it.
             kwargs: ignored, as PEFT does.
         """
@@ -313,8 +308,7 @@ class PissaModel(MendedPeftModel):
         """Restores a saved adapter onto its base, bit for bit, without decomposing anything.
 
         Args:
-            model: the unmodified base, with its vocabulary resized as in the trained model. On any failure it is left
-                as it was.
+            model: the unmodified base, its vocabulary resized as in training. On any failure it is left as it was.
             model_id: the folder that `save_pretrained` wrote, or the id of a repository on the Hugging Face Hub with
                 these files. A folder of that name takes precedence.
                 these files. A folder of that name wins.
@@ -332,8 +326,7 @@ class PissaModel(MendedPeftModel):
 
         Raises:
             ValueError: the folder contains no PiSSA adapter, a file is damaged, an option cannot be honoured, or the
-                base differs from the one that the adapter was trained on. The message then names the first layer that
-                differs.
+                base differs from the one that the adapter was trained on. The first differing layer is named.
             TypeError: `config` is not a PissaConfig.
         """
         check_plain(model, adapter_name)
@@ -368,8 +361,7 @@ class PissaModel(MendedPeftModel):
             model_id: as for `from_pretrained`, or a folder with a plain LoRA.
             adapter_name: name of the adapter.
             is_trainable: whether a new adapter is trained; False puts the model into evaluation mode.
-            torch_device: accepted for compatibility with PEFT; without effect, because the adapter is put on the device
-                of its layer.
+            torch_device: accepted for compatibility with PEFT; without effect: the adapter goes to its layer's device.
             autocast_adapter_dtype: keep the adapter's parameters in float32 on a 16-bit base.
             ephemeral_gpu_offload, low_cpu_mem_usage: accepted for compatibility with PEFT; without effect.
             key_mapping: see `from_pretrained`.
@@ -378,7 +370,7 @@ class PissaModel(MendedPeftModel):
 
         Returns:
             PEFT's load result: torch's named tuple of missing_keys and unexpected_keys. Both are empty, because an
-                adapter with a missing or an additional tensor is refused.
+            adapter with a missing or an extra tensor is refused.
 
         Raises:
             ValueError, TypeError: as for `from_pretrained`. The model is left as it was.

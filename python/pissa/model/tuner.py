@@ -95,14 +95,12 @@ class PissaTuner(LoraTuner):
 
 
 _STARTS_AT_ZERO = f"{PREFIX}starts_at_zero."
-"""Precedes an adapter's name in the key of the mark, which is not a tensor of the model and accompanies the factors to
-be loaded."""
+"""Precedes an adapter's name in the key of the mark. It is not a tensor of the model, but accompanies its factors."""
 
 
 def load_whole(model: Any, state_dict: Mapping[str, Any], load: Callable[[Mapping[str, Any]], Any]) -> Any:
     """Loads a state dict into a PissaModel with `load`, torch's method. The factors that `taken_in` has marked are
-    loaded together with all other tensors and with their start. Otherwise the model is left as it was, with torch's
-    error."""
+    loaded with everything else and with their start. Otherwise the model stays as it was, with torch's error."""
     marks = {key: mark for key, mark in state_dict.items() if key.startswith(_STARTS_AT_ZERO)}
     if not marks:
         return load(state_dict)
@@ -167,8 +165,7 @@ def _without_start(a: Tensor, b: Tensor, start: StartFactors, name: str) -> Matr
 
 
 BUILDING = ContextVar("BUILDING", default=False)
-"""Whether a PissaModel is being constructed: its constructor asks for a tuner, and not for one of PEFT's own
-PeftModels."""
+"""Whether a PissaModel is being constructed: its constructor asks for a tuner, not for a PeftModel of PEFT."""
 
 
 def refuse_residuals(base: nn.Module, prefix: str, keep_vars: bool) -> None:

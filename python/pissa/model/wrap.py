@@ -1,5 +1,4 @@
-"""wrap: puts a PiSSA adapter on a model, given only a configuration. PEFT's functions do the same with a
-PissaConfig."""
+"""wrap: puts a PiSSA adapter on a model, given only a configuration. PEFT's functions do it too."""
 
 from __future__ import annotations
 
@@ -82,8 +81,7 @@ def wrap(
             than the repair's is computed from the codes.
         adapter_name: name of the adapter.
         autocast_adapter_dtype: keep the trained parameters in float32 on a 16-bit base.
-        low_cpu_mem_usage: accepted for compatibility with PEFT; without effect, because nothing is drawn or allocated
-            twice.
+        low_cpu_mem_usage: accepted for compatibility with PEFT; without effect: nothing is drawn or allocated twice.
         progressbar: show one bar on stderr. The environment variable TQDM_DISABLE hides it.
         config_fields: fields of `PissaConfig`, instead of `config`.
 
@@ -146,16 +144,14 @@ def wrap(
 # Given by `peft.get_peft_model(model, config)`, a trainer's `peft_config=`, or the class itself, `PeftModel(model,
 # config)`. PEFT makes its PeftModel in several places, with or without its table of task types. Each call goes through
 # the constructor of PeftModel, which looks up the tuner in a public table. In that table, our `peft_type` maps to
-# `PissaTunerOrToCome`: the model that PEFT makes becomes the one that `wrap` returns. No other entry changes, and
-# nothing of PEFT is replaced.
+# `PissaTunerOrToCome`: the model that PEFT makes becomes the one that `wrap` returns. Nothing else in PEFT changes.
 
 
 class PissaTunerOrToCome(PissaTuner):
     """The entry in PEFT's table of tuners: PissaTuner, except in the constructor of a PeftModel that is not ours."""
 
     def __new__(cls, model: nn.Module, peft_config: Any, adapter_name: str, **kwargs: Any) -> Any:
-        """Returns a PissaTuner, or, for a PeftModel that PEFT makes (only that passes a dictionary), what makes it
-        ours."""
+        """Returns a PissaTuner, or, for a PeftModel that PEFT makes (which passes a dictionary), what makes it ours."""
         if BUILDING.get() or not isinstance(peft_config, Mapping):
             return PissaTuner(model, peft_config, adapter_name, **kwargs)
         return _TunerToCome(model, peft_config[adapter_name])
