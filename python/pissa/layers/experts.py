@@ -1,6 +1,6 @@
-"""Fused experts: transformers 5 keeps the weights of all experts of a layer in one parameter [experts, out, in].
+"""Fused experts: transformers 5 stores the weights of all experts of a layer in one parameter [experts, out, in].
 
-To be adapted, they become linear layers, which are views of that parameter. `fuse` puts them together again.
+To be adapted, they become linear layers that are views of that parameter. `fuse` joins them again.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
 """The names of fused weights, in the order in which transformers registers them."""
 
 FORMER_NAMES = {"gate_up_proj": ({"w1", "w3"}, {"gate_proj", "up_proj"}), "down_proj": ({"w2"}, {"down_proj"})}
-"""The names that the weights of an expert had before they were fused, and still have in lists of targets."""
+"""The names that the weights of an expert had before they were fused. Lists of targets still use them."""
 
-# Experts whose outputs transformers sums in float32, whatever the model computes in.
+# Experts whose outputs transformers sums in float32, in whatever dtype the model computes.
 _SUMMED_IN_FLOAT32 = ("Inkling2Experts", "Inkling2LoopExperts", "NemotronHExperts")
-# Experts in codes, with which only transformers' kernels for GPUs compute, forwards.
+# Experts in codes. Only transformers' GPU kernels compute with them, and only forward.
 _WITHOUT_GRADIENTS = ("Mxfp4GptOssExperts", "FP8Experts")
-# Experts that transformers decorates like the others but computes in float32 altogether.
+# Experts that transformers decorates like the others but that compute entirely in float32.
 _OF_THEIR_OWN = ("OpenAIPrivacyFilterExperts",)
 
 
 class UnfusedExperts(nn.Module):
     """An experts module of transformers whose experts are linear layers, named "0", "1", ...
 
-    It computes what transformers' "eager" implementation does, in the same order, whatever implementation the model is
-    set to. An expert is read, or decoded from codes, only if some token is sent to it. In multi-process training every
-    expert runs, so that every process has gradients of the same parameters; one without tokens gets an empty batch.
-    `fused` is the original without its weights: biases, activation, gate, norm.
+    It computes the same as transformers' "eager" implementation, in the same order, whatever implementation the model
+    is set to. An expert is read, or decoded from codes, only if some token is routed to it. In multi-process training
+    every expert runs, so that every process has gradients for the same parameters; an expert without tokens gets an
+    empty batch. `fused` is the original module without its weights: biases, activation, gate, norm.
     """
 
     def __init__(self, fused: Any) -> None:
@@ -52,22 +52,23 @@ class UnfusedExperts(nn.Module):
                 with torch.device("meta"):
                     linear: Any = nn.Linear(matrix.shape[1], matrix.shape[0], bias=False)
                 linear.weight = nn.Parameter(matrix, requires_grad=weights.requires_grad)
-                linear.rows_are_tokens = True  # which a router chooses, from any row of the batch
+                linear.rows_are_tokens = True  # a router chooses them from any row of the batch
                 self.expert(index).add_module(name, linear.train(fused.training))
             setattr(fused, name, None)  # keeps the parameter's slot, so fuse() restores the order
 
     def expert(self, index: int) -> nn.Module:
-        """The linear layers of the expert of that number: gate_up_proj (without a gate: up_proj) and down_proj."""
+        """The linear layers of the expert with that index: gate_up_proj (up_proj if it has no gate) and down_proj."""
         return self.get_submodule(str(index))
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """The weighted sum of each token's experts, for `hidden_states` [tokens, hidden]. `top_k_index` and
-        `top_k_weights`, [tokens, k], are a token's experts and their weights; the number of experts stands for none."""
+        `top_k_weights`, [tokens, k], are a token's experts and their weights. An index equal to the number of experts
+        means no expert."""
         in_float32 = type(self.fused).__name__ in _SUMMED_IN_FLOAT32
         output = torch.zeros_like(hidden_states, dtype=torch.float32 if in_float32 else None)
-        # FSDP2 adds the gradients of a block as one array, of the same parameters in every process. DDP waits for the
-        # gradients of all parameters. So an expert at rest needs a gradient, too, of zeros. (Momentum then moves it, as
-        # it moves a part of a fused weight.)
+        # FSDP2 adds the gradients of a block as one array, for the same parameters in every process. DDP waits for the
+        # gradients of all parameters. Therefore an idle expert needs gradients too, of zeros. (Momentum then moves it,
+        # as it moves a part of a fused weight.)
         together = world_size() > 1 and torch.is_grad_enabled()
         for index in range(len(self)) if together else torch.unique(top_k_index).tolist():
             if index == self.fused.num_experts:
@@ -82,27 +83,28 @@ class UnfusedExperts(nn.Module):
         x = self._project(up, index, x)
         hidden = self.fused._apply_gate(x) if self.fused.has_gate else self.fused.act_fn(x)
         y = self._project(down, index, hidden)
-        # Before 5.20 transformers has neither experts with a norm nor the attribute.
+        # transformers before 5.20 has neither experts with a norm nor the attribute.
         return cast(Tensor, self.fused.post_expert_norm(y)) if getattr(self.fused, "has_post_expert_norm", False) else y
 
     def _project(self, name: str, index: int, x: Tensor) -> Tensor:
         y: Tensor = self.expert(index).get_submodule(name)(x)
-        # Added as transformers does it: a linear layer with a bias would round once less.
+        # Added as transformers does it: a linear layer with a bias would round one time less.
         return y + getattr(self.fused, f"{name}_bias")[index] if self.fused.has_bias else y
 
     def fuse(self) -> nn.Module:
-        """The original module, with each weight of its experts in one parameter again. The weights must be dense."""
+        """The original module, with the weights of its experts joined in one parameter each. The weights must be
+        dense."""
         for name in self.names:
             setattr(self.fused, name, nn.Parameter(self.fused_weight(name), requires_grad=False))
         return cast(nn.Module, self.fused)
 
     def fused_weight(self, name: str) -> Tensor:
-        """The weights of that name of all experts, as they compute now, in one tensor of the original's shape."""
+        """The weights with that name of all experts, in their current state, in one tensor of the original's shape."""
         weights = torch.stack([linear.weight.detach() for linear in self.linears(name)])
         return weights.mT.contiguous() if is_transposed(self.fused) else weights
 
     def linears(self, name: str) -> list[Any]:
-        """The linear layers of that name, of all experts."""
+        """The linear layers with that name, of all experts."""
         return [self.expert(index).get_submodule(name) for index in range(len(self))]
 
     def __len__(self) -> int:
@@ -110,7 +112,8 @@ class UnfusedExperts(nn.Module):
 
 
 class UnfusedLlama4Experts(UnfusedExperts):
-    """Llama 4's experts. Each of them computes every token; those that a router has not chosen for it come as zeros."""
+    """Llama 4's experts. Each computes every token; tokens for which the router did not choose an expert come as
+    zeros."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
         """The experts' outputs [experts * tokens, hidden] for inputs of that shape, one expert after another."""
@@ -128,7 +131,7 @@ def _is_llama4(fused: nn.Module) -> bool:
 
 
 def is_transposed(fused: Any) -> bool:
-    """Whether the weights of fused experts are [experts, in, out]. Llama 4's are, and do not say so."""
+    """Whether the weights of fused experts are [experts, in, out]. Llama 4's are, without declaring it."""
     return _is_llama4(fused) or fused.is_transposed
 
 
@@ -141,13 +144,13 @@ def _weight_names(fused: Any) -> tuple[str, str]:
 
 
 def unfuse(model: nn.Module, config: PissaConfig) -> None:
-    """Makes linear layers of the fused experts that the configuration targets, and writes their names into its
+    """Turns the fused experts that the configuration targets into linear layers, and writes their names into its
     `target_modules`, where PEFT finds them.
 
-    The experts may be targeted by "all-linear", by the names of their weights, by the names that these had before they
-    were fused (w1 and w3, or gate_proj and up_proj, for gate_up_proj), by a pattern that matches
+    Experts may be targeted by "all-linear", by the names of their weights, by the names that these had before they were
+    fused (w1 and w3, or gate_proj and up_proj, for gate_up_proj), by a pattern that matches
     "...experts.0.gate_up_proj", or in `target_parameters`. Raises TypeError or ValueError for experts that cannot be
-    unfused, naming them and what to do. The model may then be half changed; see `model.inject.restored_on_error`.
+    unfused, naming them and what to do. The model may then be partly changed; see `model.inject.restored_on_error`.
     """
     for path, fused in list(model.named_modules()):
         if type(fused).__name__ in _WITHOUT_GRADIENTS:
@@ -170,7 +173,7 @@ def unfuse(model: nn.Module, config: PissaConfig) -> None:
 
 
 def _wanted(path: str, weights: list[str], config: PissaConfig) -> bool:
-    """Whether the configuration targets the experts of that path, whose own stacks of matrices have these names."""
+    """Whether the configuration targets the experts at that path, whose stacks of matrices have these names."""
     if any(f".{path}.{name}".endswith(f".{target}") for name in weights for target in config.target_parameters or ()):
         return True
     probe: Any = copy.copy(config)
@@ -188,7 +191,7 @@ def _wanted(path: str, weights: list[str], config: PissaConfig) -> bool:
 
 
 def _with_present_names(targets: Any) -> Any:
-    """The targets, and their names in fused experts; a pattern stays as it is."""
+    """Returns the targets together with their names in fused experts. A pattern stays as it is."""
     if isinstance(targets, str):
         return targets
     present = set(targets or ())
@@ -224,7 +227,7 @@ def _target(unfused: dict[str, UnfusedExperts], config: PissaConfig) -> None:
                 layers |= {f"{path}.{index}.{name}" for index in range(len(experts))}
     if parameters - known:
         raise ValueError(
-            f"target_parameters: {sorted(parameters - known)} are no weights of fused experts; PiSSA adapts layers: "
+            f"target_parameters: {sorted(parameters - known)} are not weights of fused experts; PiSSA adapts layers: "
             "name them in target_modules"
         )
     if layers and isinstance(config.target_modules, str):
@@ -241,13 +244,13 @@ def _target(unfused: dict[str, UnfusedExperts], config: PissaConfig) -> None:
 
 
 def unfused_experts(model: nn.Module) -> dict[str, UnfusedExperts]:
-    """The unfused experts of a model, by their name in it."""
+    """The unfused experts of a model, by their names in it."""
     return {path: module for path, module in model.named_modules() if isinstance(module, UnfusedExperts)}
 
 
 def fuse(model: nn.Module) -> None:
-    """Puts the original experts modules back, with the weights of the experts' linear layers. Experts whose weights are
-    codes stay unfused: no parameter holds codes of several layers."""
+    """Restores the original experts modules, with the weights of the experts' linear layers. Experts whose weights are
+    codes stay unfused, because no parameter can hold the codes of several layers."""
     for path, experts in unfused_experts(model).items():
         if not any(base_of(linear).is_quantised for name in experts.names for linear in experts.linears(name)):
             model.set_submodule(path, experts.fuse())

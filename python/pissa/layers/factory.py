@@ -1,4 +1,4 @@
-"""Makes the PissaLayer for a module, and refuses by name each module that cannot be adapted."""
+"""Makes the PissaLayer for a module. A module that cannot be adapted is refused by name."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ _log = logging.getLogger(__name__)
 
 
 def choose_layers(model: nn.Module, config: PissaConfig) -> None:
-    """Replaces "all-linear" in a configuration by the names of the layers of `model` that it means: those of the
-    language part of a model that has others, without those whose adapter the model's code would go past. A layer that
-    is too small for `r` gets a lower rank in the configuration's patterns, with the scaling that `r` would give it. One
-    warning tells of what is left out of the language part, and of both."""
+    """Replaces "all-linear" in a configuration by the names of the layers of `model` that it means. In a model with
+    several parts, these are the layers of the language part. Layers whose adapter the model's code would bypass are
+    left out. A layer that is too small for `r` gets a lower rank in the configuration's patterns, with the scaling that
+    `r` would give. One warning reports both the layers left out of the language part and the lower ranks."""
     if not is_all_linear(config):
         return
     names: Any = all_linear(config, model)
     if part := _language_part(model):
         beside = {name for name in names if not name.startswith(f"{part}.")}
         names = names - beside
-        _log.info("target_modules is 'all-linear': %s alone is adapted, without %s", part, sorted(beside))
+        _log.info("target_modules is 'all-linear': only %s is adapted, without %s", part, sorted(beside))
     config.target_modules = names
     layers: dict[str, Any] = {
         name: layer
@@ -51,7 +51,7 @@ def choose_layers(model: nn.Module, config: PissaConfig) -> None:
     }
     left_out, small, said = {}, {}, []
     for name, layer in layers.items():
-        # Packed codes have another shape, and Conv1D has no in_features.
+        # Packed codes have a different shape, and Conv1D has no in_features.
         side = min((layer.in_features, layer.out_features) if hasattr(layer, "in_features") else layer.weight.shape)
         if is_refused_by_peft(config, model, name) or _is_read(model, name):
             left_out[name] = "the code of this model may read their weights past an adapter"
@@ -87,26 +87,26 @@ def _language_part(model: Any) -> str | None:
     return next((name for name, module in model.named_modules() if module is decoder and name), None)
 
 
-# Layers of a Mamba mixer whose weights are handed to its kernels: in training, or (dt_proj) always.
+# Layers of a Mamba mixer whose weights are passed to its kernels, in training or (dt_proj) always.
 _READ_IN_MAMBA = ("out_proj", "x_proj", "dt_proj")
 
 
 def _is_read(model: nn.Module, name: str) -> bool:
-    """Whether the layer is one of a Mamba mixer, which reads its weight and may not call it."""
+    """Whether the layer belongs to a Mamba mixer that reads its weight and may not call it."""
     parent, _, leaf = name.rpartition(".")
     mixer = model.get_submodule(parent)
     return leaf in _READ_IN_MAMBA and hasattr(mixer, "A_log") and hasattr(mixer, "D")
 
 
 def _is_of_its_own(layer: Any) -> bool:
-    """Whether the layer is a dense linear layer by its class, which computes something else: a router's scores."""
+    """Whether the layer has the class of a dense linear layer but computes something else: a router's scores."""
     if isinstance(layer, BaseTunerLayer) or type(layer.weight) is not nn.Parameter or layer.weight.dtype not in FLOATS:
         return False
     return adopted(layer) is None
 
 
 def _cap_ranks(config: PissaConfig, ranks: dict[str, int]) -> None:
-    """Gives the layers these ranks, and the scaling that they would have with the configuration's own."""
+    """Gives the layers these ranks, with the scaling that they would have at the configuration's own rank."""
     alphas = {}
     for name, rank in ranks.items():
         alpha: Any = config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), name), config.lora_alpha)
@@ -116,7 +116,7 @@ def _cap_ranks(config: PissaConfig, ranks: dict[str, int]) -> None:
 
 
 def layer_factory(model: nn.Module) -> Callable[..., PissaLayer]:
-    """`pissa_layer` for the layers of `model`."""
+    """Returns `pissa_layer` for the layers of `model`."""
     dtypes = (
         parameter.dtype
         for name, module in model.named_modules()
@@ -130,8 +130,8 @@ def layer_factory(model: nn.Module) -> Callable[..., PissaLayer]:
 def pissa_layer(
     target: nn.Module, adapter_name: str, config: PissaConfig, *, model_dtype: torch.dtype, **kwargs: Any
 ) -> PissaLayer:
-    """The PissaLayer for `target`, a layer of a model that computes in `model_dtype`. Raises TypeError or ValueError,
-    naming the layer, why it cannot be adapted, and what to do instead."""
+    """Returns the PissaLayer for `target`, a layer of a model that computes in `model_dtype`. Raises TypeError or
+    ValueError that names the layer, why it cannot be adapted, and what to do instead."""
     name = kwargs["target_name"]
     base = _base_for(target, name)
     _check_weight(base, name)
@@ -169,7 +169,7 @@ def _check_weight(base: Base, name: str) -> None:
             f"the weight of {name} belongs to a DeepSpeed engine, which would not see a new adapter: wrap the model "
             "before deepspeed.initialize. It may have been loaded under zero.Init"
         )
-    # Of another sharded weight no process can be given a copy with which its module computes.
+    # For any other sharded weight, no process can be given a copy with which its module computes.
     if is_sharded(weight) and not (is_partitioned(weight) or (is_managed(base.module) and is_data_parallel(weight))):
         placements, mesh = ", ".join(map(str, weight.placements)), weight.device_mesh
         raise TypeError(
@@ -189,7 +189,7 @@ def _check_weight(base: Base, name: str) -> None:
 
 def check_values(model: nn.Module, adapter_name: str) -> None:
     """Raises ValueError, naming the layer, if its weight is on the meta device, where it has no values to start from. A
-    model can be given layers there all the same, to plan with or to be filled."""
+    model there can still be given layers, for planning or to be filled later."""
     experts = unfused_experts(model)
     for name, layer in pissa_layers(model, adapter_name).items():
         if not layer.base.parameter.is_meta or is_offloaded(layer.base.module):
@@ -207,7 +207,8 @@ def check_values(model: nn.Module, adapter_name: str) -> None:
 
 
 def check_parents(model: nn.Module, adapter_name: str) -> None:
-    """Raises TypeError, naming the layer, if its parent would compute without it, and so without its adapter."""
+    """Raises TypeError, naming the layer, if its parent would compute without calling it, and so without its
+    adapter."""
     for name in pissa_layers(model, adapter_name):
         parent = model.get_submodule(name.rpartition(".")[0])
         if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
@@ -224,5 +225,5 @@ def check_parents(model: nn.Module, adapter_name: str) -> None:
 
 
 def leave_out(name: str) -> str:
-    """Advice for messages: how to leave the layer out."""
+    """Advice for error messages on how to leave the layer out."""
     return f"leave it out of target_modules or add {name.rpartition('.')[2]!r} to exclude_modules"

@@ -1,6 +1,6 @@
-"""The adapted layer of each kind of module: nn.Linear, transformers' Conv1D and bitsandbytes' layers; embeddings, the
-linear layer W = weightᵀ [dim, vocabulary] of one-hot vectors; convolutions, whose W [out, in * kernel] is the weight,
-flattened."""
+"""The adapted layer for each kind of module: nn.Linear, transformers' Conv1D and bitsandbytes' layers; embeddings,
+which are the linear layer W = weightᵀ [dim, vocabulary] of one-hot vectors; and convolutions, where W [out, in *
+kernel] is the flattened weight."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from pissa.layers.layer import PissaLayer
 
 
 class PissaLinear(PissaLayer, LoraLinear):  # type: ignore[misc]
-    """A PissaLayer over a linear module: lora_A[adapter].weight is dA [r, in], lora_B[adapter].weight dB [out, r];
-    with DoRA lora_magnitude_vector[adapter] is a Magnitude."""
+    """A PissaLayer over a linear module. lora_A[adapter].weight is dA [r, in] and lora_B[adapter].weight is dB [out,
+    r]. With DoRA, lora_magnitude_vector[adapter] is a Magnitude."""
 
     def adapted(self, x: Tensor, names: Sequence[str]) -> Tensor:
         if len(names) == 1 and not self._drops_out(names[0]):
@@ -32,7 +32,7 @@ class PissaLinear(PissaLayer, LoraLinear):  # type: ignore[misc]
                 return self._scaled(self._fused(x, *fused, names[0]), names[0])
         if not any(name in self.lora_magnitude_vector for name in names):
             return super().adapted(x, names)
-        # As PEFT composes them: each magnitude scales the base with its own adapter's change, not the others'.
+        # Composed as in PEFT: each magnitude scales the base with its own adapter's change, not with the others'.
         base = y = cast(Tensor, self.base_layer(x))
         for name in names:
             alone = self.change(base, x, name)
@@ -56,7 +56,8 @@ class PissaLinear(PissaLayer, LoraLinear):  # type: ignore[misc]
         return isinstance(dropout, nn.Dropout) and dropout.training
 
     def _scaled(self, y: Tensor, name: str) -> Tensor:
-        """`y`, of the base and this adapter alone, scaled by DoRA; y's own bits where the scale is 1."""
+        """Returns `y`, the output of the base and only this adapter, scaled by DoRA. Where the scale is 1, it has y's
+        bits."""
         if name not in self.lora_magnitude_vector:
             return y
         bias = self.base.bias
@@ -78,8 +79,8 @@ class PissaLinear(PissaLayer, LoraLinear):  # type: ignore[misc]
 
 
 class PissaEmbedding(PissaLayer, LoraEmbedding):  # type: ignore[misc]
-    """A PissaLayer over nn.Embedding: lora_embedding_A[adapter] is dA [r, vocabulary], lora_embedding_B[adapter] dB
-    [dim, r]. A product with A is a look-up of its columns."""
+    """A PissaLayer over nn.Embedding: lora_embedding_A[adapter] is dA [r, vocabulary], lora_embedding_B[adapter] is dB
+    [dim, r]. A product with A looks up its columns."""
 
     factor_keys = ("lora_embedding_A", "lora_embedding_B")
 
@@ -90,14 +91,14 @@ class PissaEmbedding(PissaLayer, LoraEmbedding):  # type: ignore[misc]
         (da, db), start = self.changed_factors(adapter_name), self.start_of(adapter_name)
         looked_up = F.embedding(x, da.mT, padding_idx=self.base_layer.padding_idx).float()  # no gradient for that row
         change = (F.embedding(x, start.a0.mT) + looked_up) @ db.float().mT + looked_up @ start.b0.mT
-        # Gemma's and BART's embeddings multiply what they look up.
+        # Gemma's and BART's embeddings multiply the rows that they look up by a scale.
         scale: float | Tensor = self.scaling[adapter_name] * getattr(self.base_layer, "embed_scale", 1.0)
         return y + (scale * change).to(y.dtype)
 
 
 class PissaConvolution(PissaLayer):
     """A PissaLayer over a convolution without groups. lora_A[adapter] is a convolution like the base's to r channels,
-    its weight dA [r, in, *kernel]; lora_B[adapter] is one of a single point, its weight dB [out, r, 1, ...]."""
+    with weight dA [r, in, *kernel]. lora_B[adapter] is a pointwise convolution with weight dB [out, r, 1, ...]."""
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
@@ -106,7 +107,7 @@ class PissaConvolution(PissaLayer):
 
     @property
     def is_peft_compatible(self) -> bool:
-        """Whether PEFT's LoRA layer moves over the input as the base does: it has its kernel, stride and padding."""
+        """Whether PEFT's LoRA layer moves over the input as the base does, with its kernel, stride and padding."""
         base = cast(nn.Conv2d, self.base.module)
         return set(base.dilation) == {1} and base.padding_mode == "zeros"
 
@@ -128,7 +129,7 @@ class PissaConvolution(PissaLayer):
 
 
 def _filtered(convolution: Any, x: Tensor, filters: Tensor) -> Tensor:
-    """What a convolution computes with the rows of `filters` in the place of its own, and without a bias."""
+    """The output of the convolution with the rows of `filters` instead of its own, and without a bias."""
     filters = filters.reshape(-1, *convolution.weight.shape[1:])
     return cast(Tensor, convolution._conv_forward(x, filters, None))
 
@@ -153,4 +154,4 @@ KINDS: dict[type[nn.Module] | None, type[PissaLayer]] = {
     nn.Conv2d: PissaConv2d,
     nn.Conv3d: PissaConv3d,
 }
-"""The classes of layers by what the function of a base is, `Base.kind`."""
+"""The layer classes by `Base.kind`, the kind of a base's function."""

@@ -1,5 +1,5 @@
-"""The adapted layer, for any kind of module: a base, and for each adapter a change that starts at zero. `kinds` has the
-parts that depend on the kind."""
+"""The adapted layer, for any kind of module: a base, and for each adapter a change that starts at zero. `kinds`
+contains the parts that depend on the kind."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from pissa.distributed import call_whole, is_dtensor, is_sharded, partition_as, 
 
 
 class PissaLayer(LoraLayer):  # type: ignore[misc]
-    """PEFT's LoRA layer whose parameters are the differences from the start factors::
+    """PEFT's LoRA layer, with parameters that are the differences from the start factors::
 
         y = base(x) + s (B A - B0 A0) x,   A = A0 + dA,  B = B0 + dB
 
-    The factors are matrices, A [r, in] and B [out, r], of the base's weight as a matrix [out, in]. PEFT's parameters
-    hold dA and dB and start at zero; in convolutions they have a shape of their own. lora_start[adapter] holds A0 and
-    B0, frozen. base_layer, PEFT's name, is the module of the base; while adapters are merged it is a dense module of
-    the merged weight, and the base's module waits in lora_unmerged.
+    The factors A [r, in] and B [out, r] belong to the base's weight as a matrix [out, in]. PEFT's parameters hold dA
+    and dB and start at zero; for convolutions they have a different shape. lora_start[adapter] holds A0 and B0, frozen.
+    base_layer, PEFT's name, is the base's module. While adapters are merged, it is a dense module with the merged
+    weight, and the base's module is kept in lora_unmerged.
     """
 
     # PEFT deletes an adapter's entry in each of these.
@@ -39,7 +39,7 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
     other_param_names = (*LoraLayer.other_param_names, "lora_start")
 
     factor_keys: ClassVar[tuple[str, str]] = ("lora_A.weight", "lora_B.weight")
-    """The names of the two factors in PEFT's files, behind the layer's name."""
+    """The names of the two factors in PEFT's files, after the layer's name."""
 
     base_layer: Any  # a module; which one depends on the kind and on what is merged
 
@@ -47,10 +47,10 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
         self, base_layer: nn.Module, adapter_name: str, config: PissaConfig, *, model_dtype: torch.dtype, **kwargs: Any
     ) -> None:
         self.model_dtype = model_dtype
-        # PEFT's embeddings and convolutions make their first adapter without it.
+        # PEFT's embeddings and convolutions create their first adapter without passing it.
         self._target_name = kwargs["target_name"]
         super().__init__(base_layer, adapter_name, config, **kwargs)
-        self._rows_are_tokens = getattr(base_layer, "rows_are_tokens", False)  # of fused experts
+        self._rows_are_tokens = getattr(base_layer, "rows_are_tokens", False)  # true for fused experts
         self.fingerprints = Fingerprints()
 
     # -- what depends on the kind of module
@@ -61,41 +61,41 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
 
     @abstractmethod
     def change(self, y: Tensor, x: Tensor, adapter_name: str) -> Tensor:
-        """`y`, the base's output for `x`, plus what the adapter changes."""
+        """Adds the adapter's change to `y`, the base's output for `x`."""
 
     def as_parameters(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        """The matrices a [r', in] and b [out, r'] in the shapes of PEFT's parameters."""
+        """Reshapes the matrices a [r', in] and b [out, r'] to the shapes of PEFT's parameters."""
         return a, b
 
     def as_matrices(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        """The way back from `as_parameters`."""
+        """The inverse of `as_parameters`."""
         return a, b
 
     # -- the base function
 
     @property
     def base(self) -> Base:
-        """The base, merged or not."""
+        """The base, whether or not adapters are merged."""
         return base_of(self.base_layer if self.lora_unmerged is None else self.lora_unmerged)
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
-        """The shape of the weight as a matrix: out, in."""
+        """The shape of the weight as a matrix: (out, in)."""
         return self.out_features, self.in_features
 
     @property
     def weight(self) -> Tensor:
-        """The weight of the base, or the merged weight: the module's parameter if that is dense, else decoded. T5, for
-        one, casts a layer's input to the dtype of its weight; the dtype of codes would be wrong."""
+        """The weight of the base, or the merged weight: the module's parameter if it is dense, otherwise decoded. T5,
+        for example, casts a layer's input to the dtype of its weight, and the dtype of codes would be wrong."""
         return base_of(self.base_layer).shown_weight(self.dense_dtype)
 
     @property
     def dense_dtype(self) -> torch.dtype:
-        """The dtype of a dense weight in the base's place: the model's if the base is codes."""
+        """The dtype of a dense weight that would replace the base: the model's dtype if the base is codes."""
         return self.base.dtype or self.model_dtype
 
     def store_base(self, residual: Tensor | ops.QuantizedWeight, start: StartFactors, config: PissaConfig) -> None:
-        """Replaces the base by one that keeps `residual`, which lacks `start`; partitioned, if the weight is."""
+        """Replaces the base by one that stores `residual`, which lacks `start`. It is partitioned if the weight is."""
         base = self.base
         stored = stored_linear(residual, start, base.bias, getattr(torch, config.quant_storage))
         stored.dense_type, stored.dtype = base.dense_type, self.dense_dtype
@@ -106,13 +106,13 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
     # -- adapters and their start factors
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: PissaConfig, **kwargs: Any) -> None:
-        """Adds an adapter whose change is zero. It cannot learn before `start_from` or `share_start`."""
-        if not hasattr(self, "lora_start"):  # PEFT comes here while it makes the layer
+        """Adds an adapter whose change is zero. It cannot learn before `start_from` or `share_start` is called."""
+        if not hasattr(self, "lora_start"):  # PEFT calls this while it constructs the layer
             self.lora_start = nn.ModuleDict()
             self.lora_E = nn.ModuleDict()
             self.lora_unmerged: nn.Module | None = None
             if self.base.kind is nn.Linear and is_sharded(self.base.parameter):
-                # PEFT has taken the shape of one process's part, unless the mesh has a name that it expects.
+                # PEFT has taken the shape of one process's shard, unless the mesh has a name that it expects.
                 self.in_features, self.out_features = self.base_layer.in_features, self.base_layer.out_features
         out_features, in_features = self.matrix_shape
         limit = min(in_features, out_features)
@@ -122,14 +122,15 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
                 f"x {in_features}, so at most {limit}. Give rank_pattern={{{self._target_name!r}: {limit}}}, "
                 "lower r, or leave it out with exclude_modules"
             )
-        with self.base.device:  # PEFT makes the factors on the CPU, and the host waits for each on its way
+        with self.base.device:  # PEFT creates the factors on the CPU, and the host waits for each when it is moved
             super().update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)
-        if self.base.form != IMPLICIT:  # PEFT takes the dtype of the weight, and that of codes means nothing
+        if self.base.form != IMPLICIT:  # PEFT takes the dtype of the weight, which means nothing for codes
             for factor in (self.lora_A, self.lora_B):
                 factor[adapter_name].to(self.dense_dtype)
         like = self.factor_parameters(adapter_name)[0]
         if config.use_adalora:
-            # A module, like PEFT's factors: TRL makes its reference by copying parameters *.default.* to *.ref.*
+            # A module, like PEFT's factors, because TRL makes its reference by copying parameters *.default.* to
+            # *.ref.*
             singular_values = nn.Linear(1, r, bias=False, device=like.device, dtype=like.dtype)
             nn.init.zeros_(singular_values.weight)
             self.lora_E[adapter_name] = singular_values
@@ -144,11 +145,11 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
 
     @property
     def lora_variants(self) -> dict[tuple[str, ...], None]:
-        """None of PEFT's own classes: DoRA is computed here."""
+        """No variants of PEFT's own, because DoRA is computed here."""
         return {(): None, ("use_dora",): None}
 
     def dictionaries(self, adapter_name: str) -> list[Any]:
-        """PEFT's dictionaries of what is trained, modules or an embedding's parameters, that have the adapter."""
+        """PEFT's dictionaries of trained modules, or of an embedding's parameters, that contain the adapter."""
         return [entries for name in self.adapter_layer_names if adapter_name in (entries := getattr(self, name))]
 
     def device_of(self, adapter_name: str) -> torch.device:
@@ -164,7 +165,7 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
         return cast(Magnitude, self.lora_magnitude_vector[adapter_name])
 
     def deltas(self, adapter_name: str) -> Deltas:
-        """What is trained, as matrices: views of the parameters."""
+        """The trained differences as matrices, which are views of the parameters."""
         e = cast(Tensor, self.lora_E[adapter_name].weight) if adapter_name in self.lora_E else None
         return Deltas(*self.as_matrices(*self.factor_parameters(adapter_name)), e)
 
@@ -174,28 +175,30 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
         return [f"{head}.{adapter_name}{dot}{tail}" for head, dot, tail in (name.partition(".") for name in names)]
 
     def deltas_in(self, state: Mapping[str, Tensor], prefix: str, adapter_name: str) -> Deltas:
-        """The same, float32 where the adapter is, from a state dict with the layer's parameters under `prefix`."""
+        """Returns the deltas, float32 on the adapter's device, from a state dict with the layer's parameters under
+        `prefix`."""
         device = self.device_of(adapter_name)
         a, b, *e = (state[prefix + key].detach().to(device, torch.float32) for key in self.state_keys(adapter_name))
         return Deltas(*self.as_matrices(a, b), *e)
 
     def changed_factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
-        """The differences dA [r, in] and dB [out, r] of the factors from those of the start."""
+        """The differences dA [r, in] and dB [out, r] of the factors from the start factors."""
         return self.start_of(adapter_name).change(self.deltas(adapter_name))
 
     def origin(self, adapter_name: str, config: PissaConfig) -> Origin:
-        """What determines the adapter's start factors."""
+        """The settings that determine the adapter's start factors."""
         identity = INIT_METHODS[config.init].identity(config)
         r, scaling = self.r[adapter_name], float(self.scaling[adapter_name])
         return Origin(r, scaling, config.init, config.use_adalora, identity)
 
     def base_origin(self, adapter_name: str, config: PissaConfig) -> Origin:
-        """What determines the factors that a stored base lacks."""
+        """The settings that determine the factors that a stored base lacks."""
         origin = self.origin(adapter_name, config.of_base())
         return origin._replace(r=min(config.repair_rank or origin.r, *self.matrix_shape))
 
     def zero_start(self, adapter_name: str, origin: Origin, rank_taken: int | None = None) -> StartFactors:
-        """Start factors of zero, where the adapter is; `rank_taken`: of others that a residual lacks."""
+        """Start factors of zero, on the adapter's device. `rank_taken` is the rank of other factors that a residual
+        lacks."""
         (out_features, in_features), device = self.matrix_shape, self.device_of(adapter_name)
 
         def factors(r: int) -> tuple[Tensor, Tensor]:
@@ -204,18 +207,18 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
         return StartFactors(*factors(origin.r), origin, None if rank_taken is None else factors(rank_taken))
 
     def known_start(self, origin: Origin) -> StartFactors | None:
-        """The start factors of an adapter, or of the base, that agrees on the origin."""
+        """Returns the start factors of an adapter, or of the base, with the same origin."""
         return next((start for start in self._starts() if start.origin == origin), None)
 
     def start_from(self, adapter_name: str, start: StartFactors) -> None:
-        """Starts a new adapter: gives it these start factors and, with DoRA, the lengths of the base's rows."""
+        """Starts a new adapter: sets these start factors and, with DoRA, the lengths of the base's rows."""
         self.lora_start[adapter_name] = start
         if adapter_name in self.lora_magnitude_vector:
             lengths = torch.linalg.vector_norm(self.base.matrix().detach(), dim=1, dtype=torch.float32)
             self.magnitude(adapter_name).set(lengths, lengths)
 
     def share_start(self, adapter_name: str, start: StartFactors) -> None:
-        """Gives an adapter these start factors, or the layer's own if it has the same already."""
+        """Gives an adapter these start factors, or, if the layer already has the same ones, those."""
         alike = (own for own in self._starts() if own.origin == start.origin)
         same = (own for own in alike if torch.equal(own.a0, start.a0) and torch.equal(own.b0, start.b0))
         self.lora_start[adapter_name] = next(same, start)
@@ -263,7 +266,7 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
         return y
 
     def adapted(self, x: Tensor, names: Sequence[str]) -> Tensor:
-        """The base's own output, whose bits are those of the unwrapped model, and the changes on top of it."""
+        """The base's own output, with the same bits as in the unwrapped model, plus the changes."""
         y = cast(Tensor, self.base_layer(x))
         for name in names:
             y = self.change(y, x, name)
@@ -272,11 +275,11 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
     # -- merging
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """The change of the weight that the adapter makes, float32, in the shape of a dense weight, as in PEFT."""
+        """The adapter's change of the weight, float32, in the shape of a dense weight, as in PEFT."""
         return self.base.as_weight(self.delta_matrix(adapter))
 
     def delta_matrix(self, adapter_name: str) -> Tensor:
-        """The same as a matrix, s (B A - B0 A0), float32 [out, in]: one product without cancellation."""
+        """The same as a matrix, s (B A - B0 A0), float32 [out, in], computed as one product without cancellation."""
         a, b, e = self.deltas(adapter_name)
         deltas = Deltas(whole_tensor(a), whole_tensor(b), None if e is None else whole_tensor(e))
         a, b = self.start_of(adapter_name).factors_of_change(deltas)
@@ -285,11 +288,11 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Puts a dense module with the adapters' changes in the base's place. The base itself is not changed.
+        """Replaces the base by a dense module that includes the adapters' changes. The base itself is not changed.
 
-        The sum is taken in float32, and rounded to the base's dtype once. If FSDP2 has sharded the base, all processes
-        have to call this, the weights are gathered, layer by layer, and the merged one is sharded like the base's. With
-        `safe_merge`, ValueError is raised if it is not finite, and nothing is changed.
+        The sum is computed in float32 and rounded to the base's dtype once. If FSDP2 has sharded the base, all
+        processes must call this method; the weights are gathered, layer by layer, and the merged weight is sharded like
+        the base's. With `safe_merge`, raises ValueError if the merged weight is not finite, and changes nothing.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.r]
         if not names:
@@ -307,7 +310,7 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
-        """Puts the base back, bit for bit."""
+        """Restores the base, bit for bit."""
         if self.lora_unmerged is not None:
             self.base_layer, self.lora_unmerged = self.lora_unmerged, None
             self.merged_adapters.clear()
@@ -315,7 +318,7 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
-        """The module that takes this one's place in the model: merged, or the base."""
+        """Returns the module that replaces this one in the model: merged, or the base."""
         if merge:
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         else:
@@ -323,7 +326,7 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
         return base_of(self.base_layer).restored()
 
     def _get_name(self) -> str:
-        """PEFT's name for this kind of layer, for `repr` and `get_layer_status`."""
+        """PEFT's name for this kind of layer, used by `repr` and `get_layer_status`."""
         return f"lora.{type(self).__name__.removeprefix('Pissa')}"
 
     def __repr__(self) -> str:
@@ -331,13 +334,13 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
 
 
 class Magnitude(KeepsDtype):
-    """The lengths m to which DoRA (arXiv 2402.09353) scales the rows of W + dW: trained, float32 [out]. They start from
-    those of the base's rows.
+    """The lengths m to which DoRA (arXiv 2402.09353) scales the rows of W + dW: trained, float32 [out]. They start at
+    the lengths of the base's rows.
 
-        y = (m / ‖W + dW‖) (W + dW) x + b
+    y = (m / ‖W + dW‖) (W + dW) x + b
 
-    The lengths ‖W + dW‖ carry no gradient (section 4.3 there). For dW = s L R of low rank they follow from products
-    with L and R: no dense matrix of W's size is formed. At the start m / ‖W + dW‖ is exactly 1.
+    The lengths ‖W + dW‖ carry no gradient (section 4.3 there). For a low-rank dW = s L R they are computed from
+    products with L and R, without a dense matrix of W's size. At the start, m / ‖W + dW‖ is exactly 1.
     """
 
     base_lengths: Tensor
@@ -349,15 +352,16 @@ class Magnitude(KeepsDtype):
 
     @torch.no_grad()
     def set(self, lengths: Tensor, base_lengths: Tensor) -> None:
-        """Takes these values, float32 [out]."""
+        """Sets these values, float32 [out]."""
         self.base_lengths.copy_(base_lengths)
         if self.weight.dtype != torch.float32:
             lengths = self._rounded_base(self.weight.dtype) + (lengths - base_lengths)
         self.weight.copy_(sharded_as(self.weight, lengths))
 
     def lengths(self, weight: Tensor) -> Tensor:
-        """m, float32 [out], for the parameter `weight` in any dtype. A 16-bit parameter rounds its start; so m is the
-        base's exact length plus the distance that the parameter has moved, and step 0 is the base."""
+        """Returns m, float32 [out], for the parameter `weight` in any dtype. A 16-bit parameter rounds its start.
+        Therefore m is the base's exact length plus the distance that the parameter has moved, so that step 0 equals the
+        base."""
         if weight.dtype == torch.float32:
             return weight
         return self.base_lengths + (weight.float() - self._rounded_base(weight.dtype))
@@ -366,8 +370,8 @@ class Magnitude(KeepsDtype):
         return self.base_lengths.to(dtype).float()
 
     def scale(self, left: Tensor, right: Tensor, product: Tensor, scaling: float) -> Tensor:
-        """m / ‖W + s L R‖ [out], differentiable in m, for L [out, k], R [k, in] and their product R Wᵀ [k, out] with
-        the weight, all float32 and detached."""
+        """Returns m / ‖W + s L R‖ [out], differentiable in m, for L [out, k], R [k, in] and their product R Wᵀ [k, out]
+        with the weight, all float32 and detached."""
         # ‖w + s l R‖² = ‖w‖² + 2 s l (R wᵀ) + s² l (R Rᵀ) lᵀ for each row w of W and l of L
         grown = 2 * scaling * (left * product.mT).sum(1) + scaling**2 * ((left @ (right @ right.mT)) * left).sum(1)
         square = self.base_lengths.square()

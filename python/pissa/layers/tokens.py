@@ -1,4 +1,4 @@
-"""Tokens that are trained beside the adapter (`trainable_token_indices`): PEFT's layers, with their faults mended."""
+"""Tokens that are trained in addition to the adapter (`trainable_token_indices`): PEFT's layers, with faults fixed."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class TrainableTokensLayer(PeftTokensLayer):  # type: ignore[misc]
         return cast(Tensor, super().forward_adapters(x, active_adapters, *args, **kwargs))
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Writes the rows of the adapters that have some into the weight, in place."""
+        """Writes the rows of those adapters that train tokens into the weight, in place."""
         super().merge(safe_merge=safe_merge, adapter_names=_training(self, adapter_names))
 
     def unmerge(self) -> None:
-        """Puts the base's rows back, bit for bit."""
+        """Restores the base's rows, bit for bit."""
         if self.merged:
             super().unmerge()
 
@@ -43,7 +43,7 @@ class TrainableTokensLayer(PeftTokensLayer):  # type: ignore[misc]
         return weight
 
     def learn_originals(self) -> None:
-        """Remembers the rows of the layer's weight as they are now. No adapter may be merged into it."""
+        """Stores the current rows of the layer's weight. No adapter may be merged into it."""
         for name, originals in self.trainable_tokens_original.items():
             index, _ = self._rows(name, originals)
             originals.copy_(self.base_layer.weight.detach()[index])
@@ -54,8 +54,8 @@ class TrainableTokensLayer(PeftTokensLayer):  # type: ignore[misc]
 
 
 class TrainableTokensWrapper(peft.utils.TrainableTokensWrapper):  # type: ignore[misc]
-    """PEFT's module in an embedding's place. Ours lets an adapter that trains no tokens be saved, loaded and named for
-    some rows of a batch beside one that trains some; unloading without merging gives the base."""
+    """PEFT's module that replaces an embedding. With ours, an adapter that trains no tokens can be saved, loaded and
+    named for some rows of a batch together with one that trains some. Unloading without merging returns the base."""
 
     def trains(self, adapter_name: str) -> bool:
         """Whether the adapter trains tokens of this module."""
@@ -78,7 +78,7 @@ class TrainableTokensWrapper(peft.utils.TrainableTokensWrapper):  # type: ignore
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
-        """The module that takes this one's place in the model: merged, or the base."""
+        """Returns the module that replaces this one in the model: merged, or the base."""
         if not merge:
             self.token_adapter.unmerge()
         return cast(
@@ -88,8 +88,8 @@ class TrainableTokensWrapper(peft.utils.TrainableTokensWrapper):  # type: ignore
 
 
 def mend_token_layers(model: nn.Module) -> None:
-    """Makes PEFT's token layers, which have just been put into an (unwrapped) model, ours. Raises TypeError or
-    ValueError, naming a layer whose tokens cannot be trained, and what to do instead."""
+    """Replaces PEFT's token layers, which have just been put into an (unwrapped) model, by ours. Raises TypeError or
+    ValueError that names a layer whose tokens cannot be trained, and what to do instead."""
     for name, module in model.named_modules():
         if isinstance(module, peft.utils.TrainableTokensWrapper):
             parent = model.get_submodule(name.rpartition(".")[0])
@@ -124,7 +124,7 @@ def _refuse_tied(name: str, field: str) -> None:
 
 def check_tokens_can_be_merged(model: nn.Module, adapter_names: list[str] | None) -> None:
     """Raises ValueError if the (unwrapped) model's weights cannot hold the trained tokens of all the adapters: two
-    train one token, or a weight is shared with a layer that has other tokens or none."""
+    adapters train the same token, or a weight is shared with a layer that trains other tokens or none."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, TrainableTokensLayer)}
     for name, layer in layers.items():
         merging = _training(layer, adapter_names)
@@ -136,7 +136,7 @@ def check_tokens_can_be_merged(model: nn.Module, adapter_names: list[str] | None
                     f"behavior: {sorted(both)} are trained by another adapter too; merge one of the adapters only"
                 )
             seen.update(layer.token_indices[adapter])
-        rows = layer.trainable_tokens_delta  # which layers that PEFT has tied share
+        rows = layer.trainable_tokens_delta  # shared by the layers that PEFT has tied
         alike = {one.base_layer for one in layers.values() if one.trainable_tokens_delta is rows}
         for other, module in model.named_modules() if _changes(layer, merging) else ():
             shares_weight = any(tensor is layer.base_layer.weight for tensor in module._parameters.values())
@@ -150,7 +150,7 @@ def check_tokens_can_be_merged(model: nn.Module, adapter_names: list[str] | None
 
 
 def _training(layer: PeftTokensLayer, adapter_names: Iterable[str] | None) -> list[str]:
-    """The adapters that train tokens of the layer, among those given, or among the active ones."""
+    """Those of the given adapters, or of the active ones, that train tokens of the layer."""
     names = layer.active_adapters if adapter_names is None else adapter_names
     return [name for name in names if name in layer.trainable_tokens_delta]
 

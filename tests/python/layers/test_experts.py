@@ -285,7 +285,7 @@ OTHERWISE = "experts.2.down_proj is adapted otherwise than model.layers.0.mlp.ex
             ValueError,
             "let the pattern match model.layers.0.mlp.expe",
         ),
-        (None, {"target_parameters": ["q_proj.weight"]}, ValueError, r"\['q_proj.weight'\] are no weights of fused"),
+        (None, {"target_parameters": ["q_proj.weight"]}, ValueError, r"\['q_proj.weight'\] are not weights of fused"),
         (None, {"target_parameters": ["experts.down_proj"]}, ValueError, r"beside target_modules='all-linear': give"),
         (None, {"r": 33, "target_modules": ["w2"]}, ValueError, r"rank 33 is too large for layer model.layers.0"),
     ],
