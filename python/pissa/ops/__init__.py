@@ -1,10 +1,10 @@
 """The core as functions on tensors: truncated SVD, PiSSA's split, quantised weights, the fused linear layer, attention,
 norms, gates, and an output layer's loss.
 
-Only torch is needed. Everything here validates its arguments and raises `ValueError` or `TypeError` that name the
-argument, then calls `torch.ops.pissa.*` (the compiled ops; see cpp/pissa/torch/schema.cc), which work under
-`torch.compile`, autocast, gradient checkpointing and `torch.func` fakes. Orientation is torch's: a weight is [out, in],
-y = x Wᵀ + b.
+Only torch is needed. Each function validates its arguments, raises a `ValueError` or `TypeError` that names the
+argument, and calls `torch.ops.pissa.*`. These are the compiled ops (see cpp/pissa/torch/schema.cc), which work under
+`torch.compile`, autocast, gradient checkpointing and `torch.func` fakes. The orientation is torch's: a weight is [out,
+in], and y = x Wᵀ + b.
 """
 
 from __future__ import annotations
@@ -48,10 +48,11 @@ __all__ = [
 
 
 def build_info() -> dict[str, Any]:
-    """Version, compiler, oldest supported torch, instruction set in use (`PISSA_ISA` overrides it), available ones.
+    """Returns version, compiler, oldest supported torch, instruction set in use (`PISSA_ISA` overrides it), available
+    ones.
 
-    "isas_unused": for each faster instruction set of this build "name: why it is not used".
-    "cuda": None if the build has no CUDA library, else its "runtime" version and GPU "architectures". Whether it can be
-    used here is another matter: a tensor on CUDA is refused with the reason if not; `pissa env` says it too.
+    "isas_unused": for each faster instruction set of this build "name: why it is not used". "cuda": None if the build
+    has no CUDA library, otherwise its "runtime" version and GPU "architectures". Whether it can be used here is another
+    question: if not, tensors on CUDA are refused with the reason, which `pissa env` prints too.
     """
     return dict(_C.build_info())

@@ -21,27 +21,28 @@ def attention(
     scale: float | None = None,
     causal: bool = False,
 ) -> Tensor:
-    """`softmax(scale q kᵀ) v`, head by head, as `torch.nn.functional.scaled_dot_product_attention` computes it, without
-    its scores in memory; on the CPU. Several heads of q may share one of k and v, which is not repeated for them.
+    """`softmax(scale q kᵀ) v`, head by head, as computed by `torch.nn.functional.scaled_dot_product_attention`, without
+    storing the scores. CPU only. Several heads of q may share one head of k and v, which is not copied for them.
 
-    Differentiable in q, k and v. Products as `linear`'s, with bfloat16 operands of bfloat16; the softmax is float32. A
-    query that sees no key gets zeros. The same bits for any number of threads.
+    Differentiable in q, k and v. Products are computed as in `linear`; with bfloat16 inputs their operands are
+    bfloat16. The softmax is float32. A query that sees no key gets zeros. The bits do not depend on the number of
+    threads.
 
     Args:
-        q: [batch, heads, queries, dim], float32, bfloat16 or float16, strided in any way. Under autocast all three are
-            cast to its dtype.
-        k: [batch, heads / group, keys, dim] of that dtype.
-        v: [batch, heads / group, keys, dim of values] of that dtype.
-        mask: bool, [batch, heads, queries, keys] or what can be expanded to it: True where a query sees a key.
-        scale: dim^-1/2 by default.
+        q: [batch, heads, queries, dim], float32, bfloat16 or float16, with any strides. Under autocast all three are
+            cast to autocast's dtype.
+        k: [batch, heads / group, keys, dim], in q's dtype.
+        v: [batch, heads / group, keys, dim of values], in q's dtype.
+        mask: bool, [batch, heads, queries, keys] or expandable to that shape: True where a query sees a key.
+        scale: factor of the scores (default: dim^-1/2).
         causal: the last query sees all keys, the one before it all but the last, and so on.
 
     Returns:
-        [batch, heads, queries, dim of values] in q's dtype; with heads beside each other in memory, as the next layer
-        takes them: `.transpose(1, 2)` is contiguous.
+        [batch, heads, queries, dim of values] in q's dtype. The heads are adjacent in memory, as the next layer reads
+        them: `.transpose(1, 2)` is contiguous.
 
     Raises:
-        TypeError, ValueError: naming the argument.
+        TypeError, ValueError: an argument is invalid; the message names it.
     """
     if q.device.type != "meta" and torch.is_autocast_enabled(q.device.type):
         q, k, v = (tensor.to(torch.get_autocast_dtype(q.device.type)) for tensor in (q, k, v))

@@ -1,4 +1,4 @@
-"""Fakes (shapes and dtypes for torch.compile) and gradients of torch.ops.pissa.*, whose kernels are compiled."""
+"""Fakes (shapes and dtypes for torch.compile) and gradients of torch.ops.pissa.*. The kernels are compiled code."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.library import register_autograd, register_fake
 
-from pissa.ops._load import _C  # loading it defines the ops
+from pissa.ops._load import _C  # importing it defines the ops
 from pissa.ops.formats import FORMATS, NESTED_BLOCKSIZE
 
 _FEW_TOKENS: int = _C.limits()["few_tokens"]
@@ -95,8 +95,8 @@ def _(codes: Tensor, *others: Any) -> Tensor:
     return codes.new_empty((rows, cols), dtype=dtype)
 
 
-# The ops that multiply have the same arguments, but for what holds the weight: the dense weight; or, of a quantised
-# one, four tensors, the format, the block size and out_features. Its last part tells the number of rows.
+# The ops that multiply have the same arguments except for the weight: either a dense weight, or four tensors, the
+# format, the block size and out_features of a quantised one. The last of these gives the number of rows.
 
 
 def _out_features(weight: list[Any]) -> int:
@@ -105,7 +105,7 @@ def _out_features(weight: list[Any]) -> int:
 
 
 def _kept(x: Tensor, out_features: int, a: Tensor | None, a0: Tensor | None, implicit: bool) -> Tensor:
-    """What the forward keeps for the backward: x Aᵀ, on CUDA in x's half precision and behind sums of factors in it."""
+    """What the forward keeps for the backward: x Aᵀ; on CUDA in x's half precision, and after sums of factors in it."""
     if a is None:
         return _floats(x, 0)
     tokens, r = x.numel() // x.shape[-1], a.shape[0]
@@ -188,10 +188,10 @@ def _(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, T
 
 
 # ---- Gradients -------------------------------------------------------------------------------------------------------
-# Saved for the backward: x and what the forward keeps. The ops that multiply take x, what holds the weight, bias, a, b,
-# a0, b0, scaling, implicit. In add_low_rank, which has no weight, base and x have changed places.
+# Saved for the backward: x and what the forward keeps. The ops that multiply take x, the weight, bias, a, b, a0, b0,
+# scaling and implicit. add_low_rank has no weight, and base and x change places.
 
-_ADDEND, _A, _B = -7, -6, -5  # places from the end of the bias, or of add_low_rank's x, and of a and b
+_ADDEND, _A, _B = -7, -6, -5  # positions, counted from the end, of the bias (or of add_low_rank's x), a and b
 
 
 class _Gradients(NamedTuple):
@@ -200,9 +200,9 @@ class _Gradients(NamedTuple):
     op: Any
     """Computes the gradients."""
     x: int
-    """The place of x."""
+    """The position of x."""
     tensors: int
-    """How many of the arguments that hold the weight are tensors."""
+    """How many of the weight's arguments are tensors."""
 
     def save(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         weight = inputs[1:_ADDEND]
@@ -227,9 +227,9 @@ class _Gradients(NamedTuple):
         if needed[_B]:
             gradients[_B] = grad_b
         if self.x == 0 and needed[_ADDEND]:
-            gradients[_ADDEND] = dy.flatten(0, -2).sum(0)  # of the bias
+            gradients[_ADDEND] = dy.flatten(0, -2).sum(0)  # gradient of the bias
         if self.x != 0 and needed[0]:
-            gradients[0] = dy  # of the base
+            gradients[0] = dy  # gradient of the base
         return tuple(gradients)
 
 
@@ -238,7 +238,7 @@ for _op, _x, _tensors in (("linear", 0, 1), ("quantized_linear", 0, 4), ("add_lo
     register_autograd(f"pissa::{_op}", _gradients.backward, setup_context=_gradients.save)
 
 
-# Scores of tokens: a forward computes d log p / dx of each token at once. What else it returns has no gradient.
+# Scores of tokens: the forward computes each token's d log p / dx at once. The other outputs have no gradient.
 
 
 def _save_token_scores(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -294,28 +294,28 @@ register_autograd("pissa::attention", _attention_backward, setup_context=_save_a
 
 
 # ---- Two nodes of autograd's graph -----------------------------------------------------------------------------------
-# The first one saves the operands of the linear op, the second one computes. Activation checkpointing computes a block
-# again until the last operand of it is saved, and stops there. So the last product of a block, whose output no gradient
-# needs, is left out: in a block of Llama's, 22 % of the forward's products. x Aᵀ, 4 r bytes a token, stays with the
-# second node, checkpointed or not: computed again it took 3 % of a step.
+# The first node saves the operands of the linear op, and the second one computes. Activation checkpointing recomputes a
+# block until its last operand is saved, and stops there. Therefore the last product of a block, whose output no
+# gradient needs, is skipped; in a Llama block, that is 22 % of the forward's products. x Aᵀ, 4 r bytes a token, stays
+# with the second node, checkpointed or not, because recomputing it took 3 % of a step.
 
 
 def can_be_two_nodes(x: Tensor, a: Tensor | None) -> bool:
-    """Whether a product of `x` can be two nodes: there is a graph, and nobody traces it. On CUDA the forward also
-    keeps sums of factors, which the backward would have to compute again."""
+    """Whether a product of `x` can be two nodes: there is a graph, and it is not being traced. On CUDA the forward also
+    keeps sums of factors, which the backward would have to recompute."""
     if a is None or torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return False
     return x.grad_fn is not None and x.device.type == "cpu"
 
 
 def linear_in_two_nodes(op: str, x: Tensor, weight: Sequence[Any], factors: tuple[Any, ...]) -> Tensor:
-    """`torch.ops.pissa.<op>(x, *weight, *factors)`, without what the op keeps."""
+    """`torch.ops.pissa.<op>(x, *weight, *factors)`, without the output that the op keeps."""
     y: Tensor = _Product.apply(_Operands.apply(x, *weight, *factors), op, len(weight), *weight, *factors)  # type: ignore[no-untyped-call, unused-ignore]
     return y
 
 
 class _Operands(torch.autograd.Function):
-    """x as it is. Saves it, and the tensors among the op's other arguments."""
+    """Returns x unchanged. Saves it, and the tensors among the op's other arguments."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *others: Any) -> Tensor:
@@ -329,7 +329,7 @@ class _Operands(torch.autograd.Function):
 
 
 class _Product(torch.autograd.Function):
-    """The op, on an x that comes from `_Operands`."""
+    """Calls the op on an x that comes from `_Operands`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, op: str, slots: int, *others: Any) -> Tensor:
@@ -364,7 +364,7 @@ class _Product(torch.autograd.Function):
 
 
 def _kept_again(x: Tensor, a: Tensor, a0: Tensor | None, scaling: float, implicit: bool) -> Tensor:
-    """What the op keeps for the backward, x Aᵀ: it is that of a layer of the same a with one output."""
+    """Recomputes what the op keeps for the backward, x Aᵀ, as a layer with the same a and one output keeps it."""
     b = a.new_zeros(1, len(a))
     y = x.new_empty(*x.shape[:-1], 1)
     kept: Tensor

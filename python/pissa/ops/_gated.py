@@ -12,20 +12,20 @@ ACTIVATIONS = "silu", "gelu_tanh"
 
 
 def gated(gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:
-    """`f(gate) · up`, of SwiGLU and GeGLU (arXiv 2002.05202), in one pass; on the CPU.
+    """`f(gate) · up`, as in SwiGLU and GeGLU (arXiv 2002.05202), in one pass. CPU only.
 
-    Computed in float32 and rounded once. Differentiable in both; the backward keeps them and nothing else.
+    Computed in float32 and rounded once. Differentiable in both; the backward keeps only these two tensors.
 
     Args:
         gate: any shape of at least one dimension, float32, bfloat16 or float16.
         up: in gate's shape and dtype.
-        activation: f, "silu", or "gelu_tanh", GELU by tanh.
+        activation: f: "silu", or "gelu_tanh", the tanh approximation of GELU.
 
     Returns:
         A tensor in gate's shape and dtype.
 
     Raises:
-        TypeError, ValueError: naming the argument.
+        TypeError, ValueError: an argument is invalid; the message names it.
     """
     gate, up = check_tensor("gate", gate), check_tensor("up", up)
     if gate.dim() < 1 or up.shape != gate.shape:

@@ -1,4 +1,4 @@
-"""The linear layer with a low-rank adapter, fused; and the adapter's part alone."""
+"""The linear layer with a low-rank adapter, fused, and the adapter's part by itself."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _checked_factors(
     out_features: int,
     in_features: int,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """The factors in float32, after checking that they fit each other and the layer."""
+    """Returns the factors in float32 after checking that they fit each other and the layer."""
     check_factors("a", a, "b", b, out_features, in_features)
     if a0 is None or b0 is None:
         return a.float(), b.float(), None, None
@@ -36,10 +36,10 @@ def _checked_factors(
 def checked_operands(
     x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None
 ) -> tuple[Tensor, str, list[Any], Tensor]:
-    """The operands of x Wᵀ + bias, after checking that they fit: x, in autocast's dtype under autocast; the op; what
-    holds the weight, as the op takes it; and a tensor of it."""
+    """Checks that the operands of x Wᵀ + bias fit, and returns x (under autocast in autocast's dtype), the name of the
+    op, the weight as the op takes it, and one tensor of the weight."""
     x = check_tensor("x", x)
-    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):  # which does not know the meta device
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):  # autocast does not know the meta device
         x = x.to(torch.get_autocast_dtype(x.device.type))
     slots: list[Any]
     if isinstance(weight, QuantizedWeight):
@@ -74,44 +74,44 @@ def linear(
 ) -> Tensor:
     """A linear layer with a low-rank adapter, fused: one read of the weight, dense or quantised, forward and backward.
 
-    Beside a0 and b0, a and b are differences from them: the factors are A = a0 + a and B = b0 + b. Without, a and b are
-    the factors themselves: LoRA or QLoRA::
+    If a0 and b0 are given, a and b are differences from them: the factors are A = a0 + a and B = b0 + b. Otherwise a
+    and b are the factors themselves, as in LoRA or QLoRA::
 
         no factors        y = x Wᵀ + bias
         implicit=False    y = x Wᵀ + scaling (x Aᵀ) Bᵀ + bias                     W lacks what the adapter starts from
         implicit=True     y = x Wᵀ + scaling ((x Aᵀ) bᵀ + (x aᵀ) b0ᵀ) + bias      W is whole: the change B A - b0 a0
 
-    Differentiable in x, bias, a and b; the gradients are PiSSA's (arXiv 2404.02948, section 3). weight, a0
-    and b0 are frozen. Products accumulate in float32 and are rounded once, to y's dtype. With bfloat16 activations
-    their factors are rounded to bfloat16 where the processor multiplies that faster, as mixed precision does. Up to 16
-    rows of x are multiplied in another order than more: a row's last digits may depend on how many come with it.
+    Differentiable in x, bias, a and b; the gradients are PiSSA's (arXiv 2404.02948, section 3). weight, a0 and b0 are
+    frozen. Products accumulate in float32 and are rounded once, to y's dtype. With bfloat16 activations, the operands
+    of products are rounded to bfloat16 where the processor multiplies that faster, as in mixed precision. Up to 16 rows
+    of x are multiplied in another order than more rows, so a row's last digits may depend on the number of rows.
 
-    On CUDA, half-precision activations (float16 too) round the factors and a quantised weight to their dtype, and for
-    more than 16 rows of x, 64 with a quantised weight, the sum is rounded to it once more, after the adapter's part.
-    Everything is queued on the current stream, nothing waits: CUDA graphs can capture forward and backward.
+    On CUDA, with half-precision activations (float16 too), the factors and a quantised weight are rounded to their
+    dtype. With more than 16 rows of x (64 with a quantised weight), the sum is rounded to it once more, after the
+    adapter's part. All work is queued on the current stream without waiting: CUDA graphs can capture both directions.
 
     Args:
         x: [..., in], float32, bfloat16 or float16.
         weight: [out, in] in any of these dtypes, or `QuantizedWeight`.
         bias: [out], or None.
-        a: [r, in], trained, computed with in float32; given with b.
-        b: [out, r], the same.
-        a0: [r, in], frozen, computed with in float32; given with b0.
-        b0: [out, r], the same.
+        a: [r, in], trained; computed in float32; given with b.
+        b: [out, r], likewise.
+        a0: [r, in], frozen; computed in float32; given with b0.
+        b0: [out, r], likewise.
         scaling: lora_alpha / r; any finite number.
-        implicit: beside a0 and b0, whether the weight is whole.
+        implicit: if a0 and b0 are given, whether the weight is whole.
 
     Returns:
-        [..., out], in x's dtype; under autocast in autocast's.
+        [..., out], in x's dtype, or under autocast in autocast's.
 
     Raises:
-        TypeError, ValueError: naming the argument.
+        TypeError, ValueError: an argument is invalid; the message names it.
     """
     x, op, slots, held = checked_operands(x, weight, bias)
     out_features, in_features = weight.shape
     check_change_scaling(scaling)
     if (a is None) != (b is None) or (a0 is None) != (b0 is None) or (a0 is not None and a is None):
-        raise ValueError("factors: give a with b, and a0 with b0 beside them, or none of them")
+        raise ValueError("factors: give a with b, and a0 with b0 in addition, or none of them")
     if a is not None and b is not None:
         a, b, a0, b0 = _checked_factors(a, b, a0, b0, out_features, in_features)
     check_devices({"x": x, "weight": held, "bias": bias, "a": a, "b": b, "a0": a0, "b0": b0})
@@ -133,29 +133,29 @@ def add_low_rank(
     b0: Tensor | None = None,
     scaling: float = 1.0,
 ) -> Tensor:
-    """`y` plus the change that an adapter makes to it, whatever function of x y is::
+    """Adds the change of an adapter to `y`, which may be any function of x::
 
         with a0 and b0     y + scaling ((x (a0 + a)ᵀ) bᵀ + (x aᵀ) b0ᵀ)     PiSSA's change
         without            y + scaling (x aᵀ) bᵀ                           plain LoRA
 
-    PiSSA's change is `scaling (B A - b0 a0) x`, with A = a0 + a and B = b0 + b, without the cancellation, and exactly 0
-    at a = b = 0: the result then has y's bits. Differentiable in y, x, a and b. The sum is taken in float32 and rounded
-    once.
+    PiSSA's change is `scaling (B A - b0 a0) x`, with A = a0 + a and B = b0 + b, computed without cancellation. It is
+    exactly 0 at a = b = 0, where the result has y's bits. Differentiable in y, x, a and b. The sum is computed in
+    float32 and rounded once.
 
     Args:
         y: [..., out], float32, bfloat16 or float16.
         x: [..., in] in any of these dtypes, with y's leading dimensions.
-        a: [r, in], trained, computed with in float32.
-        b: [out, r], the same.
-        a0: [r, in], frozen, computed with in float32; given with b0.
-        b0: [out, r], the same.
+        a: [r, in], trained; computed in float32.
+        b: [out, r], likewise.
+        a0: [r, in], frozen; computed in float32; given with b0.
+        b0: [out, r], likewise.
         scaling: lora_alpha / r; any finite number.
 
     Returns:
         [..., out] in y's dtype.
 
     Raises:
-        TypeError, ValueError: naming the argument.
+        TypeError, ValueError: an argument is invalid; the message names it.
     """
     y, x = check_tensor("y", y), check_tensor("x", x)
     if y.dim() < 1 or x.dim() < 1 or y.shape[:-1] != x.shape[:-1]:

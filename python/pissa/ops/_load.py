@@ -1,6 +1,6 @@
-"""Loads the compiled core, and beside a torch for CUDA 13 the CUDA library too.
+"""Loads the compiled core and, if torch is built for CUDA 13, the CUDA library too.
 
-torch first: the libraries find libtorch_cpu.so and libtorch_cuda.so because torch has already loaded them.
+torch must be imported first: the libraries find libtorch_cpu.so and libtorch_cuda.so because torch has loaded them.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ except ImportError as error:
 
 __all__ = ["_C", "cuda_problem"]
 
-_CUDA = 13  # the major version that the library is built for; torch must have the same in its process
-# What the library links of CUDA, and what that needs in turn, a library after its needs; the package that brings each.
+_CUDA = 13  # the major version of CUDA that the library is built for, which torch must have loaded too
+# The CUDA libraries that the library links, their own dependencies first, and the package that contains each.
 _CUDA_LIBRARIES = {
     "libnvJitLink.so.13": "nvjitlink",
     "libcublasLt.so.13": "cublas",
@@ -37,20 +37,20 @@ _CUDA_LIBRARIES = {
 
 
 def _preload_cuda_libraries() -> None:
-    """Loads CUDA's libraries from beside torch: ours looks for them beside pissa, which may be in another folder, and
-    torch itself does not load all of them, for it starts without cuSOLVER. What needs them finds them by their names
-    in the process; their symbols stay their own."""
+    """Loads CUDA's libraries from next to torch. Our library looks for them next to pissa, which may be in another
+    folder, and torch itself does not load all of them, because it starts without cuSOLVER. The libraries that need them
+    find them by name in the process; their symbols stay private."""
     packages = Path(torch.__file__).parents[1] / "nvidia"
     for name, package in _CUDA_LIBRARIES.items():
         paths = (packages / folder / "lib" / name for folder in (f"cu{_CUDA}", package))
         if path := next(filter(Path.exists, paths), None):
-            with contextlib.suppress(OSError):  # the library that needs it says so
+            with contextlib.suppress(OSError):  # the library that needs it reports the error
                 ctypes.CDLL(str(path))
 
 
 def _load_cuda(library: Path) -> str | None:
-    """Loads the library. Returns None, or why it cannot be used and what to do about it; that is no error yet, since
-    who computes on the CPU has no use for it. CUDA is not initialised."""
+    """Loads the library. Returns None, or why it cannot be used and what to do about it. This is not an error yet,
+    because computing on the CPU does not need the library. CUDA is not initialised."""
     if not library.exists():
         return (
             "this build of pissa has no CUDA library: build it with CUDA 13 by "
@@ -85,5 +85,5 @@ def _load_cuda(library: Path) -> str | None:
 if failure := _C.isa_failure():
     warnings.warn(f"{failure}; please report it with what `pissa env` prints", InstructionSetWarning, stacklevel=2)
 
-# Why tensors on CUDA cannot be used here, or None: they can.
+# Why tensors on CUDA cannot be used here; None if they can.
 cuda_problem: str | None = _load_cuda(Path(_C.__file__).with_name(f"libpissa_cuda{_CUDA}.so"))

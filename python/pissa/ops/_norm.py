@@ -13,21 +13,21 @@ _OPS = torch.ops.pissa
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, *, offset: float = 0.0) -> Tensor:
-    """`x / sqrt(mean(x²) + eps) · (offset + weight)` over the last dimension, in one pass; on the CPU.
+    """`x / sqrt(mean(x²) + eps) · (offset + weight)` over the last dimension, in one pass. CPU only.
 
-    Computed in float32 and rounded once. Differentiable in x; of it the backward keeps x and a number for each row.
+    Computed in float32 and rounded once. Differentiable in x; the backward keeps x and one number for each row.
 
     Args:
         x: [..., n], float32, bfloat16 or float16.
         weight: [n] in any of these dtypes, frozen.
         eps: at least 0.
-        offset: 1 in Gemma's norms, whose weight is what is added to it.
+        offset: 1 for Gemma's norms, where the weight is added to 1.
 
     Returns:
         [..., n] in x's dtype.
 
     Raises:
-        TypeError, ValueError: naming the argument.
+        TypeError, ValueError: an argument is invalid; the message names it.
     """
     x, weight = check_tensor("x", x), check_tensor("weight", weight)
     if weight.dim() != 1 or x.dim() < 1 or x.shape[-1] != len(weight) or not len(weight):

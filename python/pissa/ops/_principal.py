@@ -1,4 +1,4 @@
-"""The principal part of a weight, by truncated SVD, and the residual: what is left of the weight without it."""
+"""The principal part of a weight, by truncated SVD, and the residual: the weight without its principal part."""
 
 from __future__ import annotations
 
@@ -41,25 +41,25 @@ _OPS = torch.ops.pissa
 def svd_lowrank(
     weight: Tensor, r: int, *, svd: str = "krylov", passes: int | Literal["auto"] = "auto", seed: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Leading `r` singular triplets of a weight, as `torch.svd_lowrank` returns them.
+    """Returns the leading `r` singular triplets of a weight, as `torch.svd_lowrank` does.
 
     Args:
         weight: [out, in], float32, bfloat16 or float16, finite. Read in place, never copied to float32.
         r: 1 to min(out, in).
-        svd: "krylov" (block Krylov, arXiv 1504.05477), "subspace" (Halko et al., arXiv 0909.4061; less memory for
-            very large r) or "exact" (`torch.linalg.svd` in float32, for comparison: minutes for a large weight).
-        passes: reads of the weight, an even number. "auto" takes 10 up to r = 64, 12 up to 96 and 14 beyond, or 28 with
-            "subspace": on power-law spectra the factors then lose no more of the best rank-r part's energy than those
-            of `torch.svd_lowrank` with niter = 16, which reads the weight 34 times. Flatter spectra, noise with some
-            directions above it, take two passes more for that. Fewer are faster and lose more.
-        seed: of the ±1 test matrix (Philox), the same on every device; the same seed gives the same bits for any number
-            of threads, and again on the same GPU.
+        svd: "krylov" (block Krylov, arXiv 1504.05477), "subspace" (Halko et al., arXiv 0909.4061; less memory for very
+            large r) or "exact" (`torch.linalg.svd` in float32, for comparison; takes minutes for a large weight).
+        passes: number of passes over the weight, even. "auto" makes 10 up to r = 64, 12 up to 96 and 14 beyond, or 28
+            with "subspace". On power-law spectra the factors then lose no more of the energy of the best rank-r part
+            than those of `torch.svd_lowrank` with niter = 16, which makes 34 passes. Flatter spectra (noise with some
+            directions above it) need two more passes for that. Fewer passes are faster and lose more.
+        seed: seed of the ±1 test matrix (Philox), which is the same on every device. The same seed gives the same bits
+            for any number of threads, and in every run on the same GPU.
 
     Returns:
-        U [out, r], S [r] (descending), V [in, r], float32, with orthonormal columns whatever the rank of the weight.
+        U [out, r], S [r] (descending), V [in, r], float32. U and V have orthonormal columns for a weight of any rank.
 
     Raises:
-        TypeError, ValueError: naming the argument.
+        TypeError, ValueError: an argument is invalid; the message names it.
     """
     [weight], [largest] = check_weights([weight], ["weight"])
     check_rank(r, weight)
@@ -72,8 +72,8 @@ def svd_lowrank(
 
 
 class Factors(NamedTuple):
-    """The leading r singular triplets of a weight as start factors: its best approximation of rank r is
-    `scaling * b0 @ a0`."""
+    """The leading r singular triplets of a weight as start factors: `scaling * b0 @ a0` is its best rank-r
+    approximation."""
 
     a0: Tensor
     """float32 [r, in], √(S/scaling) Vᵀ."""
@@ -84,7 +84,7 @@ class Factors(NamedTuple):
 
 
 class SvdOptions(NamedTuple):
-    """How weights are decomposed, as `checks.check_svd` leaves it."""
+    """How weights are decomposed, after `checks.check_svd`."""
 
     svd: str
     passes: int | None
@@ -99,9 +99,9 @@ def unchecked_factors(
     options: SvdOptions,
     second_moments: Sequence[Tensor] | None = None,
 ) -> list[Factors]:
-    """Start factors of one weight or more that are fit for it, `largest` being their largest elements. Small weights
-    are decomposed side by side, on a GPU those of one shape together. With second moments, one for each weight, they
-    are the factors of the approximations that lose least of the outputs."""
+    """Returns the start factors of one or more weights that have been checked; `largest` contains their largest
+    elements. Small weights are decomposed side by side; on a GPU, those of one shape are decomposed together. With
+    second moments, one for each weight, the factors are those of the approximations that lose least of the outputs."""
     if options.svd == "exact":
         moments: Sequence[Tensor | None] = second_moments or [None] * len(weights)
         return list(map(_exact_factors, weights, ranks, scalings, moments))
@@ -137,20 +137,20 @@ def residual(
     blocksize: int | None = None,
     double_quant: bool | None = None,
 ) -> Tensor | QuantizedWeight:
-    """`weight - scaling * b0 @ a0` for given factors, with the bits that `split` gives.
+    """Computes `weight - scaling * b0 @ a0` for given factors, with the same bits as `split`.
 
     Args:
         weight: [out, in], float32, bfloat16 or float16, finite.
-        a0: float32 [r, in]. With r = 0 the residual is all of the weight.
+        a0: float32 [r, in]. With r = 0 the residual is the whole weight.
         b0: float32 [out, r].
         form: "explicit" (in the weight's dtype) or one of `formats.FORMATS`.
-        blocksize, double_quant: of a quantised format; see `quantize`.
+        blocksize, double_quant: for a quantised format; see `quantize`.
 
     Returns:
-        [out, in], a tensor in the weight's dtype, or `QuantizedWeight`.
+        [out, in]: a tensor in the weight's dtype, or a `QuantizedWeight`.
 
     Raises:
-        TypeError, ValueError: naming the argument.
+        TypeError, ValueError: an argument is invalid; the message names it.
     """
     names = [("weight", "a0", "b0", "scaling")]
     [found] = _residuals(names, [weight], [a0], [b0], [scaling], form, blocksize, double_quant)
@@ -169,17 +169,17 @@ def residual_many(
     names: Sequence[str] | None = None,
     second_moments: Sequence[Tensor] | None = None,
 ) -> list[Tensor | QuantizedWeight]:
-    """`residual` of many weights, bit for bit. The host waits once for a GPU, when all of them are queued.
+    """`residual` for many weights, with the same bits. The host waits for a GPU once, after all of them are queued.
 
     Args:
-        weights, a0s, b0s, scalings: of each weight what `residual` takes, all on one device.
-        form, blocksize, double_quant: see `residual`; the same for all.
-        names: what errors call the weights; "weights[0]", "weights[1]", ... by default.
-        second_moments: of each weight's inputs, as `split` takes them: the codes of a quantised form are then found by
-            error feedback, see `quantize`. Weights that have one tensor share its factorisation.
+        weights, a0s, b0s, scalings: the arguments of `residual` for each weight, all on one device.
+        form, blocksize, double_quant: see `residual`; the same for all weights.
+        names: names of the weights in errors (default: "weights[0]", "weights[1]", ...).
+        second_moments: of each weight's inputs, as `split` takes them. The codes of a quantised form are then found by
+            error feedback; see `quantize`. Weights that share one tensor share its factorisation.
 
     Raises:
-        TypeError, ValueError: naming the argument. No residual is returned then.
+        TypeError, ValueError: an argument is invalid; the message names it. No residual is returned then.
     """
     names = [f"weights[{i}]" for i in range(len(weights))] if names is None else names
     check_lengths({"a0s": a0s, "b0s": b0s, "scalings": scalings, "names": names}, len(weights))
@@ -198,7 +198,7 @@ def _residuals(
     double_quant: bool | None,
     second_moments: Sequence[Tensor] | None = None,
 ) -> list[Tensor | QuantizedWeight]:
-    """The residuals; `names` has those of a weight, its a0, its b0 and its scaling."""
+    """Computes the residuals. `names` contains the names of each weight, its a0, its b0 and its scaling."""
     weights = [check_matrix(weight, name) for weight, (name, *_) in zip(weights, names, strict=True)]
     tensors: dict[str, Tensor | None] = {}
     for (name, name_a, name_b, name_s), *parts, scaling in zip(names, weights, a0s, b0s, scalings, strict=True):
@@ -233,7 +233,7 @@ def _residuals(
 
 
 def _norms(factors: Sequence[Tensor]) -> Tensor:
-    """float64 [n]: they may overflow float32."""
+    """float64 [n], because they may overflow float32."""
     return torch.stack([torch.linalg.vector_norm(factor, dtype=torch.float64) for factor in factors])
 
 
@@ -246,16 +246,16 @@ def unchecked_residual(
     options: tuple[int, bool] | None,
     feedback: Tensor | None = None,
 ) -> Tensor | QuantizedWeight:
-    """The residual of tensors that are fit for it, `options` being `quant_options`; the factors may be of rank 0. With
-    `feedback`, of `feedback_factors`, codes are found by error feedback. If the scales are nested, their offset has to
-    be checked by the caller, who may wait for it."""
+    """Returns the residual of tensors that have been checked. `options` is the result of `quant_options`. The factors
+    may have rank 0. With `feedback`, from `feedback_factors`, codes are found by error feedback. If the scales are
+    nested, the caller must check their offset, and may wait for it."""
     has_factors = a0.shape[0] > 0
     if options is None:
         rest: Tensor = _OPS.residual(weight, a0, b0, scaling) if has_factors else weight.clone()
         return rest
     blocksize, double_quant = options
-    # Codes by error feedback depend on those beside them, NVFP4's scales on the largest element: the residual has to be
-    # there.
+    # With error feedback, codes depend on their neighbours, and NVFP4's scales depend on the largest element. Both need
+    # the whole residual.
     if has_factors and (feedback is not None or FORMATS[form].scales == "e4m3"):
         weight, has_factors = _OPS.residual(weight.float(), a0, b0, scaling), False
     if has_factors:
@@ -268,7 +268,7 @@ def unchecked_residual(
 
 
 def check_feedback(form: str, weights: Sequence[Tensor], names: Sequence[str]) -> None:
-    """Whether weights of those names can have codes by error feedback in a form."""
+    """Checks that the named weights can have codes by error feedback in this form."""
     if form not in FORMATS:
         raise ValueError(f"form: got {form!r} with error feedback; allowed: {', '.join(map(repr, FORMATS))}")
     for weight, name in zip(weights, names, strict=True):
@@ -278,7 +278,7 @@ def check_feedback(form: str, weights: Sequence[Tensor], names: Sequence[str]) -
 def quant_options(
     form: str, others: tuple[str, ...], blocksize: int | None, double_quant: bool | None, weight: Tensor
 ) -> tuple[int, bool] | None:
-    """Block size and double quantisation of a quantised form; None of the others, which have neither."""
+    """Returns block size and double quantisation of a quantised form, or None for other forms, which have neither."""
     check_choice("form", form, (*others, *FORMATS))
     if form in FORMATS:
         return FORMATS[form].options(blocksize, double_quant, weight.shape[1])

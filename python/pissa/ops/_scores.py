@@ -1,4 +1,4 @@
-"""What an output layer says of the tokens that come: their log-probabilities and the loss, without logits in memory."""
+"""Scores of an output layer for the next tokens: their log-probabilities and the loss, without logits in memory."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from pissa.ops.checks import check_choice, check_devices
 
 _OPS = torch.ops.pissa
 IGNORED = -100
-"""The label of a token that does not count, as in torch and transformers."""
+"""The label of a token that is not counted, as in torch and transformers."""
 
 Reduction = Literal["mean", "sum", "none"]
 
 
 class TokenScores(NamedTuple):
-    """Of tokens, of the labels' shape, float32 but for the last; 0 where a label is -100."""
+    """Scores of tokens, each in the labels' shape, float32 except for the last; 0 where a label is -100."""
 
     log_probs: Tensor
-    """Logarithms of the labels' p, which alone have a gradient."""
+    """The logarithms of the labels' probabilities p. Only these have a gradient."""
     entropy: Tensor
-    """Of p."""
+    """The entropy of p."""
     log_sum_sq_probs: Tensor
     """The logarithm of the sum of p² over the vocabulary."""
     mean_logits: Tensor
-    """Of the scaled and capped logits."""
+    """The mean of the scaled and capped logits."""
     is_top1: Tensor
     """Whether no logit is larger than the label's."""
 
@@ -43,26 +43,27 @@ def token_scores(
     scale: float = 1.0,
     softcap: float | None = None,
 ) -> TokenScores:
-    """Scores of labels under `softmax(z)` with z = scale (x Wᵀ + bias), or softcap · tanh(z / softcap)::
+    """Computes scores of labels under `softmax(z)` with z = scale (x Wᵀ + bias), or softcap · tanh(z / softcap)::
 
         scores = token_scores(hidden[:, :-1], head.weight, labels[:, 1:])
         loss = -scores.log_probs.sum() / (labels[:, 1:] != -100).sum()
 
-    Logits are computed a chunk of tokens at a time and forgotten: one product forward, one for the gradient of x, which
-    is computed at once and kept beside x, in its dtype. A token whose label is -100 costs nothing. Products as
-    `linear`'s; what follows them is float32. Differentiable in x, once; weight and bias are frozen.
+    Logits are computed for a chunk of tokens at a time and discarded. There is one product for the forward and one for
+    the gradient of x, which is computed at once and kept together with x, in its dtype. A token with label -100 costs
+    nothing. Products are computed as in `linear`; what follows them is float32. Differentiable in x, once; weight and
+    bias are frozen.
 
     Args:
         x: [..., in], float32, bfloat16 or float16: hidden states.
         weight: [vocabulary, in] in any of these dtypes, or `QuantizedWeight`.
-        labels: [...] of int64, from 0 to the vocabulary's size, or -100. On CUDA, where looking would wait, one outside
-            gives NaN.
+        labels: [...] of int64, from 0 to the vocabulary's size, or -100. On CUDA, where checking would wait, a label
+            outside this range gives NaN.
         bias: [vocabulary], or None.
-        scale: of the logits, any finite number.
-        softcap: their bound, positive; None: none.
+        scale: factor of the logits, any finite number.
+        softcap: bound of the logits, positive, or None.
 
     Raises:
-        TypeError, ValueError: naming the argument.
+        TypeError, ValueError: an argument is invalid; the message names it.
     """
     x, op, slots, held = checked_operands(x, weight, bias)
     if labels.dtype != torch.int64 or labels.shape != x.shape[:-1]:
@@ -100,11 +101,11 @@ def linear_cross_entropy(
     softcap: float | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    """`cross_entropy(linear(x, weight, bias), labels)` without logits in memory: `token_scores`, whose arguments these
-    are.
+    """Computes `cross_entropy(linear(x, weight, bias), labels)` without logits in memory, by `token_scores`, which has
+    the same arguments.
 
     Args:
-        reduction: "mean" over the labels that count, NaN if none does; "sum"; or "none", a loss for each label.
+        reduction: "mean" over the labels that are counted (NaN if none), "sum", or "none" for a loss of each label.
     """
     check_choice("reduction", reduction, get_args(Reduction))
     losses = -token_scores(x, weight, labels, bias=bias, scale=scale, softcap=softcap).log_probs

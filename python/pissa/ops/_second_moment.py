@@ -1,8 +1,8 @@
-"""Second moments R = E[xᵀx] of a layer's inputs x, and what follows from them for its codes: error feedback.
+"""Second moments R = E[xᵀx] of a layer's inputs x, and error feedback, which chooses the layer's codes by them.
 
-Codes by error feedback (GPTQ, arXiv 2210.17323) lose less of the outputs than those nearest to the weight, in the same
-bytes: each column makes good the errors of the columns that were rounded before it. cpp/pissa/core/error_feedback.h has
-the algorithm.
+Codes by error feedback (GPTQ, arXiv 2210.17323) lose less of the outputs than the codes nearest to the weight, in the
+same number of bytes: each column compensates for the errors of the columns that were rounded before it. The algorithm
+is in cpp/pissa/core/error_feedback.h.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from pissa.ops.checks import FLOATS, check_devices, check_tensor, check_weights
 _OPS = torch.ops.pissa
 
 DAMPING = 0.3
-"""Of error feedback: the share of R's mean diagonal that is added to its diagonal. GPTQ's is 0.01, with 260,000 tokens;
-of some thousand R is noise in most directions, to which small damping fits the codes (bench/NOTES.md)."""
+"""For error feedback: the share of R's mean diagonal that is added to its diagonal. GPTQ uses 0.01, with 260,000
+tokens. With a few thousand, R is noise in most directions, and small damping fits the codes to it (bench/NOTES.md)."""
 
 
 def add_second_moment(total: Tensor, x: Tensor) -> None:
-    """Adds xᵀx to the lower triangle of a sum, in place. The same bits for any number of threads.
+    """Adds xᵀx to the lower triangle of a sum, in place. The bits do not depend on the number of threads.
 
     Args:
-        total: float32 [in, in], contiguous. Elements above its diagonal mean nothing afterwards.
+        total: float32 [in, in], contiguous. Its elements above the diagonal are undefined afterwards.
         x: [..., in], float32, bfloat16 or float16, on the sum's device.
 
     Raises:
-        TypeError, ValueError: naming the argument.
+        TypeError, ValueError: an argument is invalid; the message names it.
     """
     check_tensor("x", x, FLOATS)
     check_tensor("total", total, (torch.float32,))
@@ -44,8 +44,8 @@ def add_second_moment(total: Tensor, x: Tensor) -> None:
 def check_moments(
     moments: Sequence[object], weights: Sequence[Tensor], names: Sequence[str], weight_names: Sequence[str]
 ) -> list[Tensor]:
-    """The second moments of the weights' inputs, one for each, finite and in float32; `names` and `weight_names` are
-    what errors call them."""
+    """Checks the second moments of the weights' inputs and returns them, one for each weight, finite and in float32.
+    `names` and `weight_names` are their names in errors."""
     for moment, weight, name, weight_name in zip(moments, weights, names, weight_names, strict=True):
         side = weight.shape[1]
         if not isinstance(moment, Tensor) or moment.shape != (side, side) or moment.dtype != torch.float32:
@@ -56,15 +56,15 @@ def check_moments(
 
 
 def feedback_factors(moments: Sequence[Tensor]) -> list[Tensor]:
-    """The lower Cholesky factors of damped second moments, float32 [in, in]: computed in float64 by torch, which asks
-    LAPACK or cuSOLVER, and once for weights that share a moment."""
+    """The lower Cholesky factors of damped second moments, float32 [in, in]. torch computes them in float64 with LAPACK
+    or cuSOLVER, once for weights that share a moment."""
     found: dict[int, Tensor] = {}  # by address
     for moment in moments:
         if moment.data_ptr() not in found:
             damped = moment.double()
             damping = DAMPING * damped.diagonal().mean()
             damped.diagonal().add_(damping.where(damping > 0, 1))  # no inputs at all: codes as without
-            # In place, column by column as LAPACK has it: of 11,008 inputs each copy is 1 GB.
+            # In place, in LAPACK's column-major order: for 11,008 inputs each copy is 1 GB.
             place, info = damped.mT, torch.empty((), dtype=torch.int32, device=damped.device)
             torch.linalg.cholesky_ex(place, check_errors=True, out=(place, info))
             found[moment.data_ptr()] = place.float()

@@ -1,16 +1,16 @@
-"""PiSSA's split of a weight: start factors, and a residual in any form. A quantised one and its factors may be
-alternated: QPiSSA with T > 1 (arXiv 2404.02948, Algorithm 1), and LoftQ.
+"""PiSSA's split of a weight: start factors, and a residual in any form. A quantised residual and its factors can be
+alternated, as in QPiSSA with T > 1 (arXiv 2404.02948, Algorithm 1) and LoftQ.
 
     L_0 = the best rank-r approximation of W, or, where W is quantised first, 0
     Q_t = format(W - L_{t-1}),  L_t = the best rank-r approximation of the error W - Q_t,  for t = 1 to T
 
-and the result is the iterate (Q_t, L_t) of the least ‖W - Q_t - L_t‖. An error has the dtype of its weight, so that it
-is decomposed at the same rate. In half precision that rounds it, which costs nf4 less than 0.5 points of the error
-removed; int8, whose errors are 16 times smaller, 5 points of a weight of 384 x 384 at r = 128, and less the smaller
-r / size is.
+The result is the iterate (Q_t, L_t) with the least ‖W - Q_t - L_t‖. An error has the dtype of its weight, so that it is
+decomposed at the same speed. In half precision this rounds the error, which costs nf4 less than 0.5 points of the error
+removed. For int8, whose errors are 16 times smaller, it costs 5 points for a weight of 384 x 384 at r = 128, and less
+the smaller r / size is.
 
 With a second moment R = E[xᵀx] of the activations, approximations and iterates are compared by tr(M R Mᵀ), the mean
-square of the outputs that a matrix M adds (QERA, arXiv 2410.06040).
+square of the outputs that a matrix M contributes (QERA, arXiv 2410.06040).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from pissa.ops.low_rank import nothing
 _OPS = torch.ops.pissa
 
 TOLERANCE = 1e-3
-"""Of alternations, unless another is asked for. The fifth of nf4 gains 1 to 2 % at r = 16 and 64; at r = 128 some
+"""The default tolerance of alternations. The fifth alternation of nf4 gains 1 to 2 % at r = 16 and 64; at r = 128 some
 weights have nothing left to gain by then (bench/compare/quant_iters.py)."""
 
 
@@ -55,9 +55,9 @@ class Split(NamedTuple):
     """PiSSA's split of a weight: `weight ~ residual + scaling * b0 @ a0`.
 
     `a0`: float32 [r, in], √(S/scaling) Vᵀ. `b0`: float32 [out, r], U √(S/scaling). `residual`: None (implicit: keep the
-    weight itself), a tensor in the weight's dtype (explicit), or `QuantizedWeight` (QPiSSA). `taken`: None; or, after
-    alternations, the factors (a [k, in], b [out, k]), float32, that the residual lacks instead of (a0, b0): it is
-    `weight - scaling * b @ a`, quantised. They are those of the iterate before, or of rank k = 0.
+    weight itself), a tensor in the weight's dtype (explicit), or a `QuantizedWeight` (QPiSSA). `taken`: None, or, after
+    alternations, the factors (a [k, in], b [out, k]), float32, that the residual lacks instead of (a0, b0): the
+    residual is `weight - scaling * b @ a`, quantised. They are those of the previous iterate, or have rank k = 0.
     """
 
     a0: Tensor
@@ -83,30 +83,30 @@ def split(
     second_moment: Tensor | None = None,
     error_feedback: bool = False,
 ) -> Split:
-    """PiSSA's start factors of a weight and, if asked, its residual (arXiv 2404.02948, eq. 2-4 and 8).
+    """Computes PiSSA's start factors of a weight and, on request, its residual (arXiv 2404.02948, eq. 2-4 and 8).
 
     Args:
         weight: [out, in], float32, bfloat16 or float16, finite.
         r: 1 to min(out, in).
         svd, passes, seed: see `svd_lowrank`.
         scaling: the adapter's scale s, `lora_alpha / r`; the factors are √(S/s) Vᵀ and U √(S/s).
-        form: of the residual: "implicit" (none is formed), "explicit" (W - s B0 A0 in the weight's dtype), or one of
-            `formats.FORMATS` (the same, quantised without being stored).
-        blocksize, double_quant: of a quantised format; see `quantize`.
-        quant_iters: T of a quantised format. 1: the residual Q = format(W - L) is of the factors of W, L = s B0 A0
-            (QPiSSA, section 4). More: T times, Q = format(W - L), then L = the best approximation of W - Q (Algorithm
-            1), which starts from the factors of W and costs T + 1 decompositions, all but the last with at most 8
-            passes. The iterate with the least ‖W - Q - L‖ is the result.
-        quantise_first: such alternations from L = 0, with T decompositions: LoftQ (arXiv 2310.08659).
-        tolerance: alternations end when one makes ‖W - Q - L‖ smaller by less than this share of it; 0: never.
-        second_moment: E[xᵀx] of the layer's inputs x, float32 [in, in], on the weight's device, symmetric and not
-            negative definite, of any rank and scale. The product of the factors then loses least of the outputs
-            (QERA, arXiv 2410.06040), and alternations are compared by the outputs. The moment is read half as often as
-            the weight, and once more.
-        error_feedback: with a second moment, find the codes of a quantised form by error feedback, see `quantize`.
+        form: form of the residual: "implicit" (none is computed), "explicit" (W - s B0 A0 in the weight's dtype), or
+            one of `formats.FORMATS` (the same, quantised without being stored).
+        blocksize, double_quant: for a quantised format; see `quantize`.
+        quant_iters: T for a quantised format. With 1, the residual is Q = format(W - L) for the factors of W, L = s B0
+            A0 (QPiSSA, section 4). With more, the steps Q = format(W - L), then L = the best approximation of W - Q,
+            are repeated T times (Algorithm 1). This starts from the factors of W and costs T + 1 decompositions, all
+            but the last with at most 8 passes. The result is the iterate with the least ‖W - Q - L‖.
+        quantise_first: start these alternations from L = 0, with T decompositions: LoftQ (arXiv 2310.08659).
+        tolerance: alternations end when one reduces ‖W - Q - L‖ by less than this share of it; 0: never.
+        second_moment: E[xᵀx] of the layer's inputs x, float32 [in, in], on the weight's device, symmetric and positive
+            semi-definite, of any rank and scale. The product of the factors then loses least of the outputs (QERA,
+            arXiv 2410.06040), and alternations are compared by the outputs. The moment is read half as often as the
+            weight, plus once.
+        error_feedback: with a second moment, find the codes of a quantised form by error feedback; see `quantize`.
 
     Raises:
-        TypeError, ValueError: naming the argument; the weight is never changed.
+        TypeError, ValueError: an argument is invalid; the message names it. The weight is never changed.
     """
     svd_options = SvdOptions(svd, check_svd(svd, passes, seed), seed)
     how = _How(svd_options, form, blocksize, double_quant, quant_iters, quantise_first, tolerance, error_feedback)
@@ -133,25 +133,25 @@ def split_many(
     second_moments: Sequence[Tensor] | None = None,
     error_feedback: bool = False,
 ) -> list[Split]:
-    """`split` of many weights, bit for bit, small weights side by side on one thread each.
+    """`split` for many weights, with the same bits. Small weights are split side by side, on one thread each.
 
-    All but these arguments are those of `split`, the same for all weights. "auto" passes are as many as each rank
-    needs, and each weight's alternations end by themselves.
+    All other arguments are those of `split`, the same for all weights. "auto" makes as many passes as each rank needs,
+    and each weight's alternations end independently.
 
     Args:
-        weights: [out, in] each, of any shapes and dtypes that `split` takes, on one device. Alternations need memory
-            for an error of each, as large as the weight, and for its codes twice.
+        weights: [out, in] each, of any shapes and dtypes that `split` takes, on one device. For each weight,
+            alternations need memory for an error as large as the weight, and twice for its codes.
         ranks: r of each weight.
         scalings: s of each weight.
-        names: what errors call the weights; "weights[0]", "weights[1]", ... by default.
-        second_moments: of each weight's inputs. Weights that have one tensor share its factorisation.
+        names: names of the weights in errors (default: "weights[0]", "weights[1]", ...).
+        second_moments: of each weight's inputs. Weights that share one tensor share its factorisation.
 
     Returns:
-        What `split` returns, in the order of the weights.
+        The results of `split`, in the order of the weights.
 
     Raises:
-        TypeError, ValueError: naming the argument, before anything is decomposed; the mean of a weight's scales that
-            overflows, after that. The weights are never changed.
+        TypeError, ValueError: an argument is invalid; the message names it, before anything is decomposed. Afterwards:
+            the mean of a weight's scales overflows. The weights are never changed.
     """
     names = [f"weights[{i}]" for i in range(len(weights))] if names is None else names
     check_lengths({"ranks": ranks, "scalings": scalings, "names": names}, len(weights))
@@ -164,7 +164,7 @@ def split_many(
 
 
 class _How(NamedTuple):
-    """How weights are split; `split` says what each field is."""
+    """How weights are split. `split` describes each field."""
 
     svd: SvdOptions
     form: str
@@ -177,21 +177,21 @@ class _How(NamedTuple):
 
 
 class _Task(NamedTuple):
-    """A weight that is fit to be split."""
+    """A weight that has been checked and can be split."""
 
     weight: Tensor
     largest: float
-    """Its largest element."""
+    """The weight's largest element."""
     r: int
     scaling: float
     options: tuple[int, bool] | None
-    """`quant_options` of its residual."""
+    """The result of `quant_options` for its residual."""
     name: str
-    """What errors call it."""
+    """The weight's name in errors."""
     moment: Tensor | None
     """The second moment of its inputs."""
     feedback: Tensor | None
-    """Of `feedback_factors`, for codes by error feedback."""
+    """The result of `feedback_factors`, for codes by error feedback."""
 
 
 def _splits(
@@ -202,7 +202,7 @@ def _splits(
     second_moments: Sequence[Tensor] | None,
     how: _How,
 ) -> list[Split]:
-    """The splits; `names` has those of a weight, its rank, its scaling and its second moment."""
+    """Returns the splits. `names` contains the names of each weight, its rank, its scaling and its second moment."""
     check_alternation(how.quant_iters, how.quantise_first, how.tolerance, how.form)
     weights, largest = check_weights(weights, [name for name, *_ in names])
     moments: Sequence[Tensor | None] = [None] * len(weights)
@@ -223,7 +223,7 @@ def _splits(
         check_scaling(scaling, name_s)
         options = quant_options(how.form, ("implicit", "explicit"), how.blocksize, how.double_quant, weight)
         tasks.append(_Task(weight, bound, r, scaling, options, name, moment, factor))
-    if not tasks:  # no tensor, by which torch would find the op's kernel
+    if not tasks:  # without a tensor, torch could not find the op's kernel
         return []
     if how.quant_iters > 1 or how.quantise_first:
         return _alternated(tasks, how)
@@ -231,7 +231,7 @@ def _splits(
     if how.form == "implicit":
         return [Split(a0, b0, None) for a0, b0, _ in factors]
     rests = [_residual(task, (a0, b0), how.form) for task, (a0, b0, _) in zip(tasks, factors, strict=True)]
-    if any(isinstance(rest, QuantizedWeight) and rest.nested for rest in rests):  # or a GPU need not be waited for
+    if any(isinstance(rest, QuantizedWeight) and rest.nested for rest in rests):  # else no need to wait for a GPU
         for task, offset in zip(tasks, offsets_of(rests).tolist(), strict=True):
             check_offset(offset, task.name)
     return [Split(a0, b0, rest) for (a0, b0, _), rest in zip(factors, rests, strict=True)]
@@ -245,13 +245,13 @@ def _residual(task: _Task, taken: tuple[Tensor, Tensor], form: str) -> Tensor | 
 
 
 def _fast_passes(r: int) -> int:
-    """The passes for factors that are only taken out of the weight. With T = 5 nf4 then loses at most 0.6 points of the
-    error removed, against all passes; with 6 at r = 128 it would lose 2.3 (bench/compare/quant_iters.py)."""
+    """The passes for factors that are only taken out of the weight. With T = 5, nf4 then loses at most 0.6 points of
+    the error removed, compared with all passes; with 6 at r = 128 it would lose 2.3 (bench/compare/quant_iters.py)."""
     return 6 if r <= 64 else 8
 
 
 def _fast(svd: SvdOptions, r: int) -> SvdOptions:
-    """The same with so many passes, if it has more."""
+    """The same options with `_fast_passes`, if there are more."""
     if svd.svd != "krylov":
         return svd
     passes = _fast_passes(r)
@@ -260,24 +260,24 @@ def _fast(svd: SvdOptions, r: int) -> SvdOptions:
 
 @dataclass
 class _Alternation:
-    """What the alternations of a weight have come to."""
+    """The current state of a weight's alternations."""
 
     task: _Task
     taken: tuple[Tensor, Tensor]
     """The factors that the next residual lacks."""
     room: Tensor
-    """Memory for what a residual loses of the weight."""
+    """Memory for the error of a residual."""
     error: float = math.inf
     """‖W - Q - L‖ of the last iterate."""
     best: Split | None = None
     least: float = math.inf
     """The error of the best iterate."""
     svd: SvdOptions | None = None
-    """By which the factors of the best iterate were found."""
+    """The options with which the factors of the best iterate were found."""
 
 
 def _alternated(tasks: Sequence[_Task], how: _How) -> list[Split]:
-    """The best iterate of each weight, one weight or more.
+    """Returns the best iterate of each weight, for one or more weights.
 
     Raises:
         ValueError: the mean of scales overflows.
@@ -317,8 +317,8 @@ def _alternated(tasks: Sequence[_Task], how: _How) -> list[Split]:
 
 
 def _iterates(some: Sequence[_Alternation], form: str, svds: Sequence[SvdOptions]) -> list[tuple[Split, float]]:
-    """The iterates whose residuals lack what is taken, and their errors. The host waits for a GPU twice, besides the
-    decompositions, which wait once for each shape of weights."""
+    """Returns the iterates whose residuals lack the taken factors, and their errors. The host waits for a GPU twice, in
+    addition to the decompositions, which wait once for each shape of weights."""
     tasks, rooms, residuals, squares = [one.task for one in some], [one.room for one in some], [], []
     for one in some:
         rest = _residual(one.task, one.taken, form)
@@ -332,20 +332,20 @@ def _iterates(some: Sequence[_Alternation], form: str, svds: Sequence[SvdOptions
         check_finite(bound, task.name)
     factors = _factors(tasks, rooms, largest, svds)
     found = [Split(a0, b0, rest, one.taken) for (a0, b0, _), rest, one in zip(factors, residuals, some, strict=True)]
-    # By Pythagoras: the projection L of an error E leaves ‖E‖² - ‖L‖², up to some 2^-22 of ‖E‖².
+    # By Pythagoras, the projection L of an error E leaves ‖E‖² - ‖L‖², up to about 2^-22 of ‖E‖².
     kept = torch.stack([_square_of_factors(task, found) for task, found in zip(tasks, factors, strict=True)])
     norms = (torch.stack(squares) - kept).clamp_min(0).sqrt().tolist()
     return list(zip(found, norms, strict=True))
 
 
 def _square(matrix: Tensor, moment: Tensor) -> Tensor:
-    """float64: tr(M R Mᵀ), the square of what a matrix adds to the outputs."""
+    """float64: tr(M R Mᵀ), the square of a matrix's contribution to the outputs."""
     values = matrix.float()
     return (values @ moment * values).sum(dtype=torch.float64)
 
 
 def _square_of_factors(task: _Task, found: Factors) -> Tensor:
-    """The same of the factors' product, in whichever norm they were found."""
+    """The same for the factors' product, in the norm in which they were found."""
     if task.moment is None:
         return found.s.double().square().sum()
     inner = (found.a0 @ task.moment).double() @ found.a0.double().mT
@@ -356,7 +356,7 @@ def _square_of_factors(task: _Task, found: Factors) -> Tensor:
 def _factors(
     tasks: Sequence[_Task], matrices: Sequence[Tensor], largest: Sequence[float], svds: Sequence[SvdOptions]
 ) -> list[Factors]:
-    """The factors of matrices in the place of the tasks' weights, those with the same options decomposed together."""
+    """The factors of matrices that replace the tasks' weights. Those with the same options are decomposed together."""
     found: dict[int, Factors] = {}
     for svd in dict.fromkeys(svds):
         group = [i for i, other in enumerate(svds) if other == svd]

@@ -1,4 +1,4 @@
-"""What the arguments of pissa.ops may be: errors name the argument, what was given and what is allowed."""
+"""Checks the arguments of pissa.ops. Errors name the argument, what was given and what is allowed."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ def check_tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...] = FLO
 
 
 def check_devices(tensors: Mapping[str, Tensor | None]) -> None:
-    """All on the device of the first, which is the one to move to. None is an argument that was not given."""
+    """Checks that all are on the device of the first, which the error names. None is an argument that was not given."""
     device = None
-    for tensor in tensors.values():  # before each product: no more than a comparison while all is well
+    for tensor in tensors.values():  # runs before each product: only a comparison while all is well
         if tensor is not None:
             device = device or tensor.device
             if tensor.device != device:
@@ -68,8 +68,8 @@ def check_devices(tensors: Mapping[str, Tensor | None]) -> None:
 
 
 def check_matrix(weight: object, name: str = "weight") -> Tensor:
-    """A dense [out, in] weight with values, whatever they are; detached: what is decomposed or quantised carries no
-    gradient."""
+    """Checks a dense [out, in] weight, whatever its values, and returns it detached, because what is decomposed or
+    quantised carries no gradient."""
     tensor = check_tensor(name, weight)
     if tensor.dim() != 2 or tensor.numel() == 0:
         raise ValueError(f"{name}: got shape {list(tensor.shape)}; needed: [out, in], not empty")
@@ -79,8 +79,8 @@ def check_matrix(weight: object, name: str = "weight") -> Tensor:
 
 
 def check_weights(weights: Sequence[object], names: Sequence[str]) -> tuple[list[Tensor], list[float]]:
-    """The same of finite weights on one device, and max|weight| of each, which one reading finds. The host waits for
-    the device once."""
+    """The same for finite weights on one device. Also returns max|weight| of each, all found in one reading. The host
+    waits for the device once."""
     tensors = [check_matrix(weight, name) for weight, name in zip(weights, names, strict=True)]
     check_devices(dict(zip(names, tensors, strict=True)))
     bounds: list[float] = torch.ops.pissa.max_abs(tensors).tolist() if tensors else []
@@ -90,13 +90,13 @@ def check_weights(weights: Sequence[object], names: Sequence[str]) -> tuple[list
 
 
 def check_finite(largest: float, name: str = "weight") -> None:
-    """Whether a weight is finite whose largest element that is."""
+    """Raises ValueError unless a weight with this largest element is finite."""
     if not math.isfinite(largest):
         raise ValueError(f"{name}: contains NaN or Inf; only finite weights can be decomposed or quantised")
 
 
 def check_lengths(lists: Mapping[str, Sequence[object]], count: int) -> None:
-    """Whether arguments have one item for each weight."""
+    """Checks that arguments have one item for each weight."""
     for name, values in lists.items():
         if len(values) != count:
             raise ValueError(f"{name}: got {len(values)}; needed: one for each of the {count} weights")
@@ -113,7 +113,7 @@ def check_rank(r: object, weight: Tensor, name: str = "r") -> None:
 
 
 def check_svd(svd: str, passes: int | str, seed: int, name: str = "passes") -> int | None:
-    """The passes, called `name`, as the compiled ops take them: None for "auto"."""
+    """Returns the passes, called `name` in errors, as the compiled ops take them: None for "auto"."""
     check_choice("svd", svd, get_args(Svd))
     number = passes if isinstance(passes, int) and not isinstance(passes, bool) else None
     if passes != "auto" and (number is None or number < PASSES_PER_STEP or number % PASSES_PER_STEP):
@@ -124,7 +124,7 @@ def check_svd(svd: str, passes: int | str, seed: int, name: str = "passes") -> i
 
 
 def check_alternation(quant_iters: object, quantise_first: bool, tolerance: object, form: str) -> None:
-    """How a quantised residual is alternated with its factors."""
+    """Checks how a quantised residual is alternated with its factors."""
     if isinstance(quant_iters, bool) or not isinstance(quant_iters, int) or quant_iters < 1:
         raise ValueError(f"quant_iters: got {quant_iters!r}; allowed: a whole number of at least 1")
     formats = ", ".join(map(repr, FORMATS))
@@ -137,13 +137,13 @@ def check_alternation(quant_iters: object, quantise_first: bool, tolerance: obje
 
 
 def check_scaling(scaling: float, name: str = "scaling") -> None:
-    """The scaling that start factors are divided by."""
+    """Checks the scaling by which start factors are divided."""
     if not isinstance(scaling, (int, float)) or not math.isfinite(scaling) or scaling <= 0:
         raise ValueError(f"{name}: got {scaling!r}; allowed: a positive number (lora_alpha / r)")
 
 
 def check_change_scaling(scaling: float) -> None:
-    """The scaling that a change is multiplied by: 0 switches it off, a negative one takes it away."""
+    """Checks the scaling by which a change is multiplied. 0 disables the change, and a negative one subtracts it."""
     if not isinstance(scaling, (int, float)) or not math.isfinite(scaling):
         raise ValueError(f"scaling: got {scaling!r}; allowed: a finite number (lora_alpha / r)")
 
@@ -151,7 +151,7 @@ def check_change_scaling(scaling: float) -> None:
 def check_factors(
     name_a: str, a: object, name_b: str, b: object, out_features: int, in_features: int, least: int = 1
 ) -> None:
-    """Whether a and b are factors of a weight of that shape, of rank `least` or more."""
+    """Checks that a and b are factors of a weight of that shape, of rank `least` or more."""
     a, b = check_tensor(name_a, a), check_tensor(name_b, b)
     if a.dim() != 2 or a.shape[0] < least or a.shape[1] != in_features:
         raise ValueError(f"{name_a}: got shape {list(a.shape)}; needed: [r, in] = [r >= {least}, {in_features}]")
@@ -160,12 +160,12 @@ def check_factors(
 
 
 def check_product(names: tuple[str, str, str], largest: float, norm_a: float, norm_b: float, scaling: float) -> None:
-    """Whether weight - scaling * b0 @ a0, with its partial sums, stays within float32.
+    """Checks that weight - scaling * b0 @ a0, with its partial sums, stays within float32.
 
     Args:
-        names: of the weight, a0 and b0.
+        names: the names of the weight, a0 and b0.
         largest: max|weight|.
-        norm_a, norm_b: of the factors.
+        norm_a, norm_b: the norms of the factors.
     """
     weight, a0, b0 = names
     check_finite(largest, weight)

@@ -1,4 +1,4 @@
-"""The quantised formats: what is to be known of each, from the core's table (cpp/pissa/core/format.h)."""
+"""The quantised formats and their properties, from the core's table (cpp/pissa/core/format.h)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from pissa.ops._load import _C
 
 DEFAULT = "nf4"
-"""The format that is meant where none is named."""
+"""The default format."""
 NESTED_BLOCKSIZE: int = _C.limits()["nested_blocksize"]
 
 
@@ -18,18 +18,18 @@ NESTED_BLOCKSIZE: int = _C.limits()["nested_blocksize"]
 class QuantFormat:
     """A format of codes, with a scale for each block of them.
 
-    Blocks are runs of the flattened weight, of one of `blocksizes`; or, where there are none, rows. Those of "mxfp4",
-    "nvfp4" and "int4" lie within rows.
+    Blocks are runs of the flattened weight, with one of the `blocksizes`, or rows if there are none. The blocks of
+    "mxfp4", "nvfp4" and "int4" do not cross rows.
     """
 
     name: str
     bits: int
-    """Of a code."""
+    """Bits of a code."""
     blocksizes: tuple[int, ...]
     usual_blocksize: int
     scales: str
-    """The kind of its scales. "float32"; "nested", quantised too, or float32; "e8m0" and "e4m3", a byte each;
-    "bfloat16"; "tiles", float32, bfloat16 or E8M0."""
+    """The kind of its scales: "float32"; "nested" (quantised too, or float32); "e8m0" and "e4m3" (one byte each);
+    "bfloat16"; "tiles" (float32, bfloat16 or E8M0)."""
 
     @property
     def has_double_quant(self) -> bool:
@@ -42,11 +42,11 @@ class QuantFormat:
         return len(self.blocksizes) > 1
 
     def options(self, blocksize: int | None, double_quant: bool | None, columns: int) -> tuple[int, bool]:
-        """Elements of a block in a weight with that many columns, and whether scales are quantised: what is asked for,
-        where it is not None, else what is usual.
+        """Returns the elements of a block in a weight with that many columns, and whether scales are quantised: the
+        requested values, or the defaults where they are None.
 
         Raises:
-            ValueError: what is asked for does not exist in the format.
+            ValueError: the format does not support the requested values.
         """
         self.check_options(blocksize, double_quant)
         if blocksize is None:
@@ -56,9 +56,9 @@ class QuantFormat:
         return blocksize, self.has_double_quant if double_quant is None else double_quant
 
     def check_options(self, blocksize: int | None, double_quant: bool | None) -> None:
-        """Raises ValueError unless the format has blocks of that size, and scales of that kind."""
+        """Raises ValueError unless the format has blocks of that size and scales of that kind."""
         if blocksize is not None and blocksize not in self.blocksizes:
-            allowed = ", ".join(map(str, self.blocksizes)) or f"None, for a block of {self.name} is a row"
+            allowed = ", ".join(map(str, self.blocksizes)) or f"None, because a block of {self.name} is a row"
             raise ValueError(f"blocksize: got {blocksize!r}; allowed: {allowed}")
         if double_quant and not self.has_double_quant:
             raise ValueError(f"double_quant: got {double_quant!r}; allowed: False; {self.name} has scales of one kind")
@@ -66,8 +66,8 @@ class QuantFormat:
     def tensors(
         self, shape: tuple[int, int], blocksize: int, double_quant: bool
     ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shapes and dtypes of the tensors that a weight [out, in] consists of if it is quantised here, by their names
-        in `QuantizedWeight`."""
+        """The shapes and dtypes of the tensors of a weight [out, in] that is quantised here, by their names in
+        `QuantizedWeight`."""
         elements = math.prod(shape)
         blocks = _ceil_div(elements, blocksize)
         parts: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
@@ -94,4 +94,4 @@ FORMATS: dict[str, QuantFormat] = {
     name: QuantFormat(name, row["bits"], tuple(row["blocksizes"]), row["usual_blocksize"], row["scales"])
     for name, row in _C.formats().items()
 }
-"""By name."""
+"""The formats by name."""

@@ -1,4 +1,4 @@
-"""Products b a of low rank, handled by their factors: the difference of two, the best approximation of lower rank."""
+"""Products b a of low rank, in factors: the difference of two, and the best approximation of lower rank."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ _UNIT_ROUNDOFF = 2.0**-53
 
 
 def join_difference(a: Tensor, da: Tensor, db: Tensor, b0: Tensor) -> tuple[Tensor, Tensor]:
-    """[a ; da] [2r, in] and [db | b0] [out, 2r]. Their product is b a - b0 a0, without cancellation, for a = a0 + da
+    """[a ; da] [2r, in] and [db | b0] [out, 2r]. Their product is b a - b0 a0, without cancellation, where a = a0 + da
     and b = b0 + db."""
     return torch.cat([a, da]), torch.cat([db, b0], dim=1)
 
 
 def split_difference(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The way back from `join_difference`: views a, da, db, b0."""
+    """The inverse of `join_difference`: returns views a, da, db, b0."""
     (upper, da), (db, b0) = a.chunk(2), b.chunk(2, dim=1)
     return upper, da, db, b0
 
 
 def pad_rank(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """a [k, in] and b [out, k] filled up with zeros to a rank of at least k: the same product."""
+    """Pads a [k, in] and b [out, k] with zeros to a rank of at least k. The product does not change."""
     missing = rank - len(a)
     return functional.pad(a, (0, 0, 0, missing)), functional.pad(b, (0, missing))
 
@@ -41,7 +41,7 @@ class Spectrum(NamedTuple):
     left: Tensor
     """[out, k], orthonormal columns."""
     values: Tensor
-    """[k], falling."""
+    """[k], descending."""
     right: Tensor
     """[k, in], orthonormal rows."""
 
@@ -55,19 +55,20 @@ class Spectrum(NamedTuple):
 
     @property
     def energy(self) -> Tensor:
-        """The sums of squares of the values from the i-th on, i from 0 to k: [0] is ‖b a‖², [r] what rank r lacks."""
+        """The sums of squares of the values from the i-th on, i from 0 to k: [0] is ‖b a‖², [r] is what rank r
+        lacks."""
         squares = torch.cat([self.values.square(), self.values.new_zeros(1)])
         return squares.flip(0).cumsum(0).flip(0)
 
     def smallest_rank(self, share: float) -> int:
-        """The smallest rank, at least 1, that keeps the given share of ‖b a‖². Values below the roundoff of the
-        decomposition count as zero."""
+        """The smallest rank, at least 1, that keeps the given share of ‖b a‖². Values below the decomposition's
+        roundoff count as zero."""
         energy = self.energy
         noise = (self.left.shape[0] + self.right.shape[1]) * _UNIT_ROUNDOFF * self.values[0]
         allowed = (1 - share) * energy[0] + len(self.values) * noise**2
         return max(1, int((energy > allowed).sum()))
 
     def factors(self, ranks: slice) -> tuple[Tensor, Tensor]:
-        """Factors a, b of the part with these values, of equal norms."""
+        """Factors a, b, with equal norms, of the part that has these values."""
         root = self.values[ranks].sqrt()
         return root[:, None] * self.right[ranks], self.left[:, ranks] * root
