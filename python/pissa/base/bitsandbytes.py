@@ -1,4 +1,4 @@
-"""bitsandbytes' layers as bases: a 4-bit one's bytes are ours, an 8-bit one stays what it is."""
+"""bitsandbytes' layers as bases. A 4-bit layer is replaced by ours with the same bytes; an 8-bit one stays as it is."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from pissa.base.weights import CodedLinear, Dense, copy_without_hooks, dense_lin
 from pissa.distributed import is_sharded
 
 _OTHER_CODES = 0.01
-"""The share of bytes in which the codes of one weight may differ: bitsandbytes divides by scales elsewhere than our
-kernels. Of Gaussian weights that differ by 2 % of their norm it is 0.12."""
+"""The share of bytes in which two codings of one weight may differ, because bitsandbytes divides by scales at another
+point than our kernels. For Gaussian weights that differ by 2 % of their norm, the share is 0.12."""
 
 
 def is_bitsandbytes(module: nn.Module, *names: str) -> bool:
-    """Whether `module` is one of bitsandbytes' classes of these names, asked without importing bitsandbytes."""
+    """Whether `module` is one of bitsandbytes' classes with these names. Does not import bitsandbytes."""
     kind = type(module)
     return kind.__name__ in names and kind.__module__.startswith("bitsandbytes.")
 
 
 class BnbLinear4bit(CodedLinear):
-    """The base in the place of bitsandbytes' Linear4bit, y = x Qᵀ + b: it computes the same from the same bytes, on the
-    CPU in training as in evaluation (bitsandbytes there repacks them and loses the gradient). It remembers the dtype of
-    the parameter that holds the codes, `quant_storage`, the one that bitsandbytes decodes them to, and the one that it
-    casts inputs to, or None; and its layer, `linear`, if there is one: `restored` makes one otherwise."""
+    """The base that replaces bitsandbytes' Linear4bit, y = x Qᵀ + b. It computes the same from the same bytes, on the
+    CPU also in evaluation (where bitsandbytes repacks them and loses the gradient). It stores three dtypes:
+    `quant_storage`, of the parameter that holds the codes; the one that bitsandbytes decodes them to; and the one that
+    it casts inputs to, or None. It also keeps bitsandbytes' `linear`; without one, `restored` makes one."""
 
     fingerprint_dtype = None
 
@@ -48,7 +48,7 @@ class BnbLinear4bit(CodedLinear):
     ) -> None:
         super().__init__(weight, bias, quant_storage)
         self.decoded_dtype, self.compute_dtype = decoded_dtype, compute_dtype
-        # The layer without its tensors, which would not follow ours to a device. A list keeps it out of our modules.
+        # The layer without its tensors, which would not move with ours. The list hides it from our modules.
         self._rest: list[Any] = []
         if linear is not None:
             rest = copy_without_hooks(linear)
@@ -74,7 +74,7 @@ class BnbLinear4bit(CodedLinear):
         return super().fused(start, scaling, dtype) if self.compute_dtype in (None, dtype) else None
 
     def restored(self) -> nn.Module:
-        """bitsandbytes' layer again, over the same bytes."""
+        """Returns bitsandbytes' layer over the same bytes."""
         from bitsandbytes.nn import Linear4bit, Params4bit
 
         if self._rest:
@@ -94,12 +94,12 @@ class BnbLinear4bit(CodedLinear):
         state = {name.removeprefix("weight."): part for name, part in entries.items() if name != "weight"}
         codes = self.weight.data.reshape(-1, 1)
         weight = Params4bit.from_prequantized(codes, state, device=self.weight.device, module=linear)
-        weight.quant_state.offset = self.offset  # which it makes in torch's default dtype
+        weight.quant_state.offset = self.offset  # bitsandbytes creates it in torch's default dtype
         linear._parameters = {"weight": weight, "bias": self.bias}
         return cast(nn.Module, linear.train(self.training))
 
     def forward(self, x: Tensor) -> Tensor:
-        """The output, computed in `compute_dtype` if bitsandbytes' layer has one, and in the dtype of x again."""
+        """The output, computed in `compute_dtype` if bitsandbytes' layer has one, and returned in the dtype of x."""
         if self.compute_dtype in (None, x.dtype):
             return super().forward(x)
         return ops.linear(x.to(self.compute_dtype), self.quantized, self.bias).to(x.dtype)
@@ -109,8 +109,8 @@ class BnbLinear4bit(CodedLinear):
 
 
 class BnbLinear(Dense):
-    """The base that a layer of bitsandbytes is, which computes with its codes. Only those of 8 bits are read here: a
-    layer of 4 bits that is adapted makes way for a BnbLinear4bit."""
+    """A base that is a layer of bitsandbytes and computes with its codes. Only 8-bit codes are read here: an adapted
+    4-bit layer is replaced by a BnbLinear4bit."""
 
     is_quantised = True
     dense_type: type[nn.Module] = nn.Linear
@@ -146,7 +146,7 @@ def unusable(linear: Any) -> str | None:
 
 
 def from_bitsandbytes(linear: Any) -> BnbLinear4bit:
-    """The layer with the bytes of bitsandbytes' `Linear4bit`, which is not changed."""
+    """A layer with the bytes of bitsandbytes' `Linear4bit`, which is not changed."""
     state = linear.weight.quant_state
     nested_absmax, offset = (state.state2.absmax, state.offset.reshape(())) if state.nested else (None, None)
     codes, shape = as_bytes(linear.weight.data), (state.shape[0], state.shape[1])
@@ -166,7 +166,7 @@ def from_bitsandbytes(linear: Any) -> BnbLinear4bit:
 def linear4bit(
     entries: Mapping[str, Tensor], bias: nn.Parameter | None, compute_dtype: torch.dtype | None
 ) -> BnbLinear4bit:
-    """The layer whose state dict has these entries of its weight, as `from_state` takes them. Needs no bitsandbytes."""
+    """The layer for the state dict entries of a weight, as `from_state` takes them. Does not need bitsandbytes."""
     weight, decoded_dtype = nf4_from_state(entries)
     storage = entries["weight"].dtype
     return BnbLinear4bit(weight, bias, quant_storage=storage, decoded_dtype=decoded_dtype, compute_dtype=compute_dtype)

@@ -1,7 +1,7 @@
-"""Quantised weights as entries of a state dict of bitsandbytes, there and back, and what config.json says of them,
-without importing it.
+"""Conversion between quantised weights and the entries of a bitsandbytes state dict, and their description in
+config.json. Does not import bitsandbytes.
 
-nf4, `Linear4bit`: "weight" uint8 [bytes, 1] and, behind "weight.", absmax, quant_map, nested_absmax, nested_quant_map
+nf4, `Linear4bit`: "weight" uint8 [bytes, 1] and, after "weight.", absmax, quant_map, nested_absmax, nested_quant_map
 and quant_state, which is JSON as bytes. int8, `Linear8bitLt`: "weight" int8 [out, in], "SCB" float32 [out], and
 "weight_format" uint8 [], 0 for rows.
 """
@@ -26,7 +26,7 @@ KEPT_IN_4_BITS = "nf4"
 """The format that bitsandbytes' `Linear4bit` computes with."""
 
 _ROWS = 0
-"""The `weight_format` of codes that lie row by row, the only one that bitsandbytes still has."""
+"""The `weight_format` of codes in row order, the only one that bitsandbytes still has."""
 
 _STATES = "weight.quant_state.bitsandbytes__"
 _STATE = f"{_STATES}{KEPT_IN_4_BITS}"
@@ -38,23 +38,23 @@ ENTRIES = {
     ),
     ".SCB": ("weight", "SCB", "weight_format"),
 }
-"""The entries of a packed weight, by what a name has behind the layer's if the weight is packed so."""
+"""The entries of a packed weight, by the suffix that follows the layer's name if the weight is packed so."""
 
 _FLAGS = {"nf4": "load_in_4bit", "int8": "load_in_8bit"}
-"""How each format is declared to transformers, in `BitsAndBytesConfig`."""
+"""The field of `BitsAndBytesConfig` that declares each format to transformers."""
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 _LONGEST_FLOAT = 24
-"""Characters of a float64 in JSON, at most. The offset's place is that long in every file, filled up with blanks behind
-the object, so that the size of a tensor does not depend on values."""
+"""The largest number of characters of a float64 in JSON. Every file reserves that much for the offset, with blanks
+after the object, so that a tensor's size does not depend on values."""
 
 # ---- To entries ------------------------------------------------------------------------------------------------------
 
 
 def to_bitsandbytes(weight: ops.QuantizedWeight, dtype: torch.dtype) -> dict[str, Tensor]:
-    """A matrix [out, in] as the entries, without copying its bytes. `dtype`: that of the dense weight, which
-    bitsandbytes dequantises NF4 to. Raises ValueError for a format that bitsandbytes has not."""
+    """Returns the entries of a matrix [out, in], without copying its bytes. `dtype` is that of the dense weight, to
+    which bitsandbytes dequantises NF4. Raises ValueError for a format that bitsandbytes does not have."""
     if weight.format not in _FLAGS:
         raise ValueError(
             f"quant: got {weight.format!r}, whose bytes only pissa reads; allowed in a checkpoint: "
@@ -88,7 +88,7 @@ def to_bitsandbytes(weight: ops.QuantizedWeight, dtype: torch.dtype) -> dict[str
 def entry_layout(
     form: Form, shape: tuple[int, int], dtype: torch.dtype
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """The dtypes and shapes of what `to_bitsandbytes` gives for any weight [out, in] quantised in that form."""
+    """The dtypes and shapes of what `to_bitsandbytes` returns for a weight [out, in] quantised in that form."""
     parts = {
         name: torch.empty(size, dtype=kind, device="meta")
         for name, (size, [kind]) in residual_shapes(form, shape).items()
@@ -98,7 +98,7 @@ def entry_layout(
     return {name: (value.dtype, tuple(value.shape)) for name, value in to_bitsandbytes(weight, dtype).items()}
 
 
-# The maps are what our own codes mean: decoded from one code each.
+# The maps give the values of our own codes. Each value is decoded from one code.
 
 
 @functools.cache
@@ -123,7 +123,7 @@ def _nested_map() -> Tensor:
 
 
 def from_state(entries: Mapping[str, Tensor]) -> ops.QuantizedWeight:
-    """The way back from `to_bitsandbytes`, without copying bytes. `entries`: those of one layer in the state dict of
+    """The inverse of `to_bitsandbytes`, without copying bytes. `entries` are those of one layer in the state dict of
     `Linear4bit` or `Linear8bitLt`, by their names in it; "bias" is not read."""
     if "SCB" in entries or ("weight" in entries and entries["weight"].dtype == torch.int8):
         return _int8_from_state(entries)
@@ -140,7 +140,7 @@ def _int8_from_state(entries: Mapping[str, Tensor]) -> ops.QuantizedWeight:
         raise ValueError(f"weight: got {codes.dtype} {list(codes.shape)}; needed: torch.int8 [out, in]")
     if scales.dtype != torch.float32 or scales.numel() != len(codes):
         raise ValueError(f"SCB: got {scales.dtype} {list(scales.shape)}; needed: torch.float32 [{len(codes)}]")
-    # As bitsandbytes reads it: what is missing is rows.
+    # As bitsandbytes reads it: a missing entry means rows.
     if (order := entries.get("weight_format")) is not None and order.flatten().tolist() != [_ROWS]:
         raise ValueError(f"weight_format: got {order.tolist()}; allowed: {_ROWS}, for codes row by row")
     shape = (codes.shape[0], codes.shape[1])
@@ -148,7 +148,7 @@ def _int8_from_state(entries: Mapping[str, Tensor]) -> ops.QuantizedWeight:
 
 
 def nf4_from_state(entries: Mapping[str, Tensor]) -> tuple[ops.QuantizedWeight, torch.dtype]:
-    """The weight, and the dtype that bitsandbytes decodes it to; see `from_state`."""
+    """Returns the weight, and the dtype to which bitsandbytes decodes it; see `from_state`."""
     kinds = [name.removeprefix(_STATES) for name in entries if name.startswith(_STATES)]
     if kinds not in ([], ["nf4"]):
         raise ValueError(f"weight: quantised as {', '.join(kinds)}; allowed: nf4")
@@ -183,8 +183,8 @@ def as_bytes(packed: Tensor) -> Tensor:
 
 
 def _parse(packed: Tensor) -> tuple[tuple[int, int], int, torch.dtype, float | None]:
-    """What bitsandbytes keeps of a weight beside tensors: its shape, its block size, the dtype that it is dequantised
-    to, the mean of its scales, if these are quantised too. Every value is checked before it is used."""
+    """Returns what bitsandbytes stores of a weight in addition to tensors: its shape, its block size, the dtype to
+    which it is dequantised, and the mean of scales that are quantised too. Every value is checked before use."""
     found: Any = f"{packed.dtype} {list(packed.shape)}"
     _need(packed.dtype == torch.uint8 and packed.dim() == 1, "the entry", found, "uint8 in one dimension")
     try:
@@ -225,9 +225,9 @@ def _need(is_right: bool, name: str, got: object, needed: str) -> None:
 def quantization_config(
     form: Form, dtype: torch.dtype, dense_linears: Sequence[str], *, experts: bool = False
 ) -> dict[str, Any]:
-    """`BitsAndBytesConfig` as JSON, for layers quantised in `form`, whose weights had that dtype. With packed experts,
-    which transformers would take for missing and draw at random, the method is one that it does not know, and it loads
-    nothing."""
+    """`BitsAndBytesConfig` as JSON, for layers quantised in `form` whose weights had that dtype. transformers would
+    treat packed experts as missing and initialise them at random. With such experts, the JSON therefore names a method
+    that transformers does not know, and it loads nothing."""
     flag = _FLAGS[form.kind]
     half = dtype if dtype in (torch.bfloat16, torch.float16) else torch.float32
     flags = {f"{hidden}{name}": name == flag for hidden in ("_", "") for name in _FLAGS.values()}

@@ -1,6 +1,6 @@
-"""Fingerprints of tensors, which tell them from others, the same on every machine.
+"""Fingerprints of tensors, which identify their values and are the same on every machine.
 
-A fingerprint is a text of three parts, and of a fourth if it is that of one floating tensor::
+A fingerprint is a text of three parts, with a fourth part for a single floating tensor::
 
     xxh3:bfloat16:68577c773a89b2cbef6d14097043ba91:3e000000...
 
@@ -10,8 +10,8 @@ The dtype    of the first tensor. Floating tensors that are compared with the fi
              bfloat16 checkpoint that is loaded in float32 is the one that was trained on in bfloat16. A stored residual
              is computed from the weight in that dtype, too.
 The digest   of shapes and values, 32 hexadecimal digits.
-The sample   eight elements as float32, 64 hexadecimal digits: what can be compared with a tensor in a dtype that does
-             not hold the values.
+The sample   eight elements as float32, 64 hexadecimal digits, to be compared with a tensor in a dtype that does not
+             hold the values.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from torch import Tensor
 XXH3, SUMS = KINDS = ("xxh3", "sums")
 
 _CHUNK = {"cpu": 1 << 16, "cuda": 1 << 24}
-"""Elements that are cast and hashed, or multiplied, at once: they stay in the CPU's cache; on a GPU their products, 128
-MB, keep the number of kernels small."""
+"""Elements that are cast and hashed, or multiplied, at once. They fit into the CPU's cache; on a GPU their products
+take 128 MB, which keeps the number of kernels small."""
 
 _SAMPLE = 8
-"""Elements of the sample. One element of two independent Gaussian weights agrees up to bfloat16's rounding once in 400
-times, all eight once in 10^20."""
+"""Elements in the sample. One element of two independent Gaussian weights agrees up to bfloat16's rounding in one of
+400 cases, all eight in one of 10^20."""
 
 _PACKED = struct.Struct(f"<{_SAMPLE}f")
 
 
 class Match(enum.Enum):
-    """What a comparison of a tensor with a fingerprint shows."""
+    """The result of comparing a tensor with a fingerprint."""
 
     SAME = enum.auto()
     """The values are the same, in the dtype of the fingerprint."""
@@ -49,19 +49,19 @@ class Match(enum.Enum):
 
 
 class Fingerprint:
-    """A fingerprint as text, or as the integers that the GPU still has which computes them."""
+    """A fingerprint, as text or as integers that are still on the GPU that computes them."""
 
     def __init__(self, found: str | Tensor, dtype: torch.dtype | None = None) -> None:
         self.found = found
         self.dtype = dtype_of(found) if isinstance(found, str) else dtype
-        """That of the first tensor."""
+        """The dtype of the first tensor."""
 
     def __str__(self) -> str:
         return read([self])[0]
 
     @property
     def kind(self) -> str:
-        """How its digest is computed."""
+        """The way its digest is computed."""
         return SUMS if isinstance(self.found, Tensor) else kind_of(self.found)
 
 
@@ -69,8 +69,8 @@ def fingerprint(*tensors: Tensor, kind: str | None = None, dtype: torch.dtype | 
     """The fingerprint of the shapes and values of `tensors`, on one device.
 
     Args:
-        kind: by default the one that this device is quick with.
-        dtype: what floating tensors are cast to first; by default they stay as they are.
+        kind: the kind of fingerprint (default: the kind that this device computes fast).
+        dtype: the dtype to which floating tensors are cast first (default: they stay as they are).
     """
     first = tensors[0]
     if kind is None:
@@ -86,7 +86,7 @@ def fingerprint(*tensors: Tensor, kind: str | None = None, dtype: torch.dtype | 
 
 
 def read(fingerprints: Sequence[Fingerprint]) -> list[str]:
-    """The fingerprints as text. The host waits once for each device that still has some."""
+    """The fingerprints as text. The host waits once for each device that still holds some."""
     waiting: dict[tuple[torch.device, int], list[tuple[Fingerprint, Tensor]]] = {}
     for one in fingerprints:
         if isinstance(one.found, Tensor):
@@ -105,7 +105,7 @@ def kind_of(recorded: str) -> str:
 
 
 def dtype_of(recorded: str) -> torch.dtype:
-    """The dtype of the first tensor that a fingerprint was computed of."""
+    """The dtype of the first tensor for which a fingerprint was computed."""
     found: torch.dtype = getattr(torch, recorded.split(":")[1])
     return found
 
@@ -132,7 +132,7 @@ def match(recorded: str | None, *tensors: Tensor) -> Match:
 
 def _is_rounded(found: str, recorded: str, dtype: torch.dtype) -> bool:
     """Whether `found`, the fingerprint of a weight in `dtype` that was cast to the dtype of `recorded`, differs from it
-    by roundings alone, as far as the samples show."""
+    only by roundings, as far as the samples show."""
     was = dtype_of(recorded)
     if not (dtype.is_floating_point and was.is_floating_point) or holds(dtype, was):
         return False
@@ -140,7 +140,7 @@ def _is_rounded(found: str, recorded: str, dtype: torch.dtype) -> bool:
     if not all(samples):
         return False
     here, there = (_PACKED.unpack(bytes.fromhex(sample)) for [sample] in samples)
-    # w, rounded to `dtype` and then to `was`, beside w rounded to `was`: half an epsilon each, and half a subnormal.
+    # w rounded to `dtype` and then to `was`, against w rounded to `was`: half an epsilon each, and half a subnormal.
     infos = torch.finfo(dtype), torch.finfo(was)
     relative, absolute = sum(info.eps for info in infos), sum(info.eps * info.smallest_normal for info in infos)
     return all(abs(a - b) <= relative * abs(b) + absolute for a, b in zip(here, there, strict=True))
@@ -160,7 +160,7 @@ def _text(kind: str, dtype: torch.dtype, parts: Sequence[str]) -> str:
 
 
 def xxh3(*tensors: Tensor, dtype: torch.dtype | None = None) -> str:
-    """XXH3-128 of the shapes and bytes of `tensors`; floating ones are cast to `dtype`, if that is one."""
+    """XXH3-128 of the shapes and bytes of `tensors`. Floating tensors are cast to a floating `dtype`."""
     digest = xxhash.xxh3_128()
     for tensor in tensors:
         values = tensor.detach().cpu().contiguous()
@@ -172,7 +172,7 @@ def xxh3(*tensors: Tensor, dtype: torch.dtype | None = None) -> str:
 
 
 def xxh3_of_text(text: str) -> str:
-    """XXH3-128 of a text."""
+    """The XXH3-128 of a text."""
     return xxhash.xxh3_128_hexdigest(text.encode())
 
 
@@ -182,14 +182,14 @@ def bytes_of(tensor: Tensor) -> memoryview:
 
 
 # ---- Sums ------------------------------------------------------------------------------------------------------------
-# Exact integer sums, which need no order and no host. Element x of row i and column j of a matrix adds
-# x * column[j] * row[i], modulo 2^64, to each of two sums, which have keys of their own. x is the float32 bits of a
-# floating element as a signed integer, so that values count, not the dtype that holds them, or the integer that it is.
-# Keys are odd and pseudo-random (SplitMix64): no change of one element leaves a sum as it was, and a change of many
-# does so by chance only. They guard against mistakes, not attacks.
+# Exact integer sums, which depend neither on an order nor on the host. Element x in row i and column j of a matrix adds
+# x * column[j] * row[i], modulo 2^64, to each of two sums, which have different keys. For a floating element, x is its
+# float32 bits as a signed integer, so that only the value counts and not the dtype; an integer is used as it is. Keys
+# are odd and pseudo-random (SplitMix64): changing one element always changes a sum, and changing many leaves it the
+# same only by chance. The sums guard against mistakes, not attacks.
 
 _WIDTH = 4096
-"""Columns of what is no matrix: it is taken in rows of so many elements, and a shorter last one."""
+"""Columns for a tensor that is not a matrix: it is read in rows of this many elements, with a shorter last one."""
 
 _COLUMNS, _ROWS = (0x636F6C31, 0x636F6C32), (0x726F7731, 0x726F7732)  # the seeds of the keys of the two sums
 
@@ -198,8 +198,8 @@ def sums(*tensors: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """The two sums of the shapes and values of `tensors`, int64 [2] on their device. The host does not wait.
 
     Args:
-        tensors: float32, bfloat16, float16 or integers, on one device. The rows of all count as one below the other.
-        dtype: a floating dtype that floating tensors are cast to first.
+        tensors: float32, bfloat16, float16 or integers, on one device. Their rows count as if stacked.
+        dtype: a floating dtype to which floating tensors are cast first.
     """
     shapes = (f"{'floats' if tensor.is_floating_point() else 'integers'} {tuple(tensor.shape)}" for tensor in tensors)
     head = xxhash.xxh3_128_digest(";".join(shapes).encode())
@@ -216,7 +216,7 @@ def sums(*tensors: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def cast_to(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
-    """The dtype that a tensor is cast to if `dtype` is asked for: its own, if one of them is not floating."""
+    """The dtype to which a tensor is cast if `dtype` is requested: its own, if either is not floating."""
     if dtype is None or not (dtype.is_floating_point and tensor.is_floating_point()):
         return tensor.dtype
     return dtype
@@ -236,7 +236,7 @@ def _matrices(tensor: Tensor) -> list[Tensor]:
 
 
 def _of_matrix(matrix: Tensor, first: int, dtype: torch.dtype) -> Tensor:
-    """The sums of a matrix in `dtype`, whose first row has that number."""
+    """The sums of a matrix in `dtype`, where `first` is the number of its first row."""
     rows, cols = matrix.shape
     columns, row = _keys(_COLUMNS, cols, matrix.device), _keys(_ROWS, first + rows, matrix.device)
     total = torch.zeros(2, dtype=torch.int64, device=matrix.device)
@@ -249,7 +249,7 @@ def _of_matrix(matrix: Tensor, first: int, dtype: torch.dtype) -> Tensor:
     return total
 
 
-@functools.lru_cache(maxsize=32)  # of all layers of a model, which share a few sizes
+@functools.lru_cache(maxsize=32)  # the layers of a model share a few sizes
 def _keys(seeds: tuple[int, int], count: int, device: torch.device) -> Tensor:
     """The keys 0 to `count` - 1 of the two sums, int64 [2, count], by SplitMix64."""
     number = torch.arange(1, count + 1, device=device) * _signed(0x9E3779B97F4A7C15)
@@ -260,7 +260,7 @@ def _keys(seeds: tuple[int, int], count: int, device: torch.device) -> Tensor:
 
 
 def _shifted(values: Tensor, count: int) -> Tensor:
-    """To the right, as without a sign."""
+    """Shifts to the right, as for unsigned integers."""
     return (values >> count) & ((1 << (64 - count)) - 1)
 
 

@@ -1,4 +1,4 @@
-"""The fingerprints of a layer's base: which of them are known, and what is computed to compare with a recorded one."""
+"""The fingerprints of a layer's base: those already known, and those computed for comparison with a recorded one."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from pissa.distributed import is_sharded, whole_tensor
 
 
 class Remembered:
-    """The fingerprints of a frozen weight in its own dtype, one of a kind, each computed when it is first asked for:
-    hashing a large model takes seconds, and a run saves many checkpoints of one base. After `fully_shard`, what was
-    known stays so."""
+    """The fingerprints of a frozen weight in its own dtype, one of each kind, each computed on first use. Hashing a
+    large model takes seconds, and a run saves many checkpoints of one base. Known fingerprints are kept after
+    `fully_shard`."""
 
     def __init__(self) -> None:
         self._key: tuple[int, int, torch.dtype] | None = None
@@ -29,7 +29,7 @@ class Remembered:
         return next((found for found in self._known.values() if kind in (None, found.kind)), None)
 
     def learn(self, weight: Tensor, found: Fingerprint) -> Fingerprint:
-        """Takes a fingerprint of these values, and returns it."""
+        """Stores a fingerprint of these values, and returns it."""
         if _state(weight) != self._key:
             self._key, self._known = _state(weight), {}
         self._known[found.kind] = found
@@ -42,11 +42,11 @@ def _state(weight: Tensor) -> tuple[int, int, torch.dtype]:
 
 
 class Fingerprints:
-    """The fingerprints of a layer's base: of its weight, a matrix, as it was given to us, and of the residual that a
-    stored base keeps. Each is computed when it is first asked for, and then remembered.
+    """The fingerprints of a layer's base: of its weight as a matrix, as it was given, and of the residual that a stored
+    base keeps. Each is computed on first use and then remembered.
 
     `gathered`, below, is the whole parameter of the base's module. It is read if the parameter is sharded and the
-    fingerprint is not known yet. A comparison gathers it itself, so that all processes have to compare together.
+    fingerprint is not known yet. A comparison gathers it itself, so all processes must compare together.
     """
 
     def __init__(self) -> None:
@@ -67,16 +67,16 @@ class Fingerprints:
         return found
 
     def learn_weight(self, base: Base, value: str) -> None:
-        """Takes a value of `of_weight` that another process, or a file, has."""
+        """Stores a value of `of_weight` that comes from another process or from a file."""
         self._weight.learn(base.parameter, Fingerprint(value))
 
     def learn_residual(self, base: Base, value: str) -> None:
-        """Takes a value of `of_residual` that another process has."""
+        """Stores a value of `of_residual` that comes from another process."""
         self._residual.learn(base.parameter, Fingerprint(value))
 
     def match_weight(self, base: Base, recorded: str) -> Match:
-        """Compares the weight with a fingerprint of any kind. Of a weight that a stored base has replaced only one is
-        known: of another kind or dtype the answer is SAME, and `residual_is` decides."""
+        """Compares the weight with a fingerprint of any kind. For a weight that a stored base has replaced, only one is
+        known. If the given one has another kind or dtype, the result is SAME, and `residual_is` decides."""
         own = base.fingerprint
         if own is None:
             return self._match(self._weight, base, recorded, lambda: [base.matrix()])

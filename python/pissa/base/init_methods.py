@@ -1,4 +1,4 @@
-"""Where an adapter starts: the factors of a weight by PiSSA and, to compare with it, by other initialisations.
+"""The start of an adapter: the factors of a weight by PiSSA and, for comparison, by other initialisations.
 
 A method is a class in `INIT_METHODS`; `PissaConfig.init` names it.
 """
@@ -22,78 +22,78 @@ from pissa.ops.low_rank import nothing
 
 
 class StartTask(NamedTuple):
-    """Weights at which adapters are to start."""
+    """Weights from which adapters are to start."""
 
     weights: Sequence[Tensor]
-    """[out, in], of any dtype that `ops.split` takes; on the meta device if a method that does not read weights has not
-    asked for their values."""
+    """[out, in], of any dtype that `ops.split` takes. They are on the meta device if the method does not read
+    weights."""
     origins: Sequence[Origin]
-    """Rank and scaling of each."""
+    """Rank and scaling for each."""
     config: PissaConfig
     names: Sequence[str]
-    """What messages call the layers."""
+    """The names of the layers in messages."""
     moments: Sequence[Tensor] | None = None
     """The second moment of each layer's inputs, as `ops.split` takes it, where the configuration needs them."""
     kept: Sequence[ops.QuantizedWeight] | None = None
-    """The codes of each weight, where they are there already and stay as they are."""
+    """The codes of each weight, if they exist already and do not change."""
     device: torch.device | None = None
-    """Where factors go; None: where the weights are."""
+    """The device for the factors; None: the device of the weights."""
 
     @property
     def weight_names(self) -> list[str]:
-        """What messages call the weights."""
+        """The names of the weights in messages."""
         return [f"layer {name}: weight" for name in self.names]
 
 
 class InitMethod(ABC):
-    """A way to start an adapter."""
+    """A method that starts an adapter."""
 
     name: str
-    """What `PissaConfig.init` calls it."""
+    """The method's name in `PissaConfig.init`."""
 
     is_given: ClassVar[bool] = False
-    """Whether the factors come from elsewhere, so that nothing starts by this."""
+    """Whether the factors come from elsewhere, so that no adapter can start by this method."""
 
     fields: ClassVar[tuple[str, ...]] = ("svd", "svd_passes", "seed")
-    """The fields of the configuration that are the identity of a start; see `identity`."""
+    """The fields of the configuration that identify a start; see `identity`."""
 
     reads_weights: ClassVar[bool] = True
     """Whether factors depend on the weights."""
 
     takes_nothing: ClassVar[bool] = False
-    """Whether a residual that no alternation has found lacks nothing of the start: it is format(W)."""
+    """Whether a residual that no alternation has found lacks nothing of the start, so that it is format(W)."""
 
     copies: ClassVar[bool] = False
-    """Whether the method makes dense copies, in float32, of all weights that it is given."""
+    """Whether the method makes dense float32 copies of all weights that it is given."""
 
     decomposes_fully: ClassVar[bool] = False
-    """Whether torch decomposes each weight as a whole, beside a float32 copy."""
+    """Whether torch decomposes each weight as a whole, with a float32 copy."""
 
     def identity(self, config: PissaConfig) -> tuple[tuple[str, Any], ...]:
-        """What of the configuration determines the start, beside rank, scaling and `use_adalora`: names and values.
-        Adapters of a layer that agree on it share their start; it is part of pissa.json. Alternations are part of it
-        unless the residual lacks another start, to which they then belong."""
+        """The parts of the configuration that determine the start, besides rank, scaling and `use_adalora`, as names
+        and values. Adapters of a layer with the same identity share their start, and pissa.json records it.
+        Alternations are part of it unless the residual lacks another start; they then belong to that one."""
         names = self.identity_fields(config.quant_iters > 1 and config.starts_as_base)
-        if config.start_norm != "singular":  # never of a start that a residual lacks: no pissa.json has it
+        if config.start_norm != "singular":  # never for a start that a residual lacks: no pissa.json records it there
             names = (*names, "start_norm")
         if config.error_feedback and config.starts_as_base:
             names = (*names, "error_feedback")
         return tuple((name, getattr(config, name)) for name in names)
 
     def identity_fields(self, alternates: bool) -> tuple[str, ...]:
-        """The names in `identity`; `alternates`: of a start that alternations have found."""
+        """The names in `identity`. `alternates`: whether alternations have found the start."""
         if not (alternates and self.name in ALTERNATING):
             return self.fields
         return tuple(dict.fromkeys((*self.fields, "quant", "blocksize", "double_quant", "quant_iters")))
 
     @abstractmethod
     def start(self, task: StartTask) -> list[StartFactors]:
-        """The start in each weight; raises as `start_factors`."""
+        """Returns the start for each weight. Raises the same errors as `start_factors`."""
 
 
 class Pissa(InitMethod):
-    """The leading r singular triplets, of `ops.split_many` (arXiv 2404.02948, eq. 2-3). Of W, or, with alternations, of
-    W - Q for the residual Q that lacks those of the alternation before (section 4 there)."""
+    """The leading r singular triplets, by `ops.split_many` (arXiv 2404.02948, eq. 2-3): of W, or, with alternations, of
+    W - Q, where the residual Q lacks those of the previous alternation (section 4 there)."""
 
     name = "pissa"
 
@@ -102,8 +102,8 @@ class Pissa(InitMethod):
 
 
 class LoftQ(InitMethod):
-    """The principal part of what the quantisation loses, W - Q: Q = format(W), or, with alternations, the residual that
-    lacks the factors of the one before (arXiv 2310.08659)."""
+    """The principal part of the quantisation error W - Q. Q is format(W) or, with alternations, the residual that lacks
+    the factors of the previous one (arXiv 2310.08659)."""
 
     name = "loftq"
     fields = (*Pissa.fields, "quant", "blocksize", "double_quant")
@@ -115,8 +115,8 @@ class LoftQ(InitMethod):
 
 
 class Activations(InitMethod):
-    """What repairs the outputs of the quantised weight best: the factors of W - Q in the norm of the second moment.
-    Q = format(W), or, with alternations, the residual that lacks the factors of the one before (QERA, arXiv
+    """The factors that best repair the outputs of the quantised weight: those of W - Q in the norm of the second
+    moment. Q is format(W) or, with alternations, the residual that lacks the factors of the previous one (QERA, arXiv
     2410.06040)."""
 
     name = "activations"
@@ -129,7 +129,7 @@ class Activations(InitMethod):
 
 
 class _OneByOne(InitMethod):
-    """A method that takes each finite weight by itself. Where it decomposes, torch makes the host wait for a GPU."""
+    """A method that processes each finite weight by itself. If it decomposes, torch makes the host wait for a GPU."""
 
     def start(self, task: StartTask) -> list[StartFactors]:
         check_weights(task.weights, task.weight_names)
@@ -143,10 +143,10 @@ class _OneByOne(InitMethod):
 
 
 class Triplets(_OneByOne):
-    """r singular triplets in a row, by a full SVD (figure 8).
+    """r consecutive singular triplets, by a full SVD (figure 8).
 
     Args:
-        first: the number of the first one, of the greatest number that leaves r of them.
+        first: the number of the first triplet, given the largest number that leaves r of them.
     """
 
     decomposes_fully = True
@@ -163,7 +163,7 @@ class Triplets(_OneByOne):
 
 
 class Lora(InitMethod):
-    """A as nn.Linear's, B = 0 (arXiv 2106.09685). The random factor depends on the layer's name and the seed only."""
+    """A as in nn.Linear, B = 0 (arXiv 2106.09685). The random factor depends only on the layer's name and the seed."""
 
     name = "lora"
     reads_weights = False
@@ -189,7 +189,7 @@ class Lora(InitMethod):
 
 
 class Olora(_OneByOne):
-    """The first r columns and rows of Q R = W (arXiv 2406.01775)."""
+    """The first r columns of Q and rows of R, where Q R = W (arXiv 2406.01775)."""
 
     name = "olora"
     decomposes_fully = True
@@ -200,7 +200,7 @@ class Olora(_OneByOne):
 
 
 class Given(InitMethod):
-    """No method: the factors come from other adapters or from a plain LoRA."""
+    """Not a method: the factors come from other adapters or from a plain LoRA."""
 
     name = "given"
     is_given = True
@@ -225,13 +225,13 @@ INIT_METHODS: Mapping[str, InitMethod] = {
 
 
 def start_factors(task: StartTask) -> list[StartFactors]:
-    """Where the adapters of the task start, by the method that `config.init` names, after as many alternations as
-    `config.quant_iters` says.
+    """Computes the starts of the task's adapters, by the method that `config.init` names, after `config.quant_iters`
+    alternations.
 
-    With `config.start_norm` "unit" the rows of a0 and the columns of b0 have length 1.
+    With `config.start_norm` "unit", the rows of a0 and the columns of b0 have length 1.
 
     Raises:
-        ValueError: NaN or Inf in a weight, naming it; or no second moments, where they are needed.
+        ValueError: NaN or Inf in a weight, which is named, or no second moments where they are needed.
     """
     if task.config.needs_calibration and task.moments is None:
         raise ValueError(
@@ -245,15 +245,15 @@ def start_factors(task: StartTask) -> list[StartFactors]:
 
 
 def started(task: StartTask) -> tuple[list[StartFactors], list[ops.QuantizedWeight] | None]:
-    """The starts that residuals will lack; and the residuals, if their codes are found by error feedback, else None.
+    """Returns the starts that residuals will lack, and the residuals if error feedback finds their codes, else None.
 
     Raises:
-        ValueError: as `start_factors`.
+        ValueError: as for `start_factors`.
     """
     config = task.config
     if not config.error_feedback:
         return start_factors(task), None
-    if INIT_METHODS[config.init].takes_nothing and config.quant_iters == 1:  # the start is of the error of these codes
+    if INIT_METHODS[config.init].takes_nothing and config.quant_iters == 1:  # the start is that of these codes' error
         codes = _fed_back(task, [nothing(weight) for weight in task.weights])
         return start_factors(task._replace(kept=codes)), codes
     starts = start_factors(task)
@@ -261,7 +261,7 @@ def started(task: StartTask) -> tuple[list[StartFactors], list[ops.QuantizedWeig
 
 
 def _fed_back(task: StartTask, taken: Sequence[tuple[Tensor, Tensor]]) -> list[ops.QuantizedWeight]:
-    """The residuals that lack the factors taken, by error feedback."""
+    """The residuals that lack the taken factors, by error feedback."""
     found = ops.residual_many(
         task.weights,
         [a for a, _ in taken],
@@ -275,12 +275,12 @@ def _fed_back(task: StartTask, taken: Sequence[tuple[Tensor, Tensor]]) -> list[o
 
 
 def _alternations(task: StartTask) -> dict[str, Any]:
-    """The configuration's alternations, one at least, as `ops.split_many` takes them."""
+    """The configuration's alternations, at least one, as `ops.split_many` takes them."""
     return {**task.config.form.options(), "quant_iters": task.config.quant_iters}
 
 
 def _repairs(task: StartTask, **options: Any) -> list[StartFactors]:
-    """The principal parts of what the quantisation loses."""
+    """The principal parts of the quantisation errors."""
     if task.kept is None:
         feedback = {"error_feedback": task.config.error_feedback}
         return _principal(task, **_alternations(task), quantise_first=True, **feedback, **options)
@@ -292,7 +292,7 @@ def _repairs(task: StartTask, **options: Any) -> list[StartFactors]:
 
 
 def _principal(task: StartTask, **options: Any) -> list[StartFactors]:
-    """The starts that `ops.split_many` finds with these options."""
+    """The starts that `ops.split_many` computes with these options."""
     config = task.config
     splits = ops.split_many(
         task.weights,
@@ -311,7 +311,7 @@ def _principal(task: StartTask, **options: Any) -> list[StartFactors]:
 
 
 def _sent(tensors: Sequence[Tensor], device: torch.device) -> Sequence[Tensor]:
-    """Tensors of the CPU on a device. They go there in one copy, since the host waits for the GPU at each."""
+    """Copies CPU tensors to a device. They are sent in one copy, since the host waits for the GPU at each copy."""
     if device.type == "cpu":
         return tensors
     flat = torch.cat([tensor.flatten() for tensor in tensors]).to(device)
@@ -320,13 +320,13 @@ def _sent(tensors: Sequence[Tensor], device: torch.device) -> Sequence[Tensor]:
 
 
 def _orthonormal(start: StartFactors) -> StartFactors:
-    """The singular vectors, of length 1 up to one rounding of each element. Those of length 0 stay 0."""
+    """The singular vectors, of length 1 up to one rounding of each element. Vectors of length 0 stay 0."""
     rows, columns = (torch.linalg.vector_norm(part, dim=1, dtype=torch.float64) for part in (start.a0, start.b0.mT))
     rows, columns = (length.where(length > 0, 1) for length in (rows, columns))
     return StartFactors((start.a0 / rows[:, None]).float(), (start.b0 / columns).float(), start.origin)
 
 
 def _unit_left(start: StartFactors) -> StartFactors:
-    """The same product with columns of length 1 in b0: singular vectors there, singular values in a0's rows."""
+    """The same product, with singular vectors as the columns of b0, of length 1, and singular values in a0's rows."""
     length = start.b0.norm(dim=0)
     return start.with_factors(start.a0 * length[:, None], start.b0 / length.where(length > 0, 1))

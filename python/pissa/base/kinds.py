@@ -1,4 +1,4 @@
-"""Which base a module is, and which modules can be adapted."""
+"""Determines which base a module is, and which modules can be adapted."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from pissa.distributed import is_partitioned, whole_tensor
 
 
 def base_of(module: nn.Module) -> Base:
-    """The base that a module is: the module itself if it is one of ours."""
+    """The base for a module: the module itself if it is one of ours."""
     if isinstance(module, OwnBase):
         return module
     return BnbLinear(module) if is_bitsandbytes(module, "Linear4bit", "Linear8bitLt") else Dense(module)
 
 
 def adopted(target: nn.Module) -> Base | None:
-    """The base that takes the place of a module of a model; None if the module is of no kind that can be adapted.
-    Raises TypeError if it is of such a kind, but cannot be adapted: the text follows "layer x is"."""
+    """The base that replaces a module of a model; None if modules of this kind cannot be adapted. Raises TypeError if
+    the kind can be adapted but this module cannot. The error's text follows "layer x is"."""
     what, base = f"a {type(target).__name__}", base_of(target)
     if isinstance(base, BnbLinear):
         if reason := unusable(target):
@@ -44,8 +44,8 @@ _FALCON_LINEAR = "transformers.models.falcon.modeling_falcon.FalconLinear"
 
 
 def _computes_as(kind: type[nn.Module], module: nn.Module) -> bool:
-    """Whether the module computes what `kind` does, although a subclass may compute anything. Falcon's linear layers
-    do, which add the bias in a step of its own, and embeddings that multiply what they look up by a scale."""
+    """Whether the module computes what `kind` does, although a subclass may compute anything. Falcon's linear layers do
+    (they add the bias in a separate step), and so do embeddings that scale looked-up rows."""
     found = type(module)
     if kind is nn.Linear and f"{found.__module__}.{found.__qualname__}" == _FALCON_LINEAR:
         return True
@@ -58,8 +58,8 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def frozen_product(module: Any) -> tuple[Tensor | ops.QuantizedWeight, Tensor | None] | None:
-    """Weight and bias of a module that computes a product with them and nothing else, none of them trained; None of
-    another module, and of one whose weight is not here."""
+    """Weight and bias of a module that only computes a product with them, neither of them trained; None for any other
+    module, and for one whose weight is not here."""
     if type(module) is CodedLinear:
         return module.quantized, module.bias
     if not is_linear(module) or not isinstance(base_of(module), Dense):
@@ -72,13 +72,13 @@ def frozen_product(module: Any) -> tuple[Tensor | ops.QuantizedWeight, Tensor | 
 
 
 def computing_parameters(module: nn.Module) -> list[Tensor]:
-    """A module's own parameters without codes, whose dtype means nothing."""
+    """A module's own parameters, except codes, whose dtype means nothing."""
     return [] if isinstance(module, HoldsCodes) else list(module.parameters(recurse=False))
 
 
 def evaluating(model: nn.Module) -> None:
-    """Sets evaluation mode, but for bitsandbytes' 4-bit layers. These have nothing that depends on it; in evaluation on
-    a CPU they repack their codes, and return no gradient any more."""
+    """Sets evaluation mode, except for bitsandbytes' 4-bit layers. Nothing in these depends on the mode, but in
+    evaluation on a CPU they would repack their codes and return no gradient any more."""
     model.eval()
     for module in model.modules():
         if is_bitsandbytes(module, "Linear4bit"):
@@ -86,8 +86,8 @@ def evaluating(model: nn.Module) -> None:
 
 
 def fields_of_4_bits(model: nn.Module) -> dict[str, Any] | None:
-    """The fields of a `PissaConfig` that say how bitsandbytes keeps weights of a model in 4 bits; None if it keeps
-    none so."""
+    """The fields of a `PissaConfig` that describe how bitsandbytes stores weights of a model in 4 bits; None if it
+    stores none in 4 bits."""
     for module in model.modules():
         if is_bitsandbytes(module, "Linear4bit") and (state := getattr(module.weight, "quant_state", None)):
             storage = str(module.weight.dtype).removeprefix("torch.")

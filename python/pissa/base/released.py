@@ -1,6 +1,6 @@
-"""Weights in the bytes in which models are released, as bases that nobody touches.
+"""Weights in the byte layouts in which models are released, as bases that stay unchanged.
 
-What holds such a weight, in a file or a module, is told by the names of its tensors and by their dtypes and shapes:
+The layout of such a weight, in a file or a module, is recognised by the names, dtypes and shapes of its tensors:
 
     mxfp4   weight_packed uint8 [out, in / 2], weight_scale uint8 [out, in / 32]     compressed-tensors
             weight int8 [out, in / 2], scale E8M0 [out, in / 32]                     DeepSeek-V4
@@ -27,13 +27,13 @@ from pissa.ops._quant import check_quantized, e4m3_values
 from pissa.ops.formats import FORMATS
 
 CODES = ("weight", "weight_packed", "blocks")
-"""The names of a weight's codes; "weight" may be a dense one."""
+"""The names of a weight's codes; "weight" may also be a dense weight."""
 SCALES = ("weight_scale", "weight_scale_inv", "scale", "scales")
 """The names of its scales."""
 BESIDE = ("weight_global_scale", "weight_scale_2", "weight_shape")
-"""What else a weight is made of."""
+"""The names of a weight's other parts."""
 OF_INPUTS = ("input_scale", "input_global_scale", "activation_scale", "k_scale", "v_scale")
-"""What kernels take that quantise activations, too; nothing reads it here."""
+"""Tensors for kernels that also quantise activations; nothing here reads them."""
 REFUSED = {
     "weight_zero_point": "its codes are not symmetric (weight_zero_point)",
     "pre_quant_scale": "its inputs are scaled (pre_quant_scale)",
@@ -46,16 +46,16 @@ _E8M0 = (torch.uint8, torch.float8_e8m0fnu)
 
 
 def is_code(name: str, dtype: torch.dtype) -> bool:
-    """Whether a tensor of that name, of those of `CODES`, has codes."""
+    """Whether a tensor with one of the names in `CODES` contains codes."""
     return name != "weight" or dtype in (torch.float8_e4m3fn, torch.int8, torch.uint8)
 
 
 def released_weight(parts: Mapping[str, Tensor]) -> ops.QuantizedWeight:
-    """The weight [out, in] of tensors by their names, without copying codes.
+    """Returns the weight [out, in] for tensors given by name, without copying codes.
 
     Raises:
-        ValueError: a layout that is not of the table above, tensors that do not fit each other, or a scale that is NaN;
-            the text begins with the name of the tensor.
+        ValueError: the layout is not in the table above, tensors do not fit each other, or a scale is NaN. The text
+            begins with the name of the tensor.
     """
     for name, why in REFUSED.items():
         if name in parts:
@@ -93,7 +93,7 @@ def _only(parts: Mapping[str, Tensor], names: Sequence[str], what: str) -> str:
 
 
 def _finite_exponents(scale: Tensor, name: str) -> Tensor:
-    """E8M0 as bytes."""
+    """E8M0 scales as bytes."""
     if scale.dtype not in _E8M0:
         raise ValueError(f"{name}: got {scale.dtype}; needed: uint8 or float8_e8m0fnu, powers of two")
     exponents = scale.view(torch.uint8)
@@ -117,7 +117,7 @@ def _fitting(
     blocksize: int,
     name: str,
 ) -> ops.QuantizedWeight:
-    """The weight, if tensors of its format fit each other."""
+    """Returns the weight, after checking that the tensors fit each other and the format."""
     if format != "fp8" and shape[1] % blocksize:
         raise ValueError(f"{name}: rows of {shape[1]} elements are no multiple of the {blocksize} that share a scale")
     flat = codes.reshape(-1).view(torch.uint8)
@@ -134,7 +134,7 @@ def _nvfp4(codes: Tensor, scale: Tensor, name: str, parts: Mapping[str, Tensor])
     if len(numbers) != 1 or numbers[0].numel() != 1:
         raise ValueError(f"{name}: needed beside it: one of weight_global_scale and weight_scale_2, one number")
     values = e4m3_values(scale.device)
-    # As each library computes a block's scale, in float32.
+    # Computes a block's scale as each library does, in float32.
     table = values / divisor.float() if divisor is not None else values * factor.float()  # type: ignore[union-attr]
     scales = scale.view(torch.uint8)
     _finite(table[:127], "weight_scale_2" if divisor is None else "weight_global_scale")
@@ -158,7 +158,7 @@ def _int4(codes: Tensor, scale: Tensor, shape: Tensor | None) -> ops.QuantizedWe
     if group not in allowed:
         raise ValueError(f"weight_scale: got a scale for {group} elements; allowed: {', '.join(map(str, allowed))}")
     scales = _finite(scale, "weight_scale")
-    if scales.dtype != torch.bfloat16:  # float16 and float32, exactly
+    if scales.dtype != torch.bfloat16:  # float16 and float32, which it holds exactly
         scales = scales.float()
     return _fitting(codes, scales, None, "int4", (rows, columns), group, "weight_scale")
 
@@ -183,13 +183,13 @@ def _fp8(codes: Tensor, scale: Tensor, name: str) -> ops.QuantizedWeight:
 
 
 def released_linear(module: nn.Module) -> CodedLinear | None:
-    """The base of a linear module that holds released codes, as transformers and compressed-tensors keep them; None if
-    it holds none. Raises ValueError as `released_weight`."""
+    """The base of a linear module that holds released codes, as transformers and compressed-tensors store them; None if
+    it holds none. Raises ValueError as `released_weight` does."""
     parts = {name: tensor for name in _NAMES if isinstance(tensor := getattr(module, name, None), Tensor)}
     has_codes = any(name in parts and is_code(name, parts[name].dtype) for name in CODES)
     if not isinstance(module, nn.Linear) or not has_codes or not any(name in parts for name in SCALES):
         return None
-    if type(module).__name__ == "FP8GroupedLinear":  # several products side by side
+    if type(module).__name__ == "FP8GroupedLinear":  # several products in one module
         return None
     if "weight_packed" in parts:
         parts.pop("weight", None)
@@ -199,10 +199,10 @@ def released_linear(module: nn.Module) -> CodedLinear | None:
 
 
 def joined(weights: Sequence[ops.QuantizedWeight]) -> ops.QuantizedWeight:
-    """Weights of one format, one below the other: a copy, unless it is one.
+    """Stacks weights of one format by their rows. The result is a copy, unless there is only one.
 
     Raises:
-        ValueError: weights whose scales cannot lie in one tensor.
+        ValueError: the scales cannot be stored in one tensor.
     """
     first = weights[0]
     if len(weights) == 1:
@@ -215,9 +215,9 @@ def joined(weights: Sequence[ops.QuantizedWeight]) -> ops.QuantizedWeight:
         raise ValueError("weights of several formats, or whose tiles end inside, cannot be joined by their rows")
     codes, absmax = torch.cat([one.codes for one in weights]), torch.cat([one.absmax for one in weights])
     table = tables[0] if tables else None
-    # Entry 1, as 127 is NaN: the smallest scale, in proportion to the global one.
+    # Entry 1, because 127 is NaN: the smallest scale, in proportion to the global one.
     others = [number for number, one in enumerate(tables) if one[1] != tables[0][1]]
-    if others:  # gate and up of an expert: scales are positive, so the second one's have the table's other half
+    if others:  # gate and up of an expert: scales are positive, so the second one's use the other half of the table
         second = tables[others[0]]
         if int(absmax.max()) > 127 or any(tables[number][1] != second[1] for number in others):
             raise ValueError("weights of several global scales, or of negative scales, cannot be joined by their rows")
@@ -227,7 +227,7 @@ def joined(weights: Sequence[ops.QuantizedWeight]) -> ops.QuantizedWeight:
 
 
 def _height(weight: ops.QuantizedWeight) -> int:
-    """Rows of a tile of FP8; of other formats 1."""
+    """Rows in a tile of FP8; 1 for other formats."""
     across = -(-weight.shape[1] // weight.blocksize)
     tiled = weight.format == "fp8" and weight.absmax.numel() != weight.shape[0] * across
     return weight.blocksize if tiled else 1

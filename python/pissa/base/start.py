@@ -1,4 +1,4 @@
-"""Where an adapter starts: the frozen factors A0 and B0, and what is trained, the differences from them."""
+"""The start of an adapter: the frozen factors A0 and B0, and the trained differences from them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class KeepsDtype(nn.Module):
 
 
 class Origin(NamedTuple):
-    """What determines start factors, given the base: adapters of a layer that agree on it share them."""
+    """What determines start factors, given the base. Adapters of a layer with the same origin share them."""
 
     r: int
     scaling: float
@@ -36,33 +36,33 @@ class Origin(NamedTuple):
     """The name of the init method."""
     adalora: bool
     identity: tuple[tuple[str, Any], ...]
-    """What else of the configuration the method depends on: names and values, see `InitMethod.identity`."""
+    """Other fields of the configuration that the method depends on: names and values; see `InitMethod.identity`."""
 
     @property
     def error_feedback(self) -> bool:
-        """Whether a residual that lacks this start has codes which its weight alone does not determine."""
+        """Whether a residual that lacks this start has codes that its weight does not determine by itself."""
         return ("error_feedback", True) in self.identity
 
 
 class Deltas(NamedTuple):
-    """What is trained: the differences from the start factors."""
+    """The trained differences from the start factors."""
 
     a: Tensor
     """[r, in]"""
     b: Tensor
     """[out, r]"""
     e: Tensor | None = None
-    """[r, 1], of the singular values, with AdaLoRA."""
+    """[r, 1], the differences of the singular values, with AdaLoRA."""
 
 
 class StartFactors(KeepsDtype):
-    """The frozen factors an adapter starts from: a0 float32 [r, in], b0 float32 [out, r]. The principal part, or what
-    is in its place, is scaling * b0 @ a0. Of an orthonormal start they are its singular vectors. With AdaLoRA (arXiv
-    2303.10512; PiSSA's appendix A) a0 = E0 V0: the lengths of its rows are singular values.
+    """The frozen factors from which an adapter starts: a0 float32 [r, in], b0 float32 [out, r]. scaling * b0 @ a0 is
+    the principal part, or what replaces it. For an orthonormal start, they are its singular vectors. With AdaLoRA
+    (arXiv 2303.10512; PiSSA's appendix A), a0 = E0 V0, so the lengths of its rows are singular values.
 
     Args:
-        taken: the factors a [k, in] and b [out, k], float32, that are taken out of a weight which is stored for this
-            start, Q = format(W - scaling * b @ a); k may be 0. None: a0 and b0 themselves.
+        taken: the factors a [k, in] and b [out, k], float32, that are taken out of a weight stored for this start, Q =
+            format(W - scaling * b @ a). k may be 0. None: a0 and b0 themselves.
     """
 
     a0: Tensor
@@ -81,7 +81,7 @@ class StartFactors(KeepsDtype):
 
     @property
     def taken(self) -> tuple[Tensor, Tensor]:
-        """The factors that are taken out of a weight which is stored for this start."""
+        """The factors that are taken out of a weight stored for this start."""
         return (self.a0, self.b0) if self.taken_a is None or self.taken_b is None else (self.taken_a, self.taken_b)
 
     @property
@@ -91,11 +91,11 @@ class StartFactors(KeepsDtype):
 
     @property
     def known_by(self) -> list[Tensor]:
-        """The tensors of which a record has the fingerprint: the factors, and those taken, if they are others."""
+        """The tensors whose fingerprint a record contains: the factors, and those taken, if they are different ones."""
         return [self.a0, self.b0, *(self.taken if self.rank_taken else ())]
 
     def with_factors(self, a0: Tensor, b0: Tensor) -> StartFactors:
-        """The same with other factors, whatever is taken."""
+        """The same start with other factors. The taken factors do not change."""
         return StartFactors(a0, b0, self.origin, None if self.rank_taken is None else self.taken)
 
     def change(self, deltas: Deltas) -> tuple[Tensor, Tensor]:
@@ -106,7 +106,7 @@ class StartFactors(KeepsDtype):
         return (values + deltas.e) * deltas.a + deltas.e * vectors, deltas.b
 
     def factors_of_change(self, deltas: Deltas) -> tuple[Tensor, Tensor]:
-        """[A ; dA] [2r, in] and [dB | B0] [out, 2r], float32: their product is B A - B0 A0, without cancellation."""
+        """[A ; dA] [2r, in] and [dB | B0] [out, 2r], float32. Their product is B A - B0 A0, without cancellation."""
         da, db = (delta.float() for delta in self.change(deltas))
         return join_difference(self.a0 + da, da, db, self.b0)
 
@@ -120,19 +120,19 @@ class StartFactors(KeepsDtype):
 
 
 class Served(NamedTuple):
-    """An adapter as a plain LoRA on a weight from which a start may have been taken out."""
+    """An adapter as a plain LoRA on a weight that may lack a start."""
 
     start: StartFactors
     keeps_start: bool
-    """Whether B0 A0 is taken out of that weight, or is zero: then B A is the whole change."""
+    """Whether that weight lacks B0 A0, or B0 A0 is zero: then B A is the whole change."""
     other: StartFactors | None
-    """Another start that is taken out of it."""
+    """Another start that the weight lacks."""
     ratio: float
-    """Of its scaling to the adapter's."""
+    """The ratio of its scaling to the adapter's."""
 
     @staticmethod
     def of(start: StartFactors, scaling: float, taken: StartFactors | None) -> Served:
-        """The adapter of that start and scaling, on a weight that lacks the start `taken`, or nothing."""
+        """The adapter with that start and scaling, on a weight that lacks the start `taken`, or lacks nothing."""
         if taken is start and taken.origin.scaling == scaling:
             return Served(start, True, None, 1.0)
         other = None if taken is None or not taken.b0.any() else taken
@@ -140,7 +140,7 @@ class Served(NamedTuple):
 
     @property
     def rank(self) -> int:
-        """Of the factors."""
+        """The rank of the factors."""
         own = self.start.origin.r * (1 if self.keeps_start else 2)
         return own if self.other is None else own + self.other.origin.r
 

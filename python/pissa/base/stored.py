@@ -1,4 +1,4 @@
-"""Stored bases: a layer keeps a residual Q = W - s B0 A0 in the place of W, base(x) = x Qᵀ + s (x A0ᵀ) B0ᵀ + b."""
+"""Stored bases: a layer keeps a residual Q = W - s B0 A0 instead of W; base(x) = x Qᵀ + s (x A0ᵀ) B0ᵀ + b."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from pissa.ops.formats import FORMATS
 
 
 class StoredLinear(OwnBase):
-    """A linear base that keeps a residual and the start factors that it lacks. These belong to the base, whatever
-    becomes of the adapter. The bias is used as it is. Who puts it into the place of a module sets `dense_type`, and
-    `dtype` and `fingerprint` of the dense weight."""
+    """A linear base that keeps a residual and the start factors that the residual lacks. These belong to the base,
+    whatever happens to the adapter. The bias is used as it is. The code that puts this base into a module's place sets
+    `dense_type`, and the `dtype` and `fingerprint` of the dense weight."""
 
     start: StartFactors
     dtype: torch.dtype
@@ -50,7 +50,7 @@ class StoredLinear(OwnBase):
         return self.product(x, self.bias)
 
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The output without the bias, or with one."""
+        """The output, with the given bias or without one."""
         return ops.linear(x, self.residual, bias, a=self.start.a0, b=self.start.b0, scaling=self.scaling)
 
     def fused(
@@ -60,7 +60,7 @@ class StoredLinear(OwnBase):
         return (self.residual, False) if start is self.start and scaling == self.scaling else None
 
     def restored(self) -> nn.Module:
-        """A dense module of the base function."""
+        """A dense module that computes the base function."""
         return self.twin(self.matrix().to(self.dtype))
 
 
@@ -77,7 +77,7 @@ class ResidualLinear(StoredLinear):
 
     @property
     def residual(self) -> Tensor:
-        return self.weight.detach()  # FSDP's views of its flat parameter ask for a gradient where any part of it does
+        return self.weight.detach()  # FSDP's views of its flat parameter require a gradient if any part of it does
 
 
 class QuantizedLinear(HoldsCodes, StoredLinear):
@@ -108,7 +108,7 @@ def stored_linear(
     bias: nn.Parameter | None = None,
     quant_storage: torch.dtype = torch.uint8,
 ) -> StoredLinear:
-    """The base that keeps `residual`, which lacks `start`; `quant_storage` is for codes."""
+    """The base that keeps `residual`, which lacks `start`. `quant_storage` is the storage dtype of codes."""
     if isinstance(residual, Tensor):
         return ResidualLinear(residual, start, bias)
     return QuantizedLinear(residual, start, bias, quant_storage)
@@ -120,11 +120,11 @@ def residuals_of(
     form: Form,
     names: Sequence[str],
 ) -> list[Tensor | ops.QuantizedWeight]:
-    """The residuals in that form of the weights [out, in] of layers of those names, without the factors that the starts
-    take out of them. The host waits once for a GPU.
+    """The residuals, in that form, of the named layers' weights [out, in], without the factors that the starts take out
+    of them. The host waits for a GPU once.
 
     Raises:
-        ValueError: naming the layer whose weight or factors are not finite.
+        ValueError: a layer's weight or factors are not finite. The message names the layer.
     """
     return ops.residual_many(
         weights,
@@ -137,16 +137,16 @@ def residuals_of(
 
 
 class ResidualCheck:
-    """Shows, before residuals in that form are made, that `residuals_of` will not fail. Nothing waits for a GPU until
-    `check`, and then the host once for each device."""
+    """Checks, before residuals in that form are made, that `residuals_of` will not fail. Only `check` waits for a GPU,
+    once for each device."""
 
     def __init__(self, form: Form) -> None:
         self._form = form
         self._layers: dict[torch.device, list[tuple[str, float, int, Tensor]]] = {}
 
     def add(self, name: str, weight: Tensor, start: StartFactors) -> None:
-        """One more layer: its name, its weight [out, in] and the start that its residual will lack. Raises ValueError
-        if rows of the weight are no multiple of a block that has to divide them."""
+        """Adds a layer: its name, its weight [out, in] and the start that its residual will lack. Raises ValueError if
+        rows of the weight are not a multiple of a block that must divide them."""
         if self._form.kind in FORMATS:
             try:
                 FORMATS[self._form.kind].options(self._form.blocksize, self._form.double_quant, weight.shape[1])
@@ -158,7 +158,7 @@ class ResidualCheck:
         self._layers.setdefault(weight.device, []).append(layer)
 
     def check(self) -> None:
-        """Raises ValueError, naming the layer whose weight or factors are not finite, or whose residual may not be."""
+        """Raises ValueError, naming the layer, if weight or factors are not finite, or the residual may not be."""
         for layers in self._layers.values():
             sizes = torch.stack([size for *_, size in layers]).tolist()
             for (name, scaling, elements, _), (largest, norm_a, norm_b) in zip(layers, sizes, strict=True):
@@ -166,7 +166,7 @@ class ResidualCheck:
                 check_product(names, largest, norm_a, norm_b, scaling)
                 if not self._form.double_quant or self._form.blocksize is None:
                     continue
-                # No scale exceeds the largest element. Half of what float32 holds leaves room for roundings of the sum.
+                # No scale exceeds the largest element. Half of float32's range leaves room for roundings of the sum.
                 sum_of_scales = (largest + scaling * norm_a * norm_b) * math.ceil(elements / self._form.blocksize)
                 if sum_of_scales >= torch.finfo(torch.float32).max / 2:
                     check_offset(math.inf, names[0])
@@ -177,7 +177,7 @@ Expected = tuple[tuple[int, ...], tuple[torch.dtype, ...]]
 
 
 def residual_shapes(form: Form, matrix_shape: tuple[int, int]) -> dict[str, Expected]:
-    """The tensors that a residual of that form is kept in, by name."""
+    """The tensors in which a residual of that form is stored, by name."""
     if form.kind not in FORMATS:
         return {"residual": (matrix_shape, FLOATS)}
     format = FORMATS[form.kind]
@@ -186,7 +186,7 @@ def residual_shapes(form: Form, matrix_shape: tuple[int, int]) -> dict[str, Expe
 
 
 def residual_tensors(residual: Tensor | ops.QuantizedWeight) -> dict[str, Tensor]:
-    """The tensors that a residual is kept in, named as in `residual_shapes`. Its fingerprint is theirs, in order."""
+    """The tensors in which a residual is stored, named as in `residual_shapes`. Its fingerprint is theirs, in order."""
     if isinstance(residual, Tensor):
         return {"residual": residual.detach()}
     return {name: part.detach() for name, part in residual.tensors().items()}
@@ -195,7 +195,7 @@ def residual_tensors(residual: Tensor | ops.QuantizedWeight) -> dict[str, Tensor
 def residual_from(
     tensors: Mapping[str, Tensor], form: Form, matrix_shape: tuple[int, int]
 ) -> Tensor | ops.QuantizedWeight:
-    """The way back from `residual_tensors`."""
+    """The inverse of `residual_tensors`."""
     if form.kind not in FORMATS:
         return tensors["residual"]
     blocksize, _ = FORMATS[form.kind].options(form.blocksize, form.double_quant, matrix_shape[1])

@@ -1,6 +1,6 @@
-"""Bases over a module's own weight: the matrix [out, in] that PiSSA decomposes is a view of it. Offloading is handled
-here, and nowhere else: a weight is fetched when it is read. So is a weight that is sharded, which all processes have to
-read together."""
+"""Bases over a module's own weight: the matrix [out, in] that PiSSA decomposes is a view of it. Only this module
+handles offloading: a weight is fetched when it is read. A sharded weight is gathered when it is read, so all processes
+must read it together."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from pissa.distributed import whole_tensor
 
 
 in_memory = align_module_device
-"""Fetches, for a block, the weights of a module that accelerate has offloaded to memory or disk. Tensors that the block
+"""For a block, fetches the weights of a module that accelerate has offloaded to memory or disk. Tensors that the block
 keeps stay valid."""
 
 
 def is_offloaded(module: nn.Module) -> bool:
-    """Whether accelerate fetches the module's weights when it is called; until then they are on the meta device."""
+    """Whether accelerate fetches the module's weights when it is called. Until then they are on the meta device."""
     return bool(has_offloaded_params(module))
 
 
 def copy_without_hooks(module: Any) -> Any:
-    """A shallow copy of a module. What accelerate has hung on the original calls the original, so the copy has none."""
+    """A shallow copy of a module, without accelerate's hooks, which would call the original."""
     twin = copy.copy(module)
     for name in ("forward", "_old_forward", "_hf_hook"):
         vars(twin).pop(name, None)
@@ -49,7 +49,7 @@ def with_weight(module: Any, weight: Tensor) -> Any:
 
 
 def dense_linear(dense_type: type[nn.Module], matrix: Tensor, bias: nn.Parameter | None, training: bool) -> nn.Module:
-    """A linear module of the class nn.Linear, Conv1D or the like: its weight is `matrix` [out, in], frozen."""
+    """A linear module of a class such as nn.Linear or Conv1D. Its weight is `matrix` [out, in], frozen."""
     with torch.device("meta"):
         linear: Any = dense_type(*(matrix.shape if issubclass(dense_type, Conv1D) else matrix.mT.shape))
     weight = as_weight(dense_type, matrix, matrix.shape).contiguous()
@@ -62,7 +62,7 @@ def dense_linear(dense_type: type[nn.Module], matrix: Tensor, bias: nn.Parameter
 
 
 class Dense(Base):
-    """The base that a module of torch or transformers is: its weight is dense, and stays what it is."""
+    """A base that is a module of torch or transformers. Its weight is dense and stays as it is."""
 
     start = None
 
@@ -84,7 +84,7 @@ class Dense(Base):
 
     def twin(self, matrix: Tensor) -> nn.Module:
         module = self._twin(matrix)
-        if is_offloaded(self.module):  # and there may be no room for more weights where it computes
+        if is_offloaded(self.module):  # and the device where it computes may have no room for more weights
             hook = self.module._hf_hook
             add_hook_to_module(
                 module, AlignDevicesHook(hook.execution_device, offload=True, io_same_device=hook.io_same_device)
@@ -103,7 +103,7 @@ class Dense(Base):
 
 
 class OwnBase(KeepsDtype, Base):
-    """A linear base that is a module of ours, in the place of the one that the model had."""
+    """A linear base that is a module of ours and replaces the model's own."""
 
     weight: nn.Parameter
     in_features: int
@@ -133,8 +133,8 @@ class HoldsCodes(OwnBase):
     """A base whose parameter `weight` holds the packed codes of a matrix, frozen. The scales are buffers.
 
     `quant_storage` is the dtype of `weight`, as in bitsandbytes: uint8, or a floating dtype. An element of a floating
-    dtype is several bytes of codes; zeros fill up the last one. Such an element means nothing and may be NaN: it is
-    moved, never computed with, and keeps its dtype and bits whatever the module is cast to.
+    dtype is several bytes of codes, and zeros fill up the last one. Such an element means nothing and may be NaN. It is
+    moved but never used in computations, and keeps its dtype and bits whatever dtype the module is cast to.
     """
 
     absmax: Tensor
@@ -142,7 +142,7 @@ class HoldsCodes(OwnBase):
     offset: Tensor | None
 
     def hold(self, matrix: ops.QuantizedWeight, quant_storage: torch.dtype) -> None:
-        """Takes the codes and scales of `matrix` as they are."""
+        """Stores the codes and scales of `matrix` as they are."""
         self.format, self.matrix_shape, self.blocksize = matrix.format, matrix.shape, matrix.blocksize
         self.quant_storage, self._bytes = quant_storage, len(matrix.codes)
         missing = -len(matrix.codes) % quant_storage.itemsize
@@ -181,8 +181,8 @@ class HoldsCodes(OwnBase):
 
 
 class CodedLinear(HoldsCodes):
-    """A linear base whose whole weight is codes, y = x Qᵀ + b, computed from them as they are. Its fingerprint is that
-    of the bfloat16 weight that libraries make of released codes."""
+    """A linear base whose whole weight is codes; y = x Qᵀ + b is computed from them directly. Its fingerprint is that
+    of the bfloat16 weight into which libraries decode released codes."""
 
     start = None
     is_quantised = True
