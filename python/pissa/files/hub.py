@@ -1,5 +1,5 @@
-"""Where an adapter is: in a folder or on the Hugging Face Hub. Options of PEFT's loading calls that we cannot honour
-are refused."""
+"""Finds an adapter in a folder or on the Hugging Face Hub. Options of PEFT's loading calls that cannot be honoured are
+refused."""
 
 from __future__ import annotations
 
@@ -16,33 +16,34 @@ from torch import nn
 from pissa.files.messages import first_line, shown
 
 Name = str | os.PathLike[str]
-"""A folder, or, as a string, the id of a repository of the Hub; a folder of that name wins."""
+"""A folder or, as a string, the id of a repository on the Hub. A folder of that name takes precedence."""
 
 
 def adapter_folder(model_id: Name, files: Iterable[str], *, subfolder: str | None = None, **kwargs: Any) -> Path:
-    """The folder of an adapter: `model_id`, or the one into which huggingface_hub has fetched the files.
+    """Returns the folder of an adapter: `model_id`, or the folder into which huggingface_hub has fetched the files.
 
     Args:
         files: the names of the files to fetch. Files that the repository lacks are left out.
-        subfolder: of the folder, or of the repository.
+        subfolder: a sub-folder of the folder or repository.
         kwargs: options of huggingface_hub (`revision`, `token`, `cache_dir`, ...), without effect on a folder. Other
             options are ignored, as in PEFT.
 
     Raises:
-        ValueError: the string is no folder, and huggingface_hub finds no such repository; the message has its reason.
+        ValueError: the string is not a folder, and huggingface_hub finds no such repository; the message gives its
+            reason.
     """
     inside = subfolder or ""
     patterns = [glob.escape(str(PurePosixPath(inside, name))) for name in files]
-    known = inspect.signature(huggingface_hub.hf_hub_download).parameters  # PEFT hands on what this takes
+    known = inspect.signature(huggingface_hub.hf_hub_download).parameters  # PEFT passes on what this takes
     options = {name: value for name, value in kwargs.items() if name in known}
     return Path(_fetched(model_id, "holds no PiSSA adapter", patterns, options), inside)
 
 
 def checkpoint_folder(model_id: Name) -> Path:
-    """The folder of a model in safetensors: `model_id`, or the one into which huggingface_hub has fetched it."""
-    # Of a model and its tokenizer, without the same weights in other formats.
+    """The folder of a model in safetensors: `model_id`, or the folder into which huggingface_hub has fetched it."""
+    # A model and its tokenizer, without the same weights in other formats.
     files = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.md"]
-    # gpt-oss has the same weights again for other programs.
+    # gpt-oss contains the same weights again for other programs.
     return _fetched(model_id, "is no model", files, {"ignore_patterns": ["original/*", "metal/*"]})
 
 
@@ -52,7 +53,7 @@ def _fetched(model_id: Name, what: str, patterns: list[str], options: dict[str, 
     missing = f"{shown(model_id)} {what}: there is no such folder (the working directory is {os.getcwd()})"
     try:
         return Path(huggingface_hub.snapshot_download(model_id, allow_patterns=patterns, **options))
-    except Exception as error:  # its own, the system's, and those of the package that it speaks HTTP with
+    except Exception as error:  # its own, the system's, and those of its HTTP package
         raise ValueError(
             f"{missing}, and huggingface_hub, asked for a repository of that name, says: {first_line(error)}"
         ) from error
@@ -67,7 +68,7 @@ def refuse_unsupported(
     device_map: str | dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> None:
-    """Raises ValueError for an option of PEFT's that would be ignored; the message says what to do instead."""
+    """Raises ValueError for a PEFT option that would be ignored. The message says what to do instead."""
     if key_mapping:
         raise ValueError(
             f"key_mapping={shown(key_mapping)} is not supported: an adapter is restored into layers of the names that "

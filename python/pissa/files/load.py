@@ -1,4 +1,4 @@
-"""Putting a saved adapter into a model, bit for bit. All of it is checked before anything is changed."""
+"""Puts a saved adapter into a model, bit for bit. Everything is checked before anything is changed."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ from pissa.ops import QuantizedWeight
 
 
 def restore(folder: PissaFolder, model: PeftModel, adapter_name: str) -> None:
-    """Puts parameters and start factors into an adapter that the PissaModel has. Nothing is decomposed, and nothing
-    changed before all of it is known to fit."""
+    """Puts parameters and start factors into an existing adapter of the PissaModel. Nothing is decomposed, and nothing
+    is changed before everything is known to fit."""
     found = _Restoration(folder, model, adapter_name)
     found.put()
     for doubt in base_doubts(folder.path, found.narrower, found.other_bits):
@@ -40,7 +40,7 @@ def restore(folder: PissaFolder, model: PeftModel, adapter_name: str) -> None:
 
 
 class _Restoration:
-    """The adapter in a folder, read and found to fit that of a PissaModel."""
+    """The adapter in a folder, read and checked against that of a PissaModel."""
 
     def __init__(self, folder: PissaFolder, model: PeftModel, adapter_name: str) -> None:
         self.folder, self.model, self.adapter_name = folder, model, adapter_name
@@ -58,15 +58,15 @@ class _Restoration:
         weights = folder.weights
         self.others = {key: weights.read(key) for key in weights.entries if key in self.modules or key in tables}
         self.kept = {name: codes for name, layer in self.layers.items() if (codes := self._kept_codes(name, layer))}
-        """The codes of bitsandbytes' that are the residuals."""
+        """bitsandbytes' codes that are the residuals."""
         self.residuals: dict[str, Tensor | QuantizedWeight] = {**self.kept}
-        """That bases are to be replaced by, as far as they are there."""
+        """The residuals that are to replace bases, as far as they exist."""
         for name, layer in self.layers.items():
             if folder.records[name].form != layer.base.form and name not in self.kept:
                 residual = folder.read_stored(name, layer.matrix_shape, layer.base.device)
                 if residual is not None:
                     self.residuals[name] = residual
-        # A weight that is kept as a residual, or will be, is compared by that.
+        # A weight that is stored as a residual, or will be, is compared by the residual.
         dense = {
             key: table
             for key, table in tables.items()
@@ -76,7 +76,7 @@ class _Restoration:
         }
         self._check_vocabulary(dense)
         self.new = dense if self.alone else {}
-        """The model's embeddings that the folder has others for."""
+        """The model's embeddings that the folder replaces."""
         self.narrower: dict[str, tuple[torch.dtype, torch.dtype]] = {}
         self.other_bits: list[str] = []
         for name, layer in self.layers.items():
@@ -95,7 +95,7 @@ class _Restoration:
                 table.put(self.others[key])
         for name, layer in self.layers.items():
             self._put_layer(name, layer)
-        for field in ("init", "start_norm"):  # an adapter that was there may have started elsewhere
+        for field in ("init", "start_norm"):  # an existing adapter may have another start
             setattr(self.model.peft_config[self.adapter_name], field, getattr(self.folder.config, field))
         if self.modules:
             trained = {key: sharded_as(parameter, self.others[key]) for key, parameter in self.modules.items()}
@@ -127,15 +127,15 @@ class _Restoration:
             layer.magnitude(self.adapter_name).set(*tensors.magnitude)
 
     def _kept_codes(self, name: str, layer: PissaLayer) -> QuantizedWeight | None:
-        """The codes that bitsandbytes has for a layer, if they are the residual that was saved."""
+        """bitsandbytes' codes for a layer, if they are the residual that was saved."""
         record, codes = self.folder.records[name], layer.base.bnb_codes
         if codes is None or record.stored is None:
             return None
         return codes if is_fingerprint(record.stored, *residual_tensors(codes).values()) else None
 
     def _modules_beside(self) -> dict[str, Tensor]:
-        """The model's tensors that are trained beside those of the layers, `modules_to_save` and tokens, under PEFT's
-        names."""
+        """The model's tensors that are trained in addition to those of the layers, `modules_to_save` and tokens, under
+        PEFT's names."""
         name, layers = self.adapter_name, self.layers.items()
         trained = {f"{PREFIX}{path}.{key}" for path, layer in layers for key in layer.state_keys(name)}
         state = {key: value for key, value in self.model.state_dict().items() if key not in trained}
@@ -172,8 +172,8 @@ class _Restoration:
             raise ValueError(f"adapter {name!r} is merged: call unmerge_adapter before loading into it")
 
     def _check_headers(self, factors: Sequence[FactorTensors], tables: Mapping[str, VocabularyTensor]) -> None:
-        """Checks that the two files hold the tensors of these layers and modules, and perhaps embeddings, by name,
-        dtype and shape, with checksums, and no others."""
+        """Checks that the two files contain exactly the tensors of these layers and modules, and perhaps embeddings,
+        with the right names, dtypes and shapes, and with checksums."""
         folder, weights, starts = self.folder, self.folder.weights, self.folder.starts
         known = {weights: self.modules.keys() | tables.keys(), starts: set[str]()}
         for key, table in tables.items():
@@ -208,8 +208,8 @@ class _Restoration:
             file.expect_checksums()
 
     def _check_vocabulary(self, tables: Mapping[str, VocabularyTensor]) -> None:
-        """Checks that the model can have the folder's embeddings in the place of `tables`, its own. Other adapters, if
-        the one is not alone, were trained with those that it has."""
+        """Checks that the folder's embeddings can replace `tables`, the model's own. If the model has other adapters,
+        they were trained with the current ones."""
         for key, table in tables.items():
             found = self.others[key]
             if self.alone and not is_offloaded(table.module):
@@ -229,9 +229,9 @@ class _Restoration:
             raise ValueError(f"{self.folder.weights.path}: tensor {key!r} differs from {reason}")
 
     def _match_base(self, name: str, layer: PissaLayer) -> Match:
-        """Compares a layer's base with the one that the adapter was trained on; or what is in the folder and will
-        replace it, a weight or a residual. SAME, or ROUNDED if the model's dtype does not hold its values; another one
-        is refused."""
+        """Compares a layer's base with the one that the adapter was trained on. If the folder contains a weight or a
+        residual that will replace the base, compares that instead. Returns SAME, or ROUNDED if the model's dtype does
+        not hold its values; a different base is refused."""
         folder, record = self.folder, self.folder.records[name]
         if name in self.residuals:
             if not is_fingerprint(record.stored, *residual_tensors(self.residuals[name]).values()):
@@ -242,7 +242,7 @@ class _Restoration:
             if name in self.kept or not folder.is_fed_back(name):
                 return Match.SAME
             found = layer.fingerprints.match_weight(layer.base, record.weight)
-            if found is not Match.OTHER:  # of other roundings, too: the codes are those of the training
+            if found is not Match.OTHER:  # also with other roundings: the codes are those of the training
                 return Match.SAME
         elif record.form != layer.base.form:
             folder.check_codes(name)
@@ -275,8 +275,8 @@ class _Restoration:
         return found
 
     def _check_form(self, name: str, layer: PissaLayer) -> None:
-        """Checks that a layer's base is stored as the one that the adapter was trained on, or can become so: if it is
-        dense, and no adapter of the model has been put on it yet."""
+        """Checks that a layer's base is stored like the one that the adapter was trained on, or can still become so: if
+        it is dense and the model has no adapter on it yet."""
         folder, record, base = self.folder, self.folder.records[name], layer.base
         if record.form != base.form and is_dtensor(base.parameter):
             raise ValueError(
@@ -294,11 +294,11 @@ class _Restoration:
             )
 
 
-# -- a LoRA of PEFT's beside our adapters
+# -- a PEFT LoRA in addition to our adapters
 
 
 def as_pissa(config: LoraConfig) -> PissaConfig:
-    """The configuration of an adapter of ours that is, and starts, as PEFT's LoRA of this one; or a PissaConfig."""
+    """Returns our configuration for an adapter that is, and starts, like PEFT's LoRA of this one; or a PissaConfig."""
     if isinstance(config, PissaConfig):
         return copy.deepcopy(config)
     if not isinstance(config, LoraConfig):
@@ -317,7 +317,7 @@ def as_pissa(config: LoraConfig) -> PissaConfig:
 
 
 def read_plain_lora(folder: Path) -> tuple[PissaConfig, LoraFolder]:
-    """A plain LoRA's configuration as one of ours, and what is in its folder."""
+    """Returns a plain LoRA's configuration as one of ours, and the content of its folder."""
     found = open_adapter(folder)
     if not found.leaves_base or found.config["use_dora"]:
         name = "use_dora" if found.config["use_dora"] else "init_lora_weights"
@@ -336,11 +336,11 @@ def read_plain_lora(folder: Path) -> tuple[PissaConfig, LoraFolder]:
 
 
 def load_factors(model: Any, adapter_name: str, found: LoraFolder) -> None:
-    """Gives an adapter, which a PissaModel has just got, the factors of a plain LoRA: it starts from zero."""
+    """Gives an adapter that was just added to a PissaModel the factors of a plain LoRA. It starts from zero."""
     weights = found.weights
     tensors = {name: weights.read(name) for name in weights.entries}
     for key, table in vocabulary(model, adapter_name).items():
-        value = tensors.pop(key, None)  # PEFT writes the base's own beside an adapter
+        value = tensors.pop(key, None)  # PEFT saves the base's own in addition to an adapter
         if value is not None and not torch.equal(value, table.value({}).to(value.dtype)):
             raise ValueError(
                 f"{weights.path}: {key} is another one than the model's, which all its adapters share: load the "
@@ -351,17 +351,17 @@ def load_factors(model: Any, adapter_name: str, found: LoraFolder) -> None:
         raise ValueError(f"{weights.path}: the model has no place for tensor {result.unexpected_keys[0]}")
 
 
-# -- what is to be known of the base
+# -- doubts about the base
 
 
 def base_doubts(
     folder: Path, narrower: Mapping[str, tuple[torch.dtype, torch.dtype]], other_bits: Iterable[str]
 ) -> list[PissaWarning]:
-    """The warnings of a base that is not, bit for bit, the one of the training.
+    """Returns the warnings for a base that is not, bit for bit, the one of the training.
 
     Args:
-        narrower: the layers whose base is in a dtype that does not hold its values, with that dtype and theirs.
-        other_bits: the layers whose residual was made again, and has other bits.
+        narrower: the layers with a base in a dtype that does not hold its values, with that dtype and theirs.
+        other_bits: the layers with a residual that was computed again and has different bits.
     """
     found: list[PissaWarning] = []
     if narrower:

@@ -1,4 +1,4 @@
-"""An adapter's folder, of anybody, read without a model: what it is, and the plain LoRA in it, as PEFT writes it."""
+"""Reads an adapter's folder, whoever wrote it, without a model: its kind, and the plain LoRA in it in PEFT's layout."""
 
 from __future__ import annotations
 
@@ -33,52 +33,54 @@ from pissa.layers.experts import WEIGHTS as EXPERT_WEIGHTS
 from pissa.ops.checks import check_scaling
 
 PLAIN_LORA = "Needed is the configuration of a plain LoRA, as PEFT writes it"
-"""What is said of an adapter_config.json that cannot be used."""
+"""The advice for an adapter_config.json that cannot be used."""
 
 INITIAL_FOLDER = "pissa_init"
 INITIAL_WEIGHTS = f"{INITIAL_FOLDER}/{ADAPTER_WEIGHTS}"
-"""The sub-folder of a residual model in which the paper's authors keep the adapter before training."""
+"""The sub-folder of a residual model in which the paper's authors store the adapter before training."""
 
-# PEFT has written magnitudes under both names.
+# PEFT has used both names for magnitudes.
 _MAGNITUDES = (MAGNITUDE, f"{MAGNITUDE}.weight")
-# What else PEFT trains in a layer; it stays as it is.
+# Other tensors that PEFT trains in a layer; they are copied unchanged.
 _BESIDE = ("lora_B.bias", *_MAGNITUDES)
 
 
 @dataclass(frozen=True)
 class LoraFactors(FactorTensors):
-    """The factors of one target, a layer or one weight of all experts of a module, with their rank and scaling."""
+    """The factors of one target, with their rank and scaling. A target is a layer, or one weight of all a module's
+    experts."""
 
     target: str
-    """The name that PEFT compares with `rank_pattern`: the layer's in the model, or that of the experts' parameter."""
+    """The name that PEFT compares with `rank_pattern`: the layer's name in the model, or that of the experts'
+    parameter."""
     rank: int
     scaling: float
 
     @property
     def is_fused(self) -> bool:
-        """Whether they are those of a weight of fused experts."""
+        """Whether they belong to a weight of fused experts."""
         path, _, leaf = self.target.rpartition(".")
         return self.layers[0] == f"{path}.0.{leaf}"
 
     @property
     def is_embedding(self) -> bool:
-        """Whether they are an embedding's, whose weight [in, out] is a matrix transposed."""
+        """Whether they belong to an embedding, whose weight [in, out] is a transposed matrix."""
         return self.keys[0].endswith(FACTOR_KEYS[1][0])
 
 
 @dataclass(frozen=True)
 class LoraFolder:
-    """adapter_config.json and the header of adapter_model.safetensors, checked against each other, and against
+    """adapter_config.json and the header of adapter_model.safetensors, checked against each other and against
     pissa.json. `open_adapter` reads them."""
 
     path: Path
     config: dict[str, Any]
-    """The fields of adapter_config.json; those that are used here are all there."""
+    """The fields of adapter_config.json. Those that are used here are always present."""
     weights: TensorFile
     factors: dict[str, LoraFactors]
-    """By target."""
+    """The factors by target."""
     record: AdapterRecord | None
-    """Of an adapter of pissa, whose plain LoRA this is."""
+    """The record of the pissa adapter whose plain LoRA this is."""
 
     @property
     def config_path(self) -> Path:
@@ -87,42 +89,42 @@ class LoraFolder:
 
     @property
     def leaves_base(self) -> bool:
-        """Whether the adapter's start has left the base as it was."""
+        """Whether the adapter's start has left the base unchanged."""
         return self.config["init_lora_weights"] in (True, False, "gaussian", "eva", "orthogonal")
 
     @property
     def residual(self) -> Path | None:
-        """The residual model that the adapter says it was trained on, if that is a folder with the initial adapter."""
+        """The residual model that the adapter names as its base, if that is a folder with the initial adapter."""
         name = self.config["base_model_name_or_path"]
         return Path(name) if name and os.path.isfile(Path(name) / INITIAL_FOLDER / ADAPTER_CONFIG) else None
 
     @property
     def is_pefts_pissa(self) -> bool:
-        """Whether PEFT has computed the adapter's start from the base, and taken it out of that."""
+        """Whether PEFT has computed the adapter's start from the base and taken it out of the base."""
         init = self.config["init_lora_weights"]
         return isinstance(init, str) and init.startswith("pissa") and self.residual is None
 
     @property
     def other_keys(self) -> list[str]:
-        """The tensors beside the factors: biases, magnitudes, `modules_to_save`, embeddings."""
+        """The other tensors: biases, magnitudes, `modules_to_save`, embeddings."""
         factors = {key for factors in self.factors.values() for key in factors.keys}
         return [name for name in self.weights.entries if name not in factors]
 
     def matrices(self, target: str) -> list[Matrices]:
-        """The factors of a target as matrices, float64; of each expert."""
+        """The factors of a target as float64 matrices, for each expert."""
         factors = self.factors[target]
         a, b = (self.weights.read(key).double() for key in factors.keys)
         return list(factors.unpack(a, b).values())
 
 
 def is_plain_lora(folder: Path) -> bool:
-    """Whether the folder holds an adapter of PEFT's and none of ours, not even a part of one that is damaged."""
+    """Whether the folder contains a PEFT adapter and none of ours, not even a damaged part of one."""
     ours = any(os.path.lexists(folder / name) for name in (PISSA_RECORD, PISSA_WEIGHTS))
     return (folder / ADAPTER_CONFIG).is_file() and not ours
 
 
 def open_adapter(folder: Path) -> LoraFolder:
-    """Finds out what an adapter's folder is: the one place that asks."""
+    """Determines what an adapter's folder is. No other code does."""
     if not folder.is_dir():
         raise ValueError(f"{folder} is {'not a folder' if folder.exists() else 'missing'}; needed: an adapter's folder")
     if not (folder / ADAPTER_CONFIG).is_file():
@@ -130,7 +132,7 @@ def open_adapter(folder: Path) -> LoraFolder:
     config, weights = read_lora_config(folder / ADAPTER_CONFIG), TensorFile(folder / ADAPTER_WEIGHTS)
     factors = _factors(config, folder / ADAPTER_CONFIG, weights)
     record = AdapterRecord.read(folder / PISSA_RECORD) if (folder / PISSA_RECORD).is_file() else None
-    if record is not None:  # whose plain LoRA it has to be
+    if record is not None:  # the LoRA must be that of this record
         weights.expect_checksums()
         found = ((layer, one) for one in factors.values() for layer in one.layers)
         check_same_layers(
@@ -145,7 +147,7 @@ def open_adapter(folder: Path) -> LoraFolder:
 
 def check_same_layers(what: str, here: str, ours: Mapping[str, str], there: str, theirs: Mapping[str, str]) -> None:
     """Raises ValueError, naming the first layer that differs, unless an adapter has the same layers in two places.
-    Their sizes are given in words."""
+    Their sizes are given as text."""
     for name in [*ours, *theirs]:
         if ours.get(name) != theirs.get(name):
             sizes = (f"{one.get(name, 'no factors')} {where}" for one, where in ((ours, here), (theirs, there)))
@@ -153,13 +155,13 @@ def check_same_layers(what: str, here: str, ours: Mapping[str, str], there: str,
 
 
 def rank_and_scaling(rank: int, scaling: float) -> str:
-    """What `check_same_layers` compares of a layer: a scaling up to float64's roundings."""
+    """The text of a layer that `check_same_layers` compares. Scalings may differ by float64 roundings."""
     return f"rank {rank} and scaling {scaling:.12g}"
 
 
 # -- the configuration
 
-# Fields of LoraConfig that may have any value: we know their meaning, or they do not touch the factors.
+# Fields of LoraConfig that may have any value: either their meaning is known, or they do not affect the factors.
 _KNOWN = SUPPORTED | {
     *("lora_bias", "init_lora_weights", "eva_config", "corda_config", "lora_ga_config", "layer_replication"),
     "runtime_config",
@@ -180,7 +182,7 @@ _USED: dict[str, Any] = {
 
 
 def read_lora_config(path: Path) -> dict[str, Any]:
-    """Reads adapter_config.json. Fields that it lacks and that are used here have PEFT's defaults."""
+    """Reads adapter_config.json. Missing fields that are used here get PEFT's defaults."""
     with reading(path, PLAIN_LORA):
         config = read_object(path)
         if config.get("peft_type") != "LORA":
@@ -197,7 +199,7 @@ def read_lora_config(path: Path) -> dict[str, Any]:
 
 
 def size_of(config: Mapping[str, Any], target: str) -> tuple[int, float]:
-    """The rank and the scaling that a configuration gives a target. To be called in a block of `reading`."""
+    """The rank and scaling of a target in a configuration. To be called in a block of `reading`."""
     ranks, alphas = config["rank_pattern"] or {}, config["alpha_pattern"] or {}
     rank: int = ranks.get(get_pattern_key(list(ranks), target), config["r"])
     alpha = alphas.get(get_pattern_key(list(alphas), target), config["lora_alpha"])
@@ -209,10 +211,10 @@ def size_of(config: Mapping[str, Any], target: str) -> tuple[int, float]:
 
 
 def with_sizes(config: Mapping[str, Any], sizes: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
-    """The configuration of a plain LoRA that has, in each target, the given rank and scaling.
+    """The configuration of a plain LoRA that has the given rank and scaling in each target.
 
-    If all scalings are equal the alphas are in proportion to the ranks. A runtime that reads tensors of any rank but
-    knows no patterns then scales them right.
+    If all scalings are equal, the alphas are proportional to the ranks. Then a runtime that reads tensors of any rank
+    but does not know patterns scales them correctly.
     """
     wanted = {target: (rank, _alpha(config, rank, scaling)) for target, (rank, scaling) in sizes.items()}
     (r, alpha), _ = Counter(wanted.values()).most_common(1)[0]
@@ -253,7 +255,7 @@ def _factors(config: dict[str, Any], config_path: Path, weights: TensorFile) -> 
         is_fused = parameter in EXPERT_WEIGHTS
         experts = max(1, a[0] // rank) if is_fused and a and all(a) else 1
         layers = tuple(f"{path}.{index}.{parameter}" for index in range(experts)) if is_fused else (path,)
-        # A factor has a row and a column, and more dimensions, a kernel, if it is a convolution's.
+        # A factor has a row and a column; a convolution's has more dimensions, the kernel.
         row = tuple(max(1, size) for size in a[1 : 2 if is_fused else None]) or (1,)
         factors = LoraFactors(keys, layers, row, max((1, *b[:1])), target, rank, scaling)
         for key, shape in factors.shapes(rank).items():
@@ -290,8 +292,8 @@ def _places(weights: TensorFile, dora: bool) -> dict[str, tuple[str, str]]:
 
 
 def _module_and_parameter(place: str, config: dict[str, Any], weights: TensorFile) -> tuple[str, str]:
-    """The module whose factors are at a place, and its parameter if that is named in `target_parameters`: "weight", or
-    a weight of fused experts. "" stands for none."""
+    """The module whose factors are at a place, and its parameter if `target_parameters` names it: "weight", or a weight
+    of fused experts. "" means none."""
     path, leaves = place.split(".base_layer")[0], set()
     for name in map(str, config["target_parameters"] or ()):
         leaf = name.rpartition(".")[2]

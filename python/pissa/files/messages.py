@@ -1,4 +1,4 @@
-"""Files that somebody else may have written: an error about one is a ValueError that names it, in one line."""
+"""Files that others may have written: an error about one is a ValueError that names it, in one line."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from typing import Any
 
 
 def shown(name: object) -> str:
-    """A name or a value out of a file, quoted, and no longer than a line."""
+    """A name or value from a file, quoted, and at most one line long."""
     text = repr(name)
     return text if len(text) <= 200 else f"{text[:200]}... ({len(text)} characters)"
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's text that is not empty, with the next one if it ends with a colon; without any, the
-    error's class."""
+    """The first non-empty line of an error's text, together with the next one if it ends with a colon. Without text,
+    the error's class."""
     first, second, *_ = [*(line.strip() for line in str(error).splitlines() if line.strip()), "", ""]
     return (f"{first} {second}" if first.endswith(":") else first).strip() or type(error).__name__
 
 
 @contextmanager
 def reading(path: Path, remedy: str) -> Iterator[None]:
-    """Makes a ValueError that names the file of every error in the block, which only reads it. The message ends with
-    `remedy`, how to go on."""
+    """Turns every error in the block, which only reads the file, into a ValueError that names the file. The message
+    ends with `remedy`, how to continue."""
     try:
         yield
     except Exception as error:
@@ -38,7 +38,7 @@ def reading(path: Path, remedy: str) -> Iterator[None]:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The object in a file of JSON. To be called in a block of `reading`."""
+    """Reads the object in a JSON file. To be called in a block of `reading`."""
     found = json.loads(path.read_bytes())
     if not isinstance(found, dict):
         raise ValueError(f"the content: got {shown(found)}; needed: an object")

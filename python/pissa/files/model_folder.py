@@ -1,6 +1,6 @@
 """A model in a folder: it is built without values, its files are mapped, and one matrix at a time is read.
 
-transformers renames the tensors of many architectures as it loads them, and joins some: its own tables say how.
+transformers renames the tensors of many architectures when it loads them, and joins some. Its own tables describe how.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ CONFIG = "config.json"
 
 
 def class_of(config: Any) -> Any:
-    """transformers' class that a config.json names."""
+    """The transformers class that a config.json names."""
     names = config.architectures if isinstance(config.architectures, list) else ()
     for name in names:
         kind = getattr(transformers, name, None) if isinstance(name, str) else None
@@ -62,20 +62,20 @@ def meta_model(folder: Path) -> PreTrainedModel:
 
 
 def _config_of(folder: str | os.PathLike[str]) -> AbstractContextManager[None]:
-    """For errors of transformers, of huggingface_hub, and Python's, of values that these have not checked."""
+    """For errors of transformers, of huggingface_hub, and of Python for values that these have not checked."""
     return reading(
         Path(folder) / CONFIG, f"It describes no model that transformers {transformers.__version__} can build"
     )
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The object in the config.json of a model's folder, as it is."""
+    """Reads the object in the config.json of a model's folder, unchanged."""
     with reading(folder / CONFIG, "It is damaged or no model's: take it from the model again"):
         return read_object(folder / CONFIG)
 
 
 def quantised_kind(folder: Path) -> str | None:
-    """How the weights in a model's folder are quantised, by its config.json; None if they are dense."""
+    """How the weights in a model's folder are quantised, according to its config.json; None if they are dense."""
     config = getattr(model_config(folder), "quantization_config", None)
     if config is None:
         return None
@@ -86,7 +86,7 @@ def quantised_kind(folder: Path) -> str | None:
 
 
 class Part(NamedTuple):
-    """Rows of a matrix [out, in]: a tensor of the checkpoint, or one matrix of a stack, either of them transposed."""
+    """Rows of a matrix [out, in]: a tensor of the checkpoint, or one matrix of a stack; either may be transposed."""
 
     tensor: str
     member: int | None = None
@@ -95,12 +95,12 @@ class Part(NamedTuple):
 
 
 class Composition:
-    """Which of the tensors of a checkpoint, given by name, make the parameters of a model, whose weights are not
+    """Determines which tensors of a checkpoint, given by name, make the parameters of a model. The weights are not
     read."""
 
     def __init__(self, model: PreTrainedModel, names: Iterable[str]) -> None:
         names = set(names)
-        # A checkpoint in the model's own names needs no table, which takes transformers a second to build.
+        # A checkpoint with the model's own names needs no table, which takes transformers a second to build.
         is_own = all(name in names for name, _ in model.named_parameters())
         mapping = [] if is_own else get_model_conversion_mapping(model)
         renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
@@ -108,13 +108,13 @@ class Composition:
         by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
         expected, prefix = model.state_dict(), model.base_model_prefix
         found: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
-        # As core_model_loading.convert_and_load_state_dict_in_model goes about it, in its order.
+        # Follows core_model_loading.convert_and_load_state_dict_in_model, in the same order.
         for name in sorted(names, key=dot_natural_key):
             renamed, pattern = rename_source_key(name, renamings, converters, prefix, expected)
             if renamed not in expected and name in expected:
                 renamed, pattern = rename_source_key(name, [], [], prefix, expected)
             found[renamed][pattern or ""].append(name)
-        # The tensors of each pattern, in the order in which transformers takes them, and what it does with them.
+        # The tensors of each pattern, in the order in which transformers takes them, and its operations on them.
         self._joined: dict[str, tuple[list[list[str]], list[object]]] = {}
         for renamed, lists in found.items():
             converter = next((by_pattern[pattern] for pattern in lists if pattern), None)
@@ -123,19 +123,19 @@ class Composition:
             self._joined[renamed] = [lists[key] for key in order if key in lists], operations
 
     def tensors(self, parameter: str) -> set[str]:
-        """The names of those that make a parameter."""
+        """The names of the tensors that make a parameter."""
         lists, _ = self._joined.get(parameter, ([], []))
         return {name for names in lists for name in names}
 
     def matrix(self, parameter: str, transposed: bool) -> tuple[Part, ...]:
-        """The parts, one below the other, of the matrix [out, in] that a parameter is, which is [in, out] if it is
+        """The parts, stacked by rows, of the matrix [out, in] that a parameter contains. The parameter is [in, out] if
         `transposed`."""
         (parts,) = self.stack(parameter, None, transposed)
         return parts
 
     def stack(self, parameter: str, number: int | None, transposed: bool) -> list[tuple[Part, ...]]:
-        """The same for each of the matrices of a parameter [number, out, in], or [number, in, out]; without a number,
-        of [out, in]."""
+        """The same for each matrix of a parameter [number, out, in] or [number, in, out]; without a number, for [out,
+        in]."""
         lists, operations = self._joined.get(parameter, ([], []))
         if not lists:
             raise ValueError(f"the checkpoint has no tensor {parameter}")
@@ -152,7 +152,7 @@ class Composition:
         if left and len(columns) == 1 and _transposes(left[0], first):
             del left[0]
             columns = [[part._replace(transposed=True) for part in column] for column in columns]
-        # The rows of the matrix are the parameter's columns where that is transposed.
+        # If the parameter is transposed, the rows of the matrix are its columns.
         if left and isinstance(left[0], Concatenate) and left[0].dim == first + transposed:
             del left[0]
         elif len(columns) > 1:
@@ -176,7 +176,7 @@ def _transposes(operation: object, first: int) -> bool:
 
 
 def matrix_of(parts: Sequence[Part], source: Source) -> Tensor:
-    """The matrix that these parts are, one below the other: a view of the mapped file, if it is one part."""
+    """The matrix that these parts make, stacked by rows: a view of the mapped file if there is one part."""
     views = []
     for part in parts:
         matrix = source.read(part.tensor, part.member)
@@ -185,8 +185,8 @@ def matrix_of(parts: Sequence[Part], source: Source) -> Tensor:
 
 
 def parts_of(matrix: Tensor, parts: Sequence[Part], source: Source) -> Iterator[tuple[str, Tensor, int | None]]:
-    """The way back from `matrix_of`: what a new matrix puts into the tensors of the parts, or into that member of
-    them if they are stacks."""
+    """The inverse of `matrix_of`: yields what a new matrix puts into the tensors of the parts, or into the given member
+    of them if they are stacks."""
     row = 0
     for part in parts:
         shape = source.entry(part.tensor).shape[0 if part.member is None else 1 :]

@@ -1,5 +1,5 @@
-"""PEFT's files of an adapter, the plain LoRA that it is to every other runtime: the names and shapes of the tensors,
-and the configuration."""
+"""PEFT's files of an adapter, which contain it as the plain LoRA that every other runtime sees: the names and shapes of
+the tensors, and the configuration."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 PREFIX = "base_model.model."
-"""What PEFT puts before the names of the (unwrapped) model's modules."""
+"""The prefix that PEFT adds to the names of the (unwrapped) model's modules."""
 
 FACTOR_KEYS = (PissaLayer.factor_keys, PissaEmbedding.factor_keys)
-"""The names of the two factors, behind the layer's: of a layer with a weight matrix or a kernel, of an embedding."""
+"""The names of the two factors after the layer's: for a layer with a weight matrix or a kernel, and for an
+embedding."""
 MAGNITUDE = "lora_magnitude_vector"
-"""The name of DoRA's magnitudes [out], behind the layer's."""
+"""The name of DoRA's magnitudes [out], after the layer's."""
 
 Matrices = tuple[Tensor, Tensor]
 """A factor a [rank, in] and a factor b [out, rank]."""
@@ -36,21 +37,21 @@ Matrices = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class FactorTensors:
-    """Two tensors: the factors of one layer, or, stacked, those of one weight of all experts of a module. PEFT stacks
-    the experts' a to [experts * r, in], one expert after another, and their b to [out, r * experts], the expert being
+    """Two tensors: the factors of one layer or, stacked, those of one weight of all experts in a module. PEFT stacks
+    the experts' a to [experts * r, in], one expert after another, and their b to [out, r * experts], with the expert as
     the faster index."""
 
     keys: tuple[str, str]
     layers: tuple[str, ...]
-    """Names in the model; more than one are the experts, in order."""
+    """Names in the model. If there are several, they are the experts, in order."""
     row: tuple[int, ...]
-    """The shape of a row of factor a: [in], or, of a convolution, [in, *kernel]."""
+    """The shape of a row of factor a: [in], or [in, *kernel] for a convolution."""
     out: int
     mirrored: bool = field(default=False, kw_only=True)
-    """Whether PEFT takes the weights for the other way round: the factors are bᵀ and aᵀ, `row` [out] and `out` in."""
+    """Whether PEFT reads the weights as transposed: the factors are bᵀ and aᵀ, with `row` [out], and `out` is in."""
 
     def pack(self, matrices: Sequence[Matrices]) -> dict[str, Tensor]:
-        """The tensors under their names, float32, from the matrices of each layer, which may have any one rank."""
+        """The tensors under their names, float32, from the matrices of each layer, which may have any common rank."""
         pairs = [self._turned(pair) for pair in matrices]
         a, b = pairs[0]
         if len(self.layers) > 1:
@@ -79,12 +80,12 @@ class FactorTensors:
 
     @property
     def _point(self) -> tuple[int, ...]:
-        """The kernel of factor b: a convolution's is one point."""
+        """The kernel of factor b, which is one point for a convolution."""
         return (1,) * (len(self.row) - 1)
 
 
 def factors_of(model: nn.Module, layers: Mapping[str, PissaLayer]) -> list[FactorTensors]:
-    """The tensors of all layers of an adapter, given by their names in the (unwrapped) model."""
+    """The tensors of all layers of an adapter. The layers are given by their names in the (unwrapped) model."""
     rest, found = dict(layers), []
     for path, experts in unfused_experts(model).items():
         for name, place in _places(path, adapted_names(path, experts, layers)).items():
@@ -104,20 +105,20 @@ def _factors(place: str, layers: Mapping[str, PissaLayer], mirrored: bool = Fals
 
 
 def magnitude_key(layer: str) -> str:
-    """The name of the magnitudes [out] of a layer with DoRA, given by its name in the (unwrapped) model."""
+    """The name of the magnitudes [out] of a layer with DoRA, given the layer's name in the (unwrapped) model."""
     return f"{PREFIX}{layer}.{MAGNITUDE}"
 
 
 def base_weight_key(layer: str) -> str:
-    """The name of an adapted layer's own weight, which PEFT saves of embeddings and output layers."""
+    """The name of an adapted layer's own weight, which PEFT saves for embeddings and output layers."""
     return f"{PREFIX}{layer}.base_layer.weight"
 
 
 def is_of_a_layer(key: str, layers: Iterable[str]) -> bool:
-    """Whether a tensor is a factor, or a base weight, of one of the layers, given by name.
+    """Whether a tensor is a factor or a base weight of one of the named layers.
 
-    A bias is not, since it may be trained beside the adapter. (A merged layer has its bias twice; the one below
-    `lora_unmerged` is the layer's.) Nor are the tensors of `modules_to_save`.
+    A bias is not, because it may be trained in addition to the adapter. (A merged layer has its bias twice; the one
+    under `lora_unmerged` is the layer's.) Nor are the tensors of `modules_to_save`.
     """
     kept = key.endswith(".bias") and ".lora_unmerged." not in key
     return not kept and key.startswith(tuple(f"{PREFIX}{name}." for name in layers))
@@ -127,33 +128,33 @@ def is_of_a_layer(key: str, layers: Iterable[str]) -> bool:
 
 
 def check_uniform(model: nn.Module, factors: Mapping[str, tuple[int, float]]) -> None:
-    """Checks that PEFT's layout can hold an adapter of whose layers rank and scaling are given: one of each for all
-    experts of a module."""
+    """Checks that PEFT's layout can hold an adapter with these layers' ranks and scalings: all experts of a module must
+    have the same."""
     for path, experts in unfused_experts(model).items():
         for name in experts.names:
             first = factors.get(f"{path}.0.{name}")
             for index in range(1, len(experts)):
                 if factors.get(layer := f"{path}.{index}.{name}") != first:
                     raise ValueError(
-                        f"layer {layer} is adapted otherwise than {path}.0.{name}; the experts of a module need one "
+                        f"layer {layer} is not adapted like {path}.0.{name}; the experts of a module need one "
                         "rank and alpha, or none of them an adapter: see target_modules, rank_pattern, alpha_pattern"
                     )
 
 
 def adapted_names(path: str, experts: UnfusedExperts, layers: Container[str]) -> list[str]:
-    """The weights of the experts that have an adapter; `layers` names the adapted layers of the model."""
+    """The weights of the experts that have an adapter. `layers` names the adapted layers of the model."""
     return [name for name in experts.names if f"{path}.0.{name}" in layers]
 
 
 def is_mirrored(fused: nn.Module) -> bool:
-    """Whether PEFT takes the weights of fused experts for [experts, out, in], and they are [experts, in, out]. Its
-    factors of them are those of the transposed matrices: bᵀ in the place of a, aᵀ in the place of b."""
+    """Whether PEFT reads the weights of fused experts as [experts, out, in] although they are [experts, in, out]. Its
+    factors are then those of the transposed matrices: bᵀ instead of a, and aᵀ instead of b."""
     return is_transposed(fused) and not getattr(fused, "is_transposed", False)
 
 
 def _places(path: str, names: Sequence[str]) -> dict[str, str]:
-    """The prefix under which PEFT's files hold the factors of each adapted weight of an experts module. PEFT wraps the
-    module once for each weight, in the parameters' order; the last wrapper is the outermost."""
+    """The prefix under which PEFT's files store the factors of each adapted weight of an experts module. PEFT wraps the
+    module once for each weight, in the order of the parameters; the last wrapper is the outermost."""
     return {name: path + ".base_layer" * (len(names) - 1 - i) for i, name in enumerate(names)}
 
 
@@ -168,15 +169,15 @@ def weight_at(place: str, names: Collection[str]) -> tuple[str, str] | None:
 
 # -- the configuration
 
-# Names of layers that PEFT takes for former names of fused experts' weights in a list of target modules. It finds the
-# layers all the same if their weights are listed as target parameters.
+# Layer names that PEFT mistakes for former names of fused experts' weights in a list of target modules. It still finds
+# the layers if their weights are listed as target parameters.
 _TAKEN_FOR_EXPERTS = {"gate"}.union(*(names for former in FORMER_NAMES.values() for names in former))
 
 
 def plain_config(
     model: nn.Module, config: PissaConfig, adapter_name: str, layers: Mapping[str, PissaLayer], times: int = 2
 ) -> LoraConfig:
-    """The configuration of the plain LoRA of so many times the adapter's rank."""
+    """The configuration of the plain LoRA, which has `times` the adapter's rank."""
     lora = config.as_lora(times)
     lora.fan_in_fan_out = any(layer.base.kind is Conv1D for layer in layers.values())
     experts = {path: module for path, module in unfused_experts(model).items() if adapted_names(path, module, layers)}
@@ -195,7 +196,7 @@ def plain_config(
             modules[name] = layer
     lora.target_modules, lora.target_parameters = sorted(modules), sorted(parameters)
     lora.exclude_modules = lora.layers_to_transform = lora.layers_pattern = None
-    lora.lora_dropout = 0.0  # PEFT has none for parameters, and a saved adapter is for inference
+    lora.lora_dropout = 0.0  # PEFT supports none for parameters, and a saved adapter is for inference
     targets = modules | parameters
     grow = lora.lora_alpha / config.lora_alpha
     lora.rank_pattern = {
@@ -222,7 +223,7 @@ def plain_config_text(config: LoraConfig, base_class: type[nn.Module]) -> str:
 
 
 def inexact_lora(forms: Iterable[str]) -> str:
-    """What InexactLoraWarning says of an adapter whose base was stored in these forms."""
+    """The text of InexactLoraWarning for an adapter whose base was stored in these forms."""
     return (
         f"The residual of the base is stored as {' and '.join(sorted(forms))}. On the unmodified base, the plain LoRA "
         "lacks the error of that storage, so it is only approximately the function that was trained: Quant(W_res) + BA "

@@ -49,24 +49,25 @@ CONFIG_FILES = (ADAPTER_CONFIG, PISSA_RECORD)
 ADAPTER_FILES = (*CONFIG_FILES, ADAPTER_WEIGHTS, PISSA_WEIGHTS)
 
 FORMAT = 1
-"""The format of pissa.json that is written, and read."""
+"""The format of pissa.json that is written and read."""
 
 TAKEN = ("base.taken_a", "base.taken_b")
 
 SAVED = "It is not as save_pretrained wrote it: save the adapter again, or take the file from a copy"
-"""What is said of a file of ours that cannot be read."""
+"""The advice for a file of ours that cannot be read."""
 
 
 # -- pissa.json
 
 
 def _config_fields() -> list[dataclasses.Field[Any]]:
-    """The fields of a configuration; `runtime_config` belongs to one process."""
+    """The fields of a configuration, without `runtime_config`, which belongs to one process."""
     return [f for f in dataclasses.fields(PissaConfig) if f.init and f.name != "runtime_config"]
 
 
 def config_as_json(config: PissaConfig) -> dict[str, Any]:
-    """The fields of ours, and of LoraConfig's those that differ from PEFT's defaults: another PEFT has other fields."""
+    """Our own fields, and those fields of LoraConfig that differ from PEFT's defaults, as another PEFT has other
+    fields."""
     peft = {f.name: f for f in dataclasses.fields(LoraConfig)}
     fields = {}
     for f in _config_fields():
@@ -77,7 +78,7 @@ def config_as_json(config: PissaConfig) -> dict[str, Any]:
 
 
 def config_from_json(fields: dict[str, Any]) -> PissaConfig:
-    """The way back from `config_as_json`."""
+    """The inverse of `config_as_json`."""
     known = {f.name for f in _config_fields()}
     for name, value in fields.items():
         if name not in known and not (value is None or value is False or value in ("", [], {})):
@@ -90,27 +91,27 @@ def config_from_json(fields: dict[str, Any]) -> PissaConfig:
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """The record of one layer: the adapter's rank and scaling, and the base that it belongs to."""
+    """The record of one layer: the adapter's rank and scaling, and the base to which it belongs."""
 
     r: int
     scaling: float
     weight: str
-    """Fingerprint of the base's dense weight."""
+    """The fingerprint of the base's dense weight."""
     form: Form
     stored: str | None = None
-    """Fingerprint of the stored residual."""
+    """The fingerprint of the stored residual."""
     base: Origin | None = None
-    """Origin of a stored base's start factors, if they are not the adapter's."""
+    """The origin of a stored base's start factors, if it differs from the adapter's."""
     taken: int | None = None
-    """Rank of the factors that the stored residual lacks, if they are others than the base's start factors, and some.
+    """The rank of the factors that the stored residual lacks, if these are not the base's start factors and not empty.
     Only alternations have such factors."""
     start: str | None = None
-    """Fingerprint of the start factors a0 and b0, and of the factors taken, if there are such, where `pissa init` has
-    written them: beside an adapter that was saved, the files have checksums."""
+    """The fingerprint of the start factors a0 and b0, and of the taken factors if there are any, where `pissa init` has
+    written them. The files of a saved adapter have checksums instead."""
 
     @staticmethod
     def of(layer: PissaLayer, adapter_name: str, gathered: Tensor | None = None) -> LayerRecord:
-        """The record of a layer as it is. `gathered`: see `Fingerprints`."""
+        """The record of a layer in its current state. `gathered`: see `Fingerprints`."""
         base, start, known = layer.base, layer.start_of(adapter_name), layer.fingerprints
         return LayerRecord(
             start.origin.r,
@@ -125,9 +126,9 @@ class LayerRecord:
     def starts(
         self, name: str, a0: Tensor, b0: Tensor, config: PissaConfig, file: TensorFile | None
     ) -> tuple[StartFactors, StartFactors]:
-        """The start of an adapter of that configuration in the layer of that name, whose factors are given, and the one
-        that the layer's stored base lacks: the same, unless the record says otherwise. The file has all other factors.
-        """
+        """Returns the start of an adapter with that configuration in the named layer, whose factors are given, and the
+        start that the layer's stored base lacks. Both are the same unless the record says otherwise. The file contains
+        all other factors."""
         identity = INIT_METHODS[config.init].identity(config)
         origin = Origin(self.r, self.scaling, config.init, config.use_adalora, identity)
         taken = (a0[:0], b0[:, :0]) if INIT_METHODS[(self.base or origin).init].takes_nothing else None
@@ -140,7 +141,7 @@ class LayerRecord:
         return StartFactors(a0, b0, origin), base
 
     def as_json(self) -> dict[str, Any]:
-        """The record as an object of JSON."""
+        """The record as a JSON object."""
         base = None
         if self.base is not None:
             base = {name: getattr(self.base, name) for name in _ORIGIN} | dict(self.base.identity)
@@ -148,7 +149,7 @@ class LayerRecord:
 
     @staticmethod
     def from_json(record: dict[str, Any]) -> LayerRecord:
-        """The way back from `as_json`."""
+        """The inverse of `as_json`."""
         form, base, fields = Form(*(record["form"][name] for name in _FORM)), None, record["base"]
         if fields is not None:
             names = INIT_METHODS[fields["init"]].identity_fields("quant_iters" in fields)
@@ -159,13 +160,13 @@ class LayerRecord:
 
 
 _FORM = ("residual", "blocksize", "double_quant")
-"""What the file calls the fields of a Form."""
+"""The names of a Form's fields in the file."""
 _ORIGIN = ("r", "scaling", "init", "adalora")
 
 
 @dataclass(frozen=True)
 class AdapterRecord:
-    """The record of one adapter: its configuration, and its layers by their name in the base model."""
+    """The record of one adapter: its configuration, and its layers by their names in the base model."""
 
     config: PissaConfig
     layers: dict[str, LayerRecord]
@@ -197,7 +198,7 @@ class AdapterRecord:
 
 
 def checksum(record: Mapping[str, Any]) -> str:
-    """XXH3-128 of the fields of pissa.json besides its checksum."""
+    """XXH3-128 of the fields of pissa.json except the checksum itself."""
     return xxh3_of_text(json.dumps(record, sort_keys=True))
 
 
@@ -207,8 +208,8 @@ def checksum(record: Mapping[str, Any]) -> str:
 def start_tensors(
     name: str, layer: PissaLayer, adapter_name: str, config: PissaConfig, state: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The tensors of a layer of that name in the (unwrapped) model, without its residual. AdaLoRA's differences are
-    taken from `state`, the model's state dict."""
+    """The tensors of the named layer of the (unwrapped) model, without its residual. AdaLoRA's differences are taken
+    from `state`, the model's state dict."""
     start, kept = layer.start_of(adapter_name), layer.base.start
     parts = {"a0": start.a0}
     if kept is not None and kept is not start:
@@ -238,7 +239,7 @@ class LayerTensors:
     start: StartFactors
     deltas: Deltas
     base: StartFactors
-    """The part that a stored base lacks: the adapter's own start unless the record says otherwise."""
+    """The start that a stored base lacks: the adapter's own, unless the record says otherwise."""
     magnitude: tuple[Tensor, Tensor] | None
     """With DoRA, the trained lengths and the norms of the base's rows."""
 
@@ -250,15 +251,14 @@ class PissaFolder:
     path: Path
     config: PissaConfig
     records: dict[str, LayerRecord]
-    """By the layer's name in the (unwrapped) model."""
+    """The records by the layer's name in the (unwrapped) model."""
     weights: TensorFile
     starts: TensorFile
 
     @staticmethod
     def read(path: Path, config: PissaConfig | None = None) -> PissaFolder:
-        """Reads the folder that `save_pretrained` wrote for one adapter. A user's `config` takes the place of the saved
-        one."""
-        path = path.absolute()  # `blamed` looks for it in messages, where "q" is a part of "q_proj"
+        """Reads the folder that `save_pretrained` wrote for one adapter. A user's `config` replaces the saved one."""
+        path = path.absolute()  # `blamed` looks for it in messages, where "q" is also a part of "q_proj"
         record = _read_record(path)
         if config is not None:
             _check_alike(config, record.config, path)
@@ -267,7 +267,8 @@ class PissaFolder:
 
     @contextmanager
     def blamed(self) -> Iterator[None]:
-        """Names the folder in what PEFT or our layers refuse of it in the block, which puts its adapter on a model."""
+        """Adds the folder's name to errors of PEFT or our layers in the block, which puts the folder's adapter on a
+        model."""
         try:
             yield
         except (ValueError, TypeError, AttributeError, LookupError, NotImplementedError, re.error) as error:
@@ -277,7 +278,7 @@ class PissaFolder:
             raise ValueError(f"the adapter that {record} describes cannot be put on this model: {error}") from error
 
     def read_layer(self, name: str, a: Tensor, b: Tensor) -> LayerTensors:
-        """Reads the tensors of a layer, whose factors in PEFT's file are a = [A ; dA] and b = [dB | B0]."""
+        """Reads the tensors of a layer, given its factors in PEFT's file, a = [A ; dA] and b = [dB | B0]."""
         record, read = self.records[name], self.starts.read
         a0 = read(f"{name}.a0")
         upper, *rest = split_difference(a, b)
@@ -287,14 +288,14 @@ class PissaFolder:
         (start, base), deltas = record.starts(name, a0, b0, self.config, self.starts), Deltas(da, db)
         if self.config.use_adalora:
             deltas = Deltas(read(f"{name}.delta_a"), db, read(f"{name}.delta_e"))
-            # Not to the bit: other machines sum norms in another order.
+            # Not compared bit for bit, because other machines sum norms in another order.
             if not torch.allclose(start.change(deltas)[0], da, rtol=1e-5, atol=1e-6 * float(a0.abs().max())):
                 raise ValueError(self._mismatch(name, "is not made of delta_a and delta_e"))
         magnitude = (self.weights.read(magnitude_key(name)), read(f"{name}.norm")) if self.config.use_dora else None
         return LayerTensors(start, deltas, base, magnitude)
 
     def start_shapes(self, name: str, matrix_shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
-        """The shapes of what `start_tensors` has written of a layer, all of it float32."""
+        """The shapes of the tensors that `start_tensors` has written for a layer, all float32."""
         record, (rows, columns) = self.records[name], matrix_shape
         parts: dict[str, tuple[int, ...]] = {"a0": (record.r, columns)}
         if record.base is not None:
@@ -308,28 +309,28 @@ class PissaFolder:
         return {f"{name}.{part}": shape for part, shape in parts.items()}
 
     def stored_shapes(self, name: str, matrix_shape: tuple[int, int]) -> dict[str, Expected]:
-        """The shapes and dtypes of what `stored_tensors` has written of a layer; none if it has written nothing."""
+        """The shapes and dtypes of the tensors that `stored_tensors` has written for a layer, if any."""
         record = self.records[name]
         shapes = {f"{name}.base.{part}": needed for part, needed in residual_shapes(record.form, matrix_shape).items()}
         return shapes if record.stored and shapes.keys() & self.starts.entries.keys() else {}
 
     def is_fed_back(self, name: str) -> bool:
-        """Whether the codes of a layer's residual were found by error feedback, and do not follow from its weight."""
+        """Whether error feedback found the codes of a layer's residual, so that they do not follow from its weight."""
         base = self.records[name].base
         return self.config.error_feedback if base is None else base.error_feedback
 
     def check_codes(self, name: str) -> None:
-        """Raises ValueError if the residual of a layer, which the folder has not, cannot be made of the weight."""
+        """Raises ValueError if the folder lacks the residual of a layer and it cannot be computed from the weight."""
         if self.is_fed_back(name):
             raise ValueError(
-                f"the codes of layer {name} were found by error feedback, and {self.path} has not got them: they are "
+                f"the codes of layer {name} were found by error feedback, and {self.path} does not have them: they are "
                 "in the checkpoint that pissa init wrote. Give that as the base, to pissa.load or to the command"
             )
 
     def read_stored(
         self, name: str, matrix_shape: tuple[int, int], device: torch.device
     ) -> Tensor | QuantizedWeight | None:
-        """The residual of a layer, on a device; None if the file has none."""
+        """The residual of a layer, on a device; None if the file contains none."""
         keys = self.stored_shapes(name, matrix_shape)
         parts = {key.rpartition(".")[2]: self.starts.read(key).to(device) for key in keys}
         return residual_from(parts, self.records[name].form, matrix_shape) if parts else None
@@ -343,13 +344,13 @@ class PissaFolder:
 
 def read_config(model_id: str | os.PathLike[str], *, subfolder: str | None = None, **kwargs: Any) -> PissaConfig:
     """The configuration of an adapter, or the one that `PissaConfig.save_pretrained` wrote, from a folder or a
-    repository of the Hub; see `PissaConfig.from_pretrained`."""
+    repository on the Hub; see `PissaConfig.from_pretrained`."""
     folder = adapter_folder(model_id, CONFIG_FILES, subfolder=subfolder, **kwargs)
     alone = folder / ADAPTER_CONFIG
     if not os.path.isfile(folder / PISSA_RECORD) and os.path.isfile(alone):
         with reading(alone, SAVED):
             fields = read_object(alone)
-            if {"svd", "svd_passes"} <= fields.keys():  # else another configuration is in it
+            if {"svd", "svd_passes"} <= fields.keys():  # otherwise it contains another configuration
                 return config_from_json(fields)
     return _read_record(folder).config
 

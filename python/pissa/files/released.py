@@ -1,5 +1,5 @@
-"""A checkpoint in the bytes in which a model was released: which weights of the model are codes there, and these codes,
-mapped from the files. `base.released` has the layouts."""
+"""A checkpoint in the byte layout in which a model was released: which of the model's weights are codes, and these
+codes, mapped from the files. `base.released` describes the layouts."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from pissa.files.tensor_file import Entry, Source
 from pissa.layers.experts import is_transposed
 
 KINDS = ("fp8", "mxfp4", "compressed-tensors", "modelopt")
-"""What a config.json may call the quantisation of such a checkpoint (`quant_method`)."""
+"""The names of the quantisation of such a checkpoint in config.json (`quant_method`)."""
 
 
 class ReleasedWeights:
-    """The weights of a checkpoint that are codes, by the names that dense ones would have there.
+    """The weights of a checkpoint that are codes, by the names that dense ones would have.
 
     Raises:
-        ValueError: codes without scales, naming the file.
+        ValueError: codes without scales. The message names the file.
     """
 
     def __init__(self, source: Source) -> None:
         self._source = source
         self._tensors: dict[str, dict[str, str]] = {}
         present = set(source.names)
-        # bitsandbytes' codes have entries behind them ("q.weight.absmax"), or SCB beside them.
+        # bitsandbytes' codes have entries after their name ("q.weight.absmax"), or an SCB tensor.
         others = {f"{name.partition('.weight.')[0]}.weight" for name in present if ".weight." in name}
         others |= {f"{name.removesuffix('.SCB')}.weight" for name in present if name.endswith(".SCB")}
         for name in source.names:
@@ -69,22 +69,22 @@ class ReleasedWeights:
         return {weight: list(names.values()) for weight, names in self._tensors.items()}
 
     def codes_of(self, weight: str) -> str:
-        """The one of them that has its codes."""
+        """The tensor that contains the codes of a weight."""
         return next(self._tensors[weight][local] for local in CODES if local in self._tensors[weight])
 
     @property
     def names(self) -> set[str]:
-        """The names of the checkpoint's tensors that belong to codes, those for quantised activations too."""
+        """The names of the checkpoint's tensors that belong to codes, including those for quantised activations."""
         own = {name for names in self._tensors.values() for name in names.values()}
         owners = {_owner(weight) for weight in self._tensors}
         return own | {name for name in self._source.names if _is_of_inputs(name, owners)}
 
     def locate(self, model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
-        """Finds which parameters of a model, on the meta device, are codes: their names and shapes. Afterwards `layers`
-        are known.
+        """Finds the parameters of a model on the meta device that are codes, and returns their names and shapes.
+        Afterwards `layers` are known.
 
         Raises:
-            ValueError: a parameter that is made of codes and of something else, or that is no matrix.
+            ValueError: a parameter consists of codes and other tensors, or is not a matrix.
         """
         dense = (set(self._source.names) - self.names) | self._tensors.keys()
         composition = Composition(model, dense)
@@ -106,19 +106,19 @@ class ReleasedWeights:
 
     @property
     def layers(self) -> list[str]:
-        """The layers whose weights are codes, experts one by one."""
+        """The layers whose weights are codes, with experts one by one."""
         return list(self._parts)
 
     def read(self, layer: str) -> ops.QuantizedWeight:
-        """The weight of a layer: views of the mapped files, unless it is joined of several.
+        """Reads the weight of a layer: views of the mapped files, unless several weights are joined.
 
         Raises:
-            ValueError: naming tensor and file.
+            ValueError: the weight cannot be read. The message names tensor and file.
         """
         return joined([self._weight(part) for part in self._parts[layer]])
 
     def _weight(self, part: Part) -> ops.QuantizedWeight:
-        # The matrices of a stack lie as [out, in], though the dense ones did not.
+        # The matrices of a stack are stored as [out, in], although the dense ones are not.
         if (part.member is not None) != self.is_stack(part.tensor) or part.transposed != self.is_stack(part.tensor):
             raise ValueError(f"{self._source.folder}: {part.tensor} is codes, which cannot be transposed or cut")
         return self.weight(part.tensor, part.member)
@@ -128,13 +128,13 @@ class ReleasedWeights:
         return "blocks" in self._tensors[weight]
 
     def weight(self, weight: str, member: int | None = None) -> ops.QuantizedWeight:
-        """One of the checkpoint's weights, or that matrix [out, in] of a stack."""
+        """One of the checkpoint's weights, or one matrix [out, in] of a stack."""
         names = self._tensors[weight]
         with _naming(self._source, names):
             return released_weight({local: self._source.read(name, member) for local, name in names.items()})
 
     def shape(self, weight: str) -> tuple[int, ...]:
-        """Of the dense weight."""
+        """The shape of the dense weight."""
         codes = self._source.entry(self.codes_of(weight))
         if self.is_stack(weight):
             experts, rows, blocks, half = (*codes.shape, 0, 0, 0, 0)[:4]
@@ -144,13 +144,13 @@ class ReleasedWeights:
 
 
 class DecodedSource(Source):
-    """A checkpoint of released codes, as the dense one that it stands for: a weight is decoded, to bfloat16 as the
-    libraries do it, when it is read."""
+    """A checkpoint of released codes, read as the dense checkpoint that it represents. A weight is decoded when it is
+    read, to bfloat16 as in the libraries."""
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         super().__init__(folder)
         self.raw = Source(folder)
-        """The same, as it is."""
+        """The same checkpoint, undecoded."""
         self.codes = ReleasedWeights(self.raw)
         first = {tensors[0]: weight for weight, tensors in self.codes.tensors.items()}
         hidden = self.codes.names
@@ -199,18 +199,18 @@ class DecodedSource(Source):
         self.raw.close()
 
     def held(self, name: str) -> list[str]:
-        """The tensors of the checkpoint that hold one."""
+        """The tensors of the checkpoint that make up the named one."""
         return self.codes.tensors.get(name, [name])
 
 
 def open_dense(folder: str | os.PathLike[str]) -> Source:
-    """A checkpoint whose weights can be read as dense ones, whatever it is released in."""
+    """A checkpoint whose weights can be read as dense ones, in whatever layout it is released."""
     source = Source(folder)
     return DecodedSource(folder) if ReleasedWeights(source) else source
 
 
 def is_released(folder: Path) -> bool:
-    """Whether a folder's config.json says that its weights are codes of a released model."""
+    """Whether a folder's config.json declares its weights as codes of a released model."""
     return (folder / CONFIG).is_file() and quantised_kind(folder) in KINDS
 
 
@@ -226,7 +226,7 @@ def check_dense(source: Source) -> None:
 
 @contextmanager
 def _naming(source: Source, names: dict[str, str]) -> Iterator[None]:
-    """Puts the file, and the whole name, before the tensor that a message begins with."""
+    """Puts the file and the full name before the tensor name at the beginning of a message."""
     first = next(iter(names.values()))
     with reading(source.path_of(first), "It is damaged, or of a layout that is not read: download it again"):
         try:
@@ -240,11 +240,11 @@ _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _SCALE_ENDINGS = ("_scale", "_scale_inv", "_scale_2", "_scales")
 
 _STACKS = {"_blocks": "blocks", "_scales": "scales"}
-"""gpt-oss' endings."""
+"""The suffixes of gpt-oss."""
 
 
 def _split(name: str) -> tuple[str, str, str]:
-    """A tensor's name as that of the dense weight, the mark between and the local name."""
+    """Splits a tensor's name into that of the dense weight, the separator and the local name."""
     for ending, local in _STACKS.items():
         if name.endswith(ending):
             return name.removesuffix(ending), "_", local
@@ -253,7 +253,7 @@ def _split(name: str) -> tuple[str, str, str]:
 
 
 def _join(weight: str, local: str) -> str:
-    """The way back."""
+    """The inverse of `_split`."""
     for ending, other in _STACKS.items():
         if local == other:
             return f"{weight}{ending}"

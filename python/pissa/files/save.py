@@ -1,8 +1,8 @@
-"""Writing adapters: a plain LoRA for every other runtime, and a second pair of files that an exact resume needs.
-Loading never repeats the SVD. `pissa_layout` describes the files.
+"""Writes adapters: a plain LoRA for every other runtime, and two more files that an exact resume needs. Loading never
+repeats the SVD. `pissa_layout` describes the files.
 
 Start factors are frozen, so the files of two saves of one run fit each other: the upper half of lora_A must be A0 + dA,
-bit for bit. Checksums in each file show that it is as it was written.
+bit for bit. Checksums in each file show whether it is unchanged.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def save_adapter(
     state_dict: dict[str, Tensor] | None,
     save_embedding_layers: str | bool,
 ) -> None:
-    """Writes one adapter to `directory`, or, unless it is called "default", to a sub-folder of its name."""
+    """Writes one adapter to `directory` or, unless it is called "default", to a sub-folder of its name."""
     config = model.peft_config[adapter_name]
     layers = pissa_layers(model.base_model.model, adapter_name)
     with_vocabulary = _with_vocabulary(model, adapter_name, save_embedding_layers)
@@ -64,7 +64,7 @@ def save_adapter(
     for name, layer in layers.items():
         starts |= start_tensors(name, layer, adapter_name, config, state)
     gathered = {name: (state_dict or {}).get(base_weight_key(name)) for name in layers}
-    alone: set[int] = set()  # modules whose residual cannot be made again: of their weight, or of their inputs
+    alone: set[int] = set()  # modules with residuals that cannot be made again from weight or inputs
     if with_vocabulary:
         found = vocabulary(model, adapter_name)
         lora |= {key: tensor.value(state_dict or {}) for key, tensor in found.items()}
@@ -82,21 +82,21 @@ def save_adapter(
         write_tensors(new(PISSA_WEIGHTS), _on_cpu(starts))
         plain = plain_config(model.base_model.model, config, adapter_name, layers)
         new(ADAPTER_CONFIG).write_text(plain_config_text(plain, _class_of(model.base_model.model)))
-        # Renamed last: an adapter that is there is complete.
+        # Renamed last, so that an adapter whose file exists is complete.
         write_tensors(new(ADAPTER_WEIGHTS), _on_cpu(lora))
 
 
 def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors, read off a GPU once: a file's checksum and the file itself take each."""
+    """The tensors, copied from a GPU only once, because the checksum and the file each read them."""
     return {name: tensor.detach().cpu() for name, tensor in tensors.items()}
 
 
 def _with_vocabulary(model: PeftModel, adapter_name: str, save_embedding_layers: str | bool) -> bool:
     """Whether the vocabulary's weights are written with the adapter.
 
-    With "auto" they are if the vocabulary has another size than in the files that the base was loaded from. If these
-    are not at hand, they are if the adapter changes the vocabulary. (PEFT's own "auto" asks the Hub, and writes them
-    with every adapter that targets embeddings.)
+    With "auto" they are if the vocabulary's size differs from that in the files from which the base was loaded. If
+    these are not available, they are written if the adapter changes the vocabulary. (PEFT's own "auto" asks the Hub,
+    and writes them with every adapter that targets embeddings.)
     """
     if save_embedding_layers is True and not vocabulary(model, adapter_name):
         warnings.warn(
@@ -115,7 +115,7 @@ def _with_vocabulary(model: PeftModel, adapter_name: str, save_embedding_layers:
     config = getattr(base, "config", None)
     if isinstance(config, PretrainedConfig) and name:
         try:
-            fields, _ = config.get_config_dict(name, local_files_only=True)  # where the model has been loaded from
+            fields, _ = config.get_config_dict(name, local_files_only=True)  # where the model was loaded from
             if fields:
                 before = type(config).from_dict(fields)
                 return bool(before.get_text_config().vocab_size != config.get_text_config().vocab_size)
@@ -135,15 +135,15 @@ def _with_vocabulary(model: PeftModel, adapter_name: str, save_embedding_layers:
 
 
 def _class_of(model: nn.Module) -> type[nn.Module]:
-    """The class of a model. What fully_shard has sharded has one that fully_shard has made of it."""
+    """The class of a model before fully_shard, which replaces it by a class of its own."""
     return next(
         kind for kind in type(model).__mro__ if issubclass(kind, nn.Module) and not issubclass(kind, FSDPModule)
     )
 
 
 def _own_state(model: PeftModel) -> dict[str, Tensor]:
-    """The state dict of a model, without those frozen weights of the base that are sharded. (PEFT would gather them,
-    and the other processes may not be here.)"""
+    """The state dict of a model, without frozen base weights that are sharded. (PEFT would gather them, but the other
+    processes may not be here.)"""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     parts = (".lora_", ".modules_to_save.", ".trainable_tokens_")
     base = {name for name, value in parameters.items() if not value.requires_grad and not any(p in name for p in parts)}
@@ -157,7 +157,7 @@ def _own_state(model: PeftModel) -> dict[str, Tensor]:
 
 def save_card(model: PeftModel, directory: str | os.PathLike[str]) -> None:
     """Writes or updates the model card, README.md, as PEFT does. A card that cannot be updated is left as it is, with a
-    warning, for the adapter must be saved all the same."""
+    warning, because the adapter must still be saved."""
     existing = Path(directory, "README.md")
     with tempfile.TemporaryDirectory() as scratch:
         card = Path(scratch, "README.md")
@@ -167,8 +167,8 @@ def save_card(model: PeftModel, directory: str | os.PathLike[str]) -> None:
             elif os.path.lexists(existing):
                 raise ValueError("it is not a regular file")
             model.create_or_update_model_card(scratch)
-        except Exception as error:  # of the system's, of yaml's, of PEFT's
-            text = f"{existing} is left as it is, for it cannot be updated: {error}"
+        except Exception as error:  # of the system, of yaml, of PEFT
+            text = f"{existing} is left as it is, because it cannot be updated: {error}"
             warnings.warn(text, notices.ModelCardWarning, stacklevel=3)
             return
         with staged(directory) as new:

@@ -1,4 +1,4 @@
-"""Writing into a folder: a crash leaves either the old files or the new ones, and no file of others is overwritten."""
+"""Writes into a folder: a crash leaves either the old or the new files, and no other file is overwritten."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 
 
 class CompletedError(Exception):
-    """An earlier run has written all that this one was to write. Nothing has been changed."""
+    """An earlier run has already written everything. Nothing has been changed."""
 
 
 def check_unused(folder: Path, instead: str = "", besides: str = "") -> None:
-    """Refuses a folder in which something could be overwritten that is not called `besides`. The message puts
-    `instead`, another way to go on, before "choose a new folder"."""
+    """Refuses a folder that contains anything other than `besides`, which could be overwritten. The message puts
+    `instead`, another way to continue, before "choose a new folder"."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; needed: a new folder")
     if folder.is_dir() and (names := sorted({path.name for path in folder.iterdir()} - {besides})):
@@ -24,13 +24,13 @@ def check_unused(folder: Path, instead: str = "", besides: str = "") -> None:
 
 @contextmanager
 def staged(folder: str | os.PathLike[str]) -> Iterator[Callable[[str], Path]]:
-    """Files that are written under temporary names, and renamed if the block ends without an error.
+    """Writes files under temporary names, and renames them if the block ends without an error.
 
         with staged(folder) as path:
             path("a.json").write_text(...)
 
     All files are on the disk before the first is renamed. They are renamed in the order in which `path` named them.
-    After an error no new file is left, and no folder that was made here.
+    After an error, no new file is left, and no folder that was created here.
     """
     folder = Path(folder)
     made = [path for path in (folder, *folder.parents) if not path.exists()]
@@ -48,7 +48,7 @@ def staged(folder: str | os.PathLike[str]) -> Iterator[Callable[[str], Path]]:
     except BaseException:
         for path in files:
             path.unlink(missing_ok=True)
-        with suppress(OSError):  # somebody else has put something there
+        with suppress(OSError):  # another program has put something there
             for path in made:
                 path.rmdir()
         raise
@@ -67,7 +67,7 @@ def put_in_place(files: Mapping[Path, Path]) -> None:
 
 
 def flush_folder(folder: Path) -> None:
-    """Makes names that are new in the folder durable."""
+    """Makes new names in the folder durable."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,5 +1,5 @@
-"""Safetensors: files and folders of them, whose headers are checked at once and whose values are read where they are
-used; and how files are laid out and written."""
+"""Safetensors: files, and folders of them. Headers are checked at once, and values are read where they are used. Also
+the layout and writing of files."""
 
 from __future__ import annotations
 
@@ -44,16 +44,16 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""torch's dtype for each of the format's whose elements are whole bytes, in the order in which safetensors writes
+"""torch's dtype for each dtype of the format that has elements of whole bytes, in the order in which safetensors writes
 them."""
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 SAVED_FLOATS = (*FLOATS, torch.float64)
-"""The dtypes in which a file may hold real numbers."""
+"""The dtypes in which a file may store real numbers."""
 
 _METADATA = "__metadata__"
-"""The entry of a header that is no tensor."""
+"""The entry of a header that is not a tensor."""
 
 _CHECKSUMS = "xxh3"
 """The entry in a file's metadata with the XXH3-128 of each tensor, in the order of their names."""
@@ -64,19 +64,19 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
-"""The endings of what holds, or lists, the weights of a model."""
+"""The extensions of files that contain, or list, the weights of a model."""
 
 _SHARD = re.compile(r"[^/]+\.safetensors")
-"""The name of a file in the same folder: what is written has shards of these names, too."""
+"""The name of a file in the same folder. Shards that are written have such names too."""
 
 
 class Entry(NamedTuple):
-    """Where a tensor lies, and what it is."""
+    """The place and kind of a tensor."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     offset: int
-    """Of its first byte in the file."""
+    """The offset of its first byte in the file."""
     nbytes: int
 
 
@@ -84,16 +84,16 @@ class Entry(NamedTuple):
 
 
 class TensorFile:
-    """A safetensors file, mapped. The mapping is private to this process: who writes to a tensor by mistake changes a
+    """A mapped safetensors file. The mapping is private to this process, so writing to a tensor by mistake changes a
     copy, never the file.
 
-    The file must not become shorter: the system kills a process (SIGBUS) that reads a page which is gone. `view` looks
-    at the file right before; nobody can for the time after.
+    The file must not become shorter, because the system kills a process (SIGBUS) that reads a page which no longer
+    exists. `view` checks the file immediately before. Nothing can check it afterwards.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        if not os.path.isfile(path):  # a pipe would be waited for
+        if not os.path.isfile(path):  # a pipe would block
             found = "not a regular file" if os.path.exists(path) else "missing"
             if os.path.islink(path):
                 found = f"a link to {os.readlink(path)}, which is {found}"
@@ -101,11 +101,11 @@ class TensorFile:
             beside = f" ({pickle.name}, beside it, is a pickle, which is never read)" if os.path.lexists(pickle) else ""
             raise ValueError(f"{path} is {found}: download or copy it again{beside}")
         with reading(path, _REMEDY):
-            # safetensors checks that offsets, shapes and dtypes fit each other, and the file.
+            # safetensors checks that offsets, shapes and dtypes fit each other and the file.
             cast(Any, safe_open)(path, "numpy").__exit__(None, None, None)
             self._state = _state(path)
             with open(path, "rb") as file:
-                # Writable, as torch wants it, but private: without a reserve the system sets no memory aside.
+                # Writable, as torch requires, but private: without a reserve the system sets no memory aside.
                 flags, access = mmap.MAP_PRIVATE | _MAP_NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
                 self._map = mmap.mmap(file.fileno(), self._state[0], flags=flags, prot=access)
             start = 8 + int.from_bytes(self._map[:8], "little")
@@ -113,18 +113,19 @@ class TensorFile:
             header = json.loads(self._header)
             checksums = (header.pop(_METADATA, None) or {}).get(_CHECKSUMS, "").split()
             self.entries = _entries(header, start)
-            """The tensors, in the order in which they lie in the file."""
+            """The tensors, in the order of their positions in the file."""
         is_complete = len(checksums) == len(self.entries)
         self._checksums = dict(zip(sorted(self.entries), checksums, strict=True)) if is_complete else None
 
     @property
     def identity(self) -> str:
-        """The file's size, its time of change, and a fingerprint of its header."""
+        """The file's size, its modification time, and a fingerprint of its header."""
         size, changed, _ = self._state
         return f"{size} bytes, {changed} ns, {xxh3_of_text(self._header)}"
 
     def view(self, name: str) -> Tensor:
-        """The tensor, whose values are the mapped file's; a copy if it is not aligned in the file to its elements.
+        """Returns the tensor, whose values are those of the mapped file. It is a copy if it is not aligned to its
+        elements in the file.
 
         It must not be written to. It keeps the mapping alive.
         """
@@ -139,8 +140,8 @@ class TensorFile:
             return (content.clone() if offset % dtype.itemsize else content).view(dtype).view(shape)
 
     def expect(self, name: str, shape: Sequence[int], dtypes: Sequence[torch.dtype], demand: str) -> None:
-        """Checks that the file has a tensor of that shape and of one of these dtypes, of `demand`: the part of the
-        model that needs it."""
+        """Checks that the file has a tensor with that shape and one of these dtypes. `demand` is the part of the model
+        that needs it."""
         if name not in self.entries:
             raise ValueError(f"{self.path}: tensor {shown(name)} is missing, of {demand}")
         dtype, found = self.entries[name].dtype, list(self.entries[name].shape)
@@ -151,7 +152,7 @@ class TensorFile:
             )
 
     def expect_checksums(self) -> None:
-        """Raises ValueError, naming the file, unless it has a checksum of every tensor."""
+        """Raises ValueError, naming the file, unless it has a checksum for every tensor."""
         if self._checksums is None:
             raise ValueError(
                 f"{self.path} has no checksums of its {len(self.entries)} tensors: save_pretrained did not write it; "
@@ -159,21 +160,21 @@ class TensorFile:
             )
 
     def read(self, name: str) -> Tensor:
-        """A copy of the tensor, which is compared with its checksum, and is finite."""
+        """Returns a copy of the tensor, after checking that it matches its checksum and is finite."""
         tensor = self.view(name).clone()
         if self._checksums is not None and xxh3(tensor) != self._checksums[name]:
             raise ValueError(
                 f"{self.path}: tensor {shown(name)} is damaged: its checksum is not the one that was written; save "
                 "the adapter again, or take the file from a copy"
             )
-        values = tensor if tensor.dtype in SAVED_FLOATS else tensor.float()  # torch asks no float8 whether it is finite
+        values = tensor if tensor.dtype in SAVED_FLOATS else tensor.float()  # torch cannot check float8
         if tensor.is_floating_point() and not torch.isfinite(values).all():
             raise ValueError(f"{self.path}: tensor {shown(name)} holds NaN or Inf")
         return tensor
 
     def release(self, names: Sequence[str]) -> None:
-        """Gives back the memory that these tensors' pages take, which are read again when they are used again. A page
-        that a tensor shares with one that is not named stays."""
+        """Releases the memory of these tensors' pages. They are read again when they are next used. A page that also
+        belongs to a tensor not named stays."""
         for begin, end in self._ranges(names):
             begin += -begin % mmap.PAGESIZE
             end -= end % mmap.PAGESIZE if end < len(self._map) else 0
@@ -181,8 +182,8 @@ class TensorFile:
                 self._map.madvise(mmap.MADV_DONTNEED, begin, end - begin)
 
     def ahead(self, names: Sequence[str]) -> None:
-        """Asks the system to read these tensors from the disk now; returns at once."""
-        # madvise would do the same, but keep Python's other threads waiting.
+        """Asks the system to read these tensors from the disk now. Returns at once."""
+        # madvise would do the same but block Python's other threads.
         with suppress(OSError), open(self.path, "rb") as file:
             for begin, end in self._ranges(names):
                 os.posix_fadvise(file.fileno(), begin, end - begin, os.POSIX_FADV_WILLNEED)
@@ -199,17 +200,17 @@ class TensorFile:
 
 
 def _state(path: Path) -> tuple[int, int, int]:
-    """Size, time of change and number of a file: others later show that somebody has written to it, or replaced it."""
+    """Size, modification time and number of a file. Different values later show that it was written to, or replaced."""
     found = os.stat(path)
     return found.st_size, found.st_mtime_ns, found.st_ino
 
 
 _MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0
-"""Python names it since 3.13."""
+"""Python has a name for it since 3.13."""
 
 
 def _entries(header: Mapping[str, Any], start: int) -> dict[str, Entry]:
-    """The tensors of a header, in the order in which they lie in the file; the first one at `start`."""
+    """The tensors of a header, in the order of their positions in the file, of which the first is at `start`."""
     found = {}
     for name, fields in header.items():
         if (dtype := DTYPES.get(fields["dtype"])) is None:
@@ -223,7 +224,7 @@ def _entries(header: Mapping[str, Any], start: int) -> dict[str, Entry]:
 
 
 class Source(AbstractContextManager["Source"]):
-    """The tensors of a checkpoint, by their names: those of `model.safetensors`, or of an index with its shards."""
+    """The tensors of a checkpoint by name: those of `model.safetensors`, or of an index with its shards."""
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
@@ -250,7 +251,7 @@ class Source(AbstractContextManager["Source"]):
 
     @property
     def names(self) -> list[str]:
-        """The names of all tensors: file by file, as they lie there."""
+        """The names of all tensors, file by file, in the order of their positions."""
         return list(self._holders)
 
     @property
@@ -262,38 +263,38 @@ class Source(AbstractContextManager["Source"]):
         return self._holder(name).path
 
     def entry(self, name: str) -> Entry:
-        """Where the tensor lies, its dtype and its shape."""
+        """The tensor's place, its dtype and its shape."""
         return self._holder(name).entries[name]
 
     def nbytes(self, name: str) -> int:
-        """The bytes of the files that hold the tensor."""
+        """The number of bytes in the files that store the tensor."""
         return self.entry(name).nbytes
 
     def format(self, name: str) -> str:
-        """What the tensor is kept in: a dtype, or codes."""
+        """The format in which the tensor is stored: a dtype, or codes."""
         return str(self.entry(name).dtype).removeprefix("torch.")
 
     def identity(self) -> dict[str, str]:
-        """For each file its size, its time of change, and a fingerprint of its header."""
+        """For each file its size, its modification time, and a fingerprint of its header."""
         return {path.name: file.identity for path, file in self._files.items()}
 
     def read(self, name: str, member: int | None = None) -> Tensor:
-        """The tensor, or the one of that number in a stack: see `TensorFile.view`."""
+        """The tensor, or the one with that number in a stack; see `TensorFile.view`."""
         tensor = self._holder(name).view(name)
         return tensor if member is None else tensor[member]
 
     def release(self, names: Sequence[str]) -> None:
-        """Gives back the memory that these tensors' pages take: see `TensorFile.release`."""
+        """Releases the memory of these tensors' pages; see `TensorFile.release`."""
         for file in self._holding(names):
             file.release([name for name in names if name in file.entries])
 
     def ahead(self, names: Sequence[str]) -> None:
-        """Asks the system to read these tensors from the disk now; returns at once."""
+        """Asks the system to read these tensors from the disk now. Returns at once."""
         for file in self._holding(names):
             file.ahead([name for name in names if name in file.entries])
 
     def close(self) -> None:
-        """Lets the mappings go. One that a tensor still needs goes with the tensor."""
+        """Releases the mappings. A mapping that a tensor still needs is released with the tensor."""
         self._files.clear()
         self._holders.clear()
 
@@ -350,8 +351,8 @@ def _shards(index: Path) -> dict[str, set[str]]:
 
 
 class Layout:
-    """Where the tensors of a file will lie, given by their dtypes and shapes: dtypes of large elements first, so that
-    each tensor is aligned to its elements without holes, which the format forbids; those of one size in the given
+    """The positions of a file's tensors, given by their dtypes and shapes. dtypes of large elements come first, so that
+    each tensor is aligned to its elements without holes, which the format forbids. Those of one size keep the given
     order."""
 
     def __init__(
@@ -371,14 +372,15 @@ class Layout:
         self.header = len(text).to_bytes(8, "little") + text
         """The first bytes of the file."""
         self.entries = _entries(header, len(self.header))
-        """The tensors, in the order in which they lie in the file."""
+        """The tensors, in the order of their positions in the file."""
         self.size = len(self.header) + end
-        """Bytes of the file."""
+        """The number of bytes in the file."""
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes a safetensors file with checksums: the same bytes for the same tensors, in safetensors' order. They are
-    taken from the mapping one at a time, each twice. A file that is there is replaced: they may be views of it."""
+    """Writes a safetensors file with checksums: the same bytes for the same tensors, in safetensors' order. Each tensor
+    is taken from the mapping twice, one at a time. An existing file is replaced, because the tensors may be views of
+    it."""
     kinds, checksums = {}, []
     for name in sorted(tensors):
         tensor = tensors[name]
@@ -386,7 +388,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         checksums.append(xxh3(tensor))
     order = sorted(kinds, key=lambda name: list(DTYPES.values()).index(kinds[name][0]))
     layout = Layout({name: kinds[name] for name in order}, {_CHECKSUMS: " ".join(checksums)})
-    path.unlink(missing_ok=True)  # not written over: the tensors may be views of it
+    path.unlink(missing_ok=True)  # not overwritten, because the tensors may be views of it
     with open(path, "wb") as file:
         file.write(layout.header)
         for name in layout.entries:
@@ -394,15 +396,15 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 class Scratch(Mapping[str, Tensor], AbstractContextManager["Scratch"]):
-    """Tensors that wait on the disk of a folder until all of them are known, each read when it is asked for. Their file
-    has no name: it is gone when the block ends, or the process."""
+    """Tensors that are kept on a folder's disk until all of them are known. Each is read when it is requested. Their
+    file has no name, so it disappears when the block or the process ends."""
 
     def __init__(self, folder: Path) -> None:
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  closed by __exit__
         self._places: dict[str, tuple[int, torch.dtype, tuple[int, ...]]] = {}
 
     def put(self, name: str, tensor: Tensor) -> None:
-        """Takes the values of a contiguous tensor on the CPU."""
+        """Stores the values of a contiguous tensor on the CPU."""
         self._places[name] = self._file.seek(0, os.SEEK_END), tensor.dtype, tuple(tensor.shape)
         self._file.write(bytes_of(tensor))
 

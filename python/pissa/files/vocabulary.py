@@ -36,12 +36,12 @@ class VocabularyTensor:
 
     @property
     def is_stored(self) -> bool:
-        """Whether the weight is kept as a residual."""
+        """Whether the weight is stored as a residual."""
         return self.name == "weight" and base_of(self.module).form != IMPLICIT
 
     @property
     def parameter(self) -> Tensor:
-        """The parameter; for a stored weight, a meta tensor of its shape and dtype."""
+        """The parameter or, for a stored weight, a meta tensor of its shape and dtype."""
         base = base_of(self.module)
         if self.name == "weight" and base.start is not None:
             return torch.empty(len(base.start.b0), base.start.a0.shape[1], dtype=base.dtype, device="meta")
@@ -53,7 +53,8 @@ class VocabularyTensor:
         return self.name == "weight" and (base.module is self.module or base.parameter is self.module.weight)
 
     def value(self, state: Mapping[str, Tensor]) -> Tensor:
-        """The base's own values, on the CPU, adapters merged or not; from a state dict if that was gathered."""
+        """The base's own values, on the CPU, whether or not adapters are merged; from a state dict if one was
+        gathered."""
         gathered = state.get(self.state_key)
         with in_memory(self.module):
             if self.name == "bias":
@@ -68,7 +69,7 @@ class VocabularyTensor:
 
     @torch.no_grad()
     def put(self, value: Tensor) -> None:
-        """Gives the parameter these values."""
+        """Sets the parameter to these values."""
         self.parameter.copy_(sharded_as(self.parameter, value))
         if self.tokens is not None and self.name == "weight":
             self.tokens.learn_originals()
@@ -96,14 +97,14 @@ def _embeddings(base: Any) -> Iterator[nn.Module]:
     for getter in ("get_input_embeddings", "get_output_embeddings"):
         try:
             module = getattr(base, getter)()
-        except (AttributeError, NotImplementedError):  # of other models than transformers', or without such a layer
+        except (AttributeError, NotImplementedError):  # models from other libraries, or without such a layer
             continue
         if isinstance(module, nn.Module):
             yield module
 
 
 def _unwrapped(module: nn.Module, adapter_name: str) -> tuple[str, nn.Module, TrainableTokensLayer | None]:
-    """What PEFT's file has behind the module's name, the base's own module in it, and the layer that trains tokens."""
+    """The name in PEFT's file after the module's, the base's own module in it, and the layer that trains tokens."""
     infix, inner, tokens, is_of_the_adapter = "", module, None, False
     if isinstance(module, PissaLayer):
         infix, inner, is_of_the_adapter = ".base_layer", module.base.module, adapter_name in module.r

@@ -263,7 +263,7 @@ def in_codes(model: nn.Module) -> None:
     model.model.layers[1].mlp.experts = Mxfp4GptOssExperts(model.config)
 
 
-OTHERWISE = "experts.2.down_proj is adapted otherwise than model.layers.0.mlp.experts.0.down_proj"
+OTHERWISE = "experts.2.down_proj is not adapted like model.layers.0.mlp.experts.0.down_proj"
 
 
 @pytest.mark.parametrize(
