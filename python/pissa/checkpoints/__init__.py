@@ -1,8 +1,8 @@
-"""Whole checkpoints on disk, matrix by matrix: none of them is ever in memory. Errors are those of `files`.
+"""Whole checkpoints on disk, processed matrix by matrix, so that none is ever in memory. Errors are those of `files`.
 
-- `output`, `rewrite`: a folder that several processes write from another, and that a killed run goes on with
-- `init`: residuals as a checkpoint, start factors as a LoRA beside it
+- `output`, `rewrite`: a folder that several processes write from another, and that a restarted run continues
+- `init`: writes residuals as a checkpoint, with the start factors as a LoRA in it
 - `load`: a PissaModel over the mapped files of such a folder
 - `trained`, `merge`: a checkpoint with an adapter merged into it
-- `budget`, `report`: what a checkpoint holds for PiSSA
+- `budget`, `report`: what a checkpoint offers PiSSA
 """

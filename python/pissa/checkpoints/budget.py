@@ -1,5 +1,5 @@
-"""Ranks for a budget of parameters: as much of the weights' energy as it can hold; and kinds of layers, whose ranks a
-configuration names together."""
+"""Ranks for a budget of parameters, which keep as much of the weights' energy as the budget allows; and kinds of
+layers, whose ranks a configuration can name together."""
 
 from __future__ import annotations
 
@@ -14,25 +14,26 @@ class Candidate(NamedTuple):
     """A layer to be given a rank."""
 
     gains: Sequence[float]
-    """What each further rank gains: not increasing. The layer's rank is at most their number, and at least a step."""
+    """The gain of each further rank, not increasing. The layer's rank is at most their number, at least one step."""
     cost: int
-    """Parameters of each rank: in + out."""
+    """The number of parameters for each rank: in + out."""
 
 
 def allocate(layers: Sequence[Candidate], budget: int, step: int = 8) -> list[int]:
-    """The rank of each layer: at least `step`, a multiple of `step` or all that the layer has, and at most `budget`
-    parameters in sum.
+    """The rank of each layer: at least `step`, and a multiple of `step` or all that the layer has, with at most
+    `budget` parameters in total.
 
-    Every layer begins with one step. Then the step with the largest gain for each parameter is taken, and so on, until
-    none fits. Since a layer's gains do not increase, no ranks of these gain more with as many parameters as had been
-    spent when the first step did not fit; and none with the whole budget gain more than that step beyond what is found.
-    (Choosing better is a knapsack: the two differ by less than one step of one layer.) Raises what `check_budget` does.
+    Every layer begins with one step. Then the step with the largest gain per parameter is taken, repeatedly, until none
+    fits. Because a layer's gains do not increase, no other ranks gain more with as many parameters as had been spent
+    when the first step did not fit. With the whole budget, no other ranks gain more than the result plus that step.
+    (Choosing better is a knapsack problem; the two differ by less than one step of one layer.) Raises as
+    `check_budget`.
     """
     spent = check_budget([(len(layer.gains), layer.cost) for layer in layers], budget, step)
     ranks = [min(step, len(layer.gains)) for layer in layers]
 
     def steps(number: int) -> Iterator[tuple[float, int, int]]:
-        """Of a layer: the negative gain of a parameter, the layer, and by how much the rank grows."""
+        """Yields, for a layer: the negative gain per parameter, the layer, and by how much the rank grows."""
         gains, cost = layers[number]
         for rank in range(step, len(gains), step):
             more = gains[rank : rank + step]
@@ -50,10 +51,10 @@ def allocate(layers: Sequence[Candidate], budget: int, step: int = 8) -> list[in
 
 
 def check_budget(layers: Iterable[tuple[int, int]], budget: int, step: int) -> int:
-    """What a step for each layer takes, of layers that are given as their largest rank and the parameters of a rank.
+    """Returns the parameters for one step in each layer, given each layer's largest rank and parameters per rank.
 
     Raises:
-        ValueError: the budget is less.
+        ValueError: the budget is smaller.
     """
     least = sum(min(step, most) * cost for most, cost in layers)
     if least > budget:
@@ -62,17 +63,17 @@ def check_budget(layers: Iterable[tuple[int, int]], budget: int, step: int) -> i
 
 
 def as_pattern(ranks: Mapping[str, int]) -> tuple[int, dict[str, int]]:
-    """`r` and `rank_pattern` of a PissaConfig that gives layers of these names these ranks.
+    """Returns `r` and `rank_pattern` of a PissaConfig that gives the named layers these ranks.
 
-    `r` is the most frequent rank. A kind of layers has a key of its own if another rank is more frequent in it, and
-    before it (PEFT takes the first key that matches) come those of its layers that differ: one key for all of a rank
-    whose names differ in the first number. Later numbers, of experts, are any where all of them agree.
+    `r` is the most frequent rank. A kind of layers has its own key if another rank is more frequent in it. Before that
+    key (PEFT takes the first that matches) come those of its layers that differ: one key for all layers of one rank
+    whose names differ in the first number. Later numbers, of experts, match any number if all of these layers agree.
     """
     r = Counter(ranks.values()).most_common(1)[0][0]
     kinds = kinds_of(ranks)
     pattern: dict[str, int] = {}
     for kind, names in kinds.items():
-        # A kind whose name ends the name of another kind cannot be told apart from it.
+        # A kind whose name is the end of another kind's name cannot be distinguished from it.
         own = not any(other.endswith(f".{kind}") for other in kinds)
         usual = Counter(ranks[name] for name in names).most_common(1)[0][0] if own else r
         shared = defaultdict[tuple[str, str, str], set[int]](set)
@@ -92,8 +93,8 @@ def as_pattern(ranks: Mapping[str, int]) -> tuple[int, dict[str, int]]:
 
 
 def _parts(name: str, *, any_later: bool) -> tuple[str, str, str]:
-    """A name as a pattern: what is before its first number, the number, and what follows; without a number all of it
-    is before. With `any_later` further numbers may be any."""
+    """Splits a name for a pattern: the part before its first number, the number, and the rest. Without a number, all of
+    it is before. With `any_later`, further numbers match any number."""
     before, number, after = re.fullmatch(r"(.*?)((?<![^.])\d+(?![^.])|$)(.*)", name).groups()  # type: ignore[union-attr]
     rest = (r"\d+" if any_later and part.isdigit() else re.escape(part) for part in after.split("."))
     return re.escape(before), number, r"\.".join(rest)
@@ -103,8 +104,8 @@ def _parts(name: str, *, any_later: bool) -> tuple[str, str, str]:
 
 
 def kinds_of(names: Iterable[str]) -> dict[str, list[str]]:
-    """The names of each kind of layers. A kind is what follows the last number in a name, as short as tells kinds
-    apart: "q_proj", or "attn.c_proj" beside "mlp.c_proj"."""
+    """The names of each kind of layers. A kind is what follows the last number in a name, as short as distinguishes the
+    kinds: "q_proj", or "attn.c_proj" and "mlp.c_proj"."""
     members = defaultdict[tuple[str, ...], list[str]](list)
     for name in names:
         parts = name.split(".")
@@ -119,7 +120,7 @@ def kinds_of(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def sample(kinds: Mapping[str, Sequence[str]], count: int) -> set[str]:
-    """At most `count` names of each kind, the first and the last among them (of one, the middle), evenly spaced."""
+    """At most `count` evenly spaced names of each kind, including the first and the last (for one, the middle)."""
     chosen = set()
     for names in kinds.values():
         last = len(names) - 1

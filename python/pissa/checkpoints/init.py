@@ -1,6 +1,6 @@
-"""Splits a checkpoint on disk, a few matrices at a time: the residuals become a checkpoint of the same files, the start
-factors a plain LoRA beside it. Which tensors are layers of an adapter is found by the configuration alone, on the meta
-device."""
+"""Splits a checkpoint on disk, a few matrices at a time. The residuals become a checkpoint with the same files, and the
+start factors a plain LoRA next to them. The configuration alone determines which tensors are layers of an adapter, on
+the meta device."""
 
 from __future__ import annotations
 
@@ -56,17 +56,17 @@ DENSE = "dense"
 
 
 class SplitPlan(Plan):
-    """What becomes of a checkpoint whose layers get an adapter.
+    """How a checkpoint changes when its layers get an adapter.
 
     Args:
-        config: with neither `quant` nor `residual` it stands for residual="explicit".
-        experts: how the residual of fused experts is kept if that of other layers is quantised: "dense", as in the
-            checkpoint; or in the same format, which it names, each expert by itself.
+        config: without `quant` and `residual`, it means residual="explicit".
+        experts: how the residual of fused experts is kept if the other layers' residual is quantised: "dense", as in
+            the checkpoint; or the name of that format, in which each expert is stored separately.
     """
 
     def __init__(self, source: Source, config: PissaConfig, experts: str = DENSE) -> None:
         self.experts, self.config = experts, own_config(config)
-        """As it was given, but with the names of the layers that it means, and with a stored form."""
+        """The given configuration, with the names of the layers that it means, and with a stored form."""
         config = self.config
         if config.quant is None and config.residual is None:
             config.residual = "explicit"
@@ -89,9 +89,9 @@ class SplitPlan(Plan):
         uses = Counter(id(value) for _, value in base.named_parameters(remove_duplicate=False))
         is_expert = {name: name.rpartition(".")[0].rpartition(".")[0] in stacks for name in adapted}
         self.configs = {name: dense if is_expert[name] else config for name in adapted}
-        """By which each layer is split: `config`; or, of fused experts, with a residual that stays dense."""
+        """The configuration that splits each layer: `config`, or, for fused experts, one with a dense residual."""
         self.origins = {name: layer.origin("default", self.configs[name]) for name, layer in adapted.items()}
-        """Of the layers' start factors, by the layers' names."""
+        """The origins of the start factors, by the layers' names."""
         for name, layer in adapted.items():
             _check_layer(name, layer, self.configs[name], uses)
         parts, layers = _parts(adapted, stacks, composition), {}
@@ -104,7 +104,7 @@ class SplitPlan(Plan):
                 )
             layers[name] = Layer(name, parts[name], shape, dtype, self.configs[name].form, is_expert[name])
         self.factors = factors_of(base, adapted)
-        """Where the plain LoRA keeps the start factors."""
+        """The layout of the start factors in the plain LoRA."""
         self.lora, self.model_type = plain_config(base, config, "default", adapted, times=1), type(base)
         units = [Unit(pair.keys[0], tuple(layers[name] for name in pair.layers), pair) for pair in self.factors]
         initial = (pair.shapes(self.origins[pair.layers[0]].r) for pair in self.factors)
@@ -113,12 +113,12 @@ class SplitPlan(Plan):
             others[PISSA_WEIGHTS] = _float32(self._taken_shapes(layer) for layer in layers.values() if layer.is_packed)
         kept = [name for name in linears if name not in layers or not layers[name].is_packed]
         super().__init__(source, units, kept, others)
-        if config.needs_calibration:  # which finds one block after the other; files have 10 before 9
+        if config.needs_calibration:  # calibration finds blocks in order, but in files 10 comes before 9
             self.units.sort(key=lambda unit: [int(part) if part.isdigit() else -1 for part in unit.name.split(".")])
 
     def taken_tensors(self, layer: Layer, start: StartFactors) -> dict[str, Tensor]:
-        """The factors that a layer's residual lacks, if alternations may have found others than those of the start,
-        whose rank they have: zeros fill them up."""
+        """The factors that a layer's residual lacks, if alternations may have found others than the start's. They are
+        padded with zeros to the rank of the start."""
         if self.configs[layer.name].quant_iters == 1:
             return {}
         return dict(zip(self._taken_shapes(layer), pad_rank(*start.taken, start.origin.r), strict=True))
@@ -154,7 +154,7 @@ def _check_config(config: PissaConfig, experts: str) -> None:
 
 
 def _dense(config: PissaConfig) -> PissaConfig:
-    """The configuration of layers whose residual stays dense, whatever that of the others is."""
+    """The configuration of layers whose residual stays dense, whatever the other layers' is."""
     if config.init in ("loftq", "activations"):
         raise ValueError(
             f"init={config.init!r} starts from the error of the format, which a dense residual, as that of fused "
@@ -166,7 +166,7 @@ def _dense(config: PissaConfig) -> PissaConfig:
 
 
 def _check_layer(name: str, layer: PissaLayer, config: PissaConfig, uses: Counter[int]) -> None:
-    """Raises ValueError if the layer's residual cannot be kept as `config` says in a checkpoint."""
+    """Raises ValueError if a checkpoint cannot keep the layer's residual as `config` says."""
     form, why = config.form, None
     if not isinstance(layer, PissaLinear):
         why = f"layer {name} is a {type(layer.base.module).__name__}, whose weight stays as it is in every form"
@@ -200,35 +200,35 @@ def _parts(
 
 
 MEMORY = 10**9
-"""Bytes in flight, unless another number is given."""
+"""The default number of bytes in flight."""
 
-# Elements of the matrices that are split at once, for each thread: as many as `model.decompose` takes.
+# Elements of the matrices that are split at once, for each thread, as in `model.decompose`.
 _GROUP = 1 << 22
 
 _SAMPLE = 64
-"""The part of the rows, the first ones of a matrix, that is compared with the residual and the factors; but at least
-16 rows. It takes 1 to 3 % of the time."""
+"""The fraction of the rows, from the first on, that is compared with the residual and the factors, but at least 16
+rows. It takes 1 to 3 % of the time."""
 
 
 class Initialised(NamedTuple):
-    """What `init` has done."""
+    """The result of `init`."""
 
     layers: int
     bytes_read: int
-    """Of the checkpoint; by this run and by those that it went on with."""
+    """Bytes of the checkpoint that this run and the runs that it continued have read."""
     bytes_written: int
     bytes_done_before: int
-    """Of the checkpoint, by runs that this one went on with."""
+    """Bytes of the checkpoint that the runs which this one continued have read."""
     seconds: float
-    """Of this run."""
+    """The duration of this run."""
     error: float
-    """‖W - Q - s B0 A0‖ / ‖W‖ over all layers, from the first 64th of the rows of each."""
+    """‖W - Q - s B0 A0‖ / ‖W‖ over all layers, from the first 64th of each layer's rows."""
     memory: int
-    """Bytes in flight, at most."""
+    """The largest number of bytes in flight."""
     largest: str
-    """The layer that needs most of it by itself."""
+    """The layer that needs most of it."""
     only_ours: bool
-    """Whether only `pissa.load` reads the result: quantised fused experts."""
+    """Whether only `pissa.load` reads the result, because fused experts are quantised."""
 
 
 def init(
@@ -242,33 +242,33 @@ def init(
     calibration: Iterable[Batch] | None = None,
     progressbar: bool = False,
 ) -> Initialised:
-    """Writes the residuals of a checkpoint as a checkpoint, and the start factors as a LoRA in its folder pissa_init:
-    the layout in which the paper's authors publish theirs, so that whatever trains a LoRA on a model trains PiSSA.
+    """Writes the residuals of a checkpoint as a checkpoint, and the start factors as a LoRA in its folder pissa_init.
+    The paper's authors publish theirs in this layout, so that any program that trains a LoRA on a model trains PiSSA.
 
-    Each matrix is read from the mapped file, split, and written. A run that was killed goes on when it is called again
-    with the same arguments, and ends with the same bytes. With several processes (torch.distributed) all of them have
-    to call this; they share the work, and write into the same files.
+    Each matrix is read from the mapped file, split, and written. A run that was killed continues when this is called
+    again with the same arguments, and produces the same bytes. With several processes (torch.distributed), all of them
+    must call this function. They share the work, and write into the same files.
 
     Args:
         source: folder of a checkpoint in safetensors, with config.json.
-        target: a new folder, or one of an unfinished run.
-        config: `quant` says how the residual is kept: None as a dense weight.
-        memory: bytes of matrices and of what is computed from them at a time. A matrix that needs more gets it. Not
-            counted are the start factors of a stack of experts, which wait for those of its last expert: float32, r
-            times its rows and columns for each.
-        device: where they are split.
+        target: a new folder, or the folder of an unfinished run.
+        config: `quant` says how the residual is kept; None keeps it dense.
+        memory: limit in bytes for matrices and what is computed from them at one time. A matrix that needs more gets
+            it. The start factors of a stack of experts are not counted. They wait for those of its last expert:
+            float32, r times its rows and columns for each.
+        device: the device that splits matrices.
         experts: see `SplitPlan`.
         calibration: with `quant`, and init="activations" or error_feedback=True: batches of what the model will read,
-            as `pissa.calibrate` takes them. The model then runs over its mapped files, on the CPU, block after block;
-            the second moments of one block are in memory beside what the batches are there. Every process does so.
+            as `pissa.calibrate` takes them. The model then runs over its mapped files, on the CPU, block by block. The
+            second moments of one block are in memory, together with the batches at that block. Every process does this.
         progressbar: one bar over the bytes of the checkpoint, on stderr.
 
     Raises:
-        CompletedError: an earlier call with the same arguments has written all of it; nothing has been changed.
-        ValueError, TypeError: a checkpoint that cannot be read, planned or split, naming file and tensor; a folder that
-            holds something else. Of a matrix that cannot be split, what was written goes, unless several processes
-            write.
-        OSError: the disk is full, or fails.
+        CompletedError: an earlier call with the same arguments has written everything; nothing has been changed.
+        ValueError, TypeError: a checkpoint cannot be read, planned or split (the message names file and tensor), or the
+            folder contains something else. If a matrix cannot be split, what was written is removed, unless several
+            processes write.
+        OSError: the disk is full or fails.
         pissa.distributed.RankError: another process has failed.
     """
     begin = time.perf_counter()
@@ -295,15 +295,15 @@ def init(
 
 
 class _Group(NamedTuple):
-    """Layers that are split at once."""
+    """Layers that are split together."""
 
     layers: list[Layer]
     finished: list[Unit]
-    """The units whose last layers these are."""
+    """The units whose last layers are in this group."""
 
     @property
     def tensors(self) -> list[str]:
-        """Those of the checkpoint that are read."""
+        """The tensors of the checkpoint that are read."""
         copied = [unit.tensor for unit in self.finished if unit.tensor]
         return [*(name for layer in self.layers for name in layer.tensors), *copied]
 
@@ -320,8 +320,8 @@ class _Split(Rewrite):
         super().__init__(plan, target)
         self.memory, self.device, self.calibration = memory, device, calibration
         self._moments: Moments | None = None
-        # Of layers that are split, until all of their unit are: the start factors, on the CPU; the errors, and what
-        # pissa.json says of it.
+        # For layers that are split while others of their unit are not: the start factors, on the CPU; and the errors
+        # and the entry in pissa.json.
         self._factors: dict[str, Matrices] = {}
         self._noted: dict[str, tuple[float, float, dict[str, Any]]] = {}
 
@@ -418,16 +418,16 @@ class _Split(Rewrite):
         out.path(PISSA_RECORD).write_text(AdapterRecord(self.plan.config, records).text())
 
     def in_flight(self, layer: Layer) -> int:
-        """Bytes that a layer takes while it is split, beside the mapped file."""
+        """Bytes that a layer needs while it is split, in addition to the mapped file."""
         config = self.plan.configs[layer.name]
         elements, sides, r = math.prod(layer.shape), sum(layer.shape), self.plan.origins[layer.name].r
         method = INIT_METHODS[config.init]
         passes = 14 if config.svd_passes == "auto" else config.svd_passes
-        size = 4 * sides * (r + (r + 16) * (passes // 2 + 1))  # the factors, and the bases that the SVD keeps, about
+        size = 4 * sides * (r + (r + 16) * (passes // 2 + 1))  # the factors, and roughly the bases that the SVD keeps
         is_view = len(layer.parts) == 1 and not layer.parts[0].transposed
         size += 0 if is_view else elements * layer.dtype.itemsize
         if config.needs_calibration:
-            size += 16 * layer.shape[1] ** 2 + 8 * elements  # the moment, its factor, and what is left to round
+            size += 16 * layer.shape[1] ** 2 + 8 * elements  # the moment, its factor, and what remains to be rounded
         size += sum(math.prod(shape) * dtype.itemsize for dtype, shape in layer.written.values())
         if method.copies or config.quant_iters > 1:
             size += 8 * elements

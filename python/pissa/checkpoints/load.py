@@ -1,5 +1,5 @@
-"""load: a PissaModel over a folder whose weights are packed, or split, already: nothing that is split is decomposed
-again. transformers' own loader, given tensors that nothing has read yet, leaves the packed ones packed."""
+"""load: a PissaModel over a folder whose weights are already packed or split. Nothing that is split is decomposed
+again. transformers' own loader gets tensors that nothing has read yet and leaves the packed ones packed."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ Entries = dict[str, Tensor]
 """The entries of a layer's weight in bitsandbytes' state dict, as `base.bitsandbytes.from_state` takes them."""
 
 Packed = Entries | ops.QuantizedWeight
-"""A packed weight: bitsandbytes' entries, or codes as the model was released."""
+"""A packed weight: bitsandbytes' entries, or the codes in which the model was released."""
 
 
 def _quantized(packed: Packed) -> ops.QuantizedWeight:
@@ -57,8 +57,8 @@ def _quantized(packed: Packed) -> ops.QuantizedWeight:
 
 
 def packed_layers(names: Iterable[str]) -> dict[str, dict[str, str]]:
-    """The layers of which a checkpoint of tensors of these names has the weights packed in one of bitsandbytes'
-    formats: of each the names of its tensors, by those of the entries."""
+    """The layers whose weights are packed in one of bitsandbytes' formats, in a checkpoint with tensors of these names:
+    for each layer, the names of its tensors by those of the entries."""
     present, found = set(names), {}
     for name in present:
         for mark, entries in ENTRIES.items():
@@ -71,7 +71,7 @@ def packed_layers(names: Iterable[str]) -> dict[str, dict[str, str]]:
 
 @contextmanager
 def of_layer(name: str, folder: Path | None = None) -> Iterator[None]:
-    """Names the layer, and the folder of its model, in a ValueError of the block."""
+    """Adds the layer, and the folder of its model, to a ValueError in the block."""
     place = "" if folder is None else f"{folder}: "
     try:
         yield
@@ -82,10 +82,10 @@ def of_layer(name: str, folder: Path | None = None) -> Iterator[None]:
 def mapped_model(
     source: Source, dtype: torch.dtype | None
 ) -> tuple[PreTrainedModel, dict[str, Packed], Mapping[str, Any]]:
-    """The model of a checkpoint, on the CPU, in evaluation mode. Its tensors are views of the mapped files, except for
-    one that transformers has cast (to `dtype`, or to that of the folder's config.json), or put together of several,
-    which is a copy. Packed weights are on the meta device; they are returned too, by the layers' names in the model,
-    and the `quantization_config` of the folder, which the model has not."""
+    """The model of a checkpoint, on the CPU, in evaluation mode. Its tensors are views of the mapped files. Only
+    tensors that transformers has cast (to `dtype`, or to that of the folder's config.json) or assembled from several
+    are copies. Packed weights are on the meta device. They are also returned, by the layers' names in the model, with
+    the `quantization_config` of the folder, which the model does not have."""
     folder, tensors, released = source.folder, packed_layers(source.names), ReleasedWeights(source)
     packed: dict[str, Packed] = {
         layer: {entry: source.read(name) for entry, name in tensors[layer].items()} for layer in tensors
@@ -135,7 +135,7 @@ def mapped_model(
 
 @contextmanager
 def _unpartitioned() -> Iterator[None]:
-    """Hides DeepSpeed's ZeRO-3 from transformers' loader, which would partition weights that are not there yet."""
+    """Hides DeepSpeed's ZeRO-3 from transformers' loader, which would partition weights that do not exist yet."""
     config = deepspeed._hf_deepspeed_config_weak_ref and deepspeed._hf_deepspeed_config_weak_ref()
     deepspeed.unset_hf_deepspeed_config()
     try:
@@ -146,8 +146,8 @@ def _unpartitioned() -> Iterator[None]:
 
 
 class _LeftPacked:
-    """Stands in a state dict for a weight whose values are packed: that of one layer, or else of all experts together.
-    transformers' loader slices what it is given, and moves it to a device and a dtype. What it gets of this is a
+    """Represents in a state dict a weight whose values are packed, for one layer or for all experts together.
+    transformers' loader slices what it is given, and moves it to a device and a dtype. From this object it gets a
     parameter on the meta device."""
 
     def __init__(self, name: str, shape: Sequence[int], is_whole: bool) -> None:
@@ -163,7 +163,7 @@ class _LeftPacked:
 
 
 def _check_method(folder: Path, quantization: Any, is_released: bool) -> None:
-    """Raises ValueError for a checkpoint that is quantised in a way that nothing here reads."""
+    """Raises ValueError for a checkpoint with a kind of quantisation that nothing here reads."""
     if not isinstance(quantization, Mapping):
         quantization = quantization.to_dict()
     method = quantization.get("quant_method")
@@ -179,7 +179,7 @@ def _check_method(folder: Path, quantization: Any, is_released: bool) -> None:
 
 
 def _fused(layer: str) -> str:
-    """The parameter of fused experts that a layer, one of them, is a part of."""
+    """The parameter of fused experts to which a layer, one of them, belongs."""
     path, _, leaf = layer.rpartition(".")
     return f"{path.rpartition('.')[0]}.{leaf}"
 
@@ -188,8 +188,8 @@ _EXPERT = re.compile(rf"(.+)\.\d+\.({'|'.join(WEIGHTS)})")
 
 
 def _left_packed(kind: Any, config: Any, shapes: Mapping[str, tuple[int, int]]) -> dict[str, _LeftPacked]:
-    """The stand-ins of packed layers, given with their shapes. `pissa init` names experts as they are named once they
-    are unfused; their stand-in is that of the fused weight."""
+    """The stand-ins of packed layers, given with their shapes. `pissa init` names experts by their names after
+    unfusing; their stand-in is that of the fused weight."""
     left = {layer: _LeftPacked(f"{layer}.weight", shape, is_whole=True) for layer, shape in shapes.items()}
     experts = {layer: f"{match[1]}.{match[2]}" for layer in shapes if (match := _EXPERT.fullmatch(layer))}
     if experts:
@@ -205,7 +205,7 @@ def _left_packed(kind: Any, config: Any, shapes: Mapping[str, tuple[int, int]]) 
 
 @register_quantization_config("pissa")
 class _ReadByLoad(QuantizationConfigMixin):  # type: ignore[misc]
-    """Refuses a model whose experts are quantised: transformers would take them for missing, and draw them."""
+    """Refuses a model with quantised experts, which transformers would treat as missing and initialise at random."""
 
     def __init__(self, **_: Any) -> None:
         raise ValueError("the experts of this model are quantised, which pissa.load(folder) reads, not from_pretrained")
@@ -223,37 +223,37 @@ def load(
     progressbar: bool = False,
     **config_fields: Any,
 ) -> PissaModel:
-    """A PissaModel over the mapped files of a folder. Weights that are packed there are never dense in memory::
+    """Returns a PissaModel over the mapped files of a folder. Weights that are packed there are never dense in memory::
 
         model = pissa.load("out")  # what `pissa init` wrote
         model = pissa.load("out", adapter="run")  # with an adapter trained on it
         model = pissa.load("4bit", r=16, task_type="CAUSAL_LM")  # nf4, saved by transformers
         model = pissa.load("openai/gpt-oss-20b", r=16, init="lora")  # as it was released
 
-    On a folder of `pissa init` nothing is decomposed: the model is the one that `pissa.wrap` makes of the dense
-    checkpoint, bit for bit. Another folder is loaded and wrapped: a packed weight is decoded, decomposed and let go,
-    one after another, or, for LoRA's start, not even decoded. docs/released-models.md lists what is read.
+    For a folder of `pissa init`, nothing is decomposed: the model is the one that `pissa.wrap` makes of the dense
+    checkpoint, bit for bit. Any other folder is loaded and wrapped: packed weights are decoded, decomposed and freed
+    one by one, or, for LoRA's start, not even decoded. docs/released-models.md lists what is read.
 
-    The files must stay as they are while the model is used. Its pages of them are the system's cache: they take memory
-    that other programs can have.
+    The files must not change while the model is used. Their pages in memory are the system's cache, and other programs
+    can reclaim that memory.
 
     Args:
-        folder: of safetensors, with config.json; or the name of one on the Hub, which is downloaded first.
-        config: the configuration, copied; alternatively its fields as keywords. By default, of a folder of
-            `pissa init` its own; another start or rank may be asked for there, not another form of the base.
-        adapter: a folder that `save_pretrained` wrote of such a model, or a repository of the Hub. It has its own
+        folder: a folder of safetensors with config.json, or the name of one on the Hub, which is downloaded first.
+        config: the configuration, copied; alternatively its fields as keywords. The default for a folder of `pissa
+            init` is its own. Another start or rank may be asked for there, but not another form of the base.
+        adapter: a folder that `save_pretrained` wrote for such a model, or a repository on the Hub. It has its own
             configuration.
         is_trainable: False freezes the adapter.
-        device: where the model goes.
-        dtype: of the tensors that are not packed; by default the folder's own.
+        device: the device of the model.
+        dtype: dtype of the tensors that are not packed (default: the folder's own).
         adapter_name: name of the adapter.
         progressbar: show a bar on stderr while weights are decomposed.
-        config_fields: fields of `PissaConfig`, in the place of `config`.
+        config_fields: fields of `PissaConfig`, instead of `config`.
 
     Raises:
-        ValueError: a folder that is damaged, or does not fit the adapter or the configuration; the message names file,
-            tensor or layer. And as `wrap`.
-        TypeError: more than one of adapter, config and fields, or a layer that cannot be adapted.
+        ValueError: the folder is damaged, or does not fit the adapter or the configuration (the message names file,
+            tensor or layer); also as for `wrap`.
+        TypeError: more than one of adapter, config and fields is given, or a layer cannot be adapted.
         pissa.RankError: another process has failed.
     """
     with failing_together():
@@ -269,7 +269,7 @@ def load(
         check_adapter_name(adapter_name, model)
         if config.task_type is None and type(model).__name__.endswith("ForCausalLM"):
             config.task_type = "CAUSAL_LM"
-        # The model card names what the plain LoRA is for: the dense model that was split.
+        # The model card names the model for which the plain LoRA is: the dense model that was split.
         config.base_model_name_or_path = config.base_model_name_or_path or str(folder)
         model.config._name_or_path = model.name_or_path = config.base_model_name_or_path
         with blamed():
@@ -287,7 +287,7 @@ def load(
         else:
             with blamed():
                 restore(saved, wrapped, adapter_name)
-    store(model, adapter_name, config, left)  # which tells the other processes of its errors itself
+    store(model, adapter_name, config, left)  # it reports its errors to the other processes itself
     return wrapped if is_trainable else wrapped.eval()
 
 
@@ -298,7 +298,7 @@ def _config(
     split: AdapterRecord | None,
     saved: PissaFolder | None,
 ) -> PissaConfig:
-    """The configuration of the adapter; `split` is the record of a folder that `pissa init` has written."""
+    """The configuration of the adapter. `split` is the record of a folder that `pissa init` has written."""
     given = {"config": config is not None, "its fields": bool(fields), "adapter": saved is not None}
     if sum(given.values()) > 1:
         raise TypeError(f"give one of config, its fields and adapter, got {' and '.join(filter(given.get, given))}")
@@ -320,20 +320,20 @@ def _config(
 
 
 def _fill_packed(model: PreTrainedModel, packed: Mapping[str, Packed], quantization: Mapping[str, Any]) -> None:
-    """Gives an adapted, unwrapped model the packed weights, by the layers' names, as they are in a folder of this
-    `quantization_config`. Only linear layers compute from codes: others get the weight that these are."""
+    """Gives an adapted, unwrapped model the packed weights, by the layers' names, as stored in a folder with this
+    `quantization_config`. Only linear layers compute from codes; others get the decoded weight."""
     name = str(quantization.get("bnb_4bit_compute_dtype") or "float32")
     compute_dtype = getattr(torch, name, None)
     if not isinstance(compute_dtype, torch.dtype) or not compute_dtype.is_floating_point:
         raise ValueError(f"config.json: bnb_4bit_compute_dtype is {shown(name)}; needed: float32, bfloat16 or float16")
     for path, name in {match.groups() for layer in packed if (match := _EXPERT.fullmatch(layer))}:
         if getattr(fused := model.get_submodule(path), name, None) is not None:
-            model.set_submodule(path, UnfusedExperts(fused))  # which nothing adapts: only so can they compute
+            model.set_submodule(path, UnfusedExperts(fused))  # nothing adapts them, but they can compute only so
     for layer, weight in packed.items():
         module = model.get_submodule(layer)
         adapted = module if isinstance(module, PissaLayer) else None
         dense = base_of(module) if adapted is None else adapted.base
-        # DeepSeek-V4 has a grouped one, and an embedding may be in codes, too.
+        # DeepSeek-V4 has a grouped one, and an embedding may also be in codes.
         if dense.kind is not nn.Linear or (adapted is None and not is_linear(module)):
             decoded = ops.dequantize(_quantized(weight), dense.parameter.dtype)
             dense.module.register_parameter("weight", nn.Parameter(decoded, requires_grad=False))
@@ -364,8 +364,8 @@ def _fill_split(
     model: nn.Module, packed: Mapping[str, Packed], folder: Path, split: AdapterRecord, config: PissaConfig
 ) -> None:
     """Puts a stored base, with the start that it lacks, into every layer of the folder's record. Residuals that are not
-    `packed` are the model's weights. Each residual and its start are compared with their fingerprints: a residual's
-    pages are read once, as a first step of training would."""
+    `packed` are the model's weights. Each residual and its start are compared with their fingerprints. This reads a
+    residual's pages once, as the first training step would."""
     adapted, records = pissa_layers(model), split.layers
     for name in [*records, *packed]:
         if name not in records:

@@ -1,6 +1,6 @@
-"""Merges an adapter into a checkpoint on disk, a matrix at a time: the model that was trained becomes a checkpoint of
-its own, dense, in bitsandbytes' formats, or in that of a released base. What cannot be merged is refused before
-anything is written."""
+"""Merges an adapter into a checkpoint on disk, a matrix at a time. The trained model becomes a checkpoint of its own:
+dense, in bitsandbytes' formats, or in that of a released base. What cannot be merged is refused before anything is
+written."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ from pissa.ops.formats import FORMATS
 
 
 class Planner:
-    """Finds in a checkpoint what an adapter changes. The linear layers, without the output layer, are written in
-    `form`: IMPLICIT for dense."""
+    """Finds the parts of a checkpoint that an adapter changes. The linear layers, except the output layer, are written
+    in `form`, where IMPLICIT means dense."""
 
     def __init__(self, source: Source, adapter: LoraFolder, form: Form = IMPLICIT) -> None:
         self.source, self.adapter, self.form = source, adapter, form
@@ -70,7 +70,7 @@ class Planner:
         linears = {name: module for name, module in self.model.named_modules() if is_linear(module)}
         self.linears = [name for name in linears if len(self._sharing(f"{name}.weight")) == 1]
         self.quantised: set[str] = set()
-        if form != IMPLICIT:  # as transformers does it, which quantises no output layer
+        if form != IMPLICIT:  # as in transformers, which quantises no output layer
             output = self.model.get_output_embeddings()
             self.quantised = {name for name in self.linears if linears[name] is not output}
 
@@ -99,22 +99,22 @@ class Planner:
         return Plan(self.source, units, dense, {})
 
     def parts_of(self, name: str) -> tuple[Part, ...]:
-        """What a parameter that is no matrix [in, out] consists of."""
+        """The parts of a parameter that is not a matrix [out, in]."""
         if name not in self.tensors:
             raise ValueError(f"the model in {self.source.folder} has no {name}")
-        for other in [name, *self._sharing(name)]:  # the checkpoint has a tied parameter under one of its names
+        for other in [name, *self._sharing(name)]:  # the checkpoint stores a tied parameter under one of its names
             with suppress(ValueError):
                 return self.composition.matrix(other, transposed=False)
         return self.composition.matrix(name, transposed=False)
 
     def _sharing(self, name: str) -> list[str]:
-        """The names of all parameters that are this one."""
+        """The names of all parameters that are identical to this one."""
         return self.sharing[id(self.tensors[name])]
 
     # -- layers
 
     def unit_of(self, factors: LoraFactors) -> Unit:
-        """The unit of a target of the adapter; raises as `plan`."""
+        """The unit of a target of the adapter; raises the errors of `plan`."""
         layers = self._experts(factors) if factors.is_fused else (self._adapted(factors),)
         needed = (factors.out, math.prod(factors.row))
         if layers[0].shape != (needed[::-1] if layers[0].mirrored else needed):
@@ -125,7 +125,7 @@ class Planner:
         return Unit(factors.target, layers, factors)
 
     def _adapted(self, factors: LoraFactors) -> Layer:
-        """The layer of factors that are not those of fused experts."""
+        """The layer for factors that do not belong to fused experts."""
         name = factors.layers[0]
         module = self._module(name)
         try:
@@ -185,10 +185,10 @@ class Planner:
                 "is not the base of the adapter"
             ) from None
 
-    # -- what the adapter holds beside factors
+    # -- what the adapter contains in addition to factors
 
     def _beside_factors(self, adapted: set[str]) -> list[Unit]:
-        """The units of tensors that were trained beside the factors, or that PEFT has saved with them."""
+        """The units of tensors that were trained in addition to the factors, or that PEFT has saved with them."""
         weights, units = self.adapter.weights, dict[str, Unit]()
         of_layers = {base_weight_key(name) for name in adapted}
         for key in self.adapter.other_keys:
@@ -209,8 +209,8 @@ class Planner:
         return list(units.values())
 
     def _beside(self, key: str, place: str, leaf: str) -> Unit:
-        """The unit of one of them. Of a tied weight it has to be for all layers: the adapter has it for each, or it is
-        of tokens of the input embeddings."""
+        """The unit of one such tensor. For a tied weight it must apply to all layers: the adapter has it for each, or
+        it trains tokens of the input embeddings."""
         path, shape = self.adapter.weights.path, self.adapter.weights.entries[key].shape
         rows, scaling = None, None
         if leaf == "trainable_tokens_delta":
@@ -254,40 +254,40 @@ _IN_MEMORY = "merge in memory, with PeftModel.from_pretrained or PissaModel.from
 
 
 class Merged(NamedTuple):
-    """What `merge` has done."""
+    """The result of `merge`."""
 
     what: str
-    """What the adapter is, in words."""
+    """The kind of the adapter, in words."""
     layers: int
-    """Whose weights the adapter changes."""
+    """The number of layers whose weights the adapter changes."""
     quantised: int
-    """Layers that are written in codes."""
+    """The number of layers that are written in codes."""
     bytes_read: int
-    """Of the checkpoint; by this run and by those that it went on with."""
+    """Bytes of the checkpoint that this run and the runs that it continued have read."""
     bytes_written: int
     bytes_done_before: int
-    """Of the checkpoint, by runs that this one went on with."""
+    """Bytes of the checkpoint that the runs which this one continued have read."""
     seconds: float
-    """Of this run."""
+    """The duration of this run."""
     error: float
-    """‖Q - W'‖ / ‖W'‖ over the layers that are merged or written in codes: W' is the sum in float32, Q what is
-    written."""
+    """‖Q - W'‖ / ‖W'‖ over the layers that are merged or written in codes, where W' is the sum in float32 and Q the
+    written weight."""
     error_of_change: float
     """‖Q - W'‖ / ‖change‖ over the layers that the adapter changes."""
     worst: str | None
-    """The layer, or the stack of experts, of the largest error; None if there is none."""
+    """The layer, or the stack of experts, with the largest error; None if there is none."""
     error_of_worst: float
     mean_error: float
-    """Of the layers, each by itself."""
+    """The mean of the layers' errors."""
     survives: dict[str, float]
-    """What of the change of each layer, or stack of experts, is left by codes of a released format, <Q - W, D> / ‖D‖²
-    for W before, D the change; of all of them by the name "all". Empty if none is written so."""
+    """The share of each layer's or expert stack's change that survives in codes of a released format: <Q - W, D> / ‖D‖²
+    for the old weight W and the change D; for all together under the name "all". Empty without such codes."""
     noise: float
-    """What else such codes have changed, in proportion to the change: ‖Q - W - survives D‖ / ‖D‖."""
+    """All other changes by such codes, relative to the change: ‖Q - W - survives D‖ / ‖D‖."""
 
 
 SAME = "same"
-"""The value of `quant` that stands for the format of a released base."""
+"""The value of `quant` for the format of a released base."""
 
 
 def merge(
@@ -299,30 +299,31 @@ def merge(
     initial: str | os.PathLike[str] | None = None,
     progressbar: bool = False,
 ) -> Merged:
-    """Writes the checkpoint in folder `source` with the adapter in folder `adapter` merged into it to `target`.
+    """Writes the checkpoint in folder `source`, with the adapter in folder `adapter` merged into it, to `target`.
 
-    Each matrix W is read from the mapped file, W + s (B A - B0 A0) summed in float32, rounded once to the dtype of the
-    checkpoint, and written; what the adapter does not change is copied. On a dense base that was trained in that dtype
-    these are, bit for bit, the weights of `PissaModel.merge_and_unload`; in another, W is cast to that one first. A run
-    that was killed goes on when it is called again with the same arguments, and ends with the same bytes.
+    Each matrix W is read from the mapped file, W + s (B A - B0 A0) is summed in float32, rounded once to the dtype of
+    the checkpoint, and written. Everything that the adapter does not change is copied. On a dense base that was trained
+    in that dtype, the weights are, bit for bit, those of `PissaModel.merge_and_unload`. If it was trained in another
+    dtype, W is cast to that one first. A run that was killed continues when this is called again with the same
+    arguments, and produces the same bytes.
 
-    The base function is the one of the training. A stored residual of ours (`quant`) is computed from the weight once
-    more, which a fingerprint shows to be the right one: exact, where the plain LoRA is not. `source` may also be what
-    `pissa init` has written: then the residual is decoded. For a plain LoRA, and all else that `pissa.convert` reads,
-    nothing shows whether the checkpoint is the right one, but names and shapes.
+    The base function is that of the training. A stored residual of ours (`quant`) is computed again from the weight,
+    and a fingerprint shows that it is the right one. The result is exact, unlike the plain LoRA. `source` may also be a
+    folder that `pissa init` has written; the residual is then decoded. For a plain LoRA, and anything else that
+    `pissa.convert` reads, only names and shapes show whether the checkpoint is the right one.
 
     Args:
-        quant: a format, "nf4" or "int8": all linear layers but the output layer are written in it, as transformers with
-            bitsandbytes makes it of the merged weights. "same": in the bytes of a checkpoint that was released in
-            codes: those nearest to the sums, under the scales that are there. The base lies on their grid, so that
-            most of a small change is rounded away. None: dense.
-        initial: the adapter before training, or the residual model that has it; see `pissa.convert`.
-        progressbar: one bar over the bytes of the checkpoint, on stderr.
+        quant: a format, "nf4" or "int8": all linear layers except the output layer are written in it, as transformers
+            with bitsandbytes would quantise the merged weights. "same": in the layout of a checkpoint released in
+            codes, with the codes nearest to the sums under the existing scales. The base is on their grid, so most of a
+            small change is rounded away. None: dense.
+        initial: the adapter before training, or the residual model that contains it; see `pissa.convert`.
+        progressbar: show one bar over the bytes of the checkpoint on stderr.
 
     Raises:
-        CompletedError: an earlier call with the same arguments has written all of it; nothing has been changed.
-        ValueError: what cannot be read or merged, naming file and layer. `target` has not become a model then.
-        OSError: the disk is full, or fails.
+        CompletedError: an earlier call with the same arguments has written everything; nothing has been changed.
+        ValueError: something cannot be read or merged; the message names file and layer. `target` is not a model then.
+        OSError: the disk is full or fails.
     """
     begin = time.perf_counter()
     check_choice("quant", quant, (None, *FORMATS, SAME))
@@ -376,7 +377,7 @@ class _Merge(Rewrite):
         return {unit.name: dict(sums)}
 
     def write_sum(self, out: Output, layer: Layer, weight: Tensor) -> dict[str, float]:
-        """Writes a layer. "lost" is ‖Q - W'‖², "whole" ‖W'‖²."""
+        """Writes a layer. "lost" is ‖Q - W'‖², and "whole" is ‖W'‖²."""
         dense, form = weight.to(layer.dtype), layer.form
         new: Tensor | ops.QuantizedWeight = dense
         if layer.is_packed:
@@ -404,7 +405,7 @@ class _Merge(Rewrite):
 
 
 class _MergeSame(_Merge):
-    """Into the bytes of a checkpoint that was released in codes: other codes, under the scales that are there."""
+    """Merges into the layout of a checkpoint that was released in codes: new codes, under the existing scales."""
 
     source: DecodedSource
 
@@ -433,7 +434,7 @@ class _MergeSame(_Merge):
         return found
 
     def write_sum(self, out: Output, layer: Layer, weight: Tensor) -> dict[str, float]:
-        """As for a dense base. "kept" is <Q - W, change>, "moved" ‖Q - W‖²."""
+        """As for a dense base. "kept" is <Q - W, change>, and "moved" is ‖Q - W‖²."""
         if layer.parts[0].tensor not in self.codes.tensors:
             return super().write_sum(out, layer, weight)
         if not bool(torch.isfinite(weight).all()):
@@ -455,7 +456,7 @@ class _MergeSame(_Merge):
         return found | {"kept": float(torch.sum(moved.double() * change))}
 
     def end(self, out: Output) -> None:
-        """What belongs to codes, but to no weight: scales for activations."""
+        """Copies what belongs to codes but not to a weight: scales for activations."""
         held = {tensor for tensors in self.codes.tensors.values() for tensor in tensors}
         self._copy(out, sorted(self.codes.names - held))
 

@@ -1,7 +1,7 @@
-"""The folder that a run writes: all of it is in a hidden folder until all of it is finished.
+"""The folder that a run writes. Everything is in a hidden folder until all of it is finished.
 
-Its safetensors files have their whole length and their header from the beginning. Their tensors come in any order, from
-all ranks, and what is done is noted batch by batch: a run that was killed goes on.
+Its safetensors files have their full length and their header from the beginning. Their tensors arrive in any order,
+from all ranks, and finished batches are recorded, so that a run that was killed can be continued.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ UNFINISHED = ".unfinished"
 """The hidden folder."""
 
 IDENTITY = "identity.json"
-"""What decides the bytes that a run writes, in the hidden folder."""
+"""The file in the hidden folder that records what determines the bytes of a run."""
 
 FINISHED = ".finished.json"
-"""The identity of the run that wrote a folder, in that folder: a second run of it says that nothing is left to do."""
+"""The identity of the run that wrote a folder, in that folder: a second such run reports that nothing is left to do."""
 
 
 class Output:
-    """A folder that is written in batches, by all ranks; an unfinished run of the same identity goes on.
+    """A folder that all ranks write in batches. An unfinished run with the same identity is continued.
 
         with Output(folder, identity, layouts) as out:
             for batch in mine:
@@ -49,16 +49,16 @@ class Output:
             out.finish()
 
     All ranks enter the block together, inside `distributed.failing_together`, and call `finish` together. Until then
-    there is only the hidden folder, which stays after an error or a kill. Every tensor belongs to a batch: a noted
-    batch is on the disk.
+    only the hidden folder exists, and it stays after an error or a kill. Every tensor belongs to a batch, and a
+    recorded batch is on the disk.
 
     Args:
-        identity: of the plan, the same on all ranks: a value of JSON for each thing that decides what is written.
+        identity: of the plan, the same on all ranks: a JSON value for each thing that determines what is written.
         layouts: the safetensors files, by their names in the folder.
 
     Raises:
-        CompletedError: on all ranks, as they enter the block: the folder holds what a run of this identity wrote.
-        ValueError: the folder holds something else, or an unfinished run of another identity, or a run is going on.
+        CompletedError: on all ranks, on entering the block: the folder contains what a run of this identity wrote.
+        ValueError: the folder contains something else or another identity's unfinished run, or a run is active.
         OSError: the disk is full, or cannot be written to.
         RankError: another rank failed.
     """
@@ -68,11 +68,11 @@ class Output:
         self._identity = json.dumps(identity, indent=2, allow_nan=False) + "\n"
         self._layouts = layouts
         self._hidden = folder / UNFINISHED
-        self._files = self._hidden / "files"  # under their own names
-        self._notes = self._hidden / "done"  # a file of JSON for each finished batch
+        self._files = self._hidden / "files"  # under their final names
+        self._notes = self._hidden / "done"  # a JSON file for each finished batch
         self.done: dict[str, Any] = {}
-        """The results of the finished batches: of all earlier runs, and of this process."""
-        self._handles: dict[str, int] = {}  # of the files that this process writes to
+        """The results of the finished batches: those of all earlier runs, and of this process."""
+        self._handles: dict[str, int] = {}  # for the files that this process writes
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="pissa-output")
         self._noting: Future[None] | None = None
         self._lock: int | None = None
@@ -81,7 +81,7 @@ class Output:
     def __enter__(self) -> Output:
         try:
             if all(agree(self._is_complete())):
-                shutil.rmtree(self._hidden, ignore_errors=True)  # of a run that was killed as it ended
+                shutil.rmtree(self._hidden, ignore_errors=True)  # of a run that was killed while it ended
                 raise CompletedError(f"{self.folder} is complete: an earlier run with the same arguments has ended")
             if rank() == 0:
                 self._begin()
@@ -106,7 +106,7 @@ class Output:
             raise OSError(f"{self.folder} cannot be written: {error.strerror}{remedy}") from error
 
     def write(self, file: str, name: str, tensor: Tensor, member: int | None = None) -> None:
-        """Writes a tensor of a file, of the planned dtype and shape, or the matrix of that number in a stack."""
+        """Writes a tensor of a file, with the planned dtype and shape, or the matrix with that number in a stack."""
         dtype, shape, offset, _ = self._layouts[file].entries[name]
         if member is not None:
             shape, offset = shape[1:], offset + member * tensor.nbytes
@@ -123,20 +123,20 @@ class Output:
             left, offset = left[written:], offset + written
 
     def add(self, batch: str, result: Mapping[str, Any]) -> None:
-        """Notes that all tensors of a batch have been written, with an object of JSON: as soon as they are on the disk,
-        beside what follows."""
+        """Records that all tensors of a batch have been written, with a JSON object, as soon as they are on the disk.
+        This runs in parallel with what follows."""
         self._wait()
         self.done[batch] = result
         self._noting = self._thread.submit(self._note, batch, json.dumps(result, allow_nan=False))
 
     def path(self, name: str) -> Path:
-        """Where one rank writes another file, whole, which `finish` will call `name`."""
+        """The path where one rank writes a whole additional file, which `finish` renames to `name`."""
         path = self._files / name
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
     def finish(self) -> None:
-        """Puts all files in place; raises as the class does."""
+        """Moves all files to their final places. Raises the errors of the class."""
         self._wait()
         agree()
         if rank() == 0:
@@ -146,14 +146,14 @@ class Output:
         agree()
 
     def discard(self) -> None:
-        """Removes what has been written: no run with these arguments can finish. Of one rank, in the block."""
+        """Removes what was written: no run with these arguments can finish. One rank calls this, in the block."""
         self._remove()
-        with suppress(OSError):  # the folder was there before, or somebody else has put something there
+        with suppress(OSError):  # the folder was there before, or another program has put something there
             for path in self._made:
                 path.rmdir()
 
     def _begin(self) -> None:
-        """What one rank does: it takes the folder, and makes the files or finds them."""
+        """Runs on one rank: takes the folder, and creates the files or finds them."""
         self._made = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
         if not self._hidden.exists():
             check_unused(self.folder)
@@ -163,7 +163,7 @@ class Output:
             self._check_identity()
             self._check_whole()
             return
-        try:  # or an earlier run was killed as it began, or when all was in place
+        try:  # or an earlier run was killed at its beginning, or when all was in place
             shutil.rmtree(self._files, ignore_errors=True)
             shutil.rmtree(self._notes, ignore_errors=True)
             check_unused(self.folder, besides=UNFINISHED)
@@ -175,8 +175,8 @@ class Output:
             raise
 
     def _allocate(self) -> None:
-        """Makes the safetensors files: the whole of each on the disk, so that a full disk shows before anything is
-        computed."""
+        """Creates the safetensors files with their full size on the disk, so that a full disk is noticed before
+        anything is computed."""
         needed, free = sum(layout.size for layout in self._layouts.values()), shutil.disk_usage(self._hidden).free
         for name, layout in self._layouts.items():
             path = self.path(name)
@@ -198,7 +198,7 @@ class Output:
         return is_mine and all(_holds(self.folder / name, layout) for name, layout in self._layouts.items())
 
     def _check_identity(self) -> None:
-        """Raises ValueError, naming what differs, if the unfinished run is of another identity."""
+        """Raises ValueError, naming what differs, if the unfinished run has another identity."""
         with reading(self._hidden / IDENTITY, self._remedy()):
             was = read_object(self._hidden / IDENTITY)
         now = json.loads(self._identity)
@@ -210,20 +210,20 @@ class Output:
             )
 
     def _check_whole(self) -> None:
-        """Raises ValueError unless each file is where the unfinished run made it, or in place already: batches of it
-        may be written."""
+        """Raises ValueError unless each file is where the unfinished run created it, or already in place, because
+        batches of it may be written."""
         for name, layout in self._layouts.items():
             if not _holds(self._files / name, layout) and not _holds(self.folder / name, layout):
                 raise ValueError(
-                    f"{self._files / name} is missing or has not the {layout.size} bytes that this unfinished run gave "
-                    f"it: remove {self._hidden} to start anew"
+                    f"{self._files / name} is missing or does not have the {layout.size} bytes that this unfinished "
+                    f"run gave it: remove {self._hidden} to start anew"
                 )
 
     def _remedy(self) -> str:
         return f"To start anew, remove {self._hidden}, or choose a new folder"
 
     def _place(self) -> None:
-        """Renames all files: config.json, which makes a model of the folder, when the others are there."""
+        """Renames all files. config.json, which makes the folder a model, comes after all others."""
         names = [path.relative_to(self._files) for path in self._files.rglob("*") if path.is_file()]
         names.sort(key=lambda name: (name == Path("config.json"), name.as_posix() not in self._layouts, name))
         for name in names:
@@ -231,7 +231,7 @@ class Output:
         put_in_place({self._files / name: self.folder / name for name in names})
 
     def _remove(self) -> None:
-        """Removes the hidden folder: first what makes a run of it."""
+        """Removes the hidden folder, starting with the files that make it a run."""
         (self._hidden / IDENTITY).unlink(missing_ok=True)
         shutil.rmtree(self._hidden, ignore_errors=True)
         self._close()
@@ -259,7 +259,7 @@ class Output:
 
 
 def _holds(path: Path, layout: Layout) -> bool:
-    """Whether the file is there, with the size and the header of its layout."""
+    """Whether the file exists, with the size and the header of its layout."""
     try:
         with open(path, "rb") as file:
             return path.stat().st_size == layout.size and file.read(len(layout.header)) == layout.header
@@ -268,7 +268,7 @@ def _holds(path: Path, layout: Layout) -> bool:
 
 
 def _locked(hidden: Path) -> int:
-    """An open file with the lock of a run, which rank 0 holds for all of them."""
+    """Returns an open file with the lock of a run, which rank 0 holds for all ranks."""
     handle = os.open(hidden / "lock", os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

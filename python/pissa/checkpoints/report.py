@@ -1,5 +1,5 @@
-"""What a checkpoint holds for PiSSA, read matrix by matrix: spectra, the errors of quantised bases, ranks for a budget
-of parameters, what training takes."""
+"""Reports what a checkpoint offers PiSSA, read matrix by matrix: spectra, the errors of quantised bases, ranks for a
+budget of parameters, and the cost of training."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Method = tuple[str, int]
 
 PLAIN = "QLoRA"
 METHODS: dict[str, dict[str, Any]] = {"QPiSSA T=1": {}, "QPiSSA T=5": {"quant_iters": 5}}
-"""The ways to quantise with factors, and what `ops.split` is told; plain quantisation is called `PLAIN`."""
+"""The ways to quantise with factors, and their arguments for `ops.split`. Plain quantisation is called `PLAIN`."""
 
 # Rows of a weight that are copied to float64 at once.
 _ROWS = 256
@@ -41,24 +41,24 @@ _ROWS = 256
 
 
 class LayerReport(NamedTuple):
-    """What was found out about the weight [out, in] of one layer."""
+    """The results for the weight [out, in] of one layer."""
 
     name: str
     shape: tuple[int, int]
     values: Tensor
     """The singular values, float64 [k], descending: all of them, or the leading ones."""
     total: float
-    """The square of the Frobenius norm: the sum of the squares of all singular values."""
+    """The squared Frobenius norm, which is the sum of the squares of all singular values."""
     errors: dict[Method, float]
-    """‖W - Q - s B A‖², Frobenius. Empty if nothing was to be quantised."""
+    """‖W - Q - s B A‖², Frobenius. Empty if no quantisation was requested."""
 
     def lost(self, rank: int) -> float:
-        """The part of `total` that the first `rank` singular values leave."""
+        """The part of `total` that the first `rank` singular values do not hold."""
         return max(self.total - float(self.values[:rank].square().sum()), 0.0)
 
     @property
     def stable_rank(self) -> float:
-        """`total` in units of the square of the largest singular value: small if few directions dominate."""
+        """`total` divided by the square of the largest singular value, which is small if few directions dominate."""
         largest = float(self.values[0]) ** 2
         return self.total / largest if largest else 0.0
 
@@ -66,17 +66,17 @@ class LayerReport(NamedTuple):
 def layer_report(
     name: str, weight: Tensor, known: int, ranks: Iterable[int] = (), quant: str | None = None, exact: bool = False
 ) -> LayerReport:
-    """Looks at the weight [out, in] of a layer, float32, bfloat16 or float16. The `known` leading values are those of
-    `ops.svd_lowrank`: never above the true ones, and what factors of PiSSA really hold.
+    """Examines the weight [out, in] of a layer, float32, bfloat16 or float16. The `known` leading values are those of
+    `ops.svd_lowrank`: never above the true ones, and what PiSSA's factors really hold.
 
     Args:
-        ranks: of the factors, where something is quantised.
-        quant: the format of which errors are wanted.
-        exact: compute all singular values, in float64. That is slow: for 4096 x 11008 in bfloat16 one thread took 10 s
-            in float32 already, where 16 leading values take it 0.25 s.
+        ranks: ranks of the factors, if errors are computed.
+        quant: the format whose errors are computed.
+        exact: compute all singular values, in float64. That is slow: for 4096 x 11008 in bfloat16, one thread took 10 s
+            even in float32, compared with 0.25 s for 16 leading values.
 
     Raises:
-        ValueError: NaN or Inf, naming the layer.
+        ValueError: the weight contains NaN or Inf. The message names the layer.
     """
     with of_layer(name):
         if exact:
@@ -88,13 +88,13 @@ def layer_report(
 
 
 def norm_squared(weight: Tensor) -> float:
-    """The square of the Frobenius norm, summed in float64."""
+    """The squared Frobenius norm, summed in float64."""
     return float(sum(rows.double().square_().sum() for rows in torch.split(weight, _ROWS)))
 
 
 def singular_values(weight: Tensor) -> Tensor:
-    """All singular values, float64 [min(out, in)], descending: roots of the eigenvalues of the Gram matrix in float64,
-    right to about 1e-8 of the largest. torch.linalg.svdvals takes six times as long for 1024 x 2816."""
+    """All singular values, float64 [min(out, in)], descending: square roots of the eigenvalues of the Gram matrix in
+    float64, accurate to about 1e-8 of the largest. torch.linalg.svdvals takes six times as long for 1024 x 2816."""
     wide = (weight if weight.shape[0] <= weight.shape[1] else weight.mT).double()
     eigenvalues: Tensor = torch.linalg.eigvalsh(wide @ wide.mT)
     return eigenvalues.flip(0).clamp(min=0).sqrt()
@@ -102,7 +102,7 @@ def singular_values(weight: Tensor) -> Tensor:
 
 def quant_errors(weight: Tensor, format: str, ranks: Iterable[int]) -> dict[Method, float]:
     """The errors of a weight [out, in] in `format`, ‖W - Q - s B A‖², Frobenius. Each needs a float32 copy of the
-    weight. A weight with a side that is smaller than a rank gets that side as its rank."""
+    weight. If a side of the weight is smaller than a rank, that side is used as the rank."""
     errors = {(PLAIN, 0): norm_squared(ops.dequantize(ops.quantize(weight, format)).sub_(weight))}
     for rank, (name, options) in itertools.product(ranks, METHODS.items()):
         split = ops.split(weight, min(rank, *weight.shape), form=format, **options)
@@ -115,12 +115,12 @@ def quant_errors(weight: Tensor, format: str, ranks: Iterable[int]) -> dict[Meth
 
 
 class Summary(NamedTuple):
-    """One layer, or several together."""
+    """One layer, or several layers together."""
 
     layers: Sequence[LayerReport]
 
     def energy(self, rank: int) -> float:
-        """The share of the squared norm that `rank` directions in each layer hold; 1 of weights of zeros."""
+        """The share of the squared norm that `rank` directions in each layer hold; 1 for weights of zeros."""
         total = sum(layer.total for layer in self.layers)
         return 1 - sum(layer.lost(rank) for layer in self.layers) / total if total else 1.0
 
@@ -130,17 +130,17 @@ class Summary(NamedTuple):
         return [layer for layer in self.layers if layer.errors]
 
     def error(self, method: Method = (PLAIN, 0)) -> float:
-        """The Frobenius norm of the error, in units of that of the weights; 0 for weights of zeros."""
+        """The Frobenius norm of the error, relative to that of the weights; 0 for weights of zeros."""
         total = sum(layer.total for layer in self.quantised)
         return math.sqrt(sum(layer.errors[method] for layer in self.quantised) / total) if total else 0.0
 
     def removed(self, method: Method) -> float:
-        """The share of plain quantisation's error that is gone."""
+        """The share of plain quantisation's error that is removed."""
         plain = self.error()
         return 1 - self.error(method) / plain if plain else 0.0
 
     def numbers(self, ranks: Iterable[int]) -> dict[str, Any]:
-        """Energies at these ranks, and the errors that are known, as JSON has them."""
+        """Energies at these ranks, and the known errors, as stored in JSON."""
         energy = {"energy": {str(rank): self.energy(rank) for rank in ranks}}
         errors = [
             {"method": name, "rank": rank, "error": self.error((name, rank)), "removed": self.removed((name, rank))}
@@ -159,35 +159,35 @@ def by_kind(layers: Iterable[LayerReport]) -> dict[str, Summary]:
 
 
 class SuggestedRanks(NamedTuple):
-    """Ranks for a budget of parameters, beside one rank for all layers."""
+    """Ranks for a budget of parameters, compared with one rank for all layers."""
 
     ranks: dict[str, int]
-    """Of each layer."""
+    """The rank of each layer."""
     budget: int
     r: int
     rank_pattern: dict[str, int]
-    """With `r`, the fields of a PissaConfig that gives the layers these ranks."""
+    """Together with `r`, the fields of a PissaConfig that gives the layers these ranks."""
     parameters: int
     lost: float
-    """The share of the energy that the ranks leave, each kind's weighted by its error if something is quantised."""
+    """The share of the energy that the ranks do not hold, weighted by each kind's error if something is quantised."""
     largest_rank: int
-    """The largest rank that was looked at. A layer that has it might want more."""
+    """The largest rank that was examined. A layer with this rank might benefit from more."""
     uniform: dict[str, Any]
-    """The same of the largest rank, a multiple of 8 if it can be, that the budget allows in all layers: "r",
+    """The same for the largest rank (a multiple of 8 if possible) that the budget allows in all layers: "r",
     "parameters", "lost"."""
 
 
 def suggest(
     layers: Sequence[LayerReport], budget: int, step: int = 8, together: Sequence[Sequence[str]] | None = None
 ) -> SuggestedRanks:
-    """Ranks, multiples of `step`, at which as little as possible of the layers' energy is lost; see `allocate`.
+    """Computes ranks, multiples of `step`, that lose as little as possible of the layers' energy; see `allocate`.
 
-    What a quantised residual loses is near its own energy times what the format loses of each unit, which differs from
-    kind to kind: the energies are weighted by that, if errors are known.
+    The loss of a quantised residual is roughly its own energy times the format's loss for each unit, which differs from
+    kind to kind. The energies are weighted by that if errors are known.
 
     Args:
-        together: the names of the layers, those together that need one rank: the experts of a module. By default each
-            is alone.
+        together: the layers' names, in groups that need one rank: the experts of a module. By default each layer is its
+            own group.
     """
     by_name = {}
     for some in by_kind(layers).values():
@@ -216,7 +216,7 @@ def suggest(
     largest = max(len(layer.values) for layer in layers)
     r = max(rank for rank in range(step, max(largest, step) + 1, step) if parameters(even(rank)) <= budget)
     uniform = {"r": r, "parameters": parameters(even(r)), "lost": lost(even(r))}
-    if uniform["lost"] < lost(ranks):  # what `allocate` may lack of the best, if experts make steps large
+    if uniform["lost"] < lost(ranks):  # `allocate` may miss the best if experts make steps large
         ranks = even(r)
     return SuggestedRanks(ranks, budget, *as_pattern(ranks), parameters(ranks), lost(ranks), largest, uniform)
 
@@ -225,13 +225,13 @@ def suggest(
 
 
 class Report(NamedTuple):
-    """Everything that was found out about a model."""
+    """All results for a model."""
 
     kinds: dict[str, Summary]
     """The layers of each kind, and "all", in the order of the model."""
     suggestion: SuggestedRanks
     numbers: dict[str, Any]
-    """Everything as JSON has it."""
+    """Everything as stored in JSON."""
 
 
 def report(
@@ -245,17 +245,17 @@ def report(
     batch: int = 1,
     length: int = 512,
 ) -> Report:
-    """Looks at every matrix of a checkpoint that PiSSA would adapt, one after the other, with a bar on stderr. Spectra
-    are known up to the largest of `ranks`, or up to four times the smallest if that is more, so that a suggestion has a
-    choice. The arguments are those of the command.
+    """Examines every matrix of a checkpoint that PiSSA would adapt, one after the other, with a bar on stderr. Spectra
+    are computed up to the largest of `ranks`, or up to four times the smallest if that is more, so that a suggestion
+    has a choice. The arguments are those of the command.
 
     Raises:
-        OSError, ValueError: naming file, tensor or argument.
+        OSError, ValueError: an error that names file, tensor or argument.
     """
     started = time.perf_counter()
     ranks = sorted(set(ranks))
     rank, known = ranks[0], max(ranks[-1], 4 * ranks[0])
-    # Suggested ranks are multiples of 8; or of less, so that `rank` is one and some layers can get less.
+    # Suggested ranks are multiples of 8, or of less, so that `rank` is a multiple and some layers can get less.
     step = math.gcd(8, rank) if math.gcd(8, rank) < rank else max(1, rank // 2)
     with open_dense(checkpoint_folder(model)) as source:
         plan = SplitPlan(source, PissaConfig(r=1))
@@ -319,7 +319,7 @@ def report(
 
 
 def _formats(source: Source) -> dict[str, dict[str, float]]:
-    """What the tensors of a checkpoint are kept in: how many, their bytes, and the bits of an element."""
+    """The formats of the tensors of a checkpoint: the number of tensors, their bytes, the bits per element."""
     sums = defaultdict[str, list[int]](lambda: [0, 0, 0])
     for name in source.names:
         one = sums[source.format(name)]

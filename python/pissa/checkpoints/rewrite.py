@@ -1,5 +1,5 @@
-"""Rewrites a checkpoint on disk, a few matrices at a time: what becomes of each tensor, by names and shapes alone, and
-the one engine of `init`, `merge` and the exports."""
+"""Rewrites a checkpoint on disk, a few matrices at a time: plans the change of each tensor, from names and shapes only.
+The engine is shared by `init`, `merge` and the exports."""
 
 from __future__ import annotations
 
@@ -37,31 +37,31 @@ _Tensors = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer of a checkpoint that is written anew."""
+    """A layer of a checkpoint that is rewritten."""
 
     name: str
-    """In the model. Each matrix of fused experts is a layer."""
+    """The name in the model. Each matrix of fused experts is a layer."""
     parts: tuple[Part, ...]
-    """What its matrix [out, in] consists of, one below the other."""
+    """The parts of its matrix [out, in], stacked by rows."""
     shape: tuple[int, int]
     dtype: torch.dtype
-    """Of the dense weight."""
+    """The dtype of the dense weight."""
     form: Form = IMPLICIT
-    """How it is written: in codes, if the form is a format; else dense."""
+    """The form in which it is written: codes if the form is a format, otherwise dense."""
     is_expert: bool = False
-    """Of a fused weight."""
+    """Whether it belongs to a fused weight."""
     entries: Mapping[str, str] = field(default_factory=dict)
     """If the checkpoint has its weight in codes: the tensors of bitsandbytes' entries, by the entries' names."""
     transposed: bool = False
     """Whether the module's own weight is [in, out]."""
     own_key: str | None = None
-    """The adapter's tensor that the adapter was trained on in the place of the checkpoint's weight."""
+    """The adapter's tensor on which it was trained instead of the checkpoint's weight."""
     mirrored: bool = False
     """Whether the factors in the adapter's file are those of the transposed matrix."""
 
     @property
     def tensors(self) -> list[str]:
-        """The tensors of the checkpoint that it is read from."""
+        """The tensors of the checkpoint from which it is read."""
         return list(self.entries.values()) or [part.tensor for part in self.parts]
 
     @property
@@ -71,8 +71,8 @@ class Layer:
 
     @property
     def target(self) -> str:
-        """What its module is called in the new checkpoint, if it is written in codes: transformers finds them by the
-        checkpoint's own names, unless they are of something that it has put together."""
+        """The name of its module in the new checkpoint, if it is written in codes. transformers finds modules by the
+        checkpoint's own names, unless it has assembled them from several."""
         part = self.parts[0]
         own = part.tensor.removesuffix(".weight")
         is_own = len(self.parts) == 1 and part.member is None and own != part.tensor and not self.is_expert
@@ -80,47 +80,48 @@ class Layer:
 
     @property
     def written(self) -> _Tensors:
-        """The tensors that it is written in, if it changes its form."""
+        """The tensors in which it is written, if its form changes."""
         if not self.is_packed:
             return {self.parts[0].tensor: (self.dtype, self.shape)}
         entries = entry_layout(self.form, self.shape, self.dtype)
         return {f"{self.target}.{name}": kind for name, kind in entries.items()}
 
     def matrix(self, source: Source) -> Tensor:
-        """The dense weight: a view of the mapped file, if it has one part."""
+        """The dense weight, which is a view of the mapped file if it has one part."""
         return matrix_of(self.parts, source)
 
 
 class Unit(NamedTuple):
-    """What is done, and noted, at once: all layers of a pair of factors, a layer without any, or one other tensor."""
+    """What is processed and recorded together: all layers of a factor pair, a layer without any, or another tensor."""
 
     name: str
     layers: tuple[Layer, ...] = ()
     factors: FactorTensors | None = None
     tensor: str | None = None
-    """The other tensor; it is copied, unless there is a key."""
+    """The other tensor. It is copied unless there is a key."""
     key: str | None = None
-    """The adapter's tensor that takes its place."""
+    """The adapter's tensor that replaces it."""
     rows: tuple[int, ...] | None = None
-    """The rows whose place the adapter's tensor takes, if not all."""
+    """The rows that the adapter's tensor replaces, if not all."""
     scaling: float | None = None
-    """With it, the adapter's tensor is added."""
+    """If given, the adapter's tensor is added with this factor."""
 
     @property
     def tensors(self) -> list[str]:
-        """The tensors of the checkpoint that it is made of."""
+        """The tensors of the checkpoint from which it is made."""
         found = [tensor for layer in self.layers for tensor in layer.tensors]
         return list(dict.fromkeys([*found, *([self.tensor] if self.tensor else [])]))
 
 
 class Plan:
-    """What a run makes of a checkpoint.
+    """How a run changes a checkpoint.
 
     Args:
-        units: what changes.
-        dense_linears: the linear layers of the model that are dense in the new checkpoint, of which config.json has a
-            list if others are packed.
-        others: the safetensors files beside those of the checkpoint, or in their places, by their names in the folder.
+        units: the changes.
+        dense_linears: the linear layers of the model that are dense in the new checkpoint. config.json lists them if
+            others are packed.
+        others: additional safetensors files, or files that replace those of the checkpoint, by their names in the
+            folder.
     """
 
     def __init__(
@@ -129,12 +130,12 @@ class Plan:
         self.source, self.dense_linears = source, dense_linears
         units = list(units)
         self.files = shards(source, units) | dict(others)
-        """The safetensors files that a run writes; the checkpoint's keep their names."""
+        """The safetensors files that a run writes. Those of the checkpoint keep their names."""
         changed = {tensor for unit in units for tensor in unit.tensors}
         units += [Unit(f"copy {name}", tensor=name) for name in source.names if name not in changed]
         places = {name: number for number, name in enumerate(source.names)}
         self.units = sorted(units, key=lambda unit: min(places[tensor] for tensor in unit.tensors))
-        """In the order of the files, with one for each tensor that is copied."""
+        """The units in the order of the files, including one for each tensor that is copied."""
 
     @property
     def layers(self) -> dict[str, Layer]:
@@ -153,13 +154,13 @@ class Plan:
 
     @property
     def has_packed_experts(self) -> bool:
-        """Whether some of these are of fused experts, which only we read."""
+        """Whether some of these belong to fused experts, which only pissa reads."""
         return any(layer.is_expert for layer in self.packed)
 
 
 def shards(source: Source, units: Iterable[Unit] = ()) -> dict[str, Layout]:
-    """The safetensors files of the new checkpoint, by name: every tensor in the place that it has in the old one. The
-    new tensors of a layer that changes its form lie where the first old one did."""
+    """The safetensors files of the new checkpoint, by name. Every tensor has the same position as in the old one. The
+    new tensors of a layer that changes its form are at the position of the first old one."""
     files: dict[str, _Tensors] = {path.name: {} for path in source.paths}
     new: dict[str, _Tensors] = {}
     for layer in (layer for unit in units for layer in unit.layers if layer.entries or layer.is_packed):
@@ -175,8 +176,8 @@ def shards(source: Source, units: Iterable[Unit] = ()) -> dict[str, Layout]:
 def matrix_shape(
     name: str, parts: Sequence[Part], source: Source, dimensions: int = 2
 ) -> tuple[tuple[int, int], torch.dtype]:
-    """The shape of the matrix [out, in] that a layer's parts make, and their dtype. Parts have so many dimensions: more
-    than 2 of a convolution."""
+    """The shape of the matrix [out, in] that a layer's parts make, and their dtype. `dimensions` is the number of
+    dimensions of the parts, which is more than 2 for a convolution."""
     entries = [source.entry(part.tensor) for part in parts]
     rows, columns = 0, set()
     for part, entry in zip(parts, entries, strict=True):
@@ -202,53 +203,53 @@ def linear_layers(model: nn.Module) -> list[str]:
 
 
 BATCH = 1 << 30
-"""Bytes of the checkpoint behind which a run notes what is done: a killed run does at most so many again, and several
-processes share out so many at a time."""
+"""The bytes of the checkpoint after which a run records what is done. A killed run repeats at most this much, and
+several processes divide the work in portions of this size."""
 
 Result = dict[str, Any]
-"""What is noted of a unit, an object of JSON: "lost" and "whole", ‖Q - W‖² and ‖W‖² of its layers, where Q is written
-in the place of W, and what the command needs besides. Nothing of a tensor that is copied."""
+"""What is recorded for a unit, as a JSON object: "lost" and "whole", ‖Q - W‖² and ‖W‖² of its layers, where Q is
+written instead of W, and what else the command needs. Nothing is recorded for a tensor that is copied."""
 
 
 class Rewrite(ABC):
-    """One run over a checkpoint, of this process. All ranks make it, and call `run` together."""
+    """One run over a checkpoint in this process. All ranks create it, and call `run` together."""
 
     command: ClassVar[str]
-    """What the bar and the identity call it."""
+    """Its name in the bar and in the identity."""
 
     def __init__(self, plan: Plan, target: Path) -> None:
         self.plan, self.source, self.target = plan, plan.source, target
         self._sizes = {unit.name: sum(self.source.nbytes(name) for name in set(unit.tensors)) for unit in plan.units}
         self.results: dict[str, Result] = {}
-        """Of the units that are done, by name."""
+        """The results of the finished units, by name."""
         self.bytes_read = sum(self._sizes.values())
-        """Of the checkpoint; by this run and by those that it goes on with."""
+        """Bytes of the checkpoint that this run and the runs that it continues have read."""
         self.bytes_written = sum(layout.size for layout in plan.files.values())
         self.bytes_done_before = 0
-        """Of the checkpoint, by runs that this one goes on with."""
+        """Bytes of the checkpoint that the runs which this one continues have read."""
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
-        """What has influence on the bytes, beside the source: a value of JSON for each thing."""
+        """Everything except the source that affects the bytes: a JSON value for each thing."""
 
     def groups(self, units: Sequence[Unit]) -> Iterable[Any]:
-        """What is read and computed at once, with its `tensors`: each unit, or several, or a part of one."""
+        """Yields what is read and computed together, with its `tensors`: each unit, several units, or a part of one."""
         return units
 
     @abstractmethod
     def write(self, out: Output, group: Any) -> dict[str, Result]:
-        """Computes and writes a group. The results of the units whose last part it is."""
+        """Computes and writes a group. Returns the results of the units that end with it."""
 
     def end(self, out: Output) -> None:  # noqa: B027  most have nothing else to write
-        """Writes what depends on all units, beside config.json and the index; one rank does."""
+        """Writes what depends on all units, besides config.json and the index. Runs on one rank."""
 
     def run(self, progressbar: bool) -> None:
         """Writes all files.
 
         Raises:
-            CompletedError: an earlier run has written all of it; nothing has been changed.
-            ValueError: a unit cannot be written. What is written then goes, unless several processes write.
-            OSError: the disk is full, or fails.
+            CompletedError: an earlier run has written everything; nothing has been changed.
+            ValueError: a unit cannot be written. What was written is then removed, unless several processes write.
+            OSError: the disk is full or fails.
         """
         batches = self._batches()
         sizes = {name: sum(self._sizes[unit.name] for unit in units) for name, units in batches.items()}
@@ -258,7 +259,7 @@ class Rewrite(ABC):
             for units in out.done.values():
                 self.results |= units
             self.bytes_done_before = sum(sizes[name] for name in out.done)
-            # tqdm reads TQDM_DISABLE only if it is not told whether to be disabled.
+            # tqdm reads TQDM_DISABLE only if `disable` is not given.
             hidden = {} if progressbar and distributed.rank() == 0 else {"disable": True}
             left = {name: batches[name] for name in mine if name not in out.done}
             with tqdm(
@@ -303,7 +304,7 @@ class Rewrite(ABC):
                 bar.set_postfix_str(f"error {math.sqrt(lost / whole):.3%}", refresh=False)
 
     def _batches(self) -> dict[str, list[Unit]]:
-        """The units, by the names of the batches: numbers, in the order of the files."""
+        """The units by the names of the batches, which are numbers in the order of the files."""
         found: list[list[Unit]] = []
         size = BATCH
         for unit in self.plan.units:
@@ -323,8 +324,8 @@ class Rewrite(ABC):
         }
 
     def write_layer(self, out: Output, layer: Layer, weight: Tensor | ops.QuantizedWeight) -> None:
-        """Writes the matrix [out, in] of a layer: codes as bitsandbytes' entries, a dense one in the places of its
-        parts, or in that of codes."""
+        """Writes the matrix [out, in] of a layer: codes as bitsandbytes' entries, a dense matrix in place of its parts
+        or of codes."""
         if isinstance(weight, ops.QuantizedWeight):
             for name, values in to_bitsandbytes(weight, layer.dtype).items():
                 out.write(self.file_of(layer.parts[0].tensor), f"{layer.target}.{name}", values)
@@ -336,11 +337,11 @@ class Rewrite(ABC):
                 out.write(self.file_of(name), name, values, member)
 
     def file_of(self, tensor: str) -> str:
-        """The new file that has the place of a tensor of the checkpoint."""
+        """The new file that corresponds to a tensor of the checkpoint."""
         return self.source.path_of(tensor).name
 
     def _copy_small_files(self, out: Output) -> None:
-        """Copies the files beside the weights and config.json: tokenizer, templates, card; and writes the index."""
+        """Copies the files other than weights and config.json (tokenizer, templates, card), and writes the index."""
         folder = self.source.folder
         paths = [path for path in folder.iterdir() if path.name not in (CONFIG, MODELOPT_CONFIG, INDEX, PISSA_RECORD)]
         paths += [path for name in _FOLDERS for path in folder.glob(f"{name}/**/*")]
@@ -359,7 +360,7 @@ class Rewrite(ABC):
         )
 
     def write_config(self, out: Output) -> None:
-        """Writes config.json, with what transformers has to know of packed layers; see `quantization_config`."""
+        """Writes config.json, with the entries for packed layers that transformers needs; see `quantization_config`."""
         config, packed = read_config(self.source.folder), self.plan.packed
         was_packed = config.pop("quantization_config", None) is not None
         if packed:
@@ -372,15 +373,15 @@ class Rewrite(ABC):
 
 
 class Errors(NamedTuple):
-    """What was lost in the units that are not written as they were."""
+    """The errors of the units that are not written unchanged."""
 
     error: float
     """‖Q - W‖ / ‖W‖ over all of them."""
     worst: str | None
-    """The unit of the largest error; None if there is none."""
+    """The unit with the largest error; None if there is none."""
     error_of_worst: float
     mean_error: float
-    """Of the units, each by itself."""
+    """The mean of the units' errors."""
 
     @staticmethod
     def of(results: Mapping[str, Result]) -> Errors:
@@ -394,8 +395,8 @@ class Errors(NamedTuple):
 
 
 MODELOPT_CONFIG = "hf_quant_config.json"
-"""Where ModelOpt says a second time that a checkpoint is quantised."""
+"""The file in which ModelOpt declares a checkpoint's quantisation a second time."""
 
 _FOLDERS = (CHAT_TEMPLATE_DIR, "*_tokenizer")
-"""What transformers makes folders of: named chat templates, and the further tokenizers of a processor. Any other folder
-is somebody else's: .git and .cache, original/ with the weights of another program, checkpoints of a training."""
+"""The folders that transformers creates: named chat templates, and the additional tokenizers of a processor. Any other
+folder belongs to another program: .git and .cache, original/ with its weights, checkpoints of a training."""

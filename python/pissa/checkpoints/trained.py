@@ -1,4 +1,4 @@
-"""The weights that an adapter was trained to: for each layer the base function of the training, and the change."""
+"""The trained weights of an adapter: for each layer, the base function of the training and the change."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from pissa.notices import PissaWarning
 from pissa.ops import QuantizedWeight
 
 Weight = Tensor | QuantizedWeight
-"""The matrix [out, in] of a layer, as the checkpoint has it."""
+"""The matrix [out, in] of a layer, as it is in the checkpoint."""
 
 BaseFunction = tuple[Tensor, Callable[[Tensor], Tensor]]
-"""The weight of a base in float32, which is the caller's, and x Wᵀ."""
+"""The weight of a base in float32, which the caller owns, and x Wᵀ."""
 
 
 class Adapter:
@@ -38,14 +38,14 @@ class Adapter:
     def __init__(self, lora: PlainLora, source: Source) -> None:
         self.lora, self.folder, self.source = lora, lora.folder, source
         self.what = lora.what
-        """What it is, in words."""
+        """The kind of the adapter, in words."""
 
     def factors(self, target: str) -> list[Matrices]:
         """Factors a [k, in] and b [out, k] of the change of each layer of a target, float32."""
         return [(a.float(), b.float()) for a, b in self.lora.matrices(target)]
 
     def scaling(self, layer: Layer, target: str) -> float:
-        """The factor of their product."""
+        """The factor by which their product is multiplied."""
         return self.folder.factors[target].scaling
 
     def base(self, layer: Layer, weight: Weight, factors: Matrices) -> BaseFunction:
@@ -58,11 +58,11 @@ class Adapter:
         return found
 
     def doubts(self) -> list[PissaWarning]:
-        """What is to be known of the weights, once all have been asked for."""
+        """Warnings about the weights, after all of them have been read."""
         return self.lora.doubts()
 
     def states(self) -> dict[str, str]:
-        """Its files as they are, for the identity of a run."""
+        """The state of its files, for the identity of a run."""
         found = {}
         for what, folder in {"adapter": self.folder, "initial": self.lora.initial}.items():
             for path in [] if folder is None else sorted(folder.path.iterdir()):
@@ -71,8 +71,8 @@ class Adapter:
         return found
 
     def trained(self, unit: Unit) -> Iterator[tuple[Layer, Tensor, float]]:
-        """The layers of a unit, one at a time, each with the weight that it was trained to, float32 [out, in], which is
-        the caller's, and ‖change‖². Without gradients."""
+        """Yields the layers of a unit, one at a time, each with its trained weight, float32 [out, in], which the caller
+        owns, and ‖change‖². Without gradients."""
         factors = None if unit.factors is None else self.factors(unit.name)
         for index, layer in enumerate(unit.layers):
             weight = read_weight(layer, self.source)
@@ -103,8 +103,8 @@ class Adapter:
 
 
 class Ours(Adapter):
-    """An adapter of pissa, with the base function that it was trained on: a stored residual is computed once more, or
-    is the checkpoint's own, which has residuals of these layers."""
+    """An adapter of pissa, with the base function on which it was trained. A stored residual is computed again, or is
+    the checkpoint's own if that contains residuals of these layers."""
 
     def __init__(self, folder: LoraFolder, source: Source, residuals: Collection[str]) -> None:
         super().__init__(PlainLora(folder, OURS), source)
@@ -113,7 +113,7 @@ class Ours(Adapter):
         starts.expect_checksums()
         self._files = PissaFolder(path, record.config, record.layers, folder.weights, starts)
         self.records = record.layers
-        """Of the layers, by name."""
+        """The records of the layers, by name."""
         self._residuals = residuals
         self._narrower: dict[str, tuple[torch.dtype, torch.dtype]] = {}
         self._other_bits: list[str] = []
@@ -144,8 +144,8 @@ class Ours(Adapter):
         return stored.matrix(), stored.product
 
     def residual(self, layer: Layer, weight: Weight, factors: Matrices) -> Weight:
-        """The residual that a layer was trained on whose base is stored: of `weight`, its matrix in the checkpoint, and
-        of its pair of factors in PEFT's file."""
+        """The residual on which a layer with a stored base was trained, computed from `weight`, its matrix in the
+        checkpoint, and its pair of factors in PEFT's file."""
         name, record = layer.name, self.records[layer.name]
         if name in self._residuals:
             if not is_fingerprint(record.stored, *residual_tensors(weight).values()):
@@ -163,7 +163,7 @@ class Ours(Adapter):
         return residual
 
     def _as_trained(self, layer: Layer, weight: Weight) -> Weight:
-        """The weight as it was in the training: codes as they are, a dense one in the dtype that the record names."""
+        """The weight as in the training: codes unchanged, and a dense weight in the dtype that the record names."""
         recorded = self.records[layer.name].weight
         dense = ops.dequantize(weight) if isinstance(weight, QuantizedWeight) else weight
         found = match(recorded, dense)
@@ -174,7 +174,7 @@ class Ours(Adapter):
         return weight if isinstance(weight, QuantizedWeight) else weight.to(dtype_of(recorded))
 
     def tensors(self, name: str, factors: Matrices) -> LayerTensors:
-        """What the files hold of a layer, whose pair in PEFT's file is given."""
+        """The tensors of a layer in the files, given its pair in PEFT's file."""
         return self._files.read_layer(name, *factors)
 
     def doubts(self) -> list[PissaWarning]:
@@ -189,10 +189,10 @@ class Ours(Adapter):
 
 
 def read_adapter(folder: LoraFolder, source: Source, initial: Name | None) -> Adapter:
-    """The adapter in a folder, for a checkpoint that is the base, or a residual that lacks its start.
+    """Reads the adapter in a folder, for a checkpoint that is the base, or a residual that lacks its start.
 
     Raises:
-        ValueError: it cannot be read, or does not belong to the checkpoint.
+        ValueError: the adapter cannot be read, or does not belong to the checkpoint.
     """
     initial_here = source.folder / INITIAL_FOLDER
     at_start = open_adapter(initial_here) if (initial_here / ADAPTER_CONFIG).is_file() else None
@@ -214,7 +214,7 @@ def read_adapter(folder: LoraFolder, source: Source, initial: Name | None) -> Ad
 
 
 def read_weight(layer: Layer, source: Source) -> Weight:
-    """The matrix of a layer, a view of the mapped file if it is one tensor there."""
+    """The matrix of a layer, which is a view of the mapped file if it is one tensor there."""
     if layer.entries:
         return from_state({entry: source.read(tensor) for entry, tensor in layer.entries.items()})
     return matrix_of(layer.parts, source).flatten(1)

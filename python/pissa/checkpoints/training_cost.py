@@ -1,4 +1,4 @@
-"""What a training step takes: memory, and seconds on this machine, by one block of each kind."""
+"""The cost of a training step: memory, and seconds on this machine, measured on one block of each kind."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ def training_memory(
     hidden: int,
     tokens: int,
 ) -> dict[str, dict[str, int]]:
-    """The bytes of a training step by what takes them, and their total, without what Python and torch take themselves:
-    "plain", and with gradient "checkpointing".
+    """Returns the bytes of a training step by their use, and their total, without the memory of Python and torch
+    themselves: "plain", and with gradient "checkpointing".
 
-    Activations, an estimate: for each token an adapted layer keeps its input and its output. With gradient
-    checkpointing each block keeps only what it is given, and one block at a time has the rest. Logits are not counted,
-    which `fuse_head` does without; nor is what attention keeps for each pair of tokens: implementations that keep it
-    are not the usual ones. Every expert of a mixture counts as if it saw every token: an upper bound.
+    Activations are an estimate: for each token, an adapted layer keeps its input and its output. With gradient
+    checkpointing, each block keeps only its input, and one block at a time keeps the rest. Logits are not counted,
+    because `fuse_head` does without them. Nor is what attention stores for each pair of tokens, because the usual
+    implementations do not store it. Every expert of a mixture counts as if it saw every token, which is an upper bound.
 
     Args:
         layers: the shapes [out, in] of the adapted weights, by the layers' names.
-        r: the rank of the adapter; of a layer with a smaller side, that side.
-        weights: bytes of the model, of the tensors that are not adapted, too.
-        dtype: of what flows between layers.
-        hidden: elements that a block hands on for each token.
+        r: the rank of the adapter; a layer with a smaller side has that side as its rank.
+        weights: bytes of the model, including tensors that are not adapted.
+        dtype: dtype of the activations between layers.
+        hidden: elements that a block passes on for each token.
     """
     factors = 4 * sum(min(r, *shape) * sum(shape) for shape in layers.values())  # float32
     blocks = Counter[str]()
@@ -69,7 +69,7 @@ def training_memory(
 
 
 def quantised_bytes(shape: tuple[int, int], form: Form) -> int:
-    """Of a weight in codes."""
+    """The bytes of a weight in codes."""
     format = FORMATS[form.kind]
     tensors = format.tensors(shape, *format.options(form.blocksize, form.double_quant, shape[1]))
     return sum(math.prod(size) * kept.itemsize for size, kept in tensors.values())
@@ -78,7 +78,7 @@ def quantised_bytes(shape: tuple[int, int], form: Form) -> int:
 # ---- Seconds ---------------------------------------------------------------------------------------------------------
 
 _REPEATS = 3
-_RUNS = 8  # of a block in a pass, where there are as many like it: its seconds are a difference
+_RUNS = 8  # runs of a block in a pass, if there are as many like it: its seconds are a difference
 _NOT_MEASURED = "not measured"
 
 
@@ -91,17 +91,17 @@ def step_seconds(
     batch: int,
     length: int,
 ) -> dict[str, Any]:
-    """The seconds of a training step of a causal language model on this machine, as `pissa finetune` makes it, without
-    the optimizer: "plain", and with gradient "checkpointing". Only one block of each kind is given an adapter and run,
-    between embeddings and loss; the others are taken to be like it. "blocks" has each kind's first block, how many
-    there are, and the seconds of its forward and backward; "rest" those of the model without blocks. If that fails,
-    "not measured" says why.
+    """Measures the seconds of a training step of a causal language model on this machine, as `pissa finetune` runs it,
+    without the optimizer: "plain", and with gradient "checkpointing". Only one block of each kind is given an adapter
+    and run, between embeddings and loss; the others are assumed to be the same. "blocks" contains each kind's first
+    block, how many there are, and the seconds of its forward and backward. "rest" contains those of the model without
+    blocks. If this fails, "not measured" contains the reason.
 
     Args:
         layers: the shapes [out, in] of the adapted weights, by the layers' names.
-        r: the rank of the adapter; of a layer with a smaller side, that side.
-        quant: as of `pissa.wrap`.
-        batch, length: sequences of a step, and their tokens, which are random.
+        r: the rank of the adapter; a layer with a smaller side has that side as its rank.
+        quant: as for `pissa.wrap`.
+        batch, length: sequences in a step, and tokens in a sequence; the tokens are random.
     """
     numbered = [name for name in layers if re.search(r"\.\d+\.", name)]
     kinds = _kinds(blocks_of(meta_model(folder), numbered), numbered, layers) if numbered else []
@@ -120,7 +120,7 @@ def step_seconds(
         fuse_layers(model)
         with suppress(TypeError, ValueError):  # where it needs logits
             fuse_head(model)
-        model.enable_input_require_grads()  # as if blocks before had adapters
+        model.enable_input_require_grads()  # as if earlier blocks had adapters
         tokens = torch.randint(model.config.get_text_config().vocab_size, (batch, length))
         every = [model.base_model.model.get_submodule(name) for kind in kinds for name in kind]
         rest = _seconds(model, tokens, every)
@@ -132,7 +132,7 @@ def step_seconds(
                 max(0.0, whole - less) / (1 + len(more)) for whole, less in zip(both, rest, strict=True)
             )
             found.append({"block": first, "count": 1 + len(others), "forward": forward, "backward": backward})
-    except Exception as error:  # whatever a model of any kind may raise that is not run as it is meant to be
+    except Exception as error:  # a model that is not run as intended may raise anything
         return {_NOT_MEASURED: f"{type(error).__name__}: {first_line(error)}"}
     forward = sum(one["count"] * one["forward"] for one in found)
     plain = sum(rest) + forward + sum(one["count"] * one["backward"] for one in found)
@@ -146,7 +146,7 @@ def step_seconds(
 
 
 def _kinds(blocks: Sequence[str], names: Sequence[str], layers: Mapping[str, tuple[int, int]]) -> list[list[str]]:
-    """The blocks that have adapted layers of the same names and shapes; `names` are those that are in blocks."""
+    """The blocks with adapted layers of the same names and shapes. `names` are those of the layers in blocks."""
     found = defaultdict[Any, list[str]](list)
     for block in blocks:
         here = [name for name in names if name.startswith(f"{block}.")]
@@ -159,8 +159,8 @@ def _kinds(blocks: Sequence[str], names: Sequence[str], layers: Mapping[str, tup
 def _seconds(
     model: nn.Module, tokens: torch.Tensor, skipped: Sequence[Any], repeated: tuple[Any, Sequence[Any]] = (None, ())
 ) -> tuple[float, float]:
-    """The median seconds of a forward and a backward, in which some blocks hand on what they are given, and one of them
-    runs in the place of others, too."""
+    """The median seconds of a forward and a backward pass in which some blocks only pass on their input, and one block
+    also runs in place of others."""
     for block in skipped:
         block.forward = lambda hidden, *_, **__: hidden
     one, others = repeated
