@@ -23,12 +23,12 @@ from pissa.ops.low_rank import Spectrum
 
 
 class ConvertedLayer(NamedTuple):
-    """The outcome for one layer, or for one weight of all experts of a module."""
+    """The result for one layer, or for one weight of all experts in a module."""
 
     rank_before: int
-    """Of the source."""
+    """The rank in the source."""
     rank: int
-    """Of what was written."""
+    """The rank that was written."""
     energy: float
     """‖s (B A - B0 A0)‖², Frobenius."""
     lost: float
@@ -42,12 +42,12 @@ class ConvertedLayer(NamedTuple):
 
 @dataclass(frozen=True)
 class Conversion:
-    """The outcome of `convert`."""
+    """The result of `convert`."""
 
     layout: str
     """The layout of the source, in words."""
     layers: dict[str, ConvertedLayer]
-    """By name."""
+    """The results by layer name."""
 
     @property
     def kept(self) -> float:
@@ -77,41 +77,42 @@ def convert(
 
     The layouts of `source`, in the order in which they are tried:
 
-    - It holds pissa.json: an adapter of ours, whose LoRA is written already.
+    - It contains pissa.json: an adapter of ours, whose LoRA is already written.
     - `initial` is given: PEFT's PiSSA (or OLoRA, CorDA), trained on W - s B0 A0. B0 and A0 are in the initial adapter,
-      which was saved before training. `initial` is its folder, or the folder of a residual model that has it in
+      which was saved before training. `initial` is its folder, or the folder of a residual model that contains it in
       pissa_init, as the paper's authors do. The latter is found without `initial` if the adapter's
       base_model_name_or_path names it. With `base`, residual + s B0 A0 is compared with the base.
-    - Its init_lora_weights is "pissa": B0 and A0 are computed from `base` once more, as PEFT does. They must be the
-      same as then, so give the model in the dtype in which it was trained. Another machine rounds differently; a
+    - Its init_lora_weights is "pissa": B0 and A0 are computed again from `base`, as PEFT does. They must be the same as
+      in the training, so give the model in the dtype in which it was trained. Another machine rounds differently; a
       warning says if that matters. "pissa_niter_N" cannot be computed again.
     - `subtracted`: [B, -B0]·[A ; A0], which PEFT writes with path_initial_model_for_weight_conversion. It is recognised
       if, in every layer, the second halves look like a singular value decomposition (two or more rows and columns,
-      orthogonal, of the same lengths), and the first halves are closer to them than zero is.
+      orthogonal, of the same lengths), and the first halves are closer to them than to zero.
     - Otherwise a plain LoRA, which needs `rank` or `energy`. An adapter that was trained on a residual model looks the
-      same, unless its base_model_name_or_path says so: give `initial`.
+      same, unless its base_model_name_or_path says so; give `initial`.
 
     The delta weight s (B A - B0 A0) is written as s [dB | B0]·[A ; dA], of rank 2r, in float32, a layer at a time.
     Other tensors (biases, magnitudes, `modules_to_save`, embeddings) stay as they are. An adapted layer's own weight,
-    which PEFT saves of embeddings and output layers, becomes W. If the adapter was trained on a residual that was
-    rounded (bfloat16, 4 bits), it lacks that error on the unmodified base; with `initial` it also lacks that of A0 and
-    B0, which PEFT rounds as well. If input embeddings and output layer are tied, PEFT put the residual of one into
-    both. No file shows that; such an adapter is refused only with `base`. DoRA's magnitudes belong to W + dW and are
-    kept, also where a lower rank approximates dW.
+    which PEFT saves for embeddings and output layers, becomes W. If the adapter was trained on a residual that was
+    rounded (bfloat16, 4 bits), it lacks that error on the unmodified base. With `initial` it also lacks the error of A0
+    and B0, which PEFT rounds as well. If input embeddings and output layer are tied, PEFT put the residual of one into
+    both. No file shows that, and such an adapter is refused only with `base`. DoRA's magnitudes belong to W + dW and
+    are kept, even where a lower rank approximates dW.
 
     Args:
         source: folder of an adapter.
-        target: folder that does not exist, or is empty.
-        base: the unmodified model, its folder or name.
+        target: a folder that does not exist or is empty.
+        base: the unmodified model, its folder or its name.
         initial: folder of the adapter before training.
-        rank: the largest rank that a layer may have; the best approximation of that rank is taken.
-        energy: instead of `rank`, the share of ‖dW‖² that each layer keeps, above 0 and at most 1. Each layer has the
-            smallest rank that keeps it; the experts of a module have one rank.
-        subtracted: whether the source is [B, -B0]·[A ; A0]; None looks.
-        progressbar: show one on stderr.
+        rank: the largest rank that a layer may have; the best approximation of that rank is used.
+        energy: instead of `rank`, the share of ‖dW‖² that each layer keeps, above 0 and at most 1. Each layer gets the
+            smallest rank that keeps it; the experts of a module share one rank.
+        subtracted: whether the source is [B, -B0]·[A ; A0]; None detects it.
+        progressbar: show a bar on stderr.
 
     Raises:
-        ValueError: naming file and tensor or layer, and what is wrong. Nothing has been written then.
+        ValueError: the message names file and tensor or layer, and what is wrong. In this case nothing has been
+            written.
     """
     source, target = Path(source), Path(target)
     _check_sizes(rank, energy)
@@ -165,8 +166,8 @@ def _check_sizes(rank: int | None, energy: float | None) -> None:
 def approximated(
     exact: Sequence[Matrices], scaling: float, rank: int | None, energy: float | None
 ) -> tuple[Sequence[Matrices], float, float]:
-    """The best approximations of changes s b a: of rank at most `rank`, or of the smallest rank that keeps the share
-    `energy` of the energy of each. With their factors ‖s b a‖² of all, and the part of it that is left out."""
+    """The best approximations of changes s b a, of rank at most `rank`, or of the smallest rank that keeps the share
+    `energy` of each one's energy. Also returns ‖s b a‖² of all, and the part of it that is left out."""
     spectra = [Spectrum.of(*factors) for factors in exact]
     if energy is not None:
         rank = max(spectrum.smallest_rank(energy) for spectrum in spectra)

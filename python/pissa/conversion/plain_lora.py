@@ -1,7 +1,7 @@
-"""What an adapter of any layout is to the unmodified base: a plain LoRA.
+"""An adapter of any layout as a plain LoRA for the unmodified base.
 
-Other tools took factors A0, B0 out of a base W, and trained on W - s B0 A0. These are in the initial adapter, if it was
-saved, or are computed from the base as PEFT does, a layer at a time.
+Other tools took factors A0, B0 out of a base W and trained on W - s B0 A0. These factors are in the initial adapter if
+it was saved. Otherwise they are computed from the base as in PEFT, a layer at a time.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ PLAIN = "a plain LoRA"
 GivenBase = nn.Module | Name | None
 """The unmodified base, as users give it: a model in memory, its folder or its name."""
 
-# A larger error of a computed start, as a part of ‖B A - B0 A0‖, is mentioned.
+# A computed start whose error is larger, relative to ‖B A - B0 A0‖, is reported.
 _DOUBT = 0.01
 
 
@@ -55,7 +55,7 @@ class PlainLora:
 
     folder: LoraFolder
     what: str
-    """What it is, in words: one of the constants above."""
+    """The kind of the adapter, in words: one of the constants above."""
     initial: LoraFolder | None = None
     """The adapter before training, which its base lacked."""
     computed: ComputedStart | None = None
@@ -63,7 +63,7 @@ class PlainLora:
 
     @staticmethod
     def of(folder: LoraFolder, base: GivenBase, initial: Name | None, subtracted: bool | None) -> PlainLora:
-        """Decides what an adapter is; the arguments are those of `convert`."""
+        """Determines the kind of an adapter. The arguments are those of `convert`."""
         init = folder.config["init_lora_weights"]
         if folder.record is not None:
             check_not_given(f"{folder.path} is an adapter of pissa", base=base, initial=initial, subtracted=subtracted)
@@ -99,7 +99,7 @@ class PlainLora:
 
     @property
     def scaling(self) -> float:
-        """The scaling of the first target, which is usually that of all."""
+        """The scaling of the first target, which usually all targets have."""
         return next(iter(self.folder.factors.values())).scaling
 
     def rank(self, target: str) -> int:
@@ -107,8 +107,8 @@ class PlainLora:
         return self.folder.factors[target].rank * (2 if self.what in (INITIAL, PEFT) else 1)
 
     def starts(self, target: str) -> list[Matrices]:
-        """The factors A0 [r, in] and B0 [out, r] of each layer of a target, float64, that the trained ones have to be
-        compared with; none if there are no others than zero."""
+        """The factors A0 [r, in] and B0 [out, r] of each layer of a target, float64, with which the trained ones must
+        be compared; none if the start is zero."""
         if self.what == SUBTRACTED:
             return [_halves(*pair)[1] for pair in self.folder.matrices(target)]
         if self.computed is not None:
@@ -118,7 +118,7 @@ class PlainLora:
 
     def matrices(self, target: str, starts: list[Matrices] | None = None) -> list[Matrices]:
         """Factors a [k, in] and b [out, k] of the change of each layer of a target, float64: without cancellation, [A ;
-        dA] and [dB | B0], or A and B if there are no `starts`. These are found unless they are given."""
+        dA] and [dB | B0], or A and B if there are no `starts`. These are computed unless they are given."""
         starts = self.starts(target) if starts is None else starts
         trained = self.folder.matrices(target)
         if self.what == SUBTRACTED:
@@ -129,7 +129,7 @@ class PlainLora:
         return [join_difference(a, a - a0, b - b0, b0) for (a, b), (a0, b0) in pairs]
 
     def own_weight(self, target: str, starts: list[Matrices]) -> Tensor:
-        """The own weight of an adapted layer, which is in the files, for the unmodified base: W - s B0 A0 becomes W."""
+        """The own weight of an adapted layer, from the files, for the unmodified base: W - s B0 A0 becomes W."""
         name, factors = base_weight_key(target), self.folder.factors[target]
         weight = self.folder.weights.read(name)
         if not starts or self.what == SUBTRACTED:
@@ -145,7 +145,7 @@ class PlainLora:
         return (weight.double() + product.reshape(weight.shape)).to(weight.dtype).contiguous()
 
     def base_name(self, base: GivenBase) -> str | None:
-        """The name of the unmodified base, if it is known; a residual model's is not it."""
+        """The name of the unmodified base, if it is known. The name of a residual model does not count."""
         if self.folder.residual is None and (name := self.folder.config["base_model_name_or_path"]):
             return str(name)
         if base is None or isinstance(base, nn.Module):
@@ -153,7 +153,7 @@ class PlainLora:
         return str(base)
 
     def doubts(self) -> list[PissaWarning]:
-        """What is to be known of the factors, once all have been asked for."""
+        """Warnings about the factors, after all of them have been read."""
         return [] if self.computed is None else self.computed.doubts()
 
 
@@ -174,7 +174,7 @@ def _check_no_parameters(folder: LoraFolder) -> None:
 
 
 def _read_initial(folder: LoraFolder, given: Name, base: GivenBase) -> LoraFolder:
-    """The initial adapter in the folder `given`, or in that of the residual model which it has left."""
+    """The initial adapter in the folder `given`, or in that of the residual model which that adapter has left."""
     path = Path(given)
     if (path / INITIAL_FOLDER / ADAPTER_CONFIG).is_file() and not (path / ADAPTER_CONFIG).is_file():
         path = path / INITIAL_FOLDER
@@ -203,14 +203,14 @@ def _halves(a: Tensor, b: Tensor) -> tuple[Matrices, Matrices]:
 
 
 def _is_subtracted(folder: LoraFolder) -> bool:
-    """Whether the second half of every layer's factors is A0 and -B0 of a singular value decomposition."""
+    """Whether the second halves of every layer's factors are A0 and -B0 of a singular value decomposition."""
     if any(factors.rank % 2 or factors.rank < 4 or len(factors.layers) > 1 for factors in folder.factors.values()):
         return False
     for target in folder.factors:
         (a, b), (a0, b0) = _halves(*folder.matrices(target)[0])
         gram_a, gram_b = a0 @ a0.mT, b0.mT @ b0
         lengths = gram_a.diagonal()
-        # Singular vectors are orthogonal, and factors rounded, up to float32's roundoff times their length.
+        # Singular vectors are orthogonal and factors rounded, up to float32's roundoff times their length.
         tolerance = (a0.shape[1] + len(b0)) * 2.0**-24 * lengths.max()
         if max((gram - lengths.diag()).abs().max() for gram in (gram_a, gram_b)) > tolerance:
             return False
@@ -236,13 +236,13 @@ def _check_subtracted(folder: LoraFolder) -> None:
 
 
 class BaseModel:
-    """The base of an adapter, which messages call `what`: a model in memory, or one in a folder, of which a layer at a
-    time is read; or which is loaded as a whole, with a warning, if the weights of the adapter's layers cannot be read
-    one by one."""
+    """The base of an adapter, called `what` in messages: a model in memory, or one in a folder. In a folder, a layer at
+    a time is read. If the weights of the adapter's layers cannot be read one by one, the model is loaded as a whole,
+    with a warning."""
 
     def __init__(self, base: nn.Module | Name, adapter: LoraFolder, what: str = "base") -> None:
         self.model: nn.Module
-        """Without values if it is in a folder."""
+        """The model, without values if it is in a folder."""
         self._source: Source | None = None
         self._adapter, self._what = adapter, what
         if isinstance(base, PeftModel):
@@ -261,7 +261,7 @@ class BaseModel:
                     stacklevel=5,
                 )
         self.bases = {target: self._base(target) for target in adapter.factors}
-        """By target; without values if it is in a folder."""
+        """The bases by target, without values if the model is in a folder."""
 
     def _open(self, base: Name) -> None:
         self._source = source = open_dense(checkpoint_folder(base))
@@ -310,7 +310,7 @@ class BaseModel:
 
 
 def load_base(base: Name) -> nn.Module:
-    """The model of a folder or a name, in the dtype of its files, on the CPU."""
+    """Loads the model of a folder or a name, in the dtype of its files, on the CPU."""
     try:
         return cast(nn.Module, class_of(model_config(base)).from_pretrained(base, dtype="auto"))
     except (OSError, ValueError, KeyError, AttributeError) as error:
@@ -338,8 +338,8 @@ def check_start(trained: LoraFolder, initial: LoraFolder) -> None:
 class ComputedStart:
     """A0 and B0 as PEFT's exact "pissa" computes them from the weights of a base, in float32, and subtracts them.
 
-    PEFT then rounds them to the base's dtype; that difference is in dA and dB. Embeddings are left out: PEFT starts
-    them as a plain LoRA, and leaves their weight as it is.
+    PEFT then rounds them to the base's dtype; that difference is in dA and dB. Embeddings are left out, because PEFT
+    starts them as a plain LoRA and does not change their weight.
     """
 
     def __init__(self, trained: LoraFolder, base: GivenBase) -> None:
@@ -373,7 +373,7 @@ class ComputedStart:
         self._doubts: dict[str, float] = {}
 
     def starts(self, target: str) -> list[Matrices]:
-        """A0 [r, in] and B0 [out, r] of a layer, float32's values in float64; none of an embedding."""
+        """A0 [r, in] and B0 [out, r] of a layer, float32 values in float64; none for an embedding."""
         if self._base.bases[target].kind is nn.Embedding:
             return []
         with self._base.matrix(target) as weight:
@@ -383,7 +383,7 @@ class ComputedStart:
         return [start]
 
     def doubts(self) -> list[PissaWarning]:
-        """What is to be known of the starts, once all have been asked for."""
+        """Warnings about the starts, after all of them have been computed."""
         if not self._doubts:
             return []
         worst = max(self._doubts, key=lambda target: self._doubts[target])
@@ -397,13 +397,13 @@ class ComputedStart:
 
 
 def _aligned_start(adapter: LoraFolder, target: str, weight: Tensor) -> tuple[Matrices, float]:
-    """A0 and B0, and how much B0 A0 may differ on another machine, as a part of B A - B0 A0."""
+    """A0 and B0, and how much B0 A0 may differ on another machine, relative to B A - B0 A0."""
     rank, scaling = adapter.factors[target].rank, adapter.factors[target].scaling
     a, b = adapter.matrices(target)[0]
-    u, s, vh = torch.linalg.svd(weight.detach().float(), full_matrices=False)  # as peft.tuners.lora does
+    u, s, vh = torch.linalg.svd(weight.detach().float(), full_matrices=False)  # as in peft.tuners.lora
     root = torch.diag((s[:rank] / scaling).sqrt())
     a0, b0 = (root @ vh[:rank]).cpu(), (u[:, :rank] @ root).cpu()
-    # The sign of a pair of singular vectors is the machine's choice; that of the product is not.
+    # The sign of a pair of singular vectors depends on the machine. The sign of their product does not.
     signs = torch.where((a * a0).sum(1) + (b * b0).sum(0) < 0, -1.0, 1.0)
     a0, b0 = signs[:, None] * a0, b0 * signs
     moved = (a - a0).square().sum() + (b - b0).square().sum()
@@ -416,7 +416,7 @@ def _aligned_start(adapter: LoraFolder, target: str, weight: Tensor) -> tuple[Ma
     learnt = float(Spectrum.of(*join_difference(a, a - a0, b - b0, b0)).energy[0]) ** 0.5
     if rank == len(s) or not learnt:
         return (a0, b0), 0.0
-    # Rounding by some units, 2^-22 s_1 in all, turns the last vectors that count by that over the gap behind them.
+    # Rounding by some units, 2^-22 s_1 in all, turns the last vectors that count by that divided by the gap after them.
     first, last, behind = (float(s[i]) / scaling for i in (0, rank - 1, rank))
     error = 2.0**-22 * first * last / max(last - behind, sys.float_info.epsilon * last)
     return (a0, b0), min(error / learnt, 1.0)
@@ -425,7 +425,7 @@ def _aligned_start(adapter: LoraFolder, target: str, weight: Tensor) -> tuple[Ma
 def check_sum(initial: LoraFolder, residual: Path, base: nn.Module | Name) -> None:
     """Compares W_res + s B0 A0 with W, element by element, a layer at a time.
 
-    They may differ by the rounding of W_res, A0 and B0 to the residual's dtype, in which PEFT keeps all three, and by
+    They may differ by the rounding of W_res, A0 and B0 to the residual's dtype, in which PEFT stores all three, and by
     that of the float32 product of r terms that was subtracted.
     """
     of_residual, of_base = BaseModel(residual, initial, "residual model"), BaseModel(base, initial)

@@ -6,5 +6,5 @@ RUNTIMES = {
     "gguf": "a LoRA for llama.cpp",
     "merged": "one dense checkpoint",
 }
-"""What `pissa export` writes. A runtime that reads a LoRA in a layout of its own is a module of that name here with a
+"""The targets of `pissa export`. A runtime with its own LoRA layout is a module of that name in this package, with a
 function `export_lora(adapter, base, target, initial)`."""

@@ -1,5 +1,5 @@
-"""A QPiSSA adapter for transformers and PEFT alone: its residual as a checkpoint of bitsandbytes, and a LoRA on that.
-Nothing is quantised once more, so the two are the model that was trained."""
+"""A QPiSSA adapter for use with only transformers and PEFT: its residual as a bitsandbytes checkpoint, and a LoRA on
+it. Nothing is quantised again, so the two together are the trained model."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from pissa.files.tensor_file import Scratch, write_tensors
 from pissa.integrations.exported import Exported
 
 LORA = "adapter"
-"""The folder of the LoRA, in that of the checkpoint."""
+"""The folder of the LoRA, inside that of the checkpoint."""
 
 
 class ResidualExport(Rewrite):
-    """Writes the residuals that an adapter was trained on, and the adapter, of rank r, to the folder "adapter" in that.
-    The checkpoint `adapter.source` is the adapter's base, or has the residuals.
+    """Writes the residuals on which an adapter was trained, and the adapter, with rank r, to the folder "adapter"
+    inside. The checkpoint `adapter.source` is the adapter's base, or contains the residuals.
 
-    bitsandbytes keeps linear layers. The residual of another layer in 4 bits, of fused experts or a Conv1D, is written
-    decoded, in the dtype of the checkpoint. Raises ValueError if it can keep none.
+    bitsandbytes stores linear layers. The 4-bit residual of any other layer, of fused experts or a Conv1D, is written
+    decoded, in the dtype of the checkpoint. Raises ValueError if bitsandbytes can store none.
     """
 
     command = "export"
@@ -68,7 +68,7 @@ class ResidualExport(Rewrite):
         )
 
     def _unit(self, planner: Planner, factors: LoraFactors) -> Unit:
-        """The unit of layers whose base was stored."""
+        """The unit for layers whose base was stored."""
         if factors.is_fused and factors.layers[0] in planner.packed:
             raise ValueError(
                 f"{planner.source.folder} has the experts of {factors.target} in 4 bits, which only pissa.load reads: "
@@ -104,7 +104,8 @@ class ResidualExport(Rewrite):
         return {unit.name: {"lost": lost, "whole": whole}}
 
     def end(self, out: Output) -> None:
-        """Writes the LoRA, and all beside the factors as it is but a layer's own weight: its residual is written."""
+        """Writes the LoRA and all other tensors unchanged, except a layer's own weight, because its residual is
+        written."""
         kept, sizes, path = set(self.folder.weights.entries), {}, out.path(f"{LORA}/{ADAPTER_WEIGHTS}")
         with Scratch(path.parent) as tensors:
             for target, factors in self.folder.factors.items():

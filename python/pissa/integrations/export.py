@@ -1,4 +1,4 @@
-"""export: a trained adapter as what another runtime loads."""
+"""export: writes a trained adapter for another runtime."""
 
 from __future__ import annotations
 
@@ -41,31 +41,32 @@ def export(
         pissa.export("run", "out.gguf", to="gguf") # the same for llama.cpp
         pissa.export("run", "out", to="merged")    # one checkpoint, dense
 
-    "bnb4" is for an adapter with `quant="nf4"`: the residual that it was trained on, in bitsandbytes' bytes, and in the
-    folder "adapter" the LoRA of rank r on it. The residual is computed from the base once more, by the start factors in
-    the adapter's files, or it is that of a folder which `pissa init` has split. Fingerprints show that the base is the
-    one of the training.
+    "bnb4" is for an adapter with `quant="nf4"`. It writes the residual on which the adapter was trained, in
+    bitsandbytes' layout, and in the folder "adapter" the LoRA of rank r on it. The residual is computed again from the
+    base, with the start factors in the adapter's files, or it is that of a folder which `pissa init` has split.
+    Fingerprints show that the base is the one of the training.
 
-    "vllm" and "gguf" are LoRAs on the unmodified base, as exact as the plain LoRA in the adapter's folder is: one that
-    was trained on a residual in 4 bits lacks that one's error there, and a warning says so. LoRAs of other tools are
-    exported too.
+    "vllm" and "gguf" write LoRAs for the unmodified base, which are as exact as the plain LoRA in the adapter's folder.
+    If the adapter was trained on a 4-bit residual, the LoRA lacks the residual's error there, and a warning says so.
+    LoRAs of other tools can be exported too.
 
     Args:
-        adapter: a folder of pissa, of PEFT, or with a LoRA.
-        target: a new folder; of "gguf" a new file.
-        to: the runtime, of `pissa.integrations.RUNTIMES`.
-        base: the model that the adapter was trained on, a folder or a name on the Hub; by default the one that the
-            adapter names.
-        initial: of an adapter that PEFT trained on a residual: the adapter before training; see `pissa.convert`.
-        requantise: "bnb4" of an adapter whose base was not in 4 bits: it is merged and quantised, with an error.
-        progressbar: one bar over the bytes of the checkpoint, on stderr.
+        adapter: a folder of pissa or of PEFT, or a folder with a LoRA.
+        target: a new folder, or a new file for "gguf".
+        to: the runtime, one of `pissa.integrations.RUNTIMES`.
+        base: the model that the adapter was trained on, a folder or a name on the Hub (default: the one that the
+            adapter names).
+        initial: if PEFT trained the adapter on a residual: the adapter before training; see `pissa.convert`.
+        requantise: for "bnb4", if the adapter's base was not in 4 bits: merge it and quantise the result, with an
+            error.
+        progressbar: show one bar over the bytes of the checkpoint on stderr.
 
     Raises:
-        pissa.CompletedError: of "bnb4" and "merged": an earlier call with the same arguments has written all of it;
+        pissa.CompletedError: for "bnb4" and "merged": an earlier call with the same arguments has written everything;
             nothing has been changed.
-        ValueError: what cannot be exported, and what to do instead. Nothing has been written then, but for "bnb4" and
-            "merged" perhaps an unfinished run, which the same call goes on with.
-        OSError: the disk is full, or fails.
+        ValueError: the adapter cannot be exported; the message says what to do instead. Then nothing has been written,
+            except perhaps an unfinished run for "bnb4" and "merged", which the same call continues.
+        OSError: the disk is full or fails.
         ModuleNotFoundError: "gguf" needs the package gguf.
     """
     check_choice("to", to, tuple(RUNTIMES))
@@ -108,7 +109,7 @@ def export(
 
 
 def _trained_in_4_bits(found: Adapter) -> Ours:
-    """The adapter, if it was trained on residuals in nf4."""
+    """Returns the adapter, if it was trained on nf4 residuals."""
     path = found.folder.path
     forms = {record.form for record in found.records.values()} if isinstance(found, Ours) else {IMPLICIT}
     if isinstance(found, Ours) and KEPT_IN_4_BITS in {form.kind for form in forms}:

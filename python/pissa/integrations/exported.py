@@ -1,4 +1,4 @@
-"""What every export reports; and the plain LoRA that two of them write."""
+"""The report of every export, and the plain LoRA that two of them write."""
 
 from __future__ import annotations
 
@@ -19,36 +19,36 @@ from pissa.files.released import open_dense
 
 
 class Exported(NamedTuple):
-    """What an export has done."""
+    """The result of an export."""
 
     what: str
-    """What the adapter is, in words."""
+    """The kind of the adapter, in words."""
     layers: int
-    """Whose weights the adapter changes."""
+    """The number of layers whose weights the adapter changes."""
     written: str
-    """What has been written, in words."""
+    """A description of what has been written."""
     bytes_written: int
-    """Of all files together."""
+    """The total size of all files."""
     load: str
-    """How the result is loaded, as a line of Python or of a shell."""
+    """How to load the result, as a line of Python or shell."""
     error: float = 0.0
-    """‖W - W'‖ / ‖W'‖ over the layers whose weight W is not, up to float32, the one that was trained, W'."""
+    """‖W - W'‖ / ‖W'‖ over the layers whose weight W differs by more than float32 rounding from the trained one, W'."""
     worst: str | None = None
-    """The layer, or the stack of experts, of the largest error; None if there is none."""
+    """The layer, or the stack of experts, with the largest error; None if there is none."""
     error_of_worst: float = 0.0
-    """Of that layer alone."""
+    """The error of that layer."""
     mean_error: float = 0.0
-    """Of the layers, each by itself."""
+    """The mean of the layers' errors."""
 
 
 def no_base(folder: LoraFolder) -> ValueError:
-    """The error of an adapter that does not say what it was trained on."""
+    """The error for an adapter that does not name the model that it was trained on."""
     return ValueError(f"{folder.path} names no base model (base_model_name_or_path): give it (base)")
 
 
 def read_factors(folder: LoraFolder, base: Name | None, initial: Name | None, runtime: str) -> PlainLora:
-    """The adapter as a plain LoRA for a runtime that takes factors of layers, and nothing else, from an adapter. Raises
-    ValueError for one that has more. `base` is looked at only if the adapter cannot be read without it."""
+    """Reads the adapter as a plain LoRA for a runtime that takes only factors of layers from an adapter. Raises
+    ValueError for an adapter that contains more. `base` is read only if the adapter cannot be read without it."""
     lora = PlainLora.of(folder, base if folder.is_pefts_pissa and initial is None else None, initial, None)
     fields = ("use_dora", "modules_to_save", "trainable_token_indices", "bias", "lora_bias")
     if given := {name: value for name in fields if (value := folder.config.get(name)) and value != "none"}:
@@ -69,7 +69,7 @@ def read_factors(folder: LoraFolder, base: Name | None, initial: Name | None, ru
 
 
 def _unchanged(folder: LoraFolder, base: Path) -> set[str]:
-    """The tensors beside the factors that are the base's, as PEFT saves those of embeddings."""
+    """The tensors other than factors that equal the base's, as PEFT saves those of embeddings."""
     found = set()
     with open_dense(base) as source:
         planner = Planner(source, folder)

@@ -1,5 +1,5 @@
-"""A LoRA for llama.cpp, as its own converter writes it: a file of GGUF, with the names and the order of rows that the
-converted base has."""
+"""A LoRA for llama.cpp, as its own converter writes it: a GGUF file with the names and the row order of the converted
+base."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ _ARCHITECTURES = {
     "Gemma2ForCausalLM": gguf.MODEL_ARCH.GEMMA2,
     "Gemma3ForCausalLM": gguf.MODEL_ARCH.GEMMA3,
 }
-"""What llama.cpp makes of the classes of transformers. Of LLAMA, the rows of q and k are in the order that its rotary
-embedding takes."""
+"""llama.cpp's architectures for the classes of transformers. For LLAMA, the rows of q and k are in the order that its
+rotary embedding uses."""
 
 
 def export_lora(adapter: LoraFolder, base: Name | None, target: Path, initial: Name | None) -> Exported:
-    """Writes the adapter to the new file `target`, float32, a layer at a time. Raises ValueError for what llama.cpp
-    does not take from an adapter, by name, and for a model that is not known here."""
+    """Writes the adapter to the new file `target`, float32, a layer at a time. Raises ValueError for a model that is
+    not known here, and for anything that llama.cpp does not take from an adapter, which is named."""
     if base is None:
         raise no_base(adapter)
     if target.exists():
@@ -75,8 +75,8 @@ def _arranged(factors: LoraFactors, heads: int | None, a: Tensor, b: Tensor) -> 
 
 
 def _places(kind: str, config: Any, adapter: LoraFolder) -> tuple[str, dict[str, tuple[str, int | None]]]:
-    """The architecture of a model of that class. And for each target its name there, and the heads in whose rows the
-    halves that are rotated together alternate there; None if none do. Raises as `export_lora`."""
+    """The architecture for a model of that class, and for each target its name there and the number of heads in whose
+    rows the halves that are rotated together alternate; None if none do. Raises the errors of `export_lora`."""
     if kind not in _ARCHITECTURES:
         raise ValueError(
             f"the base is a {kind}; known here, of what llama.cpp has, are {', '.join(_ARCHITECTURES)}: export to "
@@ -97,7 +97,7 @@ def _places(kind: str, config: Any, adapter: LoraFolder) -> tuple[str, dict[str,
         elif len(factors.row) != 1 or factors.is_embedding != (name == "token_embd"):
             reason = f"{list(factors.row)} in a row of a: llama.cpp has no such layer of that name"
         elif heads is not None and factors.out % (2 * heads):
-            reason = f"of {factors.out} rows, which are no {heads} heads, as config.json says"
+            reason = f"of {factors.out} rows, which are not {heads} heads, as config.json says"
         else:
             continue
         raise ValueError(

@@ -1,25 +1,26 @@
-"""Programs that build a `peft.LoraConfig` themselves: pissa takes over what it can, for the process::
+"""For programs that build a `peft.LoraConfig` themselves: pissa takes over what it can, in the whole process::
 
     import pissa.integrations.peft
 
     pissa.integrations.peft.enable()
 
-From then on `peft.get_peft_model`, from wherever a program has imported it,
+From then on `peft.get_peft_model`, wherever a program has imported it,
 
-- makes of `LoraConfig(init_lora_weights="pissa")`, or "pissa_niter_N", what `wrap` makes of a PissaConfig with the same
-  rank, scaling, targets and so on. The base stays what it is, and `save_pretrained` writes the plain LoRA for it, so
-  that nothing has to be converted. Whatever N is, the decomposition is `PissaConfig`'s default, whose number of passes
-  follows the rank: at least as exact.
-- makes of a LoraConfig that starts as LoRA, on a model with 4-bit layers of bitsandbytes, an adapter that computes with
-  our kernels. It starts from the factors that PEFT draws, and leaves torch's generator where PEFT leaves it.
+- turns `LoraConfig(init_lora_weights="pissa")`, or "pissa_niter_N", into what `wrap` makes of a PissaConfig with the
+  same rank, scaling, targets and so on. The base does not change, and `save_pretrained` writes the plain LoRA for it,
+  so nothing has to be converted. Whatever N is, the decomposition is the default of `PissaConfig`, whose number of
+  passes depends on the rank; it is at least as exact.
+- turns a LoraConfig that starts as LoRA, on a model with bitsandbytes' 4-bit layers, into an adapter that computes with
+  our kernels. It starts from the factors that PEFT draws, and leaves torch's generator in the same state as PEFT.
 
-Some programs let nobody say how the adapter starts: TRL's scripts. `enable(init="pissa")` says it for them.
+Some programs, such as TRL's scripts, do not let users choose how the adapter starts. `enable(init="pissa")` chooses it
+for them.
 
-`PeftModel.from_pretrained` gives a PissaModel for a folder that one has written. Everything else in PEFT is untouched:
-other inits, other methods, other layers. An option that we do not have leaves the adapter PEFT's, with one warning if
-that is slower or changes the base.
+`PeftModel.from_pretrained` returns a PissaModel for a folder that one has written. Everything else in PEFT is
+unchanged: other inits, other methods, other layers. An option that pissa does not support leaves the adapter to PEFT,
+with one warning if that is slower or changes the base.
 
-This module imports little: what is needed to take an adapter over is imported when the first one is made.
+This module imports little. The modules that take over an adapter are imported when the first one is made.
 """
 
 from __future__ import annotations
@@ -38,26 +39,27 @@ Batches = Callable[[str], list[Any]]
 Start = Literal["pissa"]
 
 _undo: ExitStack | None = None
-"""What is to be undone; None if it is off."""
+"""What `disable` has to undo; None if the integration is off."""
 _notify: Notify | None = None
 _init: Start | None = None
 _batches: Batches | None = None
 
 
 def enable(notify: Notify | None = None, init: Start | None = None, batches: Batches | None = None) -> None:
-    """Turns it on, for all threads: call it where no other thread calls PEFT. Where it is on already, only the
-    arguments are replaced.
+    """Turns the integration on, for all threads. Call it while no other thread calls PEFT. If it is already on, only
+    the arguments are replaced.
 
     Args:
         notify: is called with one sentence for each adapter that is taken over.
-        init: "pissa" makes PiSSA of a LoraConfig that says nothing of its start, too (init_lora_weights=True). If it
-            cannot, `get_peft_model` raises ValueError.
-        batches: a calibration: given the folder or the name on the Hub that a model was loaded from, batches of what it
-            will read, as `pissa.calibrate` takes them. What bitsandbytes' 4 bits lose is then repaired beneath a
-            LoraConfig that starts as LoRA, as by `pissa.wrap(weights=..., repair="activations")`; or `get_peft_model`
+        init: "pissa" also applies PiSSA to a LoraConfig that does not choose its start (init_lora_weights=True). If
+            that fails, `get_peft_model` raises ValueError.
+        batches: a calibration. A function of the folder or the name on the Hub from which a model was loaded, which
+            returns batches of what it will read, as `pissa.calibrate` takes them. The error of bitsandbytes' 4 bits is
+            then repaired beneath a LoraConfig that starts as LoRA, as by `pissa.wrap(weights=...,
+            repair="activations")`, or `get_peft_model` raises its error.
             raises what that does.
     """
-    import_module("peft")  # first: under `pissa run` that enables this module, too
+    import_module("peft")  # first, because under `pissa run` importing it enables this module, too
     from pissa.peft_private import taken_over
 
     check_choice("init", init, (None, *get_args(Start)))
@@ -69,7 +71,7 @@ def enable(notify: Notify | None = None, init: Start | None = None, batches: Bat
 
 
 def disable() -> None:
-    """Turns it off: PEFT is what it was. Models that were made stay what they are. Where it is off, nothing happens."""
+    """Turns it off and restores PEFT. Models that were made stay as they are. If it is already off, nothing happens."""
     global _undo
     if _undo is not None:
         _undo.close()
@@ -77,7 +79,7 @@ def disable() -> None:
 
 
 def is_enabled() -> bool:
-    """Whether it is on."""
+    """Whether the integration is on."""
     return _undo is not None
 
 

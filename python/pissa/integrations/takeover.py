@@ -1,4 +1,4 @@
-"""What becomes of the configurations and folders that programs give to PEFT while `integrations.peft` is enabled."""
+"""Handles the configurations and folders that programs give to PEFT while `integrations.peft` is enabled."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from pissa.model.pissa_model import PissaModel
 from pissa.model.wrap import wrap
 from pissa.notices import NotTakenOverWarning
 
-# The starts that PEFT draws, and can draw on 4-bit layers. They leave the base what it is.
+# The starts that PEFT draws at random, and can draw on 4-bit layers. They do not change the base.
 _DRAWN = (True, False, "gaussian")
 _PISSA = re.compile("pissa(_niter_[0-9]+)?")
 
@@ -41,7 +41,7 @@ def made(
     batches: Callable[[str], list[Any]] | None,
     **kwargs: Any,
 ) -> nn.Module:
-    """What `peft.get_peft_model` returns, which has chosen the class `kind` of PEFT's and its arguments. `start`,
+    """Returns the result of `peft.get_peft_model`, which has chosen PEFT's class `kind` and its arguments. `start`,
     `tell` and `batches` are those of `peft.enable`."""
     if not isinstance(config, LoraConfig) or config.peft_type != PeftType.LORA:
         return kind(model, config, **kwargs)
@@ -93,8 +93,8 @@ def _as_lora(
     batches: Callable[[str], list[Any]] | None,
     **kwargs: Any,
 ) -> PissaModel:
-    """LoRA from the factors that PEFT draws, whose places in the model PEFT chooses, too; on a repaired base, if
-    `repair` has its fields. On an error the model and torch's generator are as they were."""
+    """LoRA from the factors that PEFT draws, in the places that PEFT chooses; on a repaired base if `repair` contains
+    its fields. On an error, the model and torch's generator are restored."""
     init = config.init_lora_weights
     if init not in _DRAWN:
         raise ValueError(f"init_lora_weights={init!r} starts from the weights")
@@ -109,7 +109,7 @@ def _as_lora(
             state = peft.get_peft_model_state_dict(plain, adapter_name=name, save_embedding_layers=False)
             chosen = plain.peft_config[name]
         drawn = torch.get_rng_state()
-        # PEFT's factors are float32, whatever it is told, unless the codes are in a parameter of a float dtype.
+        # PEFT's factors are always float32 unless the codes are in a parameter of a float dtype.
         in_float32 = all(value.dtype == torch.float32 for key, value in state.items() if ".lora_" in key)
         with restored_on_error(model):
             ours = _configuration(chosen, model, init="lora", **repair)
@@ -122,7 +122,7 @@ def _as_lora(
 def _wrapped(
     model: nn.Module, config: PissaConfig, batches: Callable[[str], list[Any]] | None, **kwargs: Any
 ) -> PissaModel:
-    """The model wrapped; its base repaired, if the configuration says so."""
+    """Returns the wrapped model, with its base repaired if the configuration says so."""
     if batches is not None and config.repair is not None:
         weights = str(getattr(model, "name_or_path", ""))
         kwargs |= {"weights": weights, "calibration": batches(weights)}
@@ -130,8 +130,8 @@ def _wrapped(
 
 
 def _configuration(config: LoraConfig, model: nn.Module, **fields: Any) -> PissaConfig:
-    """A PissaConfig with the fields of a LoraConfig, and PEFT's default targets if it has none. Ours are others. Raises
-    TypeError or ValueError for a field that is not supported, naming it."""
+    """A PissaConfig with the fields of a LoraConfig, and with PEFT's default targets if it has none, because ours
+    differ. Raises TypeError or ValueError for a field that is not supported, naming it."""
     known = {field.name for field in dataclasses.fields(LoraConfig)}
     for field in dataclasses.fields(config):  # a program's own class may have more
         if field.name not in known and getattr(config, field.name) != default_of(field):
@@ -147,11 +147,11 @@ def _configuration(config: LoraConfig, model: nn.Module, **fields: Any) -> Pissa
 
 
 def refuse_fused_kernels(model: nn.Module) -> None:
-    """Lets the backward pass raise TypeError, naming the layer, if a gradient comes to an adapter of `model` before its
-    layer was ever called. The hooks on a layer go with its first call.
+    """Makes the backward pass raise TypeError, naming the layer, if an adapter of `model` receives a gradient before
+    its layer was ever called. The hooks on a layer are removed at its first call.
 
-    axolotl and Unsloth have kernels that compute y = x Wᵀ + s x Aᵀ Bᵀ from `lora_A` and `lora_B`, and call no layer.
-    Here these hold dA and dB, which start at 0: without the start factors no gradient would ever leave 0.
+    axolotl and Unsloth have kernels that compute y = x Wᵀ + s x Aᵀ Bᵀ from `lora_A` and `lora_B` without calling the
+    layer. Here these hold dA and dB, which start at 0. Without the start factors, no gradient would ever leave 0.
     """
     for name, layer in pissa_layers(model).items():
         _refuse_fused_kernel(name, layer)
@@ -175,15 +175,15 @@ def _refuse_fused_kernel(name: str, layer: nn.Module) -> None:
 
 
 def loaded(plain: Callable[..., nn.Module], model: nn.Module, model_id: Any, *args: Any, **kwargs: Any) -> nn.Module:
-    """What `PeftModel.from_pretrained` returns, whose own is `plain`: ours for a folder, or a repository of the Hub,
-    that holds an adapter of ours."""
+    """Returns the result of `PeftModel.from_pretrained`, whose original is `plain`: a model of ours for a folder, or a
+    repository on the Hub, that contains an adapter of ours."""
     config = kwargs.get("config", args[2] if len(args) > 2 else None)
     is_ours = config is None or isinstance(config, PissaConfig)
     if is_ours:
         try:
             is_ours = (adapter_folder(model_id, [PISSA_RECORD], **kwargs) / PISSA_RECORD).is_file()
         except ValueError:
-            is_ours = False  # PEFT says what is wrong
+            is_ours = False  # PEFT reports what is wrong
     return (PissaModel.from_pretrained if is_ours else plain)(model, model_id, *args, **kwargs)
 
 

@@ -1,4 +1,4 @@
-"""A LoRA that vLLM loads: one rank and scaling, and experts one by one, under the names of the checkpoint."""
+"""A LoRA that vLLM loads: with one rank and scaling, and with separate experts, under the names of the checkpoint."""
 
 from __future__ import annotations
 
@@ -24,21 +24,22 @@ from pissa.integrations.exported import Exported, read_factors
 from pissa.ops.low_rank import pad_rank
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM's --max-lora-rank may be."""
+"""The allowed values of vLLM's --max-lora-rank."""
 
 _STACKED = ("gpt_oss", "interns1_pro", "qwen3_5_moe", "qwen3_omni_moe", "qwen3_vl_moe")
-"""The model types whose experts vLLM keeps as a stack. It reads their factors in PEFT's own layout."""
+"""The model types whose experts vLLM stores as a stack. It reads their factors in PEFT's own layout."""
 
 Places = list[list[tuple[str, int]]]
-"""For each layer of a target, the modules of the checkpoint that it is made of, one below the other: names and rows."""
+"""For each layer of a target, the modules of the checkpoint of which it consists, stacked by rows: names and rows."""
 
 
 def export_lora(adapter: LoraFolder, base: Name | None, target: Path, initial: Name | None) -> Exported:
     """Writes the adapter to the new folder `target`, a layer at a time.
 
-    vLLM calls experts as the checkpoint does, each by itself, gate and up apart: the factors of fused experts are cut
-    as the base's checkpoint is. All layers get the largest rank, filled up with zeros, and one scaling: earlier
-    versions of vLLM know no other. Raises ValueError for what vLLM does not take from an adapter, by name.
+    vLLM names experts as the checkpoint does, each separately and with gate and up apart. Therefore the factors of
+    fused experts are split like the base's checkpoint. All layers get the largest rank, padded with zeros, and one
+    scaling, because earlier versions of vLLM support nothing else. Raises ValueError for anything that vLLM does not
+    take from an adapter, which is named.
     """
     check_unused(target)
     lora = read_factors(adapter, base, initial, "vLLM")
@@ -74,7 +75,7 @@ def export_lora(adapter: LoraFolder, base: Name | None, target: Path, initial: N
 
 
 def _tensors(factors: LoraFactors, pairs: list[Matrices], places: Places | None) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a target, under vLLM's names; None for the names that the adapter has."""
+    """The tensors of a target, under vLLM's names; if `places` is None, under the adapter's names."""
     if places is None:
         yield from factors.pack(pairs).items()
         return
@@ -85,7 +86,7 @@ def _tensors(factors: LoraFactors, pairs: list[Matrices], places: Places | None)
 
 
 def _places(lora: PlainLora, base: Name | None) -> dict[str, Places]:
-    """Of the targets that vLLM may call otherwise than the adapter does, if it has fused experts."""
+    """The places of targets that vLLM may name differently from the adapter, if it has fused experts."""
     all_factors, path = lora.folder.factors, lora.folder.weights.path
     for target, factors in all_factors.items():
         if len(factors.row) > 1:

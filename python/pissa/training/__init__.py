@@ -1,2 +1,2 @@
-"""What training a wrapped model needs beside the model: a learning rate, a faster step, the adapter in memory for an
-engine that generates."""
+"""Additions to the training of a wrapped model: a learning rate, a faster step, and the adapter in memory for an engine
+that generates."""

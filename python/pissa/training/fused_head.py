@@ -1,4 +1,4 @@
-"""fuse_head: a causal language model's loss out of its hidden states, without logits in memory."""
+"""fuse_head: a causal language model's loss from its hidden states, without logits in memory."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from pissa.ops._scores import IGNORED
 
 @dataclass
 class ScoredOutput(ModelOutput):  # type: ignore[misc]
-    """What a model with a fused head returns for labels. The fields between `loss` and `label_mask` are those of
-    `ops.TokenScores`, of the tokens that come, [batch, length - 1], or, for shift_labels, [batch, length]."""
+    """The output for labels of a model with a fused head. The fields between `loss` and `label_mask` are those of
+    `ops.TokenScores` for the next tokens, [batch, length - 1], or, for shift_labels, [batch, length]."""
 
     loss: Tensor | None = None
     log_probs: Tensor | None = None
@@ -35,16 +35,16 @@ class ScoredOutput(ModelOutput):  # type: ignore[misc]
     mean_logits: Tensor | None = None
     is_top1: Tensor | None = None
     label_mask: Tensor | None = None
-    """Whether a label counts: is not -100."""
+    """Whether a label is counted, that is, not -100."""
     logits: Tensor | None = None
-    """None: there are none."""
+    """None: no logits are computed."""
     aux_loss: Tensor | None = None
-    """None, as TRL's trainers ask."""
+    """None, as TRL's trainers require."""
 
 
 def fuse_head(model: nn.Module) -> None:
-    """From now on the model computes its loss from labels without logits in memory, and without work for tokens whose
-    label is -100::
+    """Makes the model compute its loss from labels without logits in memory, and without work for tokens whose label is
+    -100::
 
         model = pissa.wrap(model, r=16)
         pissa.fuse_head(model)
@@ -53,22 +53,22 @@ def fuse_head(model: nn.Module) -> None:
         trainer = SFTTrainer(model, ...)  # or DPOTrainer, KTOTrainer, from TRL 1.15 on: each has a head of its own
         pissa.fuse_head(trainer.model)
 
-    A call without labels, generation, and evaluation without gradients are as before. So is, with its logits, a call
-    that needs more than a product with a frozen head: where the head has an adapter, is trained, has hooks, is
-    offloaded or partitioned by DeepSpeed, or more than the loss is asked for. The loss is transformers' own,
-    `num_items_in_batch` included; logits are float32 sums, not rounded to the model's dtype, so that its last digits
-    differ. `ops.token_scores` computes it; entropies have no gradient.
+    Calls without labels, generation, and evaluation without gradients work as before. The same holds, including logits,
+    for a call that needs more than a product with a frozen head: if the head has an adapter, is trained, has hooks, is
+    offloaded or is partitioned by DeepSpeed, or if more than the loss is requested. The loss is transformers' own,
+    including `num_items_in_batch`. Its last digits differ, because logits are float32 sums and are not rounded to the
+    model's dtype. `ops.token_scores` computes the loss; entropies have no gradient.
 
-    Call it before FSDP shards the model, or in a trainer. The model computes a loss of nine tokens in both ways, to see
-    that they agree.
+    Call this before FSDP shards the model, or in a trainer. The model computes a loss of nine tokens in both ways, to
+    check that they agree.
 
     Args:
         model: a causal language model of transformers, or a PeftModel of one.
 
     Raises:
-        TypeError: another model.
-        ValueError: its loss or its logits are computed in another way; or TRL's head, which is in its place, has a
-            temperature.
+        TypeError: another kind of model.
+        ValueError: the model computes its loss or its logits in another way, or TRL's head, which replaces its own, has
+            a temperature.
     """
     inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     head = getattr(inner, "get_output_embeddings", lambda: None)()
@@ -86,14 +86,14 @@ def fuse_head(model: nn.Module) -> None:
 
     @functools.wraps(type(inner).forward)
     def forward(self: Any, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
-        """`fused_lm_head` is the word of TRL's trainers."""
+        """`fused_lm_head` is the argument that TRL's trainers use."""
         labels, shifted, items = (kwargs.get(key) for key in _OF_THE_LOSS)
         others = {key: value for key, value in kwargs.items() if key not in _OF_THE_LOSS}
         loss_alone = (labels is not None or shifted is not None) and not _asks_for_more(self, others)
         head = frozen_product(self.get_output_embeddings())
         if not loss_alone or not (fused_lm_head or (head and (self.training or torch.is_grad_enabled()))):
             return own(self, *args, **kwargs, **({"fused_lm_head": True} if fused_lm_head else {}))
-        if head is None:  # TRL's own way leaves out an adapter of the head
+        if head is None:  # TRL's own way ignores an adapter of the head
             rows, find = own(self, *args, **others).logits, _scores_of_logits
         else:
             hidden = _backbone(self)(*args, **(others | {"use_cache": False, "return_dict": True})).last_hidden_state
@@ -109,7 +109,7 @@ def fuse_head(model: nn.Module) -> None:
 
     try:
         difference = max(shape.difference(inner, head), _difference(inner, forward))
-    except Exception as error:  # whatever a model of any kind may raise that is not run as it is meant to be
+    except Exception as error:  # a model that is not run as intended may raise anything
         raise ValueError(f"model: {name} cannot be tried with nine tokens: {type(error).__name__}: {error}") from error
     if not difference <= 0:
         raise ValueError(
@@ -123,7 +123,7 @@ _OF_THE_LOSS = ("labels", "shift_labels", "num_items_in_batch")
 
 
 def _asks_for_more(model: Any, arguments: Mapping[str, Any]) -> bool:
-    """Whether a call with these arguments, and labels, is to return more than a loss."""
+    """Whether a call with these arguments, and labels, should return more than a loss."""
     routed = arguments.get("output_router_logits")
     if routed is None:
         configs = (model.config, model.config.get_text_config())
@@ -136,7 +136,7 @@ def _asks_for_more(model: Any, arguments: Mapping[str, Any]) -> bool:
 
 
 def _check_no_temperature(own: Any) -> None:
-    """Raises ValueError if `own` is the head of a trainer of TRL's that divides logits, or casts them."""
+    """Raises ValueError if `own` is the head of a TRL trainer that divides logits or casts them."""
     names = getattr(getattr(own, "__code__", None), "co_freevars", ())
     given = {
         name: cell.cell_contents for name, cell in zip(names, getattr(own, "__closure__", None) or (), strict=True)
@@ -150,14 +150,14 @@ def _without_self(function: Callable[..., Any], _: Any, *args: Any, **kwargs: An
 
 
 def _backbone(model: Any) -> nn.Module:
-    """The model without its head. Llama 4's text model takes itself for it."""
+    """The model without its head. Llama 4's text model names itself as its base model."""
     found: nn.Module = model.base_model
     return next(child for child in model.children() if isinstance(child, PreTrainedModel)) if found is model else found
 
 
 @contextmanager
 def _tried(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients for the block, and torch's generators as they were after it."""
+    """Sets evaluation mode without gradients for the block, and restores torch's generators after it."""
     modes = [(module, module.training) for module in model.modules()]
     evaluating(model)
     try:
@@ -169,7 +169,7 @@ def _tried(model: nn.Module) -> Iterator[None]:
 
 
 def _difference(model: Any, fused: Callable[..., Any]) -> float:
-    """By how much the two losses of nine tokens differ, above the rounding of logits."""
+    """The difference of the two losses of nine tokens beyond the rounding of logits."""
     device = model.get_input_embeddings().weight.device
     ids = torch.arange(1, 10, device=device)[None] % model.get_input_embeddings().weight.shape[0]
     labels = ids.clone()
@@ -181,7 +181,7 @@ def _difference(model: Any, fused: Callable[..., Any]) -> float:
     if frozen_product(model.get_output_embeddings()) is None:
         return 0.0  # the model's own way
     size = 1 + float(expected.logits.abs().max())
-    rounding = 2 * torch.finfo(expected.logits.dtype).eps + 1e-5  # of logits; and of sums, in orders of their own
+    rounding = 2 * torch.finfo(expected.logits.dtype).eps + 1e-5  # of logits; and of sums, which have different orders
     return float((found - expected.loss).abs()) - size * rounding
 
 
@@ -197,14 +197,14 @@ def _scores_of_logits(logits: Tensor, labels: Tensor) -> TokenScores:
 
 
 class _LogitsShape(NamedTuple):
-    """What a model makes of its head's output: `scale` times it, bounded by `softcap`."""
+    """How a model computes logits from its head's output: `scale` times it, bounded by `softcap`."""
 
     scale: float
     softcap: float | None
 
     @classmethod
     def of(cls, model: Any) -> _LogitsShape:
-        """As the configuration says: each family has a word of its own."""
+        """According to the configuration, where each family uses its own names."""
         config = model.config.get_text_config()
         divisor = getattr(config, "logits_scaling", None)
         if divisor is not None and config.model_type != "hyperclovax":
@@ -215,8 +215,8 @@ class _LogitsShape(NamedTuple):
         return cls(float(scale), getattr(config, "final_logit_softcapping", None))
 
     def difference(self, model: Any, head: nn.Module) -> float:
-        """By how much the model's logits differ from this for numbers from -60 to 60 in the place of its head's output,
-        above rounding."""
+        """The difference between the model's logits and this, beyond rounding, for numbers from -60 to 60 instead of
+        its head's output."""
         given: list[Tensor] = []
 
         def replaced(_: nn.Module, __: Any, output: Tensor) -> Tensor:

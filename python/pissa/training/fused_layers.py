@@ -1,4 +1,4 @@
-"""fuse_layers: what lies between a model's linear layers, attention, norms and gates, by our kernels for the CPU."""
+"""fuse_layers: attention, norms and gates between a model's linear layers, computed by our CPU kernels."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ from pissa.ops.checks import FLOATS
 
 
 def fuse_layers(model: nn.Module) -> None:
-    """From now on a model computes its attention by `ops.attention`, its frozen RMSNorms by `ops.rms_norm` and the
-    gates of its SwiGLU and GeGLU by `ops.gated`, on a CPU; the same within rounding::
+    """Makes a model compute its attention with `ops.attention`, its frozen RMSNorms with `ops.rms_norm` and the gates
+    of its SwiGLU and GeGLU with `ops.gated`, on a CPU. Results are the same within rounding::
 
         model = pissa.wrap(model, r=16)
         pissa.fuse_layers(model)
 
     Attention is replaced where it is torch's `scaled_dot_product_attention` ("sdpa", the default of most models), which
-    takes 1.3 to 2 times as long. What ours cannot do stays torch's: dropout, a bias in the mask, one query at a time as
-    in generation, other devices. Other models keep torch's attention. Norms and gates are found by trying what each
-    computes.
+    takes 1.3 to 2 times as long. Cases that our kernel does not support stay with torch's: dropout, a bias in the mask,
+    one query at a time as in generation, and other devices. Other models keep torch's attention. Norms and gates are
+    recognised by testing what each module computes.
 
     Args:
         model: a model of transformers, or a PeftModel of one.
 
     Raises:
-        TypeError: another model.
+        TypeError: another kind of model.
     """
     inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     if not hasattr(inner, "set_attn_implementation"):
         raise TypeError(f"model: got a {type(inner).__name__}; needed: a model of transformers")
-    AttentionInterface.register("sdpa", _attention)  # transformers' own, but for the modules that are marked
+    AttentionInterface.register("sdpa", _attention)  # transformers' own, except for the marked modules
     for module in inner.modules():
         module._fused_attention = True
         if (form := _norm_form(module)) is not None:
@@ -47,7 +47,7 @@ def fuse_layers(model: nn.Module) -> None:
             module.forward = MethodType(_norm, module)
         if (activation := _gate_activation(module)) is not None:
             module._fused_gate = activation
-            module.__dict__["_fused_act"] = module.act_fn  # the same object, and no second submodule
+            module.__dict__["_fused_act"] = module.act_fn  # the same object, and not a second submodule
             module.forward = MethodType(_gated, module)
 
 
@@ -65,8 +65,8 @@ def _attention(
     is_causal: bool | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """As transformers calls it: heads [batch, heads, length, dim]; returns [batch, length, heads, dim]. Models look at
-    the name of their attention to choose masks, so that it stays "sdpa"."""
+    """Called by transformers: takes heads [batch, heads, length, dim] and returns [batch, length, heads, dim]. Models
+    choose masks by the name of their attention, so it stays "sdpa"."""
     causal = attention_mask is None and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
     marked = getattr(module, "_fused_attention", False) and query.device.type == "cpu"
     plain = others.get("position_bias") is None and others.get("softcap") is None and not dropout
@@ -86,7 +86,7 @@ def _attention(
 
 @torch.no_grad()
 def _norm_form(module: Any) -> tuple[float, float] | None:
-    """eps and offset of a norm with one frozen weight that computes what `ops.rms_norm` does; None of another
+    """eps and offset of a norm with one frozen weight that computes what `ops.rms_norm` does; None for any other
     module."""
     if "RMSNorm" not in type(module).__name__ or "forward" in vars(module):
         return None
@@ -99,7 +99,7 @@ def _norm_form(module: Any) -> tuple[float, float] | None:
         return None
     x = torch.randn(2, len(weight), generator=torch.Generator().manual_seed(0)).to(weight.dtype)
     expected = module(x)
-    bound = 4 * torch.finfo(weight.dtype).eps  # twice rounded there: the norm, and its product with the weight
+    bound = 4 * torch.finfo(weight.dtype).eps  # it is rounded twice: the norm, and its product with the weight
     for offset in (0.0, 1.0):
         found = ops.rms_norm(x, weight, eps, offset=offset)
         if found.dtype == expected.dtype and torch.allclose(found, expected, bound, bound):
@@ -116,18 +116,18 @@ def _norm(module: Any, x: Tensor) -> Tensor:
     return ops.rms_norm(x, weight, eps, offset=offset)
 
 
-_norm.__name__ = "forward"  # by which pickle finds it again: a model that was loaded is not fused
+_norm.__name__ = "forward"  # pickle finds it by this name, so a loaded model is not fused
 
 
 # ---- Gates -----------------------------------------------------------------------------------------------------------
 
-_HOOKS = "_forward_hooks", "_forward_pre_hooks"  # of an activation: they would not be called
+_HOOKS = "_forward_hooks", "_forward_pre_hooks"  # hooks of an activation, which would not be called
 
 
 @torch.no_grad()
 def _gate_activation(module: Any) -> str | None:
-    """The activation of a block that computes down(f(gate(x)) * up(x)) and nothing else; None of another module. Its
-    forward is tried with stand-ins for its three layers."""
+    """The activation of a block that computes exactly down(f(gate(x)) * up(x)); None for any other module. Its forward
+    is run with stand-ins for its three layers."""
     names = ("gate_proj", "up_proj", "down_proj", "act_fn")
     if any(getattr(module, name, None) is None for name in names) or "forward" in vars(module):
         return None
@@ -136,11 +136,11 @@ def _gate_activation(module: Any) -> str | None:
         return None
     where: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
     drawn = torch.randn(3, 2, 5, 64, **where, generator=torch.Generator().manual_seed(0))
-    gate, up, x = drawn * torch.linspace(0.1, 60, 64, **where)  # of any size, so that a limit is seen
+    gate, up, x = drawn * torch.linspace(0.1, 60, 64, **where)  # of various sizes, to detect a limit
     layers = {"gate_proj": lambda x: gate + x, "up_proj": lambda x: up - x, "down_proj": lambda x: 2 * x}
     try:
         found = type(module).forward(SimpleNamespace(**layers, act_fn=act_fn), x)
-    except Exception:  # it looks at more, or at other dtypes: another block
+    except Exception:  # it uses more, or other dtypes: another kind of block
         return None
     for activation in ACTIVATIONS:
         expected = 2 * ops.gated(gate + x, up - x, activation)

@@ -23,31 +23,32 @@ ServedBase = Literal["original", "residual"]
 def lora_state_dict(
     model: PissaModel, adapter_name: str | None = None, base: ServedBase = "original"
 ) -> dict[str, Tensor]:
-    """The adapter as it is now, as a plain LoRA under PEFT's names, for an engine that takes adapters from memory::
+    """Returns the current adapter as a plain LoRA under PEFT's names, for an engine that takes adapters from memory::
 
         tensors, config = pissa.lora_state_dict(model), pissa.lora_config(model)
         request = TensorLoRARequest(..., lora_tensors=tensors, peft_config=config.to_dict())  # verl's, for vLLM
 
     The factors are float32 copies on the layers' devices, of rank 2r, or of rank r for LoRA's start. Fused experts have
-    PEFT's layout. Modules and tokens that are trained beside the adapter are there, too. vLLM's adapters can have none
-    of these three: it needs the merged weights then, model.merge_adapter().
+    PEFT's layout. Modules and tokens that are trained in addition to the adapter are included. vLLM's adapters support
+    none of these three; it then needs the merged weights, model.merge_adapter().
 
-    With several processes all of them have to call this. The parameters may be sharded by FSDP2; each has the result.
+    With several processes, all of them must call this function. The parameters may be sharded by FSDP2. Every process
+    gets the result.
 
     Args:
-        model: the PissaModel itself, not what a trainer has put around it.
-        adapter_name: by default the active adapter.
-        base: what the engine serves. With "original", the unmodified model, the plain LoRA is exact unless the base is
-            stored (`quant`, residual="explicit"); a warning says so then, once for each model. With "residual", the
-            stored base Q, it is exact: A and B of rank r if Q lacks this adapter's start, else rank 2r.
+        model: the PissaModel itself, not a trainer's wrapper around it.
+        adapter_name: name of the adapter (default: the active one).
+        base: the model that the engine serves. With "original", the unmodified model, the plain LoRA is exact unless
+            the base is stored (`quant`, residual="explicit"); a warning says so, once for each model. With "residual",
+            the stored base Q, it is exact: A and B of rank r if Q lacks this adapter's start, otherwise rank 2r.
 
     Returns:
-        Tensors by the names that they have in PEFT's adapter_model.safetensors.
+        Tensors under their names in PEFT's adapter_model.safetensors.
 
     Raises:
-        TypeError: no PissaModel.
-        ValueError: no such adapter; a parameter that DeepSpeed has partitioned; with base="residual", a base that is
-            not stored, or one that lacks a start which does not fit into rank 2r with the adapter.
+        TypeError: `model` is not a PissaModel.
+        ValueError: there is no such adapter; DeepSpeed has partitioned a parameter; with base="residual", the base is
+            not stored, or lacks a start that does not fit into rank 2r together with the adapter.
     """
     adapter = _adapter(model, adapter_name, base)
     state = _whole(model, adapter.name)
@@ -66,8 +67,8 @@ def lora_state_dict(
 
 
 def lora_config(model: PissaModel, adapter_name: str | None = None, base: ServedBase = "original") -> LoraConfig:
-    """The configuration of what `lora_state_dict` gives for the same arguments, which raises the same errors. An
-    engine's limit of ranks has to allow its `r`."""
+    """Returns the configuration for the result of `lora_state_dict` with the same arguments, and raises the same
+    errors. An engine's limit on ranks must allow its `r`."""
     name, layers, _, times = _adapter(model, adapter_name, base)
     return plain_config(model.base_model.model, model.peft_config[name], name, layers, times)
 
@@ -77,10 +78,10 @@ class _Adapter(NamedTuple):
 
     name: str
     layers: dict[str, PissaLayer]
-    """By their names in the (unwrapped) model, as `served`."""
+    """The layers by their names in the (unwrapped) model, as in `served`."""
     served: dict[str, Served]
     times: int
-    """How many times the adapter's rank all factors have: 1 or 2."""
+    """The rank of all factors in multiples of the adapter's: 1 or 2."""
 
 
 def _adapter(model: Any, adapter_name: str | None, base: ServedBase) -> _Adapter:
@@ -115,7 +116,7 @@ def _adapter(model: Any, adapter_name: str | None, base: ServedBase) -> _Adapter
 
 
 def _whole(model: PissaModel, adapter_name: str) -> dict[str, Tensor]:
-    """The model's state dict without what is sharded and none of the adapter's. What is the adapter's is gathered."""
+    """The model's state dict without sharded tensors that are not the adapter's. The adapter's own are gathered."""
     found = {}
     for name, value in model.state_dict(keep_vars=True).items():
         if not is_sharded(value):

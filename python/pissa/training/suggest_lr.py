@@ -1,4 +1,4 @@
-"""suggest_lr: a learning rate for a model, found by trial trainings of a few steps."""
+"""suggest_lr: finds a learning rate for a model with trial trainings of a few steps."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pissa.config import PissaConfig
 from pissa.distributed import agree, failing_together, is_sharded
 from pissa.ops.checks import check_choice
 
-CLIP = 1.0  # the default of transformers.Trainer, which Adam's rate depends on while gradients change
+CLIP = 1.0  # the default of transformers.Trainer; Adam's rate depends on it while gradients change
 MOST_TRIALS = 16
 
 _NAMES = {"pissa": "PiSSA", "unit": "PiSSA's orthonormal start", "lora": "LoRA"}
@@ -30,14 +30,14 @@ _ALTERNATIVE = (
 
 
 class Suggestion(NamedTuple):
-    """What `suggest_lr` found."""
+    """The result of `suggest_lr`."""
 
     rate: float
-    """Peak of a cosine schedule of Adam, two significant digits."""
+    """The peak of a cosine schedule for Adam, with two significant digits."""
     text: str
-    """The rate, and what it stands on, in one line."""
+    """The rate, and the measurements behind it, in one line."""
     losses: dict[float, float]
-    """The loss that each trial left, by its rate; inf where a trial diverged."""
+    """The final loss of each trial, by its rate; inf if the trial diverged."""
 
 
 def suggest_lr(
@@ -47,7 +47,7 @@ def suggest_lr(
     *,
     loss: Callable[[nn.Module, Any], Tensor] | None = None,
 ) -> Suggestion:
-    """Finds the learning rate at which a training in miniature does best::
+    """Finds the learning rate at which a miniature training works best::
 
         model = pissa.wrap(model, r=16)
         found = pissa.suggest_lr(model, itertools.islice(dataloader, 30))
@@ -55,32 +55,31 @@ def suggest_lr(
         arguments = SFTConfig(learning_rate=found.rate, lr_scheduler_type="cosine")
 
     A trial trains on the first half of the batches: Adam, gradients clipped at norm 1, a cosine from the rate to 0. The
-    loss on the second half, which it has not seen, judges the rate. Rates are factors of two apart, from
-    `2 L / |g|_1` on (the best step along sign(g), Adam's first, if the loss is a parabola that ends at 0), until the
-    best one lies between two others. The vertex of a parabola through the three, over the logarithm of the rate, is the
-    suggestion.
+    rate is judged by the loss on the second half, which the trial has not seen. Rates are factors of two apart. They
+    start at `2 L / |g|_1` (the best step along sign(g), Adam's first, if the loss is a parabola that ends at 0) and
+    continue until the best one is between two others. The suggestion is the vertex of a parabola through these three,
+    over the logarithm of the rate.
 
-    It costs a pass forward and backward, and one for each batch in each trial, half of them without backward: three
-    trials at least, four as a rule. In memory: a copy of the trained parameters beside what Adam takes.
-    Afterwards the model is what it was, bit for bit, with its gradients, modes, running statistics and torch's
-    generators. The same input gives the same rate.
+    The cost is a forward and backward pass, plus one for each batch in each trial, half of them without backward. There
+    are at least three trials, usually four. The memory is a copy of the trained parameters, plus Adam's. Afterwards the
+    model is as before, bit for bit, with its gradients, modes, running statistics and torch's generators. The same
+    input gives the same rate.
 
-    With several processes all of them have to call this, each with its own batches; all get the same rate.
+    With several processes, all of them must call this function, each with its own batches. All get the same rate.
 
     Args:
-        model: parameters with `requires_grad` are trained.
-        batches: as the training gets them; with the default `loss`, mappings of keyword arguments with labels, on the
-            model's device. At least 2. More of them bring the trial closer to the training and cost more; it was
+        model: the model; its parameters with `requires_grad` are trained.
+        batches: batches as in the training. With the default `loss`, mappings of keyword arguments with labels, on the
+            model's device. At least 2. More batches bring the trial closer to the training and cost more; it was
             measured with 30.
-        method: "pissa", "unit" or "lora", for the text. None reads it off the configuration of the model's active
-            adapter.
-        loss: the loss of a batch, a scalar that has a gradient; `model(**batch).loss` by default.
+        method: "pissa", "unit" or "lora", for the text. None: determined from the active adapter's configuration.
+        loss: the loss of a batch, a scalar with a gradient (default: `model(**batch).loss`).
 
     Raises:
-        ValueError: fewer than two batches; nothing trained; a model that is sharded; a loss that is NaN or infinite
-            before any training, or that does not depend on what is trained; no rate that is better than half and twice
-            of it.
-        TypeError: a batch that is no mapping, without `loss`.
+        ValueError: there are fewer than two batches; nothing is trained; the model is sharded; the loss is NaN or
+            infinite before any training, or does not depend on what is trained; no rate is better than both half and
+            twice of it.
+        TypeError: a batch is not a mapping, and `loss` is not given.
         pissa.RankError: another process has failed.
     """
     with failing_together():
@@ -101,7 +100,7 @@ def suggest_lr(
 
 
 class _Trial:
-    """Trainings in miniature, each from the model as it was given."""
+    """Miniature trainings, each starting from the model as it was given."""
 
     def __init__(self, model: nn.Module, batches: Sequence[Any], loss: Callable[[nn.Module, Any], Tensor]) -> None:
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -114,12 +113,12 @@ class _Trial:
             raise ValueError(f"the model is sharded ({sharded[0]}): call suggest_lr before it is")
         if len(batches) < 2:
             raise ValueError(
-                f"batches: got {len(batches)}; needed: at least 2, for a rate is judged by batches that it was not "
-                "trained on"
+                f"batches: got {len(batches)}; needed: at least 2, because a rate is judged by batches on which it "
+                "was not trained"
             )
         self.parameters = list(trained.values())
         self.devices = sorted({parameter.device.index for parameter in self.parameters if parameter.is_cuda})
-        # A forward pass in training mode changes running statistics, too, and the generators.
+        # A forward pass in training mode also changes running statistics and the generators.
         tracking = (module for module in model.modules() if getattr(module, "track_running_stats", False))
         statistics = [buffer for module in tracking for buffer in module.buffers(recurse=False)]
         self._start = [(tensor, tensor.detach().clone()) for tensor in (*self.parameters, *statistics)]
@@ -129,7 +128,7 @@ class _Trial:
         self.seen, self.unseen = batches[:half], batches[half:]
 
     def unit_step(self) -> float:
-        """L / |g|_1 of the first batch: the step along sign(g) in which the slope takes the loss to 0."""
+        """L / |g|_1 of the first batch: the step along sign(g) at which the slope would bring the loss to 0."""
         self.reset()
         self._model.train()
         loss = self._loss(self._model, self.seen[0])
@@ -163,7 +162,7 @@ class _Trial:
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Puts the model to where it was, without gradients, and the generators that it uses to a fixed seed."""
+        """Restores the model's initial state, without gradients, and gives its generators a fixed seed."""
         for tensor, value in self._start:
             tensor.copy_(value)
             tensor.grad = None
@@ -173,10 +172,10 @@ class _Trial:
 
 
 def _bracket(trial: Callable[[float], float], first: float) -> dict[float, float]:
-    """Losses by rate, factors of two apart; the least is not at an end."""
+    """Losses by rate, factors of two apart. The lowest loss is not at an end."""
     losses = {first: trial(first)}
     while len(losses) < MOST_TRIALS:
-        best = min(losses, key=lambda rate: (losses[rate], rate))  # all diverged: on to smaller ones
+        best = min(losses, key=lambda rate: (losses[rate], rate))  # if all diverged, continue with smaller rates
         if best == min(losses):
             losses[best / 2] = trial(best / 2)
         elif best == max(losses):
@@ -190,7 +189,7 @@ def _bracket(trial: Callable[[float], float], first: float) -> dict[float, float
 
 
 def _vertex(losses: Mapping[float, float]) -> float:
-    """The least point of the parabola through the best rate and its neighbours, over the logarithm of the rate."""
+    """The vertex of the parabola through the best rate and its neighbours, over the logarithm of the rate."""
     best = min(losses, key=lambda rate: (losses[rate], rate))
     below, above = losses[best / 2] - losses[best], losses[2 * best] - losses[best]
     if not math.isfinite(below + above) or below + above == 0:
@@ -227,7 +226,7 @@ def _method_of(model: nn.Module) -> str:
 
 @contextmanager
 def _restored(model: nn.Module, trial: _Trial) -> Iterator[None]:
-    """Puts the model and the generators back to what they were."""
+    """Restores the model and the generators after the block."""
     modes = [(module, module.training) for module in model.modules()]
     gradients = [parameter.grad for parameter in trial.parameters]
     with torch.random.fork_rng(trial.devices):
