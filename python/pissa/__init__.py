@@ -1,11 +1,12 @@
 """Fine-tune language models with PiSSA (arXiv 2404.02948): the principal singular components of each weight become the
-adapter, the rest is frozen, and kept in 4 bits if asked (QPiSSA).
+adapter, and the rest is frozen, in 4 bits if requested (QPiSSA).
 
     model = pissa.wrap(model, r=16)                  # PiSSA
     model = pissa.wrap(model, r=16, quant="nf4")     # QPiSSA
     model = pissa.load("folder")                     # of a checkpoint that `pissa init` has split on disk
 
-`pissa.ops` has the core as functions on tensors and needs only torch; the adapter API needs `pip install "pissa[hf]"`.
+`pissa.ops` contains the core as functions on tensors and needs only torch. The adapter API needs `pip install
+"pissa[hf]"`.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ if TYPE_CHECKING:
 
     __version__: str
 
-# module:name, or a module. Each is imported on first use: `pissa.ops` needs neither peft nor transformers, and
-# `pissa --help` not even torch.
+# module:name, or a module. Each is imported on first use: `pissa.ops` needs neither peft nor transformers, and `pissa
+# --help` does not even need torch.
 _HOMES = {
     "CompletedError": "pissa.files.staged:CompletedError",
     "PissaConfig": "pissa.model.wrap:PissaConfig",  # completes it: reader, tuner, PEFT's way to a model

@@ -1,4 +1,4 @@
-"""What the user asks for: PissaConfig, a LoraConfig with the fields of the decomposition."""
+"""The user's settings: PissaConfig, a LoraConfig with additional fields for the decomposition."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ _OF_SINGULAR_VECTORS: tuple[Init, ...] = ("pissa", "pissa_medium", "pissa_minor"
 """The init methods that start from singular vectors."""
 
 _OF_ERRORS: tuple[Init, ...] = ("loftq", "activations")
-"""The init methods that start from what a format loses."""
+"""The init methods that start from the error of a format."""
 
 _PRESETS: dict[str, dict[str, Any]] = {"rl": {"init": "lora", "use_rslora": True, "lora_alpha": 16}}
-"""The values that each preset gives to fields which have their defaults."""
+"""The values that each preset gives to fields that still have their defaults."""
 
-# The fields of LoraConfig that mean the same here. Every other one must keep its default: a field that a later PEFT
-# adds is refused by name until somebody has thought about it.
+# The fields of LoraConfig that mean the same here. Every other field must keep its default. A field that a later PEFT
+# adds is refused by name until it has been examined.
 SUPPORTED = frozenset(
     {
         *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
@@ -54,25 +54,25 @@ SUPPORTED = frozenset(
 
 
 class PissaType(str, enum.Enum):
-    """`peft_type` of a PissaConfig. With LORA's, `get_peft_model_state_dict` would hand out dA and dB as A and B, and
-    `set_peft_model_state_dict` would take A and B for dA and dB; see `model.tuner`."""
+    """The `peft_type` of a PissaConfig. With LORA's, `get_peft_model_state_dict` would return dA and dB as A and B, and
+    `set_peft_model_state_dict` would read A and B as dA and dB; see `model.tuner`."""
 
     PISSA = "PISSA"
 
 
 class Form(NamedTuple):
-    """How a layer keeps its base."""
+    """The form in which a layer keeps its base."""
 
     kind: str
-    """"implicit": the weight as it was given. "explicit": the dense residual W - s B0 A0. Else the format of the
-    quantised residual, one of `ops.formats.FORMATS`."""
+    """The kind of the form. "implicit": the weight as it was given. "explicit": the dense residual W - s B0 A0.
+    Otherwise the format of the quantised residual, one of `ops.formats.FORMATS`."""
     blocksize: int | None = None
     """None where there is no choice, like `double_quant`."""
     double_quant: bool | None = None
 
     @staticmethod
     def quantised(format: str, blocksize: int, double_quant: bool) -> Form:
-        """A quantised form: the options that its format has."""
+        """A quantised form with the options that its format has."""
         has = FORMATS[format]
         return Form(format, blocksize if has.has_choice else None, double_quant if has.has_double_quant else None)
 
@@ -94,104 +94,107 @@ IMPLICIT = Form("implicit")
 class PissaConfig(LoraConfig):  # type: ignore[misc]
     """Configuration of a PiSSA adapter: `peft.LoraConfig` with the paper's defaults and the fields below.
 
-    Defaults that differ from LoraConfig: `lora_alpha` is the rank, of each layer in `rank_pattern` as well, so that the
-    scaling is 1; `target_modules` is "all-linear", which leaves out the output layer as PEFT does.
+    Defaults that differ from LoraConfig: `lora_alpha` is the rank, also for each layer in `rank_pattern`, so that the
+    scaling is 1; `target_modules` is "all-linear", which leaves out the output layer as in PEFT.
 
-    "all-linear", given or by default, leaves the choice of layers to us. A layer whose smaller side is less than `r`
-    then gets that side as its rank, with the scaling that `r` would give it. Left out are layers whose weights the
-    model's code may read past an adapter (Mamba's out_proj, x_proj and dt_proj), and those that are linear layers by
-    their class only (Llama 4's router). One warning says so. Names and patterns in `target_modules`, and ranks in
-    `rank_pattern`, are taken as given: such a layer is then an error.
+    With "all-linear", given or by default, pissa chooses the layers. A layer whose smaller side is less than `r` then
+    gets that side as its rank, with the scaling that `r` would give it. Two kinds of layers are left out: those whose
+    weights the model's code may read while bypassing an adapter (Mamba's out_proj, x_proj and dt_proj), and those that
+    are linear layers only by their class (Llama 4's router). One warning reports this. Names and patterns in
+    `target_modules`, and ranks in `rank_pattern`, are taken as given: such a layer is then an error.
 
-    In a multimodal model of transformers that generates text (its configuration has a text_config), "all-linear" is the
-    language part, `get_decoder()`, which the logger "pissa" tells as INFO; PEFT takes vision tower, audio tower and
-    projector too. Names and patterns reach every part, as in PEFT: `target_modules=["q_proj", "v_proj"]` is all layers
-    of these names, with `exclude_modules=r".*vision_tower.*"` those outside the tower. Every linear layer is
-    `[name for name, module in model.named_modules() if type(module) is nn.Linear and name != "lm_head"]`.
+    In a multimodal model of transformers that generates text (its configuration has a text_config), "all-linear" means
+    the language part, `get_decoder()`, which the logger "pissa" reports as INFO. PEFT also includes vision tower, audio
+    tower and projector. Names and patterns apply to every part, as in PEFT: `target_modules=["q_proj", "v_proj"]` means
+    all layers with these names, and with `exclude_modules=r".*vision_tower.*"` only those outside the tower. To target
+    every linear layer, give `[name for name, module in model.named_modules() if type(module) is nn.Linear and name !=
+    "lm_head"]`.
 
     Args:
-        init: "pissa" starts from the principal singular components. To compare with it: "pissa_medium" and
-            "pissa_minor" from those in the middle and at the end of the spectrum (the paper's figure 8), "lora" from
-            B = 0, "olora" from a QR factorisation, "loftq" (with `quant`) from the error of the format, "activations"
+        init: "pissa" starts from the principal singular components. For comparison: "pissa_medium" and "pissa_minor"
+            start from those in the middle and at the end of the spectrum (the paper's figure 8), "lora" from B = 0,
+            "olora" from a QR factorisation, "loftq" (with `quant`) from the error of the format, and "activations"
             (with `quant`) from the part of that error which matters most to the outputs, given the layer's inputs
-            (QERA, arXiv 2410.06040): it needs a calibration, see `pissa.wrap`. "given" marks an adapter
+            (QERA, arXiv 2410.06040). "activations" needs a calibration; see `pissa.wrap`. "given" marks an adapter
             whose factors come from elsewhere: from other adapters (`add_weighted_adapter`) or from a plain LoRA
-            (`peft.set_peft_model_state_dict`). It cannot be asked for.
-        repair: the start that a stored base lacks, and adds again exactly: that of `init` (None), or that of any other
-            method. With `init="lora", repair="pissa", quant="nf4"` LoRA trains on QPiSSA's base; with
-            `init="pissa", repair="lora"` PiSSA on the plainly quantised weight, of which LoRA's start takes nothing
-            out. With `repair="activations"` and a calibration the outputs of the base are repaired, not its weights.
-            Only with `quant` or residual="explicit".
-        repair_rank: the rank of the start that a stored base lacks, with `repair`; the adapter's if None. A layer whose
-            smaller side is less has that side.
-        start_norm: the lengths of A0's rows and of B0's columns, the singular vectors that "pissa", "pissa_medium" and
-            "pissa_minor" start from. "singular": √(S/s), as in the paper, so that s B0 A0 is that part of the weight.
-            "unit": 1, an orthonormal start, whatever the scaling s is. A stored base lacks the singular start then, and
-            the adapter's, found in the dense weight, stands beside it, as with `repair`. A component whose singular
+            (`peft.set_peft_model_state_dict`). It cannot be requested.
+        repair: the start that a stored base lacks and adds again exactly: that of `init` (None), or that of any other
+            method. With `init="lora", repair="pissa", quant="nf4"`, LoRA trains on QPiSSA's base. With `init="pissa",
+            repair="lora"`, PiSSA trains on the plainly quantised weight, from which LoRA's start takes nothing out.
+            With `repair="activations"` and a calibration, the outputs of the base are repaired, not its weights. Only
+            with `quant` or residual="explicit".
+        repair_rank: the rank of the start that a stored base lacks, with `repair`; None: the adapter's. A layer whose
+            smaller side is less gets that side.
+        start_norm: the lengths of A0's rows and B0's columns, the singular vectors from which "pissa", "pissa_medium"
+            and "pissa_minor" start. "singular": √(S/s), as in the paper, so that s B0 A0 is that part of the weight.
+            "unit": 1, an orthonormal start, for any scaling s. A stored base then lacks the singular start, and the
+            adapter's own, found in the dense weight, is kept in addition, as with `repair`. A component whose singular
             value is 0 stays 0.
         svd: "krylov" (block Krylov, default) or "subspace" iteration, or "exact" for a full decomposition.
         svd_passes: passes over each weight: an even number of at least 2, or "auto", as many as the rank needs; see
             `pissa.ops.svd_lowrank`. "exact" does not use it.
         seed: seed of the random sketch. The result does not depend on torch's generator.
-        quant: "nf4" keeps the residual in 4 bits (QPiSSA), "int8" in 8, with a scale for each row, "nf3" and "nf2" in 3
-            and 2, which lose too much without a calibration; "mxfp4", "nvfp4", "int4" and "fp8" in the formats of
-            released models. None keeps the base as `residual` says.
+        quant: "nf4" keeps the residual in 4 bits (QPiSSA), and "int8" in 8, with a scale for each row. "nf3" and "nf2"
+            keep it in 3 and 2 bits, which lose too much without a calibration. "mxfp4", "nvfp4", "int4" and "fp8" are
+            the formats of released models. None keeps the base as `residual` says.
         error_feedback: find the codes of the residual by error feedback (GPTQ, arXiv 2210.17323), which loses less of
-            the outputs in the same bytes. With `quant` and a calibration, see `pissa.wrap`.
-        quant_iters: T, alternations of decomposition and quantisation, with `quant` and for the start of "pissa",
-            "loftq" or "activations" that the residual lacks. With more than 1 the start factors are those of what the
-            residual misses, W - Q, and Q lacks those of the alternation before; the best alternation is kept. It costs
-            T + 1 decompositions.
-        blocksize: weights that share one scale: of NormalFloats a power of two from 32 to 4096, of INT4 32, 64 or 128.
+            the outputs in the same number of bytes. With `quant` and a calibration; see `pissa.wrap`.
+        quant_iters: T, the number of alternations of decomposition and quantisation, with `quant`, if the residual
+            lacks the start of "pissa", "loftq" or "activations". With more than 1, the start factors are those of the
+            residual's error W - Q, and Q lacks those of the previous alternation; the best alternation is kept. It
+            costs T + 1 decompositions.
+        blocksize: weights that share one scale: for NormalFloats a power of two from 32 to 4096, for INT4 32, 64 or
+            128.
         double_quant: quantise the NF4 scales as well. Those of INT8 stay float32.
         quant_storage: dtype of the parameters that hold the quantised codes, as in bitsandbytes: "uint8", "bfloat16",
-            "float16" or "float32". FSDP may want all parameters in one dtype, or cast them to one: give that one.
-            Layers that bitsandbytes has quantised keep theirs.
-        residual: None or "implicit" leaves the dense weight untouched. "explicit" replaces it by W - s B0 A0, as the
-            paper does. Not together with `quant`, which says how the residual is kept.
-        use_adalora: train the singular values as a vector of their own, with the singular vectors (AdaLoRA, without
-            its pruning of ranks; the paper's appendix A).
+            "float16" or "float32". FSDP may require all parameters in one dtype, or cast them to one; then give that
+            one. Layers that bitsandbytes has quantised keep theirs.
+        residual: None or "implicit" leaves the dense weight unchanged. "explicit" replaces it by W - s B0 A0, as in the
+            paper. Not together with `quant`, which determines how the residual is kept.
+        use_adalora: train the singular values as a separate vector, together with the singular vectors (AdaLoRA,
+            without its pruning of ranks; the paper's appendix A).
         orth_reg_weight: with `use_adalora`, the weight of the loss that keeps the singular vectors orthogonal. The
             model adds it to its own loss in training mode.
-        preset: "rl", for GRPO, RLOO and the like: init="lora", use_rslora=True and lora_alpha=16, where PiSSA's start
-            has been seen to collapse (arXiv 2512.23165). It sets the fields that have their defaults; one with another
-            value keeps it. The scaling is then 16 / sqrt(r): rsLoRA's alpha stays the same for every rank, which is
-            what keeps the learning rate the same; alpha = r would undo that. With quant="nf4" this is QLoRA on our
-            kernels. No field of the configuration, but another way of writing the fields: neither kept nor saved.
+        preset: "rl", for GRPO, RLOO and similar methods, where PiSSA's start has been seen to collapse (arXiv
+            2512.23165): init="lora", use_rslora=True and lora_alpha=16. It sets only fields that have their defaults.
+            The scaling is then 16 / sqrt(r): rsLoRA's alpha is the same for every rank, which keeps the learning rate
+            the same; alpha = r would undo that. With quant="nf4" this is QLoRA on our kernels. It is not a field of the
+            configuration but a shorthand for fields, so it is neither stored nor saved.
 
-    `use_dora` is LoraConfig's: magnitudes are trained beside the directions (arXiv 2402.09353); linear layers only.
-    So is `trainable_token_indices`: rows of embeddings that no adapter changes are trained as they are.
+    `use_dora` is LoraConfig's: magnitudes are trained in addition to the directions (arXiv 2402.09353), for linear
+    layers only. `trainable_token_indices` is LoraConfig's, too: rows of embeddings that no adapter changes are trained
+    directly.
 
     Raises:
-        TypeError, ValueError: naming the field, what was given and what is allowed. LoRA's options that do not work
-            with PiSSA (`loftq_config`, EVA, `lora_bias`, ...) are refused.
+        TypeError, ValueError: a field is invalid; the message names it, what was given and what is allowed. Options of
+            LoRA that do not work with PiSSA (`loftq_config`, EVA, `lora_bias`, ...) are refused.
     """
 
-    # LoraConfig's default is 8 whatever the rank is.
-    lora_alpha: float | None = field(default=None, metadata={"help": "LoRA alpha; the rank unless given"})
-    init: Init = field(default="pissa", metadata={"help": "Where the adapter starts"})
-    repair: Init | None = field(default=None, metadata={"help": "The start that a stored base lacks; init's if None"})
-    repair_rank: int | None = field(default=None, metadata={"help": "Rank of the repair; the adapter's if None"})
+    # LoraConfig's default is 8, whatever the rank is.
+    lora_alpha: float | None = field(default=None, metadata={"help": "LoRA alpha (default: the rank)"})
+    init: Init = field(default="pissa", metadata={"help": "How the adapter starts"})
+    repair: Init | None = field(default=None, metadata={"help": "The start that a stored base lacks (None: init's)"})
+    repair_rank: int | None = field(default=None, metadata={"help": "Rank of the repair (None: the adapter's)"})
     start_norm: StartNorm = field(
         default="singular", metadata={"help": "Length of the singular vectors to start from: singular or unit"}
     )
     svd: Svd = field(default="krylov", metadata={"help": "Decomposition: krylov, subspace or exact"})
     svd_passes: Passes = field(default="auto", metadata={"help": "Passes over each weight, even, or auto"})
     seed: int = field(default=0, metadata={"help": "Seed of the random sketch"})
-    quant: str | None = field(default=None, metadata={"help": "Format that the residual is quantised to"})
+    quant: str | None = field(default=None, metadata={"help": "Format of the quantised residual"})
     error_feedback: bool = field(default=False, metadata={"help": "Find codes by error feedback; needs a calibration"})
     quant_iters: int = field(default=1, metadata={"help": "Alternations of SVD and quantisation"})
     blocksize: int = field(default=64, metadata={"help": "Weights that share one NF4 scale"})
     double_quant: bool = field(default=True, metadata={"help": "Quantise the NF4 scales as well"})
     quant_storage: Storage = field(default="uint8", metadata={"help": "dtype of the parameters that hold codes"})
     residual: Residual | None = field(default=None, metadata={"help": "implicit or explicit; not with quant"})
-    use_adalora: bool = field(default=False, metadata={"help": "Train the singular values as a vector of their own"})
-    orth_reg_weight: float = field(default=0.5, metadata={"help": "Weight of orthogonality, with use_adalora"})
+    use_adalora: bool = field(default=False, metadata={"help": "Train the singular values as a separate vector"})
+    orth_reg_weight: float = field(default=0.5, metadata={"help": "Weight of the orthogonality loss, with use_adalora"})
     preset: InitVar[Preset | None] = None
 
     reader: ClassVar[Callable[..., PissaConfig]]
-    """What `from_pretrained` calls. `files.pissa_layout` sets it: files stand on the configuration, which cannot know
-    them."""
+    """Called by `from_pretrained`. `files.pissa_layout` sets it, because files depend on the configuration, which
+    cannot import them."""
 
     def __post_init__(self, preset: Preset | None) -> None:
         self._set_defaults(preset)
@@ -211,42 +214,45 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None, **kwargs: Any
     ) -> PissaConfig:
-        """The configuration that an adapter was saved with, or that `PissaConfig.save_pretrained` wrote, for `wrap`.
+        """Reads the configuration that an adapter was saved with, or that `PissaConfig.save_pretrained` wrote, for
+        `wrap`.
 
-        `peft.LoraConfig.from_pretrained` reads the plain LoRA of twice the rank that lies beside it.
+        `peft.LoraConfig.from_pretrained` reads the plain LoRA of twice the rank from the same folder.
 
         Args:
-            pretrained_model_name_or_path: a folder, or the id of a repository of the Hugging Face Hub. A folder wins.
-            subfolder: of either.
-            kwargs: options of the Hub: `revision`, `token`, `cache_dir` and the like. Others are ignored, as in PEFT.
+            pretrained_model_name_or_path: a folder, or the id of a repository on the Hugging Face Hub. A folder takes
+                precedence.
+            subfolder: a sub-folder of either.
+            kwargs: options of the Hub: `revision`, `token`, `cache_dir` and similar. Others are ignored, as in PEFT.
 
         Raises:
-            ValueError: no such configuration there, or a damaged file, naming file and field.
+            ValueError: there is no such configuration, or a file is damaged; the message names file and field.
         """
         return cls.reader(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
 
     @classmethod
     def from_lora(cls, lora: LoraConfig, **fields: Any) -> PissaConfig:
-        """A configuration with the fields of a LoraConfig, copied, but for `init_lora_weights`; and with other fields.
+        """Returns a configuration with the fields of a LoraConfig, copied, except `init_lora_weights`, and with other
+        fields.
 
         Raises:
-            TypeError, ValueError: a field that is not supported, naming it.
+            TypeError, ValueError: a field is not supported; the message names it.
         """
         given = {f.name: copy.deepcopy(getattr(lora, f.name)) for f in dataclasses.fields(LoraConfig) if f.init}
-        # Detected, so that the value is of no account; axolotl gives None, which no file of ours may hold.
+        # Detected, so the value does not matter. axolotl gives None, which our files must not contain.
         given |= {"init_lora_weights": True, "fan_in_fan_out": bool(lora.fan_in_fan_out)}
         return cls(**given, **fields)
 
     @property
     def form(self) -> Form:
-        """How the adapted layers keep their base."""
+        """The form in which the adapted layers keep their base."""
         if self.quant is not None:
             return Form.quantised(self.quant, self.blocksize, self.double_quant)
         return Form(self.residual or "implicit")
 
     @property
     def starts_as_base(self) -> bool:
-        """Whether the adapter's start is the one that a stored residual lacks, alternations and all."""
+        """Whether the adapter's start is the one that a stored residual lacks, including alternations."""
         return self.repair is None and self.start_norm == "singular"
 
     @property
@@ -256,18 +262,18 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
 
     @property
     def can_be_repaired(self) -> bool:
-        """Whether a calibration, of which nothing says what it is for, can repair the base (bench/experiments: LoRA's
-        start on nf4, repaired, makes up three quarters of what QLoRA loses to 16 bits)."""
+        """Whether a calibration without a stated purpose can repair the base (bench/experiments: LoRA's start on nf4,
+        repaired, recovers three quarters of what QLoRA loses compared with 16 bits)."""
         says_more = self.needs_calibration or self.repair is not None or self.init == "loftq"
         return self.quant is not None and not says_more
 
     @property
     def asks_once(self) -> bool:
-        """Whether each layer's inputs are needed once: for the base alone, or for a start that is the base's."""
+        """Whether each layer's inputs are needed only once: only for the base, or for a start that is the base's."""
         return self.starts_as_base or self.init != "activations"
 
     def of_base(self) -> PissaConfig:
-        """The configuration of the start that a stored residual lacks: this one, or one that starts as `repair`, and
+        """The configuration of the start that a stored residual lacks: this one, or one that starts as `repair` says,
         with the lengths that make it a part of the weight."""
         if self.starts_as_base:
             return self
@@ -276,15 +282,15 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
         return dataclasses.replace(self, **fields | {"use_adalora": False, "use_dora": False})
 
     def of_adapter(self) -> PissaConfig:
-        """The configuration of a start that no residual lacks: alternations and error feedback are a residual's."""
+        """The configuration of a start that no residual lacks, so without alternations and error feedback."""
         if self.repair is None and self.quant_iters == 1 and not self.error_feedback:
             return self
         return dataclasses.replace(self, repair=None, repair_rank=None, quant_iters=1, error_feedback=False)
 
     def as_lora(self, times: int = 2) -> LoraConfig:
-        """The plain LoRA of so many times the rank that has the same scaling in every layer."""
+        """The plain LoRA of `times` the rank with the same scaling in every layer."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(LoraConfig)}
-        # s = alpha / r, or alpha / sqrt(r) with rsLoRA, stays what it is when r grows.
+        # s = alpha / r, or alpha / sqrt(r) with rsLoRA, must not change when r grows.
         grow = math.sqrt(times) if self.use_rslora and times > 1 else times
         fields["r"] = times * self.r
         fields["lora_alpha"] = grow * fields["lora_alpha"]
@@ -324,7 +330,7 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
             raise ValueError(f"lora_dropout: got {self.lora_dropout!r}; allowed: 0 to 1, without 1")
 
     def _of_layers(self, name: str, pattern: str) -> Iterator[tuple[str, Any]]:
-        """A field, and what a pattern has instead for some layers, by the names that messages have for them."""
+        """Yields a field, and the values that a pattern has for some layers, under the names used in messages."""
         yield name, getattr(self, name)
         for key, value in (getattr(self, pattern) or {}).items():
             yield f"{pattern}[{key!r}]", value
@@ -366,18 +372,18 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
             )
         if self.start_norm == "unit" and (self.use_adalora or self.init not in _OF_SINGULAR_VECTORS):
             raise ValueError(
-                f'start_norm="unit" starts from singular vectors alone: got init={self.init!r}, '
+                f'start_norm="unit" starts only from singular vectors: got init={self.init!r}, '
                 f"use_adalora={self.use_adalora}; allowed with it are pissa, pissa_medium and pissa_minor, without "
                 "use_adalora"
             )
 
     def _check_repair(self) -> None:
-        """Checks `repair` and `quant_iters`: what they ask of a stored base."""
+        """Checks `repair` and `quant_iters`, which affect a stored base."""
         methods = [name for name in get_args(Init) if name != "given"]
         check_choice("repair", self.repair, (None, *methods))
         if self.repair is not None and self.form == IMPLICIT:
             raise ValueError(
-                f"repair: got {self.repair!r} without a stored base, which alone lacks a start: give quant or "
+                f"repair: got {self.repair!r} without a stored base, and no other lacks a start: give quant or "
                 'residual="explicit" with it, or leave repair out'
             )
         if self.repair == self.init and self.repair_rank is None:
@@ -409,14 +415,14 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
                 f"quant_iters: got {self.quant_iters} without quant; allowed: 1, since nothing is quantised. Give "
                 f"quant={' or '.join(map(repr, FORMATS))} with it"
             )
-        if start not in ALTERNATING and start != "given":  # which is asked only after the base has been made
+        if start not in ALTERNATING and start != "given":  # which is only checked after the base has been made
             raise ValueError(
                 f"quant_iters: got {self.quant_iters}, but the residual lacks the start of {start!r}; allowed: "
                 f"1, or more with {' or '.join(map(repr, ALTERNATING))} as init or repair"
             )
 
     def _check_blocks(self) -> None:
-        """Checks `blocksize` and `double_quant`, whose defaults go with any format."""
+        """Checks `blocksize` and `double_quant`, whose defaults fit any format."""
         format = FORMATS[self.quant or DEFAULT]
         if format.has_choice:
             format.check_options(self.blocksize, self.double_quant and format.has_double_quant)
@@ -427,7 +433,7 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
             )
 
 
-PEFT_TYPE_TO_CONFIG_MAPPING[PissaType.PISSA] = PissaConfig  # for PeftConfig.from_pretrained of what we have written
+PEFT_TYPE_TO_CONFIG_MAPPING[PissaType.PISSA] = PissaConfig  # for PeftConfig.from_pretrained on our files
 
 
 def default_of(field: dataclasses.Field[Any]) -> Any:
@@ -437,18 +443,18 @@ def default_of(field: dataclasses.Field[Any]) -> Any:
 
 def types_of_fields(config: type) -> dict[str, Any]:
     """The types of a configuration's fields, evaluated."""
-    # Python 3.10 evaluates no InitVar. In Optional's place, whatever it holds is evaluated as an argument's type.
+    # Python 3.10 does not evaluate InitVar. Optional replaces it, whose content is evaluated like an argument's type.
     return get_type_hints(config, localns={"InitVar": Optional})
 
 
 def is_all_linear(config: LoraConfig) -> bool:
-    """Whether the choice of layers is left to us."""
+    """Whether pissa is to choose the layers."""
     return isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
 
 
 def exactly(name: str) -> str:
-    """A key of `rank_pattern` and `alpha_pattern` for the layer of that name alone. PEFT searches from the end of a
-    name; the anchor keeps the pattern from every other name."""
+    """A key of `rank_pattern` and `alpha_pattern` that matches only the layer of that name. PEFT searches from the end
+    of a name; the anchor prevents the pattern from matching any other name."""
     return f"^{re.escape(name)}"
 
 

@@ -1,7 +1,7 @@
 """Several processes (torch.distributed): each computes a share of what all of them need, and all succeed or fail
 together.
 
-Nothing here communicates if torch.distributed is not initialised, or has one process.
+Nothing here communicates if torch.distributed is not initialised or has only one process.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from torch.func import functional_call
 
 
 class RankError(RuntimeError):
-    """Another rank has failed in a step that all take together. The message names the rank and its error."""
+    """Another rank has failed in a step that all ranks take together. The message names the rank and its error."""
 
 
 def world_size() -> int:
-    """Number of processes that wrap the model together."""
+    """The number of processes that wrap the model together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
@@ -37,7 +37,7 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def is_dtensor(tensor: Tensor) -> bool:
     """Whether `tensor` is sharded by torch: by fully_shard or a tensor-parallel plan."""
-    return type(tensor).__name__ == "DTensor"  # whose module need not be imported for it
+    return type(tensor).__name__ == "DTensor"  # so that its module need not be imported
 
 
 def is_partitioned(tensor: Tensor) -> bool:
@@ -51,15 +51,15 @@ def is_of_an_engine(module: nn.Module) -> bool:
 
 
 def is_managed(module: nn.Module) -> bool:
-    """Whether FSDP holds a module's parameters. It marks such modules for torch.compile."""
+    """Whether FSDP holds a module's parameters. FSDP marks such modules for torch.compile."""
     return getattr(module, "_is_fsdp_managed_module", False)
 
 
 def check_whole(tensors: Mapping[str, Tensor]) -> None:
-    """Raises ValueError, naming the first tensor of which this process holds only a part."""
+    """Raises ValueError, naming the first one, if this process holds only a part of a tensor."""
     if sharded := [name for name, value in tensors.items() if is_sharded(value)]:
         raise ValueError(
-            f"the model is sharded: this process holds a part of {sharded[0]} only. Gather it on all ranks by "
+            f"the model is sharded: this process holds only a part of {sharded[0]}. Gather it on all ranks by "
             "accelerator.get_state_dict(model), or torch.distributed.checkpoint.state_dict.get_model_state_dict(model, "
             "options=StateDictOptions(full_state_dict=True, cpu_offload=True)), and pass it as state_dict, with "
             "is_main_process"
@@ -67,7 +67,7 @@ def check_whole(tensors: Mapping[str, Tensor]) -> None:
 
 
 def sharded_as(tensor: Tensor, values: Tensor) -> Tensor:
-    """`values`, which every process holds whole; as a DTensor if `tensor` is one."""
+    """`values`, which every process holds whole, as a DTensor if `tensor` is one."""
     if not is_dtensor(tensor):
         return values
     from torch.distributed.tensor import distribute_tensor
@@ -77,9 +77,9 @@ def sharded_as(tensor: Tensor, values: Tensor) -> Tensor:
 
 
 def is_data_parallel(tensor: Tensor) -> bool:
-    """Whether all processes share a DTensor as fully_shard has it: sharded over one dimension of the mesh, and
-    replicated over those before it. A module that fully_shard manages computes with the whole of it. Tensor-parallel
-    plans shard over a dimension of another name, or over one more, or replicate over the last."""
+    """Whether all processes share a DTensor as in fully_shard: sharded over one dimension of the mesh, and replicated
+    over those before it. A module that fully_shard manages computes with the whole tensor. Tensor-parallel plans shard
+    over a dimension of another name, or over one more, or replicate over the last."""
     like: Any = tensor
     *others, last = like.placements
     return bool(
@@ -91,7 +91,7 @@ def is_data_parallel(tensor: Tensor) -> bool:
 
 
 def whole_device(tensor: Tensor) -> torch.device:
-    """Where the whole of a tensor is computed with. (FSDP may keep the parts on the CPU.)"""
+    """The device on which the whole tensor is used in computations. (FSDP may keep the shards on the CPU.)"""
     if not is_dtensor(tensor):
         return tensor.device
     like: Any = tensor
@@ -100,13 +100,13 @@ def whole_device(tensor: Tensor) -> torch.device:
 
 
 def whole_shape(tensor: Tensor) -> torch.Size:
-    """The shape of the whole of a tensor."""
+    """The shape of the whole tensor."""
     partitioned: Any = tensor
     return torch.Size(partitioned.ds_shape) if is_partitioned(tensor) else tensor.shape
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:
-    """The whole of a tensor. If it is sharded, all processes have to ask for it together, and each gets a copy."""
+    """The whole tensor. If it is sharded, all processes must call this together, and each gets a copy."""
     if is_partitioned(tensor):
         import deepspeed
 
@@ -116,8 +116,8 @@ def whole_tensor(tensor: Tensor) -> Tensor:
 
 
 def whole_with_gradient(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that fully_shard may have sharded; all processes have to ask for it together. The gradient
-    is that of this process's loss, not a mean: what is computed of the whole has to be the same in all processes."""
+    """The whole tensor, which fully_shard may have sharded. All processes must call this together. The gradient is that
+    of this process's loss, not a mean, so what is computed from the whole must be the same in all processes."""
     if not is_dtensor(tensor):
         return tensor
     like: Any = tensor.to(whole_device(tensor))
@@ -126,14 +126,14 @@ def whole_with_gradient(tensor: Tensor) -> Tensor:
 
 
 def call_whole(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """What a module computes that FSDP does not know, so that its frozen parameters, if they are sharded, stay so in a
-    forward pass: they are gathered for this call."""
+    """Calls a module that FSDP does not manage. If its frozen parameters are sharded, they stay sharded in a forward
+    pass, so they are gathered for this call."""
     whole = {name: whole_tensor(value) for name, value in module.named_parameters() if is_dtensor(value)}
     return functional_call(module, whole, args, kwargs) if whole else module(*args, **kwargs)
 
 
 def partition_as(tensor: Tensor, parameters: Iterable[Tensor]) -> None:
-    """Partitions new parameters, whole in every process, if DeepSpeed has partitioned `tensor`."""
+    """Partitions new parameters, which are whole in every process, if DeepSpeed has partitioned `tensor`."""
     if is_partitioned(tensor):
         partitioned: Any = tensor
         partitioned.convert_to_zero_parameters(param_list=[new for new in parameters if not hasattr(new, "ds_id")])
@@ -142,7 +142,7 @@ def partition_as(tensor: Tensor, parameters: Iterable[Tensor]) -> None:
 def average_gradient(parameter: Tensor) -> None:
     """Makes the gradient of a whole parameter the mean over all processes, in every backward pass."""
     needed = parameter.requires_grad
-    parameter.requires_grad_(True)  # torch lets no other parameter have a hook
+    parameter.requires_grad_(True)  # torch allows hooks on no other parameter
     parameter.register_post_accumulate_grad_hook(_average)  # type: ignore[no-untyped-call]
     parameter.requires_grad_(needed)
 
@@ -156,10 +156,12 @@ def _average(parameter: Tensor) -> None:
 
 @contextmanager
 def failing_together() -> Iterator[None]:
-    """Makes an error on one rank, inside the block, an error on all ranks. They would otherwise wait for that rank.
+    """Turns an error on one rank, inside the block, into an error on all ranks. They would otherwise wait for that
+    rank.
 
-    All ranks have to enter the block, and call `agree` and `broadcast` in the same order in it. The failing rank raises
-    its own error, the others RankError. A block inside another would tell an error twice, and wait for ranks in vain.
+    All ranks must enter the block, and call `agree` and `broadcast` in the same order inside it. The failing rank
+    raises its own error, the others raise RankError. A block inside another would report an error twice, and wait for
+    ranks in vain.
     """
     try:
         yield
@@ -173,7 +175,7 @@ def failing_together() -> Iterator[None]:
 
 
 def agree(value: object = None) -> list[Any]:
-    """Every rank's `value`, in the order of the ranks. Raises RankError if a rank failed before it came here."""
+    """Returns every rank's `value`, in the order of the ranks. Raises RankError if a rank failed before this call."""
     values, errors = zip(*_gather(value, None), strict=True)
     for other, error in enumerate(errors):
         if error is not None:
@@ -189,7 +191,8 @@ def _gather(value: object, error: str | None) -> list[tuple[Any, str | None]]:
 
 
 def owners(sizes: Mapping[str, int]) -> dict[str, int]:
-    """The rank that works on each item. The largest are given out first, each to the rank with least to do so far."""
+    """The rank that works on each item. The largest items are assigned first, each to the rank with least work so
+    far."""
     loads, found = [0] * world_size(), {}
     for name in sorted(sizes, key=sizes.__getitem__, reverse=True):
         found[name] = loads.index(min(loads))
@@ -198,10 +201,10 @@ def owners(sizes: Mapping[str, int]) -> dict[str, int]:
 
 
 def broadcast(tensor: Tensor, source: int) -> Tensor:
-    """The `tensor` of rank `source`. On other ranks `tensor` gives shape, dtype and device, and may be overwritten."""
+    """The `tensor` of rank `source`. On other ranks, `tensor` gives shape, dtype and device, and may be overwritten."""
     if world_size() == 1:
         return tensor
-    # "cpu:gloo,cuda:nccl": each kind of device with the backend that sends its tensors. NCCL sends only a GPU's.
+    # "cpu:gloo,cuda:nccl": each kind of device with the backend that sends its tensors. NCCL sends only GPU tensors.
     devices = [entry.split(":")[0] for entry in dist.get_backend_config().split(",")]
     carried = tensor.contiguous()
     if tensor.device.type not in devices:

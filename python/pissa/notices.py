@@ -31,7 +31,7 @@ class TiedWeightWarning(PissaWarning):
 
 
 class RequantizedWarning(PissaWarning):
-    """Weights that are quantised already are quantised a second time."""
+    """Weights that are already quantised are quantised a second time."""
 
 
 class InexactLoraWarning(PissaWarning):
@@ -39,7 +39,7 @@ class InexactLoraWarning(PissaWarning):
 
 
 class UnmergedConvolutionWarning(PissaWarning):
-    """PEFT computes the adapter of a convolution right only after merging it."""
+    """PEFT computes the adapter of a convolution correctly only after merging it."""
 
 
 class ModelCardWarning(PissaWarning):
@@ -47,7 +47,7 @@ class ModelCardWarning(PissaWarning):
 
 
 class NoEmbeddingsWarning(PissaWarning):
-    """The embeddings were to be saved, but the model has none that are known."""
+    """The embeddings were to be saved, but the model has none that can be identified."""
 
 
 class UnknownVocabularyWarning(PissaWarning):
@@ -59,7 +59,7 @@ class OtherDtypeWarning(PissaWarning):
 
 
 class OtherRoundingWarning(PissaWarning):
-    """The residual differs in some bits from the one that was trained with: this machine rounds differently."""
+    """The residual differs in some bits from that of the training, because this machine rounds differently."""
 
 
 class UncertainStartWarning(PissaWarning):
@@ -75,7 +75,7 @@ class KeptMagnitudesWarning(PissaWarning):
 
 
 class UnlockedFolderWarning(PissaWarning):
-    """The file system has no locks, so that a second run into the same folder would not be noticed."""
+    """The file system has no locks, so a second run into the same folder would not be noticed."""
 
 
 class NotTakenOverWarning(PissaWarning):
@@ -83,4 +83,4 @@ class NotTakenOverWarning(PissaWarning):
 
 
 class InstructionSetWarning(PissaWarning):
-    """The processor has a fast instruction set that failed its self-test; a slower one computes."""
+    """The processor supports a fast instruction set that failed its self-test, so a slower one is used."""

@@ -1,6 +1,6 @@
 """Every private name of PEFT that this package uses, and every function of PEFT that it replaces.
 
-All of them are there from peft 0.21 on. Each is here because no public name does the same; the reason is beside it.
+All of them exist in peft 0.21 and later. Each is here because no public name does the same; the reason is next to it.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 
 def build_layers_with(config: LoraConfig, factory: Callable[..., nn.Module]) -> None:
-    """Makes PEFT build every layer by `factory(target, adapter_name, config=config, **kwargs)`.
+    """Makes PEFT build every layer with `factory(target, adapter_name, config=config, **kwargs)`.
 
-    `LoraConfig._register_custom_module`: the way that PEFT documents, as experimental, for a LoRA layer of one's own.
+    `LoraConfig._register_custom_module`: PEFT documents it, as experimental, for custom LoRA layers.
     """
     config._register_custom_module({nn.Module: factory})
 
@@ -32,16 +32,16 @@ def build_layers_with(config: LoraConfig, factory: Callable[..., nn.Module]) -> 
 def all_linear(config: LoraConfig, model: nn.Module) -> set[str]:
     """The names of the layers that "all-linear" means in `model`.
 
-    `_maybe_include_all_linear_layers`: PEFT decides it while it injects layers, too late for choosing their ranks.
+    `_maybe_include_all_linear_layers`: PEFT determines them while it injects layers, which is too late to choose ranks.
     """
     names: set[str] = tuners_utils._maybe_include_all_linear_layers(copy.copy(config), model).target_modules
     return names
 
 
 def check_mamba(config: LoraConfig, model: nn.Module, target_name: str) -> None:
-    """Raises ValueError for a layer, given by the last part of its name, that PEFT refuses to adapt by LoRA.
+    """Raises ValueError for a layer, given by the last part of its name, that PEFT refuses to adapt with LoRA.
 
-    `_check_lora_target_modules_mamba`: the list of such layers is inside it. It applies to LoRA's `peft_type` only.
+    `_check_lora_target_modules_mamba`: it contains the list of such layers. It applies only to LoRA's `peft_type`.
     """
     lora = copy.copy(config)
     lora.peft_type = PeftType.LORA
@@ -49,7 +49,7 @@ def check_mamba(config: LoraConfig, model: nn.Module, target_name: str) -> None:
 
 
 def is_refused_by_peft(config: LoraConfig, model: nn.Module, name: str) -> bool:
-    """Whether PEFT refuses to adapt the layer: the kernels of such models read its weight without calling it."""
+    """Whether PEFT refuses to adapt the layer, because kernels of such models read its weight without calling it."""
     with suppress(ValueError):
         check_mamba(config, model, name.rpartition(".")[2])
         return False
@@ -57,7 +57,7 @@ def is_refused_by_peft(config: LoraConfig, model: nn.Module, name: str) -> bool:
 
 
 def rewritten_by_peft(config: LoraConfig, model: nn.Module) -> bool:
-    """Whether PEFT, loading the configuration onto `model`, would take some of its targets for fused experts."""
+    """Whether PEFT, loading the configuration onto `model`, would mistake some of its targets for fused experts."""
     probe = copy.deepcopy(config)
     try:
         transformers_weight_conversion.convert_peft_config_for_transformers(probe, model=model, conversions=None)
@@ -66,18 +66,18 @@ def rewritten_by_peft(config: LoraConfig, model: nn.Module) -> bool:
     return bool(probe.target_parameters)
 
 
-# -- what a program calls, for as long as it is asked to be ours
+# -- the functions that a program calls, while they are ours
 
 
 @contextmanager
 def taken_over(make: Callable[..., nn.Module], load: Callable[..., nn.Module]) -> Iterator[None]:
-    """Makes PEFT ask us, for the block: `peft.get_peft_model` calls `make(kind, model, config, **kwargs)` where it
-    would call `kind(model, config, **kwargs)`, kind being PEFT's class of a model, and `PeftModel.from_pretrained`
-    calls `load(plain, *args, **kwargs)`, plain being PEFT's own.
+    """Makes PEFT call us inside the block. `peft.get_peft_model` calls `make(kind, model, config, **kwargs)` where it
+    would call `kind(model, config, **kwargs)`, with PEFT's class `kind` of a model. `PeftModel.from_pretrained` calls
+    `load(plain, *args, **kwargs)`, where `plain` is PEFT's own.
 
-    `PeftModel` and `MODEL_TYPE_TO_PEFT_MODEL_MAPPING` in `peft.mapping_func`: programs have imported the function by
-    then, so that its own names are the only place that all of them pass. The public table is read by
-    `PeftModel.from_pretrained` as well, which restores an adapter that PEFT has written, and is left alone.
+    `PeftModel` and `MODEL_TYPE_TO_PEFT_MODEL_MAPPING` in `peft.mapping_func`: programs have already imported the
+    function, so only the names that it uses itself affect all of them. `PeftModel.from_pretrained`, which restores an
+    adapter that PEFT has written, also reads the public table, so that is not changed.
     """
     table, kind = mapping_func.MODEL_TYPE_TO_PEFT_MODEL_MAPPING, mapping_func.PeftModel
     plain = PeftModel.__dict__["from_pretrained"]
@@ -100,12 +100,12 @@ def taken_over(make: Callable[..., nn.Module], load: Callable[..., nn.Module]) -
 
 
 class MendedPeftModel(PeftModel):  # type: ignore[misc]
-    """A PeftModel with two of its methods mended."""
+    """A PeftModel with fixes for two of its methods."""
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Takes the hooks of `adapter_names` off after a forward pass that fails, too. PEFT leaves them on its layers,
-        and every later pass has the names of the failed one."""
+        """Also removes the hooks of `adapter_names` after a forward pass that fails. PEFT leaves them on its layers,
+        and every later pass then uses the names of the failed one."""
         hooks = super()._enable_peft_forward_hooks(*args, **kwargs)
         hooks.__enter__()
         try:
@@ -114,36 +114,37 @@ class MendedPeftModel(PeftModel):  # type: ignore[misc]
             hooks.__exit__(None, None, None)
 
     def _get_peft_specific_model_tags(self) -> list[str]:
-        """Tags the model card as a LoRA's, which the folder holds. PEFT goes by `peft_type`, and ours is another."""
+        """Tags the model card as that of a LoRA, which the folder contains. PEFT decides by `peft_type`; ours
+        differs."""
         return [*super()._get_peft_specific_model_tags(), "lora"]
 
 
 def started_by_peft(tuner: nn.Module, start: Callable[[str, bool], None]) -> None:
-    """Has `PeftModel.__init__`, which is given this tuner, call `start` with `adapter_name` and
-    `autocast_adapter_dtype`, the last that it tells of its arguments. After that it only looks at the model.
+    """Makes `PeftModel.__init__`, which is given this tuner, call `start` with `adapter_name` and
+    `autocast_adapter_dtype`, the last arguments that it passes on. After that it only reads the model.
 
-    `_cast_adapter_dtype`: no public name gets to know the PeftModel that is being made.
+    `_cast_adapter_dtype`: no public method gets access to the PeftModel under construction.
     """
     tuner._cast_adapter_dtype = start  # type: ignore[assignment]
 
 
 def _fetching_nothing(method: FunctionType) -> FunctionType:
-    """A method of PEFT that fetches no weights of offloaded modules. Our layers fetch what they need.
+    """Returns a PEFT method that does not fetch the weights of offloaded modules. Our layers fetch what they need.
 
     `onload_layer` fetches the whole model at once, and afterwards offloads whatever is in the base's place. It is a
-    global, which other models of the process need: so the method has globals of its own.
+    global that other models in the process need, so the method gets its own globals.
     """
     names = {**method.__globals__, "onload_layer": nullcontext}
     return FunctionType(method.__code__, names, method.__name__, method.__defaults__, method.__closure__)
 
 
 class LoraTuner(LoraModel):  # type: ignore[misc]
-    """PEFT's LoraModel for another `peft_type` than LoRA's. A subclass says what goes out of an adapter, `handed_out`,
-    given what PEFT has found of it in a state dict; and what goes in, `taken_in`: what PEFT is to load, and what is to
-    be loaded under the parameters' names.
+    """PEFT's LoraModel for a `peft_type` other than LoRA's. A subclass defines what an adapter returns, `handed_out`,
+    given what PEFT has found of it in a state dict; and what it accepts, `taken_in`: what PEFT is to load, and what is
+    to be loaded under the parameters' names.
 
-    `get_peft_model_state_dict` and `set_peft_model_state_dict` find their tuner in PEFT's public table, and call these
-    private methods on it. `_unload_and_optionally_merge` is the body of `unload` and of `merge_and_unload`.
+    `get_peft_model_state_dict` and `set_peft_model_state_dict` look up their tuner in PEFT's public table, and call
+    these private methods on it. `_unload_and_optionally_merge` is the body of `unload` and of `merge_and_unload`.
     """
 
     merge_adapter = _fetching_nothing(LoraModel.merge_adapter)
@@ -151,7 +152,7 @@ class LoraTuner(LoraModel):  # type: ignore[misc]
     _unload_and_optionally_merge = _fetching_nothing(LoraModel._unload_and_optionally_merge)
 
     def _check_target_module_compatiblity(self, peft_config: LoraConfig, model: nn.Module, target_name: str) -> None:
-        """Refuses what PEFT refuses of LoRA, which it tells by the type."""
+        """Refuses what PEFT refuses for LoRA, which it recognises by the type."""
         check_mamba(peft_config, model, target_name)
 
     @classmethod

@@ -185,6 +185,6 @@ def test_blocks_and_heads_are_those_of_the_base(tmp_path: Path) -> None:
     message = r"factors of layer 'model\.layers\.11\.self_attn\.q_proj', which llama\.cpp has under no name"
     refuses(message, tmp_path / "run", tmp_path / "base")
     change_config(tmp_path / "base", num_hidden_layers=12, num_attention_heads=64)
-    refuses("'.*', of 64 rows, which are no 64 heads, as config.json says", tmp_path / "run", tmp_path / "base")
+    refuses("'.*', of 64 rows, which are not 64 heads, as config.json says", tmp_path / "run", tmp_path / "base")
     change_config(tmp_path / "base", num_attention_heads=0)
     refuses("config.json .*modulo by zero", tmp_path / "run", tmp_path / "base")
