@@ -1,4 +1,4 @@
-// Operands of a softmax attention: views, which point to memory of a device. Its CPU kernels are cpu/attention.h.
+// Operands of softmax attention: views that point to a device's memory. The CPU kernels are in cpu/attention.h.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@
 
 namespace pissa {
 
-/// Heads [batch, heads, length, dim] of numbers; those of a row are neighbours.
+/// Heads [batch, heads, length, dim] of numbers. Those of a row are adjacent.
 struct Heads {
   void* data = nullptr;
   std::int64_t batch = 0, heads = 0, length = 0, dim = 0;

@@ -1,11 +1,11 @@
-// What a device must provide: the primitives over which the core's algorithms are written, once.
+// The primitives that a device must provide. The core's algorithms are written over them, once.
 //
-// A backend owns no data of the caller's; pointers handed to it belong to its device, and the algorithms never read
-// through them. Host values cross only through `read` and `had_full_rank`, which therefore synchronise; nothing else
-// need do so. All thin matrices of the SVD are stored with one vector per row.
+// A backend owns none of the caller's data. Pointers passed to it belong to its device, and the algorithms never read
+// through them. Values reach the host only through `read` and `had_full_rank`, which therefore synchronise; nothing
+// else needs to. All thin matrices of the SVD are stored with one vector per row.
 //
-// A backend may stand for a stack of equal problems, one weight each: every matrix that it allocates is then as many
-// (`Matrix::stride`), and the algorithms do not notice.
+// A backend may represent a stack of equal problems, with one weight each. Every matrix that it allocates is then as
+// many (`Matrix::stride`), and the algorithms do not notice.
 #pragma once
 
 #include <concepts>
@@ -20,21 +20,21 @@
 
 namespace pissa {
 
-/// Terms that a sum of products may have, and thin ones beside the product with a weight.
+/// The largest number of terms of a sum of products, and of thin ones in addition to the product with a weight.
 inline constexpr std::size_t kMostTerms = 3;
 inline constexpr std::size_t kMostTail = kMostTerms - 1;
 
-/// What a row of logits is asked for: log p of its label, the entropy, log of the sum of p squared, the mean of the
-/// logits, and 1 where none is larger than the label's, else 0.
+/// The scores of a row of logits: log p of its label, the entropy, log of the sum of p squared, the mean of the logits,
+/// and 1 if none is larger than the label's, otherwise 0.
 inline constexpr std::int64_t kScores = 5;
 
-/// What every backend asks before it adds up terms.
+/// The check that every backend makes before it adds up terms.
 inline void check_terms(std::span<const Term> terms, std::size_t most = kMostTerms) {
   PISSA_CHECK(terms.size() <= most, "terms: got ", terms.size(), "; allowed: at most ", most);
 }
 
 // clang-format off
-/// What the algorithms ask of a device.
+/// The operations that the algorithms need from a device.
 template <class B>
 concept Backend = requires(B backend, Matrix matrix, MutableMatrix out, std::span<const Term> terms, std::int64_t count,
                            std::uint64_t seed, float scale, Precision precision, Format format, const float* scales,
@@ -44,14 +44,14 @@ concept Backend = requires(B backend, Matrix matrix, MutableMatrix out, std::spa
   // A matrix [rows, cols], uninitialised, freed with the returned object; `.view()` is its MutableMatrix.
   { backend.alloc(count, count, format).view() } -> std::convertible_to<MutableMatrix>;
 
-  // out = a, converting between formats; this is also how a quantised matrix is dequantised.
+  // out = a, converted between formats. This also dequantises a quantised matrix.
   { backend.copy(matrix, out) };
 
   // out = a + b, elementwise, computed in f32. `out` may be `a`.
   { backend.add(matrix, matrix, out) };
 
-  // out = a - b, elementwise, computed in f32, of a dense a and a b in any format; *squares = the sum of the squares of
-  // what `out` then holds, in f64.
+  // out = a - b, elementwise, computed in f32, for a dense a and a b in any format. *squares = the sum of the squares
+  // of the resulting `out`, in f64.
   { backend.subtract(matrix, matrix, out, squares) };
 
   // out[i, j] = scale * (+1 or -1): the sketch of philox.h, element i * cols + j.
@@ -63,7 +63,7 @@ concept Backend = requires(B backend, Matrix matrix, MutableMatrix out, std::spa
   // out[i, :] = a[i, :] times the power of two that brings its largest |element| into [1, 2); rows of zeros stay. a: f32.
   { backend.normalize_rows(matrix, out) };
 
-  // Whether products with a weight of that half precision, the other factor rounded to it, are faster than in f32.
+  // Whether products with a weight in that half precision, with the other factor rounded to it, are faster than in f32.
   { backend.multiplies_in(format) } -> std::same_as<bool>;
 
   // largest[i] = largest |element| of matrix i, of any format; not finite if any element is not.
@@ -76,61 +76,61 @@ concept Backend = requires(B backend, Matrix matrix, MutableMatrix out, std::spa
   // be `out`.
   { backend.gemm(terms, matrix, out) };
 
-  // The same, quantised without being stored. The addend is given and dense, the terms' first operands are not
-  // transposed. The scale of a block that holds NaN is NaN, of one that holds Inf and no NaN Inf; its codes are any.
+  // The same, quantised without being stored. The addend is given and dense, and the terms' first operands are not
+  // transposed. The scale of a block that contains NaN is NaN; with Inf and no NaN it is Inf. Its codes are arbitrary.
   { backend.gemm_quantized(terms, matrix, quantized) };
 
-  // Nested quantisation of `count` scales, at least one, less their offset: codes [count], and a scale for every 256 of
-  // them. The offset is *given, or, where that is null, the mean, added up in f64; either is written to *offset. The
-  // scale of what is NaN, less the offset, is NaN.
+  // Nested quantisation of `count` scales, at least one, minus their offset: codes [count], and a scale for every 256
+  // of them. The offset is *given or, if that is null, the mean, summed in f64; it is written to *offset. The scale of
+  // a value that is NaN after subtracting the offset is NaN.
   { backend.quantize_absmax(scales, count, scales, codes, nested, offset) };
 
-  // Codes of columns [first, first + errors.cols) of a dense weight, with scales that are given, from the last column to
-  // the first: element [i, j] is rounded to the level nearest to w[i, j] + (errors[i, j - first] + the sum over k > j in
-  // these columns of d[i, k] lower[k, j]) / lower[j, j], and d[i, j] = w[i, j] - that level, which `errors` receives.
-  // A row ends with a whole byte, and columns begin and end with one.
+  // Codes of columns [first, first + errors.cols) of a dense weight, with given scales, from the last column to the
+  // first: element [i, j] is rounded to the level nearest to w[i, j] + (errors[i, j - first] + the sum over k > j in
+  // these columns of d[i, k] lower[k, j]) / lower[j, j], and d[i, j] = w[i, j] - that level, which is written to
+  // `errors`. A row ends with a whole byte, and the columns begin and end with one.
   { backend.quantize_columns(matrix, matrix, format, given, count, out, codes) };
 
   // y = x W^T + tail + bias and dx = dy W + tail: the GEMMs that read a weight [out, in] in any format. The tail is a
-  // sum of at most kMostTail thin products, more columns of the inner dimension; the factor `scale` multiplies x or dy.
-  // bias: [1, out] or absent.
+  // sum of at most kMostTail thin products, which add columns to the inner dimension. The factor `scale` multiplies x
+  // or dy. bias: [1, out] or absent.
   { backend.weight_gemm_nt(matrix, matrix, scale, precision, terms, matrix, out) };
   { backend.weight_gemm_nn(matrix, matrix, scale, precision, terms, out) };
 
-  // A weight that products of `count` rows will take, instead of the matrix: a device may decode it beside what is
-  // computed until then. Lives no longer than the backend.
+  // A weight for products of `count` rows, instead of the matrix: a device may decode it in parallel with what is
+  // computed before them. It lives no longer than the backend.
   { backend.weight_gemm_nt(matrix, backend.decode_ahead(matrix, Op::t, precision, count), scale, precision, terms, matrix, out) };
   { backend.weight_gemm_nn(matrix, backend.decode_ahead(matrix, Op::n, precision, count), scale, precision, terms, out) };
 
-  // Row by row of logits, f32, which become z, as token_scores.h says, and then d log p_y / d logits where the gradient is
-  // asked for; what they are otherwise is not said. scores: [rows, kScores] f32.
+  // Row by row of logits, f32, which become z, as in token_scores.h, and then d log p_y / d logits if the gradient is
+  // requested; otherwise their values are unspecified. scores: [rows, kScores] f32.
   { backend.score_rows(out, labels, scale, scale, out, gradient) };
 
-  // The bytes of f32 logits that token_scores.h has at a time.
+  // The bytes of f32 logits that token_scores.h holds at a time.
   { B::kLogitBytes } -> std::convertible_to<std::int64_t>;
 
-  // Makes rows [done, done + count) of `basis` orthonormal and orthogonal to rows [0, done), which are orthonormal
-  // already and stay as they are. Rank-deficient or zero rows are completed to an orthonormal set; but where they are
-  // assumed to have full rank, a backend may leave finding out that they had not for `had_full_rank`.
+  // Makes rows [done, done + count) of `basis` orthonormal and orthogonal to rows [0, done), which are already
+  // orthonormal and do not change. Rank-deficient or zero rows are completed to an orthonormal set. If full rank is
+  // assumed, a backend may leave it to `had_full_rank` to detect that they did not have it.
   { backend.orthonormalize(out, count, count, Rank::any) };
 
-  // Rows [done, done + count) of `basis` are orthonormal, and orthogonal to rows [0, done), but for being rounded to
-  // half precision; makes them so in f32. The same rows of `companion`, which depend on them linearly, get the same
-  // combinations.
+  // Rows [done, done + count) of `basis` are orthonormal, and orthogonal to rows [0, done), except for rounding to half
+  // precision. This makes them so in f32. The same rows of `companion`, which depend on them linearly, are combined in
+  // the same way.
   { backend.reorthonormalize(out, out, count, count) };
 
-  // Whether every assumption of full rank since the last call held. If not, what was computed since means nothing.
+  // Whether every assumption of full rank since the last call held. If not, the results since then are invalid.
   { backend.had_full_rank() } -> std::same_as<bool>;
 
-  // Roots of the leading k eigenvalues of rows others^T, times scale, descending, in s [1, k] f32, and the eigenvectors,
-  // one per row of `out` [k, rows]; in f64. The product is symmetric and not negative definite but for rounding, and
-  // its lower triangle is used: with rows = others, these are the rows' singular values and left singular vectors.
-  // Both matrices have the same distance between rows.
+  // Roots of the leading k eigenvalues of rows others^T, times scale, descending, in s [1, k] f32, and the
+  // eigenvectors, one per row of `out` [k, rows]; in f64. The product is symmetric and positive semi-definite except
+  // for rounding, and its lower triangle is used. With rows = others, these are the rows' singular values and left
+  // singular vectors. Both matrices have the same distance between rows.
   { backend.gram_svd(matrix, matrix, scale, out, out) };
 };
 
-/// A backend that rounds the factors of products in half precision to it, so that sums of factors may be kept in it:
-/// two sums at once, computed in f32, the second perhaps of nothing.
+/// A backend that rounds the factors of products in half precision, so that sums of factors may be stored in it: two
+/// sums at once, computed in f32, of which the second may be empty.
 template <class B>
 concept KeepsFactorSums = Backend<B> && requires(B backend, Sum sum) { backend.add_both(sum, sum); };
 // clang-format on

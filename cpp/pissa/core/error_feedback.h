@@ -1,14 +1,14 @@
-// Codes by error feedback (GPTQ, arXiv 2210.17323; as LDLQ, arXiv 2307.13304, section 4), on a format's own levels and
-// with scales that are given: which codes of a weight W [out, in] lose least of the outputs x W^T for inputs x with the
-// second moment R = E[x^T x].
+// Codes by error feedback (GPTQ, arXiv 2210.17323; as LDLQ, arXiv 2307.13304, section 4), with a format's own levels
+// and given scales: the codes of a weight W [out, in] that lose least of the outputs x W^T for inputs x with the second
+// moment R = E[x^T x].
 //
-// With R = L L^T what is lost, tr(D R D^T) of D = W - Q, is the sum of the squares of D L. Column j of that is
-// D[:, j] L[j, j] + the sum over k > j of D[:, k] L[k, j]. So the columns are rounded from the last to the first, each
-// to the levels nearest to what makes its own column of D L zero:
+// With R = L L^T, the loss tr(D R D^T) of D = W - Q is the sum of the squares of D L. Column j of D L is D[:, j] L[j,
+// j] + the sum over k > j of D[:, k] L[k, j]. Therefore the columns are rounded from the last to the first, each to the
+// levels nearest to the values that make its own column of D L zero:
 //
 //   Q[:, j] = nearest(W[:, j] + sum over k > j of D[:, k] L[k, j] / L[j, j])
 //
-// The sums of the columns behind a group of columns are a GEMM, and those within it go from column to column.
+// For a group of columns, the sums over the columns after the group are a GEMM; those within it go column by column.
 #pragma once
 
 #include <array>
@@ -25,12 +25,12 @@ namespace pissa {
 ///
 /// @param backend computes
 /// @param w [out, in], dense, finite
-/// @param lower [in, in] f32, a Cholesky factor of the second moment, made positive definite: R = L L^T; what is above
-///     its diagonal is not read
+/// @param lower [in, in] f32, a Cholesky factor of the second moment, made positive definite: R = L L^T; elements above
+///     its diagonal are not read
 /// @param format a quantised one, in which a row ends with a whole byte
-/// @param scales of the codes, as they are stored
+/// @param scales the scales of the codes, as they are stored
 /// @param codes code_bytes(format, out * in) bytes, are written
-/// @throws std::invalid_argument shapes or formats that do not fit
+/// @throws std::invalid_argument shapes or formats that do not fit together
 template <Backend B>
 void quantize_with_feedback(B& backend, const Matrix& w, const Matrix& lower, Format format, const Scales& scales,
                             std::uint8_t* codes) {

@@ -1,13 +1,13 @@
-// The formats of numbers: a table of what is to be known of each, and what follows from it. How the codes of a
-// quantised format become numbers is no part of it: the format's own header (four_bits.h, int8.h, fp8.h) and one decode
-// function a backend know that.
+// The formats of numbers: a table of their properties, and functions of it. It does not say how the codes of a
+// quantised format become numbers; the format's own header (four_bits.h, int8.h, fp8.h) and one decode function in each
+// backend do.
 #pragma once
 
 #include <cstdint>
 
 #if defined(__GNUC__)
-// Functions used by the per-ISA kernels must be inlined: a shared out-of-line copy could be the AVX-512 one, and
-// would then run, as an illegal instruction, on a machine without it.
+// Functions used by the per-ISA kernels must be inlined. A shared out-of-line copy could be the AVX-512 one, which
+// would be an illegal instruction on a machine without it.
 #define PISSA_INLINE inline __attribute__((always_inline))
 #else
 #define PISSA_INLINE inline
@@ -19,11 +19,11 @@ namespace pissa {
 PISSA_INLINE constexpr std::uint32_t bits_of(float value) { return __builtin_bit_cast(std::uint32_t, value); }
 PISSA_INLINE constexpr float float_of(std::uint32_t bits) { return __builtin_bit_cast(float, bits); }
 
-/// How the numbers of a matrix are stored: three dense formats, and those of codes with scales.
+/// How the numbers of a matrix are stored: three dense formats, and formats of codes with scales.
 enum class Format : std::int32_t { f32, bf16, f16, nf4, int8, nf3, nf2, mxfp4, nvfp4, int4, fp8 };
 
-/// How many elements of a flattened matrix share a scale: a power of two from `least` to `most`, which where `in_row`
-/// no row may cut; or, where these are 0, the elements of a row.
+/// How many elements of a flattened matrix share a scale: a power of two from `least` to `most`, which if `in_row` must
+/// not cross rows; or, if these are 0, the elements of a row.
 struct BlockRule {
   std::int64_t least = 0;
   std::int64_t most = 0;
@@ -34,18 +34,18 @@ struct BlockRule {
   PISSA_INLINE constexpr bool by_row() const { return most == 0; }
 };
 
-/// What the scales of a quantised format are. `nested`: a byte each (nested_scales.h), or f32. `e8m0`: a byte each,
-/// 2^(byte - 127), NaN where it is 255. `e4m3`: a byte each, and a table of what 256 bytes stand for. `bf16`: or f32.
-/// `tiles`: f32, bf16 or e8m0, of blocks that may have several rows.
+/// The kind of a quantised format's scales. `nested`: a byte each (nested_scales.h), or f32. `e8m0`: a byte each,
+/// 2^(byte - 127), NaN for 255. `e4m3`: a byte each, and a table with the values of 256 bytes. `bf16`: bf16, or f32.
+/// `tiles`: f32, bf16 or e8m0, for blocks that may have several rows.
 enum class ScaleKind : std::uint8_t { f32, nested, e8m0, e4m3, bf16, tiles };
 
-/// What is to be known of a format.
+/// The properties of a format.
 struct FormatInfo {
   const char* name = "";
   int bits = 0;                       ///< of an element, or of its code
-  bool quantized = false;             ///< codes and scales; quantised matrices are read-only, and contiguous
+  bool quantized = false;             ///< codes and scales; quantised matrices are read-only and contiguous
   BlockRule blocks = {};              ///< of a quantised format
-  ScaleKind scales = ScaleKind::f32;  ///< nested ones may be f32, too
+  ScaleKind scales = ScaleKind::f32;  ///< nested ones may also be f32
 };
 
 /// The table.
@@ -77,7 +77,7 @@ PISSA_INLINE constexpr FormatInfo info(Format format) {
   return {};
 }
 
-/// Its rows.
+/// The rows of the table.
 inline constexpr Format kFormats[] = {Format::f32,   Format::bf16, Format::f16, Format::nf4,
                                       Format::int8,  Format::nf3,  Format::nf2, Format::mxfp4,
                                       Format::nvfp4, Format::int4, Format::fp8};
@@ -90,14 +90,15 @@ PISSA_INLINE constexpr std::int64_t element_size(Format format) { return info(fo
 
 PISSA_INLINE constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
-/// Bytes of `count` elements or codes, which share bytes where they are smaller. A block takes whole bytes in every
-/// format, and a row of blocks that are rows: `QuantFormat.tensors` (python/pissa/ops/formats.py) says the same.
+/// Bytes of `count` elements or codes, which share bytes if they are smaller. In every format a block takes whole
+/// bytes, and so does a row whose blocks are rows. `QuantFormat.tensors` (python/pissa/ops/formats.py) computes the
+/// same.
 PISSA_INLINE constexpr std::int64_t code_bytes(Format format, std::int64_t count) {
   return ceil_div(count * info(format).bits, 8);
 }
 
 /// Whether a matrix with `cols` columns can be quantised in blocks of that size. (FP8 that was quantised elsewhere may
-/// have others: Scales.)
+/// have others; see Scales.)
 constexpr bool is_blocksize(Format format, std::int64_t blocksize, std::int64_t cols) {
   const BlockRule rule = info(format).blocks;
   if (rule.by_row()) return blocksize == cols && cols > 0;
@@ -108,7 +109,7 @@ constexpr bool is_blocksize(Format format, std::int64_t blocksize, std::int64_t 
 /// Divisors are never below this, so that an all-zero block needs no special case (a denormal: bitsandbytes' value).
 inline constexpr float kSmallestAbsmax = 1e-38f;
 
-/// A value divided by its block's scale, whatever that is: one of nested scales may be 0, or below.
+/// A value divided by its block's scale, which may be anything: a nested scale may be 0 or negative.
 PISSA_INLINE constexpr float over_scale(float value, float scale) {
   return (scale < 0.0f ? -scale : scale) < kSmallestAbsmax ? 0.0f : value / scale;
 }

@@ -1,5 +1,6 @@
-// The formats of four bits: 16 levels, two codes a byte, an element its level times its block's scale. This header
-// fixes the levels, which of two codes comes first, and, of all but NF4 (nf4.h), how numbers become scales and codes.
+// The formats of four bits: 16 levels, two codes a byte; an element is its level times its block's scale. This header
+// defines the levels, which of two codes comes first, and, for all except NF4 (nf4.h), how numbers become scales and
+// codes.
 //
 //   nf4    NormalFloat, bitsandbytes' layout (nf4.h)
 //   mxfp4  E2M1 with a power of two for 32 (OCP Microscaling Formats 1.0), as gpt-oss and compressed-tensors store it
@@ -29,7 +30,7 @@ struct FourBits<Format::nf4> {
 inline constexpr float kE2m1Levels[16] = {0.0f,  0.5f,  1.0f,  1.5f,  2.0f,  3.0f,  4.0f,  6.0f,
                                           -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f};
 
-/// To nearest, ties to the even code; beyond 6 to 6.
+/// To nearest, ties to the even code; values beyond 6 give 6.
 PISSA_INLINE constexpr std::uint8_t e2m1_code(float value) {
   const float size = value < 0.0f ? -value : value;
   const int code = (size > 0.25f) + (size >= 0.75f) + (size > 1.25f) + (size >= 1.75f) + (size > 2.5f) +
@@ -41,8 +42,8 @@ template <>
 struct FourBits<Format::mxfp4> {
   static constexpr auto& kLevels = kE2m1Levels;
   static constexpr bool kLowFirst = true;
-  /// A quarter of the largest element rounded to a power of two, up from 7/4 on: what is beyond 6 then is rounded to 6.
-  /// Not finite if that is not.
+  /// A quarter of the largest element, rounded to a power of two, up from 7/4 on. Values that are then beyond 6 are
+  /// rounded to 6. Not finite if the largest element is not.
   static PISSA_INLINE constexpr float scale(float largest, float) {
     const std::uint32_t bits = bits_of(largest);
     if (bits >= 0x7f800000u) return largest;
@@ -56,7 +57,8 @@ template <>
 struct FourBits<Format::nvfp4> {
   static constexpr auto& kLevels = kE2m1Levels;
   static constexpr bool kLowFirst = true;
-  /// A sixth of the largest element, times `global` rounded to E4M3, which is stored. Not finite if that is not.
+  /// A sixth of the largest element, times `global`, rounded to E4M3, which is stored. Not finite if the element is
+  /// not.
   static PISSA_INLINE constexpr float scale(float largest, float global) {
     if (bits_of(largest) >= 0x7f800000u) return largest;
     return e4m3_value(e4m3_code(global * (largest / 6.0f))) / global;
@@ -69,7 +71,7 @@ struct FourBits<Format::int4> {
   static constexpr float kLevels[16] = {-8.0f, -7.0f, -6.0f, -5.0f, -4.0f, -3.0f, -2.0f, -1.0f,
                                         0.0f,  1.0f,  2.0f,  3.0f,  4.0f,  5.0f,  6.0f,  7.0f};
   static constexpr bool kLowFirst = true;
-  /// The largest element / 7.5, rounded to bf16. Not finite if that is not.
+  /// The largest element / 7.5, rounded to bf16. Not finite if the element is not.
   static PISSA_INLINE constexpr float scale(float largest, float) {
     const float exact = largest / 7.5f;
     const std::uint32_t bits = bits_of(exact);
@@ -79,7 +81,7 @@ struct FourBits<Format::int4> {
   /// To nearest, ties to even, from -8 to 7.
   static PISSA_INLINE constexpr std::uint8_t code(float scaled) {
     const float clamped = scaled > -8.0f ? (scaled < 7.0f ? scaled : 7.0f) : -8.0f;
-    constexpr float kRound = 12582912.0f;  // 3 * 2^22: adding and taking it away rounds to an integer
+    constexpr float kRound = 12582912.0f;  // 3 * 2^22: adding and subtracting it rounds to an integer
     return static_cast<std::uint8_t>(static_cast<std::int32_t>(clamped + kRound - kRound) + 8);
   }
 };

@@ -1,14 +1,14 @@
-// A linear layer with a low-rank adapter, forward and backward, over a weight in any format; and the adapter alone,
-// added to whatever another function returned.
+// A linear layer with a low-rank adapter, forward and backward, over a weight in any format; and the adapter by itself,
+// added to the result of any other function.
 //
 //   A = A0 + dA, B = B0 + dB   r rows / columns; A0, B0 frozen, dA, dB trained
 //   the whole       y = x W^T + s (x A^T) B^T + bias                         W is a residual, which lacks s B0 A0
 //   the change      y = x W^T + s ((x A^T) dB^T + (x dA^T) B0^T) + bias      W is the whole weight ("implicit")
 //   backward        ddB = s dy^T (x A^T)    ddA = s (dy B)^T x    dx = dy W + the same tail transposed
 //
-// The change is exactly 0 at dA = dB = 0. Both have the gradients of PiSSA (arXiv 2404.02948, section 3); the whole
-// without A0 and B0, A = dA and B = dB, is LoRA. x, y, dy, dx: [tokens, ...] in f32, bf16 or f16. Factors and their
-// gradients: f32.
+// The change is exactly 0 at dA = dB = 0. Both forms have the gradients of PiSSA (arXiv 2404.02948, section 3). The
+// whole without A0 and B0, with A = dA and B = dB, is LoRA. x, y, dy, dx: [tokens, ...] in f32, bf16 or f16. Factors
+// and their gradients: f32.
 #pragma once
 
 #include <array>
@@ -22,15 +22,15 @@
 
 namespace pissa {
 
-/// The adapter of one layer: what is trained, a and b, and where it started, a0 and b0, both given or both absent.
-/// Beside a0 and b0, a and b are the differences from them; without them the factors themselves. All f32.
+/// The adapter of one layer: the trained a and b, and the start a0 and b0, both given or both absent. With a0 and b0, a
+/// and b are the differences from them; otherwise they are the factors themselves. All f32.
 struct Adapter {
   Matrix a;   ///< [r, in]
   Matrix b;   ///< [out, r]
   Matrix a0;  ///< [r, in]
   Matrix b0;  ///< [out, r]
   float scaling = 1.0f;
-  bool implicit = false;  ///< beside a0 and b0: whether the weight is whole, so that only the change is added
+  bool implicit = false;  ///< with a0 and b0: whether the weight is whole, so that only the change is added
 
   /// Whether there is an adapter.
   explicit operator bool() const { return static_cast<bool>(a); }
@@ -39,11 +39,11 @@ struct Adapter {
   bool adds_change() const { return a0 && implicit; }
 };
 
-/// Up to so many rows of x, two products with A0 and dA cost less than one with their sum, which is written and read
-/// again.
+/// For up to this many rows of x, two products with A0 and dA cost less than one with their sum, which is written and
+/// read again.
 inline constexpr std::int64_t kFewTokens = 16;
 
-/// The format of x A^T and dy B: x's half precision where the device's products would round them to it, f32 elsewhere.
+/// The format of x A^T and dy B: x's half precision if the device's products would round them to it, otherwise f32.
 template <Backend B>
 Format thin_format(const Matrix& x) {
   return KeepsFactorSums<B> && x.rows > kFewTokens ? x.format : Format::f32;
@@ -52,14 +52,14 @@ Format thin_format(const Matrix& x) {
 /// A0 + dA and B0 + dB rounded to x's half precision, which the forward may keep for the backward.
 struct FactorSums {
   MutableMatrix a;  ///< [r, in]
-  MutableMatrix b;  ///< [out, r]; absent where only the change is added: it takes B0 and dB apart
+  MutableMatrix b;  ///< [out, r]; absent if only the change is added, which uses B0 and dB separately
 
-  /// Whether a forward at x keeps them: not where the device does not round factors, or takes them apart anyway.
+  /// Whether a forward at x keeps them: not if the device does not round factors, or uses them separately anyway.
   template <Backend B>
   static bool kept(const Matrix& x, const Adapter& adapter) {
     return thin_format<B>(x) != Format::f32 && adapter.a0;
   }
-  /// Their elements, which lie one after the other.
+  /// The number of their elements, which are stored one after the other.
   static std::int64_t size(const Adapter& adapter) {
     return adapter.rank() * (adapter.a.cols + (adapter.adds_change() ? 0 : adapter.b.rows));
   }
@@ -76,7 +76,7 @@ struct FactorSums {
 
 namespace detail {
 
-/// One or two terms of a sum.
+/// A sum of one or two terms.
 class TermPair {
  public:
   void add(const Term& term) { terms_[count_++] = term; }
@@ -87,7 +87,7 @@ class TermPair {
   std::size_t count_ = 0;
 };
 
-/// start + delta of one factor, or delta where there is no start; summed already, in memory of its own, or left apart.
+/// start + delta of one factor, or delta if there is no start; already summed, in its own memory, or left separate.
 template <Backend B>
 class Factor {
  public:
@@ -120,8 +120,8 @@ void product(B& backend, const Matrix& a, Op op_a, const Matrix& b, Op op_b, flo
   backend.gemm(terms, {}, out);
 }
 
-/// Calls write(tail) with the thin products that the adapter adds to y; xa [tokens, r] receives x A^T, and `sums`,
-/// where there is memory for them, the factors.
+/// Calls write(tail) with the thin products that the adapter adds to y. xa [tokens, r] receives x A^T, and `sums`
+/// receives the factors if it has memory for them.
 template <Backend B, class F>
 void with_forward_tail(B& backend, const Matrix& x, const Adapter& adapter, const MutableMatrix& xa,
                        const FactorSums& sums, F write) {
@@ -145,7 +145,7 @@ void with_forward_tail(B& backend, const Matrix& x, const Adapter& adapter, cons
   write(factor_b.times(xa, Op::t, s, precision));
 }
 
-/// The adapter's gradients; calls write(tail) with the thin products that it adds to dx.
+/// Computes the adapter's gradients, and calls write(tail) with the thin products that it adds to dx.
 template <Backend B, class F>
 void with_backward_tail(B& backend, const Matrix& dy, const Matrix& x, const Adapter& adapter, const Matrix& xa,
                         const FactorSums& sums, const MutableMatrix& grad_a, const MutableMatrix& grad_b, F write) {
@@ -156,7 +156,7 @@ void with_backward_tail(B& backend, const Matrix& dy, const Matrix& x, const Ada
   const Precision precision = precision_of(x.format);
   product(backend, dy, Op::t, xa, Op::n, s, precision, grad_b);
 
-  // dy B, or dy dB and dy B0 apart, which are summed
+  // dy B, or dy dB and dy B0 separately, which are then summed
   auto dy_b = backend.alloc(dy.rows, r, change ? Format::f32 : thin_format<B>(x));
   auto dy_b0 = backend.alloc(change ? dy.rows : 0, r, Format::f32);
   const Factor factor_b(backend, change ? Matrix{} : adapter.b0, adapter.b, sums.b, apart);
@@ -174,7 +174,7 @@ void with_backward_tail(B& backend, const Matrix& dy, const Matrix& x, const Ada
 
 }  // namespace detail
 
-/// The layer's output: x W^T + bias, and what the adapter adds, in one read of the weight.
+/// Computes the layer's output, x W^T + bias and what the adapter adds, in one read of the weight.
 ///
 /// @param backend computes
 /// @param x [tokens, in], dense
@@ -183,7 +183,7 @@ void with_backward_tail(B& backend, const Matrix& dy, const Matrix& x, const Ada
 /// @param adapter may be absent: Adapter{}
 /// @param y [tokens, out], dense, is written
 /// @param xa [tokens, r] in thin_format or f32, receives x A^T for the backward; absent without an adapter
-/// @param sums receives the factors for the backward; given where FactorSums::kept says so
+/// @param sums receives the factors for the backward; given if FactorSums::kept returns true
 template <Backend B>
 void linear_forward(B& backend, const Matrix& x, const Matrix& weight, const Matrix& bias, const Adapter& adapter,
                     const MutableMatrix& y, const MutableMatrix& xa, const FactorSums& sums = {}) {
@@ -195,18 +195,18 @@ void linear_forward(B& backend, const Matrix& x, const Matrix& weight, const Mat
   });
 }
 
-/// Gradients of the layer at x.
+/// Computes the gradients of the layer at x.
 ///
 /// @param backend computes
 /// @param dy [tokens, out], the gradient of y, in x's format
 /// @param x [tokens, in], as in the forward
 /// @param weight [out, in], as in the forward
 /// @param adapter as in the forward
-/// @param xa what the forward wrote
+/// @param xa as written by the forward
 /// @param dx [tokens, in], dense, is written; absent: not computed
 /// @param grad_a [r, in] f32, is written: the gradient of adapter.a
 /// @param grad_b [out, r] f32, is written: the gradient of adapter.b
-/// @param sums what the forward wrote
+/// @param sums as written by the forward
 template <Backend B>
 void linear_backward(B& backend, const Matrix& dy, const Matrix& x, const Matrix& weight, const Adapter& adapter,
                      const Matrix& xa, const MutableMatrix& dx, const MutableMatrix& grad_a,
@@ -222,7 +222,7 @@ void linear_backward(B& backend, const Matrix& dy, const Matrix& x, const Matrix
   });
 }
 
-/// The adapter's part alone, the whole or the change, added to what any function returned for x.
+/// The adapter's part by itself, the whole or the change, added to the result of any function of x.
 ///
 /// @param backend computes
 /// @param base [tokens, out], dense
@@ -238,7 +238,7 @@ void add_low_rank_forward(B& backend, const Matrix& base, const Matrix& x, const
                             [&](std::span<const Term> tail) { backend.gemm(tail, base, y); });
 }
 
-/// Gradients of the same, as linear_backward's. That of base is dy.
+/// Gradients of the same, as in linear_backward. The gradient of base is dy.
 template <Backend B>
 void add_low_rank_backward(B& backend, const Matrix& dy, const Matrix& x, const Adapter& adapter, const Matrix& xa,
                            const MutableMatrix& dx, const MutableMatrix& grad_a, const MutableMatrix& grad_b,

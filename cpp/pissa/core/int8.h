@@ -1,11 +1,12 @@
 // INT8, bitsandbytes' 8-bit layout of a weight (LLM.int8(), Dettmers et al., arXiv 2208.07339), byte for byte.
 //
-// A row of a weight [out, in] is a block. Its scale, SCB there, is its largest absolute value. A code, CB there, is a
-// signed byte: element * (1 / scale * 127), every operation rounded to f32, then to an integer, ties to even; 0
-// throughout where that factor is not finite. The element that it stands for is code * scale * (1 / 127), two products,
+// A row of a weight [out, in] is a block. Its scale, called SCB there, is its largest absolute value. A code, called CB
+// there, is a signed byte: element * (1 / scale * 127), with every operation rounded to f32, then to an integer, ties
+// to even; it is 0 in the whole row if that factor is not finite. The element of a code is code * scale * (1 / 127):
+// two products, each rounded to f32.
 // each rounded to f32.
 //
-// This header fixes the format: factors and the order of the products. Backends vectorise it.
+// This header defines the format: factors and the order of the products. Backends vectorise it.
 #pragma once
 
 #include "pissa/core/format.h"
@@ -17,7 +18,7 @@ inline constexpr float kInt8Largest = 127.0f;
 /// 1 / 127, bitsandbytes' constant.
 inline constexpr float kInt8Step = 7.874015718698502e-3f;
 
-/// What the elements of a row are multiplied by, given their largest absolute value.
+/// The factor by which the elements of a row are multiplied, given their largest absolute value.
 PISSA_INLINE constexpr float int8_factor(float largest) {
   const float factor = 1.0f / largest * kInt8Largest;
   return factor <= 0x1.fffffep127f ? factor : 0.0f;  // a row of zeros, or so small that it overflows

@@ -1,4 +1,4 @@
-// Largest elements, for the host: what a decomposition scales by, and how it knows that a weight is finite.
+// Largest elements, for the host: a decomposition scales by them, and they show whether a weight is finite.
 #pragma once
 
 #include <cstdint>
@@ -21,7 +21,7 @@ std::vector<float> max_abs(B& backend, std::span<const Matrix> matrices) {
   return backend.read(largest, count);
 }
 
-/// The same of one matrix.
+/// The same for one matrix.
 template <Backend B>
 float max_abs(B& backend, const Matrix& matrix) {
   return max_abs(backend, std::span(&matrix, 1))[0];

@@ -1,4 +1,4 @@
-// Nested ("double") quantisation, as bitsandbytes does it: the scales of a quantised matrix, less their mean, are
+// Nested ("double") quantisation, as in bitsandbytes: the scales of a quantised matrix, minus their mean, are
 // themselves stored in 8 bits, in blocks of 256, on its dynamic map (Dettmers et al., arXiv 2110.02861).
 #pragma once
 
@@ -79,7 +79,7 @@ inline constexpr float kDynamicMap[256] = {
 };
 
 /// bitsandbytes rounds a scale (less the offset), divided by its block's absmax, to a grid of 2^16 points over [-1, 1]
-/// ... (NaN, where scales overflow, is as good as any other point, but must be one)
+/// ... (NaN, from scales that overflow, may go to any point, but must go to one)
 constexpr std::int32_t dynamic_point(float scaled) {
   return scaled >= -1.0f ? static_cast<std::int32_t>((scaled + 1.0f) * 32767.5f + 0.5f) : 0;
 }

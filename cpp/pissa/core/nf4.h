@@ -1,11 +1,11 @@
 // NF4, the 4-bit NormalFloat of QLoRA (Dettmers et al., arXiv 2305.14314), in bitsandbytes' layout, byte for byte.
 //
-// A weight [out, in] is flattened and cut into blocks of `blocksize` elements, so a block may cross rows; the last one
-// may be short. Each block has a scale, its largest absolute value `absmax`; an element is the index of the level
-// nearest to element / absmax. Two codes share a byte, the first element in the high nibble; an odd number of elements
-// ends with the code of zero.
+// A weight [out, in] is flattened and cut into blocks of `blocksize` elements, so a block may cross rows, and the last
+// one may be short. Each block has a scale, its largest absolute value `absmax`. An element is stored as the index of
+// the level nearest to element / absmax. Two codes share a byte, with the first element in the high nibble. An odd
+// number of elements ends with the code of zero.
 //
-// This header fixes the format: levels, thresholds, rounding of one element. Backends vectorise it.
+// This header defines the format: levels, thresholds, and the rounding of one element. Backends vectorise it.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,7 @@
 
 namespace pissa {
 
-/// What the elements of a block are divided by, given their largest absolute value; NaN stays NaN.
+/// The divisor of the elements of a block, given their largest absolute value. NaN stays NaN.
 PISSA_INLINE constexpr float nf4_divisor(float largest) {
   return largest < kSmallestAbsmax ? kSmallestAbsmax : largest;
 }
@@ -54,9 +54,9 @@ PISSA_INLINE constexpr std::uint8_t nf4_code(float scaled) {
   return code;
 }
 
-/// A short search for NF4 codes: 32 cells over [-1, 1], none with more than one threshold inside. A value's cell tells
-/// how many thresholds are below the cell, and which one to compare it with. Rounding may put a value next to a cell's
-/// edge into its neighbour; no threshold is so near an edge that this matters.
+/// A short search for NF4 codes: 32 cells over [-1, 1], each with at most one threshold inside. A value's cell gives
+/// the number of thresholds below the cell, and the one to compare it with. Rounding may move a value near a cell's
+/// edge into the next cell, but no threshold is so close to an edge that this matters.
 struct Nf4Search {
   static constexpr float kFactor = 15.9f;  // cell = trunc(kFactor * value + kShift): 0.05 at -1, 31.85 at 1
   static constexpr float kShift = 15.95f;

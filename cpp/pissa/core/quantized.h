@@ -1,5 +1,5 @@
-// Quantised matrices as outputs: where their parts go, the runs of blocks in which they are computed, and the
-// check of their block size.
+// Quantised matrices as outputs: the destinations of their parts, the runs of blocks in which they are computed, and
+// the check of their block size.
 #pragma once
 
 #include <algorithm>
@@ -11,15 +11,15 @@
 
 namespace pissa {
 
-/// Where a quantised matrix [rows, cols] goes.
+/// The destination of a quantised matrix [rows, cols].
 struct QuantOutput {
   Format format;                  ///< a quantised one
   std::int64_t blocksize;         ///< elements that share a scale, as is_blocksize allows
   std::uint8_t* codes = nullptr;  ///< code_bytes(format, rows * cols) bytes; nf4: the first of two in the high nibble
-  float* scales = nullptr;        ///< [ceil(rows * cols / blocksize)], as numbers, in whatever the format stores them
-  const float* global = nullptr;  ///< of NVFP4, one number: scales times it are E4M3's
+  float* scales = nullptr;        ///< [ceil(rows * cols / blocksize)], as numbers, whatever the format stores
+  const float* global = nullptr;  ///< for NVFP4, one number: scales times it are E4M3's
 
-  /// The output from an element of the flattened matrix on, with which a block starts.
+  /// The output starting at an element of the flattened matrix with which a block starts.
   PISSA_INLINE QuantOutput from(std::int64_t element) const {
     return {format, blocksize, codes + code_bytes(format, element), scales + element / blocksize, global};
   }
@@ -36,8 +36,9 @@ inline void check_blocksize(Format format, std::int64_t blocksize, std::int64_t 
   PISSA_CHECK(false, "blocksize: got ", blocksize, "; allowed: a power of two from ", rule.least, " to ", rule.most);
 }
 
-/// Runs of whole blocks of a flattened matrix, of at least `least_rows` rows each. A block may start inside a row, so
-/// whoever computes a run computes every row that it touches, the first and the last of them for its neighbours too.
+/// Runs of whole blocks of a flattened matrix, with at least `least_rows` rows each. A block may start inside a row, so
+/// the code that computes a run computes every row that it touches; its neighbours compute the first and the last one
+/// too.
 class BlockRuns {
  public:
   /// Elements [first, first + count), inside rows [first_row, first_row + rows).

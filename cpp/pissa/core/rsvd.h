@@ -1,18 +1,18 @@
 // Randomised truncated SVD: W [m, n] ~ U diag(S) V^T of rank r.
 //
-// Block Krylov: an orthonormal basis of span{W Omega, (W W^T) W Omega, ..., (W W^T)^q W Omega}, all blocks kept, and
-// the best rank-r approximation of W inside it (Musco, Musco: Randomized block Krylov methods, arXiv 1504.05477, Alg.
-// 2). A basis vector, multiplied by W^T for the next block, is already a row of the projected matrix, so each of the
-// passes over W is as thin as a block. Subspace iteration keeps only the last block (Halko, Martinsson, Tropp,
-// arXiv 0909.4061, Alg. 4.4): less memory, more passes for the same quality.
+// Block Krylov: an orthonormal basis of span{W Omega, (W W^T) W Omega, ..., (W W^T)^q W Omega}, with all blocks kept,
+// and the best rank-r approximation of W inside it (Musco, Musco: Randomized block Krylov methods, arXiv 1504.05477,
+// Alg. 2). A basis vector, multiplied by W^T for the next block, is already a row of the projected matrix, so each pass
+// over W is as thin as a block. Subspace iteration keeps only the last block (Halko, Martinsson, Tropp, arXiv
+// 0909.4061, Alg. 4.4), which needs less memory but more passes for the same quality.
 //
-// Outputs x W^T of activations x with the second moment R = E[x^T x], [n, n], lose tr((W - C) R (W - C)^T) to an
-// approximation C. The best of rank r is C = U U^T W with the leading eigenvectors U of W R W^T (QERA, arXiv
-// 2410.06040, eq. 14, without its matrix roots, which cancel): the same basis, of rows' combinations of W, multiplied
-// by R between W and W^T. A singular R will do.
+// For activations x with the second moment R = E[x^T x], [n, n], an approximation C loses tr((W - C) R (W - C)^T) of
+// the outputs x W^T. The best C of rank r is U U^T W with the leading eigenvectors U of W R W^T (QERA, arXiv
+// 2410.06040, eq. 14, without its matrix roots, which cancel). This uses the same basis, of combinations of W's rows,
+// multiplied by R between W and W^T. R may be singular.
 //
-// A pass reads W once. At equal quality on a hard spectrum block Krylov needs 6 / 10 passes at r = 16, and 10 / 16
-// narrower ones at r = 128, where torch.svd_lowrank with niter = 4 / 16 needs 10 / 34.
+// A pass reads W once. At equal quality on a hard spectrum, block Krylov needs 6 / 10 passes at r = 16, and 10 / 16
+// narrower ones at r = 128. torch.svd_lowrank with niter = 4 / 16 needs 10 / 34.
 #pragma once
 
 #include <algorithm>
@@ -30,7 +30,7 @@
 
 namespace pissa {
 
-/// Block Krylov keeps the vectors of every pass, subspace iteration those of the last: less memory for a large rank.
+/// Block Krylov keeps the vectors of every pass. Subspace iteration keeps only the last: less memory for a large rank.
 enum class SvdMethod : std::int32_t { krylov, subspace };
 
 /// A step of the algorithm reads W twice, once in each direction.
@@ -43,12 +43,12 @@ struct SvdOptions {
   std::uint64_t seed = 0;                             ///< of the random sketch, which is the same on every device
 };
 
-/// Columns of the sketch beyond r. An eighth of r, so that the work grows with r, and 8 for small ranks.
+/// Columns of the sketch beyond r: an eighth of r, so that the work grows with r, or 8 for small ranks.
 constexpr std::int64_t oversampling(std::int64_t r) { return std::max<std::int64_t>(8, r / 8); }
 
-/// Passes over W for rank r: those asked for; if none are, enough to lose no more energy on power-law spectra
+/// Passes over W for rank r: the requested number, or otherwise enough to lose no more energy on power-law spectra
 /// sigma_i = i^-p than torch.svd_lowrank with niter = 16, which needs 34. p = 0.2 is the hardest, with about the same
-/// loss at any rank (bench/compare/svd_quality.py has the numbers). Subspace iteration is what torch does, but for
+/// loss at any rank (bench/compare/svd_quality.py has the numbers). Subspace iteration is torch's method, except for
 /// oversampling.
 constexpr std::int64_t passes_for(std::int64_t r, const SvdOptions& options) {
   if (options.passes) return *options.passes;
@@ -56,11 +56,12 @@ constexpr std::int64_t passes_for(std::int64_t r, const SvdOptions& options) {
   return r <= 64 ? 10 : r <= 96 ? 12 : 14;
 }
 
-/// Columns of a block: enough for r vectors and the oversampling after `steps` blocks. Of the same number of basis
-/// vectors, more and narrower blocks find better ones; but a pass over W costs something however narrow it is. On
-/// a hard spectrum (4096 x 4096, r = 128) 6 blocks of 72 lose 1.8 % of the energy, 3 of 144, for the same work, 3.8 %.
-/// Multiples of 14 fill the CPU's register tiles. From five blocks on small ranks do with seven eighths of r and the
-/// oversampling: 5 blocks of 63, r = 64, take 1.2 times as long as 4 of 70 and lose a fifth; 5 of 70 take 1.3 times.
+/// Columns of a block: enough for r vectors and the oversampling after `steps` blocks. For the same number of basis
+/// vectors, more and narrower blocks find better ones, but a pass over W has a fixed cost, however narrow it is. On a
+/// hard spectrum (4096 x 4096, r = 128), 6 blocks of 72 lose 1.8 % of the energy; 3 of 144, for the same work, lose 3.8
+/// %. Multiples of 14 fill the CPU's register tiles. From five blocks on, seven eighths of r and the oversampling are
+/// enough for small ranks: 5 blocks of 63, r = 64, take 1.2 times as long as 4 of 70 and lose a fifth; 5 of 70 take 1.3
+/// times.
 constexpr std::int64_t block_size(std::int64_t r, std::int64_t steps) {
   constexpr std::int64_t kTile = 14;
   constexpr std::int64_t kNarrow = 5 * kTile;
@@ -79,7 +80,7 @@ struct SvdFactors {
   Buffer v;  ///< [r, in]
 };
 
-/// A second moment fits a weight.
+/// Checks that a second moment fits a weight.
 inline void check_second_moment(const Matrix& moment, const Matrix& w) {
   PISSA_CHECK(!moment || (moment.rows == w.cols && moment.cols == w.cols && moment.format == Format::f32),
               "second_moment: got [", moment.rows, ", ", moment.cols, "]; needed: [in, in] = [", w.cols, ", ", w.cols,
@@ -97,7 +98,7 @@ inline void check_svd(const Matrix& w, std::int64_t r, const SvdOptions& options
 
 namespace detail {
 
-/// The largest elements of a weight and of the second moment, where there is one.
+/// The largest elements of a weight and, if there is one, of the second moment.
 struct Largest {
   float weight;
   float moment;
@@ -106,8 +107,8 @@ struct Largest {
 template <Backend B>
 auto svd_lowrank(B& backend, const Matrix& w, std::int64_t r, const SvdOptions& options, const Matrix& moment,
                  const Largest& largest, Rank rank) {
-  // The basis lives on the shorter side of W, but on that of its rows where the columns are weighed; `wide` vectors are
-  // on the other side.
+  // The basis is on the shorter side of W, or on the side of its rows if the columns are weighted. The `wide` vectors
+  // are on the other side.
   const bool on_rows = moment || w.rows <= w.cols;
   const std::int64_t max_rank = std::min(w.rows, w.cols);
   const std::int64_t basis_dim = on_rows ? w.rows : w.cols;
@@ -118,17 +119,17 @@ auto svd_lowrank(B& backend, const Matrix& w, std::int64_t r, const SvdOptions& 
   const std::int64_t block = std::min(block_size(r, keep_blocks ? steps : 1), max_rank);
   const std::int64_t max_basis = keep_blocks ? std::min(block * steps, max_rank) : block;
 
-  // Thin operands carry 2^-exponent, so that products of huge or tiny weights stay inside f32's range.
+  // Thin operands are multiplied by 2^-exponent, so that products of huge or tiny weights stay inside f32's range.
   const auto exponent_of = [](float value) { return value > 0 ? std::max(std::ilogb(value), -120) : 0; };
   const int exponent = exponent_of(largest.weight);
-  // A weight in half precision is exact in products of its format. Units for it may take denormals for zero, so that a
-  // weight at the ends of the range is not for them.
+  // A half-precision weight is exact in products of its format. Units for that format may flush denormals to zero, so
+  // they are not used for a weight at the ends of the range.
   const bool in_f16 = w.format == Format::f16 && backend.multiplies_in(Format::f16) && exponent >= -14;
   const bool in_bf16 = w.format == Format::bf16 && backend.multiplies_in(Format::bf16) && std::abs(exponent) < 64;
   const bool in_half = in_f16 || in_bf16;
   const Precision precision = in_f16 ? Precision::f16 : in_bf16 ? Precision::bf16 : Precision::f32;
-  // A weight in f16 is far inside f32's range; it is the thin operands that are outside that of f16, and there each row
-  // gets an exponent of its own, which changes nothing of what they span.
+  // An f16 weight is far inside f32's range, but the thin operands may be outside that of f16. There each row gets its
+  // own exponent, which does not change what they span.
   const float unit = in_f16 ? 1.0f : std::ldexp(1.0f, -exponent);
   const auto normal_buffer = backend.alloc(in_f16 ? block : 0, wide_dim, Format::f16);
   const auto wide_to_basis = [&](Matrix wide, const MutableMatrix& basis) {
@@ -160,8 +161,8 @@ auto svd_lowrank(B& backend, const Matrix& w, std::int64_t r, const SvdOptions& 
     const Term product[] = {{rows, Op::n, moment, Op::n, moment_unit}};
     backend.gemm(product, {}, out);
   };
-  // Activations with outliers weigh some columns a million times as much as others: what the rest adds to a row would
-  // be lost beside them. So rows on the way to the basis are orthogonal to each other.
+  // Activations with outliers weight some columns a million times as much as others, so that the contribution of the
+  // rest to a row would be lost. Therefore rows are made orthogonal to each other on the way to the basis.
   const auto separate = [&](const MutableMatrix& rows) {
     const MutableMatrix separated = rows_of(sketch.view(), 0, rows.rows);
     backend.copy(rows, separated);
@@ -180,9 +181,9 @@ auto svd_lowrank(B& backend, const Matrix& w, std::int64_t r, const SvdOptions& 
     wide_to_basis(rows_of(thin, 0, rows), rows_of(basis, first, rows));
     backend.orthonormalize(basis, first, rows, rank);
     if (in_half) {
-      // On the way to the basis `thin` may be rounded: any vectors near the leading ones will do. On the way back the
-      // rows of `wide` must be those of the basis times W; so the basis itself is rounded, and what makes it
-      // orthonormal again is done to both.
+      // On the way to the basis `thin` may be rounded, because any vectors near the leading ones are enough. On the way
+      // back the rows of `wide` must be those of the basis times W. Therefore the basis itself is rounded, and both are
+      // changed alike when it is made orthonormal again.
       const MutableMatrix rounded = rows_of(rounded_buffer.view(), 0, rows);
       backend.copy(rows_of(basis, first, rows), rounded);
       backend.copy(rounded, rows_of(basis, first, rows));
@@ -194,7 +195,7 @@ auto svd_lowrank(B& backend, const Matrix& w, std::int64_t r, const SvdOptions& 
     if (moment) weigh(rows_of(wide, first, rows), rows_of(weighed, first, rows));
     const std::int64_t kept = first + rows;
     if (step + 1 == steps || kept == max_rank) break;  // out of passes, or the basis is the whole space: exact
-    // The next products start from `wide` as it is: its rows are of very different lengths, which costs nothing, since
+    // The next products start from `wide` as it is. Its rows have very different lengths, but this has no cost, because
     // each has its own exponent and the Cholesky factor takes them in order.
     thin = moment ? separate(rows_of(weighed, first, rows)) : rows_of(wide, first, rows);
     if (keep_blocks) {
@@ -224,7 +225,7 @@ auto svd_lowrank(B& backend, const Matrix& w, std::int64_t r, const SvdOptions& 
   const auto leading = backend.alloc(r, basis_rows, Format::f32);
   backend.gram_svd(projection, rows_of(weighed, 0, basis_rows), 1 / unit, s.view(), leading.view());
   if (!moment) return factors(leading.view());
-  // Of C = U U^T W, whose r rows U^T W are not orthogonal to each other but in R's norm.
+  // For C = U U^T W: its r rows U^T W are orthogonal to each other only in R's norm.
   const auto weighed_best = rotate(leading.view(), projection);
   const auto turn = backend.alloc(r, r, Format::f32);
   backend.gram_svd(weighed_best.view(), weighed_best.view(), 1 / unit, s.view(), turn.view());
@@ -237,7 +238,7 @@ inline void check_finite(const Largest& largest) {
   PISSA_CHECK(std::isfinite(largest.moment), "second_moment", kNeeded);
 }
 
-/// Of a weight that may lack full rank, or for which assuming it has failed.
+/// For a weight that may lack full rank, or for which assuming it has failed.
 template <Backend B>
 auto careful_svd(B& backend, const Matrix& w, std::int64_t r, const SvdOptions& options, const Matrix& moment,
                  const Largest& largest) {
@@ -248,16 +249,16 @@ auto careful_svd(B& backend, const Matrix& w, std::int64_t r, const SvdOptions& 
 
 }  // namespace detail
 
-/// The leading r singular triplets of a weight; with a second moment, those of the matrix C of rank r that loses least
-/// of the outputs.
+/// Computes the leading r singular triplets of a weight; with a second moment, those of the matrix C of rank r that
+/// loses least of the outputs.
 ///
 /// @param backend computes, and owns the memory of the result
-/// @param w [out, in], any format; read in place, once a pass
+/// @param w [out, in], any format; read in place, once per pass
 /// @param r 1 to min(out, in)
 /// @param options method, passes, seed
-/// @param largest max_abs of w, where it is known already
-/// @param moment [in, in] f32, symmetric and not negative definite, of any scale and rank; may be absent
-/// @return SvdFactors: orthonormal rows, whatever the rank of w
+/// @param largest max_abs of w, if it is already known
+/// @param moment [in, in] f32, symmetric and positive semi-definite, of any scale and rank; may be absent
+/// @return SvdFactors: orthonormal rows, for any rank of w
 /// @throws std::invalid_argument a bad rank or pass count; a moment of another shape; NaN or Inf in w or in it
 /// @throws std::runtime_error a decomposition that does not converge
 template <Backend B>

@@ -24,7 +24,8 @@ inline void check_split(const Matrix& w, std::int64_t r, float scaling, const Sv
   check_svd(w, r, options);
 }
 
-/// Start factors of a weight: a0 = sqrt(S / scaling) V^T and b0 = U sqrt(S / scaling), of rank r = a0.rows.
+/// Computes the start factors of a weight: a0 = sqrt(S / scaling) V^T and b0 = U sqrt(S / scaling), of rank r =
+/// a0.rows.
 ///
 /// @param backend computes
 /// @param w [out, in], any format
@@ -32,10 +33,10 @@ inline void check_split(const Matrix& w, std::int64_t r, float scaling, const Sv
 /// @param options of the decomposition
 /// @param a0 [r, in] f32, is written
 /// @param b0 [out, r] f32, is written
-/// @param largest max_abs of w, where it is known already
+/// @param largest max_abs of w, if it is already known
 /// @param s [1, r] f32, receives the singular values; may be absent
 /// @param moment [in, in] f32, the activations' second moment, as svd_lowrank takes it; may be absent
-/// @throws std::invalid_argument a scaling that is not positive; else as svd_lowrank
+/// @throws std::invalid_argument a scaling that is not positive; otherwise as svd_lowrank
 template <Backend B>
 void split(B& backend, const Matrix& w, float scaling, const SvdOptions& options, const MutableMatrix& a0,
            const MutableMatrix& b0, std::optional<float> largest = std::nullopt, const MutableMatrix& s = {},
@@ -47,24 +48,24 @@ void split(B& backend, const Matrix& w, float scaling, const SvdOptions& options
   if (s) backend.copy(svd.s.view(), s);
 }
 
-/// A weight [out, in], and where its start factors go: a0 [r, in] and b0 [out, r], f32.
+/// A weight [out, in], and the destinations of its start factors: a0 [r, in] and b0 [out, r], f32.
 struct SplitTask {
   Matrix w;
   float scaling;
   MutableMatrix a0;
   MutableMatrix b0;
-  std::optional<float> largest = std::nullopt;  ///< max_abs of w, where it is known already
-  MutableMatrix s = {};                         ///< [1, r] f32: where the singular values go, if anywhere
-  Matrix moment = {};                           ///< [in, in] f32: the activations' second moment, if it is to weigh
+  std::optional<float> largest = std::nullopt;  ///< max_abs of w, if it is already known
+  MutableMatrix s = {};                         ///< [1, r] f32: the destination of the singular values, if wanted
+  Matrix moment = {};                           ///< [in, in] f32: the activations' second moment, if it is to be used
 };
 
-/// What `split` refuses of a task but elements that are not finite.
+/// Checks everything that `split` refuses in a task, except elements that are not finite.
 inline void check_task(const SplitTask& task, const SvdOptions& options) {
   check_split(task.w, task.a0.rows, task.scaling, options);
   check_second_moment(task.moment, task.w);
 }
 
-/// What f() returns. The message of a std::invalid_argument that it throws begins with "weights[index]: ".
+/// Returns f(). If f throws a std::invalid_argument, its message gets the prefix "weights[index]: ".
 template <class F>
 auto naming_weight(std::size_t index, F f) {
   try {
@@ -79,8 +80,8 @@ inline Term minus_factors(const Matrix& a0, const Matrix& b0, float scaling) {
   return {b0, Op::n, a0, Op::n, -scaling};
 }
 
-/// QPiSSA (arXiv 2404.02948, sec. 4): start factors of w as `split` gives them, and the residual w - scaling * b0 * a0,
-/// quantised without being stored. More alternations of the two are pissa.ops', in Python.
+/// QPiSSA (arXiv 2404.02948, sec. 4): the start factors of w as `split` computes them, and the residual w - scaling *
+/// b0 * a0, quantised without being stored. Further alternations of the two are made by pissa.ops, in Python.
 ///
 /// @param backend computes
 /// @param w [out, in], dense
@@ -88,9 +89,9 @@ inline Term minus_factors(const Matrix& a0, const Matrix& b0, float scaling) {
 /// @param options of the decomposition
 /// @param a0 [r, in] f32, is written
 /// @param b0 [out, r] f32, is written
-/// @param q where codes and scales go, and their format
-/// @param largest max_abs of w, where it is known already
-/// @throws std::invalid_argument a w that is quantised, a block size that q's format lacks; else as `split`
+/// @param q the destination of codes and scales, and their format
+/// @param largest max_abs of w, if it is already known
+/// @throws std::invalid_argument a w that is quantised, or a block size that q's format lacks; otherwise as `split`
 template <Backend B>
 void split_quantized(B& backend, const Matrix& w, float scaling, const SvdOptions& options, const MutableMatrix& a0,
                      const MutableMatrix& b0, const QuantOutput& q, std::optional<float> largest = std::nullopt) {

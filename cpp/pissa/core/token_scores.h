@@ -1,11 +1,11 @@
-// What a language model's output layer says of the tokens that come: log-probabilities, without logits in memory.
+// Scores of a language model's output layer for the next tokens: log-probabilities, without logits in memory.
 //
 //   logits  l = x W^T + bias        z = scale l, or cap tanh(scale l / cap)
-//   scores  log p_y = z_y - log sum exp(z), and what else a row of z is asked for
+//   scores  log p_y = z_y - log sum exp(z), and the other scores of a row of z
 //   dx      d log p_y / dx = ((e_y - p) dz/dl) W, for each token by itself
 //
-// A loss that weighs tokens, cross-entropy or a preference's, is a sum of log p_y: its gradient is dx, each row times
-// its token's weight. So logits are computed once, a chunk of tokens at a time, and forgotten.
+// A loss that weights tokens, such as cross-entropy or a preference loss, is a sum of log p_y. Its gradient is dx, each
+// row times its token's weight. Therefore logits are computed once, for a chunk of tokens at a time, and discarded.
 #pragma once
 
 #include <algorithm>
@@ -17,13 +17,13 @@
 
 namespace pissa {
 
-/// Scores of the tokens, and their gradients where `dx` is given.
+/// Computes the scores of the tokens, and their gradients if `dx` is given.
 ///
 /// @param x [tokens, in], dense
 /// @param weight [vocabulary, in], any format
 /// @param bias [1, vocabulary], dense; may be absent
-/// @param labels [tokens], in the backend's memory; scores of one outside the vocabulary are NaN, its dx too
-/// @param scale of the logits
+/// @param labels [tokens], in the backend's memory; for one outside the vocabulary, scores and dx are NaN
+/// @param scale factor of the logits
 /// @param cap the bound of soft-capping; 0: none
 /// @param scores [tokens, kScores] f32, is written
 /// @param dx [tokens, in], dense, is written; may be absent

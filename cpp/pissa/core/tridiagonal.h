@@ -1,7 +1,6 @@
-// The eigenproblem of a symmetric tridiagonal matrix, one eigenpair at a time: what a backend runs for many side by
-// side.
+// The eigenproblem of a symmetric tridiagonal matrix, one eigenpair at a time. A backend runs many side by side.
 //
-// Sequential functions for one thread. Vectors that it writes may lie between those of its neighbours.
+// Sequential functions for one thread. The vectors that they write may be interleaved with those of their neighbours.
 #pragma once
 
 #include <cstdint>
@@ -25,8 +24,8 @@ struct StridedVector {
   PISSA_INLINE constexpr double& operator[](std::int64_t i) const { return data[i * stride]; }
 };
 
-/// How many eigenvalues are less than x: as many as pivots of T - x are negative (Sylvester; Golub, Van Loan, 8.4.1). A
-/// pivot smaller than `tiny` becomes -tiny; a squared subdiagonal, divided by it, must be finite.
+/// The number of eigenvalues less than x, which is the number of negative pivots of T - x (Sylvester; Golub, Van Loan,
+/// 8.4.1). A pivot smaller than `tiny` becomes -tiny; a squared subdiagonal, divided by it, must be finite.
 PISSA_INLINE constexpr std::int64_t eigenvalues_below(const Tridiagonal& t, double x, double tiny) {
   std::int64_t count = 0;
   double pivot = 1.0;
@@ -41,8 +40,8 @@ PISSA_INLINE constexpr std::int64_t eigenvalues_below(const Tridiagonal& t, doub
 }
 
 /// One step of inverse iteration, x = (T - shift)^-1 x, by Gaussian elimination with partial pivoting (LAPACK's gttrf
-/// and gttrs in one). A pivot smaller than `tiny` becomes `tiny`. `pivot`, `first`, `second` [n]: room for the diagonal
-/// and both superdiagonals of U.
+/// and gttrs in one). A pivot smaller than `tiny` becomes `tiny`. `pivot`, `first`, `second` [n]: memory for the
+/// diagonal and both superdiagonals of U.
 PISSA_INLINE constexpr void solve_tridiagonal(const Tridiagonal& t, double shift, double tiny, const StridedVector& x,
                                               const StridedVector& pivot, const StridedVector& first,
                                               const StridedVector& second) {

@@ -1,7 +1,7 @@
-// Matrices as the core sees them: a pointer, a shape, and how the numbers are stored.
+// Matrices in the core: a pointer, a shape, and how the numbers are stored.
 //
 // Everything is row-major. `ld` is the leading dimension in elements: the distance between the starts of two rows.
-// Nothing in this header dereferences a pointer: it may point to the memory of a device.
+// Nothing in this header dereferences a pointer, because it may point to a device's memory.
 #pragma once
 
 #include <cstdint>
@@ -10,15 +10,16 @@
 
 namespace pissa {
 
-/// Scales of a quantised matrix, one per block of `blocksize` elements of the flattened matrix; of NormalFloats and
-/// INT8 its largest absolute value. Where they are: `absmax`, `absmax16` or `absmax8`, one of them. A byte of absmax8
-/// is, with nested_absmax (double quantisation), that of block i `kDynamicMap[absmax8[i]] * nested_absmax[i / 256] +
-/// *offset`, with the map of bitsandbytes; with `levels`, `levels[absmax8[i]]`; alone, the power of two of E8M0.
+/// Scales of a quantised matrix, one per block of `blocksize` elements of the flattened matrix. For NormalFloats and
+/// INT8, a scale is the block's largest absolute value. One of `absmax`, `absmax16` and `absmax8` contains them. A byte
+/// of absmax8 means, for block i: with nested_absmax (double quantisation), `kDynamicMap[absmax8[i]] * nested_absmax[i
+/// / 256] + *offset`, with the map of bitsandbytes; with `levels`, `levels[absmax8[i]]`; with neither, the power of two
+/// of E8M0.
 ///
-/// Of FP8 a block is a tile of `rows` rows and `blocksize` columns, less at the edges; tiles are row-major, `across` of
-/// them side by side.
+/// For FP8 a block is a tile of `rows` rows and `blocksize` columns, smaller at the edges. Tiles are row-major, with
+/// `across` of them side by side.
 struct Scales {
-  std::int64_t blocksize = 0;               ///< of INT8 the columns of the matrix: a block is a row
+  std::int64_t blocksize = 0;               ///< for INT8 the columns of the matrix: a block is a row
   const float* absmax = nullptr;            ///< [blocks]
   const std::uint8_t* absmax8 = nullptr;    ///< [blocks]
   const float* nested_absmax = nullptr;     ///< [ceil(blocks / 256)]
@@ -30,12 +31,12 @@ struct Scales {
 };
 
 /// A read-only matrix [rows, cols], row-major, in any format: a view. A backend that computes on a stack of equal
-/// matrices at once takes one for all of them.
+/// matrices at once takes one Matrix for all of them.
 struct Matrix {
   const void* data = nullptr;  ///< elements, or codes; null: absent
   std::int64_t rows = 0;
   std::int64_t cols = 0;
-  std::int64_t ld = 0;  ///< elements from a row to the next; ignored where quantised, which is contiguous
+  std::int64_t ld = 0;  ///< elements from a row to the next; ignored for quantised matrices, which are contiguous
   Format format = Format::f32;
   Scales scales = {};       ///< of a quantised format
   std::int64_t stride = 0;  ///< elements between the matrices of a stack; 0: one matrix, the same for the whole stack
@@ -44,7 +45,7 @@ struct Matrix {
   PISSA_INLINE constexpr explicit operator bool() const { return data != nullptr; }
 };
 
-/// A writable matrix [rows, cols] in a dense format: a view. It is a Matrix, too.
+/// A writable matrix [rows, cols] in a dense format: a view. It converts to a Matrix.
 struct MutableMatrix {
   void* data = nullptr;  ///< null: absent
   std::int64_t rows = 0;
@@ -64,7 +65,7 @@ inline MutableMatrix rows_of(MutableMatrix matrix, std::int64_t first, std::int6
   matrix.rows = count;
   return matrix;
 }
-/// The same of a read-only one.
+/// The same for a read-only matrix.
 inline Matrix rows_of(Matrix matrix, std::int64_t first, std::int64_t count) {
   matrix.data = static_cast<const char*>(matrix.data) + first * matrix.ld * element_size(matrix.format);
   matrix.rows = count;
@@ -77,7 +78,7 @@ inline MutableMatrix cols_of(MutableMatrix matrix, std::int64_t first, std::int6
   matrix.cols = count;
   return matrix;
 }
-/// The same of a read-only one.
+/// The same for a read-only matrix.
 inline Matrix cols_of(Matrix matrix, std::int64_t first, std::int64_t count) {
   matrix.data = static_cast<const char*>(matrix.data) + first * element_size(matrix.format);
   matrix.cols = count;
@@ -90,7 +91,7 @@ inline MutableMatrix one_of(MutableMatrix stack, std::int64_t i) {
   stack.stride = 0;
   return stack;
 }
-/// The same of a read-only one.
+/// The same for a read-only matrix.
 inline Matrix one_of(Matrix stack, std::int64_t i) {
   stack.data = static_cast<const char*>(stack.data) + i * stack.stride * element_size(stack.format);
   stack.stride = 0;
@@ -100,27 +101,27 @@ inline Matrix one_of(Matrix stack, std::int64_t i) {
 /// Whether a GEMM reads an operand as it is or transposed (BLAS's N and T).
 enum class Op : std::uint8_t { n, t };
 
-/// Of a gated linear unit.
+/// The activation of a gated linear unit.
 enum class Activation { silu, gelu_tanh };
 
-/// What a product's operands may be rounded to before they are multiplied; sums are f32 either way. `bf16` and `f16`
-/// are what mixed precision means, and what a device does where it has faster units for them; `tf32` is TF32 where the
-/// device has it and its user has allowed it, and f32 elsewhere; `f32` keeps every digit given.
+/// The format to which a product's operands may be rounded before they are multiplied. Sums are always f32. `bf16` and
+/// `f16` are mixed precision, which a device uses if it has faster units for it. `tf32` is TF32 if the device supports
+/// it and its user has allowed it, otherwise f32. `f32` keeps every given digit.
 enum class Precision : std::uint8_t { f32, bf16, f16, tf32 };
 
-/// What operands are rounded to; those that keep their digits are f32.
+/// The format to which operands are rounded; f32 for those that keep their digits.
 PISSA_INLINE constexpr Format format_of(Precision precision) {
   return precision == Precision::bf16 ? Format::bf16 : precision == Precision::f16 ? Format::f16 : Format::f32;
 }
 
-/// Mixed precision as it is usually meant: half-precision activations ask for products in it, of the factors too. For
-/// f32 the user's choice of TF32 holds, as for the layer that is adapted.
+/// Mixed precision in the usual sense: half-precision activations request products in their format, of the factors too.
+/// For f32, the user's choice of TF32 applies, as it does for the adapted layer.
 PISSA_INLINE constexpr Precision precision_of(Format activations) {
   if (activations == Format::bf16) return Precision::bf16;
   return activations == Format::f16 ? Precision::f16 : Precision::tf32;
 }
 
-/// Whether an algorithm knows that rows are linearly independent, or takes them as they come.
+/// Whether an algorithm may assume that rows are linearly independent, or must handle any rows.
 enum class Rank : std::uint8_t { assumed_full, any };
 
 /// Columns of a weight that error feedback rounds one after the other, between two GEMMs.

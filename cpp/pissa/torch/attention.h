@@ -1,4 +1,4 @@
-// Softmax attention, on the CPU only: elsewhere torch's own is as fast.
+// Softmax attention, only on the CPU: on other devices torch's own is as fast.
 #pragma once
 
 #include <tuple>
@@ -8,8 +8,8 @@
 
 namespace pissa::ops {
 
-// A tensor [batch, heads, length, dim] with neighbouring elements in a row; with `transposed`, of one that is
-// [batch, length, heads, dim].
+// A tensor [batch, heads, length, dim] with adjacent elements in a row; with `transposed`, given as [batch, length,
+// heads, dim].
 inline Heads heads_of(const char* name, const Tensor& tensor, bool transposed = false) {
   PISSA_CHECK(tensor.dim() == 4 && (tensor.stride(3) == 1 || tensor.size(3) == 1 || tensor.numel() == 0), name,
               ": needed four dimensions, and neighbours in the last");
@@ -58,7 +58,7 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
   return {out, log_sums};
 }
 
-// Gradients [batch, length, heads, dim] of q, k and v; out, dout: as the forward's.
+// Gradients [batch, length, heads, dim] of q, k and v; out and dout as in the forward.
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& dout, const Tensor& q, const Tensor& k,
                                                       const Tensor& v, const OptionalTensor& mask, const Tensor& out,

@@ -1,4 +1,4 @@
-// A gated activation, on the CPU only.
+// A gated activation, only on the CPU.
 #pragma once
 
 #include <string>

@@ -1,4 +1,4 @@
-// The ops that multiply: the linear layer with its adapter, and the adapter alone.
+// The ops that multiply: the linear layer with its adapter, and the adapter by itself.
 #pragma once
 
 #include <optional>
@@ -12,7 +12,7 @@
 
 namespace pissa::ops {
 
-// The adapter's factors as they cross the op boundary, in pairs: a and b, or none; a0 and b0 beside them, or none.
+// The adapter's factors as they cross the op boundary, in pairs: a and b, or none; with them a0 and b0, or none.
 struct AdapterTensors {
   OptionalTensor a, b, a0, b0;
   float scaling;
@@ -53,21 +53,21 @@ struct AdapterTensors {
   }
 };
 
-// What a forward keeps for its backward: sums of factors in x's dtype, where the backend keeps them, and xa. Together
-// in one float32 tensor, empty without an adapter: torch has work with each output of an op in every call, also on the
-// CPU, which keeps xa alone, in float32.
+// What a forward keeps for its backward: sums of factors in x's dtype, if the backend keeps them, and xa. Both are in
+// one float32 tensor, empty without an adapter, because torch has a cost for each output of an op in every call, also
+// on the CPU, which keeps only xa, in float32.
 struct Kept {
   Tensor tensor;
   MutableMatrix xa;
   FactorSums sums;
 
-  // By a forward at x.
+  // Created by a forward at x.
   template <Backend B>
   Kept(const B&, const Tensor& x, const Matrix& x_view, const Adapter& adapter)
       : Kept(new_tensor(x, {floats<B>(x_view, adapter)}, ScalarType::Float), x_view, adapter,
              FactorSums::kept<B>(x_view, adapter), thin_format<B>(x_view)) {}
 
-  // As the forward returned it.
+  // Read as the forward returned it.
   template <Backend B>
   Kept(const B&, const Matrix& x_view, const Adapter& adapter, const Tensor& kept)
       : Kept(torch::stable::contiguous(kept), x_view, adapter, FactorSums::kept<B>(x_view, adapter),
@@ -88,11 +88,11 @@ struct Kept {
     const std::int64_t of_xa = adapter ? ceil_div(x.rows * adapter.rank() * size, 4) : 0;
     return of_xa + (FactorSums::kept<B>(x, adapter) ? floats_of_sums(adapter) : 0);
   }
-  // Of halves; so many that xa is at 16 bytes.
+  // Floats for the sums, which are halves; rounded up so that xa is aligned to 16 bytes.
   static std::int64_t floats_of_sums(const Adapter& adapter) { return ceil_div(FactorSums::size(adapter), 8) * 4; }
 };
 
-// (y [..., out] in x's dtype, what is kept)
+// (y [..., out] in x's dtype, the kept tensor)
 template <Backend B>
 std::tuple<Tensor, Tensor> linear_forward(B& backend, const Tensor& x, const Matrix& weight, const OptionalTensor& bias,
                                           const AdapterTensors& factors) {
@@ -110,7 +110,7 @@ std::tuple<Tensor, Tensor> linear_forward(B& backend, const Tensor& x, const Mat
   return {y, kept.tensor};
 }
 
-// The gradients' tensors: dx like x, empty unless needed; those of a and b, empty without an adapter.
+// The tensors of the gradients: dx like x, empty unless needed; those of a and b, empty without an adapter.
 struct LinearGradients {
   Tensor dx, grad_a, grad_b;
   bool need_dx;
@@ -197,7 +197,7 @@ std::tuple<Tensor, Tensor, Tensor> quantized_linear_backward(
                          {a, b, a0, b0, scaling, implicit}, kept_tensor, need_dx);
 }
 
-// (y like base, what is kept)
+// (y like base, the kept tensor)
 template <class Device>
 std::tuple<Tensor, Tensor> add_low_rank(const Tensor& base, const Tensor& x, const Tensor& a, const Tensor& b,
                                         const OptionalTensor& a0, const OptionalTensor& b0, double scaling,

@@ -1,11 +1,11 @@
-// The torch ops: check, allocate, call the core. Templates over a Device, so that a device's own file says only where
-// its backend comes from.
+// The torch ops: check, allocate, call the core. They are templates over a Device, so that a device's own file only
+// says where its backend comes from.
 //
 // Tensors may be non-contiguous (they are made contiguous) and x may have any number of leading dimensions.
 //
-// A Device is made from the tensors of a call, all on one device, and has
+// A Device is constructed from the tensors of a call, all on one device, and has
 //   backend()                   the backend that computes there, while the Device lives
-//   split_many(tasks, options)  the backend's way with many weights
+//   split_many(tasks, options)  the backend's method for many weights
 #pragma once
 
 #include <torch/csrc/stable/library.h>

@@ -11,8 +11,8 @@
 namespace pissa::ops {
 namespace {
 
-// Blocks are bound to the stream that was current when they were taken, which is the op's. Torch has given back what it
-// kept before it finds no room, and has said more about it on stderr than its stable ABI tells.
+// Blocks are bound to the stream that was current when they were allocated, which is the op's. Before torch reports
+// that it has no memory, it has released its cache, and has printed more on stderr than its stable ABI returns.
 class TorchAllocator final : public cuda::Allocator {
  public:
   void* allocate(std::int64_t bytes, cudaStream_t) const override {
@@ -39,7 +39,7 @@ class CudaDevice {
  private:
   static cuda::Context current_context(std::int32_t device) {
     static const TorchAllocator allocator;
-    // The library has a CUDA runtime of its own, which must be told too.
+    // The library has its own CUDA runtime, for which the device must be set too.
     cuda::check(cudaSetDevice(device), {.device = device}, "cudaSetDevice");
     cuda::check_supported(device);
     void* stream = nullptr;

@@ -24,7 +24,7 @@ inline Format quantized_format(const std::string& name) {
 struct QuantizedTensors {
   Tensor codes;
   Tensor absmax;                 // float32, uint8 or bfloat16, as the format stores its scales
-  OptionalTensor nested_absmax;  // of nested scales; or what 256 bytes stand for
+  OptionalTensor nested_absmax;  // for nested scales; or the values of 256 bytes
   OptionalTensor offset;
   Format format;
   std::int64_t blocksize;
@@ -62,7 +62,7 @@ struct QuantizedTensors {
     return result;
   }
 
-  // Whether scales of the format are of that dtype, beside a table or without one.
+  // Whether scales of the format have that dtype, with or without a table.
   bool has_dtype(ScalarType dtype) const {
     const bool table = nested_absmax.has_value();
     switch (info(format).scales) {
@@ -101,7 +101,7 @@ struct QuantizedTensors {
     return {blocksize};
   }
 
-  // Of one row, or as high as they are wide.
+  // Tiles of one row, or as high as they are wide.
   Scales tiles(std::int64_t rows, std::int64_t cols) const {
     PISSA_CHECK(blocksize >= 1, "blocksize: got ", blocksize, "; allowed: from 1 on");
     const std::int64_t across = ceil_div(cols, blocksize);
@@ -115,12 +115,12 @@ struct QuantizedTensors {
   }
 };
 
-// Room for a quantised matrix [rows, cols], and where the core writes it.
+// Memory for a quantised matrix [rows, cols], and the core's output in it.
 struct NewQuantized {
   Tensor codes, absmax;
   QuantOutput output;
 
-  // The global scale is NVFP4's, float32 [].
+  // The global scale is that of NVFP4, float32 [].
   NewQuantized(const Tensor& like, const Matrix& shape, const std::string& format, std::int64_t blocksize,
                const OptionalTensor& global)
       : NewQuantized(like, shape, quantized_format(format), blocksize) {
@@ -153,7 +153,7 @@ std::tuple<Tensor, Tensor> quantize(const Tensor& weight, const std::string& for
   return {q.codes, q.absmax};
 }
 
-// Codes by error feedback, with the scales that are given.
+// Codes by error feedback, with the given scales.
 template <class Device>
 Tensor feedback_codes(const Tensor& weight, const Tensor& lower, const Tensor& absmax,
                       const OptionalTensor& nested_absmax, const OptionalTensor& offset, const std::string& format,
@@ -170,7 +170,7 @@ Tensor feedback_codes(const Tensor& weight, const Tensor& lower, const Tensor& a
   return codes;
 }
 
-// Without an offset: less their mean.
+// Without an offset, the mean is subtracted.
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor> quantize_absmax(const Tensor& absmax, const OptionalTensor& offset) {
   Device device(absmax, offset);
@@ -199,8 +199,8 @@ Tensor dequantize(const Tensor& codes, const Tensor& absmax, const OptionalTenso
   return out;
 }
 
-// error = weight - quantised weight, of any dtype: memory that is used again, since touching 32 MB for the first time
-// takes longer than computing them. Returns the sum of its squares, float64 [].
+// error = weight - quantised weight, in any dtype. The memory is reused, because touching 32 MB for the first time
+// takes longer than computing them. Returns the sum of the squares, float64 [].
 template <class Device>
 Tensor quantization_error(const Tensor& weight, const Tensor& codes, const Tensor& absmax,
                           const OptionalTensor& nested_absmax, const OptionalTensor& offset, const std::string& format,

@@ -1,4 +1,4 @@
-// RMSNorm, on the CPU only.
+// RMSNorm, only on the CPU.
 #pragma once
 
 #include <tuple>

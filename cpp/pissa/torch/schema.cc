@@ -1,10 +1,10 @@
 // The schemas of torch.ops.pissa.*. python/pissa/ops documents, validates, and registers fakes and gradients.
 //
-// `largest` is what max_abs says of the weight: whoever has to know that it is finite has read it already.
+// `largest` is the result of max_abs for the weight: callers that must know whether it is finite have already read it.
 // kept is what a forward keeps for its backward, in one tensor: Kept in linear.h.
-// A quantised weight is (codes, absmax, nested_absmax, offset, format, blocksize), of core/format.h and Scales: fixed
-// slots, not a list of scales. With a list torch's register_autograd takes 165 us more for a forward and backward, and
-// wants a list of None back.
+// A quantised weight is (codes, absmax, nested_absmax, offset, format, blocksize), as in core/format.h and Scales:
+// fixed slots, not a list of scales. With a list, torch's register_autograd takes 165 us more for a forward and
+// backward, and expects a list of None as the result.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(pissa, m) {

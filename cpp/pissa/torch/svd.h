@@ -14,13 +14,13 @@
 
 namespace pissa::ops {
 
-// passes: none, as many as the rank needs.
+// passes: none means as many as the rank needs.
 inline SvdOptions svd_options(const std::string& svd, std::optional<std::int64_t> passes, std::int64_t seed) {
   PISSA_CHECK(svd == "krylov" || svd == "subspace", "svd: got '", svd, "'; allowed: 'krylov', 'subspace'");
   return {svd == "krylov" ? SvdMethod::krylov : SvdMethod::subspace, passes, static_cast<std::uint64_t>(seed)};
 }
 
-// All elements of a weight, in any order, where they lie if they are the rows of a matrix or its columns.
+// All elements of a weight, in any order; in place if they are the rows or the columns of a matrix.
 inline Matrix elements(const Tensor& weight, std::vector<Tensor>& copies) {
   if (weight.dim() == 2) {
     const std::int64_t rows = weight.size(0), cols = weight.size(1);
@@ -45,7 +45,7 @@ Tensor max_abs(const std::vector<Tensor>& weights) {
   return largest;
 }
 
-// (u [r, out], s [r], v [r, in]), one singular vector per row.
+// (u [r, out], s [r], v [r, in]), with one singular vector per row.
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor> svd_lowrank(const Tensor& weight, double largest, std::int64_t r,
                                                const std::string& svd, std::optional<std::int64_t> passes,
@@ -64,7 +64,7 @@ std::tuple<Tensor, Tensor, Tensor> svd_lowrank(const Tensor& weight, double larg
   return {u, s, v};
 }
 
-// (a0 [r, in], b0 [out, r], singular values [r]) of each weight; with second moments, [in, in] of each, or without.
+// (a0 [r, in], b0 [out, r], singular values [r]) for each weight, optionally with second moments, [in, in] for each.
 template <class Device>
 std::tuple<std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>> split_many(
     const std::vector<Tensor>& weights, const std::vector<double>& largest, const std::vector<std::int64_t>& ranks,

@@ -1,7 +1,7 @@
-// Tensors as the core takes them: views, shapes, devices.
+// Tensors in the form that the core takes: views, shapes, devices.
 //
-// Arguments were validated in python/pissa/ops with better messages; what the ops check again is what would otherwise
-// read or write out of bounds. Exceptions keep their text; which Python type they become depends on the torch version.
+// Arguments were validated in python/pissa/ops with better messages. The ops check again only what would otherwise read
+// or write out of bounds. Exceptions keep their text; which Python type they become depends on the torch version.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -51,7 +51,8 @@ inline MutableMatrix mutable_matrix(const Tensor& tensor) {
   return {tensor.mutable_data_ptr(), view.rows, view.cols, view.ld, view.format};
 }
 
-// Throws unless every tensor is where the first one is: what a device is handed is read without looking.
+// Throws unless every tensor is on the device of the first one, because a device reads what it is given without
+// checking.
 inline void check_same_device(const Tensor& first, const Tensor& other) {
   PISSA_CHECK(first.is_cpu() == other.is_cpu() && first.get_device_index() == other.get_device_index(),
               "all tensors must be on one device");

@@ -10,7 +10,7 @@
 
 namespace pissa::ops {
 
-// (scores [..., kScores] f32, dx like x, empty unless needed)
+// (scores [..., kScores] f32, dx like x, which is empty unless needed)
 template <Backend B>
 std::tuple<Tensor, Tensor> token_scores(B& backend, const Tensor& x, const Matrix& weight, const OptionalTensor& bias,
                                         const Tensor& labels, double scale, double cap, bool need_dx) {
