@@ -24,7 +24,7 @@ class Rows {
     for (std::int64_t i = 0; i < count; ++i) end = std::max(end, seen(i));
   }
 
-  // The keys from 0 on among which are all that row i sees.
+  // The number of keys, from 0 on, that include all keys which row i sees.
   std::int64_t seen(std::int64_t i) const {
     const std::int64_t keys = problem_.k.length;
     std::int64_t limit = keys;
@@ -102,7 +102,7 @@ void attention_forward(const Executor& executor, const Kernels& kernels, const A
   });
 }
 
-// A task takes a head of keys and all queries that share it, so that their sums have one order.
+// A task processes a head of keys and all queries that share it, so that their sums have a fixed order.
 void attention_backward(const Executor& executor, const Kernels& kernels, const Attention& problem, const Heads& out,
                         const float* log_sums, const Heads& dout, const Heads& dq, const Heads& dk, const Heads& dv) {
   const Heads& q = problem.q;
@@ -130,7 +130,7 @@ void attention_backward(const Executor& executor, const Kernels& kernels, const 
           kernels.softmax_backward_row(row_of(p, i), row_of(ds, i), rows.seen(i), rows.end, rows.mask(i), log_sum, less,
                                        problem.scale);
         }
-        // A first operand that is packed across its rows takes as long as its product with 64 columns.
+        // Packing a first operand across its rows takes as long as its product with 64 columns.
         const auto add_transposed = [&](const Buffer& a, const Matrix& other, const Buffer& sum) {
           kernels.transpose(row_of(a, 0), rows.count, rows.end, row_of(turned, 0));
           multiply(turned.view(), Op::n, other, Op::n, rows_of(sum.view(), 0, rows.end), true);

@@ -24,8 +24,9 @@ namespace {
 
 constexpr std::int64_t kAlignment = 64;
 
-// Freed memory of the calling thread, kept for the next buffer of the same size: a page touched for the first time
-// costs a fault, about 1 us, which made the factors' sums, 1 MB each, dearer than the products they are for. Bounded.
+// Freed memory of the calling thread, kept for the next buffer of the same size. The first access to a page costs a
+// fault, about 1 us, which made the sums of the factors, 1 MB each, more expensive than the products that they are for.
+// The pool is bounded.
 class Pool {
  public:
   ~Pool() {
@@ -76,12 +77,13 @@ void* allocate(std::int64_t bytes) {
 
 // Scratch of the calling thread: 1.6 MB, allocated on first use, freed with the thread.
 const Panels& panels() {
-  // After A's strip 3 KB, so that `scratch` does not begin with a page, as the rows of most weights do: a load of a row
-  // would wait for a store to scratch at the same place in its page, 5 % of a product with 16 rows.
+  // 3 KB after A's strip, so that `scratch` does not begin with a page, as the rows of most weights do. Otherwise, a
+  // load from a row would wait for a store to scratch at the same offset in its page, which cost 5 % of a product with
+  // 16 rows.
   constexpr std::int64_t kApart = 768;
   static constexpr std::array kSizes{
       kStripRows * (kKc + 16) + kApart, (kKc + kPanelPad) * kNc, (kMc + kStripRows) * kNc, 32 * kKc, kNc, kNc};
-  pool();  // made before the buffer, so that it outlives it
+  pool();  // created before the buffer, so that it outlives it
   thread_local const Buffer buffer(1, std::reduce(kSizes.begin(), kSizes.end()));
   thread_local const Panels panels = [] {
     float* at[kSizes.size()] = {static_cast<float*>(buffer.view().data)};
@@ -116,7 +118,7 @@ void CpuBackend::run(const GemmProblem& problem) const {
   const std::int64_t m = problem.out.rows;
   const std::int64_t n = problem.out.cols;
   if (m == 0 || n == 0) return;
-  // As many blocks for each thread, cut along columns first, since a narrow block decodes no weight twice.
+  // The same number of blocks for each thread, cut along columns first, because a narrow block decodes no weight twice.
   const std::int64_t threads = executor_.threads();
   const std::int64_t tile = kernels_.tile_rows;
   std::int64_t row_pieces = ceil_div(m, kMc / tile * tile);
@@ -137,7 +139,7 @@ void CpuBackend::run(const GemmProblem& problem) const {
   });
 }
 
-// scale * a^T in the numbers that products of that precision take.
+// scale * a^T in the number format that products of that precision take.
 Buffer CpuBackend::turned(const Matrix& a, float scale, Precision precision) const {
   constexpr std::int64_t kRows = 64;
   Buffer out(a.cols, a.rows, kernels_.bf16 && precision == Precision::bf16 ? Format::bf16 : Format::f32);
@@ -159,8 +161,9 @@ Buffer CpuBackend::turned(const Matrix& a, float scale, Precision precision) con
   return out;
 }
 
-// a^T b is computed from a^T as it is stored then: packed across its rows anew for each block of columns, a thin a took
-// a third of the product. With fewer columns than rows it is (b^T a)^T: what is long runs along the panels of B.
+// a^T b is computed from a stored a^T. Packing a thin a across its rows again for each block of columns took a third of
+// the product. If there are fewer columns than rows, it is computed as (b^T a)^T, so that the long side runs along the
+// panels of B.
 void CpuBackend::gemm(std::span<const Term> terms, const Matrix& addend, const MutableMatrix& out) const {
   constexpr std::int64_t kMostTurned = 512;  // columns of a
   check_terms(terms);
@@ -208,9 +211,9 @@ void CpuBackend::quantize(const Matrix& a, const QuantOutput& out) const {
   });
 }
 
-// Rows whose sum one task quantises. Of a run of blocks it also computes what it touches of the rows of its neighbours,
-// at most two rows, about 1 in 56. With fewer rows the panels of the second factor, packed anew for each task, would
-// take longer than the products.
+// The number of rows whose sum one task quantises. For a run of blocks, a task also computes the parts of its
+// neighbours' rows that the run touches, at most two rows, about 1 in 56. With fewer rows, the panels of the second
+// factor, packed again for each task, would take longer than the products.
 constexpr std::int64_t kQuantizedRows = 112;
 
 void CpuBackend::gemm_quantized(std::span<const Term> terms, const Matrix& addend, const QuantOutput& out) const {
@@ -236,8 +239,8 @@ void CpuBackend::gemm_quantized(std::span<const Term> terms, const Matrix& adden
   });
 }
 
-// Where blocks do not cross rows, nor the columns of a block of the output, codes follow from its accumulators while
-// they are in the cache: nothing else is stored.
+// If blocks cross neither rows nor the columns of a block of the output, the codes are computed from its accumulators
+// while they are in the cache, and nothing else is stored.
 void CpuBackend::gemm_quantized_within_rows(std::span<const Term> terms, const Matrix& addend,
                                             const QuantOutput& out) const {
   const std::int64_t cols = addend.cols;
@@ -255,7 +258,7 @@ void CpuBackend::gemm_quantized_within_rows(std::span<const Term> terms, const M
   });
 }
 
-// In f64, run by run: the same bits for any number of threads.
+// In f64, run by run, which gives the same bits for any number of threads.
 float CpuBackend::mean(const float* values, std::int64_t count) const {
   constexpr std::int64_t kRun = 4096;
   std::vector<double> sums(ceil_div(count, kRun));
@@ -268,7 +271,7 @@ float CpuBackend::mean(const float* values, std::int64_t count) const {
 
 void CpuBackend::quantize_absmax(const float* absmax, std::int64_t count, const float* given, std::uint8_t* codes8,
                                  float* nested_absmax, float* offset) const {
-  static const std::vector<std::uint8_t> code_of = [] {  // every point's: searching takes ten times as long
+  static const std::vector<std::uint8_t> code_of = [] {  // for every point, because searching takes ten times as long
     std::vector<std::uint8_t> codes(1 << 16);
     for (std::int32_t point = 0; point < 1 << 16; ++point) codes[point] = dynamic_code(point);
     return codes;
@@ -278,7 +281,7 @@ void CpuBackend::quantize_absmax(const float* absmax, std::int64_t count, const 
   executor_.parallel_for(ceil_div(count, kNestedBlocksize), [&](std::int64_t block) {
     const std::int64_t first = block * kNestedBlocksize;
     const std::int64_t last = std::min(first + kNestedBlocksize, count);
-    std::uint32_t bits = 0;  // of absolute values, as in max_abs: NaN is above all
+    std::uint32_t bits = 0;  // of absolute values, as in max_abs: NaN is largest
     for (std::int64_t i = first; i < last; ++i) {
       bits = std::max(bits, std::bit_cast<std::uint32_t>(std::fabs(absmax[i] - center)));
     }
@@ -328,7 +331,7 @@ std::unique_ptr<double[]> CpuBackend::gram(const Matrix& rows, const Matrix& oth
   const std::int64_t k = rows.rows;
   const std::int64_t pieces = ceil_div(k, kRows);
   auto gram = std::make_unique<double[]>(k * k);
-  // Row i has i + 1 elements: a piece from the top goes with one from the bottom, so that tasks are equal.
+  // Row i has i + 1 elements. A piece from the top is paired with one from the bottom, so that tasks are equal.
   parallel_for(executor_, ceil_div(pieces, 2), k * k * rows.cols, [&](std::int64_t task) {
     for (const std::int64_t piece : {task, pieces - 1 - task}) {
       kernels_.gram(static_cast<const float*>(rows.data), static_cast<const float*>(others.data), rows.cols, rows.ld,
@@ -341,8 +344,8 @@ std::unique_ptr<double[]> CpuBackend::gram(const Matrix& rows, const Matrix& oth
 
 namespace {
 
-// The least share of its length that a row kept: `pivots` is what is left of it outside the rows before it, `gram` has
-// on its diagonal what was left outside the earlier rows, and the overlap the rest, by Pythagoras.
+// The least share of its length that a row has kept. `pivots` is what remains of a row outside the rows before it. The
+// diagonal of `gram` contains what remained outside the earlier rows, and the overlap the rest, by Pythagoras.
 double least_share_kept(const std::vector<double>& pivots, const double* gram, const MutableMatrix& overlap) {
   double least = 1.0;
   for (std::int64_t i = 0; i < overlap.rows; ++i) {
@@ -356,8 +359,8 @@ double least_share_kept(const std::vector<double>& pivots, const double* gram, c
 
 }  // namespace
 
-// What the first round leaves in a row of the others grows as one over the share of its length that it kept: where that
-// is large enough for every row, once is enough.
+// The share of other rows that the first round leaves in a row grows as one over the share of its length that the row
+// kept. If that is large enough for every row, one round is enough.
 void CpuBackend::orthonormalize(const MutableMatrix& basis, std::int64_t done, std::int64_t count, Rank) const {
   constexpr double kOnceIsEnough = 0.25;
   const MutableMatrix earlier = rows_of(basis, 0, done);
@@ -390,8 +393,8 @@ void CpuBackend::orthonormalize(const MutableMatrix& basis, std::int64_t done, s
   }
 }
 
-// One more round, for a basis that misses by no more than bf16's rounding. (Products in bf16 would do for all but the
-// overlap, to 2^-17 of a row: not enough where a basis fills the space.)
+// One more round, for a basis that deviates by no more than bf16's rounding. (Products in bf16 would be enough for
+// everything except the overlap, to 2^-17 of a row, which is not enough if a basis fills the space.)
 void CpuBackend::reorthonormalize(const MutableMatrix& basis, const MutableMatrix& companion, std::int64_t done,
                                   std::int64_t count) const {
   const Buffer overlap(count, done);

@@ -1,4 +1,4 @@
-// The CPU backend: the core's primitives over kernels.h and factorize.h, blocked, and threaded by an executor.
+// The CPU backend: the core's primitives over kernels.h and factorize.h, in blocks, and threaded by an executor.
 // Results are bitwise the same for any number of threads.
 #pragma once
 
@@ -16,8 +16,8 @@ namespace pissa::cpu {
 struct GemmProblem;
 struct Kernels;
 
-/// A matrix in memory that it owns, 64-byte aligned, uninitialised. Freed memory is kept, within bounds, for the
-/// thread's next buffers.
+/// A matrix that owns its memory, 64-byte aligned, uninitialised. Freed memory is kept, within bounds, for the thread's
+/// next buffers.
 class Buffer {
  public:
   Buffer(std::int64_t rows, std::int64_t cols, Format format = Format::f32);
@@ -35,13 +35,13 @@ class Buffer {
   std::unique_ptr<void, Free> data_;
 };
 
-/// The Backend for CPUs. Several threads may use one at the same time.
+/// The Backend for CPUs. Several threads may use the same one at the same time.
 class CpuBackend {
  public:
   /// Both must outlive the backend.
   CpuBackend(const Executor& executor, const Kernels& kernels) : executor_(executor), kernels_(kernels) {}
 
-  // The Backend concept; pissa/core/backend.h says what each does.
+  // The Backend concept; pissa/core/backend.h describes each operation.
   Buffer alloc(std::int64_t rows, std::int64_t cols, Format format) const { return {rows, cols, format}; }
   void copy(const Matrix& a, const MutableMatrix& out) const;
   void add(const Matrix& a, const Matrix& b, const MutableMatrix& out) const;
@@ -69,7 +69,7 @@ class CpuBackend {
   void orthonormalize(const MutableMatrix& basis, std::int64_t done, std::int64_t count, Rank rank) const;
   void reorthonormalize(const MutableMatrix& basis, const MutableMatrix& companion, std::int64_t done,
                         std::int64_t count) const;
-  bool had_full_rank() const { return true; }  // rank deficiency is dealt with where it is found
+  bool had_full_rank() const { return true; }  // rank deficiency is handled where it is found
   void gram_svd(const Matrix& rows, const Matrix& others, float scale, const MutableMatrix& s,
                 const MutableMatrix& vectors) const;
 

@@ -42,7 +42,7 @@ Choice choose(std::span<const Candidate> candidates, const std::string& wanted) 
 }
 
 bool multiply_alike(const Kernels& tested, const Kernels& reference) {
-  constexpr std::int64_t kRows = 40, kCols = 72, kInner = 600;  // several tiles and panels, the last ones short
+  constexpr std::int64_t kRows = 40, kCols = 72, kInner = 600;  // several tiles and panels, with short last ones
   static_assert(kInner * 128 * 128 < 1 << 24, "a sum of products of bytes would round");
   std::uint32_t state = 1;
   const auto signed_bytes = [&](std::int64_t count) {

@@ -1,4 +1,4 @@
-// The CPU backend's work on elements, in runs of a row: conversion, sums, scaling, the sketch, the largest.
+// The CPU backend's elementwise operations, in runs of a row: conversion, sums, scaling, the sketch, the largest.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -39,7 +39,7 @@ void CpuBackend::add(const Matrix& a, const Matrix& b, const MutableMatrix& out)
 
 void CpuBackend::subtract(const Matrix& a, const Matrix& b, const MutableMatrix& out, double* squares) const {
   const std::int64_t runs = ceil_div(out.cols, kRun);
-  std::vector<double> sums(static_cast<std::size_t>(out.rows * runs));  // of a run each, so that their order is fixed
+  std::vector<double> sums(static_cast<std::size_t>(out.rows * runs));  // one for each run, to fix their order
   for_each_run(executor_, out, [&](std::int64_t row, std::int64_t col, std::int64_t count) {
     float values[kRun];
     float others[kRun];
@@ -77,10 +77,11 @@ void CpuBackend::scale_rows(const Matrix& a, const Matrix& s, float divisor, con
 
 namespace {
 
-// Once either is NaN, so is the result.
+// NaN as soon as either is NaN.
 float larger(float a, float b) { return std::isnan(a) || b <= a ? a : b; }
 
-// Of halves, which without their signs are in the order of integers, NaN above infinity: decoding takes a third longer.
+// For halves. Without their signs they are ordered like integers, with NaN above infinity; decoding takes a third
+// longer.
 std::int16_t largest_magnitude(const std::int16_t* halves, std::int64_t count) {
   std::int16_t largest = 0;
   for (std::int64_t i = 0; i < count; ++i) largest = std::max<std::int16_t>(largest, halves[i] & 0x7fff);
@@ -128,7 +129,7 @@ void CpuBackend::score_rows(const MutableMatrix& logits, const std::int64_t* lab
   });
 }
 
-// Pieces of all matrices are dealt out together: many small ones keep the threads as busy as a large one.
+// Pieces of all matrices are distributed together, so that many small ones keep the threads as busy as a large one.
 void CpuBackend::max_abs(std::span<const Matrix> matrices, float* largest) const {
   constexpr std::int64_t kPiece = 1 << 16;  // elements, rounded to whole rows
   struct Piece {

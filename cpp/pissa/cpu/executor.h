@@ -1,4 +1,4 @@
-// Where the CPU backend gets its threads from: torch's pool inside torch, ThreadExecutor anywhere else.
+// The source of the CPU backend's threads: torch's pool inside torch, ThreadExecutor anywhere else.
 #pragma once
 
 #include <cstdint>
@@ -12,16 +12,18 @@ namespace pissa::cpu {
 class Executor {
  public:
   virtual ~Executor() = default;
-  /// How many tasks can run at the same time; results do not depend on it.
+  /// The number of tasks that can run at the same time; results do not depend on it.
   virtual std::int64_t threads() const = 0;
-  /// Runs task(0) ... task(count - 1), in any order, on any threads, and returns when all are done. Tasks do not throw.
+  /// Runs task(0) ... task(count - 1), in any order, on any threads, and returns when all are done. Tasks must not
+  /// throw.
   virtual void parallel_for(std::int64_t count, const std::function<void(std::int64_t)>& task) const = 0;
 };
 
-/// Starts its threads, all but the caller's own, for each call: some 10 us a thread. With one thread it starts none.
+/// Starts its threads, except the caller's own, for each call, which takes about 10 us a thread. With one thread it
+/// starts none.
 class ThreadExecutor final : public Executor {
  public:
-  /// With so many threads, the caller's own among them: at least 1.
+  /// With this many threads, including the caller's own; at least 1.
   explicit ThreadExecutor(std::int64_t threads) : threads_(threads) {}
   std::int64_t threads() const override { return threads_; }
   void parallel_for(std::int64_t count, const std::function<void(std::int64_t)>& task) const override {

@@ -11,11 +11,11 @@
 
 namespace pissa::cpu {
 
-/// gate, up, y: of one shape and without gaps; y may be either.
+/// gate, up, y: of the same shape and without gaps; y may be either of the others.
 void gated_forward(const Executor& executor, const Kernels& kernels, const Matrix& gate, const Matrix& up,
                    Activation activation, const MutableMatrix& y);
 
-/// dy, dgate, dup: like gate; dgate and dup may be any of the others, but not one.
+/// dy, dgate, dup: like gate; dgate and dup may each be any of the others, but not the same one.
 void gated_backward(const Executor& executor, const Kernels& kernels, const Matrix& dy, const Matrix& gate,
                     const Matrix& up, Activation activation, const MutableMatrix& dgate, const MutableMatrix& dup);
 

@@ -5,7 +5,7 @@
 
 namespace pissa::cpu {
 
-/// All blocks of the output, which has memory, one after the other.
+/// Computes all blocks of the output, which has memory, one after the other.
 void gemm_blocks(const Kernels& kernels, const GemmProblem& problem);
 
 }  // namespace pissa::cpu

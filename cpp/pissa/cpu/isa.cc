@@ -32,7 +32,7 @@ bool has_bf16() {
 #endif
 
 #if defined(PISSA_X86)
-// Why AMX-BF16 cannot be used, or nullptr. Linux lets a process use the tile registers that asks for them, since 5.16.
+// Why AMX-BF16 cannot be used, or nullptr. Since 5.16, Linux lets a process use the tile registers if it requests them.
 const char* amxbf16_lacking() {
 #if defined(__linux__)
   constexpr unsigned kBf16 = 1U << 22, kTile = 1U << 24;

@@ -1,4 +1,4 @@
-// Which instruction set the kernels use: the best one that the machine has, or the one that the user names.
+// The instruction set that the kernels use: the best one that the machine has, or the one that the user names.
 #pragma once
 
 #include <string>
@@ -8,13 +8,13 @@ namespace pissa::cpu {
 
 struct Kernels;
 
-/// Names of the instruction sets that this build has kernels for and this machine can run, the fastest last.
-/// "baseline" is always there, on AArch64 with NEON; there also "neonbf16" (the BF16 extension), on x86-64 "avx2" (with
-/// FMA and F16C), "avx512" (F, BW, DQ, VL), "avx512bf16" and "amxbf16" (AMX-BF16).
+/// Names of the instruction sets for which this build has kernels and which this machine can run, the fastest last.
+/// "baseline" is always included, on AArch64 with NEON. The others are "neonbf16" (the BF16 extension) there, and on
+/// x86-64 "avx2" (with FMA and F16C), "avx512" (F, BW, DQ, VL), "avx512bf16" and "amxbf16" (AMX-BF16).
 std::vector<std::string> available_isas();
 
-/// The kernels in use: environment variable PISSA_ISA if set, otherwise the fastest. Chosen once. "amxbf16" is passed
-/// over if it fails a self-test, which takes less than a millisecond.
+/// The kernels in use: those of the environment variable PISSA_ISA if set, otherwise the fastest. Chosen once.
+/// "amxbf16" is skipped if it fails a self-test, which takes less than a millisecond.
 /// Throws std::invalid_argument if PISSA_ISA names a set that is not available.
 const Kernels& kernels();
 
@@ -24,7 +24,7 @@ const Kernels& kernels(const std::string& isa);
 /// "NAME: why not" for each instruction set of this build that is faster than the one in use, the slowest first.
 std::vector<std::string> unused_isas();
 
-/// The self-test that failed and what follows from it; empty if none did.
+/// The self-test that failed and its consequence; empty if none did.
 std::string isa_failure();
 
 }  // namespace pissa::cpu

@@ -1,5 +1,5 @@
 // The CPU kernels, compiled once per instruction set, with PISSA_ISA naming it. Nothing here may be shared between
-// those builds: no standard library beyond <cstdint>, everything in an unnamed namespace or inlined by force.
+// those builds: no standard library beyond <cstdint>, and everything in an unnamed namespace or inlined by force.
 #include "pissa/cpu/kernels.h"
 
 #include "pissa/cpu/kernels/decode.h"

@@ -1,4 +1,4 @@
-// The CPU kernels as the backend sees them: a table of functions, one table per instruction set (isa.h picks one).
+// The CPU kernels as used by the backend: a table of functions, one table per instruction set (isa.h chooses one).
 #pragma once
 
 #include <cstdint>
@@ -7,31 +7,31 @@
 
 namespace pissa::cpu {
 
-/// Blocking of the GEMM: a task computes at most kMc x kNc of the output, kKc words of the inner dimension at a time,
-/// a word being one f32 or two bf16: 512 columns of a weight and an adapter of rank 64 in bf16. The panel of B is 576
-/// KB and stays in L2; the f32 accumulators are 1 MB. kMc is a multiple of AVX-512's tile_rows; the others' leave a
-/// short last tile.
+/// Blocking of the GEMM: a task computes at most kMc x kNc of the output, with kKc words of the inner dimension at a
+/// time. A word is one f32 or two bf16: kKc holds 512 columns of a weight and an adapter of rank 64 in bf16. The panel
+/// of B is 576 KB and stays in L2; the f32 accumulators are 1 MB. kMc is a multiple of AVX-512's tile_rows; that of the
+/// others leaves a short last tile.
 inline constexpr std::int64_t kMc = 518;
 inline constexpr std::int64_t kNc = 512;
 inline constexpr std::int64_t kKc = 288;
-inline constexpr std::int64_t kPanelPad = 17;    // words at most from a panel's strip to the next
-inline constexpr std::int64_t kStripRows = 32;   // of A: a tile's at most, rounded up to a square for transposition
-inline constexpr std::int64_t kDotRows = 16;     // up to so many rows are multiplied without a panel
-inline constexpr std::int64_t kCodeDotRows = 4;  // and up to so many by a quantised weight's codes as they are
+inline constexpr std::int64_t kPanelPad = 17;    // words at most from one strip of a panel to the next
+inline constexpr std::int64_t kStripRows = 32;   // of A: at most a tile's, rounded up to a square for transposition
+inline constexpr std::int64_t kDotRows = 16;     // up to this many rows are multiplied without a panel
+inline constexpr std::int64_t kCodeDotRows = 4;  // and up to this many directly by a quantised weight's codes
 
 /// A thread's scratch memory, 64-byte aligned, allocated once.
 struct Panels {
   float* a;        // kStripRows * (kKc + 16): a strip of A
   float* b;        // (kKc + kPanelPad) * kNc
   float* c;        // (kMc + kStripRows) * kNc: whole squares are read when it is stored transposed
-  float* scratch;  // 32 * kKc: what is about to be transposed
+  float* scratch;  // 32 * kKc: data about to be transposed
   float* b_row;    // kNc: a pair of rows about to be interleaved
   float* bias;     // kNc
 };
 
-/// out = addend + sum of the terms + bias; addend [M, N] and bias [1, N] may be absent. Of a transposed problem,
-/// element [i, j] is stored at [j, i]: out has the shape of the result, and the leading dimension of its transpose.
-/// Without memory in `out` a block's elements stay in Panels::c, f32, rows kNc apart.
+/// out = addend + sum of the terms + bias; addend [M, N] and bias [1, N] may be absent. For a transposed problem,
+/// element [i, j] is stored at [j, i]: out has the shape of the result and the leading dimension of its transpose. If
+/// `out` has no memory, a block's elements stay in Panels::c, f32, with rows kNc apart.
 struct GemmProblem {
   const Term* terms;
   std::int64_t term_count;
@@ -49,7 +49,7 @@ struct Block {
 struct Kernels {
   const char* isa;
   bool bf16;               // whether Precision::bf16 rounds operands to bf16 here; without such units it is f32
-  bool tiles;              // whether it multiplies in tile registers, which a self-test precedes (choice.h)
+  bool tiles;              // whether it multiplies in tile registers, which requires a self-test (choice.h)
   std::int64_t tile_rows;  // of the GEMM's register tile; a block with a multiple of them has no short tile
 
   /// One block of the output, at most kMc x kNc. An element's value does not depend on how the output is cut.
@@ -58,31 +58,32 @@ struct Kernels {
   /// out[0, count) = elements [col, col + count) of a row of the matrix, as f32.
   void (*decode)(const Matrix& matrix, std::int64_t row, std::int64_t col, std::int64_t count, float* out);
 
-  /// Rounds values to a dense format, to nearest, ties to even. `to` is where the first one goes.
+  /// Rounds values to a dense format, to nearest, ties to even. `to` is the destination of the first one.
   void (*encode)(const float* values, std::int64_t count, Format format, void* to);
 
   /// Largest |value|; not finite if any value is not.
   float (*max_abs)(const float* values, std::int64_t count);
 
-  /// Codes and scales, in a quantised format, of whole blocks; only the last may be short. codes: code_bytes(count).
-  /// global: QuantOutput's.
+  /// Codes and scales of whole blocks in a quantised format. Only the last block may be short. codes:
+  /// code_bytes(count). global: see QuantOutput.
   void (*quantize)(Format format, const float* values, std::int64_t count, std::int64_t blocksize, float global,
                    std::uint8_t* codes, float* scales);
 
-  /// Backend::quantize_columns of rows [row, row + rows); reciprocals: 1 / lower[j, j] of the columns.
+  /// Backend::quantize_columns for rows [row, row + rows); reciprocals: 1 / lower[j, j] of the columns.
   void (*quantize_columns)(const Matrix& w, const Matrix& lower, const float* reciprocals, Format format,
                            const Scales& scales, std::int64_t row, std::int64_t rows, std::int64_t first,
                            const MutableMatrix& errors, std::uint8_t* codes);
 
-  /// Backend::score_rows of one row: logits [count], scores [kScores].
+  /// Backend::score_rows for one row: logits [count], scores [kScores].
   void (*score_row)(float* logits, std::int64_t count, std::int64_t label, float scale, float cap, bool gradient,
                     float* scores);
 
-  /// A row of products [count], then zeros up to `end`, becomes the softmax of scale times it, of those elements where
-  /// mask, if there is one, is not 0. Returns the logarithm of the sum of exp; of no element -infinity.
+  /// Turns a row of products [count], followed by zeros up to `end`, into the softmax of scale times it, over the
+  /// elements where mask is not 0, if there is a mask. Returns the logarithm of the sum of exp; -infinity if there is
+  /// no element.
   float (*softmax_row)(float* row, std::int64_t count, std::int64_t end, const std::uint8_t* mask, float scale);
 
-  /// The same row again, from that logarithm: products become p, and dp becomes scale * p * (dp - less); zeros
+  /// The same row again, given that logarithm: products become p, and dp becomes scale * p * (dp - less); zeros
   /// elsewhere.
   void (*softmax_backward_row)(float* row, float* dp, std::int64_t count, std::int64_t end, const std::uint8_t* mask,
                                float log_sum, float less, float scale);

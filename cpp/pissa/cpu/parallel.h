@@ -1,4 +1,4 @@
-// Work dealt out to threads, where there is enough of it.
+// Work distributed to threads, if there is enough of it.
 #pragma once
 
 #include <cstdint>

@@ -14,7 +14,7 @@ namespace pissa::cpu {
 void rms_norm_forward(const Executor& executor, const Kernels& kernels, const Matrix& x, const Matrix& weight,
                       float offset, float eps, const MutableMatrix& y, float* scales);
 
-/// dy, dx: like x; scales as the forward has written them.
+/// dy, dx: like x; scales as written by the forward.
 void rms_norm_backward(const Executor& executor, const Kernels& kernels, const Matrix& dy, const Matrix& x,
                        const Matrix& weight, float offset, const float* scales, const MutableMatrix& dx);
 

@@ -9,14 +9,14 @@
 
 namespace pissa::cpu {
 
-/// Elements of a run, at most.
+/// The largest number of elements in a run.
 inline constexpr std::int64_t kRun = 1024;
 
 inline char* element(const MutableMatrix& matrix, std::int64_t row, std::int64_t col) {
   return static_cast<char*>(matrix.data) + (row * matrix.ld + col) * element_size(matrix.format);
 }
 
-/// f(row, first column, count) for all runs of the matrix.
+/// Calls f(row, first column, count) for all runs of the matrix.
 template <class F>
 void for_each_run(const Executor& executor, const Matrix& matrix, F f) {
   const std::int64_t runs = ceil_div(matrix.cols, kRun);
@@ -26,7 +26,7 @@ void for_each_run(const Executor& executor, const Matrix& matrix, F f) {
   });
 }
 
-/// The elements of a dense matrix without gaps as one row: of a matrix [out, 16] a row of its own takes as long as 100
+/// The elements of a dense matrix without gaps as one row. For a matrix [out, 16], starting a row takes as long as 100
 /// elements.
 inline Matrix as_row(const Matrix& matrix) {
   const std::int64_t count = matrix.rows * matrix.cols;

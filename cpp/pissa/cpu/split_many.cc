@@ -14,9 +14,10 @@
 namespace pissa::cpu {
 namespace {
 
-// From this many elements on, one weight is for all threads. A tenth of its split, a pass, takes one thread 0.8 ms at
-// r = 1 and 1.9 ms at r = 16 in bf16, waking the threads some 10 us, so that little is lost inside it; and one
-// workspace is in memory, not one for each thread: it grows with the rank, to 20 MB for 4096 x 4096 at r = 128.
+// With at least this many elements, one weight uses all threads. A tenth of its split, a pass, takes one thread 0.8 ms
+// at r = 1 and 1.9 ms at r = 16 in bf16, and waking the threads takes about 10 us, so little is lost in it. Also, only
+// one workspace is in memory, instead of one for each thread; it grows with the rank, to 20 MB for 4096 x 4096 at r =
+// 128.
 constexpr std::int64_t kLarge = std::int64_t{1} << 22;
 
 std::int64_t size_of(const SplitTask& task) { return task.w.rows * task.w.cols; }
@@ -40,12 +41,12 @@ void split_many(std::span<const SplitTask> tasks, const SvdOptions& options, con
       const SplitTask& task = tasks[i];
       CpuBackend backend(threads, kernels);
       split(backend, task.w, task.scaling, options, task.a0, task.b0, task.largest, task.s, task.moment);
-    } catch (...) {  // tasks do not throw through an executor
+    } catch (...) {  // tasks must not throw through an executor
       errors[i] = std::current_exception();
     }
   };
 
-  // A weight that is more than an equal share of what is left would keep one thread busy after all others.
+  // A weight that is more than an equal share of the rest would keep one thread busy after all others.
   const std::int64_t threads = executor.threads();
   std::size_t first_small = 0;
   for (; first_small < order.size(); ++first_small) {
@@ -56,7 +57,7 @@ void split_many(std::span<const SplitTask> tasks, const SvdOptions& options, con
     rest -= size;
   }
 
-  // An executor may deal its tasks out in advance, by count: each thread takes the largest weight that is left instead.
+  // An executor may distribute its tasks in advance, by count. Instead, each thread takes the largest remaining weight.
   const ThreadExecutor alone(1);
   std::atomic<std::size_t> next = first_small;
   const std::int64_t small = static_cast<std::int64_t>(order.size() - first_small);

@@ -1,5 +1,5 @@
-// The numbers of a matrix in any format, for the header of a format, which multiplies its codes with them. decode.h has
-// the definitions. Included by kernels.cc only.
+// The numbers of a matrix in any format, for the header of a format, which multiplies its codes by them. decode.h
+// contains the definitions. Included only by kernels.cc.
 #pragma once
 
 #include "pissa/cpu/kernels/dense.h"

@@ -1,5 +1,4 @@
-// Rows of a matrix as numbers to compute with, and numbers rounded to what a matrix stores. Included by kernels.cc
-// only.
+// Rows of a matrix as numbers for computing, and numbers rounded to what a matrix stores. Included only by kernels.cc.
 #pragma once
 
 #include "pissa/cpu/kernels/formats.h"
@@ -36,7 +35,7 @@ void encode(const float* values, std::int64_t count, Format format, void* to) {
       encode_f16(values, count, static_cast<std::uint16_t*>(to));
       break;
     default:
-      break;  // written by `quantize` only
+      break;  // written only by `quantize`
   }
 }
 
@@ -45,7 +44,7 @@ void quantize(Format format, const float* values, std::int64_t count, std::int64
   with_codes(format, [&](auto kind) { kind.quantize(values, count, blocksize, global, codes, scales); });
 }
 
-// A row's columns depend on those behind them: a row at a time, whose sums stay in L1.
+// The columns of a row depend on those after them, so one row is processed at a time. Its sums stay in L1.
 void quantize_columns(const Matrix& w, const Matrix& lower, const float* reciprocals, Format format,
                       const Scales& scales, std::int64_t row, std::int64_t rows, std::int64_t first,
                       const MutableMatrix& errors, std::uint8_t* codes) {

@@ -1,4 +1,4 @@
-// Rows of the dense formats as numbers, and numbers rounded to them. Included by kernels.cc only.
+// Rows of the dense formats as numbers, and numbers rounded to them. Included only by kernels.cc.
 #pragma once
 
 #include "pissa/cpu/kernels.h"
@@ -11,7 +11,7 @@ constexpr int kWidth = Vec::kWidth;
 
 std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
 
-// A loop of vectors: memcpy, called for the kilobyte of a row, takes twice as long.
+// A loop of vectors, because memcpy, called for the kilobyte of a row, takes twice as long.
 template <class Element>
 PISSA_INLINE void copy_elements(const Element* from, std::int64_t count, Element* to) {
   constexpr std::int64_t kStep = kWidth * sizeof(float) / sizeof(Element);

@@ -1,7 +1,8 @@
-// x W^T for few rows of x: dot products along the rows of W. Included by kernels.cc only.
+// x W^T for few rows of x: dot products along the rows of W. Included only by kernels.cc.
 //
-// A panel would be transposed to be read once or twice. Here a few rows of W are decoded into L1 and met by all rows of
-// x, a tile of kFewTileRows x kFewCols sums at a time, so that a vector loaded serves several products.
+// A panel would be transposed only to be read once or twice. Instead, a few rows of W are decoded into L1 and
+// multiplied by all rows of x, a tile of kFewTileRows x kFewCols sums at a time, so that each loaded vector is used in
+// several products.
 #pragma once
 
 #include "pissa/cpu/kernels/pack.h"
@@ -12,13 +13,13 @@ namespace {
 constexpr int kFewTileRows = Vec::kRegisters == 32 ? 8 : 4;
 constexpr int kFewCols = Vec::kRegisters == 32 ? 3 : 2;
 constexpr std::int64_t kFewWords = 2048;         // along the rows at a time: 24 KB of W in L1
-constexpr std::int64_t kFewLd = kFewWords + 16;  // 11 rows at a distance of 8 KB would share L1's 8 ways
+constexpr std::int64_t kFewLd = kFewWords + 16;  // 11 rows 8 KB apart would share the 8 ways of L1
 static_assert(kFewCols * kFewLd <= 32 * kKc && kDotRows * kFewLd <= kNc * kKc);
 
-// Below this many elements adding up the lanes of the sums takes longer than the products.
+// With fewer elements, adding up the lanes of the sums takes longer than the products.
 constexpr std::int64_t kFewLeastInner = 512;
 
-// c[rows, cols] = or += x[rows, length] w[cols, length]^T, all kFewLd apart; length is whole vectors.
+// c[rows, cols] = or += x[rows, length] w[cols, length]^T, all with rows kFewLd apart; length is in whole vectors.
 template <class Product, int rows, int cols>
 void few_tile(std::int64_t length, const float* x, const float* w, float* c, bool accumulate) {
   Vec::Reg sum[rows][cols];
@@ -49,7 +50,7 @@ PISSA_INLINE void dispatch_tile(std::int64_t wanted, std::int64_t length, const 
   if constexpr (rows > 1) dispatch_tile<Product, cols, rows - 1>(wanted, length, x, w, c, accumulate);
 }
 
-// Rows [lead, lead + count) of the matrix as words, with zeros up to a whole vector.
+// Rows [lead, lead + count) of the matrix as words, padded with zeros to a whole vector.
 template <class Product>
 void padded_rows(const Slice& slice, float* to) {
   const std::int64_t length = words<Product>(slice.depth);
@@ -63,7 +64,7 @@ inline bool is_few_rows(const Term& term, std::int64_t rows) {
   return rows <= kDotRows && term.op_a == Op::n && term.op_b == Op::t && term.inner() >= kFewLeastInner;
 }
 
-// c = or += the term. If it is the first one, INT8 codes need a conversion only: a row's scale multiplies its sums.
+// c = or += the term. If it is the first one, INT8 codes only need a conversion: a row's scale multiplies its sums.
 template <class Product>
 void multiply_few_rows(const Term& term, const Block& block, const Panels& panels, bool accumulate) {
   const std::int64_t inner = term.inner();

@@ -1,13 +1,13 @@
-// The quantised formats by name: a header each, with what a kernel has to know of its codes. Included by kernels.cc
-// only.
+// The quantised formats by name: one header for each, with what a kernel must know about its codes. Included only by
+// kernels.cc.
 //
 //   decode<Product>     part of a row as elements of the product, each rounded once
 //   quantize            whole blocks, the last of which may be short where blocks may cross rows
 //   nearest             the element nearest to a value, given its block's scale, and its code
 //   pack                codes, a byte each, as they are stored
 //   block               the block of an element
-//   dots<Product>       whether `dot` is the way to multiply a term with that many rows; false is always right
-//   dot<Product>        c = or += the term, straight from the codes
+//   dots<Product>       whether to use `dot` for a term with that many rows; false is always valid
+//   dot<Product>        c = or += the term, directly from the codes
 #pragma once
 
 #include "pissa/cpu/kernels/fp8.h"
@@ -18,7 +18,7 @@
 namespace pissa::cpu::PISSA_ISA {
 namespace {
 
-// f of the codes of a quantised format.
+// Calls f with the codes of a quantised format.
 template <class F>
 PISSA_INLINE auto with_codes(Format format, F f) {
   switch (format) {

@@ -1,5 +1,5 @@
-// Codes of four bits: decoded, and multiplied as they are; and, of all formats but NF4 (nf4.h), made. Included by
-// kernels.cc only.
+// Codes of four bits: decoding, multiplication by the codes themselves and, for all formats except NF4 (nf4.h),
+// quantisation. Included only by kernels.cc.
 #pragma once
 
 #include "pissa/core/four_bits.h"
@@ -10,7 +10,7 @@
 namespace pissa::cpu::PISSA_ISA {
 namespace {
 
-// What all of them have in common.
+// The part that all of them share.
 template <Format format>
 struct PackedPairs {
   static constexpr Format kFormat = format;
@@ -33,7 +33,7 @@ PISSA_INLINE float level_of(const std::uint8_t* codes, std::int64_t i) {
   return FourBits<format>::kLevels[high ? codes[i / 2] >> 4 : codes[i / 2] & 15];
 }
 
-// log2 of the block size, a power of two: a division by a variable takes as long as decoding a block.
+// log2 of the block size, a power of two, because a division by a variable takes as long as decoding a block.
 PISSA_INLINE int log2_blocksize(const Scales& scales) { return __builtin_ctzll(scales.blocksize); }
 
 template <Format format>
@@ -42,9 +42,9 @@ PISSA_INLINE std::int64_t PackedPairs<format>::block(const Scales& scales, std::
   return (row * cols + col) >> log2_blocksize(scales);
 }
 
-// A cell is what one table decodes: a block, or the `blocks` of one step where they are smaller. Both ends may lie
+// A cell is the unit that one table decodes: a block, or the `blocks` of one step if they are smaller. Both ends may be
 // inside a cell, a block or a byte. Each element is level * scale, rounded once to the product's elements. Scales are
-// decoded some cells ahead, out of the way.
+// decoded some cells ahead, so that decoding does not wait for them.
 template <Format format, class Product, int blocks>
 void decode_cells(const Matrix& matrix, std::int64_t first, std::int64_t count, typename Product::Element* to) {
   constexpr int kStep = 2 * Product::kDecodeBytes;
@@ -104,7 +104,7 @@ PISSA_INLINE void PackedPairs<format>::pack(const std::uint8_t* codes, std::int6
   }
 }
 
-// A format whose scales and codes FourBits defines. Elements are divided by what is stored as the scale.
+// A format whose scales and codes FourBits defines. Elements are divided by the stored scale.
 template <Format format>
 struct Grouped : PackedPairs<format> {
   static void quantize(const float* values, std::int64_t count, std::int64_t blocksize, float global,
@@ -130,12 +130,12 @@ struct Grouped : PackedPairs<format> {
 };
 
 // ---- x W^T for one to four rows of x -----------------------------------------------------------------------------
-// Dot products straight from the packed bytes. A chunk of codes becomes two registers, its even and its odd elements,
-// which meet x sorted the same way. Chunks lie where the flattened weight's blocks lie; x is padded with zeros, so that
-// what a chunk holds of the neighbouring rows of W does not count.
+// Dot products directly from the packed bytes. A chunk of codes becomes two registers, its even and its odd elements,
+// which are multiplied by x sorted in the same way. Chunks are aligned to the blocks of the flattened weight. x is
+// padded with zeros, so that the elements of neighbouring rows of W in a chunk do not count.
 
-// For so few rows the scale multiplies the sums of a chunk, in f32, and the levels, rounded to the product's elements,
-// stay in a register; for more it is cheaper to scale the levels, block by block.
+// For this few rows, the scale multiplies the sums of a chunk, in f32, and the levels, rounded to the product's
+// elements, stay in a register. For more rows it is cheaper to scale the levels, block by block.
 constexpr int kPostScaledRows = 2;
 
 template <Format format>
@@ -145,7 +145,7 @@ bool PackedPairs<format>::dots(const Term& term, std::int64_t rows) {
          term.b.scales.blocksize % (2 * Product::kDecodeBytes) == 0;
 }
 
-// Rows of x, even and odd elements apart, each with zeros before and after.
+// Rows of x, with even and odd elements separate, each with zeros before and after.
 template <class Product>
 struct SplitRows {
   static constexpr std::int64_t kPad = 2 * Product::kDecodeBytes;  // elements of a chunk
@@ -183,8 +183,8 @@ void split_rows(const Matrix& x, std::int64_t row, std::int64_t rows, std::int64
   }
 }
 
-// c[i, j] = or += x[i, k0 : k0 + count] . W[n + j, k0 : k0 + count] for `rows` rows of x and `cols` rows of W, more
-// than one only where all rows start with a block. absmax: room for the scales of their blocks.
+// c[i, j] = or += x[i, k0 : k0 + count] . W[n + j, k0 : k0 + count] for `rows` rows of x and `cols` rows of W, which is
+// more than one only if all rows start with a block. absmax: memory for the scales of their blocks.
 template <Format format, class Product, int rows, int cols>
 void dot_tile(const Matrix& weight, std::int64_t n, std::int64_t k0, std::int64_t count, const SplitRows<Product>& x,
               float* absmax, float* c, bool accumulate) {
@@ -194,7 +194,7 @@ void dot_tile(const Matrix& weight, std::int64_t n, std::int64_t k0, std::int64_
   const int log2 = log2_blocksize(weight.scales);
   const int log2_chunks = log2 - __builtin_ctz(kChunk);  // of a block
   const std::int64_t first = n * weight.cols + k0;
-  const std::int64_t lead = first % kChunk;  // elements of the first chunk that belong to the row before
+  const std::int64_t lead = first % kChunk;  // elements of the first chunk that belong to the previous row
   const std::int64_t chunks = ceil_div(lead + count, kChunk);
   const std::int64_t blocks = ((first + count - 1) >> log2) - (first >> log2) + 1;
   const std::int64_t phase = (first >> __builtin_ctz(kChunk)) & ((std::int64_t{1} << log2_chunks) - 1);
@@ -206,7 +206,7 @@ void dot_tile(const Matrix& weight, std::int64_t n, std::int64_t k0, std::int64_
     if (!together) decode_absmax(weight.scales, start >> log2, blocks, absmax + j * blocks);
   }
   if (together) decode_absmax(weight.scales, first >> log2, cols * blocks, absmax);
-  // The first elements of a chunk's bytes are even or odd ones of x, depending on where the row starts.
+  // The first elements of a chunk's bytes are even or odd elements of x, depending on where the row starts.
   const bool odd = first % 2 != 0;
   const Element* one = odd ? x.odd + kChunk - (lead + 1) / 2 : x.even + kChunk - lead / 2;
   const Element* other = odd ? x.even + kChunk - (lead - 1) / 2 : x.odd + kChunk - lead / 2;

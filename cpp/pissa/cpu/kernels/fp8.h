@@ -1,4 +1,4 @@
-// FP8 codes. Included by kernels.cc only.
+// FP8 codes. Included only by kernels.cc.
 #pragma once
 
 #include "pissa/core/fp8.h"
@@ -11,7 +11,7 @@ namespace {
 
 struct Fp8 {
   static constexpr Format kFormat = Format::fp8;
-  static constexpr float kMostFactor = 0x1p119f;  // of which 256 times is finite
+  static constexpr float kMostFactor = 0x1p119f;  // 256 times this is finite
 
   static PISSA_INLINE std::int64_t block(const Scales& scales, std::int64_t row, std::int64_t col, std::int64_t) {
     return row / scales.rows * scales.across + col / scales.blocksize;
@@ -33,7 +33,7 @@ struct Fp8 {
     const auto* codes = static_cast<const std::uint8_t*>(matrix.data) + row * matrix.cols + col;
     const std::int64_t blocksize = matrix.scales.blocksize;
     const bool nan =
-        has_nan(codes, count);  // rarely: looked for at once, it takes two instructions for a vector of bytes
+        has_nan(codes, count);  // rare; checking at once takes two instructions for a vector of bytes
     for (std::int64_t i = 0; i < count;) {
       const std::int64_t end = smaller(count, ((col + i) / blocksize + 1) * blocksize - col);
       const float scale = block_absmax(matrix.scales, block(matrix.scales, row, col + i, matrix.cols));
@@ -63,7 +63,7 @@ struct Fp8 {
     __builtin_memcpy(to, codes, count);
   }
 
-  // Products decode it: there is no shorter way.
+  // Products decode it, because there is no shorter way.
   template <class Product>
   static bool dots(const Term&, std::int64_t) {
     return false;

@@ -1,4 +1,4 @@
-// Gated activations of a run of numbers. Included by kernels.cc only. Plain loops, as in softmax.h.
+// Gated activations of a run of numbers. Included only by kernels.cc. Plain loops, as in softmax.h.
 #pragma once
 
 #include "pissa/cpu/kernels/softmax.h"

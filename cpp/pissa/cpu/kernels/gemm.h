@@ -1,8 +1,8 @@
-// One block of a GEMM's output. Included by kernels.cc only.
+// One block of a GEMM's output. Included only by kernels.cc.
 //
-// Goto's scheme: a panel of B, decoded once for all rows of the block, stays in L2; A is copied strip by strip, each
-// just before it is used, so that it is in L1; a tile of the output is accumulated in registers over the panel's depth
-// and added to the block's f32 accumulators. A strip's rows are rounded and stored as soon as their sums are whole.
+// Goto's scheme: a panel of B, decoded once for all rows of the block, stays in L2. A is copied strip by strip, each
+// just before it is used, so that it is in L1. A tile of the output is accumulated in registers over the panel's depth
+// and added to the block's f32 accumulators. A strip's rows are rounded and stored as soon as their sums are complete.
 #pragma once
 
 #include "pissa/cpu/kernels/few_rows.h"
@@ -11,8 +11,8 @@
 namespace pissa::cpu::PISSA_ISA {
 namespace {
 
-// Strips of `width` lanes, `stride` words apart, a word of every lane and then the next; zeros in lanes that there are
-// not. across: whether the slice's rows run across the inner dimension.
+// Strips of `width` lanes, `stride` words apart: a word of every lane, then the next word. Missing lanes are zero.
+// across: whether the slice's rows run across the inner dimension.
 template <class Product, int width>
 void pack_lanes(const Slice& slice, bool across, std::int64_t stride, float* strips, const Panels& panels) {
   if (across) return rows_across_inner<Product, width>(slice, width, stride, strips, panels.scratch);
@@ -39,7 +39,7 @@ void pack_lanes(const Slice& slice, bool across, std::int64_t stride, float* str
   }
 }
 
-// A strip of A from its word `at` on.
+// A strip of A, starting at its word `at`.
 template <class Product, int rows>
 void pack_a(const Term& term, const Slice& slice, std::int64_t at, const Panels& panels) {
   static_assert(rows <= kStripRows);
@@ -56,7 +56,7 @@ void pack_a(const Term& term, const Slice& slice, std::int64_t at, const Panels&
   }
 }
 
-// Zeros behind `length` words, up to `whole` ones, in each strip of B or row of A, `count` of them.
+// Writes zeros after `length` words, up to `whole` words, in each of `count` strips of B or rows of A.
 PISSA_INLINE void pad_words(std::int64_t length, std::int64_t whole, std::int64_t width, std::int64_t count,
                             std::int64_t stride, float* to) {
   for (std::int64_t i = 0; length < whole && i < count; ++i) {
@@ -70,7 +70,7 @@ char* element(const MutableMatrix& out, std::int64_t offset) {
 
 // Rounds the block's accumulators and stores them at [j, i].
 void store_transposed(const GemmProblem& problem, const Block& block, const Panels& panels) {
-  // kWidth of the block's columns, as far apart as whole squares of the most rows reach
+  // kWidth of the block's columns, spaced for whole squares of the largest number of rows
   constexpr std::int64_t kLd = ceil_div(kMc, kWidth) * kWidth;
   float* columns = panels.b;
   for (std::int64_t j = 0; j < block.cols; j += kWidth) {
@@ -84,20 +84,20 @@ void store_transposed(const GemmProblem& problem, const Block& block, const Pane
   }
 }
 
-// What a block's sums begin with and where they go.
+// The initial values of a block's sums, and their destination.
 class Output {
  public:
   Output(const GemmProblem& problem, const Block& block, const Panels& panels)
       : problem_(problem), block_(block), bias_(panels.bias) {
     if (problem.bias) decode(problem.bias, 0, block.col, block.cols, panels.bias);
   }
-  // Rows of c, from row i of the block on, become the addend's, if there is one.
+  // Sets rows of c, starting at row i of the block, to those of the addend, if there is one.
   void begin(std::int64_t i, std::int64_t rows, float* c) const {
     for (std::int64_t k = 0; has_addend() && k < rows; ++k) {
       decode(problem_.addend, block_.row + i + k, block_.col, block_.cols, c + k * kNc);
     }
   }
-  // Rows of c are whole.
+  // Called when rows of c are complete.
   void end(std::int64_t i, std::int64_t rows, float* c) const {
     for (std::int64_t k = 0; stored_by_row() && k < rows; ++k, c += kNc) {
       for (std::int64_t j = 0; problem_.bias && j < block_.cols; ++j) c[j] += bias_[j];
@@ -114,17 +114,17 @@ class Output {
   const float* bias_;
 };
 
-// Terms of one precision, multiplied as if they were one: their inner dimensions, in words, follow one another.
+// Terms of one precision, multiplied as if they were one: their inner dimensions, in words, are concatenated.
 struct Run {
   const Term* begin;
   const Term* end;
-  bool first, last;  // whether the block's sums begin, and end, with it
+  bool first, last;  // whether the block's sums begin, and end, with this run
 
-  // visit(term, k0, depth, at) for what lies in words [from, from + length): elements [k0, k0 + depth) of a term,
-  // behind `at` words of those before it.
+  // Calls visit(term, k0, depth, at) for the parts in words [from, from + length): elements [k0, k0 + depth) of a term,
+  // after `at` words of those before it.
   template <class Product, class F>
   PISSA_INLINE void visit(std::int64_t from, std::int64_t length, F visit) const {
-    std::int64_t start = 0;  // of the term
+    std::int64_t start = 0;  // first word of the term
     for (const Term* term = begin; term != end; ++term) {
       const std::int64_t skipped = from > start ? from - start : 0;
       const std::int64_t k0 = skipped * Product::kPerWord;
@@ -141,8 +141,8 @@ struct Run {
   }
 };
 
-// The depth of a panel in words: as few panels as there must be, all about as deep, in whole steps of 16 words, which
-// hold two blocks of codes.
+// The depth of a panel in words: as few panels as possible, all about equally deep, in whole steps of 16 words, which
+// contain two blocks of codes.
 PISSA_INLINE std::int64_t panel_words(std::int64_t words) {
   constexpr std::int64_t kStep = 16;
   const std::int64_t panels = words > kKc ? ceil_div(words, kKc) : 1;
@@ -157,8 +157,8 @@ void add_nothing(const Run& run, const Block& block, const Panels& panels, const
   if (run.last) output.end(0, block.rows, panels.c);
 }
 
-// Adds a run to the block's sums. Where one panel is all, every tile has the accumulators of the first, which stay in
-// L1: those of a block are 1 MB.
+// Adds a run to the block's sums. If there is only one panel, every tile uses the accumulators of the first, which stay
+// in L1; those of a block are 1 MB.
 template <class Product, int vecs>
 void multiply(const Run& run, const Block& block, const Panels& panels, const Output& output) {
   constexpr int kCols = vecs * kWidth;
@@ -173,8 +173,9 @@ void multiply(const Run& run, const Block& block, const Panels& panels, const Ou
     const std::int64_t whole = ceil_div(length, Product::Tiles::kDepth) * Product::Tiles::kDepth;
     const bool begins = run.first && from == 0;
     const bool ends = run.last && from + length == total;
-    // Strips a little more than 32 KB apart: a row that is dealt out to all of them touches as many sets of L1. Not by
-    // more: then the processor fetches the next strip ahead. A transposition fills whole squares.
+    // Strips are slightly more than 32 KB apart, so that a row that is distributed over all of them touches as many
+    // sets of L1. They are no farther apart, so that the processor prefetches the next strip. A transposition fills
+    // whole squares.
     std::int64_t room = whole;
     run.visit<Product>(from, length, [&](const Term&, std::int64_t, std::int64_t depth, std::int64_t at) {
       const std::int64_t filled = at + ceil_div(words<Product>(depth), kWidth) * kWidth;
@@ -225,12 +226,12 @@ void multiply_directly(const Term& term, const Block& block, const Panels& panel
   multiply_few_rows<Product>(term, block, panels, accumulate);
 }
 
-// Adds as many of the terms from `term` on as are multiplied in the same way; returns the first of the others.
+// Adds terms, starting with `term`, as long as they are multiplied in the same way. Returns the first of the others.
 template <class Product>
 const Term* multiply(const GemmProblem& problem, const Term* term, const Block& block, const Panels& panels,
                      const Output& output) {
   const Term* const last = problem.terms + problem.term_count;
-  const std::int64_t rows = problem.out.rows;  // not the block's: how the output is cut must not matter
+  const std::int64_t rows = problem.out.rows;  // not the block's, because how the output is cut must not affect results
   const bool first = term == problem.terms;
   if (term != last && is_direct<Product>(*term, rows)) {
     if (first) output.begin(0, block.rows, panels.c);
@@ -241,7 +242,8 @@ const Term* multiply(const GemmProblem& problem, const Term* term, const Block& 
   const Term* end = term;
   while (end != last && end->precision == term->precision && !is_direct<Product>(*end, rows)) ++end;
   const Run run{term, end, first, end == last};
-  // Tile registers add in another order: where a narrow block comes from how the output is cut, that must not be seen.
+  // Tile registers add in another order. A narrow block may result from how the output is cut, which must not affect
+  // bits.
   if (block.cols <= kWidth && !Product::Tiles::kMultiply) multiply<Product, 1>(run, block, panels, output);
   else multiply<Product, 2>(run, block, panels, output);
   return end;

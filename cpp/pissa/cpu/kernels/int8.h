@@ -1,4 +1,4 @@
-// INT8 codes. Included by kernels.cc only.
+// INT8 codes. Included only by kernels.cc.
 #pragma once
 
 #include "pissa/core/int8.h"
@@ -52,8 +52,8 @@ void Int8::decode(const Matrix& matrix, std::int64_t row, std::int64_t col, std:
   for (; i < count; ++i) to[i] = Product::round(int8_element(codes[i], scale));
 }
 
-// The codes as numbers, exact in f32 and in bf16. From int to f32 the compiler would go by 16 bits: 18 instructions of
-// AVX2 for 32 codes instead of 12.
+// The codes as numbers, exact in f32 and in bf16. From int to f32, the compiler would convert 16 bits at a time: 18
+// AVX2 instructions for 32 codes instead of 12.
 template <class Product>
 void Int8::decode_unscaled(const Matrix& matrix, std::int64_t row, std::int64_t col, std::int64_t count,
                            typename Product::Element* to) {
@@ -65,7 +65,7 @@ void Int8::decode_unscaled(const Matrix& matrix, std::int64_t row, std::int64_t 
   for (; i < count; ++i) to[i] = Product::exact(codes[i]);
 }
 
-// Adding and taking away 3 * 2^22 rounds what is below 2^22 to an integer.
+// Adding and subtracting 3 * 2^22 rounds a value below 2^22 to an integer.
 constexpr float kRound = 12582912.0f;
 
 void Int8::quantize(const float* values, std::int64_t count, std::int64_t blocksize, float, std::uint8_t* codes,
@@ -81,7 +81,7 @@ void Int8::quantize(const float* values, std::int64_t count, std::int64_t blocks
   }
 }
 
-// The element nearest to a value, which may be beyond the largest, and its code.
+// The element nearest to a value, which may exceed the largest, and its code.
 PISSA_INLINE float Int8::nearest(float value, float scale, std::uint8_t& code) {
   const float scaled = value * int8_factor(scale);
   const float clamped = scaled > -kInt8Largest ? (scaled < kInt8Largest ? scaled : kInt8Largest) : -kInt8Largest;
@@ -91,7 +91,7 @@ PISSA_INLINE float Int8::nearest(float value, float scale, std::uint8_t& code) {
 }
 
 // ---- x W^T for one to four rows of x -----------------------------------------------------------------------------
-// Dot products straight from the bytes, in f32 on any instruction set: a code is exact, and a row's scale multiplies
+// Dot products directly from the bytes, in f32 on every instruction set: a code is exact, and a row's scale multiplies
 // its sum. Reading the codes takes as long as multiplying them.
 
 constexpr std::int64_t kInt8Run = 16384;  // elements of a row at a time: 4 rows of x fill half of B's panel

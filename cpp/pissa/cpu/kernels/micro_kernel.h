@@ -1,10 +1,10 @@
-// The micro-kernel of the GEMM: a tile of the output in registers, over the depth of a panel. Included by kernels.cc
-// only.
+// The micro-kernel of the GEMM: a tile of the output in registers, over the depth of a panel. Included only by
+// kernels.cc.
 //
-// A strip of B holds a word of every column, one after the other, then the next word of every column. A strip of A is
-// read in the order in which its words become factors: where they are broadcast as they are loaded, row by row; where
-// they are lanes of a register (Vec::kByLane), a word of every row, as in B. Tile registers take A row by row, too, and
-// of both strips a multiple of Tiles::kDepth words.
+// A strip of B contains a word of every column, one after the other, then the next word of every column. A strip of A
+// is read in the order in which its words become factors: row by row if they are broadcast when loaded; or, if they are
+// lanes of a register (Vec::kByLane), a word of every row, as in B. Tile registers also take A row by row, and a
+// multiple of Tiles::kDepth words of both strips.
 #pragma once
 
 #include "pissa/cpu/kernels/pack.h"
@@ -14,7 +14,7 @@ namespace {
 
 constexpr int kTileCols = 2 * kWidth;
 constexpr std::int64_t kStripLd = kKc + 16;          // rows 1088 bytes apart: 14 of them in 14 different sets of L1
-constexpr int kRowStep = Vec::kByLane ? kWidth : 1;  // a short last tile is as many of them; rows that A lacks are zero
+constexpr int kRowStep = Vec::kByLane ? kWidth : 1;  // a short last tile has a multiple; rows that A lacks are zero
 static_assert(kNc % kTileCols == 0 && Vec::kRows <= kStripRows && kKc % kWidth == 0 && Vec::kRows % kRowStep == 0);
 
 // sum[i, j] += a[i] * b[j] for rows from `row` on, each a lane of a
@@ -64,7 +64,7 @@ PISSA_INLINE void accumulate_tile(std::int64_t length, const float* a, const flo
 // c[rows, vecs * kWidth] = or += a_strip * b_strip; length is at least 1.
 template <class Product, int rows, int vecs>
 void micro_kernel(std::int64_t length, const float* a, const float* b, float* c, bool accumulate) {
-  if (length < 1) __builtin_unreachable();  // else GCC keeps zeros for this case in memory, 2 % of the time
+  if (length < 1) __builtin_unreachable();  // otherwise GCC keeps zeros for this case in memory, 2 % of the time
   for (int i = 0; i < rows; ++i) {
     for (int j = 0; j < vecs * kWidth; j += 16) __builtin_prefetch(c + i * kNc + j, 1);
   }
@@ -81,7 +81,7 @@ void micro_kernel(std::int64_t length, const float* a, const float* b, float* c,
   }
 }
 
-// The kernel for the number of rows left in a tile, rounded up to kRowStep: c has room for them.
+// Calls the kernel for the number of rows left in a tile, rounded up to kRowStep; c has memory for them.
 template <class Product, int vecs, int rows = Vec::kRows>
 PISSA_INLINE void dispatch_rows(std::int64_t wanted, std::int64_t length, const float* a, const float* b, float* c,
                                 bool accumulate) {
@@ -93,7 +93,7 @@ PISSA_INLINE void dispatch_rows(std::int64_t wanted, std::int64_t length, const 
   micro_kernel<Product, rows, vecs>(length, a, b, c, accumulate);
 }
 
-// c[rows, vecs * kWidth] = or += a_strip * b_strip, for up to Tiles::kRows rows; what c has below them may change.
+// c[rows, vecs * kWidth] = or += a_strip * b_strip, for up to Tiles::kRows rows. The rows of c below them may change.
 template <class Product, int vecs>
 PISSA_INLINE void multiply_tile([[maybe_unused]] const typename Product::Tiles& tiles, std::int64_t rows,
                                 std::int64_t length, const float* a, const float* b, float* c, bool accumulate) {

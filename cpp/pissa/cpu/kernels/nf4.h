@@ -1,4 +1,4 @@
-// NF4 codes. Included by kernels.cc only.
+// NF4 codes. Included only by kernels.cc.
 #pragma once
 
 #include "pissa/core/nf4.h"
@@ -15,7 +15,7 @@ struct Nf4 : PackedPairs<Format::nf4> {
 
 void Nf4::quantize(const float* values, std::int64_t count, std::int64_t blocksize, float, std::uint8_t* codes,
                    float* absmax) {
-  // The maxima of some blocks before their codes: none waits for a division.
+  // Computes the maxima of some blocks before their codes, so that none waits for a division.
   constexpr std::int64_t kBlocks = 16;
   float factors[kBlocks];
   const std::int64_t whole = count / blocksize;
@@ -37,7 +37,7 @@ void Nf4::quantize(const float* values, std::int64_t count, std::int64_t blocksi
   if (length == 0) return;
   const float divisor = nf4_divisor(max_abs(rest, length));
   absmax[whole] = divisor;
-  for (std::int64_t i = 0; i < length; i += 2) {  // the partner of an odd last element is 0
+  for (std::int64_t i = 0; i < length; i += 2) {  // an odd last element is paired with 0
     const float partner = i + 1 < length ? rest[i + 1] : 0.0f;
     *codes++ = static_cast<std::uint8_t>(nf4_code(rest[i] / divisor) << 4 | nf4_code(partner / divisor));
   }

@@ -1,4 +1,4 @@
-// NF3 and NF2 codes. Included by kernels.cc only.
+// NF3 and NF2 codes. Included only by kernels.cc.
 #pragma once
 
 #include "pissa/core/nf4.h"
@@ -28,7 +28,7 @@ struct FewBits {
     return word >> (bit % 8) & kMask;
   }
 
-  // Both ends may lie inside a block or a byte. Each element is level * absmax, rounded once to the product's elements.
+  // Both ends may be inside a block or a byte. Each element is level * absmax, rounded once to the product's elements.
   template <class Product>
   static void decode(const Matrix& matrix, std::int64_t row, std::int64_t col, std::int64_t count,
                      typename Product::Element* to) {
@@ -54,7 +54,7 @@ struct FewBits {
     }
   }
 
-  // As NF4: whole blocks are multiplied by 1 / absmax, a short last one is divided by absmax.
+  // As in NF4: whole blocks are multiplied by 1 / absmax, a short last one is divided by absmax.
   static void quantize(const float* values, std::int64_t count, std::int64_t blocksize, float, std::uint8_t* codes,
                        float* absmax) {
     for (std::int64_t first = 0; first < count; first += blocksize, codes += blocksize * kBits / 8) {
@@ -91,7 +91,7 @@ struct FewBits {
     }
   }
 
-  // Products decode it: there is no shorter way.
+  // Products decode it, because there is no shorter way.
   template <class Product>
   static bool dots(const Term&, std::int64_t) {
     return false;

@@ -1,9 +1,9 @@
-// Operands of a GEMM as panels of 32-bit words: one f32 each, or a pair of bf16 that are neighbours along the inner
-// dimension. Included by kernels.cc only.
+// Operands of a GEMM as panels of 32-bit words: one f32 each, or a pair of bf16 that are adjacent along the inner
+// dimension. Included only by kernels.cc.
 //
-// Both operands are packed from the same two pieces: a matrix row that runs along the inner dimension is a row of words
-// already (rows_along_inner); of rows that run across it, each, or each interleaved pair, is a row of words for all
-// lanes at once (rows_across_inner). A strip wants one of the two orders (micro_kernel.h); the other is transposed, a
+// Both operands are packed from the same two pieces. A matrix row that runs along the inner dimension is already a row
+// of words (rows_along_inner). If rows run across it, each row, or each interleaved pair, is a row of words for all
+// lanes at once (rows_across_inner). A strip needs one of the two orders (micro_kernel.h); the other is transposed, a
 // square of kWidth x kWidth words at a time.
 #pragma once
 
@@ -12,14 +12,15 @@
 namespace pissa::cpu::PISSA_ISA {
 namespace {
 
-// Words to hold `count` elements.
+// The number of words for `count` elements.
 template <class Product>
 constexpr std::int64_t words(std::int64_t count) {
   return ceil_div(count, Product::kPerWord);
 }
 
-// What is packed: op(matrix), whose lanes [lead, lead + count) are rows of A or columns of B, elements [k0, k0 + depth)
-// of the inner dimension, all times scale; of an INT8 matrix maybe the codes, for rows_along_inner only.
+// The data to be packed: op(matrix), with lanes [lead, lead + count), which are rows of A or columns of B, and elements
+// [k0, k0 + depth) of the inner dimension, all times scale. For an INT8 matrix it may be the codes, only for
+// rows_along_inner.
 struct Slice {
   const Matrix& matrix;
   std::int64_t lead, count, k0, depth;
@@ -27,9 +28,9 @@ struct Slice {
   bool codes = false;
 };
 
-// Asks for elements of a row that will be packed soon. How many rows ahead: a row of codes takes about 50 ns to decode,
-// main memory about 100 ns to answer; dense rows of A come a strip at a time, between others' products, so it is the
-// next strip that is asked for, to wait in L2 and not push what is in use out of L1.
+// Prefetches elements of a row that will be packed soon. How many rows ahead: a row of codes takes about 50 ns to
+// decode, and main memory about 100 ns to answer. Dense rows of A are read a strip at a time, between the products of
+// others. So the next strip is prefetched into L2, where it does not evict what is in use from L1.
 PISSA_INLINE void prefetch(const Matrix& matrix, std::int64_t row, std::int64_t col, std::int64_t count) {
   const auto* data = static_cast<const char*>(matrix.data);
   if (is_quantized(matrix.format)) {
@@ -50,7 +51,7 @@ PISSA_INLINE void prefetch(const Matrix& matrix, std::int64_t row, std::int64_t 
   }
 }
 
-// Whether the matrix stores the product's elements as they are wanted, so that panels can be made straight from it.
+// Whether the matrix stores the product's elements in the needed form, so that panels can be made directly from it.
 template <class Product>
 PISSA_INLINE bool is_plain(const Slice& slice) {
   const Format format = Product::kPerWord == 1 ? Format::f32 : Format::bf16;
@@ -71,7 +72,7 @@ void rows_along_inner(const Slice& slice, std::int64_t lanes, std::int64_t ld, f
     const std::int64_t row = slice.lead + lane;
     prefetch(slice.matrix, row, slice.k0, slice.depth);
     auto* to = reinterpret_cast<Element*>(panel + lane * ld);
-    to[Product::kPerWord * length - 1] = Element{};  // the partner of an odd last element
+    to[Product::kPerWord * length - 1] = Element{};  // an odd last element is paired with 0
     if (slice.codes) Int8::decode_unscaled<Product>(slice.matrix, row, slice.k0, slice.depth, to);
     else decode_elements(slice.matrix, row, slice.k0, slice.depth, slice.scale, Product{}, to);
   }
@@ -80,7 +81,7 @@ void rows_along_inner(const Slice& slice, std::int64_t lanes, std::int64_t ld, f
   }
 }
 
-// strip[word * ld + lane] for strips of `width` lanes, `stride` words from one strip to the next; lanes from
+// strip[word * ld + lane] for strips of `width` lanes, with `stride` words from one strip to the next; lanes from
 // slice.count to the end of a strip are zero. row: scratch for two rows of the slice.
 template <class Product, int width>
 void rows_across_inner(const Slice& slice, std::int64_t ld, std::int64_t stride, float* panel, float* row) {
@@ -110,7 +111,7 @@ void rows_across_inner(const Slice& slice, std::int64_t ld, std::int64_t stride,
     for (std::int64_t strip = 0; strip < padded; strip += width, to += stride) {
       if constexpr (kPerWord == 1) {
         for (int i = 0; i < width; i += kWidth) Vec::store(to + i, load(0, strip + i));
-      } else {  // of a strip of an odd number of vectors the last half goes where the next row of words comes
+      } else {  // for a strip of an odd number of vectors, the last half is written where the next row of words comes
         for (int i = 0; i < width; i += 2 * kWidth) {
           const Vec::Reg2 pairs = Product::interleave({load(0, strip + i), load(1, strip + i)});
           Vec::store(to + i, pairs.a);

@@ -1,4 +1,4 @@
-// Reductions: the largest absolute value, the Gram matrix. Included by kernels.cc only.
+// Reductions: the largest absolute value, the Gram matrix. Included only by kernels.cc.
 #pragma once
 
 #include "pissa/cpu/kernels/dense.h"
@@ -6,7 +6,7 @@
 namespace pissa::cpu::PISSA_ISA {
 namespace {
 
-// Absolute values compare as their bits do, and what is not finite is above all that is.
+// Absolute values compare like their bits, and values that are not finite are above all others.
 float max_abs(const float* values, std::int64_t count) {
   Vec::Reg largest = Vec::zero();
   std::int64_t i = 0;
@@ -49,7 +49,7 @@ void gram_tile(const float* a, const float* b, std::int64_t ld, std::int64_t cou
   }
 }
 
-// The same for `rows` rows from row `first` on and all columns up to the diagonal.
+// The same for `rows` rows, starting at row `first`, and all columns up to the diagonal.
 template <int rows>
 void gram_rows(const float* data, const float* others, std::int64_t ld, std::int64_t k, std::int64_t count,
                std::int64_t first, double* gram, std::int64_t ld_gram) {

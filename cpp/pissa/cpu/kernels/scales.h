@@ -1,4 +1,4 @@
-// Scales of quantised blocks, in whatever they are stored. Included by kernels.cc only.
+// Scales of quantised blocks, in any storage format. Included only by kernels.cc.
 #pragma once
 
 #include "pissa/core/fp8.h"
@@ -8,7 +8,7 @@
 namespace pissa::cpu::PISSA_ISA {
 namespace {
 
-// Scale of one block.
+// The scale of one block.
 PISSA_INLINE float block_absmax(const Scales& scales, std::int64_t block) {
   if (scales.absmax) return scales.absmax[block];
   if (scales.absmax16) return widen_bf16(scales.absmax16[block]);
@@ -19,7 +19,7 @@ PISSA_INLINE float block_absmax(const Scales& scales, std::int64_t block) {
   return scales.levels ? scales.levels[byte] : e8m0_value(byte);
 }
 
-// Scales of blocks [first, first + count).
+// The scales of blocks [first, first + count).
 void decode_absmax(const Scales& scales, std::int64_t first, std::int64_t count, float* to) {
   if (scales.absmax) {
     __builtin_memcpy(to, scales.absmax + first, count * sizeof *to);
@@ -47,7 +47,7 @@ void decode_absmax(const Scales& scales, std::int64_t first, std::int64_t count,
   for (; i < count; ++i) to[i] = block_absmax(scales, first + i);
 }
 
-// Asks for the scale of a block.
+// Prefetches the scale of a block.
 PISSA_INLINE void prefetch_scale(const Scales& scales, std::int64_t block) {
   if (scales.absmax) __builtin_prefetch(scales.absmax + block);
   else if (scales.absmax16) __builtin_prefetch(scales.absmax16 + block);

@@ -1,8 +1,8 @@
-// Softmax of a row: scores of one label and their gradient, attention's weights and theirs. Included by kernels.cc
-// only.
+// Softmax of a row: scores of one label and their gradient, and attention's weights and their gradient. Included only
+// by kernels.cc.
 //
-// Plain loops over kLanes numbers, which compilers turn into vectors of any width: the order of the sums, and so their
-// bits, are the same for every instruction set.
+// Plain loops over kLanes numbers, which compilers turn into vectors of any width. The order of the sums, and therefore
+// their bits, are the same for every instruction set.
 #pragma once
 
 #include "pissa/cpu/kernels/dense.h"
@@ -35,7 +35,7 @@ PISSA_INLINE float exp_of(float x) {
   return p * power;
 }
 
-// Sums of values(i)[0], [1], ... over all i: of runs in f32, of the runs in f64.
+// Sums of values(i)[0], [1], ... over all i: runs are summed in f32, and the sums of runs in f64.
 template <int n>
 struct Sums {
   double total[n] = {};
@@ -106,7 +106,7 @@ void score_row(float* logits, std::int64_t count, std::int64_t label, float scal
   }
 }
 
-// What the mask hides is as far below as exp_of goes, and then set to 0.
+// Masked values are as far below as exp_of allows, and are then set to 0.
 PISSA_INLINE void hide(float* row, std::int64_t count, const std::uint8_t* mask, float value) {
   for (std::int64_t i = 0; i < count; ++i) row[i] = mask[i] ? row[i] : value;
 }
@@ -117,7 +117,7 @@ float softmax_row(float* row, std::int64_t count, std::int64_t end, const std::u
   for (std::int64_t i = 0; i < count; ++i) row[i] *= scale;
   if (mask) hide(row, count, mask, -__builtin_inff());
   float most[kLanes];
-  for (float& lane : most) lane = row[count - 1];  // which is seen
+  for (float& lane : most) lane = row[count - 1];  // which is visible
   std::int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) {
     for (std::int64_t lane = 0; lane < kLanes; ++lane)

@@ -1,5 +1,5 @@
-// AMX-BF16 beside AVX-512 with AVX512_BF16 (Intel, from Sapphire Rapids on): products of bf16 pairs in tiles of 16
-// x 16.
+// AMX-BF16 in addition to AVX-512 with AVX512_BF16 (Intel, from Sapphire Rapids on): products of bf16 pairs in tiles of
+// 16 x 16.
 #pragma once
 
 #include <immintrin.h>
@@ -11,8 +11,9 @@
 
 namespace pissa::cpu::PISSA_ISA {
 
-// While it lives, the thread's tile registers are 0 to 3, c of 32 x 32; 4 and 5, a of 32 x 16 words; 6 and 7, b of 16
-// words x 32, each 16 rows of 64 bytes. Outside they are in their initial state, which a context switch need not save.
+// During its lifetime, the thread's tile registers are: 0 to 3, c of 32 x 32; 4 and 5, a of 32 x 16 words; 6 and 7, b
+// of 16 words x 32; each 16 rows of 64 bytes. Otherwise they are in their initial state, which a context switch need
+// not save.
 class Tiles {
  public:
   static constexpr bool kMultiply = true;
@@ -65,8 +66,8 @@ class Tiles {
   }
 
  private:
-  // GCC's tile loads do not tell the compiler that they read memory, nor does _tile_loadconfig in older ones (its bug
-  // 114098): what was stored there could come later, or not at all.
+  // GCC's tile loads do not tell the compiler that they read memory, and in older versions neither does
+  // _tile_loadconfig (GCC bug 114098). Stores to that memory could come later, or not at all.
   static PISSA_INLINE void written(const void* memory) { __asm__ volatile("" : : "r"(memory) : "memory"); }
 };
 

@@ -35,7 +35,7 @@ struct Vec {
   static PISSA_INLINE Reg abs(Reg a) { return _mm512_abs_ps(a); }
   static PISSA_INLINE void store_codes(std::uint8_t* to, Reg value, const Nf4Search& search) {
     const Reg place = fma(value, broadcast(Nf4Search::kFactor), broadcast(Nf4Search::kShift));
-    const __m512i cell = _mm512_cvttps_epi32(place);  // of NaN: 0, in the bits that count
+    const __m512i cell = _mm512_cvttps_epi32(place);  // for NaN: 0, in the bits that count
     const Reg threshold = _mm512_permutex2var_ps(load(search.threshold), cell, load(search.threshold + 16));
     const __m512i base =
         _mm512_permutex2var_epi32(_mm512_loadu_si512(search.base), cell, _mm512_loadu_si512(search.base + 16));
@@ -47,7 +47,7 @@ struct Vec {
   static PISSA_INLINE Reg load_i8(const std::int8_t* from) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
   }
-  // Sign, exponent and fraction where f16 has them: the number divided by the ratio of the biases, 2^(15 - 7). Not NaN.
+  // Places sign, exponent and fraction as in f16: the number divided by the ratio of biases, 2^(15 - 7). Not NaN.
   static PISSA_INLINE Reg load_f8(const std::uint8_t* from) {
     const __m256i codes = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
     return _mm512_cvtph_ps(_mm256_and_si256(_mm256_slli_epi16(codes, 7), _mm256_set1_epi16(-0x4080)));

@@ -1,4 +1,4 @@
-// AVX512_BF16 beside AVX-512: products of bf16 pairs. The instruction takes denormals for zero.
+// AVX512_BF16 in addition to AVX-512: products of bf16 pairs. The instruction treats denormals as zero.
 #pragma once
 
 #include <immintrin.h>
@@ -13,7 +13,7 @@ namespace pissa::cpu::PISSA_ISA {
 
 struct Pairs {
   static constexpr int kMostBlocks = 4;
-  // vpermw looks at five bits of a lane, vpermi2w at six: 16 bf16 twice, those of two blocks, or of four.
+  // vpermw uses five bits of a lane, vpermi2w six: 16 bf16 twice, those of two blocks, or of four.
   template <int blocks>
   struct Table {
     __m512i levels[blocks == 4 ? 2 : 1];
@@ -58,7 +58,7 @@ struct Pairs {
   }
   template <bool low_first, int blocks>
   static PISSA_INLINE void decode(const Table<blocks>& table, const std::uint8_t* bytes, Half* to) {
-    // unpack works within 128 bits: deal the bytes out so that its results are in order
+    // unpack works within 128 bits: arrange the bytes so that its results are in order
     const __m256i order = _mm256_set_epi32(7, 3, 6, 2, 5, 1, 4, 0);
     const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes));
     const Codes<blocks> codes(_mm256_permutevar8x32_epi32(words, order), order);

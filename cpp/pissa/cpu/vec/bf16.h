@@ -7,7 +7,7 @@
 
 namespace pissa::cpu::PISSA_ISA {
 
-// Bits of a bf16, also where it shares memory with the words of a panel.
+// The bits of a bf16, also where it shares memory with the words of a panel.
 using Half = std::uint16_t __attribute__((may_alias));
 
 PISSA_INLINE float widen_bf16(std::uint16_t half) {
@@ -25,7 +25,7 @@ PISSA_INLINE std::uint16_t round_to_bf16(float value) {
   return static_cast<std::uint16_t>(nan ? (bits >> 16) | 0x40u : rounded);
 }
 
-// A byte has no more bits than a bf16's significand: there is nothing to round.
+// A byte has no more bits than a bf16's significand, so there is nothing to round.
 PISSA_INLINE std::uint16_t exact_bf16(std::int8_t value) {
   const float wide = value;
   std::uint32_t bits;

@@ -50,7 +50,7 @@ struct Vec {
   static PISSA_INLINE Reg load_i8(const std::int8_t* from) {
     return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_u8(load_4_bytes(from))))));
   }
-  // Sign, exponent and fraction where f16 has them: the number divided by the ratio of the biases, 2^(15 - 7). Not NaN.
+  // Places sign, exponent and fraction as in f16: the number divided by the ratio of biases, 2^(15 - 7). Not NaN.
   static PISSA_INLINE Reg load_f8(const std::uint8_t* from) {
     const int16x4_t codes = vget_low_s16(vmovl_s8(vreinterpret_s8_u8(load_4_bytes(from))));
     const uint16x4_t bits = vand_u16(vshl_n_u16(vreinterpret_u16_s16(codes), 7), vdup_n_u16(0xbf80));

@@ -1,5 +1,5 @@
-// The BF16 extension beside NEON (Armv8.6, Neoverse V1 and N2, Apple M2): products of bf16 pairs. BFDOT takes denormals
-// for zero and rounds to odd, so that its sums may differ from other machines' in the last bit.
+// The BF16 extension in addition to NEON (Armv8.6, Neoverse V1 and N2, Apple M2): products of bf16 pairs. BFDOT treats
+// denormals as zero and rounds to odd, so its sums may differ from other machines' in the last bit.
 #pragma once
 
 #include <arm_neon.h>
@@ -58,7 +58,7 @@ struct Pairs {
     Vec::store(reinterpret_cast<float*>(to + 8), values.b);
   }
 
-  // The levels of 16 codes, in their order.
+  // The levels of 16 codes, in the order of the codes.
   static PISSA_INLINE Vec::Reg2 look_up(const Table& table, uint8x16_t codes) {
     const uint8x16_t low = vqtbl1q_u8(table.low, codes);
     const uint8x16_t high = vqtbl1q_u8(table.high, codes);

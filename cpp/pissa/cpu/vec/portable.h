@@ -115,7 +115,7 @@ struct Vec {
     }
   }
 
-  // IEEE half precision by way of a float scaled by 2^112, which makes subnormals come out right.
+  // IEEE half precision via a float scaled by 2^112, which handles subnormals correctly.
   static PISSA_INLINE float widen_f16(std::uint16_t bits) {
     const std::uint32_t sign = (bits & 0x8000u) << 16;
     std::uint32_t magnitude = (bits & 0x7fffu) << 13;

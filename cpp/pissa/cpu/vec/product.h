@@ -1,5 +1,5 @@
-// How the 32-bit words of a GEMM's panels multiply: F32, one f32 a word, everywhere; Bf16, a pair of bf16 a word, where
-// the instruction set has the dot product of pairs (PISSA_HAS_BF16).
+// How the 32-bit words of a GEMM's panels multiply: F32, with one f32 a word, everywhere; Bf16, with a pair of bf16 a
+// word, if the instruction set has the dot product of pairs (PISSA_HAS_BF16).
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@
 
 namespace pissa::cpu::PISSA_ISA {
 
-// For products that the micro-kernel adds up in vectors.
+// For products that the micro-kernel accumulates in vectors.
 struct NoTiles {
   static constexpr bool kMultiply = false;
   static constexpr int kRows = Vec::kRows;
@@ -25,7 +25,7 @@ struct F32 {
   using Tiles = NoTiles;
   static constexpr int kPerWord = 1;
   static constexpr int kMostBlocks = Vec::kMostBlocks;
-  static constexpr int kDecodeBytes = Vec::kWidth;  // what one decode reads; it gives twice as many elements
+  static constexpr int kDecodeBytes = Vec::kWidth;  // read by one decode, which produces twice as many elements
 
   static PISSA_INLINE Vec::Reg mac(Vec::Reg a, Vec::Reg b, Vec::Reg c) { return Vec::fma(a, b, c); }
   template <int lane, class V = Vec>  // a template of V: not every Vec has fma_lane
@@ -55,13 +55,13 @@ struct F32 {
 
 #if PISSA_HAS_BF16
 
-// A word is a pair of bf16, the element of the lower index in the lower half. Products are exact, sums f32. Pairs is
-// the instruction set's part:
-// - mac, c + the two products of every lane; where Vec::kByLane, mac_lane also, with one lane of a for all of b
-// - kMostBlocks and table, as a Vec's, rounded once: a dequantisation to bf16 gives the same
-// - decode_split, the elements of kDecodeBytes bytes, those in the high nibbles and those in the low ones, in 16-bit
-//   lanes; interleave, 32-bit lanes of pairs from 16-bit lanes of each; decode<low_first>, the elements in order
-// - store, two registers of f32, rounded
+// A word is a pair of bf16, with the element of the lower index in the lower half. Products are exact, sums are f32.
+// Pairs is the instruction set's part:
+// - mac: c + the two products of every lane; if Vec::kByLane, also mac_lane, with one lane of a for all of b
+// - kMostBlocks and table: as in Vec, rounded once, so that a dequantisation to bf16 gives the same
+// - decode_split: the elements of kDecodeBytes bytes, those in the high nibbles and those in the low ones, in 16-bit
+//   lanes; interleave: 32-bit lanes of pairs from 16-bit lanes of each; decode<low_first>: the elements in order
+// - store: two registers of f32, rounded
 struct Bf16 : Pairs {
   using Element = Half;
   using Tiles = PISSA_ISA::Tiles;
