@@ -72,7 +72,7 @@ REFUSALS: dict[str, str] = {
     r"use_dora is for linear layers": "DoRA of other layers than linear ones",
     r"; PiSSA adapts nn.Linear, Conv1D": "a kind of layer that has no weight that is one matrix",
     r"are not weights of fused experts": "a parameter that is no layer",
-    r"beside target_modules='all-linear'": "target_parameters name single experts' parameters, all-linear all of them",
+    r"with target_modules='all-linear'": "target_parameters name single experts' parameters, all-linear all of them",
     r": a PissaConfig needs pissa.wrap": "PEFT's low-level functions cannot start the adapter",
     r": the model carries an adapter already": "wrapping a wrapped model",
     r": adapter_name: got .* could not be distinguished": "an adapter of the name of a parameter",

@@ -119,7 +119,7 @@ def _fitting(
 ) -> ops.QuantizedWeight:
     """Returns the weight, after checking that the tensors fit each other and the format."""
     if format != "fp8" and shape[1] % blocksize:
-        raise ValueError(f"{name}: rows of {shape[1]} elements are no multiple of the {blocksize} that share a scale")
+        raise ValueError(f"{name}: rows of {shape[1]} elements are not a multiple of {blocksize}, which share a scale")
     flat = codes.reshape(-1).view(torch.uint8)
     weight = ops.QuantizedWeight(flat, scales.reshape(-1), table, None, format, shape, blocksize)
     needed = shape[0] * shape[1] // blocksize
@@ -132,7 +132,7 @@ def _nvfp4(codes: Tensor, scale: Tensor, name: str, parts: Mapping[str, Tensor])
     divisor, factor = parts.get("weight_global_scale"), parts.get("weight_scale_2")
     numbers = [one for one in (divisor, factor) if one is not None]
     if len(numbers) != 1 or numbers[0].numel() != 1:
-        raise ValueError(f"{name}: needed beside it: one of weight_global_scale and weight_scale_2, one number")
+        raise ValueError(f"{name}: needed in addition: one of weight_global_scale and weight_scale_2, one number")
     values = e4m3_values(scale.device)
     # Computes a block's scale as each library does, in float32.
     table = values / divisor.float() if divisor is not None else values * factor.float()  # type: ignore[union-attr]

@@ -81,7 +81,7 @@ class SplitPlan(Plan):
         if config.modules_to_save:
             raise ValueError(
                 f"modules_to_save={config.modules_to_save}, given or by task_type={config.task_type!r}, is trained "
-                "whole, and begins with the training: leave it out here, and name it to the trainer"
+                "whole and starts with the training: leave it out here, and give it to the trainer"
             )
         adapted, stacks = pissa_layers(base), unfused_experts(base)
         check_uniform(base, {name: (layer.r["default"], layer.scaling["default"]) for name, layer in adapted.items()})
@@ -142,7 +142,7 @@ def _check_config(config: PissaConfig, experts: str) -> None:
         if value and value != "singular":
             raise ValueError(
                 f"{name}={value!r} is not for a checkpoint, whose adapter is a plain LoRA on the residual: leave it "
-                "out, and give it to the trainer; repair and start_norm, give it to pissa.load with the folder"
+                "out, and give it to the trainer (repair and start_norm: to pissa.load, with the folder)"
             )
     if INIT_METHODS[config.init].is_given:
         raise ValueError(f"init={config.init!r} takes its factors from elsewhere, and cannot start from a checkpoint")
@@ -157,8 +157,8 @@ def _dense(config: PissaConfig) -> PissaConfig:
     """The configuration of layers whose residual stays dense, whatever the other layers' is."""
     if config.init in ("loftq", "activations"):
         raise ValueError(
-            f"init={config.init!r} starts from the error of the format, which a dense residual, as that of fused "
-            f"experts, has not: give experts={config.quant!r} or another init, or leave the experts out with "
+            f"init={config.init!r} starts from the error of the format, but a dense residual, such as that of "
+            f"fused experts, has none: give experts={config.quant!r} or another init, or leave the experts out with "
             "exclude_modules"
         )
     changed: dict[str, Any] = {"quant": None, "quant_iters": 1, "error_feedback": False, "residual": "explicit"}

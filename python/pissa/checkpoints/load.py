@@ -373,7 +373,7 @@ def _fill_split(
         if name not in adapted:
             raise ValueError(
                 f"layer {shown(name)} has no adapter, but {folder} keeps a residual of it, which lacks its principal "
-                "part: let target_modules have it, as it has if no configuration is given"
+                "part: include it in target_modules, as the default configuration does"
             )
     layers = {name: layer for name, layer in adapted.items() if name in records}
     starts = _starts(model, layers, folder, split)
@@ -389,13 +389,13 @@ def _fill_split(
             found = match(record.stored, *residual_tensors(residual).values())
             if found is Match.OTHER:
                 raise ValueError(
-                    f"its residual is not the one of which {folder / PISSA_RECORD} has the fingerprint: a file is "
+                    f"its residual does not have the fingerprint in {folder / PISSA_RECORD}: a file is "
                     "damaged, or belongs to another folder"
                 )
             if not is_fingerprint(record.start, *start.known_by):
                 files = [INITIAL_WEIGHTS, *([PISSA_WEIGHTS] if record.taken is not None else [])]
                 raise ValueError(
-                    f"its start factors are not those of which {folder / PISSA_RECORD} has the fingerprint: "
+                    f"its start factors do not have the fingerprint in {folder / PISSA_RECORD}: "
                     f"{' or '.join(str(folder / file) for file in files)} is damaged, or belongs to another folder; "
                     "take it from a copy, or split the model again"
                 )

@@ -92,8 +92,8 @@ class Planner:
             )
         if left := sorted(self.codes - changed.keys()):
             raise ValueError(
-                f"{self.source.path_of(left[0])}: tensor {shown(left[0])} is a part of codes of which only "
-                f"pissa.load makes a model; {_IN_MEMORY}"
+                f"{self.source.path_of(left[0])}: tensor {shown(left[0])} is a part of codes that only "
+                f"pissa.load reads; {_IN_MEMORY}"
             )
         dense = [name for name in linear_layers(self.model) if name not in self.quantised]
         return Plan(self.source, units, dense, {})

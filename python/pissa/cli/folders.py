@@ -253,7 +253,7 @@ def _merge(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for name, share in done.survives.items():
         say("survives", f"{share:.1%} of the change: {name}")
     if done.survives:
-        say("noise", f"{done.noise:.0%} of the change; an adapter beside the base loses nothing")
+        say("noise", f"{done.noise:.0%} of the change; an adapter that is not merged loses nothing")
     where = "the base's format" if args.quant == "same" else args.quant
     written = f"{done.quantised} layers in {where}" if args.quant else "dense, rounded once"
     say("error", f"{written}: {done.error:.3%} of the weights' norm, {done.error_of_change:.3%} of the change's")

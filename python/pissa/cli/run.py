@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     if name == "-m" or name.endswith(".py"):
         found, arguments = sys.executable, program
     if found is None:
-        raise UserError(f"{name} is no command of this environment, and not on PATH; {_ALLOWED}")
+        raise UserError(f"{name} is not a command of this environment, and not on PATH; {_ALLOWED}")
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(filter(None, [peft.FOLDER, os.environ.get("PYTHONPATH", "")]))
     }

@@ -184,7 +184,7 @@ def _read_initial(folder: LoraFolder, given: Name, base: GivenBase) -> LoraFolde
     check_start(folder, initial)
     if base is not None:
         if residual is None:
-            raise ValueError(f"base is only compared with a residual model, and {path} lies in none: leave base out")
+            raise ValueError(f"base is only compared with a residual model, and {path} is in none: leave base out")
         check_sum(initial, residual, base)
     if residual is not None and (kind := quantised_kind(residual)) is not None:
         warnings.warn(
@@ -298,7 +298,7 @@ class BaseModel:
             ) from None
         base = base_of(layer if weight is None else with_weight(layer, weight))
         if base.kind not in (nn.Linear, Conv1D, nn.Embedding):
-            raise ValueError(f"layer {target} is a {type(layer).__name__}, which PEFT starts no PiSSA adapter in")
+            raise ValueError(f"layer {target} is a {type(layer).__name__}, in which PEFT starts no PiSSA adapter")
         found, factors = base.parameter, self._adapter.factors[target]
         shape = factors.out, math.prod(factors.row)
         if found.dtype not in FLOATS or tuple(base.matrix().shape) != shape:

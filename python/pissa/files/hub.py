@@ -44,7 +44,7 @@ def checkpoint_folder(model_id: Name) -> Path:
     # A model and its tokenizer, without the same weights in other formats.
     files = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.md"]
     # gpt-oss contains the same weights again for other programs.
-    return _fetched(model_id, "is no model", files, {"ignore_patterns": ["original/*", "metal/*"]})
+    return _fetched(model_id, "is not a model", files, {"ignore_patterns": ["original/*", "metal/*"]})
 
 
 def _fetched(model_id: Name, what: str, patterns: list[str], options: dict[str, Any]) -> Path:

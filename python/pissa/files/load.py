@@ -261,8 +261,8 @@ class _Restoration:
         if found is Match.OTHER and codes is not None and record.stored is not None:
             form = Form.quantised(codes.format, codes.blocksize, codes.nested)
             raise ValueError(
-                f"{folder.path} was trained on codes in {record.form.describe()}, and those that bitsandbytes has for "
-                f"layer {name} are others, in {form.describe()}. Load the model with the same "
+                f"{folder.path} was trained on codes in {record.form.describe()}, and bitsandbytes has others for "
+                f"layer {name}, in {form.describe()}. Load the model with the same "
                 "bitsandbytes options, or the checkpoint in 16 bits, from which the codes are made again"
             )
         if found is Match.OTHER:
@@ -305,8 +305,8 @@ def as_pissa(config: LoraConfig) -> PissaConfig:
         raise TypeError(f"config must be a pissa.PissaConfig or a peft.LoraConfig, got {type(config).__name__}")
     if config.init_lora_weights is not True:
         raise ValueError(
-            f"init_lora_weights={config.init_lora_weights!r} is not supported beside a PiSSA adapter: leave it out, "
-            "for LoRA's start, or give a pissa.PissaConfig with init"
+            f"init_lora_weights={config.init_lora_weights!r} is not supported together with a PiSSA adapter: leave it "
+            "out, for LoRA's start, or give a pissa.PissaConfig with init"
         )
     if config.target_modules is None and not config.target_parameters:
         raise ValueError(

@@ -304,6 +304,6 @@ def _module_and_parameter(place: str, config: dict[str, Any], weights: TensorFil
     if found := weight_at(place, leaves):
         return found
     raise ValueError(
-        f"{weights.path}: the tensors of {shown(PREFIX + place)} are those of a parameter, but of target_parameters "
-        f"{sorted(leaves)} belong to that module; known are {', '.join(EXPERT_WEIGHTS)} of fused experts"
+        f"{weights.path}: the tensors of {shown(PREFIX + place)} are those of a parameter, but target_parameters names "
+        f"{sorted(leaves)} of that module; known are {', '.join(EXPERT_WEIGHTS)} of fused experts"
     )

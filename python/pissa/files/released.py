@@ -94,7 +94,7 @@ class ReleasedWeights:
             if not tensors & self._tensors.keys():
                 continue
             if not tensors <= self._tensors.keys() or parameter.dim() not in (2, 3):
-                raise ValueError(f"{self._source.folder}: {name} is made of codes and other tensors, or is no matrix")
+                raise ValueError(f"{self._source.folder}: {name} has codes and other tensors, or is not a matrix")
             path, _, leaf = name.rpartition(".")
             if parameter.dim() == 2:
                 self._parts[path] = composition.matrix(name, False)

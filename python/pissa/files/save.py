@@ -126,8 +126,8 @@ def _with_vocabulary(model: PeftModel, adapter_name: str, save_embedding_layers:
         return True
     if name:
         warnings.warn(
-            f"The configuration of {name} is not at hand, so it cannot be seen whether the vocabulary has been "
-            "resized. If it has, give save_pretrained save_embedding_layers=True: else the new rows are not saved.",
+            f"The configuration of {name} is not available, so it is unknown whether the vocabulary has been "
+            "resized. If it has, give save_pretrained save_embedding_layers=True; else the new rows are not saved.",
             notices.UnknownVocabularyWarning,
             stacklevel=4,
         )

@@ -98,7 +98,7 @@ class TensorFile:
             if os.path.islink(path):
                 found = f"a link to {os.readlink(path)}, which is {found}"
             pickle = path.with_suffix(".bin")
-            beside = f" ({pickle.name}, beside it, is a pickle, which is never read)" if os.path.lexists(pickle) else ""
+            beside = f" ({pickle.name} next to it is a pickle, which is never read)" if os.path.lexists(pickle) else ""
             raise ValueError(f"{path} is {found}: download or copy it again{beside}")
         with reading(path, _REMEDY):
             # safetensors checks that offsets, shapes and dtypes fit each other and the file.

@@ -44,8 +44,8 @@ class ResidualExport(Rewrite):
         packed = {layer.name for unit in units for layer in unit.layers if layer.is_packed}
         if not packed:
             raise ValueError(
-                f"{self.folder.path} has no linear layer in 4 bits, the only kind that bitsandbytes "
-                "keeps so: export to merged"
+                f"{self.folder.path} has no linear layer in 4 bits, the only kind of layer that "
+                "bitsandbytes stores in 4 bits: export to merged"
             )
         self.model_name = type(planner.model).__name__
         source, left = adapter.source, packed | planner.packed.keys()

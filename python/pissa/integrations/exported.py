@@ -62,8 +62,8 @@ def read_factors(folder: LoraFolder, base: Name | None, initial: Name | None, ru
         if key not in own:
             hint = "if it is the base's own, give that (base); else e" if base is None else "E"
             raise ValueError(
-                f"{folder.weights.path}: tensor {shown(key)} is no factor of a layer, the only thing that {runtime} "
-                f"takes from an adapter. {hint}xport to merged, which has it in the weights, and serve that"
+                f"{folder.weights.path}: tensor {shown(key)} is not a factor of a layer, and {runtime} takes only "
+                f"those from an adapter. {hint}xport to merged, which has it in the weights, and serve that"
             )
     return lora
 

@@ -36,7 +36,7 @@ def export_lora(adapter: LoraFolder, base: Name | None, target: Path, initial: N
     if base is None:
         raise no_base(adapter)
     if target.exists():
-        raise ValueError(f"{target} is there already and nothing is overwritten; choose a new file")
+        raise ValueError(f"{target} exists already and nothing is overwritten; choose a new file")
     lora = read_factors(adapter, base, initial, "llama.cpp")
     config = model_config(base)
     arch, places = _places(class_of(config).__name__, config, lora.folder)
@@ -79,8 +79,8 @@ def _places(kind: str, config: Any, adapter: LoraFolder) -> tuple[str, dict[str,
     rows the halves that are rotated together alternate; None if none do. Raises the errors of `export_lora`."""
     if kind not in _ARCHITECTURES:
         raise ValueError(
-            f"the base is a {kind}; known here, of what llama.cpp has, are {', '.join(_ARCHITECTURES)}: export to "
-            "merged, and convert that with llama.cpp's own converter"
+            f"the base is a {kind}; the architectures of llama.cpp known here are {', '.join(_ARCHITECTURES)}: "
+            "export to merged, and convert that with llama.cpp's own converter"
         )
     arch, queries = _ARCHITECTURES[kind], config.num_attention_heads
     keys = getattr(config, "num_key_value_heads", None) or queries

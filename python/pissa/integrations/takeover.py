@@ -67,8 +67,8 @@ def made(
         except (TypeError, ValueError, KeyError, RankError) as error:  # on all ranks, if on one
             if repair:
                 raise ValueError(
-                    f"what 4 bits have lost cannot be repaired beneath LoraConfig(init_lora_weights={init!r}): "
-                    f"{error}. Mend that, or run the program without the calibration"
+                    f"the error of 4 bits cannot be repaired beneath LoraConfig(init_lora_weights={init!r}): "
+                    f"{error}. Fix that, or run the program without the calibration"
                 ) from error
             _warn(config, f"computes 4-bit layers slower: {error}")
             return kind(model, config, **kwargs)

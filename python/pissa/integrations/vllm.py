@@ -90,13 +90,13 @@ def _places(lora: PlainLora, base: Name | None) -> dict[str, Places]:
     all_factors, path = lora.folder.factors, lora.folder.weights.path
     for target, factors in all_factors.items():
         if len(factors.row) > 1:
-            raise ValueError(f"layer {target} is a convolution, which vLLM takes no adapter of: export to merged")
+            raise ValueError(f"layer {target} is a convolution, for which vLLM takes no adapter: export to merged")
     fused = {target for target, factors in all_factors.items() if factors.is_fused}
     if not fused:
         return {}
     if base is None:
         raise ValueError(
-            f"{path} has factors of fused experts, {min(fused)} the first, which vLLM calls as the checkpoint of the "
+            f"{path} has factors of fused experts, {min(fused)} the first, which vLLM names as the checkpoint of the "
             "base does: give the unmodified model (base)"
         )
     with open_dense(checkpoint_folder(base)) as source:
@@ -117,8 +117,8 @@ def _places(lora: PlainLora, base: Name | None) -> dict[str, Places]:
         for module, leaf in (target.rpartition(".")[::2] for target in sorted(stacked)):
             if modules[module] == 1:
                 raise ValueError(
-                    f"{path} has factors of {shown(leaf)} alone in {module}: of a stack of experts vLLM takes "
-                    "gate_up_proj and down_proj, or neither; export to merged"
+                    f"{path} has factors of only {shown(leaf)} in {module}: of a stack of experts vLLM takes "
+                    "both gate_up_proj and down_proj, or neither; export to merged"
                 )
         return {target: [_parts(one, source) for one in layers[target]] for target in layers.keys() - stacked}
 

@@ -185,7 +185,7 @@ def _wanted(path: str, weights: list[str], config: PissaConfig) -> bool:
     if not is_wanted and any(check_target_module_exists(probe, f"{path}.{name}") for name in weights):
         raise ValueError(
             f"target_modules={config.target_modules!r} matches a parameter of {path}, whose experts are adapted as "
-            f"layers of their own: let the pattern match {path}.0.{weights[0]}"
+            f"separate layers: let the pattern match {path}.0.{weights[0]}"
         )
     return is_wanted
 
@@ -232,7 +232,7 @@ def _target(unfused: dict[str, UnfusedExperts], config: PissaConfig) -> None:
         )
     if layers and isinstance(config.target_modules, str):
         raise ValueError(
-            f"target_parameters={sorted(parameters)} beside target_modules={config.target_modules!r}: give "
+            f"target_parameters={sorted(parameters)} together with target_modules={config.target_modules!r}: give "
             'target_modules as a list, or leave target_parameters out ("all-linear" has the experts too)'
         )
     if unfused and not isinstance(config.target_modules, str):

@@ -54,7 +54,7 @@ def choose_layers(model: nn.Module, config: PissaConfig) -> None:
         # Packed codes have a different shape, and Conv1D has no in_features.
         side = min((layer.in_features, layer.out_features) if hasattr(layer, "in_features") else layer.weight.shape)
         if is_refused_by_peft(config, model, name) or _is_read(model, name):
-            left_out[name] = "the code of this model may read their weights past an adapter"
+            left_out[name] = "the code of this model may read their weights without calling an adapter"
         elif _is_of_its_own(layer):
             left_out[name] = f"a {type(layer).__name__} computes in a way of its own"
         elif side < config.r and get_pattern_key(list(config.rank_pattern), name) not in config.rank_pattern:
@@ -153,7 +153,7 @@ def _base_for(target: nn.Module, name: str) -> Base:
     kind = f"{type(target).__module__}.{type(target).__qualname__}"
     if isinstance(target, FSDPModule):
         raise TypeError(
-            f"{name} is sharded by a fully_shard of its own ({kind}), and PiSSA computes with its weight outside of "
+            f"{name} is sharded by its own fully_shard ({kind}), and PiSSA computes with its weight outside of "
             f"its forward pass: call fully_shard on the blocks of the model instead, or {leave_out(name)}"
         )
     raise TypeError(

@@ -246,14 +246,14 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
                 raise ValueError(
                     f"adapter_names: layer {self._target_name} is an expert's, whose rows are tokens from any row of "
                     f"the batch, and is adapted by {', '.join(sorted(names))}. Call set_adapter and compute the rows "
-                    "of each adapter in a batch of their own, or adapt no experts (exclude_modules)"
+                    "of each adapter in a separate batch, or adapt no experts (exclude_modules)"
                 )
             return cast(Tensor, self.base_layer(x))
         if len(adapter_names) != len(x):
             raise ValueError(
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
                 f"{len(adapter_names)} and {len(x)} respectively, in layer {self._target_name}. Give one name for each "
-                "row of the batch; a layer whose rows are others (an expert's) cannot be adapted then (exclude_modules)"
+                "row of the batch; a layer with other rows (an expert's) cannot be adapted then (exclude_modules)"
             )
         if self.merged:
             raise ValueError(

@@ -113,8 +113,8 @@ def fuse_head(model: nn.Module) -> None:
         raise ValueError(f"model: {name} cannot be tried with nine tokens: {type(error).__name__}: {error}") from error
     if not difference <= 0:
         raise ValueError(
-            f"model: {name} makes its logits or its loss of its hidden states in a way that its configuration does not "
-            f"say: they differ by {difference:.1e}"
+            f"model: {name} computes its logits or its loss in a way that its configuration does not "
+            f"describe: they differ by {difference:.1e}"
         )
     inner.forward = MethodType(forward, inner)
 

@@ -107,8 +107,8 @@ def _adapter(model: Any, adapter_name: str | None, base: ServedBase) -> _Adapter
         other, limit = served[key].other, 2 * layer.r[name]
         if other is not None and served[key].rank > limit:
             raise ValueError(
-                f'base: got "residual", but that of layer {key} lacks another start than that of adapter {name!r}, of '
-                f"rank {other.origin.r}; both together have rank {served[key].rank}, and at most {limit} is "
+                f'base: got "residual", but the base of layer {key} lacks another start than that of adapter {name!r}, '
+                f"of rank {other.origin.r}; both together have rank {served[key].rank}, and at most {limit} is "
                 'possible: take base="original", or give the adapter LoRA\'s start and that rank'
             )
     times = 1 if all(served[key].rank <= layer.r[name] for key, layer in layers.items()) else 2

@@ -71,12 +71,12 @@ def scaled(layout: str, value: int) -> Tensor:
     [
         (bad("mxfp4-compressed", weight_scale=scaled("mxfp4-compressed", 255)), r"^weight_scale: a scale is NaN"),
         (bad("nvfp4-compressed", weight_scale=scaled("nvfp4-compressed", 127)), r"^weight_scale: a scale is NaN"),
-        (bad("nvfp4-compressed", weight_global_scale=None), "needed beside it: one of weight_global_scale"),
+        (bad("nvfp4-compressed", weight_global_scale=None), "needed in addition: one of weight_global_scale"),
         (
             bad("mxfp4-compressed", weight_scale=torch.zeros(32, 7, dtype=torch.uint8)),
             r"^weight_scale: .*needed: \[32, 8\]",
         ),
-        (bad("mxfp4-compressed", weight_packed=torch.zeros(32, 24, dtype=torch.uint8)), "no multiple of the 32"),
+        (bad("mxfp4-compressed", weight_packed=torch.zeros(32, 24, dtype=torch.uint8)), "not a multiple of 32"),
         (bad("mxfp4-compressed", weight_scale=None), "needed are scales"),
         (bad("mxfp4-compressed", weight_scale=torch.ones(32, 8)), "got torch.float32; needed: uint8"),
         (bad("mxfp4-compressed", weight=torch.zeros(32, 128, dtype=torch.uint8)), "weight and weight_packed"),

@@ -73,7 +73,7 @@ def move(folder: Path) -> None:
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a code": (
         lambda folder: change(folder, flip(f"{LAYER}.weight")),
-        rf"layer '{LAYER}': its residual is not the one of which .*pissa.json has the fingerprint",
+        rf"layer '{LAYER}': its residual does not have the fingerprint in .*pissa.json",
     ),
     "no scales": (
         lambda folder: change(folder, lambda tensors: tensors.pop(f"{LAYER}.weight.absmax")),

@@ -184,7 +184,7 @@ def test_a_model_of_the_hub(
 
 
 def test_refusals(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "nowhere' is no model: there is no such folder" in refused(["report", str(tmp_path / "nowhere")], capsys)
+    assert "nowhere' is not a model: there is no such folder" in refused(["report", str(tmp_path / "nowhere")], capsys)
     assert "is not empty" in refused(["report", str(base), "--out", str(base)], capsys)
     assert "budget: got 10 parameters; needed: at least" in refused(["report", str(base), "--budget", "10"], capsys)
 

@@ -91,7 +91,7 @@ def test_modules_and_commands(tmp_path: Path) -> None:
     [
         ([], "got no program"),
         (["--"], "got no program"),
-        (["no-such-command"], "no-such-command is no command of this environment, and not on PATH"),
+        (["no-such-command"], "no-such-command is not a command of this environment, and not on PATH"),
     ],
 )
 def test_no_program(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

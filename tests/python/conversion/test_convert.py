@@ -310,7 +310,7 @@ def test_the_residual_model_that_an_adapter_names_is_looked_into(
 def test_a_base_is_compared_with_a_residual_only(tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
     trained = train_on_residual(tiny_llama, tokens, tmp_path)
     shutil.copytree(trained.initial / "pissa_init", tmp_path / "alone")
-    with pytest.raises(ValueError, match=r"base is only compared with a residual model, and .* lies in none"):
+    with pytest.raises(ValueError, match=r"base is only compared with a residual model, and .* is in none"):
         pissa.convert(trained.adapter, tmp_path / "lora", initial=tmp_path / "alone", base=tiny_llama())
     assert not (tmp_path / "lora").exists()
 

@@ -52,7 +52,7 @@ SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config": (lambda folder: (folder / NAMES[0]).unlink(), "holds no adapter: there is no adapter_config.json"),
     "a pickle": (
         lambda folder: (folder / NAMES[1]).rename(folder / "adapter_model.bin"),
-        "adapter_model.bin, beside it, is a pickle, which is never read",
+        "adapter_model.bin next to it is a pickle, which is never read",
     ),
     "no json": (lambda folder: (folder / NAMES[0]).write_text("{"), "adapter_config.json cannot be read: Expecting"),
     "another method": (spoil_config(peft_type="LOHA"), "peft_type is 'LOHA'; needed: 'LORA'"),
@@ -63,7 +63,7 @@ SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
     "another start": (spoil_config(init_lora_weights="corda"), "'corda', which changes the base. Give the adapter as"),
     "experts": (
         spoil_config(target_parameters=["self_attn.q_proj.kernel"]),
-        "are those of a parameter, but of target_parameters",
+        "are those of a parameter, but target_parameters names",
     ),
     "another rank": (
         spoil_config(rank_pattern={"q_proj": 5}),

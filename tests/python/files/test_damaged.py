@@ -276,7 +276,7 @@ def test_files_of_another_kind(saved: Saved, name: str, kind: str) -> None:
     remove(path)
     KINDS[kind](path)
     try:
-        words = [f"{path.stem}.bin, beside it, is a pickle"] if kind == "pickle beside" and name != RECORD else []
+        words = [f"{path.stem}.bin next to it is a pickle"] if kind == "pickle beside" and name != RECORD else []
         saved.attempt(name, *words, refused=True)
         assert not (saved.folder / "executed").exists()
     finally:

@@ -292,7 +292,7 @@ def test_experts_that_only_we_read_are_refused(tmp_path: Path) -> None:
 def test_refusals_by_name(tmp_path: Path) -> None:
     source = base(tmp_path, "gpt2")
     trained(source, tmp_path / "run", target_modules=["c_attn"])
-    refuses("has no linear layer in 4 bits, the only kind that bitsandbytes keeps so", tmp_path / "run", source)
+    refuses("has no linear layer in 4 bits, the only kind of layer that bitsandbytes stores", tmp_path / "run", source)
     config = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
     (tmp_path / "run" / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": None}))
     refuses(r"names no base model \(base_model_name_or_path\): give it \(base\)", tmp_path / "run", None)

@@ -165,14 +165,14 @@ def test_bases_that_do_not_do(tmp_path: Path) -> None:
     )
     trained(make("Llama", tmp_path / "base"), tmp_path / "run 2", target_modules=["q_proj"])
     change_config(tmp_path / "base", architectures=["FalconForCausalLM"])
-    refuses("is a FalconForCausalLM; known here, .* are LlamaForCausalLM, ", tmp_path / "run 2", tmp_path / "base")
+    refuses("is a FalconForCausalLM; .* known here are LlamaForCausalLM, ", tmp_path / "run 2", tmp_path / "base")
     refuses(
         "nowhere/config.json cannot be read: .* describes no model that transformers .* can build",
         tmp_path / "run 2",
         tmp_path / "nowhere",
     )
     (tmp_path / "there.gguf").touch()
-    with pytest.raises(ValueError, match=r"there\.gguf is there already and nothing is overwritten; choose a new file"):
+    with pytest.raises(ValueError, match=r"there\.gguf exists already and nothing is overwritten; choose a new file"):
         pissa.export(tmp_path / "run", tmp_path / "there.gguf", "gguf", base=tmp_path / "base")
 
 

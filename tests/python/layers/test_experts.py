@@ -286,7 +286,7 @@ OTHERWISE = "experts.2.down_proj is not adapted like model.layers.0.mlp.experts.
             "let the pattern match model.layers.0.mlp.expe",
         ),
         (None, {"target_parameters": ["q_proj.weight"]}, ValueError, r"\['q_proj.weight'\] are not weights of fused"),
-        (None, {"target_parameters": ["experts.down_proj"]}, ValueError, r"beside target_modules='all-linear': give"),
+        (None, {"target_parameters": ["experts.down_proj"]}, ValueError, r"together with target_modules='all-linear'"),
         (None, {"r": 33, "target_modules": ["w2"]}, ValueError, r"rank 33 is too large for layer model.layers.0"),
     ],
 )

@@ -178,5 +178,5 @@ def test_another_checkpoint_is_refused(folder: Path, tmp_path: Path) -> None:
         pissa.wrap(in_4_bits(folder), **fields, weights=tmp_path / "quantised")
     with pytest.raises(ValueError, match="weights: got a checkpoint, but bitsandbytes keeps no layer of the model"):
         pissa.wrap(dense(folder), **fields, weights=folder)
-    with pytest.raises(ValueError, match=r"weights: .*is no model: there is no such folder"):
+    with pytest.raises(ValueError, match=r"weights: .*is not a model: there is no such folder"):
         pissa.wrap(in_4_bits(folder), **fields, weights="nowhere/at-all")

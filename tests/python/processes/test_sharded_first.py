@@ -96,7 +96,7 @@ WORDS = {
     "bias": "bias='all' trains a part",
     "trainable_token_indices": "trainable_token_indices=[1] trains a part",
     "experts": "gate_up_proj is a DTensor, not a dense parameter",
-    "a layer alone": "model.layers.0.self_attn.q_proj is sharded by a fully_shard of its own",
+    "a layer alone": "model.layers.0.self_attn.q_proj is sharded by its own fully_shard",
     "FSDP1": "the model is wrapped in FullyShardedDataParallel",
     "tensor parallel": "load the model without tp_plan",
     "load": "keeps the base of layer model.layers.0.self_attn.q_proj as nf4",

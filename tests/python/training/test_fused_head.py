@@ -202,7 +202,7 @@ def test_other_heads_are_found_out(kind: str, fields: dict[str, Any]) -> None:
     config.is_encoder_decoder = False
     model = getattr(transformers, f"{kind}ForCausalLM")(config).eval().requires_grad_(False)
     forward = model.forward
-    with pytest.raises(ValueError, match=r"its configuration does not say|has a loss of its own|cannot be tried"):
+    with pytest.raises(ValueError, match=r"its configuration does not describe|has a loss of its own|cannot be tried"):
         pissa.fuse_head(model)
     assert model.forward == forward
 
@@ -230,7 +230,7 @@ def test_what_is_refused() -> None:
         pissa.fuse_head(nn.Linear(2, 2))
     model = ARCHITECTURES["llama3"].make()
     model.config.logit_scale = 0.5  # which a Llama does not heed
-    with pytest.raises(ValueError, match="in a way that its configuration does not say: they differ by"):
+    with pytest.raises(ValueError, match="in a way that its configuration does not describe: they differ by"):
         pissa.fuse_head(model)
     model.config.logit_scale = None
     with pytest.raises(TypeError, match="model: got a T5ForConditionalGeneration"):
