@@ -4,7 +4,6 @@
 // there, is a signed byte: element * (1 / scale * 127), with every operation rounded to f32, then to an integer, ties
 // to even; it is 0 in the whole row if that factor is not finite. The element of a code is code * scale * (1 / 127):
 // two products, each rounded to f32.
-// each rounded to f32.
 //
 // This header defines the format: factors and the order of the products. Backends vectorise it.
 #pragma once

@@ -87,7 +87,7 @@ def convert(
       warning says if that matters. "pissa_niter_N" cannot be computed again.
     - `subtracted`: [B, -B0]·[A ; A0], which PEFT writes with path_initial_model_for_weight_conversion. It is recognised
       if, in every layer, the second halves look like a singular value decomposition (two or more rows and columns,
-      orthogonal, of the same lengths), and the first halves are closer to them than to zero.
+      orthogonal, of the same lengths), and the first halves are closer to them than zero is.
     - Otherwise a plain LoRA, which needs `rank` or `energy`. An adapter that was trained on a residual model looks the
       same, unless its base_model_name_or_path says so; give `initial`.
 

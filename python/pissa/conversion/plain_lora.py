@@ -174,7 +174,7 @@ def _check_no_parameters(folder: LoraFolder) -> None:
 
 
 def _read_initial(folder: LoraFolder, given: Name, base: GivenBase) -> LoraFolder:
-    """The initial adapter in the folder `given`, or in that of the residual model which that adapter has left."""
+    """The initial adapter, in the folder `given` or, if that is a residual model, in its pissa_init."""
     path = Path(given)
     if (path / INITIAL_FOLDER / ADAPTER_CONFIG).is_file() and not (path / ADAPTER_CONFIG).is_file():
         path = path / INITIAL_FOLDER

@@ -57,7 +57,6 @@ def enable(notify: Notify | None = None, init: Start | None = None, batches: Bat
             returns batches of what it will read, as `pissa.calibrate` takes them. The error of bitsandbytes' 4 bits is
             then repaired beneath a LoraConfig that starts as LoRA, as by `pissa.wrap(weights=...,
             repair="activations")`, or `get_peft_model` raises its error.
-            raises what that does.
     """
     import_module("peft")  # first, because under `pissa run` importing it enables this module, too
     from pissa.peft_private import taken_over

@@ -112,8 +112,7 @@ class UnfusedExperts(nn.Module):
 
 
 class UnfusedLlama4Experts(UnfusedExperts):
-    """Llama 4's experts. Each computes every token; tokens for which the router did not choose an expert come as
-    zeros."""
+    """Llama 4's experts. Each computes every token. Tokens that the router has not sent to an expert come as zeros."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
         """The experts' outputs [experts * tokens, hidden] for inputs of that shape, one expert after another."""

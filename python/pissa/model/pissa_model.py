@@ -117,7 +117,7 @@ class PissaModel(MendedPeftModel):
 
         Args:
             adapters: names of the adapters. They may differ in their layers and ranks.
-            weights: a finite number of either sign for each adapter.
+            weights: a finite number for each adapter, of any sign.
             adapter_name: name of the new adapter.
             combination_type: "cat" is the whole sum; its rank is the sum of the adapters' ranks. "svd" is the best
                 approximation of the sum at rank `svd_rank`. "linear" is the best approximation at the adapters' rank,
@@ -126,7 +126,6 @@ class PissaModel(MendedPeftModel):
                 names do. The pruned sum is approximated as in "linear", or, with "_svd" after the name, as in "svd".
             svd_rank: rank for the types that end in "svd" (default: the largest rank of the adapters). A layer that
                 needs a lower rank gets the lower one.
-                less has less.
             svd_clamp: must be None. It would clip factors, and one change has many pairs of factors.
             svd_full_matrices, svd_driver: accepted for compatibility with PEFT; without effect.
             density: share of the values that pruning keeps, above 0 and at most 1.
@@ -311,7 +310,6 @@ class PissaModel(MendedPeftModel):
             model: the unmodified base, its vocabulary resized as in training. On any failure it is left as it was.
             model_id: the folder that `save_pretrained` wrote, or the id of a repository on the Hugging Face Hub with
                 these files. A folder of that name takes precedence.
-                these files. A folder of that name wins.
             adapter_name: name of the adapter.
             is_trainable: False freezes the adapter and puts the model into evaluation mode.
             autocast_adapter_dtype: keep the adapter's parameters in float32 on a 16-bit base.
