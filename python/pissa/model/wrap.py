@@ -158,7 +158,7 @@ class PissaTunerOrToCome(PissaTuner):
 
 
 class _TunerToCome(nn.Module):
-    """Turns the PeftModel that it is inserted into into the PissaModel of a model and a configuration."""
+    """Turns the PeftModel in which it is placed into the PissaModel of a model and a configuration."""
 
     def __init__(self, model: nn.Module, config: PissaConfig) -> None:
         super().__init__()
