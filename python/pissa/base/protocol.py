@@ -89,8 +89,8 @@ class Base(ABC):
         return None
 
     def original(self, weight: Tensor) -> Tensor | None:
-        """Returns a dense weight [out, in] as bitsandbytes has quantised it, in its dtype, on the codes' device.
-        Returns None if the base has no `bnb_codes`, or has those of another weight."""
+        """Returns a dense weight [out, in] as bitsandbytes has quantised it, in the dtype of decoded codes, on the
+        codes' device. Returns None if the base has no `bnb_codes`, or has those of another weight."""
         return None
 
     @property

@@ -99,7 +99,7 @@ class Planner:
         return Plan(self.source, units, dense, {})
 
     def parts_of(self, name: str) -> tuple[Part, ...]:
-        """The parts of a parameter that is not a matrix [out, in]."""
+        """The parts of a parameter that is not a matrix [in, out]."""
         if name not in self.tensors:
             raise ValueError(f"the model in {self.source.folder} has no {name}")
         for other in [name, *self._sharing(name)]:  # the checkpoint stores a tied parameter under one of its names

@@ -53,7 +53,8 @@ class Output:
     recorded batch is on the disk.
 
     Args:
-        identity: of the plan, the same on all ranks: a JSON value for each thing that determines what is written.
+        identity: what identifies the plan, the same on all ranks: a JSON value for each thing that determines what is
+            written.
         layouts: the safetensors files, by their names in the folder.
 
     Raises:

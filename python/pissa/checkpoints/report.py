@@ -58,7 +58,7 @@ class LayerReport(NamedTuple):
 
     @property
     def stable_rank(self) -> float:
-        """`total` divided by the square of the largest singular value, which is small if few directions dominate."""
+        """`total` divided by the square of the largest singular value. It is small if few directions dominate."""
         largest = float(self.values[0]) ** 2
         return self.total / largest if largest else 0.0
 

@@ -134,7 +134,7 @@ class _Restoration:
         return codes if is_fingerprint(record.stored, *residual_tensors(codes).values()) else None
 
     def _modules_beside(self) -> dict[str, Tensor]:
-        """The model's tensors that are trained in addition to those of the layers, `modules_to_save` and tokens, under
+        """The model's tensors that are trained in addition to those of the layers (`modules_to_save` and tokens), under
         PEFT's names."""
         name, layers = self.adapter_name, self.layers.items()
         trained = {f"{PREFIX}{path}.{key}" for path, layer in layers for key in layer.state_keys(name)}

@@ -13,7 +13,7 @@ class CompletedError(Exception):
 
 
 def check_unused(folder: Path, instead: str = "", besides: str = "") -> None:
-    """Refuses a folder that contains anything other than `besides`, which could be overwritten. The message puts
+    """Refuses a folder that contains anything other than `besides`, because it could be overwritten. The message puts
     `instead`, another way to continue, before "choose a new folder"."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; needed: a new folder")

@@ -46,7 +46,7 @@ class OriginalWeights:
         self._known = {name for name, _ in model.named_parameters()}
 
     def weight(self, name: str, base: Base) -> tuple[Tensor, ops.QuantizedWeight]:
-        """Returns the weight [out, in] of the named layer, which bitsandbytes has quantised, and its codes.
+        """Returns the weight [out, in] of the named layer, as bitsandbytes has quantised it, and its codes.
 
         Raises:
             ValueError: the checkpoint does not contain that weight, or contains a different one.

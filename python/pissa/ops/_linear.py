@@ -94,9 +94,9 @@ def linear(
         x: [..., in], float32, bfloat16 or float16.
         weight: [out, in] in any of these dtypes, or `QuantizedWeight`.
         bias: [out], or None.
-        a: [r, in], trained; computed in float32; given with b.
+        a: [r, in], trained; used in float32; given with b.
         b: [out, r], likewise.
-        a0: [r, in], frozen; computed in float32; given with b0.
+        a0: [r, in], frozen; used in float32; given with b0.
         b0: [out, r], likewise.
         scaling: lora_alpha / r; any finite number.
         implicit: if a0 and b0 are given, whether the weight is whole.
@@ -145,9 +145,9 @@ def add_low_rank(
     Args:
         y: [..., out], float32, bfloat16 or float16.
         x: [..., in] in any of these dtypes, with y's leading dimensions.
-        a: [r, in], trained; computed in float32.
+        a: [r, in], trained; used in float32.
         b: [out, r], likewise.
-        a0: [r, in], frozen; computed in float32; given with b0.
+        a0: [r, in], frozen; used in float32; given with b0.
         b0: [out, r], likewise.
         scaling: lora_alpha / r; any finite number.
 

@@ -175,8 +175,8 @@ def residual_many(
         weights, a0s, b0s, scalings: the arguments of `residual` for each weight, all on one device.
         form, blocksize, double_quant: see `residual`; the same for all weights.
         names: names of the weights in errors (default: "weights[0]", "weights[1]", ...).
-        second_moments: of each weight's inputs, as `split` takes them. The codes of a quantised form are then found by
-            error feedback; see `quantize`. Weights that share one tensor share its factorisation.
+        second_moments: those of the weights' inputs, as `split` takes them. The codes of a quantised form are then
+            found by error feedback; see `quantize`. Weights that share one tensor share its factorisation.
 
     Raises:
         TypeError, ValueError: an argument is invalid; the message names it. No residual is returned then.

@@ -144,7 +144,7 @@ def split_many(
         ranks: r of each weight.
         scalings: s of each weight.
         names: names of the weights in errors (default: "weights[0]", "weights[1]", ...).
-        second_moments: of each weight's inputs. Weights that share one tensor share its factorisation.
+        second_moments: those of the weights' inputs. Weights that share one tensor share its factorisation.
 
     Returns:
         The results of `split`, in the order of the weights.
