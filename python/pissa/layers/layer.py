@@ -337,7 +337,7 @@ class Magnitude(KeepsDtype):
     """The lengths m to which DoRA (arXiv 2402.09353) scales the rows of W + dW: trained, float32 [out]. They start at
     the lengths of the base's rows.
 
-    y = (m / ‖W + dW‖) (W + dW) x + b
+        y = (m / ‖W + dW‖) (W + dW) x + b
 
     The lengths ‖W + dW‖ carry no gradient (section 4.3 there). For a low-rank dW = s L R they are computed from
     products with L and R, without a dense matrix of W's size. At the start, m / ‖W + dW‖ is exactly 1.
