@@ -125,7 +125,7 @@ def _add_init(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quant",
         metavar="FORMAT",
-        help="keep the residual in nf4 or int8, in the format of transformers with bitsandbytes; default: dense",
+        help="keep the residual in nf4 or int8, in the format of transformers with bitsandbytes (default: dense)",
     )
     parser.add_argument("--rank", type=positive_int, default=16, metavar="R", help="rank of the adapter")
     parser.add_argument("--alpha", type=_alpha, metavar="A", help="LoRA alpha (default: the rank)")
@@ -160,8 +160,8 @@ def _add_init(parser: argparse.ArgumentParser) -> None:
         "--experts",
         metavar="FORMAT",
         default="dense",
-        help="how --quant keeps fused experts: as a dense residual, which every program reads, or in FORMAT, which "
-        "only pissa.load reads",
+        help="how fused experts are kept with --quant: dense, which every program reads, or in the same format, "
+        "which only pissa.load reads",
     )
     parser.add_argument("--device", default="cpu", metavar="DEV", help="where matrices are split, e.g. cuda")
     parser.add_argument("--json", action="store_true", help="report as one JSON object")
