@@ -32,8 +32,7 @@ struct Fp8 {
                      typename Product::Element* to) {
     const auto* codes = static_cast<const std::uint8_t*>(matrix.data) + row * matrix.cols + col;
     const std::int64_t blocksize = matrix.scales.blocksize;
-    const bool nan =
-        has_nan(codes, count);  // rare; checking at once takes two instructions for a vector of bytes
+    const bool nan = has_nan(codes, count);  // rare; checking at once takes two instructions for a vector of bytes
     for (std::int64_t i = 0; i < count;) {
       const std::int64_t end = smaller(count, ((col + i) / blocksize + 1) * blocksize - col);
       const float scale = block_absmax(matrix.scales, block(matrix.scales, row, col + i, matrix.cols));
