@@ -164,6 +164,7 @@ def readme() -> str:
     by_setting = {row["setting"]: row for row in rows() if row["work"] == STEP}
     found = _load("checkpoints.json")["step-7b"]["result"]
     large = _largest()
+    mapped = large["together_gb"] - large["private_gb"]
     text = " ".join((ROOT / "bench" / "experiments" / "conclusions.md").read_text().split())
     loss = re.search(r"error_feedback=True`, (0\.\d+ ± 0\.\d+), where QLoRA loses (0\.\d+ ± 0\.\d+)", text)
     assert loss is not None
@@ -179,7 +180,7 @@ def readme() -> str:
             ],
             [
                 "gpt-oss-20b's shapes, MXFP4 as released, 512 tokens",
-                f"{_tokens(large)}, {large['private_gb']:.1f} GB and {large['together_gb'] - large['private_gb']:.0f} of mapped file",
+                f"{_tokens(large)}, {large['private_gb']:.1f} GB and {mapped:.0f} of mapped file",
                 "only decoded to 16 bits",
             ],
             [

@@ -32,8 +32,8 @@ BUDGETS = {
     f"{PACKAGE}/integrations": 890,
     f"{PACKAGE}/training": 800,
     f"{PACKAGE}/cli": 2_410,
-    "cpp/pissa": 12_050,
-    "bench": 13_250,
+    "cpp/pissa": 12_200,
+    "bench": 13_280,
     "tests": 44_350,
 }
 TEXT = {".py", ".pyi", ".h", ".cc", ".cu", ".txt", ".sh", ".md", ".json", ".jsonl", ".yaml", ".ini"}
