@@ -30,7 +30,7 @@ class Calibration:
     """The second moments of the layers' inputs."""
 
     moments: Mapping[str, Tensor]
-    """R = E[xᵀx] by the layer's name: symmetric float32 [in, in], on the device where the layer computes, or only its
+    """R = E[xᵀx] by the layer's name, symmetric float32 [in, in], on the device where the layer computes, or only its
     diagonal, [in]. Layers with the same inputs share one tensor."""
     tokens: int
     """The number of tokens over which the mean was taken; for experts, the tokens of all experts together."""

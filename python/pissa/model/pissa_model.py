@@ -367,7 +367,7 @@ class PissaModel(MendedPeftModel):
             kwargs: see `from_pretrained`.
 
         Returns:
-            PEFT's load result: torch's named tuple of missing_keys and unexpected_keys. Both are empty, because an
+            PEFT's load result, torch's named tuple of missing_keys and unexpected_keys. Both are empty, because an
             adapter with a missing or an extra tensor is refused.
 
         Raises:

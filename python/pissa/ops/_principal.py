@@ -147,7 +147,7 @@ def residual(
         blocksize, double_quant: for a quantised format; see `quantize`.
 
     Returns:
-        [out, in]: a tensor in the weight's dtype, or a `QuantizedWeight`.
+        A tensor [out, in] in the weight's dtype, or a `QuantizedWeight`.
 
     Raises:
         TypeError, ValueError: an argument is invalid; the message names it.
