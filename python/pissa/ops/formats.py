@@ -28,8 +28,8 @@ class QuantFormat:
     blocksizes: tuple[int, ...]
     usual_blocksize: int
     scales: str
-    """The kind of its scales, one of "float32", "nested" (quantised too, or float32), "e8m0" and "e4m3" (one byte each),
-    "bfloat16", "tiles" (float32, bfloat16 or E8M0)."""
+    """The kind of its scales, one of "float32", "nested" (quantised too, or float32), "e8m0", "e4m3" (one byte each),
+    "bfloat16" and "tiles" (float32, bfloat16 or E8M0)."""
 
     @property
     def has_double_quant(self) -> bool:
