@@ -169,26 +169,26 @@ def readme() -> str:
     loss = re.search(r"error_feedback=True`, (0\.\d+ ± 0\.\d+), where QLoRA loses (0\.\d+ ± 0\.\d+)", text)
     assert loss is not None
     return _table(
-        "training on two Zen 4 cores, rank 16: tokens a second, memory | pissa | PEFT 0.21, bitsandbytes 0.50",
+        "training on two Zen 4 cores, rank 16 | pissa | PEFT 0.21, bitsandbytes 0.50",
         [
             ["SmolLM2-135M, nf4, 4 x 127 tokens", *_sides(by_setting["default"])],
-            ["the same, with PEFT's best settings for both", *_sides(by_setting["tuned"])],
+            ["the same, both with the settings that are best for PEFT", *_sides(by_setting["tuned"])],
             [
                 "Llama-2-7B's shapes, nf4, 512 tokens",
-                f"{_number(found['tokens_per_second'])}, {found['together'] / _GB:.1f} GB",
+                f"{_number(found['tokens_per_second'])} tokens/s, {found['together'] / _GB:.1f} GB",
                 "not measured",
             ],
             [
                 "gpt-oss-20b's shapes, MXFP4 as released, 512 tokens",
-                f"{_tokens(large)}, {large['private_gb']:.1f} GB and {mapped:.0f} of mapped file",
+                f"{_tokens(large)} tokens/s, {large['private_gb']:.1f} GB (and a mapped file of {mapped:.0f} GB)",
                 "only decoded to 16 bits",
             ],
             [
-                "held-out loss above that of LoRA in 16 bits, SmolLM2 on GSM8K, nats",
-                f"{loss[1]}, LoRA on a calibrated base",
-                f"{loss[2]}, QLoRA",
+                "held-out loss that a 4-bit base costs, SmolLM2 on GSM8K",
+                f"{loss[1]} nats (LoRA, calibrated)",
+                f"{loss[2]} nats (QLoRA)",
             ],
-            ["PiSSA in [twenty situations](docs/situations.md)", "right", "fails, or is wrong"],
+            ["PiSSA in [twenty situations](docs/situations.md)", "correct", "wrong, or an error"],
         ],
     )
 
@@ -196,7 +196,7 @@ def readme() -> str:
 def _sides(row: dict[str, Any]) -> list[str]:
     times = row["ours_median_ms"], row["peer_median_ms"]
     return [
-        f"{_number(1e3 * STEP_TOKENS / ms)}, {growth:.0f} MiB"
+        f"{_number(1e3 * STEP_TOKENS / ms)} tokens/s, {growth:.0f} MiB"
         for ms, growth in zip(times, row["growth_mib"], strict=True)
     ]
 
