@@ -8,12 +8,12 @@
 namespace pissa::cpu {
 
 /// Blocking of the GEMM: a task computes at most kMc x kNc of the output, with kKc words of the inner dimension at a
-/// time. A word is one f32 or two bf16: kKc holds 512 columns of a weight and an adapter of rank 64 in bf16. The panel
-/// of B is 576 KB and stays in L2; the f32 accumulators are 1 MB. kMc is a multiple of AVX-512's tile_rows; that of the
+/// time. A word is one f32 or two bf16: kKc holds 576 columns of a weight and 64 of an adapter in bf16. The panel of B
+/// is 640 KB and stays in L2; the f32 accumulators are 1 MB. kMc is a multiple of AVX-512's tile_rows; that of the
 /// others leaves a short last tile.
 inline constexpr std::int64_t kMc = 518;
 inline constexpr std::int64_t kNc = 512;
-inline constexpr std::int64_t kKc = 288;
+inline constexpr std::int64_t kKc = 320;
 inline constexpr std::int64_t kPanelPad = 17;    // words at most from one strip of a panel to the next
 inline constexpr std::int64_t kStripRows = 32;   // of A: at most a tile's, rounded up to a square for transposition
 inline constexpr std::int64_t kDotRows = 16;     // up to this many rows are multiplied without a panel

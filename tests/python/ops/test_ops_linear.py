@@ -376,6 +376,19 @@ def test_add_low_rank_refuses_by_name(name: str, value: object, error: type[Exce
 
 
 @pytest.mark.cpu_only
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weight", ["dense", "nf4-nested", "int8"])
+@pytest.mark.parametrize("tokens", [1, 5, 20])
+def test_a_change_of_zero_leaves_the_bits(tokens: int, weight: str, dtype: torch.dtype) -> None:
+    """Whether the thin terms fit into the last panel of the weight or have one of their own: 32 to 400 columns after
+    576, 640 and 1,280."""
+    for n_in, r in [(576, 16), (576, 200), (640, 32), (1280, 8)]:
+        case = Case("implicit", weight, dtype, tokens, n_in, 64, r)
+        case.options |= {name: torch.zeros_like(case.options[name]) for name in ("a", "b")}
+        assert torch.equal(case.run(), ops.linear(case.x, case.weight, case.bias))
+
+
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("rows", [1, 4, 5, 20])
 def test_a_quantised_weight_without_inputs_gives_the_bias(rows: int) -> None:
     ops.linear(torch.randn(rows, 64), ops.quantize(torch.randn(5, 64), "nf4"))  # what it must not find again

@@ -144,10 +144,22 @@ struct Run {
 // The depth of a panel in words: as few panels as possible, all about equally deep, in whole steps of 16 words, which
 // contain two blocks of codes.
 PISSA_INLINE std::int64_t panel_words(std::int64_t words) {
-  constexpr std::int64_t kStep = 16;
-  const std::int64_t panels = words > kKc ? ceil_div(words, kKc) : 1;
+  constexpr std::int64_t kStep = 16, kMost = kKc - 32;
+  const std::int64_t panels = words > kMost ? ceil_div(words, kMost) : 1;
   return ceil_div(ceil_div(words, panels), kStep) * kStep;
 }
+
+// How a run is cut into panels: its first term as if it were alone, so that terms that are 0 leave the bits of its sum.
+// The others follow it in the last panel, if there is room for them.
+struct PanelCut {
+  std::int64_t lead, rest;  // words
+
+  PISSA_INLINE std::int64_t length_at(std::int64_t from) const {
+    if (from >= lead) return smaller(panel_words(rest), lead + rest - from);
+    const std::int64_t length = smaller(panel_words(lead), lead - from);
+    return from + length == lead && length + rest <= kKc ? length + rest : length;
+  }
+};
 
 void add_nothing(const Run& run, const Block& block, const Panels& panels, const Output& output) {
   for (std::int64_t i = 0; run.first && i < block.rows; ++i) {
@@ -165,11 +177,12 @@ void multiply(const Run& run, const Block& block, const Panels& panels, const Ou
   constexpr int kRows = Product::Tiles::kRows;
   const std::int64_t total = run.length<Product>();
   if (total == 0) return add_nothing(run, block, panels, output);
-  const std::int64_t panel = panel_words(total);
-  const bool once = run.first && run.last && total <= panel && output.stored_by_row();
+  const std::int64_t lead = words<Product>(run.begin->inner());
+  const PanelCut cut{lead, total - lead};
+  const bool once = run.first && run.last && cut.length_at(0) == total && output.stored_by_row();
   const typename Product::Tiles tiles;
-  for (std::int64_t from = 0; from < total; from += panel) {
-    const std::int64_t length = smaller(panel, total - from);
+  for (std::int64_t from = 0, length; from < total; from += length) {
+    length = cut.length_at(from);
     const std::int64_t whole = ceil_div(length, Product::Tiles::kDepth) * Product::Tiles::kDepth;
     const bool begins = run.first && from == 0;
     const bool ends = run.last && from + length == total;

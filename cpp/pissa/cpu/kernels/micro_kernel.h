@@ -13,7 +13,7 @@ namespace pissa::cpu::PISSA_ISA {
 namespace {
 
 constexpr int kTileCols = 2 * kWidth;
-constexpr std::int64_t kStripLd = kKc + 16;          // rows 1088 bytes apart: 14 of them in 14 different sets of L1
+constexpr std::int64_t kStripLd = kKc + 16;          // rows 21 lines apart: 14 of them in 14 different sets of L1
 constexpr int kRowStep = Vec::kByLane ? kWidth : 1;  // a short last tile has a multiple; rows that A lacks are zero
 static_assert(kNc % kTileCols == 0 && Vec::kRows <= kStripRows && kKc % kWidth == 0 && Vec::kRows % kRowStep == 0);
 
