@@ -67,11 +67,9 @@ class BnbLinear4bit(CodedLinear):
         codes = ops.quantize(weight, quantised.format, blocksize=quantised.blocksize).codes
         return weight if (codes != quantised.codes).float().mean() <= _OTHER_CODES else None
 
-    def fused(
-        self, start: StartFactors, scaling: float, dtype: torch.dtype
-    ) -> tuple[Tensor | ops.QuantizedWeight, bool] | None:
+    def fused(self, start: StartFactors, scaling: float, x: Tensor) -> tuple[Tensor | ops.QuantizedWeight, bool] | None:
         """The codes, for an input that bitsandbytes' layer would not cast."""
-        return super().fused(start, scaling, dtype) if self.compute_dtype in (None, dtype) else None
+        return super().fused(start, scaling, x) if self.compute_dtype in (None, x.dtype) else None
 
     def restored(self) -> nn.Module:
         """Returns bitsandbytes' layer over the same bytes."""

@@ -112,11 +112,14 @@ class Base(ABC):
         """x Wᵀ [k, out], float32 and without the bias, for x float32 [k, in]."""
         return ops.linear(x, self.matrix().detach())
 
-    def fused(
-        self, start: StartFactors, scaling: float, dtype: torch.dtype
-    ) -> tuple[Tensor | ops.QuantizedWeight, bool] | None:
-        """The weight that `ops.linear` takes together with an adapter of that start and scaling, for an input of
-        `dtype`, and whether it is implicit, that is, the whole weight. None if the module computes its own product."""
+    def fuse(self) -> bool:
+        """Makes a dense module in memory compute in one product with its adapter on a CPU, where that is faster; returns
+        whether it does. The output is the same within rounding, and a change of zero leaves its bits."""
+        return False
+
+    def fused(self, start: StartFactors, scaling: float, x: Tensor) -> tuple[Tensor | ops.QuantizedWeight, bool] | None:
+        """The weight that `ops.linear` takes together with an adapter of that start and scaling, for an input like `x`,
+        and whether it is implicit, that is, the whole weight. None if the module computes its own product."""
         return None
 
     def as_weight(self, matrix: Tensor) -> Tensor:

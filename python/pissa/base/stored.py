@@ -53,9 +53,7 @@ class StoredLinear(OwnBase):
         """The output, with the given bias or without one."""
         return ops.linear(x, self.residual, bias, a=self.start.a0, b=self.start.b0, scaling=self.scaling)
 
-    def fused(
-        self, start: StartFactors, scaling: float, dtype: torch.dtype
-    ) -> tuple[Tensor | ops.QuantizedWeight, bool] | None:
+    def fused(self, start: StartFactors, scaling: float, x: Tensor) -> tuple[Tensor | ops.QuantizedWeight, bool] | None:
         """The residual, for an adapter that starts from what it lacks. (PEFT's set_scale may change a scaling.)"""
         return (self.residual, False) if start is self.start and scaling == self.scaling else None
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from types import MethodType
 from typing import Any, cast
 
 import torch
@@ -18,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from pissa import ops
 from pissa.base.protocol import Base, as_matrix, as_weight
 from pissa.base.start import KeepsDtype, StartFactors
-from pissa.distributed import whole_tensor
+from pissa.distributed import is_sharded, whole_tensor
 
 # ---- Modules ---------------------------------------------------------------------------------------------------------
 
@@ -36,7 +37,7 @@ def is_offloaded(module: nn.Module) -> bool:
 def copy_without_hooks(module: Any) -> Any:
     """A shallow copy of a module, without accelerate's hooks, which would call the original."""
     twin = copy.copy(module)
-    for name in ("forward", "_old_forward", "_hf_hook"):
+    for name in ("forward", "_old_forward", "_hf_hook", "_fused_product"):
         vars(twin).pop(name, None)
     return twin
 
@@ -56,6 +57,33 @@ def dense_linear(dense_type: type[nn.Module], matrix: Tensor, bias: nn.Parameter
     linear.weight = nn.Parameter(weight, requires_grad=False)
     linear.register_parameter("bias", bias)
     return cast(nn.Module, linear.train(training))
+
+
+# ---- A dense module whose product is fused with its adapter's --------------------------------------------------------
+
+_FEW_ROWS = 16  # which torch multiplies faster
+
+
+def _product(module: Any, x: Tensor) -> Tensor:
+    if not _takes(module, x):
+        return cast(Tensor, type(module).forward(module, x))
+    return ops.linear(x, module.weight, module.bias)
+
+
+_product.__name__ = "forward"  # pickle finds it by this name, so a loaded model is not fused
+
+
+def _takes(module: Any, x: Tensor) -> bool:
+    """Whether a module whose product is fused computes that of `x` with `ops.linear`."""
+    weight = module._parameters["weight"]
+    if weight.dtype != x.dtype or x.numel() <= _FEW_ROWS * x.shape[-1] or torch.is_autocast_enabled("cpu"):
+        return False
+    return _is_ready(weight)
+
+
+def _is_ready(weight: Tensor) -> bool:
+    """Whether a weight is frozen and all of it lies in memory."""
+    return weight.device.type == "cpu" and not weight.requires_grad and not is_sharded(weight)
 
 
 # ---- Bases -----------------------------------------------------------------------------------------------------------
@@ -100,6 +128,22 @@ class Dense(Base):
 
     def holding(self, weight: Tensor) -> Dense:
         return type(self)(with_weight(self.module, weight))
+
+    def fuse(self) -> bool:
+        module = self.module
+        if type(module) is not nn.Linear or "forward" in vars(module) or ops.build_info()["isa"] == "amxbf16":
+            return False  # against torch's product by tiles, ours was not measured
+        is_fused = _is_ready(module.weight) and module.weight.is_contiguous()
+        if is_fused:
+            module._fused_product = True  # type: ignore[assignment]
+            module.forward = MethodType(_product, module)  # type: ignore[method-assign]
+        return is_fused
+
+    def fused(self, start: StartFactors, scaling: float, x: Tensor) -> tuple[Tensor | ops.QuantizedWeight, bool] | None:
+        """The weight, after `fuse`, unless the module has hooks, which would not be called."""
+        module = self.module
+        is_fused = getattr(module, "_fused_product", False) and not module._forward_hooks
+        return (module.weight, True) if is_fused and not module._forward_pre_hooks and _takes(module, x) else None
 
 
 class OwnBase(KeepsDtype, Base):
@@ -204,9 +248,7 @@ class CodedLinear(HoldsCodes):
         """The output without the bias."""
         return ops.linear(x, self.quantized)
 
-    def fused(
-        self, start: StartFactors, scaling: float, dtype: torch.dtype
-    ) -> tuple[Tensor | ops.QuantizedWeight, bool] | None:
+    def fused(self, start: StartFactors, scaling: float, x: Tensor) -> tuple[Tensor | ops.QuantizedWeight, bool] | None:
         """The codes, which are the whole weight."""
         return self.quantized, True
 

@@ -27,7 +27,7 @@ class PissaLinear(PissaLayer, LoraLinear):  # type: ignore[misc]
 
     def adapted(self, x: Tensor, names: Sequence[str]) -> Tensor:
         if len(names) == 1 and not self._drops_out(names[0]):
-            fused = self.base.fused(self.start_of(names[0]), self.scaling[names[0]], x.dtype)
+            fused = self.base.fused(self.start_of(names[0]), self.scaling[names[0]], x)
             if fused is not None:
                 return self._scaled(self._fused(x, *fused, names[0]), names[0])
         if not any(name in self.lora_magnitude_vector for name in names):

@@ -13,6 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 import pissa
 from architectures import ARCHITECTURES
 from daily import each
+from one_layer import adapted, filled, wrap
 from pissa import ops
 from pissa.training import fused_layers
 
@@ -279,6 +280,34 @@ def test_a_models_outputs_and_gradients(name: str, padded: bool, monkeypatch: py
         monkeypatch.setattr(fused_layers, "sdpa_attention_forward", lambda *_, **__: pytest.fail("torch's"))
     for found, wanted in zip(run(), expected, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-3, atol=2e-5 * float(wanted.abs().max()) + 1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_dense_layer_is_one_product_with_its_adapter(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For more than 16 rows. Hooks of the base are called, a change of zero leaves its bits, and a copy is torch's."""
+    layer: Any = adapted(wrap(filled(nn.Linear(64, 48)).to(dtype), r=3))
+    x, few = torch.randn(20, 64, dtype=dtype), torch.randn(16, 64, dtype=dtype)
+    expected, of_few = layer(x), layer(few)
+    calls: list[bool] = []
+    linear = ops.linear
+    monkeypatch.setattr(ops, "linear", lambda *args, **of: calls.append(bool(of)) or linear(*args, **of))
+    assert layer.base.fuse()
+    assert not layer.base.fuse()
+    found = layer(x)
+    assert calls == [True]
+    assert torch.equal(found, layer.base_layer(x))
+    assert calls == [True, False]
+    assert torch.equal(layer(few), of_few)
+    with torch.autocast("cpu", torch.float16):
+        layer(x)
+    assert len(calls) == 2
+    torch.testing.assert_close(found, expected)
+    handle = layer.base_layer.register_forward_hook(lambda *_: calls.clear())
+    assert torch.equal(layer(x), found)
+    assert not calls
+    handle.remove()
+    twin = layer.base.twin(torch.ones(48, 64, dtype=dtype))
+    assert torch.equal(twin(x), nn.functional.linear(x, twin.weight, twin.bias))
 
 
 def test_generation_is_torchs() -> None:
