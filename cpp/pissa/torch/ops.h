@@ -10,6 +10,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include "pissa/torch/grouped_linear.h"
 #include "pissa/torch/linear.h"
 #include "pissa/torch/quantize.h"
 #include "pissa/torch/svd.h"
@@ -34,6 +35,8 @@ void implement(Library& m) {
   m.impl("linear_backward", TORCH_BOX(&linear_backward<Device>));
   m.impl("quantized_linear", TORCH_BOX(&quantized_linear<Device>));
   m.impl("quantized_linear_backward", TORCH_BOX(&quantized_linear_backward<Device>));
+  m.impl("grouped_linear", TORCH_BOX(&grouped_linear<Device>));
+  m.impl("grouped_linear_backward", TORCH_BOX(&grouped_linear_backward<Device>));
   m.impl("add_low_rank", TORCH_BOX(&add_low_rank<Device>));
   m.impl("add_low_rank_backward", TORCH_BOX(&add_low_rank_backward<Device>));
   m.impl("token_scores", TORCH_BOX(&token_scores<Device>));

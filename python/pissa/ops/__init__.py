@@ -14,6 +14,7 @@ from typing import Any
 from pissa.ops import formats
 from pissa.ops._attention import attention
 from pissa.ops._gated import gated
+from pissa.ops._grouped import grouped_linear
 from pissa.ops._linear import add_low_rank, linear
 from pissa.ops._load import _C
 from pissa.ops._norm import rms_norm
@@ -34,6 +35,7 @@ __all__ = [
     "dequantize",
     "formats",
     "gated",
+    "grouped_linear",
     "linear",
     "linear_cross_entropy",
     "quantize",

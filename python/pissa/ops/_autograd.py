@@ -136,6 +136,19 @@ for _op in ("linear", "quantized_linear"):
     register_fake(f"pissa::{_op}_backward", _fake_linear_backward)
 
 
+@register_fake("pissa::grouped_linear")
+def _(x: Tensor, offsets: list[int], *args: Any) -> tuple[Tensor, Tensor]:
+    out_features, a = args[6:8]
+    return x.new_empty(x.shape[0], out_features), _floats(x, x.shape[0], a[0].shape[0])
+
+
+@register_fake("pissa::grouped_linear_backward")
+def _(dy: Tensor, x: Tensor, offsets: list[int], *args: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    a, b, need_dx = *args[7:9], args[-1]
+    grads_a, grads_b = ([_floats(x, *factor.shape) for factor in factors] for factors in (a, b))
+    return x.new_empty(x.shape if need_dx else (0,)), grads_a, grads_b
+
+
 @register_fake("pissa::add_low_rank")
 def _(base: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     a, _b, a0, _b0, _scaling, implicit = args
@@ -236,6 +249,43 @@ class _Gradients(NamedTuple):
 for _op, _x, _tensors in (("linear", 0, 1), ("quantized_linear", 0, 4), ("add_low_rank", _ADDEND, 0)):
     _gradients = _Gradients(getattr(torch.ops.pissa, f"{_op}_backward"), _x, _tensors)
     register_autograd(f"pissa::{_op}", _gradients.backward, setup_context=_gradients.save)
+
+
+# A group's lists are saved one after the other, each of as many tensors as there are layers. Torch wants gradients in
+# lists of the same lengths.
+
+_GROUP_LISTS = (2, 3, 4, 5, 9, 10, 11, 12)  # the places of codes, scales in three parts, a, b, a0, b0
+_GROUP_A, _GROUP_B = 9, 10
+
+
+def _save_group(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _, kept = output
+    ctx.mark_non_differentiable(kept)
+    ctx.set_materialize_grads(False)
+    ctx.lists = [place for place in _GROUP_LISTS if inputs[place] is not None]
+    ctx.others = [None if place == 0 or place in ctx.lists else value for place, value in enumerate(inputs)]
+    ctx.save_for_backward(kept, inputs[0], *(tensor for place in ctx.lists for tensor in inputs[place]))
+
+
+def _group_backward(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+    kept, x, *tensors = ctx.saved_tensors
+    count, arguments = len(tensors) // len(ctx.lists), list(ctx.others)
+    gradients: list[Any] = [None] * len(arguments)
+    for number, place in enumerate(ctx.lists):
+        arguments[place] = tensors[number * count : (number + 1) * count]
+        gradients[place] = [None] * count
+    if dy is None:
+        return tuple(gradients)
+    needed = ctx.needs_input_grad
+    *operands, scaling = arguments[1:]
+    dx, *found = torch.ops.pissa.grouped_linear_backward(dy, x, *operands, kept, scaling, needed[0])
+    gradients[0] = dx if needed[0] else None
+    for place, of_layers in zip((_GROUP_A, _GROUP_B), found, strict=True):
+        gradients[place] = [grad if need else None for grad, need in zip(of_layers, needed[place], strict=True)]
+    return tuple(gradients)
+
+
+register_autograd("pissa::grouped_linear", _group_backward, setup_context=_save_group)
 
 
 # Scores of tokens: the forward computes each token's d log p / dx at once. The other outputs have no gradient.

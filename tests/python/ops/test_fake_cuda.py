@@ -40,6 +40,11 @@ def calls(tokens: int = 5) -> dict[str, list[tuple[Any, ...]]]:
     stored = [(*rest[:5], 64, ROWS), (*ops.quantize(weight.float(), "int8")[:5], COLS, ROWS)]
     codes = [("nf4", 64), ("int8", COLS)]
     none = [None] * 4
+
+    def group(parts: tuple[Any, ...], *factors: Any) -> tuple[Any, ...]:
+        lists = [None if part is None else [part, part.clone()] for part in parts[:4]]
+        return [0, 2, tokens], *lists, *parts[4:], *factors
+
     labels, head_bias = put(torch.arange(tokens)), ones(ROWS, dtype=torch.float32)
     q, k, v = (torch.ones(1, heads, tokens, 8) for heads in (4, 2, 2))  # on the CPU: no GPU has this op
     q_leaf, seen = q.clone().requires_grad_(), torch.ones(1, 4, tokens, tokens, dtype=torch.bool)
@@ -94,6 +99,22 @@ def calls(tokens: int = 5) -> dict[str, list[tuple[Any, ...]]]:
                 *how,
             )
             for mask, how in ((seen, (0.5, False)), (None, (0.5, True)))
+        ],
+        "grouped_linear": [
+            (leaf_x, *group(parts, [leaf_a] * 2, [leaf_b] * 2, [a0] * 2, [b0] * 2), 0.5) for parts in stored
+        ]
+        + [(x, *group(stored[0], [a, a], [b, b], None, None), 1.0)],
+        "grouped_linear_backward": [
+            (
+                dy,
+                x,
+                *group(parts, [a] * 2, [b] * 2, [a0] * 2, [b0] * 2),
+                ones(tokens, R, dtype=torch.float32),
+                0.5,
+                need,
+            )
+            for parts in stored
+            for need in (True, False)
         ],
         "add_low_rank_backward": [(dy, x, *factors, kept, 0.5, True, need) for need in (True, False)],
     }

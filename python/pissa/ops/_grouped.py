@@ -1,0 +1,106 @@
+"""The linear layers of a group, the experts of a mixture, multiplied at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pissa.ops._linear import checked_factors, checked_operands
+from pissa.ops._quant import QuantizedWeight, check_quantized
+from pissa.ops.checks import check_change_scaling, check_devices, check_lengths
+
+_OPS = torch.ops.pissa
+
+
+def grouped_linear(
+    x: Tensor,
+    weights: Sequence[QuantizedWeight],
+    offsets: Sequence[int],
+    *,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    a0: Sequence[Tensor] | None = None,
+    b0: Sequence[Tensor] | None = None,
+    scaling: float = 1.0,
+) -> Tensor:
+    """Linear layers of equal shape at once, each with rows of x of its own, quantised and with an adapter: what
+    `linear(x[offsets[i]:offsets[i + 1]], weights[i], a=a[i], ...)` gives for each layer i, one below the other.
+
+    On CUDA, layers of at most 128 rows of bfloat16 or float16, whose weights have rows of whole lines of 32 elements,
+    take two launches together; others, and layers on a CPU, are computed one after the other. So are the gradients, in
+    x, a and b. Up to 16 rows of a layer have the bits that `linear` gives; more are multiplied in another order.
+
+    Args:
+        x: [rows, in], float32, bfloat16 or float16, sorted by layer.
+        weights: of each layer [out, in], all of one format, shape and block size, nested or not.
+        offsets: one more than there are layers, ascending from 0 to rows: where the rows of each begin. A layer may
+            have none.
+        a: of each layer [r, in], trained, computed with in float32; r is the same for all.
+        b: of each layer [out, r], the same.
+        a0: of each layer [r, in], frozen, computed with in float32; given with b0.
+        b0: of each layer [out, r], the same.
+        scaling: lora_alpha / r; any finite number.
+
+    Returns:
+        [rows, out], in x's dtype; under autocast in autocast's.
+
+    Raises:
+        TypeError, ValueError: naming the argument, or the layer by its number.
+    """
+    if not weights:
+        raise ValueError("weights: got none; needed: that of one layer at least")
+    if (a0 is None) != (b0 is None):
+        raise ValueError("factors: give a0 with b0, or neither")
+    starts = {} if a0 is None or b0 is None else {"a0": a0, "b0": b0}
+    check_lengths({"a": a, "b": b, **starts}, len(weights))
+    check_change_scaling(scaling)
+    x, _, slots, _ = checked_operands(x, weights[0], None)
+    if x.dim() != 2:
+        raise ValueError(f"x: got shape {list(x.shape)}; needed: [rows, in]")
+    _check_offsets(offsets, len(weights), len(x))
+    absent = [None] * len(weights)
+    factors = [
+        _checked_layer(layer, x, weight, weights[0], given)
+        for layer, (weight, *given) in enumerate(zip(weights, a, b, a0 or absent, b0 or absent, strict=True))
+    ]
+    if len(ranks := {len(given[0]) for given in factors if given[0] is not None}) > 1:
+        raise ValueError(f"a: got ranks {sorted(ranks)}; needed: one for all layers")
+    tensors = [
+        None if parts[0] is None else list(parts) for parts in zip(*(weight[:4] for weight in weights), strict=True)
+    ]
+    lists = [None if parts[0] is None else list(parts) for parts in zip(*factors, strict=True)]
+    y: Tensor
+    y, _ = _OPS.grouped_linear(x, list(offsets), *tensors, *slots[4:], *lists, float(scaling))
+    return y
+
+
+def _checked_layer(
+    layer: int, x: Tensor, weight: QuantizedWeight, first: QuantizedWeight, factors: Sequence[Any]
+) -> tuple[Tensor | None, ...]:
+    """The factors of a layer in float32, after checking that they fit its weight, and that it is like the first."""
+    try:
+        check_quantized(weight)
+        a, b, a0, b0 = factors
+        if (kind := _kind(weight)) != _kind(first):
+            raise ValueError("weight: got {} {}, blocksize {}, {} scales in {}; needed: what layer 0 has".format(*kind))
+        checked = checked_factors(a, b, a0, b0, *weight.shape)
+        check_devices({"x": x, "weight": weight.codes} | dict(zip(("a", "b", "a0", "b0"), checked, strict=True)))
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"layer {layer}: {error}") from None
+    return checked
+
+
+def _kind(weight: QuantizedWeight) -> tuple[object, ...]:
+    return weight.format, list(weight.shape), weight.blocksize, weight.absmax.numel(), weight.absmax.dtype
+
+
+def _check_offsets(offsets: Sequence[int], count: int, rows: int) -> None:
+    if any(isinstance(offset, bool) or not isinstance(offset, int) for offset in offsets):
+        raise TypeError(f"offsets: got {offsets!r}; needed: ints")
+    ascending = all(low <= high for low, high in pairwise(offsets))
+    if len(offsets) != count + 1 or offsets[0] != 0 or offsets[-1] != rows or not ascending:
+        raise ValueError(f"offsets: got {list(offsets)}; needed: {count + 1} numbers, ascending from 0 to {rows}")
