@@ -182,6 +182,11 @@ Weight CudaBackend::decode_ahead(const Matrix& weight, Op op, Precision precisio
   return {context_, weight, format};
 }
 
+bool CudaBackend::multiply_group(const Matrix& x, std::span<const GroupedLayer> layers, const MutableMatrix& y,
+                                 const MutableMatrix& xa) const {
+  return grouped_product(context_, x, layers, y, xa);
+}
+
 // Always both rounds: looking whether one is enough would make the host wait.
 void CudaBackend::orthonormalize(const MutableMatrix& basis, std::int64_t done, std::int64_t rows, Rank rank) {
   if (rank == Rank::assumed_full) return orthonormalize_one(basis, done, rows, rank, flags(), count());
@@ -278,5 +283,6 @@ void CudaBackend::quantize_absmax(const float* absmax, std::int64_t count, const
 }
 
 static_assert(KeepsFactorSums<CudaBackend>);
+static_assert(MultipliesGroups<CudaBackend>);
 
 }  // namespace pissa::cuda

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "pissa/core/backend.h"
+#include "pissa/core/grouped_linear.h"
 #include "pissa/core/types.h"
 #include "pissa/cuda/context.h"
 #include "pissa/cuda/weight.h"
@@ -64,6 +65,9 @@ class CudaBackend {
                       std::span<const Term> tail, const MutableMatrix& dx) const;
   /// Decodes a quantised weight that fits into one chunk, for more than 16 rows.
   Weight decode_ahead(const Matrix& weight, Op op, Precision precision, std::int64_t rows) const;
+  /// In two launches, for at most 128 rows of a layer in half precision; false for more.
+  bool multiply_group(const Matrix& x, std::span<const GroupedLayer> layers, const MutableMatrix& y,
+                      const MutableMatrix& xa) const;
   void orthonormalize(const MutableMatrix& basis, std::int64_t done, std::int64_t rows, Rank rank);
   void reorthonormalize(const MutableMatrix& basis, const MutableMatrix& companion, std::int64_t done,
                         std::int64_t rows);

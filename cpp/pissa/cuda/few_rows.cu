@@ -1,7 +1,10 @@
 #include "pissa/cuda/few_rows.h"
 
 #include <algorithm>
+#include <array>
+#include <iterator>
 #include <type_traits>
+#include <vector>
 
 #include "pissa/cuda/formats_device.h"
 #include "pissa/cuda/reduce_device.h"
@@ -21,6 +24,8 @@ struct RowSum {
   int count;
   Matrix addend, bias;
   MutableMatrix out;
+
+  __device__ __forceinline__ const Term& term(int i) const { return terms[i]; }
 };
 
 RowSum sum_of(std::span<const Term> terms, const Matrix& addend, const Matrix& bias, const MutableMatrix& out) {
@@ -55,15 +60,16 @@ __device__ __forceinline__ void load_rounded(const Matrix& matrix, std::int64_t 
   }
 }
 
-__device__ __forceinline__ void finish(const RowSum& sum, int row, std::int64_t col, float value) {
+template <class Sum>
+__device__ __forceinline__ void finish(const Sum& sum, int row, std::int64_t col, float value) {
   if (sum.addend) value += load(sum.addend.data, sum.addend.format, row * sum.addend.ld + col);
   if (sum.bias) value += load(sum.bias.data, sum.bias.format, col);
   store(sum.out.data, sum.out.format, row * sum.out.ld + col, value);
 }
 
 // kSplit threads, a warp or the block, share a column of the output and divide its inner dimension.
-template <int kSplit>
-__global__ void few_rows_kernel(RowSum sum) {
+template <int kSplit, class Sum>
+__device__ __forceinline__ void multiply_few_rows(const Sum& sum) {
   struct Shared {
     float partial[kWarps][kRows];
   };
@@ -73,7 +79,7 @@ __global__ void few_rows_kernel(RowSum sum) {
   const bool inside = col < sum.out.cols;
   float total[kRows] = {};
   for (int i = 0; i < sum.count && inside; ++i) {
-    const Term& term = sum.terms[i];
+    const Term& term = sum.term(i);
     for (std::int64_t k = part * kOctet; k < term.a.cols; k += kSplit * kOctet) {
       float b[1][kOctet];
       load_rounded(term.b, col, k, 1.0f, format_of(term.precision), b);
@@ -115,6 +121,11 @@ __global__ void few_rows_kernel(RowSum sum) {
   }
 }
 
+template <int kSplit>
+__global__ void few_rows_kernel(RowSum sum) {
+  multiply_few_rows<kSplit>(sum);
+}
+
 // ---- A quantised weight ------------------------------------------------------------------------------------------
 // A block computes 16 columns of y, its warps divide K in chunks of 128. The order of the inner dimension is free, so a
 // lane takes a line of a chunk, 32 neighbours with one scale, or two: k is dealt to the tensor cores' steps four at a
@@ -151,12 +162,13 @@ __device__ __forceinline__ void load_x(const Matrix& x, int row, std::int64_t k,
 }
 
 // The rows of the tail's second factors that a block needs.
-__device__ __forceinline__ void prefetch_tail(const RowSum& sum, std::int64_t first_col) {
+template <class Sum>
+__device__ __forceinline__ void prefetch_tail(const Sum& sum, std::int64_t first_col) {
   constexpr std::int64_t kBytes = 128;  // that one prefetch brings
   constexpr int kThreadsOfRow = kThreads / kBlockCols;
   const std::int64_t col = first_col + threadIdx.x / kThreadsOfRow;
   for (int i = 0; i < sum.count; ++i) {
-    const Matrix& b = sum.terms[i].b;
+    const Matrix& b = sum.term(i).b;
     const std::int64_t size = dense_size(b.format);
     const char* row = static_cast<const char*>(b.data) + col * b.ld * size;
     for (std::int64_t at = threadIdx.x % kThreadsOfRow * kBytes; at < b.cols * size && col < b.rows;
@@ -167,14 +179,14 @@ __device__ __forceinline__ void prefetch_tail(const RowSum& sum, std::int64_t fi
 }
 
 // totals += the warp's share of the tail; the terms are rounded to `format`.
-template <Format format, int kRowTiles>
-__device__ __forceinline__ void add_tail(const RowSum& sum, std::int64_t first_col,
+template <Format format, int kRowTiles, class Sum>
+__device__ __forceinline__ void add_tail(const Sum& sum, std::int64_t first_col,
                                          float (&totals)[kRowTiles][kTiles][4]) {
   const int group = threadIdx.x % kWarp / 4;
   const int quad = threadIdx.x % 4;
   int turn = static_cast<int>(threadIdx.x) / kWarp;
   for (int i = 0; i < sum.count; ++i) {
-    const Term& term = sum.terms[i];
+    const Term& term = sum.term(i);
     const int chunks = static_cast<int>((term.a.cols + kTailChunk - 1) / kTailChunk);
     for (; turn < chunks; turn += kWarps) {
       const std::int64_t k = turn * kTailChunk + quad * kOctet;
@@ -237,9 +249,8 @@ __device__ __forceinline__ void multiply_step(const uint4 (&upper)[n], const uin
   for (int tile = 0; tile < kTiles; ++tile) mma_m16n8k16<format>(totals[tile], a, b[tile]);
 }
 
-template <Format format, class Codes, int kRowTiles>
-__global__ void __launch_bounds__(kThreads, kRowTiles == 1 ? 3 : 2)
-    few_rows_quantized_kernel(Matrix x, Matrix weight, int shift, RowSum sum) {
+template <Format format, class Codes, int kRowTiles, class Sum>
+__device__ __forceinline__ void multiply_quantized(const Matrix& x, const Matrix& weight, int shift, const Sum& sum) {
   struct Shared {
     float partial[kWarps][kRowTiles * kRows][kBlockCols];
   };
@@ -338,11 +349,174 @@ __global__ void __launch_bounds__(kThreads, kRowTiles == 1 ? 3 : 2)
   }
 }
 
+constexpr int blocks_of_multiprocessor(int row_tiles) { return row_tiles == 1 ? 3 : 2; }
+
+template <Format format, class Codes, int kRowTiles>
+__global__ void __launch_bounds__(kThreads, blocks_of_multiprocessor(kRowTiles))
+    few_rows_quantized_kernel(Matrix x, Matrix weight, int shift, RowSum sum) {
+  multiply_quantized<format, Codes, kRowTiles>(x, weight, shift, sum);
+}
+
+// ---- The layers of a group ---------------------------------------------------------------------------------------
+// blockIdx.y is a layer, blockIdx.z a tile of its rows. What the layers share is in a sum of all rows and a weight;
+// what each has of its own, in a table that is a part of the kernel's argument: no copy to the device, nothing to wait
+// for.
+
+constexpr int kLayersOfLaunch = 128;
+constexpr std::size_t kArgumentBytes = 32764;  // that CUDA 13 allows
+
+struct LayerFactors {
+  const void* data[kMostTerms];  // the second factor of each term
+  int first, rows;
+};
+
+struct LayerWeight {
+  const void* codes;
+  const void* absmax;  // absmax8 or absmax16, where the weight has these
+  const void* table;   // nested_absmax or levels
+  const float* offset;
+};
+
+struct Group {
+  RowSum sum;
+  LayerFactors layers[kLayersOfLaunch];
+};
+
+struct QuantizedGroup {
+  Group group;
+  Matrix x, weight;
+  int shift;
+  LayerWeight weights[kLayersOfLaunch];
+};
+static_assert(sizeof(QuantizedGroup) <= kArgumentBytes);
+
+__device__ __forceinline__ Matrix rows_from(Matrix matrix, std::int64_t first, int rows) {
+  matrix.data = static_cast<const char*>(matrix.data) + first * matrix.ld * dense_size(matrix.format);
+  matrix.rows = rows;
+  return matrix;
+}
+
+// The sum of a block's tile of `most` rows of its layer.
+struct LayerSum {
+  const Group& group;
+  const LayerFactors& layer;
+  std::int64_t first;
+  int rows;  // none, or fewer, beyond the layer's
+  int count;
+  Matrix addend, bias;  // none
+  MutableMatrix out;
+
+  __device__ __forceinline__ LayerSum(const Group& group_, int most)
+      : group(group_),
+        layer(group_.layers[blockIdx.y]),
+        first(layer.first + static_cast<std::int64_t>(blockIdx.z) * most),
+        rows(min(layer.rows - static_cast<int>(blockIdx.z) * most, most)),
+        count(group_.sum.count),
+        out(group_.sum.out) {
+    out.data = static_cast<char*>(out.data) + first * out.ld * dense_size(out.format);
+    out.rows = rows;
+  }
+  __device__ __forceinline__ Term term(int i) const {
+    Term result = group.sum.terms[0];
+    result.a = rows_from(result.a, first, rows);
+    result.b.data = layer.data[i];
+    return result;
+  }
+};
+
+__device__ __forceinline__ Matrix weight_of(Matrix shared, const LayerWeight& layer) {
+  const auto place = []<class T>(const T*& pointer, const void* own) {
+    if (pointer) pointer = static_cast<const T*>(own);
+  };
+  shared.data = layer.codes;
+  place(shared.scales.absmax, layer.absmax);
+  place(shared.scales.absmax8, layer.absmax);
+  place(shared.scales.absmax16, layer.absmax);
+  place(shared.scales.nested_absmax, layer.table);
+  place(shared.scales.levels, layer.table);
+  shared.scales.offset = layer.offset;
+  return shared;
+}
+
+template <int kSplit>
+__global__ void few_rows_group_kernel(const __grid_constant__ Group group) {
+  const LayerSum sum(group, kRows);
+  if (sum.rows > 0) multiply_few_rows<kSplit>(sum);
+}
+
+template <Format format, class Codes, int kRowTiles>
+__global__ void __launch_bounds__(kThreads, blocks_of_multiprocessor(kRowTiles))
+    few_rows_quantized_group_kernel(const __grid_constant__ QuantizedGroup all) {
+  const LayerSum sum(all.group, kRowTiles * kRows);
+  if (sum.rows <= 0) return;
+  multiply_quantized<format, Codes, kRowTiles>(rows_from(all.x, sum.first, sum.rows),
+                                               weight_of(all.weight, all.weights[blockIdx.y]), all.shift, sum);
+}
+
 bool are_rows_by_rows(std::span<const Term> terms) {
   return terms.size() <= kMostTerms && std::ranges::all_of(terms, [](const Term& term) {
            return term.op_a == Op::n && term.op_b == Op::t && !is_quantized(term.a.format) &&
                   !is_quantized(term.b.format);
          });
+}
+
+// Up to 1024, a warp reads a row of b in four steps; above, the block shares it, or one warp would wait for each step.
+bool is_long(std::int64_t inner) { return inner > 1024; }
+
+dim3 grid_of(std::int64_t cols, std::int64_t cols_of_block) {
+  return dim3(static_cast<unsigned>(ceil_div(cols, cols_of_block)));
+}
+
+// As many layers as fit into a launch, each with rows.
+void multiply_layers(const Context& context, const Matrix& x, std::span<const GroupedLayer> layers,
+                     const MutableMatrix& y, const MutableMatrix& xa) {
+  const Matrix& weight = layers[0].weight;
+  const Adapter& adapter = layers[0].adapter;
+  const Precision precision = precision_of(x.format);
+  const int count = adapter.a0 ? 2 : 1;
+  const std::array thin{Term{x, Op::n, adapter.a, Op::t, 1.0f, precision}, Term{}};
+  const std::array tail{Term{xa, Op::n, adapter.b, Op::t, adapter.scaling, precision}, Term{}};
+  Group product{sum_of(std::span(thin).first(count), {}, {}, xa), {}};
+  QuantizedGroup all{
+      {sum_of(std::span(tail).first(count), {}, {}, y), {}}, x, weight, shift_of(weight.scales.blocksize), {}};
+  std::int64_t most_rows = 0;
+  for (std::size_t i = 0; i < layers.size(); ++i) {
+    const GroupedLayer& layer = layers[i];
+    const Scales& scales = layer.weight.scales;
+    const auto factors = [&](const Matrix& start, const Matrix& delta) {
+      const void* const first = start ? start.data : delta.data;
+      return LayerFactors{{first, delta.data}, static_cast<int>(layer.first), static_cast<int>(layer.rows)};
+    };
+    product.layers[i] = factors(layer.adapter.a0, layer.adapter.a);
+    all.group.layers[i] = factors(layer.adapter.b0, layer.adapter.b);
+    all.weights[i] = {layer.weight.data,
+                      scales.absmax    ? scales.absmax
+                      : scales.absmax8 ? static_cast<const void*>(scales.absmax8)
+                                       : scales.absmax16,
+                      scales.levels ? scales.levels : scales.nested_absmax, scales.offset};
+    most_rows = std::max(most_rows, layer.rows);
+  }
+  const auto start = [&](const char* name, auto kernel, std::int64_t cols, std::int64_t cols_of_block,
+                         std::int64_t rows_of_block, const auto& argument) {
+    dim3 grid = grid_of(cols, cols_of_block);
+    grid.y = static_cast<unsigned>(layers.size());
+    grid.z = static_cast<unsigned>(ceil_div(most_rows, rows_of_block));
+    launch(context, name, kernel, grid, kThreads, argument);
+  };
+  const bool by_block = is_long(x.cols);
+  start("few_rows_group", by_block ? few_rows_group_kernel<kThreads> : few_rows_group_kernel<kWarp>, xa.cols,
+        by_block ? 1 : kWarps, kRows, product);
+  with_codes(weight.format, [&](auto codes) {
+    using Codes = decltype(codes);
+    const auto start_for = [&]<int kRowTiles>(std::integral_constant<int, kRowTiles>) {
+      start("few_rows_quantized_group",
+            x.format == Format::bf16 ? few_rows_quantized_group_kernel<Format::bf16, Codes, kRowTiles>
+                                     : few_rows_quantized_group_kernel<Format::f16, Codes, kRowTiles>,
+            weight.rows, kBlockCols, kRowTiles * kRows, all);
+    };
+    if (most_rows <= kRows) start_for(std::integral_constant<int, 1>{});
+    else start_for(std::integral_constant<int, 4>{});
+  });
 }
 
 }  // namespace
@@ -353,14 +527,9 @@ bool few_rows_fit(std::span<const Term> terms, const MutableMatrix& out) {
 
 void few_rows_gemm(const Context& context, std::span<const Term> terms, const Matrix& addend, const Matrix& bias,
                    const MutableMatrix& out) {
-  // Up to 1024, a warp reads a row of b in four steps; above, the block shares it, or one warp would wait for each
-  // step.
-  constexpr std::int64_t kLong = 1024;
-  const bool is_long = std::ranges::any_of(terms, [](const Term& term) { return term.a.cols > kLong; });
-  const unsigned cols = is_long ? 1 : kWarps;
-  const dim3 grid(static_cast<unsigned>((out.cols + cols - 1) / cols));
-  launch(context, "few_rows_gemm", is_long ? few_rows_kernel<kThreads> : few_rows_kernel<kWarp>, grid, kThreads,
-         sum_of(terms, addend, bias, out));
+  const bool by_block = std::ranges::any_of(terms, [](const Term& term) { return is_long(term.a.cols); });
+  launch(context, "few_rows_gemm", by_block ? few_rows_kernel<kThreads> : few_rows_kernel<kWarp>,
+         grid_of(out.cols, by_block ? 1 : kWarps), kThreads, sum_of(terms, addend, bias, out));
 }
 
 bool few_rows_quantized_fits(const Matrix& x, const Matrix& weight, std::span<const Term> tail) {
@@ -373,10 +542,9 @@ bool few_rows_quantized_fits(const Matrix& x, const Matrix& weight, std::span<co
 
 void few_rows_quantized(const Context& context, const Matrix& x, const Matrix& weight, std::span<const Term> tail,
                         const Matrix& bias, const MutableMatrix& y) {
-  const dim3 grid(static_cast<unsigned>((weight.rows + kBlockCols - 1) / kBlockCols));
   const auto start = [&](auto kernel) {
-    launch(context, "few_rows_quantized", kernel, grid, kThreads, x, weight, shift_of(weight.scales.blocksize),
-           sum_of(tail, {}, bias, y));
+    launch(context, "few_rows_quantized", kernel, grid_of(weight.rows, kBlockCols), kThreads, x, weight,
+           shift_of(weight.scales.blocksize), sum_of(tail, {}, bias, y));
   };
   with_codes(weight.format, [&](auto codes) {
     using Codes = decltype(codes);
@@ -388,6 +556,26 @@ void few_rows_quantized(const Context& context, const Matrix& x, const Matrix& w
     else if (x.rows <= 2 * kRows) start_for(std::integral_constant<int, 2>{});
     else start_for(std::integral_constant<int, 4>{});
   });
+}
+
+bool few_rows_group_fits(const Matrix& x, std::span<const GroupedLayer> layers) {
+  return std::ranges::all_of(layers, [&](const GroupedLayer& layer) {
+    const Adapter &own = layer.adapter, &first = layers[0].adapter;
+    Matrix tile = layer.part(x);
+    tile.rows = std::min(tile.rows, kFewRowsQuantized);
+    return layer.rows <= kFewRowsOfGroup && few_rows_quantized_fits(tile, layer.weight, {}) && own.a.ld == first.a.ld &&
+           own.b.ld == first.b.ld && (!own.a0 || (own.a0.ld == first.a.ld && own.b0.ld == first.b.ld));
+  });
+}
+
+void few_rows_group(const Context& context, const Matrix& x, std::span<const GroupedLayer> layers,
+                    const MutableMatrix& y, const MutableMatrix& xa) {
+  std::vector<GroupedLayer> busy;
+  std::ranges::copy_if(layers, std::back_inserter(busy), [](const GroupedLayer& layer) { return layer.rows > 0; });
+  for (std::size_t i = 0; i < busy.size(); i += kLayersOfLaunch) {
+    const std::size_t count = std::min<std::size_t>(busy.size() - i, kLayersOfLaunch);
+    multiply_layers(context, x, std::span(busy).subspan(i, count), y, xa);
+  }
 }
 
 }  // namespace pissa::cuda

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <span>
 
+#include "pissa/core/grouped_linear.h"
 #include "pissa/core/types.h"
 #include "pissa/cuda/context.h"
 
@@ -14,6 +15,8 @@ inline constexpr std::int64_t kFewRows = 16;  ///< of few_rows_gemm
 /// Of few_rows_quantized. By arithmetic for an H100 (bench/NOTES.md) more take less time with the weight decoded into
 /// memory: each block of 16 columns reads all of x from L2.
 inline constexpr std::int64_t kFewRowsQuantized = 64;
+/// Of each layer of few_rows_group, in tiles of kFewRowsQuantized: a launch for each layer costs more.
+inline constexpr std::int64_t kFewRowsOfGroup = 128;
 
 /// Whether few_rows_gemm can compute a sum: few rows, dense first factors as they are, second factors transposed.
 bool few_rows_fit(std::span<const Term> terms, const MutableMatrix& out);
@@ -32,5 +35,14 @@ bool few_rows_quantized_fits(const Matrix& x, const Matrix& weight, std::span<co
 /// to it, for the tensor cores.
 void few_rows_quantized(const Context& context, const Matrix& x, const Matrix& weight, std::span<const Term> tail,
                         const Matrix& bias, const MutableMatrix& y);
+
+/// Whether few_rows_group can compute the forward of a group of equal layers: at most kFewRowsOfGroup rows of each, and
+/// what few_rows_quantized_fits asks of x and weights.
+bool few_rows_group_fits(const Matrix& x, std::span<const GroupedLayer> layers);
+
+/// y and xa of all layers, as grouped_linear_forward says, by two kernels for up to 128 layers that have rows: x A^T,
+/// and all the rest.
+void few_rows_group(const Context& context, const Matrix& x, std::span<const GroupedLayer> layers,
+                    const MutableMatrix& y, const MutableMatrix& xa);
 
 }  // namespace pissa::cuda

@@ -233,6 +233,13 @@ void weight_product(const Context& context, const Matrix& x, const Weight& weigh
   if (!plan.in_place) convert(context, sum, 1.0f, y);
 }
 
+bool grouped_product(const Context& context, const Matrix& x, std::span<const GroupedLayer> layers,
+                     const MutableMatrix& y, const MutableMatrix& xa) {
+  if (!has_tensor_cores(context, x.format) || !few_rows_group_fits(x, layers)) return false;
+  few_rows_group(context, x, layers, y, xa);
+  return true;
+}
+
 void quantized_sum(const Context& context, std::span<const Term> terms, const Matrix& addend, const QuantOutput& out,
                    std::int64_t chunk_bytes) {
   check_terms(terms);

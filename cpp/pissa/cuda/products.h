@@ -5,6 +5,7 @@
 #include <span>
 
 #include "pissa/core/backend.h"
+#include "pissa/core/grouped_linear.h"
 #include "pissa/core/types.h"
 #include "pissa/cuda/context.h"
 #include "pissa/cuda/weight.h"
@@ -26,6 +27,11 @@ void sum_of_products(const Context& context, std::span<const Term> terms, const 
 void weight_product(const Context& context, const Matrix& x, const Weight& weight, Op op, float scale,
                     Precision precision, std::span<const Term> tail, const Matrix& bias, const MutableMatrix& y,
                     std::int64_t chunk_bytes);
+
+/// The forward of a group of layers, as grouped_linear_forward says, where few_rows_group can compute it; false:
+/// nothing was computed.
+bool grouped_product(const Context& context, const Matrix& x, std::span<const GroupedLayer> layers,
+                     const MutableMatrix& y, const MutableMatrix& xa);
 
 /// addend + sum of the terms, quantised, a piece of at most `chunk_bytes` of the sum at a time.
 void quantized_sum(const Context& context, std::span<const Term> terms, const Matrix& addend, const QuantOutput& out,

@@ -82,6 +82,38 @@ TEST(CudaResources, APlanIsFoundOnceForEachShape) {
   cuda_sim::clear_failures();
 }
 
+// Decoding with a mixture of experts: two launches for up to 128 of them, where one after the other has two for each.
+TEST(CudaResources, LaunchesOfAGroup) {
+  const cuda::Context& context = cuda::standalone_context();
+  Random random(12);
+  Staging at(context);
+  const StoredNf4 weight(random, 64, 128, 64, true);
+  const Stored a(random.dense(8, 128), Format::f32), b(random.dense(64, 8), Format::f32);
+  const Stored x(random.dense(300, 128), Format::bf16, Stored::kAligned, Stored::kAligned);
+  GroupedLayer layer{at(weight.view()), {at(a.view()), at(b.view()), at(a.view()), at(b.view())}};
+  const Matrix all = at(x.view());
+  const cuda::Buffer y(context, 300, 64, Format::bf16), xa(context, 300, 8, Format::f32);
+  at.finish();
+  cuda::CudaBackend cuda(context);
+  const auto cost_of_layers = [&](std::int64_t count, std::int64_t idle) {
+    std::vector<GroupedLayer> layers(static_cast<std::size_t>(count), layer);
+    for (std::int64_t i = 0; i < count; ++i)
+      layers[i].rows = i < idle ? 0 : 1, layers[i].first = std::max<std::int64_t>(i - idle, 0);
+    const std::size_t before = cuda_sim::bytes_in_use();
+    cuda_sim::reset_peak_bytes();
+    cuda_sim::reset_launches();
+    grouped_linear_forward(cuda, all, layers, y.view(), xa.view());
+    return std::pair{cuda_sim::launches(), cuda_sim::peak_bytes() - before};
+  };
+  using Cost = std::pair<std::int64_t, std::size_t>;
+  EXPECT_EQ(cost_of_layers(128, 0), (Cost{2, 0}));
+  EXPECT_EQ(cost_of_layers(130, 2), (Cost{2, 0}));
+  EXPECT_EQ(cost_of_layers(300, 0), (Cost{6, 0}));
+  cuda_sim::set_compute_capability(7, 5);  // whose tensor cores know no bf16
+  EXPECT_GE(cost_of_layers(128, 0).first, 256);
+  cuda_sim::set_compute_capability(9, 0);
+}
+
 // Whose tensor cores know no bf16.
 TEST(CudaResources, ATuringCardDecodesForFewTokens) {
   cuda_sim::set_compute_capability(7, 5);

@@ -201,6 +201,21 @@ class TransferringBackend {
                       std::span<const Term> tail, const MutableMatrix& dx) const {
     call(&Cuda::weight_gemm_nn, dy, ahead.weight, scale, precision, tail, dx);
   }
+  bool multiply_group(const Matrix& x, std::span<const GroupedLayer> layers, const MutableMatrix& y,
+                      const MutableMatrix& xa) const {
+    bool done = false;
+    staged([&](Staging& at) {
+      const MutableMatrix y_there = at(y), xa_there = at(xa);
+      std::vector<GroupedLayer> there(layers.begin(), layers.end());
+      for (GroupedLayer& layer : there) {
+        layer.weight = at(layer.weight);
+        for (Matrix* factor : {&layer.adapter.a, &layer.adapter.b, &layer.adapter.a0, &layer.adapter.b0})
+          *factor = at(*factor);
+      }
+      done = cuda_.multiply_group(at(x), there, y_there, xa_there);
+    });
+    return done;
+  }
 
   void orthonormalize(const MutableMatrix& basis, std::int64_t done, std::int64_t rows, Rank rank) {
     call(&Cuda::orthonormalize, basis, done, rows, rank);
@@ -263,6 +278,6 @@ class TransferringBackend {
   mutable Cuda cuda_;
 };
 
-static_assert(Backend<TransferringBackend>);
+static_assert(MultipliesGroups<TransferringBackend>);
 
 }  // namespace pissa::test

@@ -16,6 +16,7 @@
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
+#define __grid_constant__
 
 // Of the running thread. All threads of the device run on one thread of the host, one at a time.
 extern uint3 threadIdx;
