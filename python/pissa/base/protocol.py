@@ -122,6 +122,10 @@ class Base(ABC):
         and whether it is implicit, that is, the whole weight. None if the module computes its own product."""
         return None
 
+    def in_one_product(self) -> tuple[ops.QuantizedWeight, StartFactors, float] | None:
+        """Codes, and the factors beside them with their scaling, where the function is one product of these alone."""
+        return None
+
     def as_weight(self, matrix: Tensor) -> Tensor:
         """The matrix [out, in] in the shape of a dense weight of this kind."""
         return as_weight(self.dense_type, matrix, whole_shape(self.parameter))

@@ -6,15 +6,20 @@ To be adapted, they become linear layers that are views of that parameter. `fuse
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import accumulate
 from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 
+from pissa import ops
 from pissa.base.kinds import base_of
 from pissa.config import PissaConfig, is_all_linear
 from pissa.distributed import world_size
+from pissa.layers.kinds import Grouped, PissaLinear
 
 WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
 """The names of fused weights, in the order in which transformers registers them."""
@@ -70,26 +75,79 @@ class UnfusedExperts(nn.Module):
         # gradients of all parameters. Therefore an idle expert needs gradients too, of zeros. (Momentum then moves it,
         # as it moves a part of a fused weight.)
         together = world_size() > 1 and torch.is_grad_enabled()
-        for index in range(len(self)) if together else torch.unique(top_k_index).tolist():
-            if index == self.fused.num_experts:
-                continue
+        experts, counts = torch.stack(torch.unique(top_k_index, return_counts=True)).tolist()
+        if experts and experts[-1] == self.fused.num_experts:
+            experts, counts = experts[:-1], counts[:-1]
+        if world_size() == 1 and (groups := self._groups(experts, hidden_states)):
+            offsets = [0, *accumulate(counts)]
+            return self._at_once(groups, offsets, hidden_states, top_k_index, top_k_weights, output)
+        for index in range(len(self)) if together else experts:
             position, token = torch.where(top_k_index.mT == index)
-            chosen = self._compute(index, hidden_states[token]) * top_k_weights[token, position, None]
+            y = self._compute(partial(self._project, index), hidden_states[token])
+            chosen = y * top_k_weights[token, position, None]
             output.index_add_(0, token, chosen.to(output.dtype))
         return output.to(hidden_states.dtype)
 
-    def _compute(self, index: int, x: Tensor) -> Tensor:
+    def _compute(self, project: Callable[[str, Tensor], Tensor], x: Tensor) -> Tensor:
         up, down = self.names
-        x = self._project(up, index, x)
+        x = project(up, x)
         hidden = self.fused._apply_gate(x) if self.fused.has_gate else self.fused.act_fn(x)
-        y = self._project(down, index, hidden)
+        y = project(down, hidden)
         # transformers before 5.20 has neither experts with a norm nor the attribute.
         return cast(Tensor, self.fused.post_expert_norm(y)) if getattr(self.fused, "has_post_expert_norm", False) else y
 
-    def _project(self, name: str, index: int, x: Tensor) -> Tensor:
-        y: Tensor = self.expert(index).get_submodule(name)(x)
+    def _project(self, index: int, name: str, x: Tensor) -> Tensor:
+        return self._with_bias(name, index, self.expert(index).get_submodule(name)(x))
+
+    def _with_bias(self, name: str, index: int | Tensor, y: Tensor) -> Tensor:
         # Added as transformers does it: a linear layer with a bias would round one time less.
         return y + getattr(self.fused, f"{name}_bias")[index] if self.fused.has_bias else y
+
+    def _groups(self, experts: Sequence[int], x: Tensor) -> dict[str, dict[str, Any]]:
+        """For each name, the layers of these experts as `ops.grouped_linear` takes them, for inputs like `x`. Empty
+        unless all layers are of one kind: codes with one adapter, or with none. (torch.compile would recompile for every
+        number of tokens.)"""
+        groups: dict[str, dict[str, Any]] = {}
+        if torch.compiler.is_compiling() or not experts:
+            return groups
+        for name in self.names:
+            layers: list[Grouped] = []
+            for index in experts:
+                layer = self.expert(index).get_submodule(name)
+                grouped = layer.grouped(x) if isinstance(layer, PissaLinear) else None
+                if grouped is None or (layers and grouped.kind != layers[0].kind):
+                    return {}
+                layers.append(grouped)
+            weights, a, b, a0, b0, scalings = zip(*layers, strict=True)
+            starts = {} if a0[0] is None else {"a0": a0, "b0": b0}
+            groups[name] = {"weights": weights, "a": a, "b": b, **starts, "scaling": scalings[0]}
+        return groups
+
+    def _at_once(
+        self,
+        groups: dict[str, dict[str, Any]],
+        offsets: list[int],
+        hidden_states: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+        output: Tensor,
+    ) -> Tensor:
+        """Computes what the loop over the experts adds to `output`. It is bit-identical where the bits of a row do not
+        depend on the other rows. (torch's activations round the last elements of a tensor differently.)"""
+        expert, pair = top_k_index.mT.flatten().sort(stable=True)
+        ends, tokens = offsets[-1], len(hidden_states)  # pairs without an expert come last
+        position, token = pair[:ends] // tokens, pair[:ends] % tokens
+
+        def project(name: str, x: Tensor) -> Tensor:
+            return self._with_bias(name, expert[:ends], ops.grouped_linear(x, offsets=offsets, **groups[name]))
+
+        y = self._compute(project, hidden_states[token]) * top_k_weights[token, position, None]
+        y = torch.cat([y, y.new_zeros(len(pair) - ends, y.shape[1])]).to(output.dtype)
+        # A token's rows in ascending order are its experts in that order. On CUDA, index_add_ has no fixed order.
+        rows = pair.argsort().view(-1, tokens).sort(0).values
+        for part in y.index_select(0, rows.flatten()).view(*rows.shape, -1):
+            output += part
+        return output.to(hidden_states.dtype)
 
     def fuse(self) -> nn.Module:
         """The original module, with the weights of its experts joined in one parameter each. The weights must be
@@ -117,9 +175,9 @@ class UnfusedLlama4Experts(UnfusedExperts):
     def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
         """The experts' outputs [experts * tokens, hidden] for inputs of that shape, one expert after another."""
         inputs = hidden_states.view(len(self), -1, hidden_states.shape[-1])
-        return torch.cat([self._compute(index, x) for index, x in enumerate(inputs)])
+        return torch.cat([self._one(index, x) for index, x in enumerate(inputs)])
 
-    def _compute(self, index: int, x: Tensor) -> Tensor:
+    def _one(self, index: int, x: Tensor) -> Tensor:
         expert: Any = self.expert(index)
         gate, up = expert.gate_up_proj(x).chunk(2, dim=-1)
         return cast(Tensor, expert.down_proj(up * self.fused.act_fn(gate)))

@@ -5,7 +5,7 @@ kernel] is the flattened weight."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft.tuners.lora import Embedding as LoraEmbedding
@@ -19,6 +19,29 @@ from transformers.pytorch_utils import Conv1D
 
 from pissa import ops
 from pissa.layers.layer import PissaLayer
+from pissa.ops._grouped import kind_of
+
+_HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+
+
+class Grouped(NamedTuple):
+    """What `ops.grouped_linear` takes of one layer."""
+
+    weight: ops.QuantizedWeight
+    a: Tensor
+    b: Tensor
+    a0: Tensor | None
+    b0: Tensor | None
+    scaling: float
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """What the layers of a group have in common."""
+        return *kind_of(self.weight), len(self.a), self.a0 is None, self.scaling
+
+
+def _is_watched(module: nn.Module) -> bool:
+    return "forward" in vars(module) or any(getattr(module, hooks) for hooks in _HOOKS)
 
 
 class PissaLinear(PissaLayer, LoraLinear):  # type: ignore[misc]
@@ -50,6 +73,23 @@ class PissaLinear(PissaLayer, LoraLinear):  # type: ignore[misc]
         (da, db), start = self.changed_factors(name), self.start_of(name)
         bias, scaling = self.base_layer.bias, self.scaling[name]
         return ops.linear(x, weight, bias, a=da, b=db, a0=start.a0, b0=start.b0, scaling=scaling, implicit=implicit)
+
+    def grouped(self, x: Tensor) -> Grouped | None:
+        """The layer as one of a group, for inputs like `x`. None if it computes anything but codes and the factors
+        of one adapter, or of the base alone, in one product, or if somebody is to be told of its calls."""
+        names = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.r]
+        product = self.base.in_one_product()
+        if product is None or (self.merged and not self.disable_adapters) or _is_watched(self):
+            return None
+        if not names:
+            weight, start, scaling = product
+            return None if _is_watched(self.base.module) else Grouped(weight, start.a0, start.b0, None, None, scaling)
+        name = names[0]
+        if len(names) > 1 or self._drops_out(name) or name in self.lora_magnitude_vector:
+            return None
+        start, scaling = self.start_of(name), self.scaling[name]
+        fused = self.base.fused(start, scaling, x)
+        return fused and Grouped(product[0], *self.changed_factors(name), start.a0, start.b0, scaling)
 
     def _drops_out(self, adapter_name: str) -> bool:
         dropout = self.lora_dropout[adapter_name]

@@ -85,7 +85,7 @@ def _checked_layer(
     try:
         check_quantized(weight)
         a, b, a0, b0 = factors
-        if (kind := _kind(weight)) != _kind(first):
+        if (kind := kind_of(weight)) != kind_of(first):
             raise ValueError("weight: got {} {}, blocksize {}, {} scales in {}; needed: what layer 0 has".format(*kind))
         checked = checked_factors(a, b, a0, b0, *weight.shape)
         check_devices({"x": x, "weight": weight.codes} | dict(zip(("a", "b", "a0", "b0"), checked, strict=True)))
@@ -94,7 +94,8 @@ def _checked_layer(
     return checked
 
 
-def _kind(weight: QuantizedWeight) -> tuple[object, ...]:
+def kind_of(weight: QuantizedWeight) -> tuple[object, ...]:
+    """What the weights of a group have in common: format, shape, block size, and number and dtype of the scales."""
     return weight.format, list(weight.shape), weight.blocksize, weight.absmax.numel(), weight.absmax.dtype
 
 

@@ -16,10 +16,12 @@ import pissa
 from devices import put
 from language_models import FORMS, assert_same, logits, snapshot
 from mixtures import EXPERTS, KINDS, ROUTED, TRANSPOSED, R, expert_layers, fused_parameters, make
+from oracle import change_all
 from pissa import ops
 from pissa.base.stored import QuantizedLinear
 from pissa.layers.experts import UnfusedExperts, unfused_experts
 from pissa.layers.layer import pissa_layers
+from reference import EPS
 
 kinds = pytest.mark.parametrize("kind", KINDS)
 pytestmark = pytest.mark.filterwarnings("ignore::pissa.notices.AllLinearWarning")  # Llama 4's router
@@ -152,17 +154,18 @@ class Block(nn.Module):
         return self.experts(x, index, weights)
 
 
-def block(kind: str) -> nn.Module:
-    experts = next(module for module in make(kind).modules() if type(module).__name__.endswith("Experts"))
-    return pissa.wrap(Block(experts), r=R, target_modules=["gate_up_proj", "down_proj"], quant="nf4")
+def block(kind: str, dtype: torch.dtype = torch.float32, **fields: Any) -> nn.Module:
+    experts = next(module for module in make(kind, dtype).modules() if type(module).__name__.endswith("Experts"))
+    both = ["gate_up_proj", "down_proj"]
+    return pissa.wrap(Block(experts), **{"r": R, "target_modules": both, "quant": "nf4", **fields})
 
 
-def sent_to(*experts: int, count: int = 6) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens, of which each goes to two of the experts given, and the weights of these."""
+def sent_to(*experts: int, count: int = 6, k: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, of which each goes to k of the experts given, and the weights of these."""
     generator = torch.Generator().manual_seed(4)
     x = torch.randn(count, 32, generator=generator)
-    index = torch.tensor([[experts[i % len(experts)], experts[(i + 1) % len(experts)]] for i in range(count)])
-    return put(x), put(index), put(torch.rand(count, 2, generator=generator))
+    index = torch.tensor([[experts[(i + j) % len(experts)] for j in range(k)] for i in range(count)])
+    return put(x), put(index), put(torch.rand(count, k, generator=generator))
 
 
 @pytest.mark.parametrize("kind", ROUTED)
@@ -175,13 +178,14 @@ def test_only_experts_with_tokens_are_decoded(kind: str, monkeypatch: pytest.Mon
 
     def watched(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def call(*args: Any, **kwargs: Any) -> Tensor:
-            read.extend(owner[arg.codes.data_ptr()] for arg in args if isinstance(arg, ops.QuantizedWeight))
+            given = [*args, *kwargs.get("weights", ())]
+            read.extend(owner[arg.codes.data_ptr()] for arg in given if isinstance(arg, ops.QuantizedWeight))
             return original(*args, **kwargs)
 
         return call
 
-    monkeypatch.setattr(ops, "linear", watched(ops.linear))
-    monkeypatch.setattr(ops, "dequantize", watched(ops.dequantize))
+    for name in ("linear", "grouped_linear", "dequantize"):
+        monkeypatch.setattr(ops, name, watched(getattr(ops, name)))
     for chosen in ([0, 2], [3], [EXPERTS]):  # the last stands for none
         read.clear()
         y = model(*sent_to(*chosen))
@@ -190,6 +194,117 @@ def test_only_experts_with_tokens_are_decoded(kind: str, monkeypatch: pytest.Mon
     model(*sent_to(0, 2)).sum().backward()
     for (i, _), layer in layers.items():
         assert [p.grad is not None for p in layer.factor_parameters("default")] == [i in (0, 2)] * 2
+
+
+# ---- At once ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many layers each call of `ops.grouped_linear` has had."""
+    calls, original = [], ops.grouped_linear
+
+    def counted(*args: Any, weights: Any, **kwargs: Any) -> Tensor:
+        calls.append(len(weights))
+        return original(*args, weights=weights, **kwargs)
+
+    monkeypatch.setattr(ops, "grouped_linear", counted)
+    return calls
+
+
+def watch(model: nn.Module) -> nn.Module:
+    """The same model, of which one layer's calls are watched, so that experts are computed one after the other."""
+    experts = model.base_model.model.experts
+    for index in range(EXPERTS):
+        experts.expert(index).down_proj.register_forward_hook(lambda *_: None)
+    return model
+
+
+def outcome(model: nn.Module, x: Tensor, index: Tensor, weights: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """The output, and the gradients of inputs, routers' weights and factors."""
+    leaves = [tensor.clone().requires_grad_() for tensor in (x, weights)]
+    y = model(leaves[0], index, leaves[1])
+    leaves += [p for layer in pissa_layers(model).values() for p in layer.factor_parameters("default")]
+    dy = torch.linspace(-1, 1, y.numel(), device=y.device).view(y.shape).to(y.dtype)
+    return y.detach(), [*torch.autograd.grad(y, leaves, dy, materialize_grads=True)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ROUTED)
+@pytest.mark.parametrize("chosen", [(0, 1, 2, 3), (3, 1, EXPERTS), (2,)], ids=str)
+def test_all_experts_at_once_are_one_after_the_other(
+    kind: str, dtype: torch.dtype, chosen: tuple[int, ...], at_once: list[int]
+) -> None:
+    model = block(kind, dtype)
+    change_all(model)
+    # torch's silu rounds an element at the end of a tensor otherwise than in its midst, where lanes are full.
+    model.base_model.model.experts.fused.act_fn = nn.ReLU()
+    x, index, weights = sent_to(*chosen, count=21, k=min(3, len(chosen)))
+    y, gradients = outcome(model, x.to(dtype), index, weights.to(dtype))
+    assert at_once == [len(set(chosen) - {EXPERTS})] * 2
+    expected, expected_gradients = outcome(watch(model), x.to(dtype), index, weights.to(dtype))
+    assert len(at_once) == 2
+    if y.device.type == "cpu" and kind != "gpt_oss":  # which has a sigmoid all the same
+        assert torch.equal(y, expected)
+    # Sums over at most three experts of each token, or over the tokens of one, in another order: of 21 terms.
+    for got, wanted in zip([y, *gradients], [expected, *expected_gradients], strict=True):
+        assert (got - wanted).abs().max() <= 21 * EPS[dtype] * wanted.abs().max()
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+def test_at_step_0_all_at_once_are_the_base_at_once(kind: str, at_once: list[int]) -> None:
+    model, given = block(kind), sent_to(0, 1, 3)
+    y = model(*given)
+    with model.disable_adapter():
+        assert torch.equal(model(*given), y)
+        assert at_once == [3] * 4
+        experts = model.base_model.model.experts
+        experts.expert(0).down_proj.base_layer.register_forward_hook(lambda *_: None)
+        torch.testing.assert_close(model(*given), y)
+    assert at_once == [3] * 4
+
+
+def twice(model: nn.Module) -> None:
+    model.add_adapter("other", pissa.PissaConfig(r=R, target_modules=["gate_up_proj", "down_proj"]))
+    model.base_model.set_adapter(["default", "other"])
+
+
+def rescaled(model: nn.Module) -> None:
+    model.base_model.model.experts.expert(1).down_proj.set_scale("default", 3.0)
+
+
+@pytest.mark.filterwarnings("ignore::pissa.notices.DropoutWarning")
+@pytest.mark.parametrize(
+    ("prepare", "fields"),
+    [
+        (lambda model: model.merge_adapter(), {}),
+        (lambda model: model.train(), {"lora_dropout": 0.5}),
+        (twice, {}),
+        (rescaled, {}),
+        (watch, {}),
+        (None, {"quant": None}),
+        (None, {"quant": None, "residual": "explicit"}),
+        (None, {"target_modules": ["down_proj"]}),
+    ],
+    ids=["merged", "dropout", "two", "rescaled", "watched", "implicit", "explicit", "some"],
+)
+def test_what_is_no_group_is_computed_one_after_the_other(
+    prepare: Any, fields: dict[str, Any], at_once: list[int]
+) -> None:
+    model = block("mixtral", **fields)
+    if prepare is not None:
+        prepare(model)
+    model(*sent_to(0, 1, 2))
+    assert at_once == []
+
+
+def test_several_processes_compute_them_one_after_the_other(
+    at_once: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pissa.layers.experts, "world_size", lambda: 2)
+    model = block("mixtral")
+    model(*sent_to(0, 1))
+    assert at_once == []
 
 
 # ---- Targets ---------------------------------------------------------------------------------------------------------

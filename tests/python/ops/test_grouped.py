@@ -148,7 +148,10 @@ def changed(name: str, layer: int, change: Any) -> Any:
             ValueError,
             r"a: got ranks \[2, 3\]; needed: one for all layers",
         ),
-        (changed("b", 3, lambda b: b.to("meta")), ValueError, "layer 3: b on meta; x, weight, a, a0, b0 on"),
+        pytest.param(
+            *(changed("b", 3, lambda b: b.to("meta")), ValueError, "layer 3: b on meta; x, weight, a, a0, b0 on"),
+            marks=pytest.mark.cpu_only,
+        ),
     ],
 )
 def test_refusals(change: Any, kind: type[Exception], words: str) -> None:
