@@ -34,6 +34,19 @@ concept MultipliesGroups =
       { backend.multiply_group(x, layers, out, out) } -> std::same_as<bool>;
     };
 
+namespace detail {
+
+/// Calls run(sums) with memory for the sums of a layer's factors, where a forward of it alone would keep them: a group
+/// keeps none, so that each pass adds them up.
+template <Backend B, class F>
+void with_sums(B& backend, const Matrix& x, const Adapter& adapter, F run) {
+  if (!FactorSums::kept<B>(x, adapter)) return run(FactorSums{});
+  const auto memory = backend.alloc(1, FactorSums::size(adapter), x.format);
+  run(FactorSums::at(memory.view().data, x.format, adapter));
+}
+
+}  // namespace detail
+
 /// The outputs of all layers.
 ///
 /// @param backend computes
@@ -49,7 +62,9 @@ void grouped_linear_forward(B& backend, const Matrix& x, std::span<const Grouped
   }
   for (const GroupedLayer& layer : layers) {
     if (layer.rows == 0) continue;
-    linear_forward(backend, layer.part(x), layer.weight, {}, layer.adapter, layer.part(y), layer.part(xa));
+    detail::with_sums(backend, layer.part(x), layer.adapter, [&](const FactorSums& sums) {
+      linear_forward(backend, layer.part(x), layer.weight, {}, layer.adapter, layer.part(y), layer.part(xa), sums);
+    });
   }
 }
 
@@ -68,9 +83,15 @@ void grouped_linear_backward(B& backend, const Matrix& dy, const Matrix& x, std:
                              const Matrix& xa, const MutableMatrix& dx, std::span<const MutableMatrix> grads_a,
                              std::span<const MutableMatrix> grads_b) {
   for (std::size_t i = 0; i < layers.size(); ++i) {
-    const GroupedLayer& layer = layers[i];
-    linear_backward(backend, layer.part(dy), layer.part(x), layer.weight, layer.adapter, layer.part(xa),
-                    layer.rows == 0 ? MutableMatrix{} : layer.part(dx), grads_a[i], grads_b[i]);
+    const auto& [weight, adapter, first, rows] = layers[i];
+    const auto part = [&](const auto& matrix) { return layers[i].part(matrix); };
+    detail::with_sums(backend, part(x), adapter, [&](const FactorSums& sums) {
+      if constexpr (KeepsFactorSums<B>) {
+        if (sums.a) backend.add_both({adapter.a0, adapter.a, sums.a}, {adapter.b0, adapter.b, sums.b});
+      }
+      linear_backward(backend, part(dy), part(x), weight, adapter, part(xa), rows == 0 ? MutableMatrix{} : part(dx),
+                      grads_a[i], grads_b[i], sums);
+    });
   }
 }
 

@@ -109,6 +109,11 @@ TEST(CudaResources, LaunchesOfAGroup) {
   EXPECT_EQ(cost_of_layers(128, 0), (Cost{2, 0}));
   EXPECT_EQ(cost_of_layers(130, 2), (Cost{2, 0}));
   EXPECT_EQ(cost_of_layers(300, 0), (Cost{6, 0}));
+  // One by one, no launch but that of the sums of factors, one to decode and one to round x A^T for the product with B.
+  layer.rows = 129;
+  cuda_sim::reset_launches();
+  grouped_linear_forward(cuda, rows_of(all, 0, 129), std::span(&layer, 1), y.view(), xa.view());
+  EXPECT_EQ(cuda_sim::launches(), 3);
   cuda_sim::set_compute_capability(7, 5);  // whose tensor cores know no bf16
   EXPECT_GE(cost_of_layers(128, 0).first, 256);
   cuda_sim::set_compute_capability(9, 0);
