@@ -113,8 +113,8 @@ class Base(ABC):
         return ops.linear(x, self.matrix().detach())
 
     def fuse(self) -> bool:
-        """Makes a dense module in memory compute in one product with its adapter on a CPU, where that is faster; returns
-        whether it does. The output is the same within rounding, and a change of zero leaves its bits."""
+        """Makes a dense module in memory compute in one product with its adapter on a CPU, where that is faster, and
+        returns whether it does. The output is the same within rounding, and a change of zero leaves its bits."""
         return False
 
     def fused(self, start: StartFactors, scaling: float, x: Tensor) -> tuple[Tensor | ops.QuantizedWeight, bool] | None:

@@ -105,8 +105,8 @@ class UnfusedExperts(nn.Module):
 
     def _groups(self, experts: Sequence[int], x: Tensor) -> dict[str, dict[str, Any]]:
         """For each name, the layers of these experts as `ops.grouped_linear` takes them, for inputs like `x`. Empty
-        unless all layers are of one kind: codes with one adapter, or with none. (torch.compile would recompile for every
-        number of tokens.)"""
+        unless all layers are of one kind: codes with one adapter, or with none. (torch.compile would compile again for
+        every number of tokens.)"""
         groups: dict[str, dict[str, Any]] = {}
         if torch.compiler.is_compiling() or not experts:
             return groups
