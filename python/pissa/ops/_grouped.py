@@ -1,4 +1,4 @@
-"""The linear layers of a group, the experts of a mixture, multiplied at once."""
+"""Several linear layers in one op: the experts of a mixture."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ def grouped_linear(
     b0: Sequence[Tensor] | None = None,
     scaling: float = 1.0,
 ) -> Tensor:
-    """Linear layers of equal shape at once, each with rows of x of its own, quantised and with an adapter: what
-    `linear(x[offsets[i]:offsets[i + 1]], weights[i], a=a[i], ...)` gives for each layer i, one below the other.
+    """Computes several quantised linear layers of equal shape, each with its own adapter and its own rows of x. The
+    result is `linear(x[offsets[i]:offsets[i + 1]], weights[i], a=a[i], ...)` of each layer i, concatenated.
 
-    On CUDA, layers of at most 128 rows of bfloat16 or float16, whose weights have rows of whole lines of 32 elements,
-    take two launches together; others, and layers on a CPU, are computed one after the other. So are the gradients, in
-    x, a and b. Up to 16 rows of a layer have the bits that `linear` gives; more are multiplied in another order.
+    On CUDA this takes two launches for up to 128 layers, if no layer has more than 128 rows, x is bfloat16 or float16,
+    and the rows of the weights consist of whole lines of 32 elements. Otherwise, and on a CPU, the layers are computed
+    one after the other, as are the gradients in x, a and b. A layer of up to 16 rows is bit-identical to `linear`; more
+    rows are multiplied in another order.
 
     Args:
         x: [rows, in], float32, bfloat16 or float16, sorted by layer.
-        weights: of each layer [out, in], all of one format, shape and block size, nested or not.
-        offsets: one more than there are layers, ascending from 0 to rows: where the rows of each begin. A layer may
-            have none.
-        a: of each layer [r, in], trained, computed with in float32; r is the same for all.
-        b: of each layer [out, r], the same.
-        a0: of each layer [r, in], frozen, computed with in float32; given with b0.
-        b0: of each layer [out, r], the same.
+        weights: [out, in] for each layer, with the same format, shape, block size and kind of scales.
+        offsets: where the rows of each layer begin, and the number of rows: ascending from 0. A layer may have no rows.
+        a: [r, in] for each layer, trained, used in float32; r is the same for all layers.
+        b: [out, r] for each layer, likewise.
+        a0: [r, in] for each layer, frozen, used in float32; given with b0.
+        b0: [out, r] for each layer, likewise.
         scaling: lora_alpha / r; any finite number.
 
     Returns:

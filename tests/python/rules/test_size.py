@@ -32,9 +32,9 @@ BUDGETS = {
     f"{PACKAGE}/integrations": 890,
     f"{PACKAGE}/training": 800,
     f"{PACKAGE}/cli": 2_410,
-    "cpp/pissa": 12_500,
+    "cpp/pissa": 12_650,
     "bench": 13_320,
-    "tests": 44_800,
+    "tests": 44_950,
 }
 TEXT = {".py", ".pyi", ".h", ".cc", ".cu", ".txt", ".sh", ".md", ".json", ".jsonl", ".yaml", ".ini"}
 
