@@ -178,6 +178,17 @@ __device__ __forceinline__ void prefetch_tail(const Sum& sum, std::int64_t first
   }
 }
 
+// The codes that a warp needs, of all its chunks: without that its loop would wait for memory in each of them.
+template <class Codes>
+__device__ __forceinline__ void prefetch_codes(const Matrix& weight, std::int64_t first_col) {
+  const int lane = threadIdx.x % kWarp;
+  const std::int64_t col = first_col + lane % kBlockCols;
+  const auto* lines = static_cast<const typename Codes::Line*>(weight.data);
+  for (std::int64_t k = threadIdx.x / kWarp * kChunk; k < weight.cols; k += kWarps * kChunk) {
+    if (lane < kBlockCols && col < weight.rows) prefetch(lines + (col * weight.cols + k) / kLine);
+  }
+}
+
 // totals += the warp's share of the tail; the terms are rounded to `format`.
 template <Format format, int kRowTiles, class Sum>
 __device__ __forceinline__ void add_tail(const Sum& sum, std::int64_t first_col,
@@ -266,6 +277,7 @@ __device__ __forceinline__ void multiply_quantized(const Matrix& x, const Matrix
   const typename Codes::Decoder decoder;
   const BlockScales<Codes> scales(weight.scales, shift);
   float totals[kRowTiles][kTiles][4] = {};
+  prefetch_codes<Codes>(weight, first_col);
   prefetch_tail(sum, first_col);
 
   for (std::int64_t chunk = static_cast<std::int64_t>(warp) * kChunk; chunk < weight.cols; chunk += kWarps * kChunk) {
