@@ -106,7 +106,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda folder: change(
             folder, flip(f"base_model.model.{LAYER}.lora_A.weight"), "pissa_init/adapter_model.safetensors"
         ),
-        r"layer 'model\.layers\.1\.mlp\.up_proj': its start factors are .*adapter_model\.safetensors is damaged",
+        r"layer 'model\.layers\.1\.mlp\.up_proj': its start factors do not .*adapter_model\.safetensors is damaged",
     ),
     "no config": (lambda folder: (folder / "config.json").unlink(), "config.json cannot be read"),
 }
@@ -139,7 +139,7 @@ def test_damaged_factors_that_a_residual_lacks(made: Path, tmp_path: Path) -> No
 def test_the_record_of_another_folder(other: str, made: Path, tmp_path: Path) -> None:
     folder = copy(made, "split", tmp_path)
     shutil.copy(made / other / "pissa.json", folder)
-    with pytest.raises(ValueError, match=r"layer 'model.layers.0.self_attn.q_proj': its residual is not the one"):
+    with pytest.raises(ValueError, match=r"layer 'model.layers.0.self_attn.q_proj': its residual does not have the fingerprint"):
         pissa.load(folder)
 
 

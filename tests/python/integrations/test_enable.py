@@ -367,6 +367,6 @@ def test_what_4_bits_lose_is_repaired_beneath_either_start(init: str | bool, tin
     ):
         get_peft_model(tiny_llama(), LoraConfig(**given))
     with pytest.raises(
-        ValueError, match=r"cannot be repaired beneath LoraConfig.*olora.*starts from the weights\. Mend"
+        ValueError, match=r"cannot be repaired beneath LoraConfig.*olora.*starts from the weights\. Fix that"
     ):
         get_peft_model(in_4_bits(), LoraConfig(r=4, init_lora_weights="olora"))

@@ -196,7 +196,7 @@ def test_the_language_part_alone_is_meant(name: str, caplog: pytest.LogCaptureFi
     assert {n for n in linear if n.startswith(VISION[name])} <= linear - language
     with caplog.at_level(logging.INFO, logger="pissa"):
         assert sizes(pissa.wrap(model, r=2)).keys() == language
-    assert "model.language_model alone is adapted" in caplog.text
+    assert "only model.language_model is adapted" in caplog.text
     assert all(n in caplog.text for n in linear - language)
 
 
