@@ -146,7 +146,7 @@ $(WHEELS)/cuda-%.stamp: $(WHEELS)/tools.stamp
 	$(WHEELS)/tools/bin/python -m pip download -q --no-deps -d $(@:.stamp=)/parts $(CUDA_COMPILER)
 	$(WHEELS)/tools/bin/python -m pip download -q --no-deps -d $(@:.stamp=)/parts --only-binary :all: \
 	  $(foreach tag,2_17 2_27 2_28,--platform manylinux_$(tag)_$*) --platform manylinux2014_$* $(CUDA_LIBRARIES)
-	for part in $(@:.stamp=)/parts/*.whl; do unzip -qo "$$part" -d $(@:.stamp=); done
+	for part in $(@:.stamp=)/parts/*.whl; do unzip -qo "$$part" -d $(@:.stamp=) || exit 1; done
 	rm -rf $(@:.stamp=)/parts
 	touch $@
 

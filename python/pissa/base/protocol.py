@@ -122,8 +122,8 @@ class Base(ABC):
         and whether it is implicit, that is, the whole weight. None if the module computes its own product."""
         return None
 
-    def in_one_product(self) -> tuple[ops.QuantizedWeight, StartFactors, float] | None:
-        """Codes, and the factors beside them with their scaling, where the function is one product of these alone."""
+    def in_one_product(self) -> ops.QuantizedWeight | None:
+        """The codes, if the function is one product of these and of the base's start, if it has one."""
         return None
 
     def as_weight(self, matrix: Tensor) -> Tensor:

@@ -95,8 +95,8 @@ class QuantizedLinear(HoldsCodes, StoredLinear):
     def residual(self) -> ops.QuantizedWeight:
         return self.quantized
 
-    def in_one_product(self) -> tuple[ops.QuantizedWeight, StartFactors, float] | None:
-        return (self.residual, self.start, self.scaling) if self.bias is None else None
+    def in_one_product(self) -> ops.QuantizedWeight | None:
+        return self.residual if self.bias is None else None
 
     def extra_repr(self) -> str:
         options = (f"{name}={value}" for name, value in self.form.options().items() if value is not None)

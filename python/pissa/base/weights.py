@@ -20,6 +20,7 @@ from pissa import ops
 from pissa.base.protocol import Base, as_matrix, as_weight
 from pissa.base.start import KeepsDtype, StartFactors
 from pissa.distributed import is_sharded, whole_tensor
+from pissa.ops.checks import FLOATS
 
 # ---- Modules ---------------------------------------------------------------------------------------------------------
 
@@ -37,7 +38,7 @@ def is_offloaded(module: nn.Module) -> bool:
 def copy_without_hooks(module: Any) -> Any:
     """A shallow copy of a module, without accelerate's hooks, which would call the original."""
     twin = copy.copy(module)
-    for name in ("forward", "_old_forward", "_hf_hook", "_fused_product"):
+    for name in ("forward", "_old_forward", "_hf_hook"):
         vars(twin).pop(name, None)
     return twin
 
@@ -62,28 +63,36 @@ def dense_linear(dense_type: type[nn.Module], matrix: Tensor, bias: nn.Parameter
 # ---- A dense module whose product is fused with its adapter's --------------------------------------------------------
 
 _FEW_ROWS = 16  # which torch multiplies faster
+_HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
 
 
-def _product(module: Any, x: Tensor) -> Tensor:
-    if not _takes(module, x):
-        return cast(Tensor, type(module).forward(module, x))
-    return ops.linear(x, module.weight, module.bias)
+def _product(module: Any, input: Tensor) -> Tensor:
+    if not _takes(module, input):
+        return cast(Tensor, type(module).forward(module, input))
+    return ops.linear(input, module.weight, module.bias)
 
 
 _product.__name__ = "forward"  # pickle finds it by this name, so a loaded model is not fused
 
 
+def _is_fused(module: nn.Module) -> bool:
+    """Whether the module computes by `_product`, and nothing else is called with it."""
+    forward = vars(module).get("forward")
+    return getattr(forward, "__func__", None) is _product and not any(getattr(module, hooks) for hooks in _HOOKS)
+
+
 def _takes(module: Any, x: Tensor) -> bool:
     """Whether a module whose product is fused computes that of `x` with `ops.linear`."""
-    weight = module._parameters["weight"]
+    weight = module.weight
     if weight.dtype != x.dtype or x.numel() <= _FEW_ROWS * x.shape[-1] or torch.is_autocast_enabled("cpu"):
         return False
     return _is_ready(weight)
 
 
 def _is_ready(weight: Tensor) -> bool:
-    """Whether a weight is frozen and all of it lies in memory."""
-    return weight.device.type == "cpu" and not weight.requires_grad and not is_sharded(weight)
+    """Whether a weight is frozen, in a dtype of ours, and all of it is in memory."""
+    known = weight.dtype in FLOATS and weight.device.type == "cpu"
+    return known and not weight.requires_grad and not is_sharded(weight)
 
 
 # ---- Bases -----------------------------------------------------------------------------------------------------------
@@ -130,20 +139,22 @@ class Dense(Base):
         return type(self)(with_weight(self.module, weight))
 
     def fuse(self) -> bool:
-        module = self.module
+        module: Any = self.module
         if type(module) is not nn.Linear or "forward" in vars(module) or ops.build_info()["isa"] == "amxbf16":
             return False  # against torch's product by tiles, ours was not measured
         is_fused = _is_ready(module.weight) and module.weight.is_contiguous()
         if is_fused:
-            module._fused_product = True  # type: ignore[assignment]
             module.forward = MethodType(_product, module)  # type: ignore[method-assign]
         return is_fused
 
     def fused(self, start: StartFactors, scaling: float, x: Tensor) -> tuple[Tensor | ops.QuantizedWeight, bool] | None:
         """The weight, after `fuse`, unless the module has hooks, which would not be called."""
-        module = self.module
-        is_fused = getattr(module, "_fused_product", False) and not module._forward_hooks
-        return (module.weight, True) if is_fused and not module._forward_pre_hooks and _takes(module, x) else None
+        return (self.module.weight, True) if _is_fused(self.module) and _takes(self.module, x) else None
+
+    def restored(self) -> nn.Module:
+        if _is_fused(self.module):
+            del self.module.forward
+        return cast(nn.Module, self.module)
 
 
 class OwnBase(KeepsDtype, Base):
@@ -251,6 +262,9 @@ class CodedLinear(HoldsCodes):
     def fused(self, start: StartFactors, scaling: float, x: Tensor) -> tuple[Tensor | ops.QuantizedWeight, bool] | None:
         """The codes, which are the whole weight."""
         return self.quantized, True
+
+    def in_one_product(self) -> ops.QuantizedWeight | None:
+        return self.quantized if self.bias is None else None
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.linear(x, self.quantized, self.bias)

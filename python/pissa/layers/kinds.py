@@ -75,21 +75,25 @@ class PissaLinear(PissaLayer, LoraLinear):  # type: ignore[misc]
         return ops.linear(x, weight, bias, a=da, b=db, a0=start.a0, b0=start.b0, scaling=scaling, implicit=implicit)
 
     def grouped(self, x: Tensor) -> Grouped | None:
-        """The layer as one of a group, for inputs like `x`. None if it computes anything but codes and the factors
-        of one adapter, or of the base alone, in one product, or if somebody is to be told of its calls."""
+        """The layer as one of a group, for inputs like `x`. None if it computes anything but one product of codes and
+        of one adapter's factors, or of the base alone, or if hooks are called with it. Codes that are the whole weight
+        take a LoRA: its B starts at 0, so that its factors are the change."""
         names = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.r]
-        product = self.base.in_one_product()
-        if product is None or (self.merged and not self.disable_adapters) or _is_watched(self):
+        weight, start = self.base.in_one_product(), self.base.start
+        if weight is None or (self.merged and not self.disable_adapters) or _is_watched(self):
+            return None
+        if start is None and {self.start_of(name).origin.init for name in names or self.r} != {"lora"}:
             return None
         if not names:
-            weight, start, scaling = product
-            return None if _is_watched(self.base.module) else Grouped(weight, start.a0, start.b0, None, None, scaling)
+            start = start or self.start_of(next(iter(self.r)))
+            factors = start.a0, start.b0, None, None
+            return None if _is_watched(self.base.module) else Grouped(weight, *factors, start.origin.scaling)
         name = names[0]
         if len(names) > 1 or self._drops_out(name) or name in self.lora_magnitude_vector:
             return None
         start, scaling = self.start_of(name), self.scaling[name]
         fused = self.base.fused(start, scaling, x)
-        return fused and Grouped(product[0], *self.changed_factors(name), start.a0, start.b0, scaling)
+        return fused and Grouped(weight, *self.changed_factors(name), start.a0, start.b0, scaling)
 
     def _drops_out(self, adapter_name: str) -> bool:
         dropout = self.lora_dropout[adapter_name]

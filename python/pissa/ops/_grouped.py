@@ -31,9 +31,9 @@ def grouped_linear(
     result is `linear(x[offsets[i]:offsets[i + 1]], weights[i], a=a[i], ...)` of each layer i, concatenated.
 
     On CUDA this takes two launches for up to 128 layers, if no layer has more than 128 rows, x is bfloat16 or float16,
-    and the rows of the weights consist of whole lines of 32 elements. Otherwise, and on a CPU, the layers are computed
-    one after the other, as are the gradients in x, a and b. A layer of up to 16 rows is bit-identical to `linear`; more
-    rows are multiplied in another order.
+    the GPU's tensor cores know that dtype, and rows and blocks of the weights consist of whole lines of 32 elements at
+    16 bytes. Otherwise, and on a CPU, the layers are computed one after the other, as are the gradients in x, a and b.
+    A layer of up to 16 rows is bit-identical to `linear`; more rows are multiplied in another order.
 
     Args:
         x: [rows, in], float32, bfloat16 or float16, sorted by layer.

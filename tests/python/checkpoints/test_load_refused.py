@@ -139,7 +139,9 @@ def test_damaged_factors_that_a_residual_lacks(made: Path, tmp_path: Path) -> No
 def test_the_record_of_another_folder(other: str, made: Path, tmp_path: Path) -> None:
     folder = copy(made, "split", tmp_path)
     shutil.copy(made / other / "pissa.json", folder)
-    with pytest.raises(ValueError, match=r"layer 'model.layers.0.self_attn.q_proj': its residual does not have the fingerprint"):
+    with pytest.raises(
+        ValueError, match=r"layer 'model.layers.0.self_attn.q_proj': its residual does not have the fingerprint"
+    ):
         pissa.load(folder)
 
 

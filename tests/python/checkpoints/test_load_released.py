@@ -23,6 +23,7 @@ import pissa
 from architectures import ARCHITECTURES
 from daily import each
 from language_models import logits, moved, train
+from oracle import change_all
 from pissa import ops
 from pissa.base.digest import bytes_of
 from pissa.base.weights import CodedLinear
@@ -32,6 +33,7 @@ from pissa.checkpoints.report import report
 from pissa.files.released import ReleasedWeights
 from pissa.files.tensor_file import Source
 from pissa.integrations.export import export
+from pissa.layers.experts import UnfusedExperts
 from pissa.ops.formats import FORMATS
 from released_folders import METHODS, release
 
@@ -176,6 +178,28 @@ def test_the_codes_are_the_mapped_files(tmp_path: Path) -> None:
         if isinstance(module, CodedLinear):
             at = module.weight.data_ptr()
             assert any(begin <= at < end for begin, end in spans)
+
+
+@pytest.mark.parametrize("init", ["lora", "pissa"])
+def test_experts_with_a_lora_are_multiplied_at_once(
+    init: str, tokens: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PiSSA's change has two terms, which the op does not know."""
+    dense = released("gpt_oss", "mxfp4-gpt-oss", tmp_path / "model")
+    model = pissa.load(tmp_path / "model", init=init, r=4, target_modules="all-linear", dtype=torch.float32)
+    calls: list[int] = []
+    grouped = ops.grouped_linear
+    monkeypatch.setattr(ops, "grouped_linear", lambda *args, **of: calls.append(1) or grouped(*args, **of))
+    start = logits(model, tokens)
+    assert len(calls) == (2 * model.config.num_hidden_layers if init == "lora" else 0)
+    assert_near(start, logits(dense, tokens))
+    with model.disable_adapter():
+        assert torch.equal(logits(model, tokens), start)
+    change_all(model)
+    at_once = logits(model, tokens)
+    assert not torch.equal(at_once, start)
+    monkeypatch.setattr(UnfusedExperts, "_groups", lambda *_: {})
+    assert_near(logits(model, tokens), at_once)
 
 
 def test_experts_that_nothing_adapts_compute_from_their_codes(tokens: Tensor, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -284,30 +285,41 @@ def test_a_models_outputs_and_gradients(name: str, padded: bool, monkeypatch: py
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_dense_layer_is_one_product_with_its_adapter(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For more than 16 rows. Hooks of the base are called, a change of zero leaves its bits, and a copy is torch's."""
-    layer: Any = adapted(wrap(filled(nn.Linear(64, 48)).to(dtype), r=3))
+    """For more than 16 rows. Hooks of the base are called, a change of zero leaves its bits, and copies are torch's."""
+    model = wrap(filled(nn.Linear(64, 48)).to(dtype), r=3)
+    layer: Any = adapted(model)
     x, few = torch.randn(20, 64, dtype=dtype), torch.randn(16, 64, dtype=dtype)
     expected, of_few = layer(x), layer(few)
     calls: list[bool] = []
     linear = ops.linear
     monkeypatch.setattr(ops, "linear", lambda *args, **of: calls.append(bool(of)) or linear(*args, **of))
+    monkeypatch.setattr(ops, "build_info", lambda: {"isa": "amxbf16"})  # torch multiplies by tiles, too
+    assert not layer.base.fuse()
+    monkeypatch.setattr(ops, "build_info", lambda: {"isa": "avx2"})
     assert layer.base.fuse()
     assert not layer.base.fuse()
     found = layer(x)
     assert calls == [True]
-    assert torch.equal(found, layer.base_layer(x))
+    assert torch.equal(found, layer.base_layer(input=x))
     assert calls == [True, False]
     assert torch.equal(layer(few), of_few)
     with torch.autocast("cpu", torch.float16):
         layer(x)
     assert len(calls) == 2
     torch.testing.assert_close(found, expected)
-    handle = layer.base_layer.register_forward_hook(lambda *_: calls.clear())
-    assert torch.equal(layer(x), found)
-    assert not calls
-    handle.remove()
-    twin = layer.base.twin(torch.ones(48, 64, dtype=dtype))
-    assert torch.equal(twin(x), nn.functional.linear(x, twin.weight, twin.bias))
+    for watch in ("register_forward_hook", "register_full_backward_hook"):
+        calls.clear()
+        handle = getattr(layer.base_layer, watch)(lambda *_: None)
+        assert torch.equal(layer(x), found)
+        assert calls == [False]  # the base's own
+        handle.remove()
+    for copied in (layer.base.twin(layer.base_layer.weight), pickle.loads(pickle.dumps(layer.base_layer))):
+        calls.clear()
+        copied(x)
+        assert not calls
+    loaded = adapted(pickle.loads(pickle.dumps(model)))
+    assert torch.equal(loaded(x), loaded.base_layer(x))
+    assert torch.equal(model.unload().proj(x), nn.functional.linear(x, layer.base_layer.weight, layer.base_layer.bias))
 
 
 def test_generation_is_torchs() -> None:
