@@ -195,20 +195,22 @@ TEST_F(LibraryModes, ABiasOfAChunkWithoutAnAlgorithm) {
 }
 
 // Of one shape, one after the other: each has the bias that it was given, or none.
-TEST_F(LibraryModes, ProductsThatShareAPlanHaveTheirOwnBiases) {
+TEST_F(LibraryModes, ProductsOfOneShapeHaveTheirOwnBiases) {
   const cuda::Context& context = cuda::standalone_context();
-  const StoredNf4 weight(random, 72, 64, 64, false);
-  const Stored x(random.dense(80, 64), Format::bf16);
-  const Dense w = Stored(weight.values(), Format::bf16).values();
-  const Dense product = x.values() * transposed(w), sizes = absolute(x.values()) * transposed(absolute(w));
-  for (const double size : {1.0, 0.0, 3.0, 0.0}) {
-    const Stored bias(size * random.dense(1, 72), Format::bf16, Stored::kAligned, 0);
-    Stored y = Stored::poisoned(80, 72, Format::bf16);
-    Staging at(context);
-    cuda::weight_product(context, at(x.view()), at(weight.view()), Op::t, 1.0f, Precision::bf16, {},
-                         size == 0.0 ? Matrix{} : at(bias.view()), at(y.mutable_view()), 1 << 20);
-    at.finish();
-    expect_close(y, {product + bias.values(), sizes + absolute(bias.values())}, 64 + 3);
+  for (const Format format : {Format::bf16, Format::f32}) {
+    const StoredNf4 weight(random, 72, 64, 64, false);
+    const Stored x(random.dense(80, 64), format);
+    const Dense w = Stored(weight.values(), format).values();
+    const Dense product = x.values() * transposed(w), sizes = absolute(x.values()) * transposed(absolute(w));
+    for (const double size : {1.0, 0.0, 3.0, 0.0}) {
+      const Stored bias(size * random.dense(1, 72), format, Stored::kAligned, 0);
+      Stored y = Stored::poisoned(80, 72, format);
+      Staging at(context);
+      cuda::weight_product(context, at(x.view()), at(weight.view()), Op::t, 1.0f, precision_of(format), {},
+                           size == 0.0 ? Matrix{} : at(bias.view()), at(y.mutable_view()), 1 << 20);
+      at.finish();
+      expect_close(y, {product + bias.values(), sizes + absolute(bias.values())}, 64 + 3);
+    }
   }
 }
 
