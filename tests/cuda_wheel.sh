@@ -15,8 +15,11 @@ expect() {  # WHAT NEEDED GOT
   failed=1
 }
 line() { LC_ALL=C sort -Vu | tr '\n' ' ' | sed 's/ $//'; }
-# Names of the dynamic symbols whose section is, or is not, UND. Unlike nm, readelf reads every architecture.
-symbols() { readelf -W --dyn-syms "$library" | awk -v test="$1" '$8 != "" && ($7 == "UND") == (test == "undefined") && $1 ~ /^[0-9]+:$/ {sub("@.*", "", $8); print $8}'; }
+# Names of the global dynamic symbols whose section is, or is not, UND. Unlike nm, readelf reads every architecture.
+symbols() {
+  readelf -W --dyn-syms "$library" |
+    awk -v test="$1" '$8 != "" && $5 != "LOCAL" && ($7 == "UND") == (test == "undefined") && $1 ~ /^[0-9]+:$/ {sub("@.*", "", $8); print $8}'
+}
 
 unzip -qo "$wheel" -d "$folder"
 library=$folder/pissa/libpissa_cuda13.so
