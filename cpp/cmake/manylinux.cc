@@ -4,6 +4,8 @@
 // them, and hidden (Manylinux.cmake). What is still too new, `auditwheel repair` refuses by name.
 // A libstdc++ inside the module will not do: exceptions cross from it into torch, so that both must have one libstdc++
 // and one unwinder.
+#include <cxxabi.h>
+
 #include <exception>
 #include <ios>
 #include <new>
@@ -18,6 +20,14 @@ void pissa_copy_exception_ptr(void* to, const void* from) noexcept
     __asm__("_ZNSt15__exception_ptr13exception_ptrC1ERKS0_");
 void pissa_destroy_exception_ptr(void* pointer) noexcept __asm__("_ZNSt15__exception_ptr13exception_ptrD1Ev");
 }
+
+#if __GNUC__ >= 14
+// An exception leaves a function that is noexcept.
+extern "C" [[noreturn]] void __cxa_call_terminate(void* exception) noexcept {
+  abi::__cxa_begin_catch(exception);
+  std::terminate();
+}
+#endif
 
 namespace std {
 
