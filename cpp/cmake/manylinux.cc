@@ -4,8 +4,6 @@
 // them, and hidden (Manylinux.cmake). What is still too new, `auditwheel repair` refuses by name.
 // A libstdc++ inside the module will not do: exceptions cross from it into torch, so that both must have one libstdc++
 // and one unwinder.
-#include <cxxabi.h>
-
 #include <exception>
 #include <ios>
 #include <new>
@@ -23,8 +21,9 @@ void pissa_destroy_exception_ptr(void* pointer) noexcept __asm__("_ZNSt15__excep
 
 #if __GNUC__ >= 14
 // An exception leaves a function that is noexcept.
+extern "C" void* __cxa_begin_catch(void* exception) noexcept;
 extern "C" [[noreturn]] void __cxa_call_terminate(void* exception) noexcept {
-  abi::__cxa_begin_catch(exception);
+  __cxa_begin_catch(exception);
   std::terminate();
 }
 #endif

@@ -33,7 +33,7 @@ BUDGETS = {
     f"{PACKAGE}/training": 800,
     f"{PACKAGE}/cli": 2_410,
     "cpp/pissa": 12_650,
-    "bench": 13_320,
+    "bench": 13_350,
     "tests": 44_950,
 }
 TEXT = {".py", ".pyi", ".h", ".cc", ".cu", ".txt", ".sh", ".md", ".json", ".jsonl", ".yaml", ".ini"}
