@@ -27,7 +27,7 @@ struct GroupedLayer {
   }
 };
 
-/// A backend that can compute the forward of a group at once: it returns false, with nothing written, where it can't.
+/// A backend that can compute the forward of a group at once: it returns false, with nothing written, where it cannot.
 template <class B>
 concept MultipliesGroups =
     Backend<B> && requires(B backend, Matrix x, std::span<const GroupedLayer> layers, MutableMatrix out) {

@@ -35,6 +35,12 @@ def is_offloaded(module: nn.Module) -> bool:
     return bool(has_offloaded_params(module))
 
 
+def has_hooks(called: Any) -> bool:
+    """Whether torch calls hooks when it calls a module, or in its backward. A function has none."""
+    kinds = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+    return any(getattr(called, kind, None) for kind in kinds)
+
+
 def copy_without_hooks(module: Any) -> Any:
     """A shallow copy of a module, without accelerate's hooks, which would call the original."""
     twin = copy.copy(module)
@@ -63,7 +69,6 @@ def dense_linear(dense_type: type[nn.Module], matrix: Tensor, bias: nn.Parameter
 # ---- A dense module whose product is fused with its adapter's --------------------------------------------------------
 
 _FEW_ROWS = 16  # which torch multiplies faster
-_HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
 
 
 def _product(module: Any, input: Tensor) -> Tensor:
@@ -78,7 +83,7 @@ _product.__name__ = "forward"  # pickle finds it by this name, so a loaded model
 def _is_fused(module: nn.Module) -> bool:
     """Whether the module computes by `_product`, and nothing else is called with it."""
     forward = vars(module).get("forward")
-    return getattr(forward, "__func__", None) is _product and not any(getattr(module, hooks) for hooks in _HOOKS)
+    return getattr(forward, "__func__", None) is _product and not has_hooks(module)
 
 
 def _takes(module: Any, x: Tensor) -> bool:

@@ -18,10 +18,9 @@ from torch.nn import functional as F  # noqa: N812  everybody's name for it
 from transformers.pytorch_utils import Conv1D
 
 from pissa import ops
+from pissa.base.weights import has_hooks
 from pissa.layers.layer import PissaLayer
 from pissa.ops._grouped import kind_of
-
-_HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
 
 
 class Grouped(NamedTuple):
@@ -41,7 +40,7 @@ class Grouped(NamedTuple):
 
 
 def _is_watched(module: nn.Module) -> bool:
-    return "forward" in vars(module) or any(getattr(module, hooks) for hooks in _HOOKS)
+    return "forward" in vars(module) or has_hooks(module)
 
 
 class PissaLinear(PissaLayer, LoraLinear):  # type: ignore[misc]

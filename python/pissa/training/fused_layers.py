@@ -14,6 +14,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from pissa import ops
+from pissa.base.weights import has_hooks
 from pissa.distributed import is_sharded
 from pissa.layers import PissaLinear
 from pissa.ops._gated import ACTIVATIONS
@@ -127,8 +128,6 @@ _norm.__name__ = "forward"  # pickle finds it by this name, so a loaded model is
 
 # ---- Gates -----------------------------------------------------------------------------------------------------------
 
-_HOOKS = "_forward_hooks", "_forward_pre_hooks"  # hooks of an activation, which would not be called
-
 
 @torch.no_grad()
 def _gate_activation(module: Any) -> str | None:
@@ -138,7 +137,7 @@ def _gate_activation(module: Any) -> str | None:
     if any(getattr(module, name, None) is None for name in names) or "forward" in vars(module):
         return None
     act_fn = module.act_fn
-    if len(inspect.signature(module.forward).parameters) != 1 or any(getattr(act_fn, kind, None) for kind in _HOOKS):
+    if len(inspect.signature(module.forward).parameters) != 1 or has_hooks(act_fn):
         return None
     where: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
     drawn = torch.randn(3, 2, 5, 64, **where, generator=torch.Generator().manual_seed(0))
