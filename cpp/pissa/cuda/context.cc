@@ -41,6 +41,14 @@ class RelaxedCapture {
   cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;  // then the thread's own
 };
 
+int attribute(cudaDeviceAttr name, int device) {
+  Context context;
+  context.device = device;
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, name, device), context, "cudaDeviceGetAttribute");
+  return value;
+}
+
 }  // namespace
 
 const Allocator& stream_ordered_allocator() {
@@ -81,13 +89,11 @@ const Context& standalone_context() {
 }
 
 int capability(int device) {
-  Context context;
-  context.device = device;
-  int major = 0, minor = 0;
-  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), context, "cudaDeviceGetAttribute");
-  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), context, "cudaDeviceGetAttribute");
-  return 10 * major + minor;
+  return 10 * attribute(cudaDevAttrComputeCapabilityMajor, device) +
+         attribute(cudaDevAttrComputeCapabilityMinor, device);
 }
+
+int multiprocessors(int device) { return attribute(cudaDevAttrMultiProcessorCount, device); }
 
 void check_supported(int device) {
   // Code for x.y runs on x.z with z >= y; PTX of the newest on everything newer.

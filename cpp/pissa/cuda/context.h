@@ -5,7 +5,9 @@
 #include <cuda_runtime.h>
 #include <cusolverDn.h>
 
+#include <cstddef>
 #include <cstdint>
+#include <span>
 #include <stdexcept>
 #include <string>
 
@@ -58,6 +60,8 @@ const Context& standalone_context();
 /// 10 * major + minor of a device's compute capability.
 int capability(int device);
 
+int multiprocessors(int device);
+
 /// Throws std::runtime_error, naming the device and what the library was built for, unless it can run there.
 void check_supported(int device);
 
@@ -85,15 +89,36 @@ void check(Status status, const Context& context, const char* call, const Sizes&
 /// Copies device memory to the host and waits for it, and with it for everything before on the stream.
 void read_back(const Context& context, const void* device, void* host, std::int64_t bytes);
 
-/// Launches a kernel; a block's threads are one-dimensional.
+/// Launches a kernel with attributes of CUDA's; a block's threads are one-dimensional.
 template <class... Params, class... Args>
-void launch(const Context& context, const char* name, void (*kernel)(Params...), dim3 grid, unsigned threads,
-            Args... args) {
+void launch_with(std::span<cudaLaunchAttribute> attributes, const Context& context, const char* name,
+                 void (*kernel)(Params...), dim3 grid, unsigned threads, const Args&... args) {
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = dim3(threads);
   config.stream = context.stream;
+  config.attrs = attributes.data();
+  config.numAttrs = static_cast<unsigned>(attributes.size());
   check(cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...), context, name, "grid", grid.x, "x", grid.y);
+}
+
+/// Launches a kernel without attributes.
+template <class... Params, class... Args>
+void launch(const Context& context, const char* name, void (*kernel)(Params...), dim3 grid, unsigned threads,
+            const Args&... args) {
+  launch_with({}, context, name, kernel, grid, threads, args...);
+}
+
+/// The same of a kernel that may start before the one before it on the stream has ended, if that one calls
+/// allow_dependent_launch and the device can (compute capability 9.0). The kernel calls wait_for_earlier_kernels.
+template <class... Params, class... Args>
+void launch_dependent(const Context& context, const char* name, void (*kernel)(Params...), dim3 grid, unsigned threads,
+                      const Args&... args) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  const std::size_t count = capability(context.device) >= 90 ? 1 : 0;
+  launch_with(std::span(&attribute, count), context, name, kernel, grid, threads, args...);
 }
 
 /// Device memory of one matrix, or of a stack of `count` matrices one after the other.

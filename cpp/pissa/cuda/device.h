@@ -62,11 +62,37 @@ __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const unsigned (&a)[
 /// Asks for the 128 bytes around an address of the device's memory, which a cache, L2, then has.
 __device__ __forceinline__ void prefetch(const void* address) {
 #if defined(PISSA_CUDA_SIM)
-  static_cast<void>(
-      *static_cast<const volatile char*>(address));  // a GPU ignores an address that is none; tests do not
+  cuda_sim::prefetch(address);  // a GPU ignores an address that is none; the simulation does not
 #else
   asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
 #endif
+}
+
+/// Programmatic dependent launch. A kernel that calls this lets the next one on its stream start before it ends, if that
+/// one was launched by launch_dependent. Nothing before compute capability 9.0.
+__device__ __forceinline__ void allow_dependent_launch() {
+#if !defined(PISSA_CUDA_SIM) && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+/// Waits until the kernels before this one have ended and what they wrote can be read. Each thread of a kernel that
+/// launch_dependent starts has to call it, and may do no more than prefetch before that.
+__device__ __forceinline__ void wait_for_earlier_kernels() {
+#if defined(PISSA_CUDA_SIM)
+  cuda_sim::wait_for_earlier_kernels();
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+/// *from. The simulation counts these bytes, for what several blocks read comes from L2 each time.
+template <class T>
+__device__ __forceinline__ T counted_load(const T* from) {
+#if defined(PISSA_CUDA_SIM)
+  cuda_sim::count_loaded(sizeof(T));
+#endif
+  return *from;
 }
 
 /// Bytes of an element of a dense format. element_size would look it up in memory, before what is to be loaded.

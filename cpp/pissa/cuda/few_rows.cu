@@ -77,6 +77,7 @@ __device__ __forceinline__ void multiply_few_rows(const Sum& sum) {
   const std::int64_t col = static_cast<std::int64_t>(blockIdx.x) * (kThreads / kSplit) + threadIdx.x / kSplit;
   const int rows = static_cast<int>(sum.out.rows);
   const bool inside = col < sum.out.cols;
+  allow_dependent_launch();
   float total[kRows] = {};
   for (int i = 0; i < sum.count && inside; ++i) {
     const Term& term = sum.term(i);
@@ -127,15 +128,16 @@ __global__ void few_rows_kernel(RowSum sum) {
 }
 
 // ---- A quantised weight ------------------------------------------------------------------------------------------
-// A block computes 16 columns of y, its warps divide K in chunks of 128. The order of the inner dimension is free, so a
-// lane takes a line of a chunk, 32 neighbours with one scale, or two: k is dealt to the tensor cores' steps four at a
-// time, x in the same order. Elements of half a chunk wait in registers for all tiles of 16 rows of x, if there are
-// several. The tail is more columns of the inner dimension, for the tensor cores too: chunks of 32, dealt to the warps
-// in turn. Its second factors are asked for at the start, and are in L2 when their turn comes.
+// A block computes 16 or 32 columns of y, in tiles of 8; its warps divide K in chunks of 128. The order of the inner
+// dimension is free, so a lane takes a line of a chunk, 32 neighbours with one scale, or two: k is dealt to the tensor
+// cores' steps four at a time, x in the same order. Where x has several tiles of 16 rows, elements of a part of a chunk
+// wait in registers for all of them. The tail is more columns of the inner dimension, for the tensor cores too: chunks
+// of 32, dealt to the warps in turn.
+//
+// Codes and the tail's second factors are prefetched before the kernel waits for x A^T, which is computed meanwhile.
 
-constexpr int kTiles = 2;
 constexpr int kTileCols = 8;
-constexpr int kBlockCols = kTiles * kTileCols;
+constexpr int kSharedCols = 2 * kTileCols;  // of y, that the warps add up at a time: 32 KiB for 64 rows
 constexpr int kChunk = 4 * kLine;
 constexpr int kSteps = kChunk / 16;  // products of 16 k in a chunk
 constexpr int kTailChunk = 4 * kOctet;
@@ -158,14 +160,14 @@ template <int n>
 __device__ __forceinline__ void load_x(const Matrix& x, int row, std::int64_t k, bool inside, uint4 (&words)[n]) {
   const uint4* from = reinterpret_cast<const uint4*>(static_cast<const char*>(x.data) + 2 * (row * x.ld + k));
 #pragma unroll
-  for (int i = 0; i < n; ++i) words[i] = inside && row < x.rows ? from[i] : make_uint4(0, 0, 0, 0);
+  for (int i = 0; i < n; ++i) words[i] = inside && row < x.rows ? counted_load(from + i) : make_uint4(0, 0, 0, 0);
 }
 
 // The rows of the tail's second factors that a block needs.
-template <class Sum>
+template <int kTiles, class Sum>
 __device__ __forceinline__ void prefetch_tail(const Sum& sum, std::int64_t first_col) {
   constexpr std::int64_t kBytes = 128;  // that one prefetch brings
-  constexpr int kThreadsOfRow = kThreads / kBlockCols;
+  constexpr int kThreadsOfRow = kThreads / (kTiles * kTileCols);
   const std::int64_t col = first_col + threadIdx.x / kThreadsOfRow;
   for (int i = 0; i < sum.count; ++i) {
     const Matrix& b = sum.term(i).b;
@@ -179,18 +181,18 @@ __device__ __forceinline__ void prefetch_tail(const Sum& sum, std::int64_t first
 }
 
 // The codes that a warp needs, of all its chunks: without that its loop would wait for memory in each of them.
-template <class Codes>
+template <int kTiles, class Codes>
 __device__ __forceinline__ void prefetch_codes(const Matrix& weight, std::int64_t first_col) {
   const int lane = threadIdx.x % kWarp;
-  const std::int64_t col = first_col + lane % kBlockCols;
+  const std::int64_t col = first_col + lane;
   const auto* lines = static_cast<const typename Codes::Line*>(weight.data);
   for (std::int64_t k = threadIdx.x / kWarp * kChunk; k < weight.cols; k += kWarps * kChunk) {
-    if (lane < kBlockCols && col < weight.rows) prefetch(lines + (col * weight.cols + k) / kLine);
+    if (lane < kTiles * kTileCols && col < weight.rows) prefetch(lines + (col * weight.cols + k) / kLine);
   }
 }
 
 // totals += the warp's share of the tail; the terms are rounded to `format`.
-template <Format format, int kRowTiles, class Sum>
+template <Format format, int kTiles, int kRowTiles, class Sum>
 __device__ __forceinline__ void add_tail(const Sum& sum, std::int64_t first_col,
                                          float (&totals)[kRowTiles][kTiles][4]) {
   const int group = threadIdx.x % kWarp / 4;
@@ -205,6 +207,7 @@ __device__ __forceinline__ void add_tail(const Sum& sum, std::int64_t first_col,
       load_rows(term.b, first_col + group, kTileCols, k, b);
 #pragma unroll
       for (int rows = 0; rows < kRowTiles; ++rows) {
+        if (rows * kRows >= term.a.rows) break;
         float a[2][kOctet];
         load_rows(term.a, rows * kRows + group, 8, k, a);
         const auto scaled = [&](int row, int j) {
@@ -228,7 +231,7 @@ __device__ __forceinline__ void add_tail(const Sum& sum, std::int64_t first_col,
 }
 
 // Elements of the weight that a lane has in a chunk.
-template <Format format, class Codes>
+template <Format format, int kTiles, class Codes>
 struct Elements {
   static constexpr int kScales = scales_of_line(Codes::kFormat);
 
@@ -251,7 +254,7 @@ struct Elements {
 };
 
 // totals += a step's product with 16 rows of x, of two of which the lane has neighbours: upper and lower.
-template <Format format, int n>
+template <Format format, int kTiles, int n>
 __device__ __forceinline__ void multiply_step(const uint4 (&upper)[n], const uint4 (&lower)[n], int step,
                                               const unsigned (&b)[kTiles][2], float (&totals)[kTiles][4]) {
   const unsigned a[4] = {word_of(upper, 2 * step), word_of(lower, 2 * step), word_of(upper, 2 * step + 1),
@@ -260,38 +263,39 @@ __device__ __forceinline__ void multiply_step(const uint4 (&upper)[n], const uin
   for (int tile = 0; tile < kTiles; ++tile) mma_m16n8k16<format>(totals[tile], a, b[tile]);
 }
 
-template <Format format, class Codes, int kRowTiles, class Sum>
+template <Format format, class Codes, int kTiles, int kRowTiles, class Sum>
 __device__ __forceinline__ void multiply_quantized(const Matrix& x, const Matrix& weight, int shift, const Sum& sum) {
   struct Shared {
-    float partial[kWarps][kRowTiles * kRows][kBlockCols];
+    float partial[kWarps][kRowTiles * kRows][kSharedCols];
   };
-  constexpr int kScales = Elements<format, Codes>::kScales;
-  constexpr int kParts = kRowTiles == 1 ? 1 : 2;  // of a chunk
+  constexpr int kScales = Elements<format, kTiles, Codes>::kScales;
+  constexpr int kParts = kRowTiles == 1 ? 1 : kTiles;  // of a chunk: the more columns, the fewer steps in registers
   constexpr int kPartSteps = kSteps / kParts;
   Shared& shared = shared_memory<Shared>();
   const int lane = threadIdx.x % kWarp;
   const int warp = threadIdx.x / kWarp;
   const int group = lane / 4;  // as the PTX ISA calls it: row of x, column of a tile
   const int quad = lane % 4;
-  const std::int64_t first_col = static_cast<std::int64_t>(blockIdx.x) * kBlockCols;
+  const std::int64_t first_col = static_cast<std::int64_t>(blockIdx.x) * kTiles * kTileCols;
+  prefetch_codes<kTiles, Codes>(weight, first_col);
+  prefetch_tail<kTiles>(sum, first_col);
+  wait_for_earlier_kernels();
   const typename Codes::Decoder decoder;
   const BlockScales<Codes> scales(weight.scales, shift);
   float totals[kRowTiles][kTiles][4] = {};
-  prefetch_codes<Codes>(weight, first_col);
-  prefetch_tail(sum, first_col);
 
   for (std::int64_t chunk = static_cast<std::int64_t>(warp) * kChunk; chunk < weight.cols; chunk += kWarps * kChunk) {
     const std::int64_t k = chunk + quad * kLine;
     const bool inside = k < weight.cols;
-    Elements<format, Codes> elements;
+    Elements<format, kTiles, Codes> elements;
     typename BlockScales<Codes>::Part parts[kTiles][kScales];
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
       const std::int64_t col = first_col + tile * kTileCols + group;
       const bool valid = inside && col < weight.rows;
       const std::int64_t at = col * weight.cols + k;
-      elements.codes[tile] =
-          valid ? static_cast<const typename Codes::Line*>(weight.data)[at / kLine] : typename Codes::Line{};
+      elements.codes[tile] = valid ? counted_load(static_cast<const typename Codes::Line*>(weight.data) + at / kLine)
+                                   : typename Codes::Line{};
 #pragma unroll
       for (int i = 0; i < kScales; ++i) {
         if (valid) parts[tile][i] = scales.load(col, k + i * kLine / kScales, at + i * kLine / kScales);
@@ -324,6 +328,7 @@ __device__ __forceinline__ void multiply_quantized(const Matrix& x, const Matrix
         for (int step = 0; step < kPartSteps; ++step) elements.words(decoder, part * kPartSteps + step, b[step]);
 #pragma unroll
         for (int rows = 0; rows < kRowTiles; ++rows) {
+          if (rows * kRows >= x.rows) break;
           if (part + rows > 0) load(part, rows);
 #pragma unroll
           for (int step = 0; step < kPartSteps; ++step)
@@ -335,38 +340,45 @@ __device__ __forceinline__ void multiply_quantized(const Matrix& x, const Matrix
 
   add_tail<format>(sum, first_col, totals);
 
+  static_assert(kRows * kSharedCols == kThreads);  // one element of y a thread, of each tile of rows
 #pragma unroll
-  for (int rows = 0; rows < kRowTiles; ++rows) {
+  for (int first = 0; first < kTiles; first += kSharedCols / kTileCols) {
+    if (first > 0) __syncthreads();
 #pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
+    for (int rows = 0; rows < kRowTiles; ++rows) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int row = rows * kRows + group + i / 2 * 8;
-        shared.partial[warp][row][tile * kTileCols + 2 * quad + i % 2] = totals[rows][tile][i];
+      for (int tile = 0; tile < kSharedCols / kTileCols; ++tile) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int row = rows * kRows + group + i / 2 * 8;
+          shared.partial[warp][row][tile * kTileCols + 2 * quad + i % 2] = totals[rows][first + tile][i];
+        }
       }
     }
-  }
-  __syncthreads();
+    __syncthreads();
 
-  static_assert(kRows * kBlockCols == kThreads);  // one element of y a thread, of each tile
-  const std::int64_t col = first_col + threadIdx.x % kBlockCols;
+    const std::int64_t col = first_col + first * kTileCols + threadIdx.x % kSharedCols;
 #pragma unroll
-  for (int rows = 0; rows < kRowTiles; ++rows) {
-    const int row = rows * kRows + static_cast<int>(threadIdx.x) / kBlockCols;
-    if (row >= sum.out.rows || col >= sum.out.cols) return;
-    float value = 0.0f;
+    for (int rows = 0; rows < kRowTiles; ++rows) {
+      const int row = rows * kRows + static_cast<int>(threadIdx.x) / kSharedCols;
+      if (row >= sum.out.rows || col >= sum.out.cols) break;
+      float value = 0.0f;
 #pragma unroll
-    for (int other = 0; other < kWarps; ++other) value += shared.partial[other][row][threadIdx.x % kBlockCols];
-    finish(sum, row, col, value);
+      for (int other = 0; other < kWarps; ++other) value += shared.partial[other][row][threadIdx.x % kSharedCols];
+      finish(sum, row, col, value);
+    }
   }
 }
 
-constexpr int blocks_of_multiprocessor(int row_tiles) { return row_tiles == 1 ? 3 : 2; }
+// At a time: as many as have room for the registers that a thread needs.
+constexpr int blocks_of_multiprocessor(int tiles, int row_tiles) {
+  return (tiles == 2 ? 2 : 1) + (row_tiles == 1 ? 1 : 0);
+}
 
-template <Format format, class Codes, int kRowTiles>
-__global__ void __launch_bounds__(kThreads, blocks_of_multiprocessor(kRowTiles))
+template <Format format, class Codes, int kTiles, int kRowTiles>
+__global__ void __launch_bounds__(kThreads, blocks_of_multiprocessor(kTiles, kRowTiles))
     few_rows_quantized_kernel(Matrix x, Matrix weight, int shift, RowSum sum) {
-  multiply_quantized<format, Codes, kRowTiles>(x, weight, shift, sum);
+  multiply_quantized<format, Codes, kTiles, kRowTiles>(x, weight, shift, sum);
 }
 
 // ---- The layers of a group ---------------------------------------------------------------------------------------
@@ -456,13 +468,42 @@ __global__ void few_rows_group_kernel(const __grid_constant__ Group group) {
   if (sum.rows > 0) multiply_few_rows<kSplit>(sum);
 }
 
+// An expert has few rows, so x is little of what its blocks load.
+constexpr int kGroupTiles = 2;
+
 template <Format format, class Codes, int kRowTiles>
-__global__ void __launch_bounds__(kThreads, blocks_of_multiprocessor(kRowTiles))
+__global__ void __launch_bounds__(kThreads, blocks_of_multiprocessor(kGroupTiles, kRowTiles))
     few_rows_quantized_group_kernel(const __grid_constant__ QuantizedGroup all) {
   const LayerSum sum(all.group, kRowTiles * kRows);
-  if (sum.rows <= 0) return;
-  multiply_quantized<format, Codes, kRowTiles>(rows_from(all.x, sum.first, sum.rows),
-                                               weight_of(all.weight, all.weights[blockIdx.y]), all.shift, sum);
+  if (sum.rows <= 0) return wait_for_earlier_kernels();
+  multiply_quantized<format, Codes, kGroupTiles, kRowTiles>(
+      rows_from(all.x, sum.first, sum.rows), weight_of(all.weight, all.weights[blockIdx.y]), all.shift, sum);
+}
+
+// start(format of x, codes, tiles of rows) as compile-time constants.
+template <class F>
+void with_kernel(const Matrix& x, const Matrix& weight, std::int64_t rows, F start) {
+  with_codes(weight.format, [&](auto codes) {
+    const auto with_rows = [&](auto row_tiles) {
+      if (x.format == Format::bf16) start(std::integral_constant<Format, Format::bf16>{}, codes, row_tiles);
+      else start(std::integral_constant<Format, Format::f16>{}, codes, row_tiles);
+    };
+    if (rows <= kRows) with_rows(std::integral_constant<int, 1>{});
+    else with_rows(std::integral_constant<int, 4>{});
+  });
+}
+
+// Whether blocks of 32 columns, and not of 16, leave the busiest multiprocessor fewer bits of x and codes to load, K
+// times what is compared. Each element of x comes from L2 once for every block, so half as often, but there are half as
+// many blocks.
+template <class Codes>
+bool takes_wide_blocks(const Context& context, const Matrix& x, const Matrix& weight) {
+  constexpr std::int64_t kCodeBits = 8 * sizeof(typename Codes::Line) / kLine;
+  const std::int64_t count = multiprocessors(context.device);
+  const auto bits = [&](std::int64_t cols) {
+    return ceil_div(ceil_div(weight.rows, cols), count) * (16 * x.rows + kCodeBits * cols);
+  };
+  return bits(32) < bits(16);
 }
 
 bool are_rows_by_rows(std::span<const Term> terms) {
@@ -508,26 +549,17 @@ void multiply_layers(const Context& context, const Matrix& x, std::span<const Gr
                       scales.levels ? scales.levels : scales.nested_absmax, scales.offset};
     most_rows = std::max(most_rows, layer.rows);
   }
-  const auto start = [&](const char* name, auto kernel, std::int64_t cols, std::int64_t cols_of_block,
-                         std::int64_t rows_of_block, const auto& argument) {
-    dim3 grid = grid_of(cols, cols_of_block);
-    grid.y = static_cast<unsigned>(layers.size());
-    grid.z = static_cast<unsigned>(ceil_div(most_rows, rows_of_block));
-    launch(context, name, kernel, grid, kThreads, argument);
+  const auto grid_for = [&](std::int64_t cols, std::int64_t cols_of_block, std::int64_t rows_of_block) {
+    return dim3(static_cast<unsigned>(ceil_div(cols, cols_of_block)), static_cast<unsigned>(layers.size()),
+                static_cast<unsigned>(ceil_div(most_rows, rows_of_block)));
   };
   const bool by_block = is_long(x.cols);
-  start("few_rows_group", by_block ? few_rows_group_kernel<kThreads> : few_rows_group_kernel<kWarp>, xa.cols,
-        by_block ? 1 : kWarps, kRows, product);
-  with_codes(weight.format, [&](auto codes) {
-    using Codes = decltype(codes);
-    const auto start_for = [&]<int kRowTiles>(std::integral_constant<int, kRowTiles>) {
-      start("few_rows_quantized_group",
-            x.format == Format::bf16 ? few_rows_quantized_group_kernel<Format::bf16, Codes, kRowTiles>
-                                     : few_rows_quantized_group_kernel<Format::f16, Codes, kRowTiles>,
-            weight.rows, kBlockCols, kRowTiles * kRows, all);
-    };
-    if (most_rows <= kRows) start_for(std::integral_constant<int, 1>{});
-    else start_for(std::integral_constant<int, 4>{});
+  launch(context, "few_rows_group", by_block ? few_rows_group_kernel<kThreads> : few_rows_group_kernel<kWarp>,
+         grid_for(xa.cols, by_block ? 1 : kWarps, kRows), kThreads, product);
+  with_kernel(x, weight, most_rows, [&](auto half, auto codes, auto row_tiles) {
+    launch_dependent(context, "few_rows_quantized_group",
+                     few_rows_quantized_group_kernel<half(), decltype(codes), row_tiles()>,
+                     grid_for(weight.rows, kGroupTiles * kTileCols, row_tiles() * kRows), kThreads, all);
   });
 }
 
@@ -554,19 +586,15 @@ bool few_rows_quantized_fits(const Matrix& x, const Matrix& weight, std::span<co
 
 void few_rows_quantized(const Context& context, const Matrix& x, const Matrix& weight, std::span<const Term> tail,
                         const Matrix& bias, const MutableMatrix& y) {
-  const auto start = [&](auto kernel) {
-    launch(context, "few_rows_quantized", kernel, grid_of(weight.rows, kBlockCols), kThreads, x, weight,
-           shift_of(weight.scales.blocksize), sum_of(tail, {}, bias, y));
-  };
-  with_codes(weight.format, [&](auto codes) {
-    using Codes = decltype(codes);
-    const auto start_for = [&]<int kRowTiles>(std::integral_constant<int, kRowTiles>) {
-      if (x.format == Format::bf16) start(few_rows_quantized_kernel<Format::bf16, Codes, kRowTiles>);
-      else start(few_rows_quantized_kernel<Format::f16, Codes, kRowTiles>);
+  with_kernel(x, weight, x.rows, [&](auto half, auto codes, auto row_tiles) {
+    const auto start = [&](auto tiles) {
+      launch_dependent(context, "few_rows_quantized",
+                       few_rows_quantized_kernel<half(), decltype(codes), tiles(), row_tiles()>,
+                       grid_of(weight.rows, tiles() * kTileCols), kThreads, x, weight,
+                       shift_of(weight.scales.blocksize), sum_of(tail, {}, bias, y));
     };
-    if (x.rows <= kRows) start_for(std::integral_constant<int, 1>{});
-    else if (x.rows <= 2 * kRows) start_for(std::integral_constant<int, 2>{});
-    else start_for(std::integral_constant<int, 4>{});
+    if (takes_wide_blocks<decltype(codes)>(context, x, weight)) start(std::integral_constant<int, 4>{});
+    else start(std::integral_constant<int, 2>{});
   });
 }
 

@@ -29,6 +29,9 @@ class FewRowsTest : public BackendTest {
     return ranks;
   }
 
+  // Of W: for a block of 16 of them, or for blocks of 32, which these would fill twice.
+  static std::int64_t some_columns(Random& random) { return random.coin() ? 21 : 16 * cuda::multiprocessors(0) + 5; }
+
   // y [m, n] = x W^T + tail + bias, W [n, k] quantised; x in half precision, which the tail's factors are rounded to.
   template <class Weight>
   void check(Random& random, std::int64_t m, const Weight& weight, Format format,
@@ -75,17 +78,17 @@ TEST_P(FewRowsTest, EveryNumberOfRows) {
   for (std::int64_t m = 1; m <= 64; m += m < 18 ? 1 : 1 + random.below(4)) {
     for (const Format format : {Format::bf16, Format::f16}) {
       for (const Format levels : {Format::nf4, Format::nf3, Format::nf2}) {
-        const StoredLevels weight(random, levels, 21, 160, random.pick({32, 64, 128}), random.coin());
+        const StoredLevels weight(random, levels, some_columns(random), 160, random.pick({32, 64, 128}), random.coin());
         check(random, m, weight, format, some_ranks(random), random.coin());
       }
       for (const auto& [levels, blocksize] :
            {std::pair{Format::mxfp4, 32}, {Format::nvfp4, 16}, {Format::int4, 32}, {Format::int4, 128}}) {
-        const StoredLevels weight(random, levels, 21, 160, blocksize, false);
+        const StoredLevels weight(random, levels, some_columns(random), 160, blocksize, false);
         check(random, m, weight, format, some_ranks(random), random.coin());
       }
-      check(random, m, StoredInt8(random, 21, 160), format, some_ranks(random), random.coin());
+      check(random, m, StoredInt8(random, some_columns(random), 160), format, some_ranks(random), random.coin());
       for (const auto& [height, width] : {std::pair{1, 32}, {1, 160}, {5, 96}}) {
-        const StoredFp8 weight(random, 21, 160, height, width,
+        const StoredFp8 weight(random, some_columns(random), 160, height, width,
                                random.pick({ScaleKind::f32, ScaleKind::bf16, ScaleKind::e8m0}));
         check(random, m, weight, format, some_ranks(random), random.coin());
       }
@@ -93,14 +96,14 @@ TEST_P(FewRowsTest, EveryNumberOfRows) {
   }
 }
 
-// Chunks of 128, eight warps, blocks of 16 columns: their edges. NF4 blocks that cross rows.
+// Chunks of 128, eight warps, blocks of 16 and 32 columns: their edges. NF4 blocks that cross rows.
 TEST_P(FewRowsTest, EveryEdge) {
   Random random(2);
   for (const std::int64_t k : {32, 64, 96, 128, 160, 992, 1024, 1056, 2144}) {
     check(random, 3, StoredNf4(random, 17, k, random.pick({32, 64, 256}), random.coin()), Format::bf16, {9}, true);
     check(random, 3, StoredInt8(random, 17, k), Format::bf16, {9}, true);
   }
-  for (const std::int64_t n : {1, 7, 8, 9, 15, 16, 17, 31, 32, 33}) {
+  for (const std::int64_t n : {1, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65}) {
     check(random, 16, StoredNf4(random, n, 96, 64, random.coin()), Format::f16, {9, 17}, false);
     check(random, 16, StoredInt8(random, n, 96), Format::f16, {9, 17}, false);
   }
@@ -113,8 +116,10 @@ TEST_P(FewRowsTest, EveryRank) {
   Random random(6);
   for (const std::int64_t r : {1, 7, 8, 16, 31, 32, 33, 64, 128, 255, 256, 257, 300}) {
     for (const std::int64_t m : {1, 9, 16, 32, 64}) {
-      check(random, m, StoredNf4(random, 17, 96, 64, random.coin()), Format::bf16, {r}, random.coin());
-      check(random, m, StoredInt8(random, 17, 96), Format::f16, {r, 1 + random.below(100)}, random.coin());
+      check(random, m, StoredNf4(random, some_columns(random), 96, 64, random.coin()), Format::bf16, {r},
+            random.coin());
+      check(random, m, StoredInt8(random, some_columns(random), 96), Format::f16, {r, 1 + random.below(100)},
+            random.coin());
     }
   }
 }

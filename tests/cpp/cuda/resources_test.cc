@@ -46,6 +46,45 @@ TEST(CudaResources, AFewTokensTakeTwoLaunchesAndNoMemory) {
   }
 }
 
+// The second of these kernels prefetches its weight while the first computes x A^T, where a device can do that.
+TEST(CudaResources, TheSecondLaunchMayStartEarly) {
+  for (const auto& [major, minor, dependent] : {std::tuple{9, 0, true}, {8, 9, false}, {12, 0, true}}) {
+    cuda_sim::set_compute_capability(major, minor);
+    DeviceLayer layer(4, 64, 128, 8);
+    cuda_sim::reset_ledger();
+    layer.forward();
+    std::vector<bool> launches;
+    for (const cuda_sim::Entry& entry : cuda_sim::ledger()) {
+      if (entry.kind == cuda_sim::Kind::launch) launches.push_back(entry.dependent);
+    }
+    EXPECT_EQ(launches, (std::vector<bool>{false, dependent})) << major << "." << minor;
+  }
+  cuda_sim::set_compute_capability(9, 0);
+}
+
+// What is loaded of x and codes, from memory or L2: every block of 16 or 32 columns loads all of x. A multiprocessor
+// without a block would lose more than a second load of x.
+TEST(CudaResources, BytesLoadedForAFewTokens) {
+  const auto loaded = [](std::int64_t tokens, std::int64_t out, int multiprocessors) {
+    cuda_sim::set_multiprocessors(multiprocessors);
+    DeviceLayer layer(tokens, out, 128, 8);
+    cuda_sim::reset_loaded_bytes();
+    layer.forward();
+    cudaStreamSynchronize(cuda::standalone_context().stream);
+    cuda_sim::set_multiprocessors(cuda_sim::kMultiprocessors);
+    return cuda_sim::loaded_bytes();
+  };
+  const auto expected = [](std::int64_t tokens, std::int64_t out, std::int64_t blocks) {
+    return blocks * tokens * 128 * 2 + out * 128 / 2;
+  };
+  for (const std::int64_t tokens : {1, 16, 17, 64}) {
+    EXPECT_EQ(loaded(tokens, 128, 4), expected(tokens, 128, 4)) << "a block of 32 each, or two of 16";
+    EXPECT_EQ(loaded(tokens, 128, 8), expected(tokens, 128, 8)) << "of 32, four would have none";
+  }
+  EXPECT_EQ(loaded(1, 192, 4), expected(1, 192, 12)) << "three blocks of 16 each, or two of 32: one row is little";
+  EXPECT_EQ(loaded(16, 192, 4), expected(16, 192, 6));
+}
+
 // Kernels and products. Up to 64 tokens: sums of factors, x A^T, the rest in one kernel. Above, the weight is decoded,
 // and the tail is a product of its own. Backward: decoded, dy^T xa, dy B, (dy B)^T x, the tail, dy W. Nothing is
 // converted.

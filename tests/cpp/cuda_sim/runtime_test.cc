@@ -106,6 +106,59 @@ TEST_F(CudaSimTest, WhatIsRefused) {
   EXPECT_DEATH(run(add, 1, 1025, memory, 1.0f), "more than 1024");
 }
 
+// ---- Dependent launches --------------------------------------------------------------------------------------------
+
+__global__ void copy_after_waiting(float* to, const float* from) {
+  cuda_sim::prefetch(from);
+  cuda_sim::wait_for_earlier_kernels();
+  to[threadIdx.x] = from[threadIdx.x];
+}
+__global__ void end_without_waiting(float*, const float*) {
+  if (threadIdx.x > 0) cuda_sim::wait_for_earlier_kernels();
+}
+__global__ void load_before_waiting(float* to, const float* from) {
+  const float value = from[threadIdx.x];
+  cuda_sim::wait_for_earlier_kernels();
+  to[threadIdx.x] = value;
+}
+__global__ void store_before_waiting(float* to, const float*) {
+  to[threadIdx.x] = 1.0f;
+  cuda_sim::wait_for_earlier_kernels();
+}
+
+template <class Kernel>
+cudaError_t launch_dependent(Kernel kernel, float* to, const float* from) {
+  cudaLaunchAttribute attribute{cudaLaunchAttributeProgrammaticStreamSerialization, {1}};
+  cudaLaunchConfig_t config{};
+  config.gridDim = config.blockDim = dim3(2);
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, to, from);
+}
+
+TEST_F(CudaSimTest, ADependentLaunchFollowsTheKernelBeforeIt) {
+  float *from = upload(std::vector<float>{1, 2}), *to = device_memory<float>(2);
+  expect_success(launch(add, 1, 2, nullptr, from, 5.0f));
+  expect_success(launch_dependent(copy_after_waiting, to, from));
+  EXPECT_EQ(download(to, 2), (std::vector<float>{6, 7}));
+  cuda_sim::set_compute_capability(8, 9);
+  EXPECT_EQ(launch_dependent(copy_after_waiting, to, from), cudaErrorNotSupported);
+  cuda_sim::set_compute_capability(9, 0);
+}
+
+TEST_F(CudaSimTest, WhatADependentLaunchMayNotDo) {
+  float *from = upload(std::vector<float>{1, 2, 3, 4}), *to = device_memory<float>(4);
+  expect_success(cudaDeviceSynchronize());
+  const auto run = [&](auto kernel, const float* source) {
+    launch_dependent(kernel, to, source);
+    cudaDeviceSynchronize();
+  };
+  EXPECT_DEATH(run(end_without_waiting, from), "does not wait");
+  EXPECT_DEATH(run(load_before_waiting, from), "");
+  EXPECT_DEATH(run(store_before_waiting, from), "");
+  EXPECT_DEATH(run(copy_after_waiting, from - 1), "prefetch touches");
+}
+
 // The next call that can fail, or one after it; what frees is not counted.
 TEST_F(CudaSimTest, OneCallFailsAndDoesNothing) {
   float *memory = upload(std::vector<float>{0}), *other = device_memory<float>(1);

@@ -7,8 +7,10 @@
 #include <cstring>
 #include <new>
 
+#include "sim/control.h"
 #include "sim/device.h"
 #include "sim/fiber.h"
+#include "sim/memory.h"
 #include "sim/order.h"
 #include "sim/sanitizers.h"
 
@@ -80,8 +82,13 @@ struct Block {
   char* orders = new char[kOrders];
   char starts, ends;  // of the kernel
   const std::function<void()>* body = nullptr;
+  bool ends_at_wait = false;  // for earlier kernels
+  std::int64_t loaded = 0;    // bytes
   Fiber host;
 };
+
+/// Ends a thread from within.
+struct ThreadEnd {};
 
 Block& block = *new Block;  // never destroyed: its fibers never end
 
@@ -214,7 +221,11 @@ void thread_main() {
   enter_fiber();
   for (;;) {
     tsan_acquire(&block.starts);
-    (*block.body)();
+    try {
+      (*block.body)();
+      if (block.ends_at_wait) die("it may start before an earlier kernel has ended, and does not wait for that");
+    } catch (const ThreadEnd&) {
+    }
     exit_thread();
   }
 }
@@ -333,6 +344,12 @@ void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2],
   for (int i = 0; i < 4; ++i) d[i] = static_cast<float>(d[i] + sums[i]);
 }
 
+void wait_for_earlier_kernels() {
+  if (block.ends_at_wait) throw ThreadEnd{};
+}
+
+void prefetch(const void* address) { require_allocated(address, 1, "prefetch"); }
+
 void* shared_memory(const void* key, std::size_t bytes, std::size_t alignment) {
   std::size_t total = bytes;
   for (int i = 0; i < block.shared_count; ++i) {
@@ -364,4 +381,18 @@ void run_grid(dim3 grid, dim3 size, const std::function<void()>& thread) {
   tsan_acquire(&block.ends);
 }
 
+void run_until_wait(dim3 grid, dim3 size, const std::function<void()>& thread) {
+  block.ends_at_wait = true;
+  run_grid(grid, size, thread);
+  block.ends_at_wait = false;
+}
+
 }  // namespace cuda_sim::detail
+
+namespace cuda_sim {
+
+void count_loaded(std::size_t bytes) { detail::block.loaded += static_cast<std::int64_t>(bytes); }
+std::int64_t loaded_bytes() { return detail::block.loaded; }
+void reset_loaded_bytes() { detail::block.loaded = 0; }
+
+}  // namespace cuda_sim

@@ -18,4 +18,7 @@ inline constexpr unsigned kMaxThreads = 1024;
 /// Calls `thread` in every thread of the grid; returns when all have ended.
 void run_grid(dim3 grid, dim3 block, const std::function<void()>& thread);
 
+/// Runs every thread of the grid up to wait_for_earlier_kernels, and aborts if one ends without calling it.
+void run_until_wait(dim3 grid, dim3 block, const std::function<void()>& thread);
+
 }  // namespace cuda_sim::detail

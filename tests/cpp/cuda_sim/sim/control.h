@@ -12,6 +12,14 @@ namespace cuda_sim {
 /// What cudaDeviceGetAttribute says from now on; 9.0 at first.
 void set_compute_capability(int major, int minor);
 
+/// Likewise; at first so few that small matrices are enough for all.
+inline constexpr int kMultiprocessors = 2;
+void set_multiprocessors(int count);
+
+/// Bytes that kernels have loaded by cuda::counted_load.
+std::int64_t loaded_bytes();
+void reset_loaded_bytes();
+
 /// Kernels that were launched, whether or not they have run.
 std::int64_t launches();
 void reset_launches();

@@ -25,6 +25,7 @@ struct Entry {
   double bytes = 0;              // allocated or copied
   const void* kernel = nullptr;  // of a launch: the function that the grid runs
   std::array<unsigned, 3> grid = {}, block = {};
+  bool dependent = false;  // of a launch: whether it may start before the kernel before it has ended
 
   bool operator==(const Entry&) const = default;
 };

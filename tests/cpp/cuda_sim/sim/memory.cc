@@ -203,6 +203,15 @@ DeviceOpen::~DeviceOpen() {
   if (--closed.open == 0) closed.protect(closed.reached, PROT_NONE);
 }
 
+DeviceShut::DeviceShut(int device) : device_(device) {
+  Arena& shut = arena(device, false);
+  shut.protect(shut.reached, PROT_NONE);
+}
+DeviceShut::~DeviceShut() {
+  Arena& opened = arena(device_, false);
+  opened.protect(opened.reached, PROT_READ | PROT_WRITE);
+}
+
 std::size_t memory_of_device() { return arena().limit; }
 
 void* allocate(std::size_t bytes, int on) {

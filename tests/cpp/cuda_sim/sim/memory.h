@@ -19,6 +19,17 @@ class DeviceOpen {
   int device_;
 };
 
+/// While it lives, a device's memory cannot be touched, although a DeviceOpen lives.
+class DeviceShut {
+ public:
+  explicit DeviceShut(int device);
+  DeviceShut(const DeviceShut&) = delete;
+  ~DeviceShut();
+
+ private:
+  int device_;
+};
+
 /// Of the current one.
 std::size_t memory_of_device();
 

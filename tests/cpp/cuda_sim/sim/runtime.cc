@@ -18,6 +18,7 @@ namespace {
 
 int compute_capability_major = 9;
 int compute_capability_minor = 0;
+int multiprocessor_count = kMultiprocessors;
 
 thread_local int device_of_thread = 0;
 
@@ -72,6 +73,8 @@ void die(const char* what) {
 
 int current_device() { return device_of_thread; }
 
+bool has_dependent_launches() { return compute_capability_major >= 9; }
+
 }  // namespace cuda_sim::detail
 
 namespace cuda_sim {
@@ -80,6 +83,8 @@ void set_compute_capability(int major, int minor) {
   detail::compute_capability_major = major;
   detail::compute_capability_minor = minor;
 }
+
+void set_multiprocessors(int count) { detail::multiprocessor_count = count; }
 
 void fail_next(cudaError_t error, int after) { detail::runtime_failure.arm(error, after); }
 
@@ -115,8 +120,18 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
   const Call call;
   if (call.failed()) return call.error();
   if (!is_device_number(device)) return cudaErrorInvalidDevice;
-  *value = attribute == cudaDevAttrComputeCapabilityMajor ? compute_capability_major : compute_capability_minor;
-  return cudaSuccess;
+  switch (attribute) {
+    case cudaDevAttrMultiProcessorCount:
+      *value = multiprocessor_count;
+      return cudaSuccess;
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = compute_capability_major;
+      return cudaSuccess;
+    case cudaDevAttrComputeCapabilityMinor:
+      *value = compute_capability_minor;
+      return cudaSuccess;
+  }
+  return cudaErrorInvalidValue;
 }
 
 cudaError_t cudaMallocAsync(void** pointer, std::size_t bytes, cudaStream_t stream) {

@@ -14,6 +14,9 @@ inline constexpr int kDevices = 2;
 /// Of the calling thread.
 int current_device();
 
+/// Whether a kernel may start before the one before it has ended.
+bool has_dependent_launches();
+
 /// For what is a mistake in the program and would be undefined on a device.
 [[noreturn]] void die(const char* what);
 

@@ -186,14 +186,23 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, std::fu
       grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) {
     return cudaErrorInvalidConfiguration;
   }
-  if (config.numAttrs != 0 || config.dynamicSmemBytes != 0) return cudaErrorNotSupported;
+  if (config.numAttrs > 1 || config.dynamicSmemBytes != 0) return cudaErrorNotSupported;
+  const bool dependent = config.numAttrs == 1;  // there is one attribute
+  if (dependent && !has_dependent_launches()) return cudaErrorNotSupported;
   if (const cudaError_t error = check_stream_here(config.stream)) return error;
   record({.kind = Kind::launch,
           .name = "cudaLaunchKernelEx",
           .kernel = kernel,
           .grid = {grid.x, grid.y, grid.z},
-          .block = {block.x, block.y, block.z}});
-  enqueue(config.stream, [grid, block, thread = std::move(thread)] { run_grid(grid, block, thread); });
+          .block = {block.x, block.y, block.z},
+          .dependent = dependent});
+  enqueue(config.stream, [=, thread = std::move(thread)] {
+    if (dependent) {  // beside the kernels before it, of which nothing is known then
+      const DeviceShut shut(running);
+      run_until_wait(grid, block, thread);
+    }
+    run_grid(grid, block, thread);
+  });
   return cudaSuccess;
 }
 
