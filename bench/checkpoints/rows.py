@@ -249,7 +249,7 @@ def _bytes(folder: Path) -> int:
 
 def in_runtimes(format: str) -> Callable[[Options], Result]:
     """Plain transformers, bitsandbytes and PEFT on the result, in float32: in bf16 two programs that compute the same
-    differ by 2 % of the largest logit, each as much as it differs from float32."""
+    differ by 2% of the largest logit, each as much as it differs from float32."""
 
     def measure(options: Options) -> Result:
         out = options.work / "out"
@@ -364,7 +364,7 @@ ROWS = {
     ),
     "int8": Row(
         "int8 in plain transformers + bitsandbytes + PEFT",
-        "loss within 1 %",
+        "loss within 1%",
         in_runtimes("int8"),
         lambda result: abs(result["plain_loss"] / result["loss"] - 1) <= 0.01,
         _runtime_shown,

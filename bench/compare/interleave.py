@@ -134,7 +134,7 @@ def require(condition: bool, message: str) -> None:
 class HostClock:
     """Milliseconds that the caller of one call waits on the CPU, the mean of `repeats` calls."""
 
-    sample_ms = 20  # calls are timed in batches of at least this: the clock and the scheduler disturb less by 1 %
+    sample_ms = 20  # calls are timed in batches of at least this: the clock and the scheduler disturb less by 1%
 
     def __call__(self, call: Call, repeats: int, fresh: Callable[[], Any] | None = None) -> float:
         arguments: tuple[Any, ...] = ()

@@ -40,7 +40,7 @@ def _load(name: str) -> Any:
 
 
 def rows() -> list[dict[str, Any]]:
-    """The rows of bench.compare."""
+    """The rows of bench.compare, on Zen 4."""
     return [row for name in ("zen4_2_cores_models.json", "zen4_2_cores.json") for row in _load(name)["rows"]]
 
 
@@ -60,9 +60,17 @@ def _number(value: float) -> str:
 
 def rates() -> str:
     """Models of 0.1 to 20 G parameters: tokens a second and memory of a training step."""
-    found = _load("checkpoints.json")
+    return _rates("checkpoints.json", "released_models.json")
+
+
+def intel_rates() -> str:
+    return _rates("xeon_2_cores_checkpoints.json", "xeon_2_cores_released.json")
+
+
+def _rates(steps: str, released: str) -> str:
+    found = _load(steps)
     lines = [_rate(model, format, found[name]["result"]) for name, (model, format) in RATES.items()]
-    large = _largest()
+    large = _largest(released)
     lines.append(
         ["gpt-oss-20b's shapes", "mxfp4", _tokens(large), "", _memory(large["private_gb"], large["together_gb"]), ""]
     )
@@ -98,9 +106,9 @@ def fits() -> str:
     return _table("model, in nf4 | own memory | with the file's pages | start | tokens a second", lines)
 
 
-def _largest() -> dict[str, Any]:
+def _largest(released: str = "released_models.json") -> dict[str, Any]:
     """The row of gpt-oss-20b, trained from PiSSA's start."""
-    found: dict[str, Any] = next(row for row in _load("released_models.json")["rows"] if row["init"] == "pissa")
+    found: dict[str, Any] = next(row for row in _load(released)["rows"] if row["init"] == "pissa")
     return found
 
 
@@ -115,21 +123,27 @@ def _memory(private: float, together: float) -> str:
 
 def layers() -> str:
     """All rows except those of other tables, with the rows against PEFT as installed first."""
-    return _compared(lambda row: row["setting"] != "avx2" and not re.search("int8|head and loss", row["work"]))
+    return _compared(
+        row for row in rows() if row["setting"] != "avx2" and not re.search("int8|head and loss", row["work"])
+    )
 
 
 def avx2() -> str:
-    return _compared(lambda row: row["setting"] == "avx2")
+    return _compared(row for row in rows() if row["setting"] == "avx2")
 
 
 def head() -> str:
-    return _compared(lambda row: row["work"].startswith("head and loss"))
+    return _compared(row for row in rows() if row["work"].startswith("head and loss"))
 
 
-def _compared(wanted: Callable[[dict[str, Any]], bool]) -> str:
+def intel() -> str:
+    return _compared(_load("xeon_2_cores.json")["rows"])
+
+
+def _compared(wanted: Iterable[dict[str, Any]]) -> str:
     return _table(
         "work | against | goal | peer / ours (quartiles) | ours, ms | peer, ms | memory, MiB: ours / peer",
-        [_line(row) for row in rows() if wanted(row)],
+        map(_line, wanted),
     )
 
 
@@ -139,9 +153,10 @@ def _line(row: dict[str, Any]) -> list[str]:
     low, high = row["ratio_quartiles"]
     stretch = "" if row["stretch"] is None else f" (stretch {row['stretch']:g})"
     growth = row["growth_mib"]
+    setting = {"tuned": ", tuned" if "PEFT" in row["against"] else "", "avx2": ", both with AVX2"}
     return [
         row["work"],
-        row["against"] + (", tuned" if row["setting"] == "tuned" and "PEFT" in row["against"] else ""),
+        row["against"] + setting.get(row["setting"], ""),
         "" if goal is None else f"{goal:g}{stretch}",
         f"{shown} ({low:.2f} to {high:.2f})",
         _number(row["ours_median_ms"]),
@@ -166,7 +181,7 @@ def readme() -> str:
     large = _largest()
     mapped = large["together_gb"] - large["private_gb"]
     text = " ".join((ROOT / "bench" / "experiments" / "conclusions.md").read_text().split())
-    loss = re.search(r"error_feedback=True`, (0\.\d+ ± 0\.\d+), where QLoRA loses (0\.\d+ ± 0\.\d+)", text)
+    loss = re.search(r"(0\.\d+ ± 0\.\d+) with both \([^)]*\); QLoRA's ends (0\.\d+ ± 0\.\d+) above", text)
     assert loss is not None
     return _table(
         "training on two Zen 4 cores, rank 16 | pissa | PEFT 0.21, bitsandbytes 0.50",
@@ -202,7 +217,7 @@ def _sides(row: dict[str, Any]) -> list[str]:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    table.__name__: table for table in (rates, fits, layers, avx2, head, int8, readme)
+    table.__name__: table for table in (rates, fits, layers, avx2, intel, intel_rates, head, int8, readme)
 }
 
 

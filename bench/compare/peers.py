@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
 
 
-def bnb_linear(weight: ops.QuantizedWeight) -> bnb.nn.Linear4bit:
-    """bitsandbytes' layer over a copy of the same codes and nested scales, computing in bfloat16.
+def bnb_linear(weight: ops.QuantizedWeight, dtype: torch.dtype = torch.bfloat16) -> bnb.nn.Linear4bit:
+    """bitsandbytes' layer over a copy of the same codes and nested scales, computing in `dtype`.
 
     It must stay in training mode if gradients matter. One forward pass in eval mode repacks the weight for its AVX-512
     kernel, which has no gradient; later calls in training mode then use that kernel too, without a warning.
@@ -29,7 +29,7 @@ def bnb_linear(weight: ops.QuantizedWeight) -> bnb.nn.Linear4bit:
 
     rows, cols = weight.shape
     layer = bnb.nn.Linear4bit(
-        cols, rows, bias=False, compute_dtype=torch.bfloat16, compress_statistics=True, quant_type="nf4", device="meta"
+        cols, rows, bias=False, compute_dtype=dtype, compress_statistics=True, quant_type="nf4", device="meta"
     )
     nested = QuantState(
         absmax=weight.nested_absmax.clone(),
@@ -43,7 +43,7 @@ def bnb_linear(weight: ops.QuantizedWeight) -> bnb.nn.Linear4bit:
         code=get_4bit_type("nf4", device=weight.device),
         blocksize=weight.blocksize,
         quant_type="nf4",
-        dtype=torch.bfloat16,
+        dtype=dtype,
         offset=weight.offset.clone(),
         state2=nested,
     )
@@ -75,9 +75,11 @@ def lora_layer(base: nn.Module, a: Tensor, b: Tensor, dtype: torch.dtype) -> Lor
 def lora_on_nf4(
     model: nn.Module, layers: Mapping[str, tuple[ops.QuantizedWeight, Tensor, Tensor]], dtype: torch.dtype
 ) -> nn.Module:
-    """A model whose named layers become bitsandbytes' 4-bit layers under PEFT's LoRA with the given A and B."""
+    """A model whose named layers become bitsandbytes' 4-bit layers, computing in the model's dtype, under PEFT's LoRA
+    with the given A and B."""
+    computed = next(model.parameters()).dtype
     for name, (weight, _, _) in layers.items():
-        model.set_submodule(name, bnb_linear(weight))
+        model.set_submodule(name, bnb_linear(weight, computed))
     _with_lora(model, {name: (a, b) for name, (_, a, b) in layers.items()}, dtype)
     return model.train()
 

@@ -20,13 +20,15 @@ from pissa.layers.layer import pissa_layers
 R = 16
 BATCH = (4, 128)
 # Both sides round every operation to bfloat16, 2^-9, some 600 of them one after the other (30 layers of 20). As a
-# random walk that is 5 % of an activation or a gradient; a loss, the mean of 508 tokens' losses, moves far less. For
+# random walk that is 5% of an activation or a gradient; a loss, the mean of 508 tokens' losses, moves far less. For
 # both sides, twice that, and once more for bitsandbytes on a CPU with AVX512_BF16: over a random Llama of two layers
-# its gradient is 14 % from that in float32, ours 0.8 %. A wrong gradient is off by about 1.
+# its gradient is 14% from that in float32, ours 0.8%. A wrong gradient is off by about 1.
 GRADIENT_BOUND = 0.2
 LOSS_BOUND = 0.01
 
 _ADAPTERS = {"default": ("float32", torch.float32), "tuned": ("bfloat16", torch.bfloat16)}
+# The fastest on processors that multiply bfloat16 more slowly than float32.
+_IN_FLOAT32 = "PEFT + bitsandbytes, float32 throughout"
 
 
 def model_rows(tiny: bool) -> Iterator[Row]:
@@ -40,6 +42,14 @@ def model_rows(tiny: bool) -> Iterator[Row]:
             setting=setting,
             memory=True,
         )
+    yield Row(
+        f"training step of SmolLM2-135M, nf4, r = {R}",
+        _IN_FLOAT32,
+        partial(_step, tiny, "nf4", torch.float32, torch.float32),
+        1.35,
+        setting="tuned",
+        memory=True,
+    )
     for setting, goal in (("default", None), ("tuned", 1.25)):
         name, dtype = _ADAPTERS[setting]
         yield Row(
@@ -50,15 +60,19 @@ def model_rows(tiny: bool) -> Iterator[Row]:
             setting=setting,
             memory=True,
         )
-    yield Row(
-        f"training step of Llama-3.2-1B's shape, nf4, r = {R}",
-        f"PEFT + bitsandbytes, {_ADAPTERS['tuned'][0]} adapters",
-        partial(_step_of_shape, "tiny" if tiny else "1b"),
-        1.35,
-        setting="tuned",
-        max_pairs=5,
-        memory=True,
-    )
+    for against, dtype in (
+        (f"PEFT + bitsandbytes, {_ADAPTERS['tuned'][0]} adapters", torch.bfloat16),
+        (_IN_FLOAT32, torch.float32),
+    ):
+        yield Row(
+            f"training step of Llama-3.2-1B's shape, nf4, r = {R}",
+            against,
+            partial(_step_of_shape, "tiny" if tiny else "1b", dtype),
+            1.35,
+            setting="tuned",
+            max_pairs=5,
+            memory=True,
+        )
     yield Row(
         f"wrapping SmolLM2-135M, float32, r = {R}",
         "PEFT, pissa_niter_16",
@@ -74,16 +88,16 @@ def model_rows(tiny: bool) -> Iterator[Row]:
     )
 
 
-def _step(tiny: bool, quant: str | None, dtype: torch.dtype) -> Case:
-    return step_case(language_model(tiny, torch.bfloat16), quant, dtype)
+def _step(tiny: bool, quant: str | None, dtype: torch.dtype, peer_dtype: torch.dtype = torch.bfloat16) -> Case:
+    return step_case(language_model(tiny, torch.bfloat16), quant, dtype, peer_dtype)
 
 
-def _step_of_shape(shape: str) -> Case:
+def _step_of_shape(shape: str, dtype: torch.dtype) -> Case:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**SHAPES[shape], use_cache=False)).to(torch.bfloat16).train()
-    return step_case(model, "nf4", _ADAPTERS["tuned"][1])
+    return step_case(model, "nf4", dtype, dtype)
 
 
 class Trainer:
@@ -132,9 +146,12 @@ def training_case(model: nn.Module, peer: nn.Module, compared: str, same_gradien
     return Case(ours.step, theirs.step, check)
 
 
-def step_case(base: nn.Module, quant: str | None, dtype: torch.dtype) -> Case:
+def step_case(
+    base: nn.Module, quant: str | None, dtype: torch.dtype, peer_dtype: torch.dtype = torch.bfloat16
+) -> Case:
     """Ours computes the peer's loss: both are the base, since ours changes nothing yet and LoRA has B = 0, or have the
-    same residual and factors. Only then their gradients are equal."""
+    same residual and factors. Only then their gradients are equal. The peer has adapters in `dtype` and computes in
+    `peer_dtype`."""
     model = pissa.wrap(copy.deepcopy(base), r=R, quant=quant, task_type="CAUSAL_LM", progressbar=False).train()
     pissa.fuse_head(model)
     pissa.fuse_layers(model)
@@ -143,7 +160,7 @@ def step_case(base: nn.Module, quant: str | None, dtype: torch.dtype) -> Case:
         return Case(ours.step, None, lambda: f"first loss {ours.first()[0]:.4f}", no_peer=lacking)
     if not quant:
         return training_case(model, lora_on_dense(base, R, dtype), "both are the base", same_gradient=False)
-    peer = same_in_nf4(model, base, dtype)
+    peer = same_in_nf4(model, base.to(peer_dtype), dtype)
     return training_case(model, peer, "same residuals and factors", same_gradient=True)
 
 
@@ -208,7 +225,7 @@ def _wrapping_in_nf4(tiny: bool) -> Case:
 
     def check() -> str:
         model = wrap(copy.deepcopy(base), quant="nf4").base_model.model
-        # Blocks of 64 normal numbers in NF4 are off by 9 % of their length.
+        # Blocks of 64 normal numbers in NF4 are off by 9% of their length.
         return agree(0.12, **{f"layer {i}": (model[i].base.matrix(), base[i].weight) for i in range(len(base))})
 
     return Case(partial(wrap, quant="nf4"), wrap, check, fresh=lambda: copy.deepcopy(base))

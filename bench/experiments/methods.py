@@ -1,7 +1,7 @@
 """The methods that are compared: how each one makes a model trainable, and with which optimiser.
 
 Methods that PEFT supports use PEFT's own code, on a dense base. Those on a 4-bit base use our kernels, because on a CPU
-bitsandbytes 0.50 has no gradient in evaluation mode and an error of 14 % in the gradients of bfloat16.
+bitsandbytes 0.50 has no gradient in evaluation mode and an error of 14% in the gradients of bfloat16.
 """
 
 from __future__ import annotations

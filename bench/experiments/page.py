@@ -24,7 +24,7 @@ _READING = """\
 
 A number is a mean over seeds ± their deviation, at the rate with the least held-out loss of seed 0. **Bold** is \
 better than all others by more than two standard errors of the difference. Differences are taken seed by seed, because \
-a seed draws the order of the data for all methods alike. With three seeds that is a confidence of 82 %: one in five \
+a seed draws the order of the data for all methods alike. With three seeds that is a confidence of 82%: one in five \
 such differences is chance. A dash stands for a number that is not known yet. Losses are in nats.
 
 This page is made from `bench/results/experiments/*.jsonl` and its conclusions:

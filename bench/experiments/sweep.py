@@ -107,7 +107,7 @@ class Sweep:
         return [known[cell] for cell in takewhile(known.__contains__, cells)]
 
     def width(self, known: Known) -> float | None:
-        """The width of the valley in decades: how far the rates with a loss within 2 % of the best lie apart. Between
+        """The width of the valley in decades: how far the rates with a loss within 2% of the best lie apart. Between
         points the loss is interpolated over the rate's logarithm."""
         best = self.best(known)
         if best is None:

@@ -61,7 +61,7 @@ class QuantErrors(Experiment):
     title = "What LoftQ and QPiSSA remove of a quantised base's error"
     claim = (
         "tables 4 and 8: QPiSSA removes more of nf4's error than LoftQ, on average over the layers; table 9: of int8's "
-        "18 %"
+        "18%"
     )
 
     def wanted(self, known: Known, options: Options) -> list[Cell]:

@@ -45,7 +45,7 @@ class StartNorm(Experiment):
             "Held-out loss at the best rate:",
             _table({group: tables.column(column) for group, column in losses.items()}),
             "The best rate and, in brackets, the width of the valley around it: decades of the rate with a loss within "
-            "2 % of the best (≥ where it reaches beyond the sweep), n = 1 seed:",
+            "2% of the best (≥ where it reaches beyond the sweep), n = 1 seed:",
             _table({group: {m: _valley(s, known) for m, s in methods.items()} for group, methods in each.items()}),
             _meaning(losses),
         ]

@@ -10,7 +10,7 @@ namespace pissa::cpu {
 namespace {
 
 // Queries in a block: their scores of 2,048 keys are 512 KB. With 128, more scores are computed that the causal mask
-// hides: 127 tokens then take 15 % longer (Zen 4).
+// hides: 127 tokens then take 15% longer (Zen 4).
 constexpr std::int64_t kQueries = 64;
 
 // Queries [first, first + count) of a head, and the keys that they see.

@@ -78,7 +78,7 @@ void* allocate(std::int64_t bytes) {
 // Scratch of the calling thread: 1.9 MB, allocated on first use, freed with the thread.
 const Panels& panels() {
   // 3 KB after A's strip, so that `scratch` does not begin with a page, as the rows of most weights do. Otherwise, a
-  // load from a row would wait for a store to scratch at the same offset in its page, which cost 5 % of a product with
+  // load from a row would wait for a store to scratch at the same offset in its page, which cost 5% of a product with
   // 16 rows.
   constexpr std::int64_t kApart = 768;
   static constexpr std::array kSizes{

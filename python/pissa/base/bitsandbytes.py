@@ -19,7 +19,7 @@ from pissa.distributed import is_sharded
 
 _OTHER_CODES = 0.01
 """The share of bytes in which two codings of one weight may differ, because bitsandbytes divides by scales at another
-point than our kernels. For Gaussian weights that differ by 2 % of their norm, the share is 0.12."""
+point than our kernels. For Gaussian weights that differ by 2% of their norm, the share is 0.12."""
 
 
 def is_bitsandbytes(module: nn.Module, *names: str) -> bool:

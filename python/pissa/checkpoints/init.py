@@ -207,7 +207,7 @@ _GROUP = 1 << 22
 
 _SAMPLE = 64
 """The fraction of the rows, from the first on, that is compared with the residual and the factors, but at least 16
-rows. It takes 1 to 3 % of the time."""
+rows. It takes 1 to 3% of the time."""
 
 
 class Initialised(NamedTuple):

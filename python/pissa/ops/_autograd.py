@@ -346,8 +346,8 @@ register_autograd("pissa::attention", _attention_backward, setup_context=_save_a
 # ---- Two nodes of autograd's graph -----------------------------------------------------------------------------------
 # The first node saves the operands of the linear op, and the second one computes. Activation checkpointing recomputes a
 # block until its last operand is saved, and stops there. Therefore the last product of a block, whose output no
-# gradient needs, is skipped; in a Llama block, that is 22 % of the forward's products. x Aᵀ, 4 r bytes a token, stays
-# with the second node, checkpointed or not, because recomputing it took 3 % of a step.
+# gradient needs, is skipped; in a Llama block, that is 22% of the forward's products. x Aᵀ, 4 r bytes a token, stays
+# with the second node, checkpointed or not, because recomputing it took 3% of a step.
 
 
 def can_be_two_nodes(x: Tensor, a: Tensor | None) -> bool:

@@ -47,7 +47,7 @@ from pissa.ops.low_rank import nothing
 _OPS = torch.ops.pissa
 
 TOLERANCE = 1e-3
-"""The default tolerance of alternations. The fifth alternation of nf4 gains 1 to 2 % at r = 16 and 64; at r = 128 some
+"""The default tolerance of alternations. The fifth alternation of nf4 gains 1 to 2% at r = 16 and 64; at r = 128 some
 weights have nothing left to gain by then (bench/compare/quant_iters.py)."""
 
 

@@ -80,7 +80,7 @@ def test_errors_are_those_of_numpy_in_float64(options: Any, format: str) -> None
     expected = nuclear(weight - principal - quantised(weight - principal))
     assert norms["QPiSSA, T = 1"] == pytest.approx(expected, rel=1e-3)
     assert removed(result, "QPiSSA, T = 1") == pytest.approx(1 - expected / plain, abs=1e-3)
-    # LoftQ's factors are of an error without a spectrum's decay: never better than the best ones, nor 2 % worse.
+    # LoftQ's factors are of an error without a spectrum's decay: never better than the best ones, nor 2% worse.
     error = weight - quantised(weight)
     least = nuclear(error - best(error, r))
     assert least * (1 - 1e-5) < norms["LoftQ, T = 1"] < 1.02 * least
@@ -103,7 +103,7 @@ def test_energy_and_difference_are_those_of_numpy_in_float64(options: Any) -> No
     assert result["difference"] == pytest.approx(np.abs((u * s) @ v.T - exact).sum() / np.abs(exact).sum(), rel=1e-4)
     more = SvdCell("spikes", "pissa", 8, r).run(options)
     assert more["energy_lost"] < result["energy_lost"] / 2
-    assert SvdCell("spikes", "torch", "exact", r).run(options)["difference"] < 1e-4  # float32's, over a gap of 1 %
+    assert SvdCell("spikes", "torch", "exact", r).run(options)["difference"] < 1e-4  # float32's, over a gap of 1%
 
 
 # ---- First gradients -------------------------------------------------------------------------------------------------
@@ -129,7 +129,7 @@ def test_gradients_of_starts_are_products_with_the_gradient_of_the_weight(option
         squares = {name: squares[name] + np.linalg.norm(found[name]) ** 2 for name in found}
     result = GradientCell("pissa", 0).run(options)
     assert result["layers"] == len(linear)
-    # The 16th and the 17th of 64 random singular values are 2 % apart: 10 passes find the span to about 1e-3.
+    # The 16th and the 17th of 64 random singular values are 2% apart: 10 passes find the span to about 1e-3.
     assert result["norms"] == pytest.approx({name: np.sqrt(square) for name, square in squares.items()}, rel=1e-3)
 
 

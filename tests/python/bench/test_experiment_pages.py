@@ -65,7 +65,7 @@ def test_an_end_is_never_the_best() -> None:
 
 
 def test_the_width_of_a_parabola_is_known() -> None:
-    """1 + c x² is 2 % above its least value at x = ± sqrt(0.02 / c). A line between points h apart is above the
+    """1 + c x² is 2% above its least value at x = ± sqrt(0.02 / c). A line between points h apart is above the
     parabola by c h² / 4 at most: it crosses where x² is less than 0.02 / c by h² / 4 at most."""
     for curvature in (0.05, 0.1, 0.5):
         sweep, known = _sweep(1e-3, curvature, points=7)

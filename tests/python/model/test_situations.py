@@ -265,7 +265,7 @@ def test_situation_14_weights_elsewhere(tiny_llama: Make, tokens: Tensor) -> Non
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_situation_15_half_precision(dtype: torch.dtype, tiny_llama: Make, tokens: Tensor) -> None:
-    """PEFT 0.21 rounds W_res (relative error of the logits 9e-3 at the start, 66 % of the weights as they were after an
+    """PEFT 0.21 rounds W_res (relative error of the logits 9e-3 at the start, 66% of the weights as they were after an
     untrained merge, in bfloat16); here the start is the base and an untrained merge gives every weight, to the
     bit."""
     base = tiny_llama(dtype=dtype)

@@ -94,8 +94,8 @@ def test_the_result_is_an_iterate(form: dict[str, Any], dtype: torch.dtype, firs
 @pytest.mark.parametrize("first", [False, True])
 @pytest.mark.parametrize("svd", [{}, {"svd": "subspace"}, {"svd": "exact"}])
 def test_errors_are_those_of_exact_alternations(form: dict[str, Any], first: bool, svd: dict[str, str]) -> None:
-    """Rounding may part the two, of which each still loses what the other does: 1 %, while the second alternation gains
-    more than 4 %."""
+    """Rounding may part the two, of which each still loses what the other does: 1%, while the second alternation gains
+    more than 4%."""
     w = weight()
     expected = exact_errors(w, 4, 4, first, form)
     for count in range(1 if first else 2, 5):

@@ -13,7 +13,7 @@ PACKAGE = "python/pissa"
 GROUND = f"{PACKAGE}/*.py*"
 """The modules beside the rooms' folders."""
 
-# A room's lines after the last cut, and 5 % more. Calibration, with error feedback and two formats, is 560 of them in
+# A room's lines after the last cut, and 5% more. Calibration, with error feedback and two formats, is 560 of them in
 # cpp, 150 in ops, 330 in model, and 700 of tests; the repair of a model that bitsandbytes has quantised
 # is 150 in model and 40 in integrations. The formats of released models are 680 in cpp, 110 in ops, 260 in base (their
 # layouts), 230 in files (which tensors make which layer; a checkpoint read as the dense one), 450 in bench, 1,000 of

@@ -64,7 +64,7 @@ PISSA_INLINE void accumulate_tile(std::int64_t length, const float* a, const flo
 // c[rows, vecs * kWidth] = or += a_strip * b_strip; length is at least 1.
 template <class Product, int rows, int vecs>
 void micro_kernel(std::int64_t length, const float* a, const float* b, float* c, bool accumulate) {
-  if (length < 1) __builtin_unreachable();  // otherwise GCC keeps zeros for this case in memory, 2 % of the time
+  if (length < 1) __builtin_unreachable();  // otherwise GCC keeps zeros for this case in memory, 2% of the time
   for (int i = 0; i < rows; ++i) {
     for (int j = 0; j < vecs * kWidth; j += 16) __builtin_prefetch(c + i * kNc + j, 1);
   }
