@@ -146,9 +146,7 @@ def training_case(model: nn.Module, peer: nn.Module, compared: str, same_gradien
     return Case(ours.step, theirs.step, check)
 
 
-def step_case(
-    base: nn.Module, quant: str | None, dtype: torch.dtype, peer_dtype: torch.dtype = torch.bfloat16
-) -> Case:
+def step_case(base: nn.Module, quant: str | None, dtype: torch.dtype, peer_dtype: torch.dtype = torch.bfloat16) -> Case:
     """Ours computes the peer's loss: both are the base, since ours changes nothing yet and LoRA has B = 0, or have the
     same residual and factors. Only then their gradients are equal. The peer has adapters in `dtype` and computes in
     `peer_dtype`."""

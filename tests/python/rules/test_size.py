@@ -19,7 +19,8 @@ GROUND = f"{PACKAGE}/*.py*"
 # layouts), 230 in files (which tensors make which layer; a checkpoint read as the dense one), 450 in bench, 1,000 of
 # tests, and 90 in checkpoints (a merge into the same format). What a training step takes, in seconds, is 110 there.
 # The loss without logits is 290 in cpp, 140 in ops, 230 in training, 580 of tests; attention and norms
-# 530, 190, 160, 590. Experts multiplied at once are 430, 170, 100 in layers, and 590.
+# 530, 190, 160, 590. Experts multiplied at once are 430, 170, 100 in layers, and 590. Wide blocks and the early start
+# of few-row kernels are 75 in cpp, 165 of tests.
 BUDGETS = {
     GROUND: 1_060,
     f"{PACKAGE}/ops": 2_550,
@@ -32,9 +33,9 @@ BUDGETS = {
     f"{PACKAGE}/integrations": 890,
     f"{PACKAGE}/training": 800,
     f"{PACKAGE}/cli": 2_410,
-    "cpp/pissa": 12_650,
-    "bench": 13_350,
-    "tests": 44_950,
+    "cpp/pissa": 12_730,
+    "bench": 13_470,
+    "tests": 45_130,
 }
 TEXT = {".py", ".pyi", ".h", ".cc", ".cu", ".txt", ".sh", ".md", ".json", ".jsonl", ".yaml", ".ini"}
 
