@@ -34,8 +34,8 @@ bool has_bf16() {
 
 #if defined(PISSA_X86)
 // Whether bfloat16 is multiplied faster after a conversion to float32. Intel's cores start a VDPBF16PS every second
-// cycle, and two FMAs in each, so FMA has twice the rate: 200 of 93 GF/s on a core of an Emerald Rapids. On AMD's,
-// VDPBF16PS has twice the rate of FMA.
+// cycle, and two FMAs in each, so FMA has twice the rate: 200 GF/s for 93, on a core of an Emerald Rapids. On AMD's
+// cores, VDPBF16PS has twice the rate of FMA.
 bool multiplies_faster_in_f32() { return __builtin_cpu_is("intel") != 0; }
 
 // Why AMX-BF16 cannot be used, or nullptr. Since 5.16, Linux lets a process use the tile registers if it requests them.

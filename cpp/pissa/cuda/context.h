@@ -89,7 +89,7 @@ void check(Status status, const Context& context, const char* call, const Sizes&
 /// Copies device memory to the host and waits for it, and with it for everything before on the stream.
 void read_back(const Context& context, const void* device, void* host, std::int64_t bytes);
 
-/// Launches a kernel with attributes of CUDA's; a block's threads are one-dimensional.
+/// Launches a kernel with CUDA's launch attributes; a block's threads are one-dimensional.
 template <class... Params, class... Args>
 void launch_with(std::span<cudaLaunchAttribute> attributes, const Context& context, const char* name,
                  void (*kernel)(Params...), dim3 grid, unsigned threads, const Args&... args) {
@@ -109,8 +109,8 @@ void launch(const Context& context, const char* name, void (*kernel)(Params...),
   launch_with({}, context, name, kernel, grid, threads, args...);
 }
 
-/// The same of a kernel that may start before the one before it on the stream has ended, if that one calls
-/// allow_dependent_launch and the device can (compute capability 9.0). The kernel calls wait_for_earlier_kernels.
+/// Launches a kernel that may start before its predecessor on the stream has ended, if the predecessor calls
+/// allow_dependent_launch and the device has compute capability 9.0. The kernel has to call wait_for_earlier_kernels.
 template <class... Params, class... Args>
 void launch_dependent(const Context& context, const char* name, void (*kernel)(Params...), dim3 grid, unsigned threads,
                       const Args&... args) {

@@ -68,8 +68,8 @@ __device__ __forceinline__ void prefetch(const void* address) {
 #endif
 }
 
-/// Programmatic dependent launch. A kernel that calls this lets the next one on its stream start before it ends, if that
-/// one was launched by launch_dependent. Nothing before compute capability 9.0.
+/// Programmatic dependent launch: lets the next kernel on the stream start before this one ends, if launch_dependent
+/// launched it. Does nothing before compute capability 9.0.
 __device__ __forceinline__ void allow_dependent_launch() {
 #if !defined(PISSA_CUDA_SIM) && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

@@ -503,7 +503,7 @@ bool takes_wide_blocks(const Context& context, const Matrix& x, const Matrix& we
   const auto bits = [&](std::int64_t cols) {
     return ceil_div(ceil_div(weight.rows, cols), count) * (16 * x.rows + kCodeBits * cols);
   };
-  return bits(32) < bits(16);
+  return bits(4 * kTileCols) < bits(2 * kTileCols);
 }
 
 bool are_rows_by_rows(std::span<const Term> terms) {

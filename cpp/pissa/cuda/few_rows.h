@@ -12,8 +12,8 @@
 namespace pissa::cuda {
 
 inline constexpr std::int64_t kFewRows = 16;  ///< of few_rows_gemm
-/// Of few_rows_quantized, each block of which reads all of x from L2. By arithmetic for an H100 (bench/NOTES.md), decoding
-/// the weight into memory takes no longer from 128 rows on.
+/// Of few_rows_quantized, each block of which reads all of x from L2. By arithmetic for an H100 (bench/NOTES.md),
+/// decoding the weight into memory takes no longer from 128 rows on.
 inline constexpr std::int64_t kFewRowsQuantized = 64;
 /// Of each layer of few_rows_group, in tiles of kFewRowsQuantized: a launch for each layer costs more.
 inline constexpr std::int64_t kFewRowsOfGroup = 128;

@@ -344,12 +344,6 @@ void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2],
   for (int i = 0; i < 4; ++i) d[i] = static_cast<float>(d[i] + sums[i]);
 }
 
-void wait_for_earlier_kernels() {
-  if (block.ends_at_wait) throw ThreadEnd{};
-}
-
-void prefetch(const void* address) { require_allocated(address, 1, "prefetch"); }
-
 void* shared_memory(const void* key, std::size_t bytes, std::size_t alignment) {
   std::size_t total = bytes;
   for (int i = 0; i < block.shared_count; ++i) {
@@ -390,6 +384,12 @@ void run_until_wait(dim3 grid, dim3 size, const std::function<void()>& thread) {
 }  // namespace cuda_sim::detail
 
 namespace cuda_sim {
+
+void wait_for_earlier_kernels() {
+  if (detail::block.ends_at_wait) throw detail::ThreadEnd{};
+}
+
+void prefetch(const void* address) { detail::require_allocated(address, 1, "prefetch"); }
 
 void count_loaded(std::size_t bytes) { detail::block.loaded += static_cast<std::int64_t>(bytes); }
 std::int64_t loaded_bytes() { return detail::block.loaded; }

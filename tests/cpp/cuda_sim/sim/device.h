@@ -38,9 +38,6 @@ void sync_threads(Where where);
 std::uint64_t shuffle(unsigned mask, std::uint64_t bits, int source, Where where);
 void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], bool bf16, Where where);
 
-void wait_for_earlier_kernels();
-void prefetch(const void* address);
-
 /// The lane of the running thread in its warp.
 int lane();
 
@@ -77,8 +74,8 @@ inline void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], const unsigned (
 
 /// PTX griddepcontrol.wait. Before it, a kernel that may start early can touch no memory: what it reads may not be
 /// written yet, and what it writes may still be read. It may prefetch, from memory that is allocated.
-inline void wait_for_earlier_kernels() { detail::wait_for_earlier_kernels(); }
-inline void prefetch(const void* address) { detail::prefetch(address); }
+void wait_for_earlier_kernels();
+void prefetch(const void* address);
 
 void count_loaded(std::size_t bytes);
 
