@@ -16,6 +16,7 @@
 
 #include "pissa/core/error.h"
 #include "pissa/core/quantized.h"
+#include "pissa/core/score_state.h"
 #include "pissa/core/types.h"
 
 namespace pissa {
@@ -23,10 +24,6 @@ namespace pissa {
 /// The largest number of terms of a sum of products, and of thin ones in addition to the product with a weight.
 inline constexpr std::size_t kMostTerms = 3;
 inline constexpr std::size_t kMostTail = kMostTerms - 1;
-
-/// The scores of a row of logits: log p of its label, the entropy, log of the sum of p squared, the mean of the logits,
-/// and 1 if none is larger than the label's, otherwise 0.
-inline constexpr std::int64_t kScores = 5;
 
 /// The check that every backend makes before it adds up terms.
 inline void check_terms(std::span<const Term> terms, std::size_t most = kMostTerms) {
@@ -102,11 +99,17 @@ concept Backend = requires(B backend, Matrix matrix, MutableMatrix out, std::spa
   { backend.weight_gemm_nt(matrix, backend.decode_ahead(matrix, Op::t, precision, count), scale, precision, terms, matrix, out) };
   { backend.weight_gemm_nn(matrix, backend.decode_ahead(matrix, Op::n, precision, count), scale, precision, terms, out) };
 
-  // Row by row of logits, f32, which become z, as in token_scores.h, and then d log p_y / d logits if the gradient is
-  // requested; otherwise their values are unspecified. scores: [rows, kScores] f32.
-  { backend.score_rows(out, labels, scale, scale, out, gradient) };
+  // Adds logits [tokens, n] f32, those of the vocabulary from row `count` on, to the tokens' ScoreState, which starts
+  // here if `count` is 0. If the gradient is requested, the logits become exp(z - m) dz/dl, 0 for the label, and the
+  // rows of `earlier` [tokens, in] f32, if it is given, are multiplied by exp(m before - m).
+  { backend.add_scores(out, labels, count, scale, scale, out, out, gradient) };
 
-  // The bytes of f32 logits that token_scores.h holds at a time.
+  // scores [tokens, kScores] f32 of the tokens' ScoreState. If dx [tokens, in] is given, it becomes their gradient, from
+  // the sum of exp(z - m) dz/dl times the weight's rows, f32, which may be dx itself, and the label's row of the weight.
+  { backend.finish_scores(matrix, labels, matrix, scale, scale, out, matrix, out) };
+
+  // The tokens that token_scores.h reads the vocabulary for at a time, and the bytes of f32 logits that it holds.
+  { B::kScoredTokens } -> std::convertible_to<std::int64_t>;
   { B::kLogitBytes } -> std::convertible_to<std::int64_t>;
 
   // Makes rows [done, done + count) of `basis` orthonormal and orthogonal to rows [0, done), which are already

@@ -1,15 +1,42 @@
-// Quantised matrices as outputs: the destinations of their parts, the runs of blocks in which they are computed, and
-// the check of their block size.
+// Parts of quantised matrices: rows to read, the destinations of outputs, the runs of blocks in which outputs are
+// computed; and the check of the block size.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
+#include <numeric>
 
 #include "pissa/core/error.h"
 #include "pissa/core/format.h"
+#include "pissa/core/nested_scales.h"
 #include "pissa/core/types.h"
 
 namespace pissa {
+
+/// The least number of rows, of a matrix in any format, that end where a block ends, and with nested scales a block of
+/// blocks.
+inline std::int64_t separable_rows(const Matrix& matrix) {
+  if (!is_quantized(matrix.format) || matrix.cols == 0) return 1;
+  if (info(matrix.format).scales == ScaleKind::tiles) return matrix.scales.rows;
+  const std::int64_t span = matrix.scales.blocksize * (matrix.scales.nested_absmax ? kNestedBlocksize : 1);
+  return span / std::gcd(span, matrix.cols);
+}
+
+/// Rows [first, first + count) of a matrix in any format; `first` is a multiple of `separable_rows`.
+inline Matrix separate_rows(Matrix matrix, std::int64_t first, std::int64_t count) {
+  if (!is_quantized(matrix.format)) return rows_of(matrix, first, count);
+  Scales& scales = matrix.scales;
+  const bool tiles = info(matrix.format).scales == ScaleKind::tiles;
+  const std::int64_t blocks =
+      tiles ? first / scales.rows * scales.across : first * matrix.cols / std::max<std::int64_t>(scales.blocksize, 1);
+  matrix.data = static_cast<const char*>(matrix.data) + code_bytes(matrix.format, first * matrix.cols);
+  matrix.rows = count;
+  if (scales.absmax) scales.absmax += blocks;
+  if (scales.absmax8) scales.absmax8 += blocks;
+  if (scales.absmax16) scales.absmax16 += blocks;
+  if (scales.nested_absmax) scales.nested_absmax += blocks / kNestedBlocksize;
+  return matrix;
+}
 
 /// The destination of a quantised matrix [rows, cols].
 struct QuantOutput {

@@ -56,9 +56,12 @@ class CpuBackend {
   void gemm_quantized(std::span<const Term> terms, const Matrix& addend, const QuantOutput& out) const;
   void quantize_absmax(const float* absmax, std::int64_t count, const float* given, std::uint8_t* codes8,
                        float* nested_absmax, float* offset) const;
-  static constexpr std::int64_t kLogitBytes = 16 << 20;  // half of a shared cache, and what the pool keeps
-  void score_rows(const MutableMatrix& logits, const std::int64_t* labels, float scale, float cap,
-                  const MutableMatrix& scores, bool gradient) const;
+  static constexpr std::int64_t kScoredTokens = 512;    // rows of one block of a product
+  static constexpr std::int64_t kLogitBytes = 4 << 20;  // in a shared cache
+  void add_scores(const MutableMatrix& logits, const std::int64_t* labels, std::int64_t first, float scale, float cap,
+                  const MutableMatrix& state, const MutableMatrix& earlier, bool gradient) const;
+  void finish_scores(const Matrix& state, const std::int64_t* labels, const Matrix& weight, float scale, float cap,
+                     const MutableMatrix& scores, const Matrix& sum, const MutableMatrix& dx) const;
   void quantize_columns(const Matrix& w, const Matrix& lower, Format format, const Scales& scales, std::int64_t first,
                         const MutableMatrix& errors, std::uint8_t* codes) const;
   void weight_gemm_nt(const Matrix& x, const Matrix& weight, float scale, Precision precision,

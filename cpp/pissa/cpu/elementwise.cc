@@ -121,11 +121,37 @@ void CpuBackend::normalize_rows(const Matrix& a, const MutableMatrix& out) const
   });
 }
 
-void CpuBackend::score_rows(const MutableMatrix& logits, const std::int64_t* labels, float scale, float cap,
-                            const MutableMatrix& scores, bool gradient) const {
+void CpuBackend::add_scores(const MutableMatrix& logits, const std::int64_t* labels, std::int64_t first, float scale,
+                            float cap, const MutableMatrix& state, const MutableMatrix& earlier, bool gradient) const {
   parallel_for(executor_, logits.rows, 64 * logits.rows * logits.cols, [&](std::int64_t row) {
-    kernels_.score_row(reinterpret_cast<float*>(element(logits, row, 0)), logits.cols, labels[row], scale, cap,
-                       gradient, reinterpret_cast<float*>(element(scores, row, 0)));
+    ScoreState& of_row = *reinterpret_cast<ScoreState*>(element(state, row, 0));
+    if (first == 0) of_row = {};
+    const float factor = kernels_.add_scores(reinterpret_cast<float*>(element(logits, row, 0)), logits.cols,
+                                             labels[row] - first, scale, cap, gradient, of_row);
+    if (!earlier || factor == 1.0f) return;
+    float* sums = reinterpret_cast<float*>(element(earlier, row, 0));
+    for (std::int64_t i = 0; i < earlier.cols; ++i) sums[i] *= factor;
+  });
+}
+
+void CpuBackend::finish_scores(const Matrix& state, const std::int64_t* labels, const Matrix& weight, float scale,
+                               float cap, const MutableMatrix& scores, const Matrix& sum,
+                               const MutableMatrix& dx) const {
+  parallel_for(executor_, scores.rows, 64 * scores.rows * (kScores + dx.cols), [&](std::int64_t row) {
+    const auto& sums = static_cast<const ScoreState*>(state.data)[row];
+    const bool known = labels[row] >= 0 && labels[row] < weight.rows;
+    const double e = std::exp(double{sums.of_label} - double{sums.largest});
+    const ScoreShares share =
+        pissa::finish_scores(sums, known, e, weight.rows, scale, cap, [](double value) { return std::log(value); },
+                             reinterpret_cast<float*>(element(scores, row, 0)));
+    for (std::int64_t col = 0; col < dx.cols; col += kRun) {
+      const std::int64_t count = std::min(kRun, dx.cols - col);
+      float of_label[kRun];
+      kernels_.decode(weight, known ? labels[row] : 0, col, count, of_label);
+      const float* others = static_cast<const float*>(sum.data) + row * sum.ld + col;
+      for (std::int64_t i = 0; i < count; ++i) of_label[i] = share.label * of_label[i] + share.others * others[i];
+      kernels_.encode(of_label, count, dx.format, element(dx, row, col));
+    }
   });
 }
 

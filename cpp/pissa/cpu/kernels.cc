@@ -24,7 +24,7 @@ const Kernels& kernels() {
                                     max_abs,
                                     quantize,
                                     quantize_columns,
-                                    score_row,
+                                    add_scores,
                                     softmax_row,
                                     softmax_backward_row,
                                     gated,

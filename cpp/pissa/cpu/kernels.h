@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "pissa/core/score_state.h"
 #include "pissa/core/types.h"
 
 namespace pissa::cpu {
@@ -74,9 +75,10 @@ struct Kernels {
                            const Scales& scales, std::int64_t row, std::int64_t rows, std::int64_t first,
                            const MutableMatrix& errors, std::uint8_t* codes);
 
-  /// Backend::score_rows for one row: logits [count], scores [kScores].
-  void (*score_row)(float* logits, std::int64_t count, std::int64_t label, float scale, float cap, bool gradient,
-                    float* scores);
+  /// Backend::add_scores for one row. `label` counts from the first of the logits, and may be outside them. Returns the
+  /// factor of what was summed before.
+  float (*add_scores)(float* logits, std::int64_t count, std::int64_t label, float scale, float cap, bool gradient,
+                      ScoreState& state);
 
   /// Turns a row of products [count], followed by zeros up to `end`, into the softmax of scale times it, over the
   /// elements where mask is not 0, if there is a mask. Returns the logarithm of the sum of exp; -infinity if there is

@@ -13,6 +13,7 @@
 #include "pissa/cuda/few_rows.h"
 #include "pissa/cuda/gemm.h"
 #include "pissa/cuda/products.h"
+#include "pissa/cuda/token_scores.h"
 
 namespace pissa::cuda {
 namespace {
@@ -150,9 +151,15 @@ void CudaBackend::quantize_columns(const Matrix& w, const Matrix& lower, Format 
   cuda::quantize_columns(context_, w, lower, format, scales, first, errors, codes);
 }
 
-void CudaBackend::score_rows(const MutableMatrix& logits, const std::int64_t* labels, float scale, float cap,
-                             const MutableMatrix& scores, bool gradient) const {
-  cuda::score_rows(context_, logits, labels, scale, cap, scores, gradient);
+void CudaBackend::add_scores(const MutableMatrix& logits, const std::int64_t* labels, std::int64_t first, float scale,
+                             float cap, const MutableMatrix& state, const MutableMatrix& earlier, bool gradient) const {
+  cuda::add_scores(context_, logits, labels, first, scale, cap, state, earlier, gradient);
+}
+
+void CudaBackend::finish_scores(const Matrix& state, const std::int64_t* labels, const Matrix& weight, float scale,
+                                float cap, const MutableMatrix& scores, const Matrix& sum,
+                                const MutableMatrix& dx) const {
+  cuda::finish_scores(context_, state, labels, weight, scale, cap, scores, sum, dx);
 }
 
 void CudaBackend::weight_gemm_nt(const Matrix& x, const Weight& weight, float scale, Precision precision,

@@ -53,9 +53,12 @@ class CudaBackend {
   void gemm_quantized(std::span<const Term> terms, const Matrix& addend, const QuantOutput& out) const;
   void quantize_absmax(const float* absmax, std::int64_t count, const float* given, std::uint8_t* codes8,
                        float* nested_absmax, float* offset) const;
-  static constexpr std::int64_t kLogitBytes = 256 << 20;  // 512 tokens of 128 K
-  void score_rows(const MutableMatrix& logits, const std::int64_t* labels, float scale, float cap,
-                  const MutableMatrix& scores, bool gradient) const;  // of one problem
+  static constexpr std::int64_t kScoredTokens = 4096;
+  static constexpr std::int64_t kLogitBytes = 64 << 20;  // of 4,096 rows of the vocabulary
+  void add_scores(const MutableMatrix& logits, const std::int64_t* labels, std::int64_t first, float scale, float cap,
+                  const MutableMatrix& state, const MutableMatrix& earlier, bool gradient) const;  // of one problem
+  void finish_scores(const Matrix& state, const std::int64_t* labels, const Matrix& weight, float scale, float cap,
+                     const MutableMatrix& scores, const Matrix& sum, const MutableMatrix& dx) const;  // of one problem
   void quantize_columns(const Matrix& w, const Matrix& lower, Format format, const Scales& scales, std::int64_t first,
                         const MutableMatrix& errors, std::uint8_t* codes) const;  // of one problem
   /// y in half precision is rounded once more than pissa/core/backend.h says, after the tail, for more than 16 rows.

@@ -52,17 +52,19 @@ __global__ void decode_kernel(Matrix weight, int shift, std::int64_t first_row, 
   }
 }
 
-// Any shape, an element at a time.
+// Any shape and, if `rows` is given, any rows, an element at a time.
 template <class Codes>
-__global__ void decode_any_kernel(Matrix weight, int shift, std::int64_t first_row, std::int64_t first_col,
-                                  MutableMatrix out) {
+__global__ void decode_any_kernel(Matrix weight, int shift, const std::int64_t* rows, std::int64_t first_row,
+                                  std::int64_t first_col, MutableMatrix out) {
   const std::int64_t index = static_cast<std::int64_t>(blockIdx.x) * kDecodeThreads + threadIdx.x;
   if (index >= out.rows * out.cols) return;
   std::int64_t col;
   const std::int64_t row = divide(index, out.cols, col);
-  const std::int64_t at = (first_row + row) * weight.cols + first_col + col;
+  const std::int64_t given = rows ? rows[row] : first_row + row;
+  const std::int64_t from = given >= 0 && given < weight.rows ? given : 0;
+  const std::int64_t at = from * weight.cols + first_col + col;
   const BlockScales<Codes> scales(weight.scales, shift);
-  const float scale = scales.value(scales.load(first_row + row, first_col + col, at));
+  const float scale = scales.value(scales.load(from, first_col + col, at));
   store(out.data, out.format, row * out.ld + col, Codes::element(Codes::level_at(weight.data, at), scale));
 }
 
@@ -336,6 +338,14 @@ __global__ void quantize_absmax_kernel(NestedArgs args) {
   args.codes8[at] = static_cast<std::uint8_t>(low);
 }
 
+template <class Codes>
+void decode_any(const Context& context, const Matrix& weight, const std::int64_t* rows, std::int64_t row,
+                std::int64_t col, const MutableMatrix& out) {
+  const std::int64_t blocks = ceil_div(out.rows * out.cols, kDecodeThreads);
+  launch(context, "decode", decode_any_kernel<Codes>, dim3(static_cast<unsigned>(blocks)), kDecodeThreads, weight,
+         shift_of(weight.scales.blocksize), rows, row, col, out);
+}
+
 }  // namespace
 
 void decode_codes(const Context& context, const Matrix& weight, std::int64_t row, std::int64_t col,
@@ -351,11 +361,14 @@ void decode_codes(const Context& context, const Matrix& weight, std::int64_t row
       launch(context, "decode", decode_kernel<Codes>, dim3(static_cast<unsigned>(blocks)), kDecodeThreads, weight,
              shift, row, col, out);
     } else {
-      const std::int64_t blocks = ceil_div(out.rows * out.cols, kDecodeThreads);
-      launch(context, "decode", decode_any_kernel<Codes>, dim3(static_cast<unsigned>(blocks)), kDecodeThreads, weight,
-             shift, row, col, out);
+      decode_any<Codes>(context, weight, nullptr, row, col, out);
     }
   });
+}
+
+void decode_rows(const Context& context, const Matrix& weight, const std::int64_t* rows, const MutableMatrix& out) {
+  with_codes(weight.format,
+             [&](auto codes) { decode_any<decltype(codes)>(context, weight, rows, 0, 0, out); });
 }
 
 void quantize(const Context& context, const Matrix& values, const Matrix& change, std::int64_t first,

@@ -13,6 +13,9 @@ namespace pissa::cuda {
 void decode_codes(const Context& context, const Matrix& weight, std::int64_t row, std::int64_t col,
                   const MutableMatrix& out);
 
+/// out[i, :] = the quantised weight's row rows[i]; its first for one that it does not have.
+void decode_rows(const Context& context, const Matrix& weight, const std::int64_t* rows, const MutableMatrix& out);
+
 /// Elements [first, first + count) of the flattened `values` (+ `change`, f32, where given), quantised: `first` is the
 /// start of a block and of a byte; `out` is for all of the matrix; `change` begins with the row of element `first`.
 void quantize(const Context& context, const Matrix& values, const Matrix& change, std::int64_t first,

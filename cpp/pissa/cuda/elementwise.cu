@@ -147,56 +147,6 @@ __global__ void normalize_rows_kernel(Matrix a, MutableMatrix out) {
 
 // Dense matrices of one launch, as the kernel's parameter, of which there are at most 4 KB: a table in device memory
 // would have to be copied there, and the host might have to wait for it.
-// A block takes one row. Between two reductions of one type the block synchronises.
-__global__ void score_rows_kernel(MutableMatrix logits, const std::int64_t* labels, float scale, float cap,
-                                  MutableMatrix scores, bool gradient) {
-  float* row = static_cast<float*>(logits.data) + blockIdx.x * logits.ld;
-  float* to = static_cast<float*>(scores.data) + blockIdx.x * scores.ld;
-  const std::int64_t count = logits.cols, label = labels[blockIdx.x];
-  float largest = -INFINITY;
-  double mean = 0.0;
-  for (std::int64_t i = threadIdx.x; i < count; i += kThreads) {
-    const float z = cap > 0.0f ? cap * tanhf(scale * row[i] / cap) : scale * row[i];
-    row[i] = z;
-    largest = max(largest, z);
-    mean += z;
-  }
-  largest = block_reduce(largest, Larger{});
-  mean = block_reduce(mean, Add{});
-  __syncthreads();
-  double total = 0.0, squares = 0.0, weighted = 0.0;
-  for (std::int64_t i = threadIdx.x; i < count; i += kThreads) {
-    const float less = row[i] - largest;
-    const float e = expf(less);
-    total += e;
-    squares += e * e;
-    weighted += e > 0.0f ? e * less : e;
-  }
-  total = block_reduce(total, Add{});
-  __syncthreads();
-  squares = block_reduce(squares, Add{});
-  __syncthreads();
-  weighted = block_reduce(weighted, Add{});
-  const bool known = label >= 0 && label < count;
-  const float of_label = known ? row[label] : NAN;
-  if (threadIdx.x == 0) {
-    const double log_total = log(total);
-    to[0] = (of_label - largest) - static_cast<float>(log_total);
-    to[1] = static_cast<float>(log_total - weighted / total);
-    to[2] = static_cast<float>(log(squares) - 2.0 * log_total);
-    to[3] = static_cast<float>(mean / static_cast<double>(count));
-    to[4] = of_label >= largest ? 1.0f : 0.0f;
-  }
-  if (!gradient) return;
-  __syncthreads();  // row[label] has been read
-  const float share = known ? static_cast<float>(1.0 / total) : NAN;
-  for (std::int64_t i = threadIdx.x; i < count; i += kThreads) {
-    const float z = row[i];
-    const float slope = cap > 0.0f ? scale * (1.0f - z / cap * (z / cap)) : scale;
-    row[i] = ((i == label ? 1.0f : 0.0f) - expf(z - largest) * share) * slope;
-  }
-}
-
 constexpr int kMatricesOfLaunch = 64;
 
 struct MatrixTable {
@@ -299,13 +249,6 @@ void normalize_rows(const Context& context, const Matrix& a, const MutableMatrix
   if (out.rows == 0 || out.cols == 0) return;
   launch(context, "normalize_rows", normalize_rows_kernel,
          dim3(static_cast<unsigned>(out.rows), static_cast<unsigned>(count)), kThreads, a, out);
-}
-
-void score_rows(const Context& context, const MutableMatrix& logits, const std::int64_t* labels, float scale, float cap,
-                const MutableMatrix& scores, bool gradient) {
-  if (logits.rows == 0) return;
-  launch(context, "score_rows", score_rows_kernel, dim3(static_cast<unsigned>(logits.rows)), kThreads, logits, labels,
-         scale, cap, scores, gradient);
 }
 
 void raise_max_abs(const Context& context, std::span<const Matrix> matrices, float* largest) {

@@ -40,10 +40,6 @@ void scale_rows(const Context& context, const Matrix& a, const Matrix& s, float 
 /// out[i, :] = a[i, :] times the power of two that brings its largest |element| into [1, 2); a: f32.
 void normalize_rows(const Context& context, const Matrix& a, const MutableMatrix& out, std::int64_t count);
 
-/// Backend::score_rows.
-void score_rows(const Context& context, const MutableMatrix& logits, const std::int64_t* labels, float scale, float cap,
-                const MutableMatrix& scores, bool gradient);
-
 /// largest[i] = max(largest[i], largest |element| of matrix i), NaN above infinity; leaves out what is quantised.
 void raise_max_abs(const Context& context, std::span<const Matrix> matrices, float* largest);
 

@@ -237,11 +237,20 @@ class TransferringBackend {
                              at.upload(codes, code_bytes(format, w.rows * w.cols), true));
     });
   }
+  static constexpr std::int64_t kScoredTokens = cuda::CudaBackend::kScoredTokens;
   static constexpr std::int64_t kLogitBytes = cuda::CudaBackend::kLogitBytes;
-  void score_rows(const MutableMatrix& logits, const std::int64_t* labels, float scale, float cap,
-                  const MutableMatrix& scores, bool gradient) const {
+  void add_scores(const MutableMatrix& logits, const std::int64_t* labels, std::int64_t first, float scale, float cap,
+                  const MutableMatrix& state, const MutableMatrix& earlier, bool gradient) const {
     staged([&](Staging& at) {
-      cuda_.score_rows(at(logits), at.upload(labels, logits.rows), scale, cap, at(scores), gradient);
+      cuda_.add_scores(at(logits), at.upload(labels, logits.rows), first, scale, cap, at(state), at(earlier), gradient);
+    });
+  }
+  void finish_scores(const Matrix& state, const std::int64_t* labels, const Matrix& weight, float scale, float cap,
+                     const MutableMatrix& scores, const Matrix& sum, const MutableMatrix& dx) const {
+    staged([&](Staging& at) {
+      const MutableMatrix dx_there = at(dx);  // sum may be the same
+      cuda_.finish_scores(at(state), at.upload(labels, scores.rows), at(weight), scale, cap, at(scores), at(sum),
+                          dx_there);
     });
   }
   void quantize_absmax(const float* absmax, std::int64_t count, const float* given, std::uint8_t* codes8,

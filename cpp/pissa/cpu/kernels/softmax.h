@@ -1,5 +1,5 @@
-// Softmax of a row: scores of one label and their gradient, and attention's weights and their gradient. Included only
-// by kernels.cc.
+// Softmax of a row: a token's sums over logits, and attention's weights and their gradient. Included only by
+// kernels.cc.
 //
 // Plain loops over kLanes numbers, which compilers turn into vectors of any width. The order of the sums, and therefore
 // their bits, are the same for every instruction set.
@@ -58,9 +58,8 @@ struct Sums {
   }
 };
 
-void score_row(float* logits, std::int64_t count, std::int64_t label, float scale, float cap, bool gradient,
-               float* scores) {
-  const auto slope = [cap](float z) { return 1.0f - z / cap * (z / cap); };  // of the cap: dz / d (scale l)
+// Returns z_i and leaves it in `logits`; dz/dl = scale * slope(z).
+PISSA_INLINE void scale_logits(float* logits, std::int64_t count, float scale, float cap) {
   if (cap > 0) {
     const float factor = 2.0f * scale / cap;
     for (std::int64_t i = 0; i < count; ++i) {
@@ -71,39 +70,39 @@ void score_row(float* logits, std::int64_t count, std::int64_t label, float scal
   } else if (scale != 1.0f) {
     for (std::int64_t i = 0; i < count; ++i) logits[i] *= scale;
   }
+}
+
+float add_scores(float* logits, std::int64_t count, std::int64_t label, float scale, float cap, bool gradient,
+                 ScoreState& state) {
+  scale_logits(logits, count, scale, cap);
   float most[kLanes];
-  for (float& lane : most) lane = logits[0];
+  for (float& lane : most) lane = state.largest;
   const Sums<1> all(count, [&](std::int64_t i, std::int64_t lane, auto& sums) {
     most[lane] = logits[i] > most[lane] ? logits[i] : most[lane];
     sums[0][lane] += logits[i];
   });
   float largest = most[0];
   for (const float lane : most) largest = lane > largest ? lane : largest;
+  const bool here = label >= 0 && label < count;
+  if (here) {
+    state.of_label = logits[label];
+    logits[label] = -__builtin_inff();
+  }
+  const float cap_inverse = cap > 0 ? 1.0f / cap : 0.0f;
   const Sums<3> exps(count, [&](std::int64_t i, std::int64_t lane, auto& sums) {
-    const float less = logits[i] - largest;
+    const float z = logits[i];
+    const float less = z - largest < -87.0f ? -87.0f : z - largest;
     const float e = exp_of(less);
     sums[0][lane] += e;
     sums[1][lane] += e * e;
-    sums[2][lane] += e * (less < -87.0f ? -87.0f : less);
+    sums[2][lane] += e * less;
+    const float of_cap = z * cap_inverse;
+    if (gradient) logits[i] = cap > 0 ? e * (1.0f - of_cap * of_cap) : e;
   });
-  const float total = static_cast<float>(exps.total[0]);
-  const float log_total = __builtin_logf(total);
-  const bool known = label >= 0 && label < count;
-  const float of_label = known ? logits[label] : __builtin_nanf("");
-  scores[0] = (of_label - largest) - log_total;
-  scores[1] = log_total - static_cast<float>(exps.total[2]) / total;
-  scores[2] = __builtin_logf(static_cast<float>(exps.total[1])) - 2.0f * log_total;
-  scores[3] = static_cast<float>(all.total[0] / static_cast<double>(count));
-  scores[4] = of_label >= largest ? 1.0f : 0.0f;
-  if (!gradient) return;
-  const float share = known ? scale / total : of_label;
-  if (cap > 0) {
-    for (std::int64_t i = 0; i < count; ++i) logits[i] = -(exp_of(logits[i] - largest) * share) * slope(logits[i]);
-    if (known) logits[label] += scale * slope(of_label);
-  } else {
-    for (std::int64_t i = 0; i < count; ++i) logits[i] = -(exp_of(logits[i] - largest) * share);
-    if (known) logits[label] += scale;
-  }
+  if (here) logits[label] = 0.0f;
+  return state.add({largest, static_cast<float>(exps.total[0]), static_cast<float>(exps.total[1]),
+                    static_cast<float>(exps.total[2]), static_cast<float>(all.total[0])},
+                   exp_of);
 }
 
 // Masked values are as far below as exp_of allows, and are then set to 0.
