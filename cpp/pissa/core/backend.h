@@ -136,6 +136,16 @@ concept Backend = requires(B backend, Matrix matrix, MutableMatrix out, std::spa
 /// sums at once, computed in f32, of which the second may be empty.
 template <class B>
 concept KeepsFactorSums = Backend<B> && requires(B backend, Sum sum) { backend.add_both(sum, sum); };
+
+/// A backend that can tell without waiting which rows of a dense matrix are not 0, ascending; take rows of a matrix; and
+/// put them back in their places, with 0 in the other rows.
+template <class B>
+concept FindsZeroRows = Backend<B> && requires(B backend, Matrix matrix, MutableMatrix out,
+                                               std::span<const std::int64_t> rows) {
+  { backend.nonzero_rows(matrix) } -> std::same_as<std::vector<std::int64_t>>;
+  { backend.take_rows(matrix, rows, out) };
+  { backend.put_rows(matrix, rows, out) };
+};
 // clang-format on
 
 }  // namespace pissa

@@ -15,6 +15,7 @@
 #include <cstdint>
 #include <span>
 #include <utility>
+#include <vector>
 
 #include "pissa/core/backend.h"
 #include "pissa/core/error.h"
@@ -172,6 +173,30 @@ void with_backward_tail(B& backend, const Matrix& dy, const Matrix& x, const Ada
   product(backend, dy_b.view(), Op::t, x, Op::n, s, precision, grad_a);
 }
 
+// linear_backward, for every row of dy.
+template <Backend B>
+void backward_of_rows(B& backend, const Matrix& dy, const Matrix& x, const Matrix& weight, const Adapter& adapter,
+                      const Matrix& xa, const MutableMatrix& dx, const MutableMatrix& grad_a,
+                      const MutableMatrix& grad_b, const FactorSums& sums) {
+  const Precision precision = precision_of(dy.format);
+  if (!adapter) {
+    if (dx) backend.weight_gemm_nn(dy, weight, 1.0f, precision, {}, dx);
+    return;
+  }
+  const auto ahead = backend.decode_ahead(dx ? weight : Matrix{}, Op::n, precision, dy.rows);
+  with_backward_tail(backend, dy, x, adapter, xa, sums, grad_a, grad_b, [&](std::span<const Term> tail) {
+    if (dx) backend.weight_gemm_nn(dy, ahead, 1.0f, precision, tail, dx);
+  });
+}
+
+// The rows of a matrix, in their own memory.
+template <FindsZeroRows B>
+auto taken(B& backend, const Matrix& from, std::span<const std::int64_t> rows) {
+  auto some = backend.alloc(static_cast<std::int64_t>(rows.size()), from.cols, from.format);
+  backend.take_rows(from, rows, some.view());
+  return some;
+}
+
 }  // namespace detail
 
 /// Computes the layer's output, x W^T + bias and what the adapter adds, in one read of the weight.
@@ -197,6 +222,9 @@ void linear_forward(B& backend, const Matrix& x, const Matrix& weight, const Mat
 
 /// Computes the gradients of the layer at x.
 ///
+/// Rows of dy that are 0 are not multiplied, if the backend finds them and they are an eighth or more: those of padding,
+/// of tokens after the last label, and in the last block of all tokens without a label.
+///
 /// @param backend computes
 /// @param dy [tokens, out], the gradient of y, in x's format
 /// @param x [tokens, in], as in the forward
@@ -211,15 +239,21 @@ template <Backend B>
 void linear_backward(B& backend, const Matrix& dy, const Matrix& x, const Matrix& weight, const Adapter& adapter,
                      const Matrix& xa, const MutableMatrix& dx, const MutableMatrix& grad_a,
                      const MutableMatrix& grad_b, const FactorSums& sums = {}) {
-  const Precision precision = precision_of(dy.format);
-  if (!adapter) {
-    if (dx) backend.weight_gemm_nn(dy, weight, 1.0f, precision, {}, dx);
-    return;
+  if constexpr (FindsZeroRows<B>) {
+    const std::vector<std::int64_t> rows = backend.nonzero_rows(dy);
+    const auto count = static_cast<std::int64_t>(rows.size());
+    if (dy.rows > kFewTokens && 8 * count <= 7 * dy.rows) {
+      const auto dy_rows = detail::taken(backend, dy, rows);
+      const auto x_rows = detail::taken(backend, adapter ? x : Matrix{}, adapter ? rows : std::vector<std::int64_t>{});
+      const auto xa_rows = detail::taken(backend, xa, adapter ? rows : std::vector<std::int64_t>{});
+      auto dx_rows = backend.alloc(dx ? count : 0, dx.cols, dx.format);
+      detail::backward_of_rows(backend, dy_rows.view(), x_rows.view(), weight, adapter, xa_rows.view(),
+                               dx ? dx_rows.view() : MutableMatrix{}, grad_a, grad_b, sums);
+      if (dx) backend.put_rows(dx_rows.view(), rows, dx);
+      return;
+    }
   }
-  const auto ahead = backend.decode_ahead(dx ? weight : Matrix{}, Op::n, precision, dy.rows);
-  detail::with_backward_tail(backend, dy, x, adapter, xa, sums, grad_a, grad_b, [&](std::span<const Term> tail) {
-    if (dx) backend.weight_gemm_nn(dy, ahead, 1.0f, precision, tail, dx);
-  });
+  detail::backward_of_rows(backend, dy, x, weight, adapter, xa, dx, grad_a, grad_b, sums);
 }
 
 /// The adapter's part by itself, the whole or the change, added to the result of any function of x.

@@ -69,6 +69,9 @@ class CpuBackend {
   void weight_gemm_nn(const Matrix& dy, const Matrix& weight, float scale, Precision precision,
                       std::span<const Term> tail, const MutableMatrix& dx) const;
   Matrix decode_ahead(const Matrix& weight, Op, Precision, std::int64_t) const { return weight; }  // products decode it
+  std::vector<std::int64_t> nonzero_rows(const Matrix& a) const;
+  void take_rows(const Matrix& a, std::span<const std::int64_t> rows, const MutableMatrix& out) const;
+  void put_rows(const Matrix& a, std::span<const std::int64_t> rows, const MutableMatrix& out) const;
   void orthonormalize(const MutableMatrix& basis, std::int64_t done, std::int64_t count, Rank rank) const;
   void reorthonormalize(const MutableMatrix& basis, const MutableMatrix& companion, std::int64_t done,
                         std::int64_t count) const;

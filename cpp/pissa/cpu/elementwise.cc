@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <numeric>
 #include <span>
 #include <vector>
@@ -118,6 +119,40 @@ void CpuBackend::normalize_rows(const Matrix& a, const MutableMatrix& out) const
       for (std::int64_t i = 0; i < count; ++i) values[i] = std::ldexp(values[i], -exponent);
       kernels_.encode(values, count, out.format, element(out, row, col));
     }
+  });
+}
+
+// Most rows end the search at their first element.
+std::vector<std::int64_t> CpuBackend::nonzero_rows(const Matrix& a) const {
+  std::vector<std::int64_t> found;
+  for (std::int64_t row = 0; row < a.rows; ++row) {
+    for (std::int64_t col = 0; col < a.cols; col += kRun) {
+      const std::int64_t count = std::min(kRun, a.cols - col);
+      float values[kRun];
+      kernels_.decode(a, row, col, 1, values);
+      if (values[0] == 0.0f) kernels_.decode(a, row, col, count, values);
+      const std::int64_t decoded = values[0] == 0.0f ? count : 1;
+      if (std::any_of(values, values + decoded, [](float value) { return value != 0.0f; })) {
+        found.push_back(row);
+        break;
+      }
+    }
+  }
+  return found;
+}
+
+void CpuBackend::take_rows(const Matrix& a, std::span<const std::int64_t> rows, const MutableMatrix& out) const {
+  parallel_for(executor_, out.rows, 4 * out.rows * out.cols, [&](std::int64_t row) {
+    std::memcpy(element(out, row, 0), element(a, rows[row], 0), out.cols * element_size(out.format));
+  });
+}
+
+void CpuBackend::put_rows(const Matrix& a, std::span<const std::int64_t> rows, const MutableMatrix& out) const {
+  parallel_for(executor_, out.rows, 4 * out.rows * out.cols, [&](std::int64_t row) {
+    const auto place = std::lower_bound(rows.begin(), rows.end(), row);
+    const std::int64_t bytes = out.cols * element_size(out.format);
+    if (place == rows.end() || *place != row) std::memset(element(out, row, 0), 0, bytes);
+    else std::memcpy(element(out, row, 0), element(a, place - rows.begin(), 0), bytes);
   });
 }
 

@@ -15,6 +15,10 @@ inline constexpr std::int64_t kRun = 1024;
 inline char* element(const MutableMatrix& matrix, std::int64_t row, std::int64_t col) {
   return static_cast<char*>(matrix.data) + (row * matrix.ld + col) * element_size(matrix.format);
 }
+/// The same for a read-only matrix, dense.
+inline const char* element(const Matrix& matrix, std::int64_t row, std::int64_t col) {
+  return static_cast<const char*>(matrix.data) + (row * matrix.ld + col) * element_size(matrix.format);
+}
 
 /// Calls f(row, first column, count) for all runs of the matrix.
 template <class F>

@@ -3,6 +3,7 @@
 
 #include <array>
 #include <cstdint>
+#include <limits>
 #include <vector>
 
 #include "pissa/core/fused_linear.h"
@@ -13,6 +14,8 @@
 
 namespace pissa::test {
 namespace {
+
+constexpr double kNotANumber = std::numeric_limits<double>::quiet_NaN();
 
 /// What the backend computes, keeping sums of factors where it may.
 struct Outputs {
@@ -102,6 +105,38 @@ TEST_P(LinearTest, ZeroTokensGiveZeroGradients) {
     const Outputs outputs(backend(), layer, Format::f32);
     EXPECT_EQ(outputs.grad_a.values().values, std::vector<double>(3 * 13, 0.0));
     EXPECT_EQ(outputs.grad_b.values().values, std::vector<double>(11 * 3, 0.0));
+  }
+}
+
+// Tokens without a gradient, at the end, here and there, and all: their dx is 0, and a backend that finds them does not
+// read their x.
+TEST_P(LinearTest, TokensWithoutAGradient) {
+  Random random(9);
+  for (const Kind kind : kKinds) {
+    for (const std::int64_t every : {0, 3, 40}) {
+      const Format format = random.pick(kFloatFormats);
+      SCOPED_TRACE(::testing::Message() << "kind " << static_cast<int>(kind) << ", x " << name(format) << ", " << every);
+      Layer layer(random, 40, 67, 45, 5, kind, format, random.pick(kForms));
+      const auto has_gradient = [&](std::int64_t row) { return every == 40 ? row < 30 : every > 0 && row % every == 0; };
+      Dense dy = layer.dy.values();
+      for (std::int64_t row = 0; row < dy.rows; ++row) {
+        for (std::int64_t j = 0; j < dy.cols; ++j) dy(row, j) = has_gradient(row) && j % 2 == 1 ? dy(row, j) : 0;
+      }
+      layer.dy = Stored(dy, format);
+      check(layer, format);
+      if constexpr (FindsZeroRows<decltype(backend())>) {
+        const Outputs expected(backend(), layer, format);
+        Dense x = layer.x.values();
+        for (std::int64_t row = 0; row < x.rows; ++row) {
+          for (std::int64_t j = 0; j < x.cols; ++j) x(row, j) = has_gradient(row) ? x(row, j) : kNotANumber;
+        }
+        layer.x = Stored(x, format);
+        const Outputs found(backend(), layer, format);
+        EXPECT_TRUE(found.dx.bytes() == expected.dx.bytes());
+        EXPECT_TRUE(found.grad_a.bytes() == expected.grad_a.bytes());
+        EXPECT_TRUE(found.grad_b.bytes() == expected.grad_b.bytes());
+      }
+    }
   }
 }
 
