@@ -81,6 +81,18 @@ TEST_P(WeightGemmTest, FewRowsOfAQuantizedWeight) {
   }
 }
 
+// Rows of whole blocks, in panels that start in the middle of a block or at its beginning.
+TEST_P(WeightGemmTest, RowsOfWholeBlocks) {
+  Random random(5);
+  for (const Form weight : kForms) {
+    for (const std::int64_t k : {128, 576, 640}) {
+      for (int repeat = 0; repeat < 3; ++repeat) {
+        check(random, Op::t, {18, 37, k}, random.pick({Form::f32, Form::bf16}), weight, 1, false, Format::f32);
+      }
+    }
+  }
+}
+
 // A bias is added before the sum is rounded, however long the sum: 1 + 2^-9 - 1 is 2^-9. Few outputs, so that a device
 // divides the sum among its processors.
 TEST_P(WeightGemmTest, ABiasIsRoundedWithItsSum) {

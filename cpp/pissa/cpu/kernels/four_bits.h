@@ -21,6 +21,10 @@ struct PackedPairs {
   static void decode(const Matrix& matrix, std::int64_t row, std::int64_t col, std::int64_t count,
                      typename Product::Element* to);
   static PISSA_INLINE void pack(const std::uint8_t* codes, std::int64_t count, std::uint8_t* to);
+  template <class V>
+    requires V::kLoadsLanes
+  static bool decode_lanes(const Matrix& matrix, std::int64_t row, std::int64_t col, std::int64_t count, float* scratch,
+                           float* to, std::int64_t ld);
   template <class Product>
   static bool dots(const Term& term, std::int64_t rows);
   template <class Product>
@@ -93,6 +97,42 @@ void PackedPairs<format>::decode(const Matrix& matrix, std::int64_t row, std::in
     if (blocks == 2) return decode_cells<format, Product, 2>(matrix, first, count, to);
   }
   decode_cells<format, Product, 1>(matrix, first, count, to);
+}
+
+// to[k * ld + lane] = element col + k of row `row` + lane, for kWidth lanes: words of codes are transposed, not the
+// elements, which are eight times as many bytes. False, and nothing is done, unless 32 elements share a scale in all
+// lanes. scratch: a scale for each block and lane.
+template <Format format>
+template <class V>
+  requires V::kLoadsLanes
+bool PackedPairs<format>::decode_lanes(const Matrix& matrix, std::int64_t row, std::int64_t col, std::int64_t count,
+                                       float* scratch, float* to, std::int64_t ld) {
+  constexpr std::int64_t kStep = 32;
+  constexpr float kOne = 1.0f;
+  const std::int64_t blocksize = matrix.scales.blocksize;
+  if (blocksize < kStep || matrix.cols % blocksize != 0 || col % kStep != 0 || count % kStep != 0) return false;
+  const int log2 = log2_blocksize(matrix.scales);
+  const std::int64_t phase = col & (blocksize - 1);
+  const std::int64_t blocks = ((phase + count - 1) >> log2) + 1;
+  float* of_row = scratch + blocks * kWidth;
+  for (int lane = 0; lane < kWidth; ++lane) {
+    decode_absmax(matrix.scales, ((row + lane) * matrix.cols + col) >> log2, blocks, of_row);
+    for (std::int64_t i = 0; i < blocks; ++i) scratch[i * kWidth + lane] = of_row[i];
+  }
+  const auto table = V::template table<1>(FourBits<format>::kLevels, &kOne);
+  const auto* codes = static_cast<const std::uint8_t*>(matrix.data) + (row * matrix.cols + col) / 2;
+  for (std::int64_t k = 0; k < count; k += kStep, codes += kStep / 2) {
+    const typename V::Reg scale = V::load(scratch + ((phase + k) >> log2) * kWidth);
+    typename V::Words words[4];
+    V::load_lanes(codes, matrix.cols / 2, words);
+    for (int word = 0; word < 4; ++word) {
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; ++i, to += ld) {
+        V::store(to, V::mul(V::look_up(table, V::shift_right(words[word], 4 * (kLowFirst ? i : i ^ 1))), scale));
+      }
+    }
+  }
+  return true;
 }
 
 // Codes of an even number of elements.

@@ -24,6 +24,7 @@ void pack_lanes(const Slice& slice, bool across, std::int64_t stride, float* str
     const Slice rows{slice.matrix, slice.lead + lane, smaller(kWidth, slice.count - lane),
                      slice.k0,     slice.depth,       slice.scale};
     float* to = strips + lane / width * stride + lane % width;
+    if (rows.count == kWidth && decoded_lanes<Product>(rows, panels.scratch, to, width)) continue;
     if (plain && rows.count == kWidth) {
       for (int i = 0; i < kWidth; ++i) prefetch(slice.matrix, rows.lead + i, slice.k0, slice.depth);
       const auto* from = reinterpret_cast<const float*>(plain_row<Product>(slice, rows.lead, slice.k0));

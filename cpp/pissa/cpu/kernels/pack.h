@@ -122,6 +122,23 @@ void rows_across_inner(const Slice& slice, std::int64_t ld, std::int64_t stride,
   }
 }
 
+// Whether kWidth lanes were decoded straight into words of every lane, `ld` apart; otherwise nothing is done.
+template <class Product>
+bool decoded_lanes(const Slice& slice, float* scratch, float* to, std::int64_t ld) {
+  if constexpr (Product::kPerWord == 1) {
+    const Matrix& matrix = slice.matrix;
+    if (!is_quantized(matrix.format) || slice.scale != 1.0f || slice.codes) return false;
+    return with_codes(matrix.format, [&](auto codes) {
+      if constexpr (requires { codes.template decode_lanes<Vec>(matrix, 0, 0, 0, scratch, to, ld); }) {
+        for (int i = 0; i < kWidth; ++i) prefetch(matrix, slice.lead + i, slice.k0, slice.depth);
+        return codes.template decode_lanes<Vec>(matrix, slice.lead, slice.k0, slice.depth, scratch, to, ld);
+      }
+      return false;
+    });
+  }
+  return false;
+}
+
 // to[i * ld_to + j] = from[j * ld_from + i] for kWidth values of j and i in [0, count), count rounded up to kWidth.
 PISSA_INLINE void transpose(const float* from, std::int64_t ld_from, std::int64_t count, float* to,
                             std::int64_t ld_to) {

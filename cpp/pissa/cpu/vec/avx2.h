@@ -98,6 +98,22 @@ struct Vec {
     const __m256i codes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes)));
     return {look_up(table, _mm256_srli_epi32(codes, 4)), look_up(table, codes)};
   }
+  using Words = __m256i;
+  static PISSA_INLINE Words shift_right(Words words, int count) { return _mm256_srli_epi32(words, count); }
+  static constexpr bool kLoadsLanes = true;
+  static PISSA_INLINE void load_lanes(const std::uint8_t* from, std::int64_t ld, Words (&words)[4]) {
+    Words rows[4];
+    for (int i = 0; i < 4; ++i) {
+      const auto row = [&](int j) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + (i + 4 * j) * ld)); };
+      rows[i] = _mm256_inserti128_si256(_mm256_castsi128_si256(row(0)), row(1), 1);
+    }
+    const Words low[2] = {_mm256_unpacklo_epi32(rows[0], rows[1]), _mm256_unpacklo_epi32(rows[2], rows[3])};
+    const Words high[2] = {_mm256_unpackhi_epi32(rows[0], rows[1]), _mm256_unpackhi_epi32(rows[2], rows[3])};
+    words[0] = _mm256_unpacklo_epi64(low[0], low[1]);
+    words[1] = _mm256_unpackhi_epi64(low[0], low[1]);
+    words[2] = _mm256_unpacklo_epi64(high[0], high[1]);
+    words[3] = _mm256_unpackhi_epi64(high[0], high[1]);
+  }
   static PISSA_INLINE Reg2 interleave(Reg2 split) {
     const Reg low = _mm256_unpacklo_ps(split.a, split.b);   // elements 0-3 | 8-11
     const Reg high = _mm256_unpackhi_ps(split.a, split.b);  // elements 4-7 | 12-15

@@ -97,6 +97,28 @@ struct Vec {
     return {_mm512_permutex2var_ps(table.levels[0], high, table.levels[1]),
             _mm512_permutex2var_ps(table.levels[0], low, table.levels[1])};
   }
+  static PISSA_INLINE Reg look_up(const Table<1>& table, __m512i codes) {  // by the low four bits of each lane
+    return _mm512_permutexvar_ps(codes, table.levels[0]);
+  }
+  using Words = __m512i;
+  static PISSA_INLINE Words shift_right(Words words, int count) { return _mm512_srli_epi32(words, count); }
+  static constexpr bool kLoadsLanes = true;
+  static PISSA_INLINE void load_lanes(const std::uint8_t* from, std::int64_t ld, Words (&words)[4]) {
+    Words rows[4];
+    for (int i = 0; i < 4; ++i) {
+      const auto row = [&](int j) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + (i + 4 * j) * ld)); };
+      rows[i] = _mm512_castsi128_si512(row(0));
+      rows[i] = _mm512_inserti32x4(rows[i], row(1), 1);
+      rows[i] = _mm512_inserti32x4(rows[i], row(2), 2);
+      rows[i] = _mm512_inserti32x4(rows[i], row(3), 3);
+    }
+    const Words low[2] = {_mm512_unpacklo_epi32(rows[0], rows[1]), _mm512_unpacklo_epi32(rows[2], rows[3])};
+    const Words high[2] = {_mm512_unpackhi_epi32(rows[0], rows[1]), _mm512_unpackhi_epi32(rows[2], rows[3])};
+    words[0] = _mm512_unpacklo_epi64(low[0], low[1]);
+    words[1] = _mm512_unpackhi_epi64(low[0], low[1]);
+    words[2] = _mm512_unpacklo_epi64(high[0], high[1]);
+    words[3] = _mm512_unpackhi_epi64(high[0], high[1]);
+  }
   static PISSA_INLINE __m512i load_codes(const std::uint8_t* bytes) {
     return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
   }

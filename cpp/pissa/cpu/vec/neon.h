@@ -17,6 +17,7 @@ struct Vec {
   static constexpr int kRegisters = 32;
   static constexpr int kRows = 12;
   static constexpr bool kByLane = true;
+  static constexpr bool kLoadsLanes = false;
 
   static PISSA_INLINE Reg zero() { return vdupq_n_f32(0.0f); }
   static PISSA_INLINE Reg broadcast(float value) { return vdupq_n_f32(value); }

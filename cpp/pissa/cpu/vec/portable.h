@@ -20,6 +20,7 @@ struct Vec {
   static constexpr int kRegisters = 16;
   static constexpr int kRows = 4;
   static constexpr bool kByLane = false;
+  static constexpr bool kLoadsLanes = false;
 
   template <class F>
   static PISSA_INLINE Reg each(F f) {

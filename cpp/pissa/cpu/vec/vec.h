@@ -17,6 +17,8 @@
 // - table<blocks>: 16 levels times each of the scales of that many blocks, at most kMostBlocks; decode_split: the
 //   elements of kWidth bytes in these blocks, of one size, those in the high nibbles and those in the low ones;
 //   interleave: the two as a0 b0 a1 b1 ...
+// - kLoadsLanes: whether it has load_lanes, 16 bytes of kWidth rows as four registers of 32-bit words, a lane for each
+//   row; shift_right of such words; and look_up, the table's level for the low four bits of each lane
 // - transpose: of kWidth x kWidth
 // A set that multiplies pairs of bf16 also needs Pairs (see product.h), in its own file; PISSA_HAS_BF16 declares it.
 // One that does so in tile registers also needs Tiles; PISSA_HAS_TILES declares it.
