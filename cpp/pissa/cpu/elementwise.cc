@@ -124,19 +124,17 @@ void CpuBackend::normalize_rows(const Matrix& a, const MutableMatrix& out) const
 
 // Most rows end the search at their first element.
 std::vector<std::int64_t> CpuBackend::nonzero_rows(const Matrix& a) const {
+  const auto is_zero = [&](std::int64_t row) {
+    float values[kRun];
+    for (std::int64_t col = 0, count = 1; col < a.cols; col += count, count = std::min(kRun, a.cols - col)) {
+      kernels_.decode(a, row, col, count, values);
+      if (std::any_of(values, values + count, [](float value) { return value != 0.0f; })) return false;
+    }
+    return true;
+  };
   std::vector<std::int64_t> found;
   for (std::int64_t row = 0; row < a.rows; ++row) {
-    for (std::int64_t col = 0; col < a.cols; col += kRun) {
-      const std::int64_t count = std::min(kRun, a.cols - col);
-      float values[kRun];
-      kernels_.decode(a, row, col, 1, values);
-      if (values[0] == 0.0f) kernels_.decode(a, row, col, count, values);
-      const std::int64_t decoded = values[0] == 0.0f ? count : 1;
-      if (std::any_of(values, values + decoded, [](float value) { return value != 0.0f; })) {
-        found.push_back(row);
-        break;
-      }
-    }
+    if (!is_zero(row)) found.push_back(row);
   }
   return found;
 }

@@ -20,7 +20,8 @@ GROUND = f"{PACKAGE}/*.py*"
 # tests, and 90 in checkpoints (a merge into the same format). What a training step takes, in seconds, is 110 there.
 # The loss without logits is 290 in cpp, 140 in ops, 230 in training, 580 of tests; attention and norms
 # 530, 190, 160, 590. Experts multiplied at once are 430, 170, 100 in layers, and 590. Wide blocks and the early start
-# of few-row kernels are 75 in cpp, 165 of tests.
+# of few-row kernels are 75 in cpp, 165 of tests. The output layer's weight read once is 200 in cpp, tokens without a
+# gradient are 100, codes transposed before they are decoded 100; together 80 of tests.
 BUDGETS = {
     GROUND: 1_060,
     f"{PACKAGE}/ops": 2_550,
@@ -33,9 +34,9 @@ BUDGETS = {
     f"{PACKAGE}/integrations": 890,
     f"{PACKAGE}/training": 800,
     f"{PACKAGE}/cli": 2_410,
-    "cpp/pissa": 12_730,
-    "bench": 13_470,
-    "tests": 45_130,
+    "cpp/pissa": 13_150,
+    "bench": 13_480,
+    "tests": 45_210,
 }
 TEXT = {".py", ".pyi", ".h", ".cc", ".cu", ".txt", ".sh", ".md", ".json", ".jsonl", ".yaml", ".ini"}
 
