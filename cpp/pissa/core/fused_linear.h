@@ -222,8 +222,8 @@ void linear_forward(B& backend, const Matrix& x, const Matrix& weight, const Mat
 
 /// Computes the gradients of the layer at x.
 ///
-/// Rows of dy that are 0 are not multiplied, if the backend finds them and they are an eighth or more: those of padding,
-/// of tokens after the last label, and in the last block of all tokens without a label.
+/// Rows of dy that are 0 are not multiplied, if the backend finds them and they are an eighth or more: those of
+/// padding, of tokens after the last label, and in the last block of all tokens without a label.
 ///
 /// @param backend computes
 /// @param dy [tokens, out], the gradient of y, in x's format

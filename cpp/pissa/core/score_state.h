@@ -8,12 +8,12 @@
 
 namespace pissa {
 
-/// The scores of a token: log p of its label, the entropy, log of the sum of p squared, the mean of the logits, and 1 if
-/// none is larger than the label's, otherwise 0.
+/// The scores of a token: log p of its label, the entropy, log of the sum of p squared, the mean of the logits, and 1
+/// if none is larger than the label's, otherwise 0.
 inline constexpr std::int64_t kScores = 5;
 
-/// Sums over the logits z that were read so far: the largest, m; the sums of e = exp(z - m), of e^2 and of e (z - m), all
-/// without the label's; the sum of z; and the label's z, NaN until it is read.
+/// Sums over the logits z that were read so far: the largest, m; the sums of e = exp(z - m), of e^2 and of e (z - m),
+/// all without the label's; the sum of z; and the label's z, NaN until it is read.
 struct ScoreState {
   float largest = -0x1.fffffep127f;
   float total = 0, squares = 0, weighted = 0;

@@ -46,7 +46,8 @@ void token_scores(B& backend, const Matrix& x, const Matrix& weight, const Matri
   const Precision precision = precision_of(x.format);
   const std::int64_t tokens = ceil_div(x.rows, ceil_div(x.rows, B::kScoredTokens));
   const std::int64_t least = std::lcm(separable_rows(weight), 256);
-  const std::int64_t part = std::min(std::max(logit_bytes / (4 * tokens) / least, std::int64_t{1}) * least, weight.rows);
+  const std::int64_t part =
+      std::min(std::max(logit_bytes / (4 * tokens) / least, std::int64_t{1}) * least, weight.rows);
   const bool needs_sum = dx && dx.format != Format::f32;
   auto logits = backend.alloc(tokens, part, Format::f32);
   auto state = backend.alloc(tokens, kScoreState, Format::f32);

@@ -174,9 +174,9 @@ void CpuBackend::finish_scores(const Matrix& state, const std::int64_t* labels, 
     const auto& sums = static_cast<const ScoreState*>(state.data)[row];
     const bool known = labels[row] >= 0 && labels[row] < weight.rows;
     const double e = std::exp(double{sums.of_label} - double{sums.largest});
-    const ScoreShares share =
-        pissa::finish_scores(sums, known, e, weight.rows, scale, cap, [](double value) { return std::log(value); },
-                             reinterpret_cast<float*>(element(scores, row, 0)));
+    const ScoreShares share = pissa::finish_scores(
+        sums, known, e, weight.rows, scale, cap, [](double value) { return std::log(value); },
+        reinterpret_cast<float*>(element(scores, row, 0)));
     for (std::int64_t col = 0; col < dx.cols; col += kRun) {
       const std::int64_t count = std::min(kRun, dx.cols - col);
       float of_label[kRun];

@@ -367,8 +367,7 @@ void decode_codes(const Context& context, const Matrix& weight, std::int64_t row
 }
 
 void decode_rows(const Context& context, const Matrix& weight, const std::int64_t* rows, const MutableMatrix& out) {
-  with_codes(weight.format,
-             [&](auto codes) { decode_any<decltype(codes)>(context, weight, rows, 0, 0, out); });
+  with_codes(weight.format, [&](auto codes) { decode_any<decltype(codes)>(context, weight, rows, 0, 0, out); });
 }
 
 void quantize(const Context& context, const Matrix& values, const Matrix& change, std::int64_t first,

@@ -70,8 +70,8 @@ __global__ void finish_scores_kernel(Matrix states, const std::int64_t* labels, 
   const bool known = label >= 0 && label < vocabulary;
   float found[kScores];
   const double e = exp(static_cast<double>(state.of_label) - static_cast<double>(state.largest));
-  const ScoreShares shares = pissa::finish_scores(state, known, e, vocabulary, scale, cap,
-                                                  [](double value) { return log(value); }, found);
+  const ScoreShares shares =
+      pissa::finish_scores(state, known, e, vocabulary, scale, cap, [](double value) { return log(value); }, found);
   float* to = static_cast<float*>(scores.data) + blockIdx.x * scores.ld;
   if (threadIdx.x == 0) {
     for (int i = 0; i < kScores; ++i) to[i] = found[i];

@@ -115,9 +115,12 @@ TEST_P(LinearTest, TokensWithoutAGradient) {
   for (const Kind kind : kKinds) {
     for (const std::int64_t every : {0, 3, 40}) {
       const Format format = random.pick(kFloatFormats);
-      SCOPED_TRACE(::testing::Message() << "kind " << static_cast<int>(kind) << ", x " << name(format) << ", " << every);
+      SCOPED_TRACE(::testing::Message() << "kind " << static_cast<int>(kind) << ", x " << name(format) << ", "
+                                        << every);
       Layer layer(random, 40, 67, 45, 5, kind, format, random.pick(kForms));
-      const auto has_gradient = [&](std::int64_t row) { return every == 40 ? row < 30 : every > 0 && row % every == 0; };
+      const auto has_gradient = [&](std::int64_t row) {
+        return every == 40 ? row < 30 : every > 0 && row % every == 0;
+      };
       Dense dy = layer.dy.values();
       for (std::int64_t row = 0; row < dy.rows; ++row) {
         for (std::int64_t j = 0; j < dy.cols; ++j) dy(row, j) = has_gradient(row) && j % 2 == 1 ? dy(row, j) : 0;

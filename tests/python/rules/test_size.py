@@ -34,9 +34,9 @@ BUDGETS = {
     f"{PACKAGE}/integrations": 890,
     f"{PACKAGE}/training": 800,
     f"{PACKAGE}/cli": 2_410,
-    "cpp/pissa": 13_150,
+    "cpp/pissa": 13_160,
     "bench": 13_480,
-    "tests": 45_210,
+    "tests": 45_220,
 }
 TEXT = {".py", ".pyi", ".h", ".cc", ".cu", ".txt", ".sh", ".md", ".json", ".jsonl", ".yaml", ".ini"}
 

@@ -58,7 +58,7 @@ struct Sums {
   }
 };
 
-// Returns z_i and leaves it in `logits`; dz/dl = scale * slope(z).
+// Logits become z.
 PISSA_INLINE void scale_logits(float* logits, std::int64_t count, float scale, float cap) {
   if (cap > 0) {
     const float factor = 2.0f * scale / cap;

@@ -104,7 +104,9 @@ struct Vec {
   static PISSA_INLINE void load_lanes(const std::uint8_t* from, std::int64_t ld, Words (&words)[4]) {
     Words rows[4];
     for (int i = 0; i < 4; ++i) {
-      const auto row = [&](int j) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + (i + 4 * j) * ld)); };
+      const auto row = [&](int j) {
+        return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + (i + 4 * j) * ld));
+      };
       rows[i] = _mm256_inserti128_si256(_mm256_castsi128_si256(row(0)), row(1), 1);
     }
     const Words low[2] = {_mm256_unpacklo_epi32(rows[0], rows[1]), _mm256_unpacklo_epi32(rows[2], rows[3])};

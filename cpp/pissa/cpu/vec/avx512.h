@@ -106,7 +106,9 @@ struct Vec {
   static PISSA_INLINE void load_lanes(const std::uint8_t* from, std::int64_t ld, Words (&words)[4]) {
     Words rows[4];
     for (int i = 0; i < 4; ++i) {
-      const auto row = [&](int j) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + (i + 4 * j) * ld)); };
+      const auto row = [&](int j) {
+        return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + (i + 4 * j) * ld));
+      };
       rows[i] = _mm512_castsi128_si512(row(0));
       rows[i] = _mm512_inserti32x4(rows[i], row(1), 1);
       rows[i] = _mm512_inserti32x4(rows[i], row(2), 2);
