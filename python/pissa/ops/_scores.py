@@ -48,9 +48,9 @@ def token_scores(
         scores = token_scores(hidden[:, :-1], head.weight, labels[:, 1:])
         loss = -scores.log_probs.sum() / (labels[:, 1:] != -100).sum()
 
-    Logits are computed for a part of the vocabulary at a time and discarded. There is one product for the forward and one
-    for the gradient of x, which is computed at once and kept together with x, in its dtype. A token with label -100 costs
-    nothing. Products are computed as in `linear`; what follows them is float32. Differentiable in x, once; weight and
+    Logits are computed for a part of the vocabulary at a time and discarded. There is one product for the forward and
+    one for the gradient of x, which is computed at once and kept together with x, in its dtype. A token with label -100
+    costs nothing. Products are computed as in `linear`; what follows them is float32. Differentiable in x, once; weight and
     bias are frozen.
 
     Args:
