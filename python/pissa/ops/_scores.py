@@ -50,8 +50,8 @@ def token_scores(
 
     Logits are computed for a part of the vocabulary at a time and discarded. There is one product for the forward and
     one for the gradient of x, which is computed at once and kept together with x, in its dtype. A token with label -100
-    costs nothing. Products are computed as in `linear`; what follows them is float32. Differentiable in x, once; weight and
-    bias are frozen.
+    costs nothing. Products are computed as in `linear`; what follows them is float32. Differentiable in x, once; weight
+    and bias are frozen.
 
     Args:
         x: [..., in], float32, bfloat16 or float16: hidden states.
