@@ -243,9 +243,10 @@ void linear_backward(B& backend, const Matrix& dy, const Matrix& x, const Matrix
     const std::vector<std::int64_t> rows = backend.nonzero_rows(dy);
     const auto count = static_cast<std::int64_t>(rows.size());
     if (dy.rows > kFewTokens && 8 * count <= 7 * dy.rows) {
+      const auto of_adapter = std::span(rows).first(adapter ? rows.size() : 0);
       const auto dy_rows = detail::taken(backend, dy, rows);
-      const auto x_rows = detail::taken(backend, adapter ? x : Matrix{}, adapter ? rows : std::vector<std::int64_t>{});
-      const auto xa_rows = detail::taken(backend, xa, adapter ? rows : std::vector<std::int64_t>{});
+      const auto x_rows = detail::taken(backend, x, of_adapter);
+      const auto xa_rows = detail::taken(backend, xa, of_adapter);
       auto dx_rows = backend.alloc(dx ? count : 0, dx.cols, dx.format);
       detail::backward_of_rows(backend, dy_rows.view(), x_rows.view(), weight, adapter, xa_rows.view(),
                                dx ? dx_rows.view() : MutableMatrix{}, grad_a, grad_b, sums);

@@ -51,12 +51,12 @@ template <class Log>
 PISSA_INLINE constexpr ScoreShares finish_scores(const ScoreState& state, bool known, double e, std::int64_t vocabulary,
                                                  float scale, float cap, Log log, float* scores) {
   const double z = double{state.of_label} - double{state.largest};
-  const double least = known ? e : 0.0;
-  const double total = double{state.total} + least;
+  const double own = known ? e : 0.0;
+  const double total = double{state.total} + own;
   const double log_total = log(total);
   scores[0] = static_cast<float>(z - log_total);
-  scores[1] = static_cast<float>(log_total - (double{state.weighted} + (least > 0 ? least * z : least)) / total);
-  scores[2] = static_cast<float>(log(double{state.squares} + least * least) - 2 * log_total);
+  scores[1] = static_cast<float>(log_total - (double{state.weighted} + (own > 0 ? own * z : own)) / total);
+  scores[2] = static_cast<float>(log(double{state.squares} + own * own) - 2 * log_total);
   scores[3] = static_cast<float>(double{state.sum} / static_cast<double>(vocabulary));
   scores[4] = state.of_label >= state.largest ? 1.0f : 0.0f;
   const double of_cap = cap > 0 ? double{state.of_label} / double{cap} : 0.0;

@@ -102,19 +102,15 @@ struct Vec {
   static PISSA_INLINE Words shift_right(Words words, int count) { return _mm256_srli_epi32(words, count); }
   static constexpr bool kLoadsLanes = true;
   static PISSA_INLINE void load_lanes(const std::uint8_t* from, std::int64_t ld, Words (&words)[4]) {
-    Words rows[4];
+    Reg rows[4];
     for (int i = 0; i < 4; ++i) {
       const auto row = [&](int j) {
         return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + (i + 4 * j) * ld));
       };
-      rows[i] = _mm256_inserti128_si256(_mm256_castsi128_si256(row(0)), row(1), 1);
+      rows[i] = _mm256_castsi256_ps(_mm256_inserti128_si256(_mm256_castsi128_si256(row(0)), row(1), 1));
     }
-    const Words low[2] = {_mm256_unpacklo_epi32(rows[0], rows[1]), _mm256_unpacklo_epi32(rows[2], rows[3])};
-    const Words high[2] = {_mm256_unpackhi_epi32(rows[0], rows[1]), _mm256_unpackhi_epi32(rows[2], rows[3])};
-    words[0] = _mm256_unpacklo_epi64(low[0], low[1]);
-    words[1] = _mm256_unpackhi_epi64(low[0], low[1]);
-    words[2] = _mm256_unpacklo_epi64(high[0], high[1]);
-    words[3] = _mm256_unpackhi_epi64(high[0], high[1]);
+    transpose_quads(rows);
+    for (int i = 0; i < 4; ++i) words[i] = _mm256_castps_si256(rows[i]);
   }
   static PISSA_INLINE Reg2 interleave(Reg2 split) {
     const Reg low = _mm256_unpacklo_ps(split.a, split.b);   // elements 0-3 | 8-11
@@ -122,18 +118,20 @@ struct Vec {
     return {_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31)};
   }
 
-  static PISSA_INLINE void transpose(Reg (&row)[8]) {
-    __m256d pair[8];
-    for (int i = 0; i < 8; i += 2) {
+  // The transpose of 4 x 4 in each half of four registers.
+  static PISSA_INLINE void transpose_quads(Reg* row) {
+    __m256d pair[4];
+    for (int i = 0; i < 4; i += 2) {
       pair[i] = _mm256_castps_pd(_mm256_unpacklo_ps(row[i], row[i + 1]));
       pair[i + 1] = _mm256_castps_pd(_mm256_unpackhi_ps(row[i], row[i + 1]));
     }
-    for (int i = 0; i < 8; i += 4) {
-      row[i] = _mm256_castpd_ps(_mm256_unpacklo_pd(pair[i], pair[i + 2]));
-      row[i + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(pair[i], pair[i + 2]));
-      row[i + 2] = _mm256_castpd_ps(_mm256_unpacklo_pd(pair[i + 1], pair[i + 3]));
-      row[i + 3] = _mm256_castpd_ps(_mm256_unpackhi_pd(pair[i + 1], pair[i + 3]));
+    for (int i = 0; i < 2; ++i) {
+      row[2 * i] = _mm256_castpd_ps(_mm256_unpacklo_pd(pair[i], pair[i + 2]));
+      row[2 * i + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(pair[i], pair[i + 2]));
     }
+  }
+  static PISSA_INLINE void transpose(Reg (&row)[8]) {
+    for (int i = 0; i < 8; i += 4) transpose_quads(row + i);
     for (int i = 0; i < 4; ++i) {
       const Reg low = row[i];
       row[i] = _mm256_permute2f128_ps(low, row[i + 4], 0x20);

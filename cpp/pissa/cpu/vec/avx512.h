@@ -104,22 +104,16 @@ struct Vec {
   static PISSA_INLINE Words shift_right(Words words, int count) { return _mm512_srli_epi32(words, count); }
   static constexpr bool kLoadsLanes = true;
   static PISSA_INLINE void load_lanes(const std::uint8_t* from, std::int64_t ld, Words (&words)[4]) {
-    Words rows[4];
+    Reg rows[4];
     for (int i = 0; i < 4; ++i) {
       const auto row = [&](int j) {
         return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + (i + 4 * j) * ld));
       };
-      rows[i] = _mm512_castsi128_si512(row(0));
-      rows[i] = _mm512_inserti32x4(rows[i], row(1), 1);
-      rows[i] = _mm512_inserti32x4(rows[i], row(2), 2);
-      rows[i] = _mm512_inserti32x4(rows[i], row(3), 3);
+      const Words half = _mm512_inserti32x4(_mm512_castsi128_si512(row(0)), row(1), 1);
+      rows[i] = _mm512_castsi512_ps(_mm512_inserti32x4(_mm512_inserti32x4(half, row(2), 2), row(3), 3));
     }
-    const Words low[2] = {_mm512_unpacklo_epi32(rows[0], rows[1]), _mm512_unpacklo_epi32(rows[2], rows[3])};
-    const Words high[2] = {_mm512_unpackhi_epi32(rows[0], rows[1]), _mm512_unpackhi_epi32(rows[2], rows[3])};
-    words[0] = _mm512_unpacklo_epi64(low[0], low[1]);
-    words[1] = _mm512_unpackhi_epi64(low[0], low[1]);
-    words[2] = _mm512_unpacklo_epi64(high[0], high[1]);
-    words[3] = _mm512_unpackhi_epi64(high[0], high[1]);
+    transpose_quads(rows);
+    for (int i = 0; i < 4; ++i) words[i] = _mm512_castps_si512(rows[i]);
   }
   static PISSA_INLINE __m512i load_codes(const std::uint8_t* bytes) {
     return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
@@ -130,18 +124,20 @@ struct Vec {
     return {_mm512_permutex2var_ps(split.a, first, split.b), _mm512_permutex2var_ps(split.a, second, split.b)};
   }
 
-  static PISSA_INLINE void transpose(Reg (&row)[16]) {
-    __m512d pair[16];
-    for (int i = 0; i < 16; i += 2) {
+  // The transpose of 4 x 4 in each quarter of four registers.
+  static PISSA_INLINE void transpose_quads(Reg* row) {
+    __m512d pair[4];
+    for (int i = 0; i < 4; i += 2) {
       pair[i] = _mm512_castps_pd(_mm512_unpacklo_ps(row[i], row[i + 1]));
       pair[i + 1] = _mm512_castps_pd(_mm512_unpackhi_ps(row[i], row[i + 1]));
     }
-    for (int i = 0; i < 16; i += 4) {
-      row[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(pair[i], pair[i + 2]));
-      row[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(pair[i], pair[i + 2]));
-      row[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(pair[i + 1], pair[i + 3]));
-      row[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(pair[i + 1], pair[i + 3]));
+    for (int i = 0; i < 2; ++i) {
+      row[2 * i] = _mm512_castpd_ps(_mm512_unpacklo_pd(pair[i], pair[i + 2]));
+      row[2 * i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(pair[i], pair[i + 2]));
     }
+  }
+  static PISSA_INLINE void transpose(Reg (&row)[16]) {
+    for (int i = 0; i < 16; i += 4) transpose_quads(row + i);
     Reg quarter[16];
     for (int i = 0; i < 4; ++i) {
       quarter[i] = _mm512_shuffle_f32x4(row[i], row[i + 4], 0x88);
