@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -146,15 +147,25 @@ def bits(state: Mapping[str, Tensor]) -> str:
     return xxh3(*(state[name].detach().reshape(-1).view(torch.uint8) for name in sorted(state)))
 
 
+def in_memory(storages: Sequence[StorageWeakRef], expected: int) -> int:
+    """How many of the storages are in memory. Gloo's thread frees the result of a collective some milliseconds after
+    the caller has it, so this waits up to 2 seconds until no more than `expected` are left."""
+    end = time.monotonic() + 2
+    while (found := sum(not storage.expired() for storage in storages)) > expected and time.monotonic() < end:
+        time.sleep(0.001)
+    return found
+
+
 def counted(alive: list[StorageWeakRef], most: list[int]) -> Callable[[Tensor], Tensor]:
-    """`whole_tensor`, which adds what it gathers to `alive`, and to `most` how much of that is in memory then."""
+    """`whole_tensor`, which adds what it gathers to `alive`, and to `most` how much of that is in memory then: two
+    whole weights are expected, this process's and the one that another asked for."""
     original = distributed.whole_tensor
 
     def whole_tensor(tensor: Tensor) -> Tensor:
         found = original(tensor)
         if found is not tensor:
             alive.append(StorageWeakRef(found.untyped_storage()))
-        most.append(sum(not storage.expired() for storage in alive))
+        most.append(in_memory(alive, 2))
         return found
 
     return whole_tensor
