@@ -67,8 +67,10 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=4, help="layers whose dense products are timed")
     options = parser.parse_args()
     import pissa
+    from pissa.cli.memory import return_freed_blocks
     from pissa.layers.layer import pissa_layers
 
+    return_freed_blocks()  # as pissa finetune does
     begun = time.perf_counter()
     fields = {"r": 16, "init": options.init, "target_modules": "all-linear"} if options.init else {}
     model = pissa.load(options.folder, is_trainable=True, **fields)

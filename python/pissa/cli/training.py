@@ -33,6 +33,7 @@ from trl.trainer.utils import create_model_from_path
 import pissa
 from pissa.cli.checks import Step0, step0_check
 from pissa.cli.data import encode, is_records, prompt_and_answer, read_chats, read_preferences
+from pissa.cli.memory import peak_memory_mib, return_freed_blocks
 from pissa.cli.options import AUTO, RUN_FILE, adapter_config, go_on, parse, record
 from pissa.cli.pictures import draw_losses
 from pissa.cli.terminal import UserError, say, told
@@ -66,6 +67,8 @@ class Training(NamedTuple):
         screen = io.StringIO() if training.process_index else sys.stderr if ours.json else sys.stdout
         with contextlib.redirect_stdout(screen), _images_fit(training):
             config, split = _settle(ours, training, mixture)
+            if args.is_process and training.device.type == "cpu" and return_freed_blocks():
+                say("memory", "freed blocks of 8 MiB and more go back to the system (malloc's limits are set)")
             code = {"revision": ours.model_revision, "trust_remote_code": training.trust_remote_code}
             processor = _loaded(ours, AutoProcessor.from_pretrained, **code)
             train, held_out = _data(ours, training, mixture, self.rows, getattr(processor, "tokenizer", processor))
@@ -331,16 +334,6 @@ def _report(trainer: Any, ours: Any, split: bool, unit: str) -> dict[str, Any]:
 
 
 # ---- While it trains -------------------------------------------------------------------------------------------------
-
-
-def peak_memory_mib() -> float:
-    """Peak memory so far, in MiB: the memory allocated on a GPU or, without one, the resident memory of this
-    process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    # Not getrusage: its maximum survives exec, so a child would start with the maximum of its parent.
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(lines["VmHWM"].split()[0]) / 2**10
 
 
 def _rate(history: Sequence[Mapping[str, Any]]) -> float:

@@ -1,0 +1,40 @@
+"""The memory of this process: its peak, and the blocks that malloc keeps."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from pathlib import Path
+
+import torch
+
+_MIB = 1 << 20
+_LIMITS = {-3: 8 * _MIB, -1: 64 * _MIB}  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of glibc's malloc.h
+_SET_BY = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "malloc.mmap_threshold", "malloc.trim_threshold")
+
+
+def peak_memory_mib() -> float:
+    """Peak memory so far, in MiB: the memory allocated on a GPU or, without one, the resident memory of this
+    process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / _MIB
+    # Not getrusage: its maximum survives exec, so a child would start with the maximum of its parent.
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines["VmHWM"].split()[0]) / 2**10
+
+
+def return_freed_blocks() -> bool:
+    """Makes glibc's malloc return blocks of 8 MiB and more to the system as soon as they are freed, and the top of the
+    heap when 64 MiB of it are free. By default, malloc raises both limits while the process runs, up to 32 and 64 MiB.
+
+    A training step of a 7B model then needs 0.2 GB less. With glibc's first limit for the top of the heap, 128 KiB,
+    small models would pay for it: twice as many page faults and 2% of a step of SmolLM2-135M.
+
+    Returns:
+        False, having changed nothing: the environment sets malloc's limits, or the C library is not glibc.
+    """
+    variables = " ".join([*os.environ, os.environ.get("GLIBC_TUNABLES", "")])
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None or any(name in variables for name in _SET_BY):
+        return False
+    return all(mallopt(limit, size) == 1 for limit, size in _LIMITS.items())
