@@ -21,7 +21,7 @@ GROUND = f"{PACKAGE}/*.py*"
 # The loss without logits is 290 in cpp, 140 in ops, 230 in training, 580 of tests; attention and norms
 # 530, 190, 160, 590. Experts multiplied at once are 430, 170, 100 in layers, and 590. Wide blocks and the early start
 # of few-row kernels are 75 in cpp, 165 of tests. The output layer's weight read once is 200 in cpp, tokens without a
-# gradient are 100, codes transposed before they are decoded 100; together 80 of tests. malloc's limits are 30 in cli and
+# gradient are 100, codes transposed before they are decoded 100; together 80 of tests. malloc's limits are 30 in cli,
 # 50 of tests.
 BUDGETS = {
     GROUND: 1_060,
