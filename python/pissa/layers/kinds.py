@@ -49,9 +49,13 @@ class PissaLinear(PissaLayer, LoraLinear):  # type: ignore[misc]
 
     def adapted(self, x: Tensor, names: Sequence[str]) -> Tensor:
         if len(names) == 1 and not self._drops_out(names[0]):
-            fused = self.base.fused(self.start_of(names[0]), self.scaling[names[0]], x)
+            name, start, scaling = names[0], self.start_of(names[0]), self.scaling[names[0]]
+            fused = self.base.fused(start, scaling, x)
             if fused is not None:
-                return self._scaled(self._fused(x, *fused, names[0]), names[0])
+                (weight, implicit), (da, db) = fused, start.change(self.deltas(name))
+                factors = {"a": da, "b": db, "a0": start.a0, "b0": start.b0, "scaling": scaling}
+                y = ops.linear(x, weight, self.base_layer.bias, **factors, implicit=implicit)
+                return self._scaled(y, name)
         if not any(name in self.lora_magnitude_vector for name in names):
             return super().adapted(x, names)
         # Composed as in PEFT: each magnitude scales the base with its own adapter's change, not with the others'.
@@ -66,12 +70,6 @@ class PissaLinear(PissaLayer, LoraLinear):  # type: ignore[misc]
         x = self.lora_dropout[adapter_name](x)
         y = ops.add_low_rank(y, x, da, db, a0=start.a0, b0=start.b0, scaling=self.scaling[adapter_name])
         return self._scaled(y, adapter_name)
-
-    def _fused(self, x: Tensor, weight: Tensor | ops.QuantizedWeight, implicit: bool, name: str) -> Tensor:
-        """The output by one product of the base's weight, which is implicit or lacks the start, and the factors."""
-        (da, db), start = self.changed_factors(name), self.start_of(name)
-        bias, scaling = self.base_layer.bias, self.scaling[name]
-        return ops.linear(x, weight, bias, a=da, b=db, a0=start.a0, b0=start.b0, scaling=scaling, implicit=implicit)
 
     def grouped(self, x: Tensor) -> Grouped | None:
         """The layer as one of a group, for inputs like `x`. None if it computes anything but one product of codes and
