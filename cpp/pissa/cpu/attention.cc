@@ -1,6 +1,8 @@
 #include "pissa/cpu/attention.h"
 
 #include <algorithm>
+#include <utility>
+#include <vector>
 
 #include "pissa/cpu/backend.h"
 #include "pissa/cpu/gemm_blocks.h"
@@ -12,6 +14,9 @@ namespace {
 // Queries in a block: their scores of 2,048 keys are 512 KB. With 128, more scores are computed that the causal mask
 // hides: 127 tokens then take 15% longer (Zen 4).
 constexpr std::int64_t kQueries = 64;
+
+// Fewer tasks leave threads idle: 3 heads of keys keep two threads at 3/4. More sums, 64 MB at most, cost up to 10%.
+constexpr std::int64_t kFewTasks = 12, kSums = 16 << 20;
 
 // Queries [first, first + count) of a head, and the keys that they see.
 class Rows {
@@ -46,6 +51,22 @@ class Rows {
 float* row_of(const Buffer& buffer, std::int64_t i) {
   return static_cast<float*>(buffer.view().data) + i * buffer.view().ld;
 }
+
+// Sums [length, dim] over queries, from 0 on.
+struct Sums {
+  Sums() : Sums(0, 0, 0) {}
+  Sums(std::int64_t length, std::int64_t k_dim, std::int64_t v_dim) : k(length, k_dim), v(length, v_dim) {
+    for (Buffer* sum : {&k, &v}) std::fill_n(row_of(*sum, 0), sum->view().rows * sum->view().cols, 0.0f);
+  }
+  void add(const Sums& other) const {
+    add(other.k, k);
+    add(other.v, v);
+  }
+  static void add(const Buffer& from, const Buffer& to) {
+    for (std::int64_t i = 0; i < to.view().rows * to.view().cols; ++i) row_of(to, 0)[i] += row_of(from, 0)[i];
+  }
+  Buffer k, v;
+};
 
 struct Products {
   const Kernels& kernels;
@@ -102,46 +123,60 @@ void attention_forward(const Executor& executor, const Kernels& kernels, const A
   });
 }
 
-// A task processes a head of keys and all queries that share it, so that their sums have a fixed order.
+// A task takes all heads of queries that share a head of keys or, where such tasks are few, one of these. Neither
+// choice nor order of the sums depends on the number of threads.
 void attention_backward(const Executor& executor, const Kernels& kernels, const Attention& problem, const Heads& out,
                         const float* log_sums, const Heads& dout, const Heads& dq, const Heads& dk, const Heads& dv) {
-  const Heads& q = problem.q;
-  const std::int64_t group = q.heads / problem.k.heads;
+  const Heads &q = problem.q, &k = problem.k, &v = problem.v;
+  const std::int64_t group = q.heads / k.heads, key_heads = q.batch * k.heads;
   const Products multiply{kernels, precision_of(q.format)};
-  parallel_for(executor, q.batch * problem.k.heads, 2 * work_of(problem), [&](std::int64_t task) {
-    const std::int64_t b = task / problem.k.heads, shared = task % problem.k.heads;
-    const Matrix all_keys = problem.k.head(b, shared), all_values = problem.v.head(b, shared);
-    const Buffer sum_k(all_keys.rows, all_keys.cols), sum_v(all_values.rows, all_values.cols);
-    Buffer scratch(2, all_values.cols);
-    for (const Buffer* sum : {&sum_k, &sum_v}) {
-      std::fill_n(row_of(*sum, 0), sum->view().rows * sum->view().cols, 0.0f);
-    }
-    for (std::int64_t h = shared * group; h < (shared + 1) * group; ++h) {
-      for (std::int64_t first = 0; first < q.length; first += kQueries) {
-        const Rows rows(problem, b, h, first);
-        const auto part = [&](const Heads& heads) { return rows_of(heads.head(b, h), first, rows.count); };
-        const Matrix keys = rows_of(all_keys, 0, rows.end), values = rows_of(all_values, 0, rows.end);
-        const Buffer p(rows.count, rows.end), ds(rows.count, rows.end), turned(rows.end, rows.count);
-        multiply(part(q), Op::n, keys, Op::t, p.view());
-        multiply(part(dout), Op::n, values, Op::t, ds.view());
-        for (std::int64_t i = 0; i < rows.count; ++i) {
-          const float log_sum = log_sums[(b * q.heads + h) * q.length + first + i];
-          const float less = dot(kernels, part(dout), part(out), i, scratch);
-          kernels.softmax_backward_row(row_of(p, i), row_of(ds, i), rows.seen(i), rows.end, rows.mask(i), log_sum, less,
-                                       problem.scale);
-        }
-        // Packing a first operand across its rows takes as long as its product with 64 columns.
-        const auto add_transposed = [&](const Buffer& a, const Matrix& other, const Buffer& sum) {
-          kernels.transpose(row_of(a, 0), rows.count, rows.end, row_of(turned, 0));
-          multiply(turned.view(), Op::n, other, Op::n, rows_of(sum.view(), 0, rows.end), true);
-        };
-        add_transposed(p, part(dout), sum_v);
-        add_transposed(ds, part(q), sum_k);
-        multiply(ds.view(), Op::n, keys, Op::n, part(dq));
+
+  // Writes dq of a head of queries, and adds its part of dk and dv.
+  const auto add_head = [&](std::int64_t b, std::int64_t h, const Sums& sums) {
+    Buffer scratch(2, v.dim);
+    for (std::int64_t first = 0; first < q.length; first += kQueries) {
+      const Rows rows(problem, b, h, first);
+      const auto part = [&](const Heads& heads) { return rows_of(heads.head(b, h), first, rows.count); };
+      const Matrix keys = rows_of(k.head(b, h / group), 0, rows.end),
+                   values = rows_of(v.head(b, h / group), 0, rows.end);
+      const Buffer p(rows.count, rows.end), ds(rows.count, rows.end), turned(rows.end, rows.count);
+      multiply(part(q), Op::n, keys, Op::t, p.view());
+      multiply(part(dout), Op::n, values, Op::t, ds.view());
+      for (std::int64_t i = 0; i < rows.count; ++i) {
+        const float log_sum = log_sums[(b * q.heads + h) * q.length + first + i];
+        const float less = dot(kernels, part(dout), part(out), i, scratch);
+        kernels.softmax_backward_row(row_of(p, i), row_of(ds, i), rows.seen(i), rows.end, rows.mask(i), log_sum, less,
+                                     problem.scale);
       }
+      // Packing a first operand across its rows takes as long as its product with 64 columns.
+      const auto add_transposed = [&](const Buffer& a, const Matrix& other, const Buffer& sum) {
+        kernels.transpose(row_of(a, 0), rows.count, rows.end, row_of(turned, 0));
+        multiply(turned.view(), Op::n, other, Op::n, rows_of(sum.view(), 0, rows.end), true);
+      };
+      add_transposed(p, part(dout), sums.v);
+      add_transposed(ds, part(q), sums.k);
+      multiply(ds.view(), Op::n, keys, Op::n, part(dq));
     }
-    store(kernels, sum_k, dk.head(b, shared));
-    store(kernels, sum_v, dv.head(b, shared));
+  };
+  const auto finish = [&](std::int64_t key_head, const Sums& sums) {
+    store(kernels, sums.k, dk.head(key_head / k.heads, key_head % k.heads));
+    store(kernels, sums.v, dv.head(key_head / k.heads, key_head % k.heads));
+  };
+
+  const bool few = key_heads < kFewTasks && q.batch * q.heads * k.length * (k.dim + v.dim) <= kSums;
+  const std::int64_t parts = few ? group : 1, heads = group / parts;
+  std::vector<Sums> kept(parts > 1 ? key_heads * parts : 0);
+  parallel_for(executor, key_heads * parts, 2 * work_of(problem), [&](std::int64_t task) {
+    Sums sums(k.length, k.dim, v.dim);
+    for (std::int64_t i = task * heads; i < (task + 1) * heads; ++i) add_head(i / q.heads, i % q.heads, sums);
+    if (parts == 1) return finish(task, sums);
+    kept[task] = std::move(sums);
+  });
+  if (parts == 1) return;
+  parallel_for(executor, key_heads, key_heads * parts * k.length * (k.dim + v.dim), [&](std::int64_t head) {
+    const Sums& first = kept[head * parts];
+    for (std::int64_t part = 1; part < parts; ++part) first.add(kept[head * parts + part]);
+    finish(head, first);
   });
 }
 

@@ -192,6 +192,7 @@ TEST_P(AttentionTest, AgreesWithFloat64) {
     check({.queries = 19, .keys = 40, .causal = true, .masked = true, .format = format});
   }
   check({.heads = 4, .group = 2, .queries = 300, .keys = 300, .dim = 8, .values = 8, .causal = true});  // three blocks
+  check({.batch = 3, .heads = 8, .group = 2});  // a task for each head of keys
   check({.queries = 1, .keys = 5});
   check({.queries = 9, .keys = 4, .causal = true});  // of which the first see nothing
 }
