@@ -87,7 +87,7 @@ def main() -> None:
     per_block = Counter({shape: count // blocks for shape, count in shapes.items()})
     dense = DenseProducts(per_block, blocks, (head.shape[0], head.shape[1]), options.tokens) if options.dense else None
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4)
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)  # as transformers' Trainer
     generator = torch.Generator().manual_seed(0)
     steps, products, losses = [], [], []
     if dense:

@@ -107,7 +107,7 @@ class Trainer:
         self.model = model
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         # A small rate: dozens of steps on one batch must not take the two models apart.
-        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5)
+        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5, fused=True)
         vocabulary = model.get_input_embeddings().num_embeddings
         tokens = torch.randint(vocabulary, BATCH, generator=torch.Generator().manual_seed(0))
         self.tokens = tokens.to(self.trained[0].device)
