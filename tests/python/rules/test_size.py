@@ -36,7 +36,7 @@ BUDGETS = {
     f"{PACKAGE}/training": 800,
     f"{PACKAGE}/cli": 2_440,
     "cpp/pissa": 13_190,
-    "bench": 13_480,
+    "bench": 13_520,
     "tests": 45_280,
 }
 TEXT = {".py", ".pyi", ".h", ".cc", ".cu", ".txt", ".sh", ".md", ".json", ".jsonl", ".yaml", ".ini"}
