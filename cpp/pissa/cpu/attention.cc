@@ -58,13 +58,6 @@ struct Sums {
   Sums(std::int64_t length, std::int64_t k_dim, std::int64_t v_dim) : k(length, k_dim), v(length, v_dim) {
     for (Buffer* sum : {&k, &v}) std::fill_n(row_of(*sum, 0), sum->view().rows * sum->view().cols, 0.0f);
   }
-  void add(const Sums& other) const {
-    add(other.k, k);
-    add(other.v, v);
-  }
-  static void add(const Buffer& from, const Buffer& to) {
-    for (std::int64_t i = 0; i < to.view().rows * to.view().cols; ++i) row_of(to, 0)[i] += row_of(from, 0)[i];
-  }
   Buffer k, v;
 };
 
@@ -124,7 +117,7 @@ void attention_forward(const Executor& executor, const Kernels& kernels, const A
 }
 
 // A task takes all heads of queries that share a head of keys or, where such tasks are few, one of these. Neither
-// choice nor order of the sums depends on the number of threads.
+// this choice nor the order of sums depends on the number of threads.
 void attention_backward(const Executor& executor, const Kernels& kernels, const Attention& problem, const Heads& out,
                         const float* log_sums, const Heads& dout, const Heads& dq, const Heads& dk, const Heads& dv) {
   const Heads &q = problem.q, &k = problem.k, &v = problem.v;
@@ -137,8 +130,8 @@ void attention_backward(const Executor& executor, const Kernels& kernels, const 
     for (std::int64_t first = 0; first < q.length; first += kQueries) {
       const Rows rows(problem, b, h, first);
       const auto part = [&](const Heads& heads) { return rows_of(heads.head(b, h), first, rows.count); };
-      const Matrix keys = rows_of(k.head(b, h / group), 0, rows.end),
-                   values = rows_of(v.head(b, h / group), 0, rows.end);
+      const Matrix keys = rows_of(k.head(b, h / group), 0, rows.end);
+      const Matrix values = rows_of(v.head(b, h / group), 0, rows.end);
       const Buffer p(rows.count, rows.end), ds(rows.count, rows.end), turned(rows.end, rows.count);
       multiply(part(q), Op::n, keys, Op::t, p.view());
       multiply(part(dout), Op::n, values, Op::t, ds.view());
@@ -172,12 +165,15 @@ void attention_backward(const Executor& executor, const Kernels& kernels, const 
     if (parts == 1) return finish(task, sums);
     kept[task] = std::move(sums);
   });
-  if (parts == 1) return;
-  parallel_for(executor, key_heads, key_heads * parts * k.length * (k.dim + v.dim), [&](std::int64_t head) {
-    const Sums& first = kept[head * parts];
-    for (std::int64_t part = 1; part < parts; ++part) first.add(kept[head * parts + part]);
-    finish(head, first);
-  });
+  const CpuBackend backend(executor, kernels);
+  for (std::int64_t task = 0; task < std::ssize(kept); task += parts) {
+    const auto [k_sum, v_sum] = std::pair(kept[task].k.view(), kept[task].v.view());
+    for (std::int64_t part = task + 1; part < task + parts; ++part) {
+      backend.add(k_sum, kept[part].k.view(), k_sum);
+      backend.add(v_sum, kept[part].v.view(), v_sum);
+    }
+    finish(task / parts, kept[task]);
+  }
 }
 
 }  // namespace pissa::cpu

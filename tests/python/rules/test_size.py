@@ -22,7 +22,7 @@ GROUND = f"{PACKAGE}/*.py*"
 # 530, 190, 160, 590. Experts multiplied at once are 430, 170, 100 in layers, and 590. Wide blocks and the early start
 # of few-row kernels are 75 in cpp, 165 of tests. The output layer's weight read once is 200 in cpp, tokens without a
 # gradient are 100, codes transposed before they are decoded 100; together 80 of tests. malloc's limits are 30 in cli,
-# 50 of tests. Heads of queries as tasks of attention's backward are 35 in cpp.
+# 55 of tests. Heads of queries as tasks of attention's backward are 30 in cpp.
 BUDGETS = {
     GROUND: 1_060,
     f"{PACKAGE}/ops": 2_550,
@@ -35,9 +35,9 @@ BUDGETS = {
     f"{PACKAGE}/integrations": 890,
     f"{PACKAGE}/training": 800,
     f"{PACKAGE}/cli": 2_440,
-    "cpp/pissa": 13_190,
+    "cpp/pissa": 13_180,
     "bench": 13_520,
-    "tests": 45_280,
+    "tests": 45_285,
 }
 TEXT = {".py", ".pyi", ".h", ".cc", ".cu", ".txt", ".sh", ".md", ".json", ".jsonl", ".yaml", ".ini"}
 
