@@ -222,7 +222,7 @@ test-python-nightly: $(BUILD)/venv-test.stamp
 # The rules, the ops, a layer of each kind, files, conversion, the command line: in the source tree, with the module out of
 # CMake's tree before what the environment may have installed. The first time it installs pissa.
 QUICK := $(addprefix rules/test_,style.py rooms.py bases.py peft_private.py cpp_layers.py built_module.py) \
-  $(addprefix ops/test_,ops_linear.py ops_nf4.py low_rank.py) layers/test_kinds.py $(addprefix files/test_,save.py load.py) \
+  $(addprefix ops/test_,ops_linear.py ops_nf4.py low_rank.py) layers/test_kinds.py $(addprefix adapters/test_,save.py restore.py) \
   conversion/test_convert_ranks.py cli/test_cli_convert.py
 
 quick: module

@@ -16,7 +16,7 @@ from bench.experiments.encoder import load_model, minilm
 from bench.experiments.experiment import Cell, Options, Result
 from bench.experiments.numbers import rounded
 from pissa import ops
-from pissa.checkpoints.report import singular_values
+from pissa.checkpoints.spectra import singular_values
 
 METHODS: dict[str, dict[str, Any]] = {
     "LoftQ, T = 1": {"quantise_first": True},

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from pissa.base import bitsandbytes as bitsandbytes
     from pissa.checkpoints.load import load as load
     from pissa.config import PissaConfig as PissaConfig
+    from pissa.containers.staged import CompletedError as CompletedError
     from pissa.conversion import convert as convert
     from pissa.distributed import RankError as RankError
-    from pissa.files.staged import CompletedError as CompletedError
     from pissa.integrations.export import export as export
     from pissa.model.calibrate import calibrate as calibrate
     from pissa.model.calibration import Calibration as Calibration
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 # module:name, or a module. Each is imported on first use: `pissa.ops` needs neither peft nor transformers, and `pissa
 # --help` does not even need torch.
 _HOMES = {
-    "CompletedError": "pissa.files.staged:CompletedError",
+    "CompletedError": "pissa.containers.staged:CompletedError",
     "PissaConfig": "pissa.model.wrap:PissaConfig",  # completes it: reader, tuner, PEFT's way to a model
     "PissaModel": "pissa.model.pissa_model:PissaModel",
     "RankError": "pissa.distributed:RankError",

@@ -1,4 +1,5 @@
-"""Whole checkpoints on disk, processed matrix by matrix, so that none is ever in memory. Errors are those of `files`.
+"""Whole checkpoints on disk, processed matrix by matrix, so that none is ever in memory. Errors are those of
+`containers`.
 
 - `output`, `rewrite`: a folder that several processes write from another, and that a restarted run continues
 - `init`: writes residuals as a checkpoint, with the start factors as a LoRA in it

@@ -18,6 +18,17 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from pissa import distributed, ops
+from pissa.adapters.lora_folder import INITIAL_FOLDER, INITIAL_WEIGHTS
+from pissa.adapters.peft_layout import (
+    ADAPTER_CONFIG,
+    Matrices,
+    adapted_names,
+    check_uniform,
+    factors_of,
+    plain_config,
+    plain_config_text,
+)
+from pissa.adapters.pissa_layout import PISSA_RECORD, PISSA_WEIGHTS, TAKEN, AdapterRecord, LayerRecord
 from pissa.base.digest import fingerprint, read
 from pissa.base.init_methods import INIT_METHODS, StartTask, started
 from pissa.base.start import StartFactors
@@ -27,24 +38,13 @@ from pissa.checkpoints.load import mapped_model
 from pissa.checkpoints.output import Output
 from pissa.checkpoints.rewrite import Errors, Layer, Plan, Result, Rewrite, Unit, linear_layers, matrix_shape
 from pissa.config import PissaConfig
-from pissa.files.lora_folder import INITIAL_FOLDER, INITIAL_WEIGHTS
-from pissa.files.model_folder import Composition, Part, meta_model
-from pissa.files.peft_layout import (
-    ADAPTER_CONFIG,
-    Matrices,
-    adapted_names,
-    check_uniform,
-    factors_of,
-    plain_config,
-    plain_config_text,
-)
-from pissa.files.pissa_layout import PISSA_RECORD, PISSA_WEIGHTS, TAKEN, AdapterRecord, LayerRecord
-from pissa.files.released import check_dense, open_dense
-from pissa.files.tensor_file import Layout, Source
+from pissa.containers.model_folder import Composition, Part, meta_model
+from pissa.containers.released_codes import check_dense, open_dense
+from pissa.containers.tensor_file import Layout, Source
 from pissa.layers.experts import UnfusedExperts, is_transposed, unfused_experts
 from pissa.layers.factory import leave_out
-from pissa.layers.kinds import PissaLinear
 from pissa.layers.layer import PissaLayer, pissa_layers
+from pissa.layers.modules import PissaLinear
 from pissa.model.calibrate import Batch, check_wanted
 from pissa.model.inject import own_config
 from pissa.model.moments import Moments, digest_of

@@ -20,24 +20,24 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from pissa import ops
+from pissa.adapters.lora_folder import INITIAL_WEIGHTS
+from pissa.adapters.peft_layout import factors_of
+from pissa.adapters.pissa_layout import ADAPTER_FILES, PISSA_RECORD, PISSA_WEIGHTS, AdapterRecord, PissaFolder
+from pissa.adapters.restore import base_doubts, restore
 from pissa.base.bitsandbytes import from_state, linear4bit
 from pissa.base.bitsandbytes_state import ENTRIES
+from pissa.base.classes import base_of, is_linear
 from pissa.base.digest import Match, dtype_of, is_fingerprint, match
-from pissa.base.kinds import base_of, is_linear
 from pissa.base.start import StartFactors
 from pissa.base.stored import residual_tensors
 from pissa.base.weights import CodedLinear
 from pissa.config import IMPLICIT, PissaConfig
+from pissa.containers.hub import adapter_folder, checkpoint_folder
+from pissa.containers.messages import first_line, shown
+from pissa.containers.model_folder import class_of, model_config
+from pissa.containers.released_codes import KINDS, ReleasedWeights
+from pissa.containers.tensor_file import Source, TensorFile
 from pissa.distributed import failing_together
-from pissa.files.hub import adapter_folder, checkpoint_folder
-from pissa.files.load import base_doubts, restore
-from pissa.files.lora_folder import INITIAL_WEIGHTS
-from pissa.files.messages import first_line, shown
-from pissa.files.model_folder import class_of, model_config
-from pissa.files.peft_layout import factors_of
-from pissa.files.pissa_layout import ADAPTER_FILES, PISSA_RECORD, PISSA_WEIGHTS, AdapterRecord, PissaFolder
-from pissa.files.released import KINDS, ReleasedWeights
-from pissa.files.tensor_file import Source, TensorFile
 from pissa.layers.experts import WEIGHTS, UnfusedExperts
 from pissa.layers.layer import PissaLayer, pissa_layers
 from pissa.model.decompose import decompose

@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from pissa import ops
+from pissa.adapters.lora_folder import LoraFactors, LoraFolder, open_adapter
+from pissa.adapters.peft_layout import MAGNITUDE, PREFIX, base_weight_key, is_mirrored
 from pissa.base.bitsandbytes import from_state
-from pissa.base.kinds import adopted, is_linear
+from pissa.base.classes import adopted, is_linear
 from pissa.checkpoints.load import of_layer, packed_layers
 from pissa.checkpoints.output import Output
 from pissa.checkpoints.rewrite import (
@@ -38,12 +40,10 @@ from pissa.checkpoints.rewrite import (
 )
 from pissa.checkpoints.trained import Adapter, read_adapter
 from pissa.config import IMPLICIT, Form
-from pissa.files.lora_folder import LoraFactors, LoraFolder, open_adapter
-from pissa.files.messages import shown
-from pissa.files.model_folder import CONFIG, Composition, Part, meta_model, parts_of
-from pissa.files.peft_layout import MAGNITUDE, PREFIX, base_weight_key, is_mirrored
-from pissa.files.released import DecodedSource, open_dense
-from pissa.files.tensor_file import Source
+from pissa.containers.messages import shown
+from pissa.containers.model_folder import CONFIG, Composition, Part, meta_model, parts_of
+from pissa.containers.released_codes import DecodedSource, open_dense
+from pissa.containers.tensor_file import Source
 from pissa.layers.experts import is_transposed
 from pissa.ops._quant import nearest_codes
 from pissa.ops.checks import check_choice

@@ -22,10 +22,10 @@ from typing import Any
 from torch import Tensor
 
 from pissa.base.digest import bytes_of
+from pissa.containers.messages import read_object, reading, shown
+from pissa.containers.staged import CompletedError, check_unused, flush_folder, put_in_place, staged
+from pissa.containers.tensor_file import Layout
 from pissa.distributed import agree, rank
-from pissa.files.messages import read_object, reading, shown
-from pissa.files.staged import CompletedError, check_unused, flush_folder, put_in_place, staged
-from pissa.files.tensor_file import Layout
 from pissa.notices import UnlockedFolderWarning
 
 UNFINISHED = ".unfinished"

@@ -19,15 +19,15 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import CHAT_TEMPLATE_DIR
 
 from pissa import distributed, ops
+from pissa.adapters.peft_layout import FactorTensors
+from pissa.adapters.pissa_layout import PISSA_RECORD
 from pissa.base.bitsandbytes_state import entry_layout, quantization_config, to_bitsandbytes
-from pissa.base.kinds import base_of
+from pissa.base.classes import base_of
 from pissa.checkpoints.output import Output
 from pissa.config import IMPLICIT, Form
-from pissa.files.messages import shown
-from pissa.files.model_folder import CONFIG, Part, matrix_of, parts_of, read_config
-from pissa.files.peft_layout import FactorTensors
-from pissa.files.pissa_layout import PISSA_RECORD
-from pissa.files.tensor_file import INDEX, WEIGHT_FILES, Layout, Source
+from pissa.containers.messages import shown
+from pissa.containers.model_folder import CONFIG, Part, matrix_of, parts_of, read_config
+from pissa.containers.tensor_file import INDEX, WEIGHT_FILES, Layout, Source
 from pissa.ops.checks import FLOATS
 from pissa.ops.formats import FORMATS
 

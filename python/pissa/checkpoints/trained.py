@@ -8,19 +8,19 @@ import torch
 from torch import Tensor
 
 from pissa import ops
+from pissa.adapters.lora_folder import INITIAL_FOLDER, LoraFolder, open_adapter
+from pissa.adapters.peft_layout import ADAPTER_CONFIG, Matrices, magnitude_key
+from pissa.adapters.pissa_layout import PISSA_WEIGHTS, LayerTensors, PissaFolder
+from pissa.adapters.restore import base_doubts
 from pissa.base.bitsandbytes import from_state
 from pissa.base.digest import Match, dtype_of, is_fingerprint, match
 from pissa.base.stored import residual_tensors, residuals_of, stored_linear
 from pissa.checkpoints.rewrite import Layer, Unit
 from pissa.config import IMPLICIT
+from pissa.containers.hub import Name
+from pissa.containers.model_folder import matrix_of
+from pissa.containers.tensor_file import Source, TensorFile
 from pissa.conversion.plain_lora import ON_RESIDUAL, OURS, PlainLora, check_not_given, check_start
-from pissa.files.hub import Name
-from pissa.files.load import base_doubts
-from pissa.files.lora_folder import INITIAL_FOLDER, LoraFolder, open_adapter
-from pissa.files.model_folder import matrix_of
-from pissa.files.peft_layout import ADAPTER_CONFIG, Matrices, magnitude_key
-from pissa.files.pissa_layout import PISSA_WEIGHTS, LayerTensors, PissaFolder
-from pissa.files.tensor_file import Source, TensorFile
 from pissa.layers.layer import Magnitude
 from pissa.notices import PissaWarning
 from pissa.ops import QuantizedWeight

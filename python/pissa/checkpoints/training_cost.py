@@ -17,8 +17,8 @@ from torch import nn
 
 from pissa.checkpoints.load import load
 from pissa.config import Form, PissaConfig, exactly
-from pissa.files.messages import first_line
-from pissa.files.model_folder import meta_model
+from pissa.containers.messages import first_line
+from pissa.containers.model_folder import meta_model
 from pissa.model.blocks import blocks_of
 from pissa.ops.formats import FORMATS
 from pissa.training.fused_head import fuse_head

@@ -9,7 +9,7 @@ from pkgutil import resolve_name
 from typing import Any
 
 from pissa.cli.terminal import UserError, silence_third_parties
-from pissa.files.staged import CompletedError
+from pissa.containers.staged import CompletedError
 
 # The commands and their help texts. Each command is a module of the same name, or what `_HOMES` names. It has
 # `run(args)` and either `add_arguments(parser)` or the `trainer` of TRL whose options it takes. It is imported only

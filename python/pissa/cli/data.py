@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pissa.cli.terminal import UserError, told
-from pissa.files.messages import shown
+from pissa.containers.messages import shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -16,7 +16,7 @@ from typing import Any
 
 from pissa.cli.data import GSM_SYMBOLIC, Chat, encode, read_chats, required_package
 from pissa.cli.terminal import UserError, format_table, say, silence_third_parties, told
-from pissa.files.staged import check_unused
+from pissa.containers.staged import check_unused
 
 RANK, STEPS, BATCH, SEED = 16, 60, 2, 0
 # The paper's rate, 2e-5, is for a batch of 128; with 2 problems and 60 steps it moves nothing. This rate was the best

@@ -190,7 +190,7 @@ def _init(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     from pissa.checkpoints.init import init
     from pissa.cli.data import batches_of
     from pissa.config import PissaConfig
-    from pissa.files.hub import checkpoint_folder
+    from pissa.containers.hub import checkpoint_folder
 
     with told(TypeError), _processes():  # raised for a layer of a kind that cannot be adapted
         source, method = checkpoint_folder(args.source), _options(args, *_METHOD)
@@ -243,7 +243,7 @@ def _add_merge(parser: argparse.ArgumentParser) -> None:
 
 def _merge(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     from pissa.checkpoints.merge import merge
-    from pissa.files.hub import checkpoint_folder
+    from pissa.containers.hub import checkpoint_folder
 
     base = checkpoint_folder(args.base)
     done = merge(args.adapter, base, args.target, **_options(args, "quant", "initial"), progressbar=True)

@@ -19,8 +19,8 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 import pissa
 from pissa.cli.terminal import UserError, number, passes, positive_int, told
 from pissa.config import default_of, types_of_fields
-from pissa.files.messages import reading
-from pissa.files.staged import staged
+from pissa.containers.messages import reading
+from pissa.containers.staged import staged
 from pissa.ops.formats import FORMATS
 
 AUTO = "auto"

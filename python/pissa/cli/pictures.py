@@ -14,10 +14,10 @@ from matplotlib.figure import Figure
 from matplotlib.rcsetup import cycler
 from matplotlib.ticker import MaxNLocator
 
-from pissa.files.staged import staged
+from pissa.containers.staged import staged
 
 if TYPE_CHECKING:
-    from pissa.checkpoints.report import Report
+    from pissa.checkpoints.spectra import Report
 
 # Okabe and Ito's colours are distinguishable with every kind of colour blindness. Their yellow is too pale for print.
 BLUE, SKY, GREEN, ORANGE, RED, PINK = "#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7"

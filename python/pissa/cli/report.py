@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from pissa.cli.folders import FolderCommand, as_range
 from pissa.cli.terminal import as_size, format_table, positive_int, say, told
-from pissa.files.staged import check_unused, staged
+from pissa.containers.staged import check_unused, staged
 
 if TYPE_CHECKING:
-    from pissa.checkpoints.report import Report
+    from pissa.checkpoints.spectra import Report
 
 NUMBERS = "report.json"
 
@@ -58,7 +58,7 @@ def _report(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     if args.out is not None:
         with told(ValueError, before="--out "):
             check_unused(args.out)
-    from pissa.checkpoints.report import report
+    from pissa.checkpoints.spectra import report
 
     options = {"quant": args.quant, "budget": args.budget, "sampled": args.sample, "exact": args.exact}
     found = report(args.model, args.rank or (16, 64, 128), **options, batch=args.batch, length=args.length)

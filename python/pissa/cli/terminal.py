@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from pissa.files.messages import first_line
+from pissa.containers.messages import first_line
 
 
 class UserError(Exception):

@@ -13,11 +13,11 @@ from typing import NamedTuple
 from torch import nn
 from tqdm import tqdm
 
+from pissa.adapters.lora_folder import open_adapter, with_sizes
+from pissa.adapters.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Matrices, base_weight_key
+from pissa.containers.staged import check_unused, staged
+from pissa.containers.tensor_file import Scratch, write_tensors
 from pissa.conversion.plain_lora import PLAIN, PlainLora
-from pissa.files.lora_folder import open_adapter, with_sizes
-from pissa.files.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Matrices, base_weight_key
-from pissa.files.staged import check_unused, staged
-from pissa.files.tensor_file import Scratch, write_tensors
 from pissa.notices import KeptMagnitudesWarning
 from pissa.ops.low_rank import Spectrum
 

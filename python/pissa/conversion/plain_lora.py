@@ -21,16 +21,24 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from pissa.base.kinds import base_of
+from pissa.adapters.lora_folder import INITIAL_FOLDER, LoraFolder, check_same_layers, open_adapter
+from pissa.adapters.peft_layout import ADAPTER_CONFIG, Matrices, base_weight_key, inexact_lora
+from pissa.base.classes import base_of
 from pissa.base.protocol import Base
 from pissa.base.weights import with_weight
-from pissa.files.hub import Name, checkpoint_folder
-from pissa.files.lora_folder import INITIAL_FOLDER, LoraFolder, check_same_layers, open_adapter
-from pissa.files.messages import first_line, shown
-from pissa.files.model_folder import CONFIG, Composition, class_of, matrix_of, meta_model, model_config, quantised_kind
-from pissa.files.peft_layout import ADAPTER_CONFIG, Matrices, base_weight_key, inexact_lora
-from pissa.files.released import check_dense, open_dense
-from pissa.files.tensor_file import Source
+from pissa.containers.hub import Name, checkpoint_folder
+from pissa.containers.messages import first_line, shown
+from pissa.containers.model_folder import (
+    CONFIG,
+    Composition,
+    class_of,
+    matrix_of,
+    meta_model,
+    model_config,
+    quantised_kind,
+)
+from pissa.containers.released_codes import check_dense, open_dense
+from pissa.containers.tensor_file import Source
 from pissa.notices import InexactLoraWarning, PissaWarning, UncertainStartWarning, WholeModelWarning
 from pissa.ops.checks import FLOATS
 from pissa.ops.low_rank import Spectrum, join_difference

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 
 from pissa import ops
+from pissa.adapters.lora_folder import LoraFactors, with_sizes
+from pissa.adapters.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, base_weight_key
 from pissa.base.bitsandbytes_state import KEPT_IN_4_BITS
 from pissa.base.start import Served
 from pissa.checkpoints.merge import Planner
@@ -18,9 +20,7 @@ from pissa.checkpoints.output import Output
 from pissa.checkpoints.rewrite import Errors, Plan, Result, Rewrite, Unit, linear_layers
 from pissa.checkpoints.trained import Ours, read_weight
 from pissa.config import IMPLICIT
-from pissa.files.lora_folder import LoraFactors, with_sizes
-from pissa.files.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, base_weight_key
-from pissa.files.tensor_file import Scratch, write_tensors
+from pissa.containers.tensor_file import Scratch, write_tensors
 from pissa.integrations.exported import Exported
 
 LORA = "adapter"

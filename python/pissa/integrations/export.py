@@ -9,15 +9,15 @@ from pkgutil import resolve_name
 
 import torch
 
+from pissa.adapters.lora_folder import open_adapter
 from pissa.base.bitsandbytes_state import KEPT_IN_4_BITS
 from pissa.checkpoints.load import packed_layers
 from pissa.checkpoints.merge import merge
 from pissa.checkpoints.trained import Adapter, Ours, read_adapter
 from pissa.config import IMPLICIT
-from pissa.files.hub import checkpoint_folder
-from pissa.files.lora_folder import open_adapter
-from pissa.files.model_folder import meta_model
-from pissa.files.tensor_file import Source
+from pissa.containers.hub import checkpoint_folder
+from pissa.containers.model_folder import meta_model
+from pissa.containers.tensor_file import Source
 from pissa.integrations import RUNTIMES
 from pissa.integrations.bnb4 import ResidualExport
 from pissa.integrations.exported import Exported, no_base

@@ -8,14 +8,14 @@ from typing import NamedTuple
 
 import torch
 
+from pissa.adapters.lora_folder import LoraFolder
+from pissa.adapters.peft_layout import PREFIX
 from pissa.checkpoints.merge import Planner
+from pissa.containers.hub import Name, checkpoint_folder
+from pissa.containers.messages import shown
+from pissa.containers.model_folder import matrix_of
+from pissa.containers.released_codes import open_dense
 from pissa.conversion.plain_lora import PlainLora
-from pissa.files.hub import Name, checkpoint_folder
-from pissa.files.lora_folder import LoraFolder
-from pissa.files.messages import shown
-from pissa.files.model_folder import matrix_of
-from pissa.files.peft_layout import PREFIX
-from pissa.files.released import open_dense
 
 
 class Exported(NamedTuple):

@@ -10,11 +10,11 @@ from typing import Any
 import gguf
 from torch import Tensor
 
-from pissa.files.hub import Name
-from pissa.files.lora_folder import LoraFactors, LoraFolder
-from pissa.files.messages import shown
-from pissa.files.model_folder import class_of, model_config
-from pissa.files.staged import staged
+from pissa.adapters.lora_folder import LoraFactors, LoraFolder
+from pissa.containers.hub import Name
+from pissa.containers.messages import shown
+from pissa.containers.model_folder import class_of, model_config
+from pissa.containers.staged import staged
 from pissa.integrations.exported import Exported, no_base, read_factors
 
 _ARCHITECTURES = {

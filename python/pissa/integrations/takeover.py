@@ -16,11 +16,11 @@ from peft import LoraConfig, PeftType
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
-from pissa.base.kinds import fields_of_4_bits
+from pissa.adapters.pissa_layout import PISSA_RECORD
+from pissa.base.classes import fields_of_4_bits
 from pissa.config import PissaConfig, default_of
+from pissa.containers.hub import adapter_folder
 from pissa.distributed import RankError
-from pissa.files.hub import adapter_folder
-from pissa.files.pissa_layout import PISSA_RECORD
 from pissa.layers.layer import pissa_layers
 from pissa.model.inject import restored_on_error, way_back
 from pissa.model.pissa_model import PissaModel

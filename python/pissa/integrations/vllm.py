@@ -10,16 +10,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pissa.adapters.lora_folder import LoraFactors, LoraFolder, with_sizes
+from pissa.adapters.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, FACTOR_KEYS, PREFIX, Matrices
 from pissa.checkpoints.merge import Planner
 from pissa.checkpoints.rewrite import Layer
+from pissa.containers.hub import Name, checkpoint_folder
+from pissa.containers.messages import shown
+from pissa.containers.released_codes import open_dense
+from pissa.containers.staged import check_unused, staged
+from pissa.containers.tensor_file import Scratch, Source, write_tensors
 from pissa.conversion.plain_lora import PlainLora
-from pissa.files.hub import Name, checkpoint_folder
-from pissa.files.lora_folder import LoraFactors, LoraFolder, with_sizes
-from pissa.files.messages import shown
-from pissa.files.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, FACTOR_KEYS, PREFIX, Matrices
-from pissa.files.released import open_dense
-from pissa.files.staged import check_unused, staged
-from pissa.files.tensor_file import Scratch, Source, write_tensors
 from pissa.integrations.exported import Exported, read_factors
 from pissa.ops.low_rank import pad_rank
 

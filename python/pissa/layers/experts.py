@@ -16,10 +16,10 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 
 from pissa import ops
-from pissa.base.kinds import base_of
+from pissa.base.classes import base_of
 from pissa.config import PissaConfig, is_all_linear
 from pissa.distributed import world_size
-from pissa.layers.kinds import Grouped, PissaLinear
+from pissa.layers.modules import Grouped, PissaLinear
 
 WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
 """The names of fused weights, in the order in which transformers registers them."""

@@ -16,14 +16,14 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
-from pissa.base.kinds import adopted, computing_parameters
+from pissa.base.classes import adopted, computing_parameters
 from pissa.base.protocol import Base
 from pissa.base.weights import is_offloaded
 from pissa.config import PissaConfig, exactly, is_all_linear
 from pissa.distributed import is_data_parallel, is_managed, is_of_an_engine, is_partitioned, is_sharded
 from pissa.layers.experts import unfused_experts
-from pissa.layers.kinds import KINDS, PissaLinear
 from pissa.layers.layer import PissaLayer, pissa_layers
+from pissa.layers.modules import KINDS, PissaLinear
 from pissa.notices import AllLinearWarning
 from pissa.ops.checks import FLOATS
 from pissa.peft_private import all_linear, is_refused_by_peft

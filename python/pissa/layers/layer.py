@@ -13,9 +13,9 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from pissa import ops
+from pissa.base.classes import base_of
 from pissa.base.fingerprint import Fingerprints
 from pissa.base.init_methods import INIT_METHODS
-from pissa.base.kinds import base_of
 from pissa.base.protocol import Base, whole
 from pissa.base.start import Deltas, KeepsDtype, Origin, StartFactors
 from pissa.base.stored import stored_linear

@@ -11,7 +11,7 @@ from peft.tuners.trainable_tokens.layer import TrainableTokensLayer as PeftToken
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  everybody's name for it
 
-from pissa.base.kinds import base_of
+from pissa.base.classes import base_of
 from pissa.base.weights import is_offloaded
 from pissa.layers.layer import PissaLayer
 

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pissa import ops
-from pissa.base.kinds import evaluating
+from pissa.base.classes import evaluating
 from pissa.config import PissaConfig
-from pissa.layers.kinds import PissaLinear
 from pissa.layers.layer import pissa_layers
+from pissa.layers.modules import PissaLinear
 from pissa.model.blocks import blocks_of, side_by_side
 from pissa.model.calibration import Calibration
 from pissa.model.inject import check_plain, own_config, way_back

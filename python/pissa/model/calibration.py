@@ -11,9 +11,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from pissa.files.messages import reading
-from pissa.files.staged import staged
-from pissa.files.tensor_file import TensorFile, write_tensors
+from pissa.containers.messages import reading
+from pissa.containers.staged import staged
+from pissa.containers.tensor_file import TensorFile, write_tensors
 
 _TOKENS = "tokens"
 

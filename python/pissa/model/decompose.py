@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pissa import distributed
+from pissa.adapters.peft_layout import check_uniform
 from pissa.base.digest import Fingerprint, fingerprint, read, xxh3_of_text
 from pissa.base.fingerprint import Fingerprints
 from pissa.base.init_methods import INIT_METHODS, StartTask, started
@@ -24,10 +25,9 @@ from pissa.base.protocol import Base, whole
 from pissa.base.start import Origin, StartFactors
 from pissa.base.stored import ResidualCheck, residual_from, residual_shapes, residual_tensors
 from pissa.config import IMPLICIT, PissaConfig
-from pissa.files.peft_layout import check_uniform
 from pissa.layers.factory import check_values, leave_out
-from pissa.layers.kinds import PissaLinear
 from pissa.layers.layer import PissaLayer, pissa_layers
+from pissa.layers.modules import PissaLinear
 from pissa.model.calibration import Calibration, Inputs
 from pissa.model.original import OriginalWeights
 from pissa.notices import RequantizedWarning, TiedWeightWarning

@@ -12,8 +12,8 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
 from pissa.config import PissaConfig
+from pissa.containers.messages import shown
 from pissa.distributed import average_gradient, is_managed
-from pissa.files.messages import shown
 from pissa.layers.experts import unfuse
 from pissa.layers.factory import check_parents, choose_layers, layer_factory
 from pissa.layers.layer import PissaLayer, pissa_layers

@@ -9,9 +9,9 @@ from pissa.base.digest import Fingerprint, fingerprint
 from pissa.base.init_methods import INIT_METHODS
 from pissa.base.protocol import Base
 from pissa.config import PissaConfig
-from pissa.files.hub import Name, checkpoint_folder
-from pissa.files.model_folder import Composition, matrix_of, meta_model, quantised_kind
-from pissa.files.tensor_file import Source
+from pissa.containers.hub import Name, checkpoint_folder
+from pissa.containers.model_folder import Composition, matrix_of, meta_model, quantised_kind
+from pissa.containers.tensor_file import Source
 
 
 class OriginalWeights:

@@ -14,14 +14,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from pissa.adapters.lora_folder import is_plain_lora
+from pissa.adapters.peft_layout import PREFIX
+from pissa.adapters.pissa_layout import ADAPTER_FILES, PissaFolder
+from pissa.adapters.restore import as_pissa, load_factors, read_plain_lora, restore
+from pissa.adapters.save import save_adapter, save_card, warn_of_plain_lora
 from pissa.config import PissaConfig
+from pissa.containers.hub import adapter_folder, refuse_unsupported
 from pissa.distributed import failing_together, is_of_an_engine, is_partitioned, is_sharded, whole_with_gradient
-from pissa.files.hub import adapter_folder, refuse_unsupported
-from pissa.files.load import as_pissa, load_factors, read_plain_lora, restore
-from pissa.files.lora_folder import is_plain_lora
-from pissa.files.peft_layout import PREFIX
-from pissa.files.pissa_layout import ADAPTER_FILES, PissaFolder
-from pissa.files.save import save_adapter, save_card, warn_of_plain_lora
 from pissa.layers.experts import fuse, unfused_experts
 from pissa.layers.layer import PissaLayer, pissa_layers
 from pissa.layers.tokens import TrainableTokensWrapper, check_tokens_can_be_merged

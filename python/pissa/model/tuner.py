@@ -17,10 +17,10 @@ from peft.utils import PeftType
 from torch import Tensor, nn
 from transformers.pipelines.base import SUPPORTED_PEFT_TASKS
 
+from pissa.adapters.peft_layout import PREFIX, FactorTensors, Matrices, factors_of, is_of_a_layer, magnitude_key
 from pissa.base.start import StartFactors
 from pissa.config import IMPLICIT, PissaConfig, PissaType
 from pissa.distributed import check_whole, sharded_as
-from pissa.files.peft_layout import PREFIX, FactorTensors, Matrices, factors_of, is_of_a_layer, magnitude_key
 from pissa.layers.layer import PissaLayer, pissa_layers
 from pissa.ops.low_rank import split_difference
 from pissa.peft_private import LoraTuner

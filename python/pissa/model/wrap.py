@@ -12,10 +12,10 @@ from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from pissa.base.kinds import fields_of_4_bits
+from pissa.base.classes import fields_of_4_bits
 from pissa.config import PissaConfig, PissaType
+from pissa.containers.hub import Name
 from pissa.distributed import failing_together, world_size
-from pissa.files.hub import Name
 from pissa.layers.layer import pissa_layers
 from pissa.model.calibrate import Batch, check_wanted, observed
 from pissa.model.calibration import Calibration

@@ -17,7 +17,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import ModelOutput
 
 from pissa import ops
-from pissa.base.kinds import evaluating, frozen_product
+from pissa.base.classes import evaluating, frozen_product
 from pissa.distributed import is_partitioned
 from pissa.ops import TokenScores
 from pissa.ops._scores import IGNORED

@@ -7,11 +7,11 @@ from typing import Any, Literal, NamedTuple, get_args
 from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor
 
+from pissa.adapters.peft_layout import PREFIX, factors_of, plain_config
+from pissa.adapters.save import warn_of_plain_lora
 from pissa.base.start import Served
 from pissa.config import IMPLICIT
 from pissa.distributed import is_partitioned, is_sharded, whole_tensor
-from pissa.files.peft_layout import PREFIX, factors_of, plain_config
-from pissa.files.save import warn_of_plain_lora
 from pissa.layers.layer import PissaLayer, pissa_layers
 from pissa.model.pissa_model import PissaModel
 from pissa.ops.checks import check_choice

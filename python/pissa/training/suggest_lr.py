@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
-from pissa.base.kinds import evaluating
+from pissa.base.classes import evaluating
 from pissa.config import PissaConfig
 from pissa.distributed import agree, failing_together, is_sharded
 from pissa.ops.checks import check_choice

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pissa.files.lora_folder import PLAIN_LORA, read_lora_config, size_of
-from pissa.files.messages import reading
-from pissa.files.pissa_layout import read_config
+from pissa.adapters.lora_folder import PLAIN_LORA, read_lora_config, size_of
+from pissa.adapters.pissa_layout import read_config
+from pissa.containers.messages import reading
 
 FILE = "adapter_config.json"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import LlamaConfig
 
-from pissa.files.lora_folder import open_adapter
+from pissa.adapters.lora_folder import open_adapter
 from pissa.integrations import gguf
 
 FILE, HEADER = "adapter_model.safetensors", 8

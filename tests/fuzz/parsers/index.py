@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from pissa.files.tensor_file import INDEX, Source
+from pissa.containers.tensor_file import INDEX, Source
 
 FILE, NAMED = INDEX, ".safetensors"
 

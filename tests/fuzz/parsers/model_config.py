@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pissa.files.model_folder import class_of, model_config, quantised_kind, read_config
+from pissa.containers.model_folder import class_of, model_config, quantised_kind, read_config
 
 FILE = "config.json"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pissa.files.pissa_layout import AdapterRecord
+from pissa.adapters.pissa_layout import AdapterRecord
 
 FILE = "pissa.json"
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from pissa import ops
-from pissa.files.released import DecodedSource
-from pissa.files.tensor_file import Source
+from pissa.containers.released_codes import DecodedSource
+from pissa.containers.tensor_file import Source
 
 FILE, HEADER = "model.safetensors", 8
 

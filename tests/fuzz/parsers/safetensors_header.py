@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pissa.files.tensor_file import Source, TensorFile
+from pissa.containers.tensor_file import Source, TensorFile
 
 FILE, HEADER = "model.safetensors", 8
 

@@ -25,7 +25,7 @@ from one_layer import (
 )
 from oracle import change_a_little
 from pissa import notices, ops
-from pissa.base.kinds import base_of
+from pissa.base.classes import base_of
 from pissa.base.weights import is_offloaded
 from pissa.layers import PissaLinear
 from pissa.layers.layer import pissa_layers

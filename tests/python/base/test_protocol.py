@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 import devices
 from devices import fetch, put
 from one_layer import OneLayer, adapted, filled, wrap
-from pissa.base.kinds import adopted, base_of
+from pissa.base.classes import adopted, base_of
 from pissa.base.protocol import Base
 from pissa.base.stored import residual_from, residual_shapes, residual_tensors
 from pissa.config import IMPLICIT

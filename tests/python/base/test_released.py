@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from devices import fetch, put
 from pissa import ops
-from pissa.base.kinds import adopted
-from pissa.base.released import joined, released_weight
+from pissa.base.classes import adopted
+from pissa.base.released_layouts import joined, released_weight
 from pissa.base.weights import CodedLinear
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "released.safetensors"

@@ -18,6 +18,7 @@ import pissa
 from checkpoint_folders import change_tensors, contents, save, tensors_of
 from interrupted import Interrupted
 from language_models import logits
+from pissa.adapters.pissa_layout import AdapterRecord
 from pissa.base.bitsandbytes import from_state
 from pissa.base.bitsandbytes_state import quantization_config
 from pissa.base.digest import is_fingerprint
@@ -27,7 +28,6 @@ from pissa.checkpoints import rewrite
 from pissa.checkpoints.init import Initialised, init
 from pissa.checkpoints.output import FINISHED, UNFINISHED, Output
 from pissa.config import Form
-from pissa.files.pissa_layout import AdapterRecord
 from pissa.layers.layer import pissa_layers
 from reference import assert_close
 from tiny_model import tiny_tokenizer

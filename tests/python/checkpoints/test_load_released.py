@@ -29,9 +29,9 @@ from pissa.base.digest import bytes_of
 from pissa.base.weights import CodedLinear
 from pissa.checkpoints.init import init
 from pissa.checkpoints.merge import merge
-from pissa.checkpoints.report import report
-from pissa.files.released import ReleasedWeights
-from pissa.files.tensor_file import Source
+from pissa.checkpoints.spectra import report
+from pissa.containers.released_codes import ReleasedWeights
+from pissa.containers.tensor_file import Source
 from pissa.integrations.export import export
 from pissa.layers.experts import UnfusedExperts
 from pissa.ops.formats import FORMATS

@@ -37,8 +37,8 @@ from daily import each
 from pissa import notices
 from pissa.checkpoints import output
 from pissa.checkpoints.output import FINISHED, UNFINISHED, Output
-from pissa.files.staged import CompletedError
-from pissa.files.tensor_file import Layout, Source
+from pissa.containers.staged import CompletedError
+from pissa.containers.tensor_file import Layout, Source
 
 
 def entered(folder: Path, **identity: object) -> Output:

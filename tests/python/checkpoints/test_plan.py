@@ -16,7 +16,7 @@ import pissa
 from architectures import ARCHITECTURES
 from checkpoint_folders import KINDS, change_config, change_tensors, save
 from pissa.checkpoints.init import SplitPlan
-from pissa.files.tensor_file import Source
+from pissa.containers.tensor_file import Source
 from pissa.layers.layer import pissa_layers
 from pissa.model.pissa_model import model_class
 

@@ -12,7 +12,7 @@ from torch import nn
 
 import pissa
 from pissa.checkpoints.budget import Candidate, allocate, as_pattern, kinds_of, sample
-from pissa.checkpoints.report import LayerReport, layer_report, suggest
+from pissa.checkpoints.spectra import LayerReport, layer_report, suggest
 from pissa.layers.layer import pissa_layers
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pissa import ops
-from pissa.checkpoints.report import METHODS, PLAIN, Summary, by_kind, layer_report, quant_errors, singular_values
+from pissa.checkpoints.spectra import METHODS, PLAIN, Summary, by_kind, layer_report, quant_errors, singular_values
 
 
 def power_law(rows: int, columns: int, exponent: float, seed: int = 0) -> torch.Tensor:

@@ -15,7 +15,7 @@ from pissa.checkpoints import training_cost
 from pissa.checkpoints.init import SplitPlan
 from pissa.checkpoints.training_cost import step_seconds
 from pissa.config import PissaConfig
-from pissa.files.released import open_dense
+from pissa.containers.released_codes import open_dense
 from released_folders import release
 
 CAUSAL = [name for name, one in ARCHITECTURES.items() if one.is_causal and not one.fields]

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from damage import joined, split
-from pissa.files.tensor_file import INDEX, WEIGHTS, Source
+from pissa.containers.tensor_file import INDEX, WEIGHTS, Source
 
 ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 MB = 1 << 20
@@ -227,7 +227,7 @@ def unreadable(folder: Path) -> None:
 
 NEEDED = (f"needed: a folder with {WEIGHTS}, or with {INDEX}",)
 AGAIN = ("download or copy",)
-# Malformed JSON, headers and offsets are the corpora's: files/test_damaged.py.
+# Malformed JSON, headers and offsets are the corpora's: containers/test_damaged.py.
 REFUSED: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "no folder": (gone, ("missing", *NEEDED)),
     "empty folder": (only(), ("neither", *NEEDED)),

@@ -18,8 +18,8 @@ from language_models import Make, error, logits
 from lora_files import NAMES, PATTERNS, changes, check_best, config_of, train_ours
 from peft_adapters import plain_logits
 from pissa import notices
+from pissa.adapters.lora_folder import open_adapter, with_sizes
 from pissa.conversion.adapters import approximated
-from pissa.files.lora_folder import open_adapter, with_sizes
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from live_bytes import LiveBytes
 from pissa.checkpoints import rewrite
 from pissa.checkpoints.init import init
 from pissa.checkpoints.merge import merge
-from pissa.files.staged import CompletedError
+from pissa.containers.staged import CompletedError
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of kernels that bitsandbytes could download

@@ -15,7 +15,7 @@ import pissa
 from checkpoint_folders import change_config
 from oracle import change_all
 from peft_adapters import train_on_residual
-from pissa.files.lora_folder import open_adapter
+from pissa.adapters.lora_folder import open_adapter
 from pissa.layers.layer import pissa_layers
 
 gguf = pytest.importorskip("gguf", reason="gguf is not installed: pip install gguf")

@@ -19,7 +19,7 @@ from oracle import assert_papers_function, base64, change64, change_a_little, de
 from pissa import ops
 from pissa.base.init_methods import INIT_METHODS
 from pissa.base.stored import residual_tensors
-from pissa.files.tensor_file import write_tensors
+from pissa.containers.tensor_file import write_tensors
 
 pytestmark = pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning")
 

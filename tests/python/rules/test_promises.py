@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import promises
-from pissa.files.pissa_layout import FORMAT
+from pissa.adapters.pissa_layout import FORMAT
 
 WHAT_TO_DO = """
 Whatever worked must go on working: a new parameter has a default and comes last. If it does, or a name is new, run

@@ -25,7 +25,8 @@ ROOMS: dict[str, set[str]] = {
     "config": {"torch", "peft"},
     "base": PEFT | {"xxhash"},
     "layers": PEFT,
-    "files": PEFT | {"safetensors"},
+    "containers": PEFT | {"safetensors"},
+    "adapters": PEFT | {"safetensors"},
     "model": PEFT | {"tqdm"},
     "training": PEFT | {"tqdm"},
     "conversion": PEFT | {"tqdm"},
@@ -38,7 +39,7 @@ ALONE = {
     "base/bitsandbytes.py": {"bitsandbytes"},
     "cli/completion.py": {"shtab"},
     "distributed.py": {"deepspeed"},
-    "files/hub.py": {"huggingface_hub"},
+    "containers/hub.py": {"huggingface_hub"},
     "integrations/gguf.py": {"gguf"},
 }
 # Modules of no room: the package's face, and what starts the command line.
@@ -104,3 +105,10 @@ def test_no_circle() -> None:
         list(TopologicalSorter(graph).static_order())
     except CycleError as error:
         pytest.fail(f"a circle of imports: {error.args[1]}")
+
+
+def test_no_two_modules_share_a_file_name() -> None:
+    # cli/startup/peft.py must have the name of the package that it precedes on Python's path.
+    names = [path.name for path in MODULES.values() if path.name != "__init__.py" and path.parent.name != "startup"]
+    twice = {name for name in names if names.count(name) > 1}
+    assert not twice

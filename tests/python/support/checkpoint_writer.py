@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from pissa.checkpoints.output import FINISHED, Output
+from pissa.containers.staged import CompletedError
+from pissa.containers.tensor_file import DTYPES, Layout
 from pissa.distributed import RankError, agree, failing_together
-from pissa.files.staged import CompletedError
-from pissa.files.tensor_file import DTYPES, Layout
 
 IDENTITY: dict[str, Any] = {"version": "1", "rank": 4, "source": {"a.safetensors": "12 bytes"}}
 FILES = {"model-1.safetensors": 3, "model-2.safetensors": 1, "adapter/adapter_model.safetensors": 1}

@@ -1,4 +1,4 @@
-"""Adapters on the disk, the ways to damage them, and what must hold when one is loaded: see files/test_damaged."""
+"""Adapters on the disk, the ways to damage them, and what must hold when one is loaded: see containers/test_damaged."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 import pissa
 from language_models import assert_same, logits, snapshot, train
 from pissa import PissaConfig, PissaModel, notices
-from pissa.files.pissa_layout import checksum
-from pissa.files.tensor_file import write_tensors
+from pissa.adapters.pissa_layout import checksum
+from pissa.containers.tensor_file import write_tensors
 
 RECORD, WEIGHTS, STARTS = FILES = ("pissa.json", "adapter_model.safetensors", "pissa.safetensors")
 TARGETS: dict[str, Any] = {"r": 2, "target_modules": ["q_proj", "v_proj"]}

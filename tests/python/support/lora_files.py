@@ -11,8 +11,8 @@ from torch import Tensor
 
 import pissa
 from language_models import Make, train
+from pissa.adapters.lora_folder import open_adapter
 from pissa.conversion import Conversion
-from pissa.files.lora_folder import open_adapter
 
 # float32, two layers: the products are summed in another order
 CLOSE = 1e-5

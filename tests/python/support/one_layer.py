@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import pissa
 from devices import fetch, put
 from oracle import change_a_little, deltas64, weight64
-from pissa.base.kinds import base_of
+from pissa.base.classes import base_of
 from pissa.layers.layer import PissaLayer
 from reference import EPS, assert_close
 

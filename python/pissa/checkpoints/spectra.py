@@ -21,10 +21,10 @@ from pissa.checkpoints.init import SplitPlan
 from pissa.checkpoints.load import of_layer
 from pissa.checkpoints.training_cost import quantised_bytes, step_seconds, training_memory
 from pissa.config import PissaConfig
-from pissa.files.hub import checkpoint_folder
-from pissa.files.model_folder import model_config
-from pissa.files.released import open_dense
-from pissa.files.tensor_file import Source
+from pissa.containers.hub import checkpoint_folder
+from pissa.containers.model_folder import model_config
+from pissa.containers.released_codes import open_dense
+from pissa.containers.tensor_file import Source
 
 Method = tuple[str, int]
 """A way to quantise and its rank, 0 if it has no factors."""

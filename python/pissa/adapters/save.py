@@ -20,10 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PretrainedConfig
 
 from pissa import notices
-from pissa.base.protocol import whole
-from pissa.config import IMPLICIT
-from pissa.distributed import check_whole, is_sharded
-from pissa.files.peft_layout import (
+from pissa.adapters.peft_layout import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     base_weight_key,
@@ -31,7 +28,7 @@ from pissa.files.peft_layout import (
     plain_config,
     plain_config_text,
 )
-from pissa.files.pissa_layout import (
+from pissa.adapters.pissa_layout import (
     PISSA_RECORD,
     PISSA_WEIGHTS,
     AdapterRecord,
@@ -39,11 +36,14 @@ from pissa.files.pissa_layout import (
     start_tensors,
     stored_tensors,
 )
-from pissa.files.staged import staged
-from pissa.files.tensor_file import write_tensors
-from pissa.files.vocabulary import vocabulary
-from pissa.layers.kinds import PissaConvolution
+from pissa.adapters.vocabulary import vocabulary
+from pissa.base.protocol import whole
+from pissa.config import IMPLICIT
+from pissa.containers.staged import staged
+from pissa.containers.tensor_file import write_tensors
+from pissa.distributed import check_whole, is_sharded
 from pissa.layers.layer import pissa_layers
+from pissa.layers.modules import PissaConvolution
 
 
 def save_adapter(

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from pissa.base.digest import bytes_of, xxh3, xxh3_of_text
-from pissa.files.messages import read_object, reading, shown
+from pissa.containers.messages import read_object, reading, shown
 from pissa.ops.checks import FLOATS
 
 DTYPES = {

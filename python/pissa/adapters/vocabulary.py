@@ -12,12 +12,12 @@ from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from pissa.base.kinds import base_of
+from pissa.adapters.peft_layout import PREFIX
+from pissa.base.classes import base_of
 from pissa.base.protocol import whole
 from pissa.base.weights import in_memory
 from pissa.config import IMPLICIT
 from pissa.distributed import check_whole, sharded_as, whole_shape
-from pissa.files.peft_layout import PREFIX
 from pissa.layers.layer import PissaLayer
 from pissa.layers.tokens import TrainableTokensLayer, TrainableTokensWrapper
 

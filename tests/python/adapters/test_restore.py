@@ -20,8 +20,8 @@ import pissa
 from cuda_stand_in import CudaStandIn
 from language_models import FORMS, Make, logits, train
 from pissa import PissaConfig, PissaModel, config, notices
-from pissa.files import pissa_layout
-from pissa.files.pissa_layout import ADAPTER_FILES, checksum
+from pissa.adapters import pissa_layout
+from pissa.adapters.pissa_layout import ADAPTER_FILES, checksum
 
 pytestmark = pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning")
 

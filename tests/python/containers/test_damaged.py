@@ -36,9 +36,9 @@ from damage import (
     signed,
 )
 from pissa import PissaModel
-from pissa.files.messages import first_line
-from pissa.files.model_folder import model_config, quantised_kind, read_config
-from pissa.files.tensor_file import write_tensors
+from pissa.containers.messages import first_line
+from pissa.containers.model_folder import model_config, quantised_kind, read_config
+from pissa.containers.tensor_file import write_tensors
 
 Q = "model.layers.0.self_attn.q_proj"
 

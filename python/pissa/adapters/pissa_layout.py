@@ -30,15 +30,15 @@ from peft import LoraConfig
 from torch import Tensor
 
 from pissa import ops
+from pissa.adapters.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX, magnitude_key
 from pissa.base.digest import xxh3_of_text
 from pissa.base.init_methods import INIT_METHODS
 from pissa.base.start import Deltas, Origin, StartFactors
 from pissa.base.stored import Expected, residual_from, residual_shapes, residual_tensors
 from pissa.config import Form, PissaConfig, default_of
-from pissa.files.hub import adapter_folder
-from pissa.files.messages import read_object, reading, shown
-from pissa.files.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX, magnitude_key
-from pissa.files.tensor_file import TensorFile
+from pissa.containers.hub import adapter_folder
+from pissa.containers.messages import read_object, reading, shown
+from pissa.containers.tensor_file import TensorFile
 from pissa.layers.layer import PissaLayer
 from pissa.ops import QuantizedWeight
 from pissa.ops.low_rank import split_difference

@@ -15,8 +15,8 @@ from transformers.pytorch_utils import Conv1D
 
 from pissa.config import PissaConfig, exactly
 from pissa.layers.experts import FORMER_NAMES, WEIGHTS, UnfusedExperts, is_transposed, unfused_experts
-from pissa.layers.kinds import PissaEmbedding
 from pissa.layers.layer import PissaLayer
+from pissa.layers.modules import PissaEmbedding
 from pissa.peft_private import rewritten_by_peft
 
 ADAPTER_CONFIG = "adapter_config.json"

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from checkpoint_writer import layout_of, tensors_of_all_dtypes
 from pissa.base.digest import xxh3
-from pissa.files.tensor_file import SAVED_FLOATS, Layout, Scratch, TensorFile, write_tensors
+from pissa.containers.tensor_file import SAVED_FLOATS, Layout, Scratch, TensorFile, write_tensors
 
 
 def test_every_tensor_is_aligned_and_the_order_is_the_given_one(tmp_path: Path) -> None:

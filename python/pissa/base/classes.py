@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from pissa import ops
 from pissa.base.bitsandbytes import BnbLinear, from_bitsandbytes, is_bitsandbytes, unusable
 from pissa.base.protocol import Base
-from pissa.base.released import released_linear
+from pissa.base.released_layouts import released_linear
 from pissa.base.weights import CodedLinear, Dense, HoldsCodes, OwnBase, is_offloaded
 from pissa.distributed import is_partitioned, whole_tensor
 

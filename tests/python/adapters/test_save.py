@@ -18,7 +18,7 @@ import pissa
 from daily import each
 from language_models import EVERY_FORM, Make, error, logits, train
 from pissa import PissaConfig, PissaModel, notices
-from pissa.files.staged import staged
+from pissa.containers.staged import staged
 
 forms = pytest.mark.parametrize("form", each(EVERY_FORM, ["implicit", "nf4"]))
 pytestmark = pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning")

@@ -13,7 +13,7 @@ from typing import Any
 import huggingface_hub
 from torch import nn
 
-from pissa.files.messages import first_line, shown
+from pissa.containers.messages import first_line, shown
 
 Name = str | os.PathLike[str]
 """A folder or, as a string, the id of a repository on the Hub. A folder of that name takes precedence."""

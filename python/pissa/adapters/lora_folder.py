@@ -15,9 +15,7 @@ from typing import Any
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 
-from pissa.config import SUPPORTED, default_of, exactly
-from pissa.files.messages import read_object, reading, shown
-from pissa.files.peft_layout import (
+from pissa.adapters.peft_layout import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     FACTOR_KEYS,
@@ -27,8 +25,10 @@ from pissa.files.peft_layout import (
     Matrices,
     weight_at,
 )
-from pissa.files.pissa_layout import PISSA_RECORD, PISSA_WEIGHTS, AdapterRecord
-from pissa.files.tensor_file import SAVED_FLOATS, TensorFile
+from pissa.adapters.pissa_layout import PISSA_RECORD, PISSA_WEIGHTS, AdapterRecord
+from pissa.config import SUPPORTED, default_of, exactly
+from pissa.containers.messages import read_object, reading, shown
+from pissa.containers.tensor_file import SAVED_FLOATS, TensorFile
 from pissa.layers.experts import WEIGHTS as EXPERT_WEIGHTS
 from pissa.ops.checks import check_scaling
 

@@ -27,8 +27,8 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from pissa.files.messages import read_object, reading, shown
-from pissa.files.tensor_file import Source
+from pissa.containers.messages import read_object, reading, shown
+from pissa.containers.tensor_file import Source
 
 CONFIG = "config.json"
 

@@ -18,7 +18,7 @@ from torch import Tensor
 import pissa
 from language_models import FORMS, Make, assert_same, logits, snapshot, train
 from pissa import PissaConfig, PissaModel
-from pissa.files.pissa_layout import ADAPTER_FILES
+from pissa.adapters.pissa_layout import ADAPTER_FILES
 
 pytestmark = pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning")
 

@@ -17,7 +17,7 @@ import pissa
 from devices import put
 from language_models import FORMS, Make, assert_same, error, logits, snapshot, train
 from pissa import PissaConfig, PissaModel, notices
-from pissa.files.tensor_file import write_tensors
+from pissa.containers.tensor_file import write_tensors
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Model (has|with) `tie_word_embeddings=True`:UserWarning"),

@@ -14,10 +14,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pissa import ops
-from pissa.base.released import BESIDE, CODES, OF_INPUTS, REFUSED, SCALES, is_code, joined, released_weight
-from pissa.files.messages import reading, shown
-from pissa.files.model_folder import CONFIG, Composition, Part, quantised_kind
-from pissa.files.tensor_file import Entry, Source
+from pissa.base.released_layouts import BESIDE, CODES, OF_INPUTS, REFUSED, SCALES, is_code, joined, released_weight
+from pissa.containers.messages import reading, shown
+from pissa.containers.model_folder import CONFIG, Composition, Part, quantised_kind
+from pissa.containers.tensor_file import Entry, Source
 from pissa.layers.experts import is_transposed
 
 KINDS = ("fp8", "mxfp4", "compressed-tensors", "modelopt")

@@ -1,0 +1,9 @@
+"""Folders and files with weights: found, mapped, named, decoded, written.
+
+Anything that cannot be read or does not fit raises a ValueError that names the file, and the tensor, field or layer.
+
+- `hub`: finding a folder, here or on the Hub; `staged`: writing into one
+- `messages`, `tensor_file`: files that others may have written
+- `model_folder`: a model in a folder, and which tensors make each of its parameters
+- `released_codes`: a model in the codes in which it was released
+"""
