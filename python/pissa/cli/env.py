@@ -31,7 +31,7 @@ def environment() -> dict[str, Any]:
     import torch
 
     import pissa
-    from pissa.cli.checks import wrong_in_linear
+    from pissa.cli.verification import wrong_in_linear
 
     least, info = needed(), pissa.build_info()
     versions = {name: _version(name) for name in (*least, "bitsandbytes")}

@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     # If torch or the core cannot be loaded, that has to be reported, so nothing above imports either.
     passed = {core: _passes(core, _import_ops)}
     for device in _devices(args.device) if passed[core] else ():
-        from pissa.cli.checks import checks
+        from pissa.cli.verification import checks
 
         for name, check in checks(device, models):
             passed[f"{device.type}: {name}"] = _passes(name, check)
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _import_ops() -> None:
-    import pissa.cli.checks  # noqa: F401
+    import pissa.cli.verification  # noqa: F401
 
     if find_spec("peft") is not None:
         silence_third_parties()

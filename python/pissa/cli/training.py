@@ -33,12 +33,12 @@ from trl.trainer.utils import create_model_from_path
 import pissa
 from pissa.adapters.peft_layout import inexact_lora
 from pissa.adapters.pissa_layout import PISSA_RECORD, AdapterRecord
-from pissa.cli.checks import Step0, step0_check
 from pissa.cli.data import encode, is_records, prompt_and_answer, read_chats, read_preferences
 from pissa.cli.memory import peak_memory_mib, return_freed_blocks
 from pissa.cli.options import AUTO, RUN_FILE, adapter_config, go_on, parse, record
 from pissa.cli.pictures import draw_losses
 from pissa.cli.terminal import UserError, say, told
+from pissa.cli.verification import Step0, step0_check
 from pissa.containers.messages import first_line
 from pissa.containers.model_folder import read_config
 from pissa.containers.released_codes import is_released

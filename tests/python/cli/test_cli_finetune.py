@@ -29,7 +29,7 @@ import runs
 from daily import each
 from pissa.base.weights import CodedLinear
 from pissa.cli import main, training
-from pissa.cli.checks import Step0
+from pissa.cli.verification import Step0
 from released_folders import release
 from runs import cut_last_step, exact, history, logged, refused, same_weights
 

@@ -17,7 +17,7 @@ import pissa
 from cuda_stand_in import DEVICE, CudaStandIn
 from pissa import ops
 from pissa.cli import main, selftest
-from pissa.cli.checks import wrong_in_linear, wrong_in_model
+from pissa.cli.verification import wrong_in_linear, wrong_in_model
 from pissa.layers.layer import pissa_layers
 
 CPU = torch.device("cpu")
