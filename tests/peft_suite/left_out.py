@@ -77,6 +77,7 @@ REFUSALS: dict[str, str] = {
     r": the model carries an adapter already": "wrapping a wrapped model",
     r": adapter_name: got .* could not be distinguished": "an adapter of the name of a parameter",
     r": add_weighted_adapter sums the factors of adapters, and ": "adapters that train more than factors",
+    r": Invalid combination_type: '(ties|dare_|magnitude_prune)": "combinations that prune",
     r": rank \d+ is too large for layer": "a rank above the smaller side of the layer's weight",
     r": Incompatible PEFT types found: PISSA and LORA": "hot-swapping ends before anything is touched",
 }

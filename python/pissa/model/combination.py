@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import ModulesToSaveWrapper
-from peft.utils.merge_utils import dare_linear, dare_ties, magnitude_prune, ties
 from torch import Tensor, nn
 
 from pissa import distributed
@@ -20,11 +19,7 @@ from pissa.config import PissaConfig, exactly
 from pissa.layers.layer import PissaLayer, pissa_layers
 from pissa.ops.low_rank import Spectrum, pad_rank
 
-# These prune changes before summing them. "ties" and "dare_ties" also take the method that elects signs.
-_PRUNED: dict[str, Callable[..., Tensor]] = {
-    prune.__name__: prune for prune in (ties, dare_ties, dare_linear, magnitude_prune)
-}
-COMBINATIONS = ("svd", "linear", "cat", *_PRUNED, *(f"{name}_svd" for name in _PRUNED))
+COMBINATIONS = ("svd", "linear", "cat")
 
 Parts = tuple[Tensor, Tensor, Tensor, Tensor]
 """a0, b0, dA and dB of a layer: float32 matrices for a scaling of 1."""
@@ -41,8 +36,6 @@ class Combination:
         weights: Sequence[float],
         combination_type: str,
         svd_rank: int | None,
-        density: float | None,
-        majority_sign_method: str,
     ) -> None:
         for adapter in adapters:
             if adapter not in configs:
@@ -68,32 +61,28 @@ class Combination:
             if not math.isfinite(weight):
                 raise ValueError(f"weights must be finite numbers, got {weight!r}")
         if combination_type not in COMBINATIONS:
-            raise ValueError(f"Invalid combination_type: {combination_type!r}; allowed: {', '.join(COMBINATIONS)}")
+            raise ValueError(
+                f"Invalid combination_type: {combination_type!r}; allowed: {', '.join(COMBINATIONS)}. For sums that "
+                "prune, write a model of each adapter with `pissa merge`, and give them to a tool that merges models"
+            )
         if svd_rank is not None and svd_rank < 1:
             raise ValueError(f"svd_rank must be a positive integer or None, got {svd_rank!r}")
-        if majority_sign_method not in ("total", "frequency"):
-            raise ValueError(f"majority_sign_method must be 'total' or 'frequency', got {majority_sign_method!r}")
-        method, with_svd = combination_type.removesuffix("_svd"), combination_type.endswith("svd")
-        if method in _PRUNED and not (density is not None and 0 < density <= 1):
-            raise ValueError(f"density must be a number above 0 and at most 1 with {combination_type}, got {density!r}")
         layers: dict[str, PissaLayer] = {}
         for adapter in adapters:
             layers |= pissa_layers(model, adapter)
         largest = [max(layer.r.get(adapter, 0) for layer in layers.values()) for adapter in adapters]
-        if len(set(largest)) > 1 and not with_svd and method != "cat":
+        if len(set(largest)) > 1 and combination_type == "linear":
             raise ValueError(
-                "All adapters must have the same r value when using combination_type linear, ties, dare_ties or "
-                f"dare_linear. Got {dict(zip(adapters, largest, strict=True))}; take svd, {method}_svd or cat"
+                "All adapters must have the same r value when using combination_type linear. Got "
+                f"{dict(zip(adapters, largest, strict=True))}; take svd or cat"
             )
-        limit = sum(largest) if method == "cat" else (svd_rank if with_svd else None) or max(largest)
+        limits = {"cat": sum(largest), "linear": max(largest), "svd": svd_rank or max(largest)}
         self.model, self.configs = model, configs
         self.terms = list(zip(adapters, weights, strict=True))
-        self.method = method  # "cat", "svd" or "linear", or a key of _PRUNED
-        self.density, self.majority_sign_method = density, majority_sign_method
         self.ranks: dict[str, int] = {}  # by layer of the new adapter
         for name, layer in layers.items():
-            held = limit if method in _PRUNED else sum(layer.r.get(adapter, 0) for adapter in adapters)
-            self.ranks[name] = min(limit, held, *layer.matrix_shape)
+            held = sum(layer.r.get(adapter, 0) for adapter in adapters)
+            self.ranks[name] = min(limits[combination_type], held, *layer.matrix_shape)
 
     def config(self) -> PissaConfig:
         """The new adapter's configuration: the first adapter's, except for fields that the combination determines."""
@@ -122,7 +111,7 @@ class Combination:
 
     @torch.no_grad()
     def start(self, adapter_name: str, config: PissaConfig) -> None:
-        """Gives the new adapter its factors. All processes get those of rank 0, because pruning may be random."""
+        """Gives the new adapter its factors. All processes get those of rank 0; each may round an SVD differently."""
         layers = pissa_layers(self.model, adapter_name)
         parts = {name: self._parts(layer, self.ranks[name]) for name, layer in layers.items()}
         distributed.agree()  # from here to the last broadcast, no rank can fail by itself
@@ -139,8 +128,6 @@ class Combination:
 
     def _parts(self, layer: PissaLayer, rank: int) -> Parts:
         terms = [(adapter, weight) for adapter, weight in self.terms if adapter in layer.r]
-        if self.method in _PRUNED:
-            return _split(self._pruned(layer, terms), rank)
         starts = [layer.start_of(adapter) for adapter, _ in terms]
         changes = [layer.changed_factors(adapter) for adapter, _ in terms]
         scales = [weight * layer.scaling[adapter] for adapter, weight in terms]
@@ -153,13 +140,6 @@ class Combination:
             return a0, b0, da, db
         right = torch.cat([a0.double() + da.double(), da.double()])
         return _split(Spectrum.of(right, torch.cat([db, b0], dim=1).double()), rank)
-
-    def _pruned(self, layer: PissaLayer, terms: Sequence[tuple[str, float]]) -> Spectrum:
-        changes = [layer.delta_matrix(adapter) for adapter, _ in terms]
-        weights = torch.tensor([weight for _, weight in terms], device=changes[0].device)
-        signs = {"majority_sign_method": self.majority_sign_method} if "ties" in self.method else {}
-        dense = _PRUNED[self.method](changes, weights, self.density, **signs)
-        return Spectrum(*torch.linalg.svd(dense.double(), full_matrices=False))
 
 
 def _split(spectrum: Spectrum, rank: int) -> Parts:

@@ -121,15 +121,13 @@ class PissaModel(MendedPeftModel):
             adapter_name: name of the new adapter.
             combination_type: "cat" is the whole sum; its rank is the sum of the adapters' ranks. "svd" is the best
                 approximation of the sum at rank `svd_rank`. "linear" is the best approximation at the adapters' rank,
-                which must be equal. (PEFT's "linear" sums factors, which does not give the sum of the changes.) "ties",
-                "dare_ties", "dare_linear" and "magnitude_prune" first prune the changes as PEFT's functions of these
-                names do. The pruned sum is approximated as in "linear", or, with "_svd" after the name, as in "svd".
-            svd_rank: rank for the types that end in "svd" (default: the largest rank of the adapters). A layer that
-                needs a lower rank gets the lower one.
+                which must be equal. (PEFT's "linear" sums factors, which does not give the sum of the changes.) PEFT's
+                other types, which prune, are refused.
+            svd_rank: rank for "svd" (default: the largest rank of the adapters). A layer that needs a lower rank gets
+                the lower one.
             svd_clamp: must be None. It would clip factors, and one change has many pairs of factors.
-            svd_full_matrices, svd_driver: accepted for compatibility with PEFT; without effect.
-            density: share of the values that pruning keeps, above 0 and at most 1.
-            majority_sign_method: "total" or "frequency", for "ties" and "dare_ties".
+            svd_full_matrices, svd_driver, density, majority_sign_method: accepted for compatibility with PEFT; without
+                effect.
 
         If one of the adapters has a module in `modules_to_save`, the module is copied as it is. On any failure the
         model is left as it was.
@@ -142,9 +140,7 @@ class PissaModel(MendedPeftModel):
             if svd_clamp is not None:
                 raise ValueError(f"svd_clamp={svd_clamp!r} is not supported: leave it out, no factor needs clipping")
             base, configs = self.base_model.model, self.peft_config
-            combination = Combination(
-                base, configs, adapters, weights, combination_type, svd_rank, density, majority_sign_method
-            )
+            combination = Combination(base, configs, adapters, weights, combination_type, svd_rank)
             config = combination.config()
             self._inject(adapter_name, config, autocast_adapter_dtype=True)
             combination.start(adapter_name, config)

@@ -92,14 +92,12 @@ def started() -> dict[str, str]:
 
 
 def combined(folder: Path) -> str:
-    """The bits of an adapter made of others by pruning at random, where each process would draw other numbers."""
+    """The bits of an adapter made of others, where each process would compute other factors."""
     model = pissa.wrap(llama(), r=4)
     model.add_adapter("second", pissa.PissaConfig(r=4))
     for layer in pissa_layers(model.base_model.model, "second").values():
-        change_a_little(layer, "second")
-    with torch.random.fork_rng():
-        torch.manual_seed(rank())
-        model.add_weighted_adapter(["default", "second"], [1.0, -1.0], "sum", "dare_linear", density=0.5)
+        change_a_little(layer, "second", seed=rank())
+    model.add_weighted_adapter(["default", "second"], [1.0, -1.0], "sum")
     return bits({name: value for name, value in model.state_dict().items() if ".sum." in name})
 
 
