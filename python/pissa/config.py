@@ -151,10 +151,6 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
             one. Layers that bitsandbytes has quantised keep theirs.
         residual: None or "implicit" leaves the dense weight unchanged. "explicit" replaces it by W - s B0 A0, as in the
             paper. Not together with `quant`, which determines how the residual is kept.
-        use_adalora: train the singular values as a separate vector, together with the singular vectors (AdaLoRA,
-            without its pruning of ranks; the paper's appendix A).
-        orth_reg_weight: with `use_adalora`, the weight of the loss that keeps the singular vectors orthogonal. The
-            model adds it to its own loss in training mode.
         preset: "rl", for GRPO, RLOO and similar methods, where PiSSA's start has been seen to collapse (arXiv
             2512.23165): init="lora", use_rslora=True and lora_alpha=16. It sets only fields that have their defaults.
             The scaling is then 16 / sqrt(r): rsLoRA's alpha is the same for every rank, which keeps the learning rate
@@ -188,8 +184,6 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
     double_quant: bool = field(default=True, metadata={"help": "Quantise the NF4 scales as well"})
     quant_storage: Storage = field(default="uint8", metadata={"help": "dtype of the parameters that hold codes"})
     residual: Residual | None = field(default=None, metadata={"help": "implicit or explicit; not with quant"})
-    use_adalora: bool = field(default=False, metadata={"help": "Train the singular values as a separate vector"})
-    orth_reg_weight: float = field(default=0.5, metadata={"help": "Weight of the orthogonality loss, with use_adalora"})
     preset: InitVar[Preset | None] = None
 
     reader: ClassVar[Callable[..., PissaConfig]]
@@ -279,7 +273,7 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
             return self
         fields: dict[str, Any] = {"init": self.repair or self.init, "repair": None, "repair_rank": None}
         fields["start_norm"] = "singular"
-        return dataclasses.replace(self, **fields | {"use_adalora": False, "use_dora": False})
+        return dataclasses.replace(self, **fields | {"use_dora": False})
 
     def of_adapter(self) -> PissaConfig:
         """The configuration of a start that no residual lacks, so without alternations and error feedback."""
@@ -349,11 +343,9 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
             )
         self._check_repair()
         self._check_blocks()
-        for name in ("double_quant", "error_feedback", "use_adalora", "use_dora"):
+        for name in ("double_quant", "error_feedback", "use_dora"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: got {getattr(self, name)!r}; allowed: True, False")
-        if not isinstance(self.orth_reg_weight, (int, float)) or not 0 <= self.orth_reg_weight < math.inf:
-            raise ValueError(f"orth_reg_weight: got {self.orth_reg_weight!r}; allowed: a finite number of at least 0")
         tokens = self.trainable_token_indices or []
         for index in itertools.chain(*tokens.values()) if isinstance(tokens, dict) else tokens:
             if not _is_int(index) or index < 0:
@@ -365,16 +357,10 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
                 raise ValueError(
                     f'{name}="{method}" starts from the error of a quantised format: give {formats} with it'
                 )
-        if self.use_adalora and (self.use_dora or self.init not in _OF_SINGULAR_VECTORS):
+        if self.start_norm == "unit" and self.init not in _OF_SINGULAR_VECTORS:
             raise ValueError(
-                f"use_adalora trains singular values: got init={self.init!r}, use_dora={self.use_dora}; allowed with "
-                "it are pissa, pissa_medium and pissa_minor, without use_dora"
-            )
-        if self.start_norm == "unit" and (self.use_adalora or self.init not in _OF_SINGULAR_VECTORS):
-            raise ValueError(
-                f'start_norm="unit" starts only from singular vectors: got init={self.init!r}, '
-                f"use_adalora={self.use_adalora}; allowed with it are pissa, pissa_medium and pissa_minor, without "
-                "use_adalora"
+                f'start_norm="unit" starts only from singular vectors: got init={self.init!r}; allowed with it are '
+                "pissa, pissa_medium and pissa_minor"
             )
 
     def _check_repair(self) -> None:

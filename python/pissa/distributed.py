@@ -112,15 +112,9 @@ def whole_tensor(tensor: Tensor) -> Tensor:
 
         with deepspeed.zero.GatheredParameters([tensor]):
             return tensor.detach().clone()
-    return whole_with_gradient(tensor.detach()) if is_dtensor(tensor) else tensor
-
-
-def whole_with_gradient(tensor: Tensor) -> Tensor:
-    """The whole tensor, which fully_shard may have sharded. All processes must call this together. The gradient is that
-    of this process's loss, not a mean, so what is computed from the whole must be the same in all processes."""
     if not is_dtensor(tensor):
         return tensor
-    like: Any = tensor.to(whole_device(tensor))
+    like: Any = tensor.detach().to(whole_device(tensor))
     whole: Tensor = like.full_tensor()
     return whole
 

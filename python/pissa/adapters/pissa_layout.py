@@ -8,7 +8,6 @@ pissa.safetensors           of each layer:
     base.a0, base.b0        the start factors of a stored base, if they are not the adapter's own
     base.taken_a, base.taken_b    the factors that its residual lacks, if alternations have found others than these
     norm                    with DoRA, the norms of the base's rows
-    delta_a, delta_e        with AdaLoRA, the differences of singular vectors and values that dA is made of
     base.<part>             the residual of an output layer that is stored and saved, or of a layer whose codes were
                             found by error feedback, which its weight alone does not determine
 """
@@ -23,14 +22,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft import LoraConfig
 from torch import Tensor
 
 from pissa import ops
-from pissa.adapters.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX, magnitude_key
+from pissa.adapters.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, magnitude_key
 from pissa.base.digest import xxh3_of_text
 from pissa.base.init_methods import INIT_METHODS
 from pissa.base.start import Deltas, Origin, StartFactors
@@ -60,6 +59,10 @@ SAVED = "It is not as save_pretrained wrote it: save the adapter again, or take 
 # -- pissa.json
 
 
+_RETIRED = {"orth_reg_weight"}
+"""Fields that earlier files have, and that had no effect by themselves."""
+
+
 def _config_fields() -> list[dataclasses.Field[Any]]:
     """The fields of a configuration, without `runtime_config`, which belongs to one process."""
     return [f for f in dataclasses.fields(PissaConfig) if f.init and f.name != "runtime_config"]
@@ -81,7 +84,7 @@ def config_from_json(fields: dict[str, Any]) -> PissaConfig:
     """The inverse of `config_as_json`."""
     known = {f.name for f in _config_fields()}
     for name, value in fields.items():
-        if name not in known and not (value is None or value is False or value in ("", [], {})):
+        if name not in known | _RETIRED and not (value is None or value is False or value in ("", [], {})):
             raise ValueError(
                 f"config has an unknown field {shown(name)}, with the value {shown(value)}: a later version of pissa "
                 "or peft may know it"
@@ -130,7 +133,7 @@ class LayerRecord:
         start that the layer's stored base lacks. Both are the same unless the record says otherwise. The file contains
         all other factors."""
         identity = INIT_METHODS[config.init].identity(config)
-        origin = Origin(self.r, self.scaling, config.init, config.use_adalora, identity)
+        origin = Origin(self.r, self.scaling, config.init, identity)
         taken = (a0[:0], b0[:, :0]) if INIT_METHODS[(self.base or origin).init].takes_nothing else None
         if self.taken is not None and file is not None:
             taken = file.read(f"{name}.{TAKEN[0]}"), file.read(f"{name}.{TAKEN[1]}")
@@ -161,7 +164,7 @@ class LayerRecord:
 
 _FORM = ("residual", "blocksize", "double_quant")
 """The names of a Form's fields in the file."""
-_ORIGIN = ("r", "scaling", "init", "adalora")
+_ORIGIN = ("r", "scaling", "init")
 
 
 @dataclass(frozen=True)
@@ -205,20 +208,14 @@ def checksum(record: Mapping[str, Any]) -> str:
 # -- pissa.safetensors
 
 
-def start_tensors(
-    name: str, layer: PissaLayer, adapter_name: str, config: PissaConfig, state: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """The tensors of the named layer of the (unwrapped) model, without its residual. AdaLoRA's differences are taken
-    from `state`, the model's state dict."""
+def start_tensors(name: str, layer: PissaLayer, adapter_name: str, config: PissaConfig) -> dict[str, Tensor]:
+    """The tensors of the named layer of the (unwrapped) model, without its residual."""
     start, kept = layer.start_of(adapter_name), layer.base.start
     parts = {"a0": start.a0}
     if kept is not None and kept is not start:
         parts |= {"base.a0": kept.a0, "base.b0": kept.b0}
     if kept is not None and kept.rank_taken:
         parts |= zip(TAKEN, kept.taken, strict=True)
-    if config.use_adalora:
-        deltas = layer.deltas_in(state, f"{PREFIX}{name}.", adapter_name)
-        parts |= {"delta_a": deltas.a, "delta_e": cast(Tensor, deltas.e)}
     if config.use_dora:
         parts["norm"] = layer.magnitude(adapter_name).base_lengths
     return {f"{name}.{part}": tensor for part, tensor in parts.items()}
@@ -284,15 +281,13 @@ class PissaFolder:
         upper, *rest = split_difference(a, b)
         da, db, b0 = (part.contiguous() for part in rest)
         if not torch.equal(upper, a0 + da):
-            raise ValueError(self._mismatch(name, "does not start with a0 + dA"))
-        (start, base), deltas = record.starts(name, a0, b0, self.config, self.starts), Deltas(da, db)
-        if self.config.use_adalora:
-            deltas = Deltas(read(f"{name}.delta_a"), db, read(f"{name}.delta_e"))
-            # Not compared bit for bit, because other machines sum norms in another order.
-            if not torch.allclose(start.change(deltas)[0], da, rtol=1e-5, atol=1e-6 * float(a0.abs().max())):
-                raise ValueError(self._mismatch(name, "is not made of delta_a and delta_e"))
+            raise ValueError(
+                f"{self.weights.path} and {self.starts.path} do not belong together, or one is damaged: the tensor "
+                f"lora_A of layer {name} does not start with a0 + dA"
+            )
+        start, base = record.starts(name, a0, b0, self.config, self.starts)
         magnitude = (self.weights.read(magnitude_key(name)), read(f"{name}.norm")) if self.config.use_dora else None
-        return LayerTensors(start, deltas, base, magnitude)
+        return LayerTensors(start, Deltas(da, db), base, magnitude)
 
     def start_shapes(self, name: str, matrix_shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
         """The shapes of the tensors that `start_tensors` has written for a layer, all float32."""
@@ -302,8 +297,6 @@ class PissaFolder:
             parts |= {"base.a0": (record.base.r, columns), "base.b0": (rows, record.base.r)}
         if record.taken is not None:
             parts |= zip(TAKEN, ((record.taken, columns), (rows, record.taken)), strict=True)
-        if self.config.use_adalora:
-            parts |= {"delta_a": (record.r, columns), "delta_e": (record.r, 1)}
         if self.config.use_dora:
             parts["norm"] = (rows,)
         return {f"{name}.{part}": shape for part, shape in parts.items()}
@@ -334,12 +327,6 @@ class PissaFolder:
         keys = self.stored_shapes(name, matrix_shape)
         parts = {key.rpartition(".")[2]: self.starts.read(key).to(device) for key in keys}
         return residual_from(parts, self.records[name].form, matrix_shape) if parts else None
-
-    def _mismatch(self, name: str, reason: str) -> str:
-        return (
-            f"{self.weights.path} and {self.starts.path} do not belong together, or one is damaged: the tensor lora_A "
-            f"of layer {name} {reason}"
-        )
 
 
 def read_config(model_id: str | os.PathLike[str], *, subfolder: str | None = None, **kwargs: Any) -> PissaConfig:
@@ -378,7 +365,7 @@ def _check_alike(config: PissaConfig, saved: PissaConfig, folder: Path) -> None:
             "the one in the folder"
         )
     of_start = ("init", "repair", "repair_rank", "start_norm", "svd", "svd_passes", "seed", "quant_iters")
-    for name in (*of_start, "form", "use_adalora", "use_dora"):
+    for name in (*of_start, "form", "use_dora"):
         given, needed = getattr(config, name), getattr(saved, name)
         if given != needed:
             raise ValueError(

@@ -121,8 +121,7 @@ class _Restoration:
                     self.narrower[name] = layer.dense_dtype, recorded
         layer.share_start(self.adapter_name, tensors.start.to(device))
         for delta, saved in zip(layer.deltas(self.adapter_name), tensors.deltas, strict=True):
-            if delta is not None and saved is not None:
-                delta.copy_(sharded_as(delta, saved))
+            delta.copy_(sharded_as(delta, saved))
         if tensors.magnitude is not None:
             layer.magnitude(self.adapter_name).set(*tensors.magnitude)
 

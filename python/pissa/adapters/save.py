@@ -62,7 +62,7 @@ def save_adapter(
     lora = get_peft_model_state_dict(model, state_dict=state, adapter_name=adapter_name, save_embedding_layers=False)
     starts: dict[str, Tensor] = {}
     for name, layer in layers.items():
-        starts |= start_tensors(name, layer, adapter_name, config, state)
+        starts |= start_tensors(name, layer, adapter_name, config)
     gathered = {name: (state_dict or {}).get(base_weight_key(name)) for name in layers}
     alone: set[int] = set()  # modules with residuals that cannot be made again from weight or inputs
     if with_vocabulary:

@@ -70,9 +70,9 @@ class InitMethod(ABC):
     """Whether torch decomposes each weight as a whole, with a float32 copy."""
 
     def identity(self, config: PissaConfig) -> tuple[tuple[str, Any], ...]:
-        """The parts of the configuration that determine the start, besides rank, scaling and `use_adalora`, as names
-        and values. Adapters of a layer with the same identity share their start, and pissa.json records it.
-        Alternations are part of it unless the residual lacks another start; they then belong to that one."""
+        """The parts of the configuration that determine the start, besides rank and scaling, as names and values.
+        Adapters of a layer with the same identity share their start, and pissa.json records it. Alternations are part
+        of it unless the residual lacks another start; they then belong to that one."""
         names = self.identity_fields(config.quant_iters > 1 and config.starts_as_base)
         if config.start_norm != "singular":  # never for a start that a residual lacks: no pissa.json records it there
             names = (*names, "start_norm")
@@ -239,9 +239,7 @@ def start_factors(task: StartTask) -> list[StartFactors]:
             "look at: give them a calibration"
         )
     starts = INIT_METHODS[task.config.init].start(task)
-    if task.config.start_norm == "unit":
-        return [_orthonormal(start) for start in starts]
-    return [_unit_left(start) for start in starts] if task.config.use_adalora else starts
+    return [_orthonormal(start) for start in starts] if task.config.start_norm == "unit" else starts
 
 
 def started(task: StartTask) -> tuple[list[StartFactors], list[ops.QuantizedWeight] | None]:
@@ -324,9 +322,3 @@ def _orthonormal(start: StartFactors) -> StartFactors:
     rows, columns = (torch.linalg.vector_norm(part, dim=1, dtype=torch.float64) for part in (start.a0, start.b0.mT))
     rows, columns = (length.where(length > 0, 1) for length in (rows, columns))
     return StartFactors((start.a0 / rows[:, None]).float(), (start.b0 / columns).float(), start.origin)
-
-
-def _unit_left(start: StartFactors) -> StartFactors:
-    """The same product, with singular vectors as the columns of b0, of length 1, and singular values in a0's rows."""
-    length = start.b0.norm(dim=0)
-    return start.with_factors(start.a0 * length[:, None], start.b0 / length.where(length > 0, 1))

@@ -34,7 +34,6 @@ class Origin(NamedTuple):
     scaling: float
     init: str
     """The name of the init method."""
-    adalora: bool
     identity: tuple[tuple[str, Any], ...]
     """Other fields of the configuration that the method depends on: names and values; see `InitMethod.identity`."""
 
@@ -45,20 +44,17 @@ class Origin(NamedTuple):
 
 
 class Deltas(NamedTuple):
-    """The trained differences from the start factors."""
+    """The trained differences dA and dB from the start factors."""
 
     a: Tensor
     """[r, in]"""
     b: Tensor
     """[out, r]"""
-    e: Tensor | None = None
-    """[r, 1], the differences of the singular values, with AdaLoRA."""
 
 
 class StartFactors(KeepsDtype):
     """The frozen factors from which an adapter starts: a0 float32 [r, in], b0 float32 [out, r]. scaling * b0 @ a0 is
-    the principal part, or what replaces it. For an orthonormal start, they are its singular vectors. With AdaLoRA
-    (arXiv 2303.10512; PiSSA's appendix A), a0 = E0 V0, so the lengths of its rows are singular values.
+    the principal part, or what replaces it. For an orthonormal start, they are its singular vectors.
 
     Args:
         taken: the factors a [k, in] and b [out, k], float32, that are taken out of a weight stored for this start, Q =
@@ -94,26 +90,10 @@ class StartFactors(KeepsDtype):
         """The tensors whose fingerprint a record contains: the factors, and those taken, if they are different ones."""
         return [self.a0, self.b0, *(self.taken if self.rank_taken else ())]
 
-    def with_factors(self, a0: Tensor, b0: Tensor) -> StartFactors:
-        """The same start with other factors. The taken factors do not change."""
-        return StartFactors(a0, b0, self.origin, None if self.rank_taken is None else self.taken)
-
-    def change(self, deltas: Deltas) -> tuple[Tensor, Tensor]:
-        """The differences dA, dB of the two factors. With AdaLoRA A = (E0 + dE) (V0 + dV), and deltas.a is dV."""
-        if deltas.e is None:
-            return deltas.a, deltas.b
-        values, vectors = self.values_and_vectors()
-        return (values + deltas.e) * deltas.a + deltas.e * vectors, deltas.b
-
     def factors_of_change(self, deltas: Deltas) -> tuple[Tensor, Tensor]:
         """[A ; dA] [2r, in] and [dB | B0] [out, 2r], float32. Their product is B A - B0 A0, without cancellation."""
-        da, db = (delta.float() for delta in self.change(deltas))
+        da, db = (delta.float() for delta in deltas)
         return join_difference(self.a0 + da, da, db, self.b0)
-
-    def values_and_vectors(self) -> tuple[Tensor, Tensor]:
-        """E0 [r, 1] and V0 [r, in]: the lengths and the directions of a0's rows."""
-        values = self.a0.norm(dim=1, keepdim=True)
-        return values, self.a0 / values.where(values > 0, 1)
 
     def extra_repr(self) -> str:
         return f"in={self.a0.shape[1]}, r={self.a0.shape[0]}, out={self.b0.shape[0]}"
@@ -147,8 +127,7 @@ class Served(NamedTuple):
     def factors(self, deltas: Deltas) -> tuple[Tensor, Tensor]:
         """The factors a [rank, in] and b [out, rank], float32."""
         if self.keeps_start:
-            da, db = self.start.change(deltas)
-            a, b = self.start.a0 + da, self.start.b0 + db
+            a, b = self.start.a0 + deltas.a, self.start.b0 + deltas.b
         else:
             a, b = self.start.factors_of_change(deltas)
         if self.other is None:

@@ -137,7 +137,7 @@ def _check_config(config: PissaConfig, experts: str) -> None:
         raise ValueError(
             f"experts: got {experts!r}; allowed: {DENSE!r}, or the format of the other layers, quant={config.quant!r}"
         )
-    for name in ("modules_to_save", "trainable_token_indices", "use_dora", "use_adalora", "repair", "start_norm"):
+    for name in ("modules_to_save", "trainable_token_indices", "use_dora", "repair", "start_norm"):
         value = getattr(config, name)
         if value and value != "singular":
             raise ValueError(

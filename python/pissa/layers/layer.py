@@ -34,9 +34,7 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
     weight, and the base's module is kept in lora_unmerged.
     """
 
-    # PEFT deletes an adapter's entry in each of these.
-    adapter_layer_names = (*LoraLayer.adapter_layer_names, "lora_E")
-    other_param_names = (*LoraLayer.other_param_names, "lora_start")
+    other_param_names = (*LoraLayer.other_param_names, "lora_start")  # PEFT deletes an adapter's entry in each of these
 
     factor_keys: ClassVar[tuple[str, str]] = ("lora_A.weight", "lora_B.weight")
     """The names of the two factors in PEFT's files, after the layer's name."""
@@ -109,7 +107,6 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
         """Adds an adapter whose change is zero. It cannot learn before `start_from` or `share_start` is called."""
         if not hasattr(self, "lora_start"):  # PEFT calls this while it constructs the layer
             self.lora_start = nn.ModuleDict()
-            self.lora_E = nn.ModuleDict()
             self.lora_unmerged: nn.Module | None = None
             if self.base.kind is nn.Linear and is_sharded(self.base.parameter):
                 # PEFT has taken the shape of one process's shard, unless the mesh has a name that it expects.
@@ -127,14 +124,8 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
         if self.base.form != IMPLICIT:  # PEFT takes the dtype of the weight, which means nothing for codes
             for factor in (self.lora_A, self.lora_B):
                 factor[adapter_name].to(self.dense_dtype)
-        like = self.factor_parameters(adapter_name)[0]
-        if config.use_adalora:
-            # A module, like PEFT's factors, because TRL makes its reference by copying parameters *.default.* to
-            # *.ref.*
-            singular_values = nn.Linear(1, r, bias=False, device=like.device, dtype=like.dtype)
-            nn.init.zeros_(singular_values.weight)
-            self.lora_E[adapter_name] = singular_values
         if config.use_dora:
+            like = self.factor_parameters(adapter_name)[0]
             self.lora_magnitude_vector[adapter_name] = Magnitude(like.new_ones(out_features))
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -166,30 +157,25 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
 
     def deltas(self, adapter_name: str) -> Deltas:
         """The trained differences as matrices, which are views of the parameters."""
-        e = cast(Tensor, self.lora_E[adapter_name].weight) if adapter_name in self.lora_E else None
-        return Deltas(*self.as_matrices(*self.factor_parameters(adapter_name)), e)
+        return Deltas(*self.as_matrices(*self.factor_parameters(adapter_name)))
 
     def state_keys(self, adapter_name: str) -> list[str]:
         """The names of the parameters of `deltas` in the layer's state dict."""
-        names = [*self.factor_keys, *(["lora_E.weight"] if adapter_name in self.lora_E else [])]
-        return [f"{head}.{adapter_name}{dot}{tail}" for head, dot, tail in (name.partition(".") for name in names)]
+        parts = (key.partition(".") for key in self.factor_keys)
+        return [f"{head}.{adapter_name}{dot}{tail}" for head, dot, tail in parts]
 
     def deltas_in(self, state: Mapping[str, Tensor], prefix: str, adapter_name: str) -> Deltas:
         """Returns the deltas, float32 on the adapter's device, from a state dict with the layer's parameters under
         `prefix`."""
         device = self.device_of(adapter_name)
-        a, b, *e = (state[prefix + key].detach().to(device, torch.float32) for key in self.state_keys(adapter_name))
-        return Deltas(*self.as_matrices(a, b), *e)
-
-    def changed_factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
-        """The differences dA [r, in] and dB [out, r] of the factors from the start factors."""
-        return self.start_of(adapter_name).change(self.deltas(adapter_name))
+        a, b = (state[prefix + key].detach().to(device, torch.float32) for key in self.state_keys(adapter_name))
+        return Deltas(*self.as_matrices(a, b))
 
     def origin(self, adapter_name: str, config: PissaConfig) -> Origin:
         """The settings that determine the adapter's start factors."""
         identity = INIT_METHODS[config.init].identity(config)
         r, scaling = self.r[adapter_name], float(self.scaling[adapter_name])
-        return Origin(r, scaling, config.init, config.use_adalora, identity)
+        return Origin(r, scaling, config.init, identity)
 
     def base_origin(self, adapter_name: str, config: PissaConfig) -> Origin:
         """The settings that determine the factors that a stored base lacks."""
@@ -280,8 +266,7 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
 
     def delta_matrix(self, adapter_name: str) -> Tensor:
         """The same as a matrix, s (B A - B0 A0), float32 [out, in], computed as one product without cancellation."""
-        a, b, e = self.deltas(adapter_name)
-        deltas = Deltas(whole_tensor(a), whole_tensor(b), None if e is None else whole_tensor(e))
+        deltas = Deltas(*map(whole_tensor, self.deltas(adapter_name)))
         a, b = self.start_of(adapter_name).factors_of_change(deltas)
         scaling: float = self.scaling[adapter_name]
         return scaling * (b @ a)

@@ -52,7 +52,7 @@ class PissaLinear(PissaLayer, LoraLinear):  # type: ignore[misc]
             name, start, scaling = names[0], self.start_of(names[0]), self.scaling[names[0]]
             fused = self.base.fused(start, scaling, x)
             if fused is not None:
-                (weight, implicit), (da, db) = fused, start.change(self.deltas(name))
+                (weight, implicit), (da, db) = fused, self.deltas(name)
                 factors = {"a": da, "b": db, "a0": start.a0, "b0": start.b0, "scaling": scaling}
                 y = ops.linear(x, weight, self.base_layer.bias, **factors, implicit=implicit)
                 return self._scaled(y, name)
@@ -66,7 +66,7 @@ class PissaLinear(PissaLayer, LoraLinear):  # type: ignore[misc]
         return y
 
     def change(self, y: Tensor, x: Tensor, adapter_name: str) -> Tensor:
-        (da, db), start = self.changed_factors(adapter_name), self.start_of(adapter_name)
+        (da, db), start = self.deltas(adapter_name), self.start_of(adapter_name)
         x = self.lora_dropout[adapter_name](x)
         y = ops.add_low_rank(y, x, da, db, a0=start.a0, b0=start.b0, scaling=self.scaling[adapter_name])
         return self._scaled(y, adapter_name)
@@ -90,7 +90,7 @@ class PissaLinear(PissaLayer, LoraLinear):  # type: ignore[misc]
             return None
         start, scaling = self.start_of(name), self.scaling[name]
         fused = self.base.fused(start, scaling, x)
-        return fused and Grouped(weight, *self.changed_factors(name), start.a0, start.b0, scaling)
+        return fused and Grouped(weight, *self.deltas(name), start.a0, start.b0, scaling)
 
     def _drops_out(self, adapter_name: str) -> bool:
         dropout = self.lora_dropout[adapter_name]
@@ -129,7 +129,7 @@ class PissaEmbedding(PissaLayer, LoraEmbedding):  # type: ignore[misc]
         return self.lora_embedding_A[adapter_name], self.lora_embedding_B[adapter_name]
 
     def change(self, y: Tensor, x: Tensor, adapter_name: str) -> Tensor:
-        (da, db), start = self.changed_factors(adapter_name), self.start_of(adapter_name)
+        (da, db), start = self.deltas(adapter_name), self.start_of(adapter_name)
         looked_up = F.embedding(x, da.mT, padding_idx=self.base_layer.padding_idx).float()  # no gradient for that row
         change = (F.embedding(x, start.a0.mT) + looked_up) @ db.float().mT + looked_up @ start.b0.mT
         # Gemma's and BART's embeddings multiply the rows that they look up by a scale.
@@ -160,7 +160,7 @@ class PissaConvolution(PissaLayer):
         return a.flatten(1), b.flatten(1)
 
     def change(self, y: Tensor, x: Tensor, adapter_name: str) -> Tensor:
-        (da, db), start = (delta.float() for delta in self.changed_factors(adapter_name)), self.start_of(adapter_name)
+        (da, db), start = (delta.float() for delta in self.deltas(adapter_name)), self.start_of(adapter_name)
         x = self.lora_dropout[adapter_name](x).float()
         base, point = self.base_layer, self.lora_B[adapter_name]
         moved = _filtered(base, x, da)

@@ -98,7 +98,6 @@ class Combination:
             "modules_to_save": list(dict.fromkeys(saved)) or None,
             "init": "given",
             "start_norm": "singular",
-            "use_adalora": False,
             **dict.fromkeys(["exclude_modules", "layers_to_transform", "layers_pattern"]),
             **dict.fromkeys(["quant", "residual", "repair", "repair_rank"]),  # the base stays what it is
             "quant_iters": 1,
@@ -129,7 +128,7 @@ class Combination:
     def _parts(self, layer: PissaLayer, rank: int) -> Parts:
         terms = [(adapter, weight) for adapter, weight in self.terms if adapter in layer.r]
         starts = [layer.start_of(adapter) for adapter, _ in terms]
-        changes = [layer.changed_factors(adapter) for adapter, _ in terms]
+        changes = [layer.deltas(adapter) for adapter, _ in terms]
         scales = [weight * layer.scaling[adapter] for adapter, weight in terms]
         # s (B A - B0 A0), with s in the right-hand factors, concatenated.
         a0 = torch.cat([scale * start.a0 for scale, start in zip(scales, starts, strict=True)])

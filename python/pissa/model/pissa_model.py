@@ -21,7 +21,7 @@ from pissa.adapters.restore import as_pissa, load_factors, read_plain_lora, rest
 from pissa.adapters.save import save_adapter, save_card, warn_of_plain_lora
 from pissa.config import PissaConfig
 from pissa.containers.hub import adapter_folder, refuse_unsupported
-from pissa.distributed import failing_together, is_of_an_engine, is_partitioned, is_sharded, whole_with_gradient
+from pissa.distributed import failing_together, is_of_an_engine, is_partitioned, is_sharded
 from pissa.layers.experts import fuse, unfused_experts
 from pissa.layers.layer import PissaLayer, pissa_layers
 from pissa.layers.tokens import TrainableTokensWrapper, check_tokens_can_be_merged
@@ -50,7 +50,6 @@ class PissaModel(MendedPeftModel):
             BUILDING.reset(token)
         complete(model, peft_config, adapter_name)
         model.register_state_dict_pre_hook(refuse_residuals)  # type: ignore[no-untyped-call]
-        self.register_forward_hook(_add_orthogonality_loss)
         self.warned_of_plain_lora = False
         self.vocabulary_was_resized = False
 
@@ -212,23 +211,6 @@ class PissaModel(MendedPeftModel):
         """Returns the base without adapters, as in PEFT. Fused experts are fused again."""
         return _as_given(self.base_model.unload())
 
-    def orthogonality_loss(self, adapter_name: str = "default") -> torch.Tensor:
-        """Measures how far the singular vectors of an adapter with `use_adalora` (arXiv 2303.10512) are from
-        orthogonal: the mean of ‖V Vᵀ - I‖² and ‖Uᵀ U - I‖² (eq. 4 there) over all V = V0 + dV [r, in] and U = B0 + dB
-        [out, r], in float32. It is 0 at the start, where V0 and B0 are singular vectors.
-
-        In training mode the model adds it, times `orth_reg_weight`, to the loss that it returns. If you compute your
-        own loss, add it yourself. If fully_shard has sharded the adapter, all processes must call this method.
-        """
-        squares = []
-        for layer in pissa_layers(self.base_model.model, adapter_name).values():
-            start = layer.start_of(adapter_name)
-            a, b = map(whole_with_gradient, layer.deltas(adapter_name)[:2])
-            for vectors in (start.values_and_vectors()[1] + a, (start.b0 + b).mT):
-                identity = torch.eye(len(vectors), device=vectors.device)
-                squares.append((vectors @ vectors.mT - identity).square().sum())
-        return torch.stack(squares).mean()
-
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Returns the numbers of trainable parameters and of all parameters. A quantised element counts as one."""
         trainable, total = super().get_nb_trainable_parameters()
@@ -253,8 +235,7 @@ class PissaModel(MendedPeftModel):
         Additional files let `from_pretrained` continue training exactly from the current state of this model.
 
         An adapter that is not called "default" is saved in a sub-folder of its name. Every file is written under a
-        temporary name, flushed and then renamed, so that a crash leaves a complete adapter. (With `use_adalora`, a
-        crash between two of the renames leaves files that `from_pretrained` refuses.)
+        temporary name, flushed and then renamed, so that a crash leaves a complete adapter.
 
         Args:
             save_directory: the folder; created if necessary.
@@ -415,18 +396,6 @@ def _as_given(model: nn.Module) -> nn.Module:
     for key in [key for key, hook in hooks.items() if hook is refuse_residuals]:
         del hooks[key]
     return model
-
-
-def _add_orthogonality_loss(model: PissaModel, inputs: Any, outputs: Any) -> None:
-    """A forward hook. In training mode, it adds the orthogonality loss of each active adapter with `use_adalora` to the
-    model's loss. As with PEFT's AdaLoraModel, a loss computed elsewhere from the logits does not include it."""
-    if not model.training or not isinstance(getattr(outputs, "loss", None), Tensor):
-        return
-    for name in model.active_adapters:
-        config = model.peft_config.get(name)
-        if config is not None and config.use_adalora:
-            loss = model.orthogonality_loss(name)
-            outputs.loss = outputs.loss + config.orth_reg_weight * loss.to(outputs.loss.device)
 
 
 def _check_can_be_resized(base: Any) -> None:

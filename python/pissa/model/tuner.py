@@ -73,11 +73,6 @@ class PissaTuner(LoraTuner):
         taken = {key for part in parts for key in part.keys}
         if not taken & state_dict.keys():
             return state_dict, {}
-        if config.use_adalora:
-            raise ValueError(
-                f"adapter {adapter_name!r} has use_adalora, and a plain LoRA does not have its singular values: load "
-                "the folder that save_pretrained wrote, model.load_adapter(folder, name)"
-            )
         is_any_lora = _is_of_rank({name: layer.r[adapter_name] for name, layer in layers.items()}, parts, state_dict)
         deltas: dict[str, Matrices] = {}  # for any other LoRA, the factors themselves
         for part in parts:

@@ -38,7 +38,7 @@ def kept_base() -> nn.Module:
 def kept_adapter() -> PissaModel:
     """What is in the folder, by `kept_adapter().save_pretrained(KEPT)`. That of an older format stays beside it."""
     model = pissa.wrap(kept_base(), r=2, lora_alpha=3, target_modules=["0"], quant="nf4")
-    a, b, _ = model.base_model.model[0].deltas("default")
+    a, b = model.base_model.model[0].deltas("default")
     a.data.copy_(torch.arange(128.0).div(1024).reshape(2, 64))
     b.data.copy_(torch.arange(32.0).div(-1024).reshape(16, 2))
     return model

@@ -83,7 +83,6 @@ FIELDS: dict[str, dict[str, Any]] = {
     "orthonormal on qpissa's base": {"start_norm": "unit", "quant_iters": 3},
     "orthonormal on qlora's base": {"start_norm": "unit", "repair": "lora"},
     "dora": {"use_dora": True},
-    "adalora": {"use_adalora": True},
     "rslora, patterns": {"use_rslora": True, "rank_pattern": {"q_proj": 3}, "alpha_pattern": {"v_proj": 3}},
     "more tensors": {"bias": "all", "modules_to_save": ["norm", "lm_head"]},
     "tokens": {"trainable_token_indices": [1, 5]},

@@ -51,7 +51,6 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
 LINEAR = ("linear", "conv1d", "4 bits", "8 bits")
 VARIANTS: list[dict[str, Any]] = [
     {"use_dora": True},
-    {"use_adalora": True},
     {"init": "pissa_medium"},
     {"init": "pissa_minor"},
     {"start_norm": "unit"},
@@ -221,7 +220,7 @@ def test_delta_weight_of_a_stored_conv1d_is_transposed_as_its_weight_was() -> No
     assert torch.equal(layer.get_delta_weight("default"), layer.delta_matrix("default").mT)
 
 
-@pytest.mark.parametrize("fields", [{"use_dora": True}, {"use_adalora": True}, {"quant": "nf4", "use_dora": True}])
+@pytest.mark.parametrize("fields", [{"use_dora": True}, {"quant": "nf4", "use_dora": True}])
 def test_without_autocast_all_that_is_trained_has_the_model_s_dtype(fields: dict[str, Any]) -> None:
     """As in PEFT; and step 0 is the base all the same: a magnitude that bfloat16 rounds starts at the base's length."""
     x = inputs("linear").bfloat16()
@@ -235,7 +234,7 @@ def test_without_autocast_all_that_is_trained_has_the_model_s_dtype(fields: dict
     model.set_adapter("second")
     assert torch.equal(model(x), base)
     trained = {name: p.dtype for name, p in model.named_parameters() if ".lora_" in name}
-    assert len(trained) == (6 if "use_dora" in fields or "use_adalora" in fields else 4)
+    assert len(trained) == (6 if "use_dora" in fields else 4)
     assert set(trained.values()) == {torch.bfloat16}
 
 

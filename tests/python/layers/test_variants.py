@@ -1,4 +1,4 @@
-"""DoRA, AdaLoRA and the other places to start from, each against its formula in float64, and on stored bases; their
+"""DoRA and the other places to start from, each against its formula in float64, and on stored bases; their
 life on others is in test_kinds."""
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from reference import EPS, power_law
 
 VARIANTS = {
     "dora": {"use_dora": True},
-    "adalora": {"use_adalora": True},
     "orthonormal": {"start_norm": "unit"},
     "orthonormal, dora": {"start_norm": "unit", "use_dora": True},
 }
@@ -60,10 +59,9 @@ def factors(model: nn.Module, gradients: bool = False) -> dict[str, Tensor]:
     layer = layer_of(model)
     start = layer.start_of("default")
     tensors = {"a0": start.a0, "b0": start.b0}
-    found = layer.deltas("default")._asdict() | {"m": None}
+    tensors |= layer.deltas("default")._asdict()
     if "default" in layer.lora_magnitude_vector:
-        found["m"] = layer.magnitude("default").weight
-    tensors |= {name: tensor for name, tensor in found.items() if tensor is not None}
+        tensors["m"] = layer.magnitude("default").weight
     doubles = {name: devices.fetch(tensor.detach()).double() for name, tensor in tensors.items()}
     return {name: tensor.requires_grad_(gradients and name not in ("a0", "b0")) for name, tensor in doubles.items()}
 
@@ -71,12 +69,7 @@ def factors(model: nn.Module, gradients: bool = False) -> dict[str, Tensor]:
 def adapted_weight(weight: Tensor, tensors: dict[str, Tensor], scaling: float = 1.0) -> Tensor:
     """The weight of a layer with an adapter, by the definitions."""
     a0, b0, a, b = (tensors[name] for name in ("a0", "b0", "a", "b"))
-    if "e" in tensors:
-        values = a0.norm(dim=1, keepdim=True)
-        changed = (values + tensors["e"]) * (a0 / values + a)
-    else:
-        changed = a0 + a
-    weight = weight + scaling * ((b0 + b) @ changed - b0 @ a0)
+    weight = weight + scaling * ((b0 + b) @ (a0 + a) - b0 @ a0)
     if "m" in tensors:
         weight = tensors["m"][:, None] * weight / weight.norm(dim=1, keepdim=True).detach()
     return weight
@@ -99,13 +92,12 @@ def test_output_and_gradients_are_those_of_the_definition(variant: str, form: st
     bound = 20 * 92 * EPS[torch.float32]
     assert error(devices.fetch(got), expected) < bound
     layer = layer_of(model)
-    pairs = list(zip(layer.deltas("default"), ("a", "b", "e"), strict=True))
+    parameters = layer.deltas("default")._asdict()
     if "use_dora" in VARIANTS[variant]:
-        pairs.append((layer.magnitude("default").weight, "m"))
-    for parameter, name in pairs:
-        if parameter is not None:
-            owner = next(p for p in model.parameters() if p.data_ptr() == parameter.data_ptr())
-            assert error(devices.fetch(owner.grad), tensors[name].grad) < bound, name
+        parameters["m"] = layer.magnitude("default").weight
+    for name, parameter in parameters.items():
+        owner = next(p for p in model.parameters() if p.data_ptr() == parameter.data_ptr())
+        assert error(devices.fetch(owner.grad), tensors[name].grad) < bound, name
 
 
 def test_two_adapters_with_magnitudes_add_their_own_changes(tmp_path: Path) -> None:
@@ -142,62 +134,6 @@ def test_lengths_of_rows_without_the_dense_change(rows: int, columns: int, r: in
     for i in range(1, rows):
         square = (magnitude.weight[i].double() / got[i].double()).square()
         assert abs(square - lengths[i].square()) <= 8 * (columns + 2 * r) * EPS[torch.float32] * terms[i]
-
-
-# ---- AdaLoRA ---------------------------------------------------------------------------------------------------------
-
-
-def test_singular_values_and_vectors_are_told_apart(tiny_llama: Make) -> None:
-    model = pissa.wrap(tiny_llama(), r=4, use_adalora=True)
-    weight = tiny_llama().model.layers[1].mlp.up_proj.weight
-    layer = model.get_base_model().model.layers[1].mlp.up_proj
-    start = layer.start_of("default")
-    values, vectors = start.values_and_vectors()
-    exact = torch.linalg.svdvals(devices.fetch(weight).double())[:4]
-    assert error(devices.fetch(values[:, 0]), exact) < 1e-2  # ten passes over a flat spectrum
-    for basis in (vectors, start.b0.mT):
-        identity = torch.eye(4, device=basis.device)
-        assert (basis @ basis.mT - identity).abs().max() < 112 * EPS[torch.float32]
-    assert {name.rpartition("mlp.up_proj.")[2] for name, p in layer.named_parameters() if p.requires_grad} == {
-        "lora_A.default.weight",
-        "lora_B.default.weight",
-        "lora_E.default.weight",
-    }
-
-
-def test_the_loss_has_the_orthogonality_of_the_vectors(tiny_llama: Make, tokens: Tensor) -> None:
-    model = pissa.wrap(tiny_llama(), r=4, use_adalora=True, orth_reg_weight=0.25)
-    assert model.orthogonality_loss() < 1e-10
-    train(model.train(), tokens)
-    expected = []
-    for layer in pissa_layers(model.base_model.model, "default").values():
-        start, deltas = layer.start_of("default"), layer.deltas("default")
-        a0 = devices.fetch(start.a0).double()
-        right = a0 / a0.norm(dim=1, keepdim=True) + devices.fetch(deltas.a.detach()).double()
-        left = devices.fetch(start.b0 + deltas.b.detach()).double()
-        for gram in (right @ right.mT, left.mT @ left):
-            expected.append((gram - torch.eye(4)).square().sum())
-    expected = torch.stack(expected).mean()
-    assert error(devices.fetch(model.orthogonality_loss().detach()), expected) < 1e-4
-
-    with torch.no_grad():
-        training = model(input_ids=tokens, labels=tokens).loss
-        evaluation = model.eval()(input_ids=tokens, labels=tokens).loss
-    assert error(devices.fetch(training - evaluation), 0.25 * expected) < 1e-4
-    with_it = train(pissa.wrap(tiny_llama(), r=4, use_adalora=True, orth_reg_weight=100.0).train(), tokens)
-    without = train(pissa.wrap(tiny_llama(), r=4, use_adalora=True, orth_reg_weight=0).train(), tokens)
-    assert with_it[0] == pytest.approx(without[0], rel=1e-6)
-    assert with_it[-1] > without[-1]
-
-
-def test_files_of_two_saves_are_told_apart(tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
-    model = pissa.wrap(tiny_llama(), r=4, use_adalora=True)
-    model.save_pretrained(tmp_path / "early")
-    train(model, tokens)
-    model.save_pretrained(tmp_path / "late")
-    (tmp_path / "early" / "pissa.safetensors").replace(tmp_path / "late" / "pissa.safetensors")
-    with pytest.raises(ValueError, match=r"do not belong together.*is not made of delta_a and delta_e"):
-        PissaModel.from_pretrained(tiny_llama(), tmp_path / "late")
 
 
 # ---- Other starts ----------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from pissa import PissaConfig, PissaModel
 NO_FOLDER = ["", ".", "..", "../x", "a/b", "/tmp/x", "a\\b", "a.b", "a\0b", "a\nb", "\t", "\ud800"]
 TOO_LONG = ["x" * 201, "ä" * 101]
 NOT_STRINGS = [None, 7, b"a"]
-IN_PARAMETERS = ["model", "layers", "0", "q_proj", "weight", "base_layer", "lora_A", "lora_E", "modules_to_save"]
+IN_PARAMETERS = ["model", "layers", "0", "q_proj", "weight", "base_layer", "lora_A", "modules_to_save"]
 IN_TORCH = ["train", "keys", "type", "training", "_parameters", "__base__"]
 REFUSED = [*NO_FOLDER, *TOO_LONG, *NOT_STRINGS, *IN_PARAMETERS, *IN_TORCH]
 

@@ -217,7 +217,7 @@ def test_the_vision_tower_is_adapted_on_request(targets: Any, excluded: str | No
     batch = architecture.batch()
     checks.step(model, batch)
     for name, layer in pissa_layers(model.base_model.model, "default").items():
-        assert all(delta.any() for delta in layer.deltas("default")[:2]), name
+        assert all(delta.any() for delta in layer.deltas("default")), name
     model.save_pretrained(tmp_path)
     expected = checks.output(model, batch)
     assert torch.equal(checks.output(pissa.PissaModel.from_pretrained(architecture.make(), tmp_path), batch), expected)

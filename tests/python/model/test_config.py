@@ -118,7 +118,6 @@ def test_form(fields: dict[str, object], form: tuple[object, ...]) -> None:
         ({"start_norm": "unit", "preset": "rl"}, "start_norm=\"unit\" .*: got init='lora'.* allowed .* are pissa,"),
         ({"start_norm": "unit", "init": "olora"}, "start_norm=\"unit\" .*: got init='olora'"),
         ({"start_norm": "unit", "init": "given"}, "start_norm=\"unit\" .*: got init='given'"),
-        ({"start_norm": "unit", "use_adalora": True}, 'start_norm="unit" .*use_adalora=True; .* without use_adalora'),
         ({"init": "loftq"}, 'init="loftq" starts from .*: give quant="nf4" or .* with it'),
         ({"blocksize": 48}, "blocksize: got 48; allowed: 32, 64"),
         ({"blocksize": 8192}, "blocksize: got 8192"),
@@ -143,10 +142,10 @@ def test_refusals_name_the_field(fields: dict[str, object], words: str) -> None:
 
 def test_repair_names_another_start_than_the_adapters() -> None:
     """Alternations then belong to the residual's."""
-    config = PissaConfig(r=4, init="pissa", repair="loftq", quant="nf4", quant_iters=3, use_adalora=True)
+    config = PissaConfig(r=4, init="pissa", repair="loftq", quant="nf4", quant_iters=3, use_dora=True)
     base, adapter = config.of_base(), config.of_adapter()
-    assert (base.init, base.repair, base.quant_iters, base.use_adalora) == ("loftq", None, 3, False)
-    assert (adapter.init, adapter.repair, adapter.quant_iters, adapter.use_adalora) == ("pissa", None, 1, True)
+    assert (base.init, base.repair, base.quant_iters, base.use_dora) == ("loftq", None, 3, False)
+    assert (adapter.init, adapter.repair, adapter.quant_iters, adapter.use_dora) == ("pissa", None, 1, True)
     same = PissaConfig(r=4, init="pissa", repair="pissa", quant="nf4")
     assert same == PissaConfig(r=4, quant="nf4")
     assert same.of_base() is same.of_adapter() is same

@@ -29,7 +29,6 @@ FORMS: dict[str, dict[str, Any]] = {
     "int8": {"quant": "int8"},
     "as LoRA": {"init": "lora"},
     "DoRA": {"use_dora": True},
-    "AdaLoRA": {"use_adalora": True},
     "orthonormal": {"start_norm": "unit"},
     "exact": {"svd": "exact"},
 }
@@ -42,7 +41,7 @@ def wrapped(gpu: CudaStandIn, model: torch.nn.Module, **fields: Any) -> pissa.Pi
         return pissa.wrap(model, r=4, **fields)
 
 
-@pytest.mark.parametrize("form", each(FORMS, ["implicit", "nf4", "AdaLoRA"]))
+@pytest.mark.parametrize("form", each(FORMS, ["implicit", "nf4"]))
 def test_the_host_waits_as_often_for_few_layers_as_for_many(form: str, tiny_llama: Make) -> None:
     waits = []
     for layers in (2, 9):

@@ -34,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return found
 
 
-TRIED = ["implicit", "explicit", "nf4", "nf4 in float32", "dora", "adalora", "head"]
+TRIED = ["implicit", "explicit", "nf4", "nf4 in float32", "dora", "head"]
 FILES = ["adapter_model.safetensors", "pissa.safetensors", "pissa.json"]
 
 

@@ -101,7 +101,7 @@ def definition(
     for name, layer in pissa_layers(model.base_model.model, ADAPTER).items():
         start, scaling = layer.start_of(ADAPTER), layer.scaling[ADAPTER]
         a0, b0 = start.a0.to(dtype), start.b0.to(dtype)
-        da, db = (delta.detach().to(dtype).requires_grad_() for delta in layer.deltas(ADAPTER)[:2])
+        da, db = (delta.detach().to(dtype).requires_grad_() for delta in layer.deltas(ADAPTER))
         leaves |= {f"{name} A": da, f"{name} B": db}
         expert = re.fullmatch(r"(.+)\.(\d+)\.(\w+)", name)
         stack = f"{expert[1]}.{expert[3]}" if expert else ""
@@ -272,7 +272,7 @@ def check_training_step(life: Life) -> None:
     assert changed & trained
     for layer in pissa_layers(model, ADAPTER).values():
         # dL/dB = s dL/dy (x A0^T)^T: zero only for an expert that no token was sent to.
-        da, db = layer.deltas(ADAPTER)[:2]
+        da, db = layer.deltas(ADAPTER)
         assert da.any() == db.any()
 
 

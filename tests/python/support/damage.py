@@ -28,7 +28,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "implicit": {"modules_to_save": ["lm_head"], "rank_pattern": {"v_proj": 3}},
     "nf4": {"quant": "nf4"},
     "dora": {"use_dora": True, "use_rslora": True},
-    "adalora": {"use_adalora": True, "residual": "explicit"},
+    "explicit": {"residual": "explicit"},
     "experts": {"target_modules": ["embed_tokens", "gate_up_proj", "down_proj"]},
     "second": {"quant": "nf4"},  # with an adapter of a rank of its own, which needs the base's factors beside its own
 }

@@ -44,7 +44,7 @@ CONFIG = {
 }
 
 
-FORMS_TRIED = ("implicit", "explicit", "nf4", "nf4 in float32", "dora", "adalora", "head")
+FORMS_TRIED = ("implicit", "explicit", "nf4", "nf4 in float32", "dora", "head")
 WAYS = ("wrapped", "partitioned", "loaded")
 """What is wrapped: a whole model, one that zero.Init has partitioned, and one that from_pretrained has so loaded."""
 

@@ -44,11 +44,10 @@ FORMS: dict[str, dict[str, Any]] = {
     "nf4 in bfloat16": {"quant": "nf4", "quant_storage": "bfloat16"},
     "nf4 in float32": {"quant": "nf4", "quant_storage": "float32"},
     "dora": {"use_dora": True},
-    "adalora": {"use_adalora": True, "orth_reg_weight": 5.0},
 }
 """Fields of PissaConfig, beside r = 4."""
 
-DAILY = ("implicit", "nf4", "nf4 in float32", "dora", "adalora")
+DAILY = ("implicit", "nf4", "nf4 in float32", "dora")
 """Those that run on every change."""
 
 ROWS = 6

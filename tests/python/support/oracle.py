@@ -41,8 +41,7 @@ def base64(layer: PissaLayer) -> Tensor:
 
 def deltas64(layer: PissaLayer, adapter: str = "default") -> tuple[Tensor, Tensor]:
     """What is trained, as matrices that collect gradients."""
-    da, db, *_ = layer.deltas(adapter)
-    return tuple(fetch(delta.detach()).double().requires_grad_() for delta in (da, db))
+    return tuple(fetch(delta.detach()).double().requires_grad_() for delta in layer.deltas(adapter))
 
 
 def change64(layer: PissaLayer, da: Tensor, db: Tensor, adapter: str = "default", absolute: bool = False) -> Tensor:

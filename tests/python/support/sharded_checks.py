@@ -38,7 +38,6 @@ WAYS: dict[str, dict[str, Any]] = {
     "loftq": {"init": "lora", "repair": None},
     "olora": {"init": "olora"},
     "embeddings": {"target_modules": ["embed_tokens", "q_proj"]},
-    "adalora": FORMS["adalora"],
 }
 """Fields of PissaConfig, beside r = 4."""
 
@@ -52,8 +51,7 @@ def checks(folder: Path) -> dict[str, Callable[[], Any]]:
 
 def trained(folder: Path) -> dict[str, list[Any]]:
     """Losses, and whether all bits are the same at the end, the start factors' too: wrapped first and sharded then, or
-    sharded first. (FSDP adds the gradient of AdaLoRA's regularisation to the mean of the others, and rounds otherwise
-    than DDP, which stands for the first then.)"""
+    sharded first."""
     found = {}
     for way, fields in WAYS.items():
         first, model = pissa.wrap(llama(), r=4, **fields), pissa.wrap(shard(llama()), r=4, **fields)
@@ -62,8 +60,7 @@ def trained(folder: Path) -> dict[str, list[Any]]:
         for name, layer in pissa_layers(first.get_base_model()).items():
             fingerprints = (str(one.fingerprints.of_weight(one.base)) for one in (layer, layers[name]))
             assert len(set(fingerprints)) == 1
-        parallel = DistributedDataParallel if way == "adalora" else shard
-        found[way] = [train(parallel(first), tokens()), train(model, tokens())]
+        found[way] = [train(shard(first), tokens()), train(model, tokens())]
         states = [get_model_state_dict(one, options=WHOLE) for one in (first, model)]
         found[way].append(bits(states[0]) == bits(states[1]))
     return found

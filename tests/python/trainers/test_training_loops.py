@@ -79,7 +79,7 @@ def test_gradient_checkpointing_changes_no_bit(
     assert_equal(gradients(model, tokens), gradients(plain, tokens))
 
 
-KINDS: dict[str, dict[str, Any]] = {**FORMS, "dora": {"use_dora": True}, "adalora": {"use_adalora": True}}
+KINDS: dict[str, dict[str, Any]] = {**FORMS, "dora": {"use_dora": True}}
 
 
 @compiles

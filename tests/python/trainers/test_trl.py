@@ -147,7 +147,6 @@ KINDS: dict[str, dict[str, Any]] = {
     **FORMS,
     "a head of its own": {"modules_to_save": ["lm_head"]},
     "dora": {"use_dora": True},
-    "adalora": {"use_adalora": True},
 }
 EMBEDDING = {"target_modules": ["embed_tokens", "q_proj"]}
 NOT_COPIED = pytest.mark.xfail(reason="TRL copies parameters named *.default.*; embeddings' have none, PEFT's neither")

@@ -47,7 +47,6 @@ DENSE: dict[str, dict[str, Any]] = {
     "rewards": {"preset": "rl"},
     "orthonormal": {"start_norm": "unit"},
     "dora": {"use_dora": True},
-    "adalora": {"use_adalora": True},
     "a head of its own": {"modules_to_save": ["lm_head"]},
     "tokens": {"trainable_token_indices": [1, 5]},
     "embeddings": {"target_modules": ["embed_tokens", "q_proj"]},
