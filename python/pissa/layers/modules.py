@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from pissa import ops
 from pissa.base.weights import has_hooks
 from pissa.layers.layer import PissaLayer
-from pissa.ops._grouped import kind_of
+from pissa.ops._grouped import group_key
 
 
 class Grouped(NamedTuple):
@@ -36,7 +36,7 @@ class Grouped(NamedTuple):
     @property
     def kind(self) -> tuple[object, ...]:
         """What the layers of a group have in common."""
-        return *kind_of(self.weight), len(self.a), self.a0 is None, self.scaling
+        return *group_key(self.weight), len(self.a), self.a0 is None, self.scaling
 
 
 def _is_watched(module: nn.Module) -> bool:

@@ -3,8 +3,8 @@ norms, gates, and an output layer's loss.
 
 Only torch is needed. Each function validates its arguments, raises a `ValueError` or `TypeError` that names the
 argument, and calls `torch.ops.pissa.*`. These are the compiled ops (see cpp/pissa/torch/schema.cc), which work under
-`torch.compile`, autocast, gradient checkpointing and `torch.func` fakes. The orientation is torch's: a weight is [out,
-in], and y = x Wᵀ + b.
+`torch.compile`, autocast, gradient checkpointing and `torch.func` fakes, and have gradients, but no second derivatives.
+The orientation is torch's: a weight is [out, in], and y = x Wᵀ + b.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -201,6 +202,32 @@ def _(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, T
 
 
 # ---- Gradients -------------------------------------------------------------------------------------------------------
+
+
+def _once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A backward that raises where it would itself be differentiated. Torch would leave those gradients out."""
+
+    @functools.wraps(backward)
+    def checked(ctx: Any, *gradients: Tensor | None) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "pissa's ops can be differentiated only once: got a backward pass with create_graph=True. Leave "
+                "it out; for gradients of gradients, use torch's own operations, such as those of PEFT's LoRA layers"
+            )
+        return backward(ctx, *gradients)
+
+    return checked
+
+
+def _differentiate(op: str, backward: Callable[..., Any], save: Callable[..., None]) -> None:
+    register_autograd(f"pissa::{op}", _once(backward), setup_context=save)
+
+
+def _bias_gradient(dy: Tensor) -> Tensor:
+    """The gradient [out] of a bias, for dy [..., out]."""
+    return dy[None].flatten(0, -2).sum(0)
+
+
 # Saved for the backward: x and what the forward keeps. The ops that multiply take x, the weight, bias, a, b, a0, b0,
 # scaling and implicit. add_low_rank has no weight, and base and x change places.
 
@@ -240,7 +267,7 @@ class _Gradients(NamedTuple):
         if needed[_B]:
             gradients[_B] = grad_b
         if self.x == 0 and needed[_ADDEND]:
-            gradients[_ADDEND] = dy.flatten(0, -2).sum(0)  # gradient of the bias
+            gradients[_ADDEND] = _bias_gradient(dy)
         if self.x != 0 and needed[0]:
             gradients[0] = dy  # gradient of the base
         return tuple(gradients)
@@ -248,7 +275,7 @@ class _Gradients(NamedTuple):
 
 for _op, _x, _tensors in (("linear", 0, 1), ("quantized_linear", 0, 4), ("add_low_rank", _ADDEND, 0)):
     _gradients = _Gradients(getattr(torch.ops.pissa, f"{_op}_backward"), _x, _tensors)
-    register_autograd(f"pissa::{_op}", _gradients.backward, setup_context=_gradients.save)
+    _differentiate(_op, _gradients.backward, _gradients.save)
 
 
 # A group's lists are saved one after the other, each of as many tensors as there are layers. Torch wants gradients in
@@ -285,7 +312,7 @@ def _group_backward(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Any,
     return tuple(gradients)
 
 
-register_autograd("pissa::grouped_linear", _group_backward, setup_context=_save_group)
+_differentiate("grouped_linear", _group_backward, _save_group)
 
 
 # Scores of tokens: the forward computes each token's d log p / dx at once. The other outputs have no gradient.
@@ -303,7 +330,7 @@ def _token_scores_backward(ctx: Any, grad_scores: Tensor, _: Tensor | None) -> t
 
 
 for _op in ("token_scores", "quantized_token_scores"):
-    register_autograd(f"pissa::{_op}", _token_scores_backward, setup_context=_save_token_scores)
+    _differentiate(_op, _token_scores_backward, _save_token_scores)
 
 
 def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -338,9 +365,9 @@ def _gated_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return (*torch.ops.pissa.gated_backward(dy, *ctx.saved_tensors, ctx.activation), None)
 
 
-register_autograd("pissa::gated", _gated_backward, setup_context=_save_gated)
-register_autograd("pissa::rms_norm", _rms_norm_backward, setup_context=_save_rms_norm)
-register_autograd("pissa::attention", _attention_backward, setup_context=_save_attention)
+_differentiate("gated", _gated_backward, _save_gated)
+_differentiate("rms_norm", _rms_norm_backward, _save_rms_norm)
+_differentiate("attention", _attention_backward, _save_attention)
 
 
 # ---- Two nodes of autograd's graph -----------------------------------------------------------------------------------
@@ -394,6 +421,7 @@ class _Product(torch.autograd.Function):
         return y
 
     @staticmethod
+    @_once
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         (dy,) = gradients
         if dy is None:
@@ -409,7 +437,7 @@ class _Product(torch.autograd.Function):
         backward = getattr(torch.ops.pissa, f"{ctx.op}_backward")
         dx, grad_a, grad_b = backward(dy, x, *weight, a, b, a0, b0, kept, scaling, implicit, True)
         _, need_bias, need_a, need_b, *_ = ctx.needs_input_grad
-        grad_bias = dy.flatten(0, -2).sum(0) if need_bias else None
+        grad_bias = _bias_gradient(dy) if need_bias else None
         return dx, grad_bias, grad_a if need_a else None, grad_b if need_b else None, None, None
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pissa.ops._linear import checked_factors, checked_operands
+from pissa.ops._linear import check_operands, prepare_factors
 from pissa.ops._quant import QuantizedWeight, check_quantized
 from pissa.ops.checks import check_change_scaling, check_devices, check_lengths
 
@@ -58,13 +58,13 @@ def grouped_linear(
     starts = {} if a0 is None or b0 is None else {"a0": a0, "b0": b0}
     check_lengths({"a": a, "b": b, **starts}, len(weights))
     check_change_scaling(scaling)
-    x, _, slots, _ = checked_operands(x, weights[0], None)
+    x, _, slots, _ = check_operands(x, weights[0], None)
     if x.dim() != 2:
         raise ValueError(f"x: got shape {list(x.shape)}; needed: [rows, in]")
     _check_offsets(offsets, len(weights), len(x))
     absent = [None] * len(weights)
     factors = [
-        _checked_layer(layer, x, weight, weights[0], given)
+        _prepare_layer(layer, x, weight, weights[0], given)
         for layer, (weight, *given) in enumerate(zip(weights, a, b, a0 or absent, b0 or absent, strict=True))
     ]
     if len(ranks := {len(given[0]) for given in factors if given[0] is not None}) > 1:
@@ -78,23 +78,23 @@ def grouped_linear(
     return y
 
 
-def _checked_layer(
+def _prepare_layer(
     layer: int, x: Tensor, weight: QuantizedWeight, first: QuantizedWeight, factors: Sequence[Any]
 ) -> tuple[Tensor | None, ...]:
     """The factors of a layer in float32, after checking that they fit its weight, and that it is like the first."""
     try:
         check_quantized(weight)
         a, b, a0, b0 = factors
-        if (kind := kind_of(weight)) != kind_of(first):
-            raise ValueError("weight: got {} {}, blocksize {}, {} scales in {}; needed: what layer 0 has".format(*kind))
-        checked = checked_factors(a, b, a0, b0, *weight.shape)
+        if (key := group_key(weight)) != group_key(first):
+            raise ValueError("weight: got {} {}, blocksize {}, {} scales in {}; needed: what layer 0 has".format(*key))
+        checked = prepare_factors(a, b, a0, b0, *weight.shape)
         check_devices({"x": x, "weight": weight.codes} | dict(zip(("a", "b", "a0", "b0"), checked, strict=True)))
     except (TypeError, ValueError) as error:
         raise type(error)(f"layer {layer}: {error}") from None
     return checked
 
 
-def kind_of(weight: QuantizedWeight) -> tuple[object, ...]:
+def group_key(weight: QuantizedWeight) -> tuple[object, ...]:
     """What the weights of a group have in common: format, shape, block size, and number and dtype of the scales."""
     return weight.format, list(weight.shape), weight.blocksize, weight.absmax.numel(), weight.absmax.dtype
 

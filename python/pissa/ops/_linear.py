@@ -14,7 +14,7 @@ from pissa.ops.checks import check_change_scaling, check_devices, check_factors,
 _OPS = torch.ops.pissa
 
 
-def checked_factors(
+def prepare_factors(
     a: Tensor,
     b: Tensor,
     a0: Tensor | None,
@@ -33,7 +33,7 @@ def checked_factors(
     return a.float(), b.float(), a0.float(), b0.float()
 
 
-def checked_operands(
+def check_operands(
     x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None
 ) -> tuple[Tensor, str, list[Any], Tensor]:
     """Checks that the operands of x Wᵀ + bias fit, and returns x (under autocast in autocast's dtype), the name of the
@@ -107,13 +107,13 @@ def linear(
     Raises:
         TypeError, ValueError: an argument is invalid; the message names it.
     """
-    x, op, slots, held = checked_operands(x, weight, bias)
+    x, op, slots, held = check_operands(x, weight, bias)
     out_features, in_features = weight.shape
     check_change_scaling(scaling)
     if (a is None) != (b is None) or (a0 is None) != (b0 is None) or (a0 is not None and a is None):
         raise ValueError("factors: give a with b, and a0 with b0 in addition, or none of them")
     if a is not None and b is not None:
-        a, b, a0, b0 = checked_factors(a, b, a0, b0, out_features, in_features)
+        a, b, a0, b0 = prepare_factors(a, b, a0, b0, out_features, in_features)
     check_devices({"x": x, "weight": held, "bias": bias, "a": a, "b": b, "a0": a0, "b0": b0})
     factors = (bias, a, b, a0, b0, float(scaling), implicit)
     if _autograd.can_be_two_nodes(x, a):
@@ -165,7 +165,7 @@ def add_low_rank(
     check_change_scaling(scaling)
     if (a0 is None) != (b0 is None):
         raise ValueError("factors: give a0 with b0, or neither")
-    factors = checked_factors(a, b, a0, b0, y.shape[-1], x.shape[-1])
+    factors = prepare_factors(a, b, a0, b0, y.shape[-1], x.shape[-1])
     check_devices({"y": y, "x": x, "a": a, "b": b, "a0": a0, "b0": b0})
     total: Tensor
     total, _ = _OPS.add_low_rank(y, x, *factors, float(scaling), a0 is not None)

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from pissa.ops._linear import checked_operands
+from pissa.ops._linear import check_operands
 from pissa.ops._quant import QuantizedWeight
 from pissa.ops.checks import check_choice, check_devices
 
@@ -62,10 +62,13 @@ def token_scores(
         scale: factor of the logits, any finite number.
         softcap: bound of the logits, positive, or None.
 
+    Returns:
+        The scores, [...] each, on x's device.
+
     Raises:
         TypeError, ValueError: an argument is invalid; the message names it.
     """
-    x, op, slots, held = checked_operands(x, weight, bias)
+    x, op, slots, held = check_operands(x, weight, bias)
     if labels.dtype != torch.int64 or labels.shape != x.shape[:-1]:
         raise ValueError(
             f"labels: got {labels.dtype} of shape {list(labels.shape)}; needed: int64 of shape {list(x.shape[:-1])}"
@@ -106,6 +109,12 @@ def linear_cross_entropy(
 
     Args:
         reduction: "mean" over the labels that are counted (NaN if none), "sum", or "none" for a loss of each label.
+
+    Returns:
+        The loss, float32: a scalar, or for "none" [...] like the labels, with 0 where a label is -100.
+
+    Raises:
+        TypeError, ValueError: an argument is invalid; the message names it.
     """
     check_choice("reduction", reduction, get_args(Reduction))
     losses = -token_scores(x, weight, labels, bias=bias, scale=scale, softcap=softcap).log_probs

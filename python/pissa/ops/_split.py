@@ -105,6 +105,9 @@ def split(
             weight, plus once.
         error_feedback: with a second moment, find the codes of a quantised form by error feedback; see `quantize`.
 
+    Returns:
+        The factors and the residual, on the weight's device; see `Split` for shapes and dtypes.
+
     Raises:
         TypeError, ValueError: an argument is invalid; the message names it. The weight is never changed.
     """

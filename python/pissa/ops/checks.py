@@ -21,11 +21,18 @@ PASSES_PER_STEP: int = _load._C.limits()["passes_per_step"]
 
 
 def check_choice(name: str, value: object, allowed: Collection[object]) -> None:
+    """Raises ValueError unless a value is among those that are allowed."""
     if value not in allowed:
         raise ValueError(f"{name}: got {value!r}; allowed: {', '.join(map(repr, allowed))}")
 
 
 def check_tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...] = FLOATS) -> Tensor:
+    """Checks a tensor of any shape, and returns it.
+
+    Raises:
+        TypeError: it is no tensor, sharded, sparse, or in another dtype than `dtypes`.
+        ValueError: it is on a device on which pissa cannot compute. The meta device is allowed.
+    """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}; needed: a torch.Tensor")
     if type(value).__name__ == "DTensor":
@@ -103,6 +110,7 @@ def check_lengths(lists: Mapping[str, Sequence[object]], count: int) -> None:
 
 
 def check_rank(r: object, weight: Tensor, name: str = "r") -> None:
+    """Checks the rank of factors of a weight [out, in]: TypeError if it is no int, ValueError if it is out of range."""
     if isinstance(r, bool) or not isinstance(r, int):
         raise TypeError(f"{name}: got {type(r).__name__}; needed: int")
     limit = min(weight.shape)
@@ -177,5 +185,6 @@ def check_product(names: tuple[str, str, str], largest: float, norm_a: float, no
 
 
 def check_frozen(name: str, tensor: Tensor) -> None:
+    """Raises ValueError if a tensor that gets no gradient requires one."""
     if tensor.requires_grad:
         raise ValueError(f"{name}: requires grad, but is frozen here and would get none; pass {name}.detach()")

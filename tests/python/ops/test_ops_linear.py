@@ -159,6 +159,28 @@ def test_layouts_and_leading_dimensions_do_not_matter(weight: str) -> None:
     torch.testing.assert_close(vector, expected[3], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("one_node", [True, False])
+def test_a_vector_has_the_gradients_of_one_row(one_node: bool) -> None:
+    cases = [Case("implicit", "dense", torch.float32, tokens=1, n_in=32, n_out=16, r=2) for _ in range(2)]
+    for case, shape in zip(cases, ((1, 32), (32,)), strict=True):
+        x = case.x.detach().view(shape).requires_grad_() if one_node else case.x.view(shape)
+        ops.linear(x, case.weight, case.bias, **case.options).square().sum().backward()
+    row, vector = cases
+    for name in ("bias", "a", "b"):
+        assert torch.equal(vector.trainable()[name].grad, row.trainable()[name].grad)
+
+
+@pytest.mark.parametrize("one_node", [True, False])
+@pytest.mark.parametrize("weight", ["dense", "nf4"])
+def test_second_derivatives_are_refused(weight: str, one_node: bool) -> None:
+    case = Case("implicit", weight, torch.float32, tokens=8, n_in=64, n_out=32, r=2)
+    x = case.x if one_node else case.x.clone()
+    y = ops.linear(x, case.weight, case.bias, **case.options)
+    with pytest.raises(RuntimeError, match="differentiated only once: got a backward pass with create_graph=True"):
+        torch.autograd.grad(y.sum(), case.x, create_graph=True)
+    torch.autograd.grad(y.sum(), case.x)  # nothing was freed
+
+
 def test_only_wanted_gradients_are_returned() -> None:
     case = Case("lora", "dense", torch.float32, tokens=8, n_in=32, n_out=16, r=2)
     x = case.x.detach()
