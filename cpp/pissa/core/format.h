@@ -5,12 +5,14 @@
 
 #include <cstdint>
 
-#if defined(__GNUC__)
-// Functions used by the per-ISA kernels must be inlined. A shared out-of-line copy could be the AVX-512 one, which
-// would be an illegal instruction on a machine without it.
+// Functions used by the per-ISA kernels must be inlined. A shared out-of-line copy could be the AVX-512 one, which would
+// be an illegal instruction on a machine without it.
+#if defined(__GNUC__) || defined(__clang__)  // clang-cl defines only the latter
 #define PISSA_INLINE inline __attribute__((always_inline))
+#elif defined(_MSC_VER)
+#define PISSA_INLINE __forceinline
 #else
-#define PISSA_INLINE inline
+#error "This compiler has no known way to force inlining; define PISSA_INLINE for it here."
 #endif
 
 namespace pissa {

@@ -41,7 +41,7 @@ void split_many(std::span<const SplitTask> tasks, const SvdOptions& options, con
       const SplitTask& task = tasks[i];
       CpuBackend backend(threads, kernels);
       split(backend, task.w, task.scaling, options, task.a0, task.b0, task.largest, task.s, task.moment);
-    } catch (...) {  // tasks must not throw through an executor
+    } catch (...) {  // the first in the order of the weights is thrown, and names its weight
       errors[i] = std::current_exception();
     }
   };

@@ -16,7 +16,9 @@ namespace {
 class TorchExecutor final : public cpu::Executor {
  public:
   std::int64_t threads() const override { return torch::stable::get_num_threads(); }
-  void parallel_for(std::int64_t count, const std::function<void(std::int64_t)>& task) const override {
+
+ private:
+  void run(std::int64_t count, const std::function<void(std::int64_t)>& task) const override {
     torch::stable::parallel_for(0, count, 1, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t i = begin; i < end; ++i) task(i);
     });

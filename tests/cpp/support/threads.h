@@ -18,13 +18,14 @@ class CountedThreads final : public cpu::Executor {
  public:
   explicit CountedThreads(std::int64_t threads) : executor_(threads) {}
   std::int64_t threads() const override { return executor_.threads(); }
-  void parallel_for(std::int64_t count, const std::function<void(std::int64_t)>& task) const override {
-    if (count > 1) ++shared;
-    executor_.parallel_for(count, task);
-  }
   mutable std::atomic<std::int64_t> shared = 0;
 
  private:
+  void run(std::int64_t count, const std::function<void(std::int64_t)>& task) const override {
+    if (count > 1) ++shared;
+    executor_.parallel_for(count, task);
+  }
+
   cpu::ThreadExecutor executor_;
 };
 
