@@ -1,5 +1,5 @@
 """Reports what a checkpoint offers PiSSA, read matrix by matrix: spectra, the errors of quantised bases, ranks for a
-budget of parameters, and the cost of training."""
+budget of parameters, and the memory of training."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pissa import ops
 from pissa.checkpoints.budget import Candidate, allocate, as_pattern, check_budget, kinds_of, sample
 from pissa.checkpoints.init import SplitPlan
 from pissa.checkpoints.load import of_layer
-from pissa.checkpoints.training_cost import quantised_bytes, step_seconds, training_memory
+from pissa.checkpoints.training_memory import quantised_bytes, training_memory
 from pissa.config import PissaConfig
 from pissa.containers.hub import checkpoint_folder
 from pissa.containers.model_folder import model_config
@@ -286,8 +286,6 @@ def report(
                 found[layer.name] = layer_report(layer.name, layer.matrix(source), known, ranks, format, exact)
                 source.release(layer.tensors)
                 bar.update(math.prod(layer.shape))
-        shapes = {layer.name: layer.shape for layer in planned}
-        seconds = step_seconds(source.folder, shapes, rank, quant=quant, batch=batch, length=length)
     groups = [factors.layers for factors in plan.factors]
     layers = [found[name] for name in itertools.chain(*groups)]
     kinds = by_kind(layers)
@@ -300,20 +298,9 @@ def report(
         "seconds": time.perf_counter() - started,
         "total": Summary(layers).numbers(ranks),
         "kinds": {kind: {"layers": len(some.layers), **some.numbers(ranks)} for kind, some in kinds.items()},
-        "layers": {
-            layer.name: {
-                "shape": list(layer.shape),
-                "norm": math.sqrt(layer.total),
-                "stable_rank": layer.stable_rank,
-                "singular_values": layer.values.tolist(),
-                **Summary([layer]).numbers(ranks),
-            }
-            for layer in layers
-        },
         "suggestion": {name: value for name, value in suggestion._asdict().items() if name != "ranks"},
         "formats": kept,
         "memory": {"batch": batch, "length": length, "rank": rank, **memory},
-        "step": {"batch": batch, "length": length, "rank": rank, **seconds},
     }
     return Report(kinds | {"all": Summary(layers)}, suggestion, numbers)
 

@@ -58,7 +58,7 @@ def _report(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     if args.out is not None:
         with told(ValueError, before="--out "):
             check_unused(args.out)
-    from pissa.checkpoints.spectra import report
+    from pissa.checkpoints.spectra import Summary, report
 
     options = {"quant": args.quant, "budget": args.budget, "sampled": args.sample, "exact": args.exact}
     found = report(args.model, args.rank or (16, 64, 128), **options, batch=args.batch, length=args.length)
@@ -92,7 +92,7 @@ def _report(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     print(f"\n{format_table(header, rows)}\n")
     if args.quant is not None:
         _print_errors(found)
-    held = {name: layer["energy"][str(ranks[0])] for name, layer in found.numbers["layers"].items()}
+    held = {layer.name: Summary([layer]).energy(ranks[0]) for layer in layers}
     rows = [[name, f"{held[name]:.1%}"] for name in sorted(held, key=held.__getitem__)[:5]]
     print(format_table((f"least energy held by rank {ranks[0]}", ""), rows) + "\n")
     best, even = found.suggestion, found.suggestion.uniform
@@ -108,18 +108,8 @@ def _report(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         [words, *(as_size(memory[kind][part]) for kind in ("plain", "checkpointing"))]
         for part, words in _MEMORY_PARTS.items()
     ]
-    step = found.numbers["step"]
-    if "plain" in step:
-        rows.append(["seconds a step, about", f"{step['plain']:.3g}", f"{step['checkpointing']:.3g}"])
     head = f"training at rank {memory['rank']},\n{memory['batch']} x {memory['length']} tokens"
     print(format_table((head, "\nmemory", "gradient\ncheckpointing"), rows) + "\n")
-    if "plain" in step:
-        alike = ", ".join(f"{one['block']} for {one['count']}" for one in step["blocks"])
-        rate = memory["batch"] * memory["length"] / step["plain"]
-        say("step", f"about {rate:.3g} tokens a second with {step['threads']} threads, without the optimizer;")
-        say("", f"measured here, one block for all that are like it: {alike}")
-    else:
-        say("step", f"seconds not measured: {step['not measured']}")
     say("time", f"{found.numbers['seconds']:.0f} s")
     if args.out is not None:
         say("written", f"{args.out / NUMBERS} and pictures")

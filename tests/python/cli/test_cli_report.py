@@ -44,9 +44,7 @@ def test_tables(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "QPiSSA T=5" in out
     assert re.search(r"^least energy held by rank 4", out, flags=re.MULTILINE)
     assert re.search(r"^total, about +\d", out, flags=re.MULTILINE)
-    assert re.search(r"^seconds a step, about +\d", out, flags=re.MULTILINE)
     assert re.search(r"^files     float32: 32 bits a weight, \d", out, flags=re.MULTILINE)
-    assert "one block for all that are like it: model.layers.0 for 2\n" in out
     assert "Traceback" not in captured.err
     assert "100%" in captured.err
 
@@ -71,7 +69,6 @@ EXPECTED: dict[str, Any] = {
     "seconds": float,
     "total": {"energy": {"4": float, "8": float}, "errors": list},
     "kinds": dict,
-    "layers": dict,
     "suggestion": {
         "budget": int,
         "r": int,
@@ -91,20 +88,8 @@ EXPECTED: dict[str, Any] = {
             for name in ("plain", "checkpointing")
         },
     },
-    "step": {
-        **{"batch": int, "length": int, "rank": int, "plain": float, "checkpointing": float, "blocks": list},
-        "rest": {"forward": float, "backward": float},
-        "threads": int,
-    },
 }
-LAYER = {
-    "shape": list,
-    "norm": float,
-    "stable_rank": float,
-    "singular_values": list,
-    "energy": {"4": float, "8": float},
-    "errors": list,
-}
+KIND = {"layers": int, "energy": {"4": float, "8": float}, "errors": list}
 ERROR = {"method": str, "rank": int, "error": float, "removed": float}
 
 
@@ -123,25 +108,18 @@ def test_json(base: Path, written: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert found.pop("notes") == []
     check(found, EXPECTED)
     assert (found["model"], found["quant"], found["ranks"]) == (str(base), "nf4", [4, 8])
-    weights = load_file(base / "model.safetensors")
-    assert {f"{name}.weight" for name in found["layers"]} == {name for name in weights if "_proj" in name}
-    for name, layer in found["layers"].items():
-        check(layer, LAYER, name)
-        weight = weights[f"{name}.weight"].double()
-        assert layer["shape"] == list(weight.shape)
-        assert layer["norm"] == pytest.approx(float(weight.norm()), rel=1e-6)
-        assert len(layer["singular_values"]) == 16
-        assert layer["singular_values"][0] == pytest.approx(float(torch.linalg.svdvals(weight)[0]), rel=1e-3)
-        assert [error["rank"] for error in layer["errors"]] == [0, 4, 4, 8, 8]
-        for error in layer["errors"]:
-            check(error, ERROR, name)
+    for kind, some in found["kinds"].items():
+        check(some, KIND, kind)
+        assert [error["rank"] for error in some["errors"]] == [0, 4, 4, 8, 8]
+        for error in some["errors"]:
+            check(error, ERROR, kind)
     assert {kind: some["layers"] for kind, some in found["kinds"].items()} == dict.fromkeys(
         ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], 2
     )
     assert found["suggestion"]["parameters"] <= found["suggestion"]["budget"]
     of_file = json.loads((written / "report.json").read_text())
     for report in (of_file, found):
-        del report["seconds"], report["step"]
+        del report["seconds"]
     assert of_file == found
 
 
@@ -156,9 +134,6 @@ def test_pictures(written: Path) -> None:
 
 
 def test_a_sample_of_layers(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["report", str(base), "--quant", "int8", "--rank", "4", "--sample", "1", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert sum("errors" in layer for layer in found["layers"].values()) == len(found["kinds"]) == 7
     assert main(["report", str(base), "--quant", "int8", "--rank", "4", "--sample", "1"]) == 0
     assert "Of 7 of the 14 layers" in capsys.readouterr().out
 
