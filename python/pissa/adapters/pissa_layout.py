@@ -119,9 +119,9 @@ class LayerRecord:
         return LayerRecord(
             start.origin.r,
             start.origin.scaling,
-            str(known.of_weight(base, gathered)),
+            known.of_weight(base, gathered),
             base.form,
-            stored=None if base.start is None else str(known.of_residual(base, gathered)),
+            stored=None if base.start is None else known.of_residual(base, gathered),
             base=None if base.start in (None, start) else base.start.origin,
             taken=None if base.start is None else base.start.rank_taken or None,
         )

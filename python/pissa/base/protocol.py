@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from pissa import ops
-from pissa.base.digest import Fingerprint
 from pissa.base.start import StartFactors
 from pissa.config import IMPLICIT, Form
 from pissa.distributed import is_sharded, whole_device, whole_shape
@@ -44,7 +43,7 @@ class Base(ABC):
     start: StartFactors | None
     """The start factors of a stored base; None if the whole weight is kept."""
 
-    fingerprint: Fingerprint | None = None
+    fingerprint: str | None = None
     """The fingerprint of the dense weight that a stored base has replaced; None if the whole weight is kept."""
     is_quantised: bool = False
     """Whether the whole weight is codes, bitsandbytes' or those in which the model was released."""

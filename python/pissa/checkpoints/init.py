@@ -29,7 +29,7 @@ from pissa.adapters.peft_layout import (
     plain_config_text,
 )
 from pissa.adapters.pissa_layout import PISSA_RECORD, PISSA_WEIGHTS, TAKEN, AdapterRecord, LayerRecord
-from pissa.base.digest import fingerprint, read
+from pissa.base.digest import fingerprint
 from pissa.base.init_methods import INIT_METHODS, StartTask, started
 from pissa.base.start import StartFactors
 from pissa.base.stored import residual_tensors as tensors_of
@@ -381,20 +381,17 @@ class _Split(Rewrite):
                 paths = dict.fromkeys(str(self.source.path_of(name)) for layer in these for name in layer.tensors)
                 raise ValueError(f"{', '.join(paths)}: {error}") from error
             residuals = residuals_of(some, starts, form, names) if codes is None else codes
-            of_weights = read([fingerprint(weight) for weight in some])
-            of_residuals = read([fingerprint(*tensors_of(residual).values()) for residual in residuals])
-            of_starts = read([fingerprint(*start.known_by) for start in starts])
-            for i, (layer, weight, start, residual) in enumerate(zip(these, some, starts, residuals, strict=True)):
+            for layer, weight, start, residual in zip(these, some, starts, residuals, strict=True):
                 self.write_layer(out, layer, residual)
                 for name, values in self.plan.taken_tensors(layer, start).items():
                     out.write(PISSA_WEIGHTS, name, values)
                 record = LayerRecord(
                     start.origin.r,
                     start.origin.scaling,
-                    of_weights[i],
+                    fingerprint(weight),
                     form,
-                    stored=of_residuals[i],
-                    start=of_starts[i],
+                    stored=fingerprint(*tensors_of(residual).values()),
+                    start=fingerprint(*start.known_by),
                     taken=start.rank_taken or None,
                 )
                 self._factors[layer.name] = start.a0.cpu(), start.b0.cpu()

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from pissa import distributed
 from pissa.adapters.peft_layout import check_uniform
-from pissa.base.digest import Fingerprint, fingerprint, read, xxh3_of_text
+from pissa.base.digest import fingerprint, xxh3_of_text
 from pissa.base.fingerprint import Fingerprints
 from pissa.base.init_methods import INIT_METHODS, StartTask, started
 from pissa.base.protocol import Base, whole
@@ -117,8 +117,7 @@ def decompose(
         starts |= taken if config.starts_as_base else {}
         starts |= find(others, config.of_adapter(), are_taken=False)[0]
     if originals is not None:
-        found = dict(zip(originals.fingerprints, read(list(originals.fingerprints.values())), strict=True))
-        for share in distributed.agree(found):
+        for share in distributed.agree(originals.fingerprints):
             for name, value in share.items():
                 layers[name].fingerprints.learn_weight(layers[name].base, value)
     for name, layer in layers.items():
@@ -220,18 +219,17 @@ def _check_same_on_all_ranks(
 ) -> None:
     """Raises ValueError on every rank if any rank's model, configuration or calibration differs from rank 0's, or if it
     already holds start factors for other layers. For weights that are in memory and not sharded, the fingerprints are
-    compared; `share_fingerprints` computes them again. The host waits for a GPU once."""
-    known: dict[str, Fingerprint] = {
+    compared; `share_fingerprints` computes them again."""
+    known = {
         name: layer.fingerprints.of_weight(layer.base)
         for name, layer in layers.items()
         if not layer.base.parameter.is_meta and not distributed.is_sharded(layer.base.parameter)
     }
     known_moments = calibration.moments if isinstance(calibration, Calibration) else {}
     moments = {tensor.data_ptr(): tensor for tensor in known_moments.values()}
-    values = dict(zip(known, read(list(known.values())), strict=True))
-    mine = {name: (layer.matrix_shape, values.get(name), name in starts) for name, layer in layers.items()}
+    mine = {name: (layer.matrix_shape, known.get(name), name in starts) for name, layer in layers.items()}
     fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in _MAY_DIFFER}
-    fields["calibration"] = xxh3_of_text(" ".join(read([fingerprint(tensor) for tensor in moments.values()])))
+    fields["calibration"] = xxh3_of_text(" ".join(map(fingerprint, moments.values())))
     (first, first_fields), *others = distributed.agree((mine, fields))
     for number, (other, other_fields) in enumerate(others, start=1):
         for name in [*first, *other]:
@@ -251,18 +249,17 @@ def _check_same_on_all_ranks(
 
 def share_fingerprints(
     layers: dict[str, PissaLayer],
-    compute: Callable[[Fingerprints, Base], Fingerprint],
+    compute: Callable[[Fingerprints, Base], str],
     learn: Callable[[Fingerprints, Base, str], None],
 ) -> None:
     """Computes the layers' fingerprints, each on one rank, and sends all of them to every rank, if there are several
-    processes or the weights are sharded. Saving, on one rank only, needs them if weights may be sharded. The host waits
-    for a GPU once."""
+    processes or the weights are sharded. Saving, on one rank only, needs them if weights may be sharded."""
     if distributed.world_size() == 1 and not _any_sharded(layers):
         return
-    mine: dict[str, Fingerprint] = {}
+    mine: dict[str, str] = {}
     for group in own_groups(layers):
         mine |= {name: compute(layers[name].fingerprints, base) for name, base in group.items()}
-    for share in distributed.agree(dict(zip(mine, read(list(mine.values())), strict=True))):
+    for share in distributed.agree(mine):
         for name, value in share.items():
             learn(layers[name].fingerprints, layers[name].base, value)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from pissa import ops
-from pissa.base.digest import Fingerprint, fingerprint
+from pissa.base.digest import fingerprint
 from pissa.base.init_methods import INIT_METHODS
 from pissa.base.protocol import Base
 from pissa.config import PissaConfig
@@ -38,7 +38,7 @@ class OriginalWeights:
             raise ValueError(f"weights: {error}") from error
         if kind := quantised_kind(folder):
             raise ValueError(f"weights: {folder} is quantised ({kind}); needed: the checkpoint in 16 or 32 bits")
-        self.fingerprints: dict[str, Fingerprint] = {}
+        self.fingerprints: dict[str, str] = {}
         """The fingerprints of the weights that were read, by layer name."""
         self._source, self._read = Source(folder), list[str]()
         model = meta_model(folder)

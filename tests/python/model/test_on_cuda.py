@@ -157,7 +157,6 @@ def test_variants(fields: dict[str, Any], small_llama: Make, tokens: Tensor, tmp
 
 @forms
 def test_folders_cross_devices(form: str, small_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
-    """Each writes the fingerprints that it computes best, and reads those of the other."""
     expected = {}
     for written in ("cpu", "cuda"):
         with device(written) as put:
