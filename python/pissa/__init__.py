@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pissa.checkpoints.load import load as load
     from pissa.config import PissaConfig as PissaConfig
     from pissa.containers.staged import CompletedError as CompletedError
-    from pissa.conversion import convert as convert
+    from pissa.conversion.convert import convert as convert
     from pissa.distributed import RankError as RankError
     from pissa.integrations.export import export as export
     from pissa.model.calibrate import calibrate as calibrate
@@ -48,7 +48,7 @@ _HOMES = {
     "calibrate": "pissa.model.calibrate:calibrate",
     "bitsandbytes": "pissa.base.bitsandbytes:",
     "build_info": "pissa.ops:build_info",
-    "convert": "pissa.conversion:convert",
+    "convert": "pissa.conversion.convert:convert",
     "export": "pissa.integrations.export:export",
     "fuse_layers": "pissa.training.fused_layers:fuse_layers",
     "fuse_head": "pissa.training.fused_head:fuse_head",

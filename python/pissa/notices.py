@@ -62,14 +62,6 @@ class OtherRoundingWarning(PissaWarning):
     """The residual differs in some bits from that of the training, because this machine rounds differently."""
 
 
-class UncertainStartWarning(PissaWarning):
-    """The start factors that were computed from the base may differ from those of the training."""
-
-
-class WholeModelWarning(PissaWarning):
-    """A model was loaded as a whole, because its weights cannot be read from its files one by one."""
-
-
 class KeptMagnitudesWarning(PissaWarning):
     """DoRA's magnitudes were kept while the change that they belong to was approximated."""
 

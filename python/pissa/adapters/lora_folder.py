@@ -99,12 +99,6 @@ class LoraFolder:
         return Path(name) if name and os.path.isfile(Path(name) / INITIAL_FOLDER / ADAPTER_CONFIG) else None
 
     @property
-    def is_pefts_pissa(self) -> bool:
-        """Whether PEFT has computed the adapter's start from the base and taken it out of the base."""
-        init = self.config["init_lora_weights"]
-        return isinstance(init, str) and init.startswith("pissa") and self.residual is None
-
-    @property
     def other_keys(self) -> list[str]:
         """The other tensors: biases, magnitudes, `modules_to_save`, embeddings."""
         factors = {key for factors in self.factors.values() for key in factors.keys}

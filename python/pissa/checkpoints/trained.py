@@ -59,7 +59,7 @@ class Adapter:
 
     def doubts(self) -> list[PissaWarning]:
         """Warnings about the weights, after all of them have been read."""
-        return self.lora.doubts()
+        return []
 
     def states(self) -> dict[str, str]:
         """The state of its files, for the identity of a run."""
@@ -209,8 +209,7 @@ def read_adapter(folder: LoraFolder, source: Source, initial: Name | None) -> Ad
             )
         check_start(folder, at_start)
         return Adapter(PlainLora(folder, ON_RESIDUAL), source)
-    base = source.folder if folder.is_pefts_pissa and initial is None else None
-    return Adapter(PlainLora.of(folder, base, initial, None), source)
+    return Adapter(PlainLora.of(folder, initial), source)
 
 
 def read_weight(layer: Layer, source: Source) -> Weight:

@@ -311,26 +311,19 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     _add_adapter(
         parser,
         "new folder for the LoRA",
-        'the unmodified model: computes the start of PEFT\'s exact "pissa" again, or is compared with a residual model',
+        "the unmodified model, whose name is written (default: the one that the adapter names)",
     )
     lower = parser.add_mutually_exclusive_group()
     lower.add_argument("--rank", type=positive_int, metavar="N", help="largest rank of a layer (best approximation)")
     lower.add_argument(
         "--energy", type=_share, metavar="X", help="share of the change's squared norm that each layer keeps, e.g. 0.99"
     )
-    parser.add_argument(
-        "--subtracted",
-        action="store_true",
-        default=None,
-        help="the adapter is [B, -B0] [A ; A0], as PEFT's path_initial_model_for_weight_conversion writes it (usually "
-        "recognised without this option)",
-    )
 
 
 def _convert(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    from pissa.conversion import convert, total_kept
+    from pissa.conversion.convert import convert, total_kept
 
-    options = _options(args, "base", "initial", "rank", "energy", "subtracted")
+    options = _options(args, "base", "initial", "rank", "energy")
     done = convert(args.adapter, args.target, **options, progressbar=True)
     numbers = {name: {**layer._asdict(), "kept": layer.kept} for name, layer in done.layers.items()}
     yield {"layout": done.layout, "kept": done.kept, "layers": numbers}

@@ -66,7 +66,6 @@ def test_notes_are_lines_of_their_own(base: Path, tmp_path: Path, capsys: pytest
     [
         ([], "Give rank or energy to lower its rank"),
         (["--initial", "nowhere"], "nowhere is missing; needed: an adapter's folder"),
-        (["--rank", "2", "--base", "nowhere"], "initial has to say so; base is of no use with it"),
     ],
 )
 def test_refusals(
@@ -87,12 +86,12 @@ def test_wrong_numbers(options: list[str], capsys: pytest.CaptureFixture[str]) -
 def test_an_interrupted_conversion_leaves_nothing(
     adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pissa.conversion import adapters
+    from pissa.conversion import convert
 
     def interrupted(*args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(adapters, "write_tensors", interrupted)
+    monkeypatch.setattr(convert, "write_tensors", interrupted)
     assert main(["convert", str(adapter), str(tmp_path / "lora")]) == 130
     assert capsys.readouterr().err.endswith("\npissa convert: interrupted; nothing is written\n")
     assert not (tmp_path / "lora").exists()

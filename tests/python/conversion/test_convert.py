@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import peft
@@ -17,7 +16,7 @@ import pissa
 from architectures import ARCHITECTURES
 from daily import each
 from language_models import FORMS, Make, error, logits, train
-from lora_files import CLOSE, NAMES, PATTERNS, changes, check_best, check_difference, config_of, files, train_ours
+from lora_files import CLOSE, NAMES, PATTERNS, check_best, check_difference, config_of, files, train_ours
 from peft_adapters import plain_logits, save_subtracted, train_on_residual, train_pissa
 from pissa import notices
 
@@ -95,13 +94,11 @@ def test_experts_embeddings_convolutions_and_conv1d(name: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS)
-@pytest.mark.parametrize("known", each(["initial", "base"], ["initial"]))
 def test_pefts_pissa_on_the_unmodified_base(
-    known: str, fields: dict[str, object], tiny_llama: Make, tokens: Tensor, tmp_path: Path
+    fields: dict[str, object], tiny_llama: Make, tokens: Tensor, tmp_path: Path
 ) -> None:
     trained = train_pissa(tiny_llama(), tokens, tmp_path, **fields)
-    options = {"initial": trained.initial} if known == "initial" else {"base": tiny_llama()}
-    done = pissa.convert(trained.adapter, tmp_path / "lora", **options)
+    done = pissa.convert(trained.adapter, tmp_path / "lora", initial=trained.initial)
     assert files(tmp_path / "lora") == NAMES
     assert all(layer.rank == 2 * layer.rank_before for layer in done.layers.values())
     check_difference(tmp_path / "lora", trained.adapter, trained.initial)
@@ -110,83 +107,13 @@ def test_pefts_pissa_on_the_unmodified_base(
     assert error(plain_logits(tiny_llama(), tmp_path / "lora", tokens), trained.logits) < CLOSE
 
 
-def test_in_bfloat16_only_the_residual_s_rounding_is_lost(tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
-    """PEFT rounds A0 and B0 to the base's dtype as well, after it has subtracted them. With those that the residual was
-    made with, which the base gives, W + dW is the trained weight but for the rounding of the residual."""
-    base = tiny_llama(dtype=torch.bfloat16)
-    trained = train_pissa(base, tokens, tmp_path)
-    pissa.convert(trained.adapter, tmp_path / "lora", base=tiny_llama(dtype=torch.bfloat16))
-    found, adapter, unmodified = changes(tmp_path / "lora"), changes(trained.adapter), tiny_llama(dtype=torch.bfloat16)
-    for name, change in found.items():
-        residual, weight = (
-            devices.fetch(
-                model.get_submodule(name).get_parameter("base_layer.weight" if model is base else "weight")
-            ).double()
-            for model in (base, unmodified)
-        )
-        rounding = 2.0**-8 * residual.abs()
-        single = 16 * 2.0**-24 * (weight.abs().max() + adapter[name].abs().max())  # products of 4 terms in float32
-        assert ((weight + change[0] - residual - adapter[name][0]).abs() <= rounding + single).all(), name
-
-
-def test_the_start_from_the_base_is_pefts_to_the_bit(
-    tiny_llama: Make, tokens: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Also where a pair of singular vectors comes out with the other sign, as on another machine."""
-    trained = train_pissa(tiny_llama(), tokens, tmp_path)
-    decompose = torch.linalg.svd
-
-    def flipped(matrix: Tensor, **options: object) -> tuple[Tensor, Tensor, Tensor]:
-        u, s, vh = decompose(matrix, **options)
-        if matrix.dtype == torch.float64:  # the change's own
-            return u, s, vh
-        signs = torch.ones_like(s)
-        signs[::2] = -1
-        return u * signs, s, signs[:, None] * vh
-
-    pissa.convert(trained.adapter, tmp_path / "a", initial=trained.initial)
-    pissa.convert(trained.adapter, tmp_path / "b", base=tiny_llama())
-    monkeypatch.setattr(torch.linalg, "svd", flipped)
-    pissa.convert(trained.adapter, tmp_path / "c", base=tiny_llama())
-    expected, *others = (load_file(tmp_path / name / NAMES[1]) for name in "abc")
-    for found in others:
-        assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
-
-
-def test_a_start_that_depends_on_the_machine(tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
-    """Where the singular values r and r + 1 are nearly equal, rounding decides from which vectors it starts."""
-
-    def make() -> nn.Module:
-        model = tiny_llama()
-        weight = model.model.layers[1].self_attn.q_proj.weight
-        u, s, vh = torch.linalg.svd(weight.detach().double())
-        s[4] = s[3] * (1 - 2.0**-18)
-        weight.data.copy_(u * s @ vh)
-        return model
-
-    trained = train_pissa(make(), tokens, tmp_path)
-    layer = r"model\.layers\.1\.self_attn\.q_proj"
-    with pytest.warns(notices.UncertainStartWarning, match=rf"in 1 layers .* by about \d+% in {layer}") as caught:
-        pissa.convert(trained.adapter, tmp_path / "lora", base=make())
-    assert caught[0].filename == __file__
-    pissa.convert(trained.adapter, tmp_path / "exact", initial=trained.initial)
-
-
-@pytest.mark.parametrize(
-    ("init", "words"),
-    [
-        ("pissa_niter_4", r"'pissa_niter_4', a random decomposition that PEFT does not seed.*\(initial\)"),
-        ("olora", "init_lora_weights is 'olora', which changes the base"),
-    ],
-)
-def test_a_start_that_cannot_be_computed_again(
-    init: str, words: str, tiny_llama: Make, tokens: Tensor, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora"])
+def test_without_the_initial_adapter_it_is_refused(init: str, tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
     """With the initial adapter it does not matter how the start was found."""
     trained = train_pissa(tiny_llama(), tokens, tmp_path, init=init)
-    for options in ({}, {"base": tiny_llama()}):
-        with pytest.raises(ValueError, match=words):
-            pissa.convert(trained.adapter, tmp_path / "lora", **options)
+    words = rf"init_lora_weights is '{init}', which changes .*\(initial\)\. .* path_initial_model_for_weight_conversion"
+    with pytest.raises(ValueError, match=words):
+        pissa.convert(trained.adapter, tmp_path / "lora")
     assert not (tmp_path / "lora").exists()
     pissa.convert(trained.adapter, tmp_path / "lora", initial=trained.initial)
     assert error(plain_logits(tiny_llama(), tmp_path / "lora", tokens), trained.logits) < CLOSE
@@ -200,13 +127,12 @@ def test_embeddings_which_peft_starts_as_lora_and_gpt2(tmp_path: Path) -> None:
     base = architecture.make()
     base.lm_head.weight = nn.Parameter(base.lm_head.weight.clone())
     trained = train_pissa(base, tokens, tmp_path, **fields)
-    for name, options in {"a": {"initial": trained.initial}, "b": {"base": architecture.make()}}.items():
-        done = pissa.convert(trained.adapter, tmp_path / name, **options)
-        assert done.layers["transformer.wte"].rank == 4
-        assert done.layers["transformer.h.0.attn.c_attn"].rank == 8
-        base = architecture.make()
-        base.lm_head.weight = nn.Parameter(base.lm_head.weight.clone())
-        assert error(plain_logits(base, tmp_path / name, tokens), trained.logits) < CLOSE
+    done = pissa.convert(trained.adapter, tmp_path / "lora", initial=trained.initial)
+    assert done.layers["transformer.wte"].rank == 4
+    assert done.layers["transformer.h.0.attn.c_attn"].rank == 8
+    base = architecture.make()
+    base.lm_head.weight = nn.Parameter(base.lm_head.weight.clone())
+    assert error(plain_logits(base, tmp_path / "lora", tokens), trained.logits) < CLOSE
 
 
 def test_an_output_layer_s_own_weight_becomes_the_base_s(tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
@@ -214,7 +140,7 @@ def test_an_output_layer_s_own_weight_becomes_the_base_s(tiny_llama: Make, token
     trained = train_pissa(tiny_llama(), tokens, tmp_path, target_modules=["lm_head", "q_proj"])
     name = "base_model.model.lm_head.base_layer.weight"
     assert name in load_file(trained.adapter / "adapter_model.safetensors")
-    pissa.convert(trained.adapter, tmp_path / "lora", base=tiny_llama())
+    pissa.convert(trained.adapter, tmp_path / "lora", initial=trained.initial)
     weight = load_file(tmp_path / "lora" / "adapter_model.safetensors")[name]
     # One rounding of W - s B0 A0, a product of 4 terms in float32, and one of the sum
     assert torch.allclose(weight, devices.fetch(tiny_llama().lm_head.weight), rtol=0, atol=8 * 2**-24)
@@ -237,31 +163,6 @@ def test_an_embedding_s_own_weight_becomes_the_base_s(tiny_llama: Make, tokens: 
     assert torch.allclose(weight, devices.fetch(tiny_llama().model.embed_tokens.weight), rtol=0, atol=8 * 2**-24)
 
 
-def test_a_base_that_the_adapter_was_not_trained_on_is_refused(
-    tiny_llama: Make, tokens: Tensor, tmp_path: Path
-) -> None:
-    trained = train_pissa(tiny_llama(), tokens, tmp_path)
-    tied = tiny_llama(tie_word_embeddings=True)
-    bases = {
-        "it is not the base that the adapter was trained on": tiny_llama(seed=1),
-        r"the base has no layer model\.layers\.1": tiny_llama(num_hidden_layers=1),
-        r"down_proj is torch.float32 \[64, 48\] in the base; needed: a float weight": tiny_llama(intermediate_size=48),
-        "base is a PeftModel, in which PiSSA has replaced weights": peft.get_peft_model(
-            tiny_llama(), peft.LoraConfig(target_modules=["q_proj"])
-        ),
-        "cannot be loaded as a model": tmp_path / "nowhere",
-    }
-    for message, base in bases.items():
-        with pytest.raises(ValueError, match=message):
-            pissa.convert(trained.adapter, tmp_path / "lora", base=base)
-    shared = train_pissa(tiny_llama(), tokens, tmp_path / "tied", target_modules=["lm_head"])
-    with pytest.raises(ValueError, match=r"layer lm_head shares its weight with model\.embed_tokens\.weight"):
-        pissa.convert(shared.adapter, tmp_path / "lora", base=tied)
-    with pytest.raises(ValueError, match=r"init_lora_weights is 'pissa'; .* Give the base W \(base\)"):
-        pissa.convert(trained.adapter, tmp_path / "lora")
-    assert not (tmp_path / "lora").exists()
-
-
 def test_an_initial_adapter_of_another_run_is_refused(tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
     trained = train_pissa(tiny_llama(), tokens, tmp_path)
     others = {
@@ -281,9 +182,8 @@ def test_an_initial_adapter_of_another_run_is_refused(tiny_llama: Make, tokens: 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_adapter_on_a_residual_model(dtype: torch.dtype, tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
-    tiny_llama().save_pretrained(tmp_path / "base")
     trained = train_on_residual(tiny_llama, tokens, tmp_path, dtype)
-    done = pissa.convert(trained.adapter, tmp_path / "lora", initial=trained.initial, base=tmp_path / "base")
+    done = pissa.convert(trained.adapter, tmp_path / "lora", initial=trained.initial)
     assert done.layout == "an adapter on a residual, and its initial adapter"
     pissa.convert(trained.adapter, tmp_path / "again", initial=trained.initial / "pissa_init")
     again, lora = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("again", "lora"))
@@ -307,46 +207,16 @@ def test_the_residual_model_that_an_adapter_names_is_looked_into(
     assert config_of(tmp_path / "named")["base_model_name_or_path"] == str(tmp_path / "base")
 
 
-def test_a_base_is_compared_with_a_residual_only(tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
-    trained = train_on_residual(tiny_llama, tokens, tmp_path)
-    shutil.copytree(trained.initial / "pissa_init", tmp_path / "alone")
-    with pytest.raises(ValueError, match=r"base is only compared with a residual model, and .* is in none"):
-        pissa.convert(trained.adapter, tmp_path / "lora", initial=tmp_path / "alone", base=tiny_llama())
-    assert not (tmp_path / "lora").exists()
+# ---- Plain LoRAs -----------------------------------------------------------------------------------------------------
 
 
-# ---- [B, -B0]·[A ; A0] -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4"])
-def test_what_peft_subtracts_is_recognised(init: str, tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
-    """And written so that bfloat16 holds it."""
-    expected = save_subtracted(tiny_llama(), tokens, tmp_path / "peft", init=init)
-    done = pissa.convert(tmp_path / "peft", tmp_path / "lora")
-    assert done.layout == "[B, -B0]·[A ; A0]"
-    assert error(plain_logits(tiny_llama(), tmp_path / "lora", tokens), expected) < CLOSE
-    errors = {}
-    exact = changes(tmp_path / "lora")
-    for name in ("peft", "lora"):
-        tensors = load_file(tmp_path / name / "adapter_model.safetensors")
-        (tmp_path / "rounded").mkdir(exist_ok=True)
-        shutil.copy(tmp_path / name / "adapter_config.json", tmp_path / "rounded")
-        save_file({key: tensor.bfloat16() for key, tensor in tensors.items()}, tmp_path / "rounded" / NAMES[1])
-        errors[name] = [error(change, exact[key]) for key, change in changes(tmp_path / "rounded").items()]
-    # Each element of the factors has one error of 2^-9, and few terms cancel.
-    assert max(errors["lora"]) < 4 * 2**-9
-    assert min(errors["peft"]) > 4 * max(errors["lora"])
-
-
-def test_what_is_not_recognised_may_be_said(tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
-    expected = save_subtracted(tiny_llama(), tokens, tmp_path / "peft", init="olora")
-    with pytest.raises(ValueError, match=r"is a plain LoRA already\. Give rank or energy.*subtracted if"):
+def test_what_peft_subtracts_is_a_plain_lora(tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
+    expected = save_subtracted(tiny_llama(), tokens, tmp_path / "peft")
+    with pytest.raises(ValueError, match=r"is a plain LoRA already\. Give rank or energy"):
         pissa.convert(tmp_path / "peft", tmp_path / "lora")
-    pissa.convert(tmp_path / "peft", tmp_path / "lora", subtracted=True)
+    done = pissa.convert(tmp_path / "peft", tmp_path / "lora", rank=8, base="org/base")
+    assert done.layout == "a plain LoRA"
+    assert config_of(tmp_path / "lora")["base_model_name_or_path"] == "org/base"
     assert error(plain_logits(tiny_llama(), tmp_path / "lora", tokens), expected) < CLOSE
-    tensors = load_file(tmp_path / "lora" / "adapter_model.safetensors")
-    a = tensors["base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"]
-    assert a[4:].norm() < 0.5 * a[:4].norm()
-    low = pissa.convert(tmp_path / "peft", tmp_path / "plain", rank=2, subtracted=False)
-    assert low.layout == "a plain LoRA"
-    check_best(tmp_path / "peft", tmp_path / "plain", low, 2)
+    low = pissa.convert(tmp_path / "peft", tmp_path / "low", rank=2)
+    check_best(tmp_path / "peft", tmp_path / "low", low, 2)

@@ -19,7 +19,7 @@ from lora_files import NAMES, PATTERNS, changes, check_best, config_of, train_ou
 from peft_adapters import plain_logits
 from pissa import notices
 from pissa.adapters.lora_folder import open_adapter, with_sizes
-from pissa.conversion.adapters import approximated
+from pissa.conversion.convert import approximated
 
 
 @pytest.fixture

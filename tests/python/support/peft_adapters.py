@@ -49,10 +49,10 @@ def train_on_residual(make: Make, tokens: Tensor, folder: Path, dtype: torch.dty
     return Trained(_save(model, folder / "adapter"), folder / "residual", logits(model.eval(), tokens))
 
 
-def save_subtracted(base: nn.Module, tokens: Tensor, folder: Path, init: str = "pissa", **fields: object) -> Tensor:
+def save_subtracted(base: nn.Module, tokens: Tensor, folder: Path, **fields: object) -> Tensor:
     """What PEFT writes to `folder` with path_initial_model_for_weight_conversion; the logits of the trained model."""
     model = peft.get_peft_model(
-        base, peft.LoraConfig(**{"r": 4, "target_modules": "all-linear", "init_lora_weights": init} | fields)
+        base, peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights="pissa", **fields)
     )
     initial = folder.parent / f"{folder.name}_initial"
     _save_initial(model, initial)

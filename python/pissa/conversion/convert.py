@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from torch import nn
 from tqdm import tqdm
 
 from pissa.adapters.lora_folder import open_adapter, with_sizes
@@ -66,11 +65,10 @@ def convert(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
     *,
-    base: nn.Module | str | os.PathLike[str] | None = None,
+    base: str | os.PathLike[str] | None = None,
     initial: str | os.PathLike[str] | None = None,
     rank: int | None = None,
     energy: float | None = None,
-    subtracted: bool | None = None,
     progressbar: bool = False,
 ) -> Conversion:
     """Writes the adapter in folder `source` to `target`, a new folder, as a plain LoRA for the unmodified base.
@@ -81,33 +79,28 @@ def convert(
     - `initial` is given: PEFT's PiSSA (or OLoRA, CorDA), trained on W - s B0 A0. B0 and A0 are in the initial adapter,
       which was saved before training. `initial` is its folder, or the folder of a residual model that contains it in
       pissa_init, as the paper's authors do. The latter is found without `initial` if the adapter's
-      base_model_name_or_path names it. With `base`, residual + s B0 A0 is compared with the base.
-    - Its init_lora_weights is "pissa": B0 and A0 are computed again from `base`, as PEFT does. They must be the same as
-      in the training, so give the model in the dtype in which it was trained. Another machine rounds differently; a
-      warning says if that matters. "pissa_niter_N" cannot be computed again.
-    - `subtracted`: [B, -B0]·[A ; A0], which PEFT writes with path_initial_model_for_weight_conversion. It is recognised
-      if, in every layer, the second halves look like a singular value decomposition (two or more rows and columns,
-      orthogonal, of the same lengths), and the first halves are closer to them than zero is.
-    - Otherwise a plain LoRA, which needs `rank` or `energy`. An adapter that was trained on a residual model looks the
-      same, unless its base_model_name_or_path says so; give `initial`.
+      base_model_name_or_path names it.
+    - Its init_lora_weights is one that changes the base, such as "pissa": it is refused, because only the initial
+      adapter says by how much.
+    - Otherwise a plain LoRA, which needs `rank` or `energy`. This includes what PEFT writes with
+      path_initial_model_for_weight_conversion. An adapter that was trained on a residual model looks the same, unless
+      its base_model_name_or_path says so; give `initial`.
 
     The delta weight s (B A - B0 A0) is written as s [dB | B0]·[A ; dA], of rank 2r, in float32, a layer at a time.
     Other tensors (biases, magnitudes, `modules_to_save`, embeddings) stay as they are. An adapted layer's own weight,
     which PEFT saves for embeddings and output layers, becomes W. If the adapter was trained on a residual that was
     rounded (bfloat16, 4 bits), it lacks that error on the unmodified base. With `initial` it also lacks the error of A0
     and B0, which PEFT rounds as well. If input embeddings and output layer are tied, PEFT put the residual of one into
-    both. No file shows that, and such an adapter is refused only with `base`. DoRA's magnitudes belong to W + dW and
-    are kept, even where a lower rank approximates dW.
+    both, which no file shows. DoRA's magnitudes belong to W + dW and are kept, even where a lower rank approximates dW.
 
     Args:
         source: folder of an adapter.
         target: a folder that does not exist or is empty.
-        base: the unmodified model, its folder or its name.
+        base: the unmodified model, whose name is written (default: the one that the adapter names, if it names one).
         initial: folder of the adapter before training.
         rank: the largest rank that a layer may have; the best approximation of that rank is used.
         energy: instead of `rank`, the share of ‖dW‖² that each layer keeps, above 0 and at most 1. Each layer gets the
             smallest rank that keeps it; the experts of a module share one rank.
-        subtracted: whether the source is [B, -B0]·[A ; A0]; None detects it.
         progressbar: show a bar on stderr.
 
     Raises:
@@ -117,12 +110,12 @@ def convert(
     source, target = Path(source), Path(target)
     _check_sizes(rank, energy)
     check_unused(target)
-    lora = PlainLora.of(open_adapter(source), base, initial, subtracted)
+    lora = PlainLora.of(open_adapter(source), initial)
     folder = lora.folder
     if lora.what == PLAIN and rank is None and energy is None:
         raise ValueError(
-            f"{source} is a plain LoRA already. Give rank or energy to lower its rank, initial if it was trained on "
-            "a residual, subtracted if it is [B, -B0]·[A ; A0]"
+            f"{source} is a plain LoRA already. Give rank or energy to lower its rank, or initial if it was trained on "
+            "a residual"
         )
 
     layers, sizes, others = {}, {}, set(folder.other_keys)
@@ -149,8 +142,6 @@ def convert(
             KeptMagnitudesWarning,
             stacklevel=2,
         )
-    for doubt in lora.doubts():
-        warnings.warn(doubt, stacklevel=2)
     return Conversion(lora.what, layers)
 
 
