@@ -18,6 +18,11 @@ if TYPE_CHECKING:
     from pissa import layers as layers
     from pissa import ops as ops
     from pissa.base import bitsandbytes as bitsandbytes
+    from pissa.base.init_methods import INIT_METHODS as INIT_METHODS
+    from pissa.base.init_methods import InitMethod as InitMethod
+    from pissa.base.init_methods import StartTask as StartTask
+    from pissa.base.start import Origin as Origin
+    from pissa.base.start import StartFactors as StartFactors
     from pissa.checkpoints.load import load as load
     from pissa.config import PissaConfig as PissaConfig
     from pissa.containers.staged import CompletedError as CompletedError
@@ -40,6 +45,11 @@ if TYPE_CHECKING:
 # module:name, or a module. Each is imported on first use: `pissa.ops` needs neither peft nor transformers, and `pissa
 # --help` does not even need torch.
 _HOMES = {
+    "INIT_METHODS": "pissa.base.init_methods:INIT_METHODS",
+    "InitMethod": "pissa.base.init_methods:InitMethod",
+    "Origin": "pissa.base.start:Origin",
+    "StartFactors": "pissa.base.start:StartFactors",
+    "StartTask": "pissa.base.init_methods:StartTask",
     "CompletedError": "pissa.containers.staged:CompletedError",
     "PissaConfig": "pissa.model.wrap:PissaConfig",  # completes it: reader, tuner, PEFT's way to a model
     "PissaModel": "pissa.model.pissa_model:PissaModel",

@@ -9,7 +9,7 @@ import itertools
 import math
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import InitVar, dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple, NoReturn, Optional, get_args, get_type_hints
 
@@ -23,17 +23,16 @@ from pissa.peft_private import build_layers_with
 
 Residual = Literal["implicit", "explicit"]
 Storage = Literal["uint8", "bfloat16", "float16", "float32"]
-Init = Literal["pissa", "pissa_medium", "pissa_minor", "lora", "olora", "loftq", "activations", "given"]
 StartNorm = Literal["singular", "unit"]
 Preset = Literal["rl"]
 
-ALTERNATING: tuple[Init, ...] = ("pissa", "loftq", "activations")
+ALTERNATING: tuple[str, ...] = ("pissa", "loftq", "activations")
 """The init methods that can alternate decomposition and quantisation."""
 
-_OF_SINGULAR_VECTORS: tuple[Init, ...] = ("pissa", "pissa_medium", "pissa_minor")
+_OF_SINGULAR_VECTORS: tuple[str, ...] = ("pissa", "pissa_medium", "pissa_minor")
 """The init methods that start from singular vectors."""
 
-_OF_ERRORS: tuple[Init, ...] = ("loftq", "activations")
+_OF_ERRORS: tuple[str, ...] = ("loftq", "activations")
 """The init methods that start from the error of a format."""
 
 _PRESETS: dict[str, dict[str, Any]] = {"rl": {"init": "lora", "use_rslora": True, "lora_alpha": 16}}
@@ -113,11 +112,11 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
     Args:
         init: "pissa" starts from the principal singular components. For comparison: "pissa_medium" and "pissa_minor"
             start from those in the middle and at the end of the spectrum (the paper's figure 8), "lora" from B = 0,
-            "olora" from a QR factorisation, "loftq" (with `quant`) from the error of the format, and "activations"
-            (with `quant`) from the part of that error which matters most to the outputs, given the layer's inputs
-            (QERA, arXiv 2410.06040). "activations" needs a calibration; see `pissa.wrap`. "given" marks an adapter
-            whose factors come from elsewhere: from other adapters (`add_weighted_adapter`) or from a plain LoRA
-            (`peft.set_peft_model_state_dict`). It cannot be requested.
+            "loftq" (with `quant`) from the error of the format, and "activations" (with `quant`) from the part of that
+            error which matters most to the outputs, given the layer's inputs (QERA, arXiv 2410.06040). "activations"
+            needs a calibration; see `pissa.wrap`. "given" marks an adapter whose factors come from elsewhere: from
+            other adapters (`add_weighted_adapter`) or from a plain LoRA (`peft.set_peft_model_state_dict`). It cannot
+            be requested. A method of your own is one that you have added to `pissa.INIT_METHODS`.
         repair: the start that a stored base lacks and adds again exactly: that of `init` (None), or that of any other
             method. With `init="lora", repair="pissa", quant="nf4"`, LoRA trains on QPiSSA's base. With `init="pissa",
             repair="lora"`, PiSSA trains on the plainly quantised weight, from which LoRA's start takes nothing out.
@@ -168,8 +167,8 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
 
     # LoraConfig's default is 8, whatever the rank is.
     lora_alpha: float | None = field(default=None, metadata={"help": "LoRA alpha (default: the rank)"})
-    init: Init = field(default="pissa", metadata={"help": "How the adapter starts"})
-    repair: Init | None = field(default=None, metadata={"help": "The start that a stored base lacks (None: init's)"})
+    init: str = field(default="pissa", metadata={"help": "How the adapter starts"})
+    repair: str | None = field(default=None, metadata={"help": "The start that a stored base lacks (None: init's)"})
     repair_rank: int | None = field(default=None, metadata={"help": "Rank of the repair (None: the adapter's)"})
     start_norm: StartNorm = field(
         default="singular", metadata={"help": "Length of the singular vectors to start from: singular or unit"}
@@ -185,6 +184,9 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
     quant_storage: Storage = field(default="uint8", metadata={"help": "dtype of the parameters that hold codes"})
     residual: Residual | None = field(default=None, metadata={"help": "implicit or explicit; not with quant"})
     preset: InitVar[Preset | None] = None
+
+    init_methods: ClassVar[Mapping[str, object]]
+    """The methods that `init` and `repair` may name. `base.init_methods` sets it."""
 
     reader: ClassVar[Callable[..., PissaConfig]]
     """Called by `from_pretrained`. `files.pissa_layout` sets it, because files depend on the configuration, which
@@ -330,7 +332,13 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
             yield f"{pattern}[{key!r}]", value
 
     def _check_own_fields(self) -> None:
-        check_choice("init", self.init, get_args(Init))
+        others = (name for name in self.init_methods if name != "given")
+        for name, methods in (("init", tuple(self.init_methods)), ("repair", (None, *others))):
+            if getattr(self, name) not in methods:
+                raise ValueError(
+                    f"{name}: got {getattr(self, name)!r}; allowed: {', '.join(map(repr, methods))}, or a method of "
+                    "your own that you add to pissa.INIT_METHODS first"
+                )
         check_choice("start_norm", self.start_norm, get_args(StartNorm))
         check_svd(self.svd, self.svd_passes, self.seed, "svd_passes")
         check_choice("quant", self.quant, (None, *FORMATS))
@@ -365,8 +373,6 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
 
     def _check_repair(self) -> None:
         """Checks `repair` and `quant_iters`, which affect a stored base."""
-        methods = [name for name in get_args(Init) if name != "given"]
-        check_choice("repair", self.repair, (None, *methods))
         if self.repair is not None and self.form == IMPLICIT:
             raise ValueError(
                 f"repair: got {self.repair!r} without a stored base, and no other lacks a start: give quant or "

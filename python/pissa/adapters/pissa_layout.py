@@ -196,8 +196,8 @@ class AdapterRecord:
                 )
             if fields.pop("xxh3") != checksum(fields):
                 raise ValueError("xxh3 is not the checksum of the other fields: one of them has been changed")
-            layers = {name: LayerRecord.from_json(layer) for name, layer in fields["layers"].items()}
-            return AdapterRecord(config_from_json(fields["config"]), layers)
+            config = config_from_json(fields["config"])
+            return AdapterRecord(config, {name: LayerRecord.from_json(one) for name, one in fields["layers"].items()})
 
 
 def checksum(record: Mapping[str, Any]) -> str:

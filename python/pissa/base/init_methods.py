@@ -1,6 +1,6 @@
 """The start of an adapter: the factors of a weight by PiSSA and, for comparison, by other initialisations.
 
-A method is a class in `INIT_METHODS`; `PissaConfig.init` names it.
+A method is a class whose instance is in the table `INIT_METHODS`; `PissaConfig.init` names it.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -188,17 +188,6 @@ class Lora(InitMethod):
         ]
 
 
-class Olora(_OneByOne):
-    """The first r columns of Q and rows of R, where Q R = W (arXiv 2406.01775)."""
-
-    name = "olora"
-    decomposes_fully = True
-
-    def factors(self, weight: Tensor, origin: Origin) -> StartFactors:
-        q, upper = torch.linalg.qr(weight.float())
-        return StartFactors(upper[: origin.r], q[:, : origin.r], origin)
-
-
 class Given(InitMethod):
     """Not a method: the factors come from other adapters or from a plain LoRA."""
 
@@ -209,19 +198,22 @@ class Given(InitMethod):
         raise NotImplementedError("an adapter whose factors are given is not started from weights")
 
 
-INIT_METHODS: Mapping[str, InitMethod] = {
+INIT_METHODS: dict[str, InitMethod] = {
     method.name: method
     for method in (
         Pissa(),
         Triplets("pissa_medium", lambda last: last // 2),
         Triplets("pissa_minor", lambda last: last),
         Lora(),
-        Olora(),
         LoftQ(),
         Activations(),
         Given(),
     )
 }
+"""The methods that start adapters, by the names that `PissaConfig.init` and `repair` accept. To start adapters in your
+own way, add an `InitMethod` under a new name, in every process and before an adapter that it started is loaded."""
+
+PissaConfig.init_methods = INIT_METHODS
 
 
 def start_factors(task: StartTask) -> list[StartFactors]:

@@ -140,7 +140,7 @@ def _add_init(parser: argparse.ArgumentParser) -> None:
         "--init",
         default="pissa",
         metavar="METHOD",
-        help="how the adapter starts: pissa, pissa_medium, pissa_minor, lora (plain QLoRA), olora, loftq, or "
+        help="how the adapter starts: pissa, pissa_medium, pissa_minor, lora (plain QLoRA), loftq, or "
         "activations (which needs a calibration)",
     )
     add_calibration(

@@ -70,6 +70,7 @@ _HELP = {
     "r": f"rank of the adapters (default: {_RANK})",
     "output_dir": "new folder of the run: adapter, checkpoints, options, picture of the losses",
 }
+_CHOICES = {"quant": tuple(FORMATS), "repair": tuple(pissa.INIT_METHODS)}
 _OWN = (
     ("eval_data", str, None, "held-out data: the loss is computed before and after training"),
     ("method", str, "pissa", "pissa, or lora: plain LoRA, for comparison"),
@@ -88,7 +89,7 @@ def _fields(config: type, names: Collection[str], **defaults: Any) -> list[tuple
         shown = f" (default: {_METHOD[f.name]})" if isinstance(_METHOD.get(f.name), (str, int, float)) else ""
         text = _HELP.get(f.name, f.metadata["help"].replace("%", "%%").replace("%%%%", "%%") + shown)
         options = {"help": text, "aliases": _ALIASES.get(f.name, [])}
-        if choices := tuple(FORMATS) if f.name == "quant" else f.metadata.get("choices"):
+        if choices := _CHOICES.get(f.name, f.metadata.get("choices")):
             options["choices"] = choices
         default = field(default=defaults.get(f.name, f.default), metadata=options)
         found.append((f.name, _TYPES.get(f.name, hints[f.name]), default))

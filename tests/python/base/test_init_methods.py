@@ -4,27 +4,56 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import get_args
+from typing import Any
 
 import pytest
 import torch
 
 import pissa
-from language_models import Make
+from language_models import Make, logits, train
 from pissa import PissaConfig, PissaModel, ops
-from pissa.base.init_methods import INIT_METHODS
-from pissa.config import Init
 from pissa.layers.layer import pissa_layers
 
 Q = "model.layers.0.self_attn.q_proj"
 pytestmark = pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning")
 
 
-def test_the_configuration_offers_the_registry() -> None:
-    assert sorted(get_args(Init)) == sorted(INIT_METHODS)
-    for method in INIT_METHODS.values():
-        fields = {name: getattr(PissaConfig(), name) for name in method.fields}
-        assert dict(method.identity(PissaConfig())) == fields
+class Rows(pissa.InitMethod):
+    """The first rows of the weight."""
+
+    name = "rows"
+    fields = ("seed",)
+
+    def start(self, task: pissa.StartTask) -> list[pissa.StartFactors]:
+        pairs = zip(task.weights, task.origins, strict=True)
+        return [
+            pissa.StartFactors(weight[: origin.r].float(), torch.eye(len(weight), origin.r), origin)
+            for weight, origin in pairs
+        ]
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize(
+    "fields", [{"init": "rows"}, {"init": "rows", "quant": "nf4"}, {"repair": "rows", "quant": "nf4"}]
+)
+def test_a_start_of_one_s_own(
+    fields: dict[str, Any], small_llama: Make, tokens: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match=r"got 'rows'; allowed: .*'pissa'"):
+        PissaConfig(**fields)
+    monkeypatch.setitem(pissa.INIT_METHODS, "rows", Rows())
+    model = pissa.wrap(small_llama(), r=4, **fields)
+    layer, weight = pissa_layers(model.base_model.model)[Q], small_llama().get_submodule(Q).weight
+    start = layer.base.start if "repair" in fields else layer.start_of("default")
+    assert torch.equal(start.a0, weight[:4])
+    assert start.origin.identity == (("seed", 0),)
+    train(model, tokens)
+    model.save_pretrained(tmp_path)
+    again = PissaModel.from_pretrained(small_llama(), tmp_path)
+    assert torch.equal(logits(again, tokens), logits(model, tokens))
+    monkeypatch.delitem(pissa.INIT_METHODS, "rows")
+    with pytest.raises(ValueError, match=r"pissa\.json cannot be read: .*got 'rows'; .*pissa\.INIT_METHODS first"):
+        PissaModel.from_pretrained(small_llama(), tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore::pissa.notices.TiedWeightWarning")

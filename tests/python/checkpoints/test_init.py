@@ -167,7 +167,7 @@ def test_experts_in_4_bits(tmp_path: Path) -> None:
     assert not [name for name in found if name.endswith((".w1.weight", ".w2.weight", ".w3.weight"))]
 
 
-@pytest.mark.parametrize("method", ["pissa_medium", "pissa_minor", "lora", "olora", "loftq"])
+@pytest.mark.parametrize("method", ["pissa_medium", "pissa_minor", "lora", "loftq"])
 def test_init_methods(method: str, tmp_path: Path) -> None:
     model = save("llama", tmp_path / "src", torch.bfloat16)
     split(tmp_path / "src", tmp_path / "out", init=method, **NF4)

@@ -56,7 +56,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"start_norm": "unit"},
     {"start_norm": "unit", "use_dora": True},
     {"init": "lora"},
-    {"init": "olora", "use_rslora": True},
+    {"init": "pissa_minor", "use_rslora": True},
     {"lora_dropout": 0.3},
 ]
 

@@ -23,7 +23,11 @@ VARIANTS = {
     "orthonormal": {"start_norm": "unit"},
     "orthonormal, dora": {"start_norm": "unit", "use_dora": True},
 }
-BASES = {**FORMS, "repaired": {"quant": "nf4", "repair": "olora"}, "alternated": {"quant": "nf4", "quant_iters": 2}}
+BASES = {
+    **FORMS,
+    "repaired": {"quant": "nf4", "repair": "pissa_minor"},
+    "alternated": {"quant": "nf4", "quant_iters": 2},
+}
 pytestmark = pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning")
 
 
@@ -196,13 +200,6 @@ def test_lora_starts_from_zero_and_from_the_seed() -> None:
     assert not torch.equal(start_of(weight, init="lora", seed=2)[0], a0)
 
 
-def test_olora_starts_from_an_orthonormal_basis() -> None:
-    weight = power_law(20, 24, 1.0).float()
-    a0, b0, _ = start_of(weight, init="olora")
-    assert error(b0.mT @ b0, torch.eye(4).double()) < 24 * EPS[torch.float32]
-    assert error((b0 @ a0)[:, :4], weight[:, :4]) < 24 * EPS[torch.float32]  # Q R has the first columns exactly
-
-
 def test_loftq_starts_from_what_four_bits_lose() -> None:
     weight = power_law(64, 96, 0.3).float()
     a0, b0, model = start_of(weight, init="loftq", quant="nf4", double_quant=False, svd="exact")
@@ -214,7 +211,7 @@ def test_loftq_starts_from_what_four_bits_lose() -> None:
     assert error(now.norm(), s[4:].norm()) < 1e-4
 
 
-INITS = ("pissa_medium", "pissa_minor", "lora", "olora", "loftq")
+INITS = ("pissa_medium", "pissa_minor", "lora", "loftq")
 ON_FOUR_BITS: dict[str, dict[str, object]] = {**VARIANTS, **{init: {"init": init} for init in INITS}}
 
 

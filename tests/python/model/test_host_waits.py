@@ -62,7 +62,7 @@ def test_the_host_waits_as_often_for_few_layers_as_for_many(form: str, tiny_llam
 
 
 @pytest.mark.usefixtures("without_fingerprints")
-@pytest.mark.parametrize("fields", [{"init": "loftq", "quant": "nf4"}, {"init": "pissa_minor"}, {"init": "olora"}])
+@pytest.mark.parametrize("fields", [{"init": "loftq", "quant": "nf4"}, {"init": "pissa_minor"}])
 def test_other_starts_wait_for_no_weight_either(fields: dict[str, str], tiny_llama: Make) -> None:
     """Apart from the factorisations of torch, which wait by themselves."""
     gpu = CudaStandIn()

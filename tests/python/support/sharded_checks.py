@@ -36,7 +36,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "implicit": FORMS["implicit"],
     "dora": FORMS["dora"],
     "loftq": {"init": "lora", "repair": None},
-    "olora": {"init": "olora"},
+    "pissa_minor": {"init": "pissa_minor"},
     "embeddings": {"target_modules": ["embed_tokens", "q_proj"]},
 }
 """Fields of PissaConfig, beside r = 4."""
