@@ -5,8 +5,8 @@ adapter, and the rest is frozen, in 4 bits if requested (QPiSSA).
     model = pissa.wrap(model, r=16, quant="nf4")     # QPiSSA
     model = pissa.load("folder")                     # of a checkpoint that `pissa init` has split on disk
 
-`pissa.ops` contains the core as functions on tensors and needs only torch. The adapter API needs `pip install
-"pissa[hf]"`.
+`pissa.ops` contains the core as functions on tensors and needs only torch. The adapter API needs the packages
+of the extra pissa[hf]: PEFT, transformers, accelerate and what these need.
 """
 
 from __future__ import annotations
@@ -88,7 +88,8 @@ def __getattr__(name: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name in ("peft", "transformers", "accelerate", "safetensors", "huggingface_hub", "tqdm", "xxhash"):
             raise ModuleNotFoundError(
-                f'pissa.{name} needs {error.name}, which is not installed: run `pip install "pissa[hf]"`',
+                f"pissa.{name} needs {error.name}, which is not installed: run `pip install {error.name}`, or install "
+                "pissa[hf]",
                 name=error.name,
             ) from error
         raise

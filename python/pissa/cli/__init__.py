@@ -66,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         message, code = str(error), 2
         if error.name in needed():
-            message = f'needs {error.name}, which is not installed: run `pip install "pissa[cli]"`'
+            how = f"run `pip install {error.name}`, or install pissa[cli]"
+            message = f"needs {error.name}, which is not installed: {how}"
         elif "pip install" not in message:
             raise
     except KeyboardInterrupt as stop:

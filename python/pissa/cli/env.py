@@ -45,19 +45,16 @@ def environment() -> dict[str, Any]:
         **{f"build: {key}": value for key, value in info.items() if key not in ("version", "cuda")},
         "cuda": _cuda(info["cuda"]),
     }
-    old = [
-        f"{name} {versions[name]} is older than {version}"
-        for name, version in least.items()
-        if _numbers(versions[name] or version) < _numbers(version)
-    ]
-    missing = ", ".join(name for name in least if versions[name] is None)
+    old = [name for name, version in least.items() if _numbers(versions[name] or version) < _numbers(version)]
+    missing = [name for name in least if versions[name] is None]
     wrong, verdict = "", "everything works"
     if old:
-        verdict = f'{"; ".join(old)}: run `pip install --upgrade "pissa[cli]"`'
+        those = "; ".join(f"{name} {versions[name]} is older than {least[name]}" for name in old)
+        verdict = f"{those}: run `pip install --upgrade {' '.join(old)}`"
     elif wrong := next(wrong_in_linear("nf4", torch.float32, torch.device("cpu")), ""):
         verdict = f"the compiled core computes wrongly here ({wrong}); report this with `pissa selftest`"
     elif missing:
-        verdict = f'pissa.ops works; for models also run `pip install "pissa[cli]"` ({missing} missing)'
+        verdict = f"pissa.ops works; for models also run `pip install {' '.join(missing)}`, or install pissa[cli]"
     return report | {"works": not old and not wrong, "verdict": verdict}
 
 

@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
         for name, check in checks(device, models):
             passed[f"{device.type}: {name}"] = _passes(name, check)
     if not models:
-        print('\nModels were not tested: PEFT is not installed; run `pip install "pissa[cli]"`')
+        print("\nModels were not tested: PEFT is not installed; run `pip install peft`, or install pissa[hf]")
     print(f"\n{sum(passed.values())} of {len(passed)} checks passed, in {time.perf_counter() - began:.0f} s.")
     for name in (name for name, right in passed.items() if not right):
         print(f"FAILED: {name}")

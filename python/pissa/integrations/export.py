@@ -81,7 +81,8 @@ def export(
             return done
         except ModuleNotFoundError as error:
             needs = f"export to {to} needs the package {error.name}, which is not installed"
-            raise ModuleNotFoundError(f'{needs}: run `pip install "pissa[{to}]"`', name=error.name) from error
+            how = f"run `pip install {error.name}`, or install pissa[{to}]"
+            raise ModuleNotFoundError(f"{needs}: {how}", name=error.name) from error
     if base is None:
         raise no_base(opened)
     folder = checkpoint_folder(base)

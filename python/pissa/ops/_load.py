@@ -77,7 +77,7 @@ def _load_cuda(library: Path) -> str | None:
     except OSError as error:
         return (
             f"pissa's CUDA library could not be loaded: {error.__cause__ or error}; CUDA's own libraries "
-            'come with `pip install "pissa[cuda]"`'
+            "come with `pip install nvidia-cublas nvidia-cusolver`, or with pissa[cuda]"
         )
     return None
 

@@ -75,4 +75,4 @@ def test_gguf_that_is_not_installed(
     monkeypatch.setitem(sys.modules, "gguf", None)
     monkeypatch.delitem(sys.modules, "pissa.integrations.gguf", raising=False)
     message = refused(["export", str(adapter), str(tmp_path / "out"), "--to", "gguf"], capsys)
-    assert 'export to gguf needs the package gguf, which is not installed: run `pip install "pissa[gguf]"`' in message
+    assert "export to gguf needs the package gguf, which is not installed: run `pip install gguf`" in message
