@@ -16,6 +16,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,7 +37,6 @@ from pissa.adapters.pissa_layout import PISSA_RECORD, AdapterRecord
 from pissa.cli.data import encode, is_records, prompt_and_answer, read_chats, read_preferences
 from pissa.cli.memory import peak_memory_mib, return_freed_blocks
 from pissa.cli.options import AUTO, RUN_FILE, adapter_config, go_on, parse, record
-from pissa.cli.pictures import draw_losses
 from pissa.cli.terminal import UserError, say, told
 from pissa.cli.verification import Step0, step0_check
 from pissa.containers.messages import first_line
@@ -306,14 +306,18 @@ def _last_checkpoint(out: Path) -> Path | None:
 
 
 def _report(trainer: Any, ours: Any, split: bool, unit: str) -> dict[str, Any]:
-    """Draws the losses, in nats per `unit`, prints how the run went, and returns the report."""
+    """Draws the losses, in nats per `unit`, if matplotlib is installed, prints how the run went, and returns the
+    report."""
     out, model, history = trainer.args.output_dir, ours.model_name_or_path, trainer.state.log_history
     steps = [row for row in history if "loss" in row]
     losses, held_out = [row["loss"] for row in steps], [row["eval_loss"] for row in history if "eval_loss" in row]
     if not steps:  # none was logged
         return {}
     seconds, memory = statistics.median(row["seconds"] for row in steps), steps[-1]["peak_memory_mib"]
-    if trainer.is_world_process_zero():
+    has_picture = find_spec("matplotlib") is not None
+    if has_picture and trainer.is_world_process_zero():
+        from pissa.cli.pictures import draw_losses
+
         curves = {_method_name(ours): ([row["step"] for row in steps], losses)}
         title = f"{Path(model).name}, rank {ours.r}, learning rate {trainer.args.learning_rate:g}"
         draw_losses(curves, Path(out) / PICTURE_FILE, title, unit)
@@ -323,7 +327,9 @@ def _report(trainer: Any, ours: Any, split: bool, unit: str) -> dict[str, Any]:
         say("held out", f"loss {held_out[0]:.4f} before, {held_out[-1]:.4f} after")
     rate = f", {found:,.0f} tokens a second" if (found := _rate(history)) else ""
     say("cost", f"{seconds:.2f} s per step (median){rate}, peak memory {memory:,.0f} MiB")
-    say("saved", f"{out}: the adapter, {RUN_FILE}, {PICTURE_FILE}, checkpoints")
+    say("saved", f"{out}: the adapter, {RUN_FILE}, {f'{PICTURE_FILE}, ' if has_picture else ''}checkpoints")
+    if not has_picture:
+        say("note", "no picture of the losses: run `pip install matplotlib`")
     say("next", f"pissa merge {out} NEW_FOLDER --base {model}")
     if ours.quant:
         say("note", inexact_lora([ours.quant]))

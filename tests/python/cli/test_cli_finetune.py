@@ -106,6 +106,17 @@ def test_a_run_leaves_adapter_losses_and_picture(method: str, trained: Callable[
     assert ("PiSSA init" in errors) == (method != "lora")
 
 
+def test_a_run_needs_no_picture(
+    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "pissa.cli.pictures", raising=False)
+    assert main(command(base, data, tmp_path / "run", steps=1)) == 0
+    assert "no picture of the losses: run `pip install matplotlib`" in capsys.readouterr().out
+    assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
+    assert not (tmp_path / "run" / "loss.png").exists()
+
+
 def test_methods_see_the_same_batches_and_start_from_the_same_function(
     base: Path, data: Path, tmp_path: Path, trained: Callable[[str], Run]
 ) -> None:
