@@ -121,7 +121,7 @@ def _whole(model: PissaModel, adapter_name: str) -> dict[str, Tensor]:
     for name, value in model.state_dict(keep_vars=True).items():
         if not is_sharded(value):
             found[name] = value
-        elif f".{adapter_name}" in name or name.endswith(".bias"):
+        elif adapter_name in name.split(".") or name.endswith(".bias"):
             if is_partitioned(value):
                 raise ValueError(
                     f"{name} is partitioned by DeepSpeed. Call this on all ranks inside `with "

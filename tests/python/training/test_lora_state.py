@@ -16,6 +16,7 @@ from language_models import Make, error, logits, train
 from oracle import change_all
 from pissa import PissaConfig, PissaModel, notices
 from pissa.layers.layer import pissa_layers
+from pissa.training import lora_state
 
 BOUND = 2**-24 * 1000
 """Relative: sums of up to 700 terms in another order, and a rounding of each factor."""
@@ -166,6 +167,18 @@ def test_what_deepspeed_has_partitioned_is_refused_with_the_way_to_gather_it(tin
         parameter.ds_id, parameter.ds_shape, parameter.data = number, parameter.shape, torch.empty(0)
     with pytest.raises(ValueError, match=r"lora_.*default.* is partitioned by DeepSpeed.*GatheredParameters"):
         pissa.lora_state_dict(model)
+
+
+def test_no_frozen_shard_is_gathered(tiny_llama: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = pissa.wrap(tiny_llama(), r=2, adapter_name="q", target_modules=["v_proj"])  # q_proj begins with its name
+    gathered = []
+    monkeypatch.setattr(lora_state, "is_sharded", lambda value: True)
+    monkeypatch.setattr(lora_state, "whole_tensor", lambda value: gathered.append(value) or value)
+    pissa.lora_state_dict(model)
+    assert gathered
+    assert not {id(value) for value in gathered} & {
+        id(value) for value in model.parameters() if not value.requires_grad
+    }
 
 
 def test_the_state_dict_of_a_part_of_the_model_is_refused_by_peft(tiny_llama: Make) -> None:
