@@ -273,9 +273,9 @@ def init(
     """
     begin = time.perf_counter()
     with distributed.failing_together(), open_dense(source) as found:
+        plan = SplitPlan(found, config, experts)
         check_wanted(config, calibration)
         calibration = None if calibration is None else list(calibration)
-        plan = SplitPlan(found, config, experts)
         plan.config.base_model_name_or_path = str(source)
         run = _Split(plan, Path(target), memory, torch.device(device), calibration)
         run.run(progressbar)

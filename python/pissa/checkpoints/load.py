@@ -40,6 +40,7 @@ from pissa.containers.tensor_file import Source, TensorFile
 from pissa.distributed import failing_together
 from pissa.layers.experts import WEIGHTS, UnfusedExperts
 from pissa.layers.layer import PissaLayer, pissa_layers
+from pissa.model.calibrate import check_wanted
 from pissa.model.decompose import decompose
 from pissa.model.inject import check_adapter_name, materialise, own_config, warn_of_dropout
 from pissa.model.pissa_model import PissaModel, model_class
@@ -265,6 +266,8 @@ def load(
         config = _config(config, config_fields, folder, split, saved)
         config.inference_mode = not is_trainable
         warn_of_dropout(config)
+        if saved is None and split is None:
+            check_wanted(config, None)
         model, packed, quantization = mapped_model(source, dtype)
         check_adapter_name(adapter_name, model)
         if config.task_type is None and type(model).__name__.endswith("ForCausalLM"):

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pissa.cli.terminal import (
+    UserError,
     add_calibration,
     as_size,
     format_table,
@@ -124,8 +125,8 @@ def _add_init(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", type=Path, metavar="OUT", help="new folder, or the folder of an interrupted run")
     parser.add_argument(
         "--quant",
-        metavar="FORMAT",
-        help="keep the residual in nf4 or int8, in the format of transformers with bitsandbytes (default: dense)",
+        choices=("nf4", "int8"),
+        help="keep the residual in this format, as transformers does with bitsandbytes (default: dense)",
     )
     parser.add_argument("--rank", type=positive_int, default=16, metavar="R", help="rank of the adapter")
     parser.add_argument("--alpha", type=_alpha, metavar="A", help="LoRA alpha (default: the rank)")
@@ -192,6 +193,12 @@ def _init(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     from pissa.config import PissaConfig
     from pissa.containers.hub import checkpoint_folder
 
+    if args.calibration is not None and args.quant is None:
+        raise UserError(
+            "--calibration: got no --quant, whose codes it chooses; give --quant nf4 or int8, or leave it out"
+        )
+    if args.init == "activations" and args.calibration is None:
+        raise UserError("--init activations: got no --calibration; give --calibration FILE, or another --init")
     with told(TypeError), _processes():  # raised for a layer of a kind that cannot be adapted
         source, method = checkpoint_folder(args.source), _options(args, *_METHOD)
         batches = None if args.calibration is None else batches_of(args.calibration, args.examples, source)

@@ -90,8 +90,8 @@ def check_wanted(config: PissaConfig, calibration: object) -> None:
     if config.needs_calibration and calibration is None:
         wanted = "error_feedback=True" if config.error_feedback else "init or repair 'activations'"
         raise ValueError(
-            f"calibration: got None; {wanted} weighs errors by the layers' inputs: give batches of what the model will "
-            "read, as pissa.calibrate takes them"
+            f"calibration: got None; {wanted} weighs errors by the layers' inputs: give pissa.wrap or pissa init "
+            "batches of what the model will read, as pissa.calibrate takes them"
         )
     if calibration is not None and not config.needs_calibration:
         raise ValueError(
