@@ -1,19 +1,57 @@
-"""Forward passes that go through a model's blocks together, so that a block's data is needed only during its passes."""
+"""Forward passes that go through a model block by block, so that a block's data is needed only during its passes.
+
+In a call's first pass, only the first block computes. Each other block notes its arguments and returns what the first
+has returned. Later it computes from these arguments and from what the block before it has returned.
+
+This relies on how models use their blocks: they pass on the tensors that a block returns as they are, and all other
+arguments, such as masks and positions, may differ between blocks but do not depend on what blocks compute.
+"""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from os.path import commonpath
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
-def blocks_of(model: nn.Module, layers: Iterable[str]) -> list[str]:
+def run_block_by_block(
+    model: nn.Module, layers: Iterable[str], calls: Sequence[Mapping[str, Any]], restart: Callable[[], None]
+) -> Iterator[str]:
+    """Calls the model with each of `calls`, without gradients. Each time all calls have gone through the next block, it
+    yields what the names of this block's modules begin with.
+
+    If `layers` are not in consecutive blocks, or the model does more between blocks than to pass on what they return,
+    all calls go through the whole model, and it yields "" once. Before, it calls `restart` if some have been begun.
+    """
+    blocks = _blocks_of(model, layers)
+    modules = [model.get_submodule(name) for name in blocks]
+    passes = [_Pass() for _ in calls]
+    with torch.no_grad():
+        try:
+            for call, one in zip(calls, passes, strict=True):
+                with _forwards_replaced(modules, one.stand_in):
+                    model(**call)
+                one.check_unchanged()
+        except _NotByBlocksError:
+            restart()
+            blocks, modules = [], []
+            for call in calls:
+                model(**call)
+    yield f"{blocks[0]}." if blocks else ""
+    for name, block in zip(blocks[1:], modules[1:], strict=True):
+        with torch.no_grad():
+            for one in passes:
+                one.run(block)
+        yield f"{name}."
+
+
+def _blocks_of(model: nn.Module, layers: Iterable[str]) -> list[str]:
     """The names of the blocks that contain these layers, in order. Blocks are the members of one list of modules. Empty
     if the layers are in several lists, as in an encoder and a decoder, or in a single block."""
     path = commonpath([name.replace(".", "/") for name in layers]).split("/")
@@ -24,113 +62,85 @@ def blocks_of(model: nn.Module, layers: Iterable[str]) -> list[str]:
     return []
 
 
-_THREADS = 1024
-"""The limit for all passes together. OpenMP makes a team for each computing thread for as long as that lives."""
+class _NotByBlocksError(Exception):
+    """The model does more between blocks than to pass on what they return."""
 
 
-def side_by_side(model: nn.Module, blocks: Sequence[str], calls: Sequence[Mapping[str, Any]]) -> Iterator[None]:
-    """Calls the model with each of `calls`, without gradients, and yields each time all calls have gone through the
-    next block. Without blocks it yields once, at the end. Only one call computes at a time, in order. Each call is a
-    thread that waits before every block.
-
-    Raises:
-        Exception: the exception that a call raised; ValueError if a call runs the blocks in another order. The other
-            calls are ended.
-    """
-    threads = max(1, min(torch.get_num_threads(), _THREADS // max(len(calls), 1)))  # a setting of each thread
-    passes = [_Pass(model, call, threads) for call in calls]
-    hooks = [
-        model.get_submodule(name).register_forward_pre_hook(partial(_wait, name, number))
-        for number, name in enumerate(blocks)
-    ]
-    try:
-        for number in range(len(blocks) + 1):
-            for one in passes:
-                one.step()
-            if number > 0 or not blocks:
-                yield
-    finally:
-        for one in passes:
-            one.end()
-        for hook in hooks:
-            hook.remove()
+_Arguments = tuple[list[Any], dict[str, Any]]
 
 
-class _EndedError(Exception):
-    """Ends a call for which nobody waits any more."""
+class _Part(NamedTuple):
+    """Stands for an argument of a block that is a part of what the block before it returns."""
+
+    number: int
 
 
-class _Pass(threading.Thread):
-    """One call, which stops before each block."""
+class _Pass:
+    """One call of a model."""
 
-    def __init__(self, model: nn.Module, call: Mapping[str, Any], threads: int) -> None:
-        super().__init__(daemon=True)
-        self._model, self._call, self._threads = model, call, threads
-        self._state = _thread_state(next(model.parameters()).device)
+    def __init__(self) -> None:
         self._reached = 0
         """The number of blocks that the call has reached."""
-        self._go, self._stopped = threading.Semaphore(0), threading.Semaphore(0)
-        self._error: BaseException | None = None
-        self._ends = False
+        self._given: deque[_Arguments] = deque()
+        """The arguments of the blocks that have yet to compute."""
+        self._output: Any = None
+        """What the last block that has computed has returned."""
+        self._versions: list[int] = []
 
-    def run(self) -> None:
-        try:
-            self._go.acquire()
-            torch.set_num_threads(self._threads)
-            if not self._ends:
-                with torch.no_grad(), ExitStack() as stack:
-                    for context in self._state:
-                        stack.enter_context(context)
-                    self._model(**self._call)
-        except _EndedError:
-            pass
-        except BaseException as error:
-            self._error = error
-        finally:
-            self._ends = True
-            self._stopped.release()
-
-    def step(self) -> None:
-        """Continues to the next block, or to the end."""
-        if self._ends:
-            return
-        if not self.is_alive():
-            self.start()
-        self._go.release()
-        self._stopped.acquire()
-        if self._error is not None:
-            raise self._error
-
-    def wait(self, name: str, number: int) -> None:
-        """Waits before a block. Runs in the thread of the call."""
+    def stand_in(self, number: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The forward pass of a block in the first pass of the call, in place of its own `forward`."""
         if number != self._reached:
-            raise ValueError(
-                f"calibration: the model runs {name} again, or out of order, so that its blocks cannot be calibrated "
-                "one after the other; give pissa.wrap what pissa.calibrate(model, batches) returns"
-            )
+            raise _NotByBlocksError
         self._reached += 1
-        self._stopped.release()
-        self._go.acquire()
-        if self._ends:
-            raise _EndedError
+        if number == 0:
+            self._output = forward(*args, **kwargs)
+            self._versions = _versions(self._output)
+        else:
+            parts = {id(part): _Part(i) for i, part in enumerate(_parts(self._output)) if isinstance(part, Tensor)}
+            hidden = next(iter(parts), None)  # the first tensor
+            if hidden not in [id(value) for value in (*args, *kwargs.values())]:
+                raise _NotByBlocksError
+            self._given.append(_map(lambda value: parts.get(id(value), value), args, kwargs))
+        return self._output
 
-    def end(self) -> None:
-        """Ends the call wherever it is."""
-        if self.is_alive():
-            self._ends = True
-            self._go.release()
-            self.join()
+    def check_unchanged(self) -> None:
+        """Checks that the first pass has not changed in place what the first block has returned."""
+        if _versions(self._output) != self._versions:
+            raise _NotByBlocksError
+
+    def run(self, block: nn.Module) -> None:
+        """Computes the next block, if the call has reached it."""
+        if self._given:
+            parts = _parts(self._output)
+            args, kwargs = _map(
+                lambda value: parts[value.number] if isinstance(value, _Part) else value, *self._given.popleft()
+            )
+            self._output = block(*args, **kwargs)
 
 
-def _wait(name: str, number: int, *_: Any) -> None:
-    one = threading.current_thread()
-    if isinstance(one, _Pass):
-        one.wait(name, number)
+def _parts(output: Any) -> tuple[Any, ...]:
+    return output if isinstance(output, tuple) else (output,)
 
 
-def _thread_state(device: torch.device) -> list[AbstractContextManager[Any]]:
-    """The state that a new thread does not inherit, although a call may depend on it: autocast and the current GPU."""
-    kind = device.type if device.type != "meta" else "cpu"
-    enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
-    autocast = torch.autocast(kind, dtype=dtype, enabled=enabled)
-    return [torch.cuda.device(device), autocast] if kind == "cuda" else [autocast]
+def _versions(output: Any) -> list[int]:
+    """How often each tensor has been changed in place."""
+    return [part._version for part in _parts(output) if isinstance(part, Tensor)]
+
+
+def _map(change: Callable[[Any], Any], args: Iterable[Any], kwargs: Mapping[str, Any]) -> _Arguments:
+    return [change(value) for value in args], {name: change(value) for name, value in kwargs.items()}
+
+
+@contextmanager
+def _forwards_replaced(modules: Sequence[Any], stand_in: Callable[..., Any]) -> Iterator[None]:
+    """Calls `stand_in(number, forward, ...)` in place of each module's own `forward(...)`."""
+    own = [vars(module).get("forward") for module in modules]  # accelerate replaces those of offloaded modules
+    for number, module in enumerate(modules):
+        module.forward = partial(stand_in, number, module.forward)
+    try:
+        yield
+    finally:
+        for module, forward in zip(modules, own, strict=True):
+            del module.forward
+            if forward is not None:
+                module.forward = forward

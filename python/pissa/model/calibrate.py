@@ -23,7 +23,7 @@ from pissa.base.classes import evaluating
 from pissa.config import PissaConfig
 from pissa.layers.layer import pissa_layers
 from pissa.layers.modules import PissaLinear
-from pissa.model.blocks import blocks_of, side_by_side
+from pissa.model.blocks import run_block_by_block
 from pissa.model.calibration import Calibration
 from pissa.model.inject import check_plain, own_config, way_back
 from pissa.model.pissa_model import model_class
@@ -76,7 +76,7 @@ def calibrate(
     try:
         config = own_config(PissaConfig(**config_fields) if config is None else config)
         check_plain(model, "default")
-        return observed(model_class(config)(model, config, "default"), batches, progressbar, diagonal=diagonal)
+        return observe(model_class(config)(model, config, "default"), batches, progressbar, diagonal=diagonal)
     finally:
         restore()
 
@@ -112,7 +112,7 @@ def check_wanted(config: PissaConfig, calibration: object) -> None:
 
 
 @torch.no_grad()
-def observed(wrapped: PeftModel, batches: Iterable[Batch], progressbar: bool, *, diagonal: bool = False) -> Calibration:
+def observe(wrapped: PeftModel, batches: Iterable[Batch], progressbar: bool, *, diagonal: bool = False) -> Calibration:
     """Calibrates the adapted linear layers of a model. The adapter may still lack its start."""
     layers = _linear_layers(wrapped)
     with (
@@ -128,16 +128,14 @@ def observed(wrapped: PeftModel, batches: Iterable[Batch], progressbar: bool, *,
         return observer.calibration(layers)
 
 
-def in_blocks(wrapped: PeftModel, batches: Iterable[Batch]) -> Generator[Calibration, None, None]:
-    """Like `observed`, but block by block: only one block's calibration is in memory, together with the batches at that
-    block. If the layers are not in consecutive blocks of one list of modules, one calibration contains all of them."""
-    layers, base = _linear_layers(wrapped), wrapped.base_model.model
+def observe_blocks(wrapped: PeftModel, batches: Iterable[Batch]) -> Generator[Calibration, None, None]:
+    """Like `observe`, but block by block: only one block's calibration is in memory, together with the batches at that
+    block. Yields one calibration of all layers where `run_block_by_block` goes through the whole model."""
+    layers = _linear_layers(wrapped)
     calls = [call for batch in batches for call in _calls(wrapped, batch)]
-    blocks = blocks_of(base, layers)
     with _observing(wrapped, layers, _Observer()) as observer:
-        for number, _ in enumerate(side_by_side(base, blocks, calls)):
-            here = [name for name in layers if not blocks or name.startswith(f"{blocks[number]}.")]
-            if here:
+        for block in run_block_by_block(wrapped.base_model.model, layers, calls, observer.clear):
+            if here := [name for name in layers if name.startswith(block)]:
                 yield observer.calibration(here)
                 observer.clear()
 
@@ -201,7 +199,7 @@ class _Observer:
 
     def clear(self) -> None:
         """Discards the sums."""
-        self._sums, self._tokens = {}, {}
+        self._sums, self._tokens, self._leaders = {}, {}, {}
         self.forget()
 
     def forget(self) -> None:

@@ -9,7 +9,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from pissa.base.digest import fingerprint, xxh3_of_text
-from pissa.model.calibrate import Batch, in_blocks
+from pissa.model.calibrate import Batch, observe_blocks
 
 
 class Moments:
@@ -23,7 +23,7 @@ class Moments:
     """
 
     def __init__(self, wrapped: PeftModel, batches: Iterable[Batch], wanted: Iterable[str]) -> None:
-        self._blocks = in_blocks(wrapped, batches)
+        self._blocks = observe_blocks(wrapped, batches)
         self._waiting: dict[str, Tensor] = {}
         self._wanted = set(wanted)
 

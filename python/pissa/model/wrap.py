@@ -17,7 +17,7 @@ from pissa.config import PissaConfig, PissaType
 from pissa.containers.hub import Name
 from pissa.distributed import failing_together, world_size
 from pissa.layers.layer import pissa_layers
-from pissa.model.calibrate import Batch, check_wanted, observed
+from pissa.model.calibrate import Batch, check_wanted, observe
 from pissa.model.calibration import Calibration
 from pissa.model.decompose import decompose
 from pissa.model.inject import check_plain, own_config, restored_on_error, warn_of_dropout
@@ -125,7 +125,7 @@ def wrap(
         if calibration is None or isinstance(calibration, Calibration):
             replacements = find(calibration=calibration)
         elif world_size() > 1 or not config.asks_once:
-            replacements = find(calibration=observed(wrapped, calibration, progressbar))
+            replacements = find(calibration=observe(wrapped, calibration, progressbar))
         else:
             layers = pissa_layers(model).items()
             asked = [

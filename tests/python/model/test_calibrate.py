@@ -4,17 +4,29 @@ from __future__ import annotations
 
 import gc
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AlbertConfig, AlbertModel, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    AlbertConfig,
+    AlbertModel,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    T5Config,
+    T5EncoderModel,
+)
 
 import pissa
 from pissa import ops
-from pissa.model.calibrate import in_blocks
+from pissa.model.calibrate import observe_blocks
 from pissa.model.moments import Moments
 
 pytestmark = [
@@ -134,30 +146,51 @@ def test_a_calibration_is_saved_and_used_again(tmp_path: Path) -> None:
         pissa.Calibration.load(path)
 
 
-def test_block_after_block() -> None:
-    """The same bits, a block at a time; and the model is as it was when nobody asks for more."""
-    whole, model = pissa.calibrate(llama(), batches()), llama()
-    wrapped = pissa.PissaModel(model, pissa.PissaConfig(r=2), "default")
+def gemma3() -> nn.Module:
+    """Its blocks have masks and positions of their own."""
+    torch.manual_seed(0)
+    sizes = SIZES | {"num_hidden_layers": 6, "head_dim": 16}
+    return Gemma3ForCausalLM(Gemma3TextConfig(**sizes, sliding_window=4)).eval()
+
+
+def t5() -> nn.Module:
+    """Each block passes the position bias of the first one on."""
+    torch.manual_seed(0)
+    return T5EncoderModel(T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=3, num_heads=4)).eval()
+
+
+@pytest.mark.parametrize("make", [llama, gemma3, t5])
+def test_block_after_block(make: Callable[[], nn.Module]) -> None:
+    """The same bits, a block at a time, in this thread."""
+    whole, model = pissa.calibrate(make(), batches(), target_modules="all-linear"), make()
+    wrapped = pissa.PissaModel(model, pissa.PissaConfig(r=2, target_modules="all-linear"), "default")
+    threads: set[int] = set()
+    hook = model.register_forward_pre_hook(lambda *_: threads.add(threading.get_ident()))
     found: dict[str, Tensor] = {}
-    for number, block in enumerate(in_blocks(wrapped, batches())):
-        assert all(name.startswith(f"model.layers.{number}.") for name in block.moments)
+    for number, block in enumerate(observe_blocks(wrapped, batches())):
+        assert all(f".{number}." in name for name in block.moments)
         assert block.tokens == whole.tokens
         found |= block.moments
+    hook.remove()
+    assert threads == {threading.get_ident()}
     assert found.keys() == whole.moments.keys()
     assert all(torch.equal(found[name], moment) for name, moment in whole.moments.items())
+
+
+def test_a_block_s_moments_at_a_time() -> None:
+    """And the model is as it was when nobody asks for more, or a call fails."""
+    model = llama()
+    wrapped = pissa.PissaModel(model, pissa.PissaConfig(r=2), "default")
     alive = []  # moments of the layer with 96 inputs: no weight has their shape
-    for _ in in_blocks(wrapped, batches()):
+    for _ in observe_blocks(wrapped, batches()):
         alive.append(sum(type(one) is Tensor and one.shape == (96, 96) for one in gc.get_objects()))
     assert alive[0] == alive[1]
-    threads = threading.active_count()
-    begun = in_blocks(wrapped, batches())
+    begun = observe_blocks(wrapped, batches())
     next(begun)
     begun.close()
-    assert threading.active_count() == threads
-    assert not any(module._forward_pre_hooks for module in model.modules())
     with pytest.raises(ValueError, match="You must specify exactly one of input_ids"):
-        next(in_blocks(wrapped, [{"input_idz": torch.ones(1, 2, dtype=torch.long)}]))
-    assert threading.active_count() == threads
+        next(observe_blocks(wrapped, [{"input_idz": torch.ones(1, 2, dtype=torch.long)}]))
+    assert not any(module._forward_pre_hooks or "forward" in vars(module) for module in model.modules())
 
 
 @pytest.mark.parametrize(
@@ -185,37 +218,51 @@ def test_batches_are_their_calibration(fields: dict[str, Any], monkeypatch: pyte
     monkeypatch.setattr(Moments, "of", counted)
     given = {"r": 4, "quant": "nf4", **fields}
     expected = pissa.wrap(llama(), **given, calibration=pissa.calibrate(llama(), batches())).state_dict()
-    threads = threading.active_count()
     found = pissa.wrap(llama(), **given, calibration=batches()).state_dict()
-    assert threading.active_count() == threads
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], value) for name, value in expected.items())
     assert max(most) == (0 if fields.get("repair") == "pissa" else 7)
 
 
 def test_blocks_that_run_more_than_once() -> None:
-    """ALBERT's single one is calibrated as a whole; others in turn have to be, before."""
+    """ALBERT's, which run in turn."""
     torch.manual_seed(0)
     sizes = {name: SIZES[name] for name in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")}
     given = {"r": 4, "quant": "nf4", "init": "lora", "repair": "activations", "target_modules": ["query", "ffn"]}
     calls = [batch | {"labels": None} for batch in batches()]
-    layers = {"target_modules": given["target_modules"]}
-    for groups in (1, 2):
-        config = AlbertConfig(**sizes, embedding_size=32, num_hidden_layers=4, num_hidden_groups=groups)
-        state = AlbertModel(config).state_dict()
+    config = AlbertConfig(**sizes, embedding_size=32, num_hidden_layers=4, num_hidden_groups=2)
+    models = [AlbertModel(config).eval() for _ in range(3)]
+    for model in models:
+        model.load_state_dict(models[0].state_dict())
+    calibration = pissa.calibrate(models[0], calls, target_modules=given["target_modules"])
+    expected = pissa.wrap(models[1], **given, calibration=calibration).state_dict()
+    found = pissa.wrap(models[2], **given, calibration=calls).state_dict()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
 
-        def model(config: AlbertConfig = config, state: dict[str, Tensor] = state) -> AlbertModel:
-            made = AlbertModel(config)
-            made.load_state_dict(state)
-            return made.eval()
 
-        expected = pissa.wrap(model(), **given, calibration=pissa.calibrate(model(), calls, **layers)).state_dict()
-        if groups == 2:
-            with pytest.raises(ValueError, match=r"calibration: the model runs encoder\..* again, or out of order"):
-                pissa.wrap(model(), **given, calibration=calls)
-            continue
-        found = pissa.wrap(model(), **given, calibration=calls).state_dict()
-        assert all(torch.equal(found[name], value) for name, value in expected.items())
+class Between(nn.Module):
+    """Four blocks, and what a model does between them."""
+
+    def __init__(self, change: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(4))
+        self.change = change
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = self.change(block(x))
+        return x
+
+
+@pytest.mark.parametrize("change", [lambda x: x / 2, lambda x: x.div_(2)], ids=["new", "in place"])
+def test_models_that_do_more_between_their_blocks(change: Callable[[Tensor], Tensor]) -> None:
+    calls = [{"x": torch.randn(5, 8)} for _ in range(3)]
+    expected = pissa.calibrate(Between(change), calls, target_modules=r"blocks\..\.0").moments
+    config = pissa.PissaConfig(r=2, target_modules=r"blocks\..\.0")
+    (found,) = observe_blocks(pissa.PissaModel(Between(change), config), calls)
+    assert found.moments.keys() == expected.keys()
+    assert all(torch.equal(found.moments[name], moment) for name, moment in expected.items())
 
 
 def test_a_calibration_changes_nothing_else() -> None:
