@@ -34,8 +34,9 @@ Batch = Mapping[str, Any] | Tensor
 """Arguments of the model without labels, or only input_ids."""
 
 _MASK = "attention_mask"
-_NEEDLESS = {"use_cache": False, "logits_to_keep": 1}
-"""Arguments of transformers' models that avoid computing what no layer reads: cached keys, and logits."""
+_NEEDLESS = {"use_cache": False, "logits_to_keep": torch.tensor([-1])}
+"""Arguments of transformers' models that avoid computing what no layer reads: cached keys, and logits. (For the number
+of logits, 1, Gemma 4 computes its last blocks only for the last token.)"""
 
 
 def calibrate(

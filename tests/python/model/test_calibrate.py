@@ -16,6 +16,8 @@ from transformers import (
     AlbertModel,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    Gemma4ForCausalLM,
+    Gemma4TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
@@ -263,6 +265,24 @@ def test_models_that_do_more_between_their_blocks(change: Callable[[Tensor], Ten
     (found,) = observe_blocks(pissa.PissaModel(Between(change), config), calls)
     assert found.moments.keys() == expected.keys()
     assert all(torch.equal(found.moments[name], moment) for name, moment in expected.items())
+
+
+def test_blocks_that_a_model_computes_for_the_last_token_alone() -> None:
+    """Gemma 4 does so where blocks share the keys of earlier ones and only the last logits are wanted."""
+
+    def model() -> nn.Module:
+        torch.manual_seed(0)
+        kinds = {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2}
+        more = {"head_dim": 16, "global_head_dim": 16, "hidden_size_per_layer_input": 8}
+        sizes = SIZES | {"num_hidden_layers": 4, "vocab_size_per_layer_input": 64}
+        return Gemma4ForCausalLM(Gemma4TextConfig(**sizes, **more, **kinds)).eval()
+
+    found = pissa.calibrate(model(), batches(), target_modules=r".*\.3\.mlp\..*_proj")
+    read = inputs_of(model(), batches())
+    assert len(found.moments) == 3
+    for name, moment in found.moments.items():
+        x = torch.cat(read[name])
+        torch.testing.assert_close(moment.double(), x.mT @ x / len(x), rtol=0, atol=1e-4 * float(x.square().max()))
 
 
 def test_a_calibration_changes_nothing_else() -> None:
