@@ -254,8 +254,9 @@ def _calls(wrapped: PeftModel, batch: Batch) -> Iterator[dict[str, Any]]:
     known, device = inspect.signature(base.forward).parameters, next(base.parameters()).device
     needless = {name: value for name, value in _NEEDLESS.items() if name in known}
     for part in _without_padding(batch):
-        moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in part.items()}
-        yield moved | needless
+        if device.type != "meta":  # accelerate moves the inputs of a model that it offloads
+            part = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in part.items()}
+        yield part | needless
 
 
 def _without_padding(batch: Batch) -> Iterator[dict[str, Any]]:

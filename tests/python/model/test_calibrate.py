@@ -285,6 +285,21 @@ def test_blocks_that_a_model_computes_for_the_last_token_alone() -> None:
         torch.testing.assert_close(moment.double(), x.mT @ x / len(x), rtol=0, atol=1e-4 * float(x.square().max()))
 
 
+@pytest.mark.parametrize("embedding", ["cpu", "disk"])
+def test_an_offloaded_model(embedding: str, tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path)
+    places = {"model.embed_tokens": embedding, "model.layers": "disk", "model.norm": "cpu", "model.rotary_emb": "cpu"}
+    fields = {"r": 4, "quant": "nf4", "init": "lora"}
+    models = [
+        LlamaForCausalLM.from_pretrained(tmp_path, device_map=places | {"lm_head": "cpu"}, offload_folder=tmp_path)
+        for _ in range(2)
+    ]
+    expected = outputs(pissa.wrap(llama(), **fields, calibration=batches()), batches())
+    calibration = pissa.calibrate(models[0], batches())
+    assert torch.equal(outputs(pissa.wrap(models[0], **fields, calibration=calibration), batches()), expected)
+    assert torch.equal(outputs(pissa.wrap(models[1], **fields, calibration=batches()), batches()), expected)
+
+
 def test_a_calibration_changes_nothing_else() -> None:
     """A frozen adapter stays frozen; what autocast is to compute in its dtype is."""
     given = {"r": 4, "quant": "nf4", "init": "lora", "repair": "activations"}
