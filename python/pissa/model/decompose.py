@@ -194,7 +194,7 @@ def _task(
     task = StartTask(weights, [origins[name] for name in group], config, list(group), kept=kept, device=device)
     if not config.needs_calibration or calibration is None:
         return task
-    return task._replace(moments=calibration.of(group, weights[0].device))
+    return task._replace(moments=[] if device is None else calibration.of(group, device))
 
 
 def _unread(base: Base) -> Tensor:

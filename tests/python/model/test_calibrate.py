@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,9 @@ from transformers import (
 
 import pissa
 from pissa import ops
+from pissa.base.protocol import Base
+from pissa.layers.layer import PissaLayer
+from pissa.model import decompose
 from pissa.model.calibrate import observe_blocks
 from pissa.model.moments import Moments
 
@@ -298,6 +301,23 @@ def test_an_offloaded_model(embedding: str, tmp_path: Path) -> None:
     calibration = pissa.calibrate(models[0], batches())
     assert torch.equal(outputs(pissa.wrap(models[0], **fields, calibration=calibration), batches()), expected)
     assert torch.equal(outputs(pissa.wrap(models[1], **fields, calibration=batches()), batches()), expected)
+
+
+@pytest.mark.parametrize("fields", [{"init": "lora", "error_feedback": True}, {"init": "activations"}], ids=str)
+def test_a_process_that_has_no_more_layers_to_decompose(
+    fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It goes along with others that have more, as if it had an empty group, where the weights are partitioned."""
+    groups = decompose.own_groups
+
+    def with_an_empty_one(layers: dict[str, PissaLayer]) -> Iterator[dict[str, Base]]:
+        yield from groups(layers)
+        yield {}
+
+    fields = {"r": 4, "quant": "nf4", "calibration": pissa.calibrate(llama(), batches()), **fields}
+    expected = outputs(pissa.wrap(llama(), **fields), batches())
+    monkeypatch.setattr(decompose, "own_groups", with_an_empty_one)
+    assert torch.equal(outputs(pissa.wrap(llama(), **fields), batches()), expected)
 
 
 def test_a_calibration_changes_nothing_else() -> None:
