@@ -215,15 +215,15 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
 
     # -- the forward pass
 
-    def forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:
-        """The layer's output. `adapter_names` gives each row of x its own adapter, "__base__" for none."""
+    def forward(self, input: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:
+        """The layer's output. `adapter_names` gives each row of the input its own adapter, "__base__" for none."""
         if self.disable_adapters:
-            return cast(Tensor, self.base.module(x, *args, **kwargs))
+            return cast(Tensor, self.base.module(input, *args, **kwargs))
         if adapter_names is not None:
-            return self._row_by_row(x, adapter_names)
+            return self._row_by_row(input, adapter_names)
         if self.merged:
-            return cast(Tensor, call_whole(self.base_layer, x, *args, **kwargs))
-        return self.adapted(x, [name for name in self.active_adapters if name in self.r])
+            return cast(Tensor, call_whole(self.base_layer, input, *args, **kwargs))
+        return self.adapted(input, [name for name in self.active_adapters if name in self.r])
 
     def _row_by_row(self, x: Tensor, adapter_names: Sequence[str]) -> Tensor:
         names = set(adapter_names) & set(self.r)

@@ -149,7 +149,9 @@ def _linear_layers(wrapped: PeftModel) -> list[str]:
 def _observing(wrapped: PeftModel, layers: Iterable[str], observer: _Observer) -> Iterator[_Observer]:
     """Lets an observer see the inputs of layers, while the model is in evaluation mode and without its adapters."""
     base = wrapped.base_model.model
-    hooks = [base.get_submodule(name).register_forward_pre_hook(observer.hook(name)) for name in layers]
+    hooks = [
+        base.get_submodule(name).register_forward_pre_hook(observer.hook(name), with_kwargs=True) for name in layers
+    ]
     training = {module: module.training for module in base.modules()}
     frozen = [parameter for parameter in base.parameters() if not parameter.requires_grad]
     wrapped.base_model.disable_adapter_layers()
@@ -178,7 +180,7 @@ class _Observer:
 
     def hook(self, name: str) -> Any:
         """The forward pre-hook of the layer with that name."""
-        return lambda _, args: self._add(name, args[0])
+        return lambda _, args, kwargs: self._add(name, args[0] if args else kwargs["input"])
 
     def _add(self, name: str, x: Tensor) -> None:
         shared = self._last is not None and self._last[0] is x

@@ -320,6 +320,22 @@ def test_a_process_that_has_no_more_layers_to_decompose(
     assert torch.equal(outputs(pissa.wrap(llama(), **fields), batches()), expected)
 
 
+def test_layers_that_are_called_by_keyword() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.first = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.first(input=x)
+
+    x = torch.randn(20, 8)
+    (moment,) = pissa.calibrate(Model(), [{"x": x}], target_modules=["first"]).moments.values()
+    torch.testing.assert_close(moment, x.mT @ x / 20)
+    assert torch.equal(pissa.wrap(Model(), r=2, target_modules=["first"])(x), Model()(x))
+
+
 def test_a_calibration_changes_nothing_else() -> None:
     """A frozen adapter stays frozen; what autocast is to compute in its dtype is."""
     given = {"r": 4, "quant": "nf4", "init": "lora", "repair": "activations"}
