@@ -104,10 +104,8 @@ class TensorFile:
             # safetensors checks that offsets, shapes and dtypes fit each other and the file.
             cast(Any, safe_open)(path, "numpy").__exit__(None, None, None)
             self._state = _state(path)
-            with open(path, "rb") as file:
-                # Writable, as torch requires, but private: without a reserve the system sets no memory aside.
-                flags, access = mmap.MAP_PRIVATE | _MAP_NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
-                self._map = mmap.mmap(file.fileno(), self._state[0], flags=flags, prot=access)
+        self._map = _mapped(path, self._state[0])
+        with reading(path, _REMEDY):
             start = 8 + int.from_bytes(self._map[:8], "little")
             self._header = self._map[8:start].decode()
             header = json.loads(self._header)
@@ -203,6 +201,21 @@ def _state(path: Path) -> tuple[int, int, int]:
     """Size, modification time and number of a file. Different values later show that it was written to, or replaced."""
     found = os.stat(path)
     return found.st_size, found.st_mtime_ns, found.st_ino
+
+
+def _mapped(path: Path, size: int) -> mmap.mmap:
+    """Maps a file: writable, as torch requires, but private. Without a reserve the system sets no memory aside, unless
+    it never promises more than it has."""
+    flags, access = mmap.MAP_PRIVATE | _MAP_NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
+    with open(path, "rb") as file:
+        try:
+            return mmap.mmap(file.fileno(), size, flags=flags, prot=access)
+        except OSError as error:
+            how = (
+                f"{error.strerror}: the file, {size:,} bytes, cannot be mapped. If `sysctl vm.overcommit_memory` is 2, "
+                "the system sets that much memory aside: set it to 0, or add swap; otherwise, raise `ulimit -v`"
+            )
+            raise OSError(error.errno, how, str(path)) from error
 
 
 _MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0

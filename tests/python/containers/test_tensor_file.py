@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import mmap
 from pathlib import Path
 
 import pytest
@@ -57,6 +59,18 @@ def test_every_tensor_has_its_checksum(tmp_path: Path) -> None:
         file.read(name)
     with pytest.raises(ValueError, match=f"'{last}' is damaged: its checksum"):
         file.read(last)
+
+
+def test_a_file_that_the_system_does_not_map_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: int, **__: int) -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    write_tensors(tmp_path / "file", {"x": torch.ones(2)})
+    monkeypatch.setattr(mmap, "mmap", refuse)
+    with pytest.raises(OSError, match=r"Cannot allocate memory: .*, \d+ bytes, cannot be mapped.*overcommit.*/file'$"):
+        TensorFile(tmp_path / "file")
 
 
 def test_scratch_gives_back_what_was_put_and_leaves_nothing(tmp_path: Path) -> None:
