@@ -62,6 +62,10 @@ class OtherRoundingWarning(PissaWarning):
     """The residual differs in some bits from that of the training, because this machine rounds differently."""
 
 
+class UnseenBaseWarning(PissaWarning):
+    """The model that an adapter names as its base is not here, so it is unknown whether that is a residual."""
+
+
 class KeptMagnitudesWarning(PissaWarning):
     """DoRA's magnitudes were kept while the change that they belong to was approximated."""
 

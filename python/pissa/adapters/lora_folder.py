@@ -93,10 +93,9 @@ class LoraFolder:
         return self.config["init_lora_weights"] in (True, False, "gaussian", "eva", "orthogonal")
 
     @property
-    def residual(self) -> Path | None:
-        """The residual model that the adapter names as its base, if that is a folder with the initial adapter."""
-        name = self.config["base_model_name_or_path"]
-        return Path(name) if name and os.path.isfile(Path(name) / INITIAL_FOLDER / ADAPTER_CONFIG) else None
+    def named_base(self) -> str | None:
+        """The model that the adapter names as its base, a folder or a name on the Hub."""
+        return self.config["base_model_name_or_path"] or None
 
     @property
     def other_keys(self) -> list[str]:

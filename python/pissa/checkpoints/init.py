@@ -38,6 +38,7 @@ from pissa.checkpoints.load import mapped_model
 from pissa.checkpoints.output import Output
 from pissa.checkpoints.rewrite import Errors, Layer, Plan, Result, Rewrite, Unit, linear_layers, matrix_shape
 from pissa.config import PissaConfig
+from pissa.containers.hub import absolute
 from pissa.containers.model_folder import Composition, Part, meta_model
 from pissa.containers.released_codes import check_dense, open_dense
 from pissa.containers.tensor_file import Layout, Source
@@ -276,8 +277,8 @@ def init(
         plan = SplitPlan(found, config, experts)
         check_wanted(config, calibration)
         calibration = None if calibration is None else list(calibration)
-        plan.config.base_model_name_or_path = str(source)
-        run = _Split(plan, Path(target), memory, torch.device(device), calibration)
+        plan.config.base_model_name_or_path = absolute(source)
+        run = _Split(plan, Path(os.path.abspath(target)), memory, torch.device(device), calibration)
         run.run(progressbar)
         need = {name: run.in_flight(layer) for name, layer in plan.layers.items()}
         largest = max(need, key=need.__getitem__)

@@ -32,7 +32,7 @@ from pissa.base.start import StartFactors
 from pissa.base.stored import residual_tensors
 from pissa.base.weights import CodedLinear
 from pissa.config import IMPLICIT, PissaConfig
-from pissa.containers.hub import adapter_folder, checkpoint_folder
+from pissa.containers.hub import absolute, adapter_folder, checkpoint_folder
 from pissa.containers.messages import first_line, shown
 from pissa.containers.model_folder import class_of, model_config
 from pissa.containers.released_codes import KINDS, ReleasedWeights
@@ -273,7 +273,7 @@ def load(
         if config.task_type is None and type(model).__name__.endswith("ForCausalLM"):
             config.task_type = "CAUSAL_LM"
         # The model card names the model for which the plain LoRA is: the dense model that was split.
-        config.base_model_name_or_path = config.base_model_name_or_path or str(folder)
+        config.base_model_name_or_path = config.base_model_name_or_path or absolute(folder)
         model.config._name_or_path = model.name_or_path = config.base_model_name_or_path
         with blamed():
             wrapped = model_class(config)(model, config, adapter_name)

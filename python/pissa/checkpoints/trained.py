@@ -209,7 +209,7 @@ def read_adapter(folder: LoraFolder, source: Source, initial: Name | None) -> Ad
             )
         check_start(folder, at_start)
         return Adapter(PlainLora(folder, ON_RESIDUAL), source)
-    return Adapter(PlainLora.of(folder, initial), source)
+    return Adapter(PlainLora.of(folder, source.folder, initial), source)
 
 
 def read_weight(layer: Layer, source: Source) -> Weight:

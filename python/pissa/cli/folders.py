@@ -318,7 +318,8 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     _add_adapter(
         parser,
         "new folder for the LoRA",
-        "the unmodified model, whose name is written (default: the one that the adapter names)",
+        "the model that the adapter was trained on, a folder or a name on the Hugging Face Hub (default: the one that "
+        "the adapter names)",
     )
     lower = parser.add_mutually_exclusive_group()
     lower.add_argument("--rank", type=positive_int, metavar="N", help="largest rank of a layer (best approximation)")

@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import huggingface_hub
+from huggingface_hub.errors import HFValidationError
 from torch import nn
 
 from pissa.containers.messages import first_line, shown
@@ -57,6 +58,32 @@ def _fetched(model_id: Name, what: str, patterns: list[str], options: dict[str, 
         raise ValueError(
             f"{missing}, and huggingface_hub, asked for a repository of that name, says: {first_line(error)}"
         ) from error
+
+
+def absolute(model_id: Name) -> str:
+    """The name as it is valid in any working directory: the absolute path of a folder, or an id of the Hub as it is."""
+    return os.path.abspath(model_id) if os.path.exists(model_id) else str(model_id)
+
+
+def is_elsewhere(model_id: Name) -> bool:
+    """Whether the name is the path of a folder that is not on this machine: there is no such folder here, and no
+    repository on the Hub can be called like this."""
+    if os.path.exists(model_id) or not isinstance(model_id, str):
+        return not os.path.exists(model_id)
+    try:
+        huggingface_hub.try_to_load_from_cache(model_id, "config.json")  # checks the name
+    except HFValidationError:
+        return True
+    return False
+
+
+def find_file(model_id: Name, file: str) -> Path | None:
+    """Finds a file of a model that is here, in a folder or in huggingface_hub's cache. Nothing is fetched."""
+    if os.path.exists(model_id) or is_elsewhere(model_id):
+        path = Path(model_id, file)
+        return path if path.is_file() else None
+    cached = huggingface_hub.try_to_load_from_cache(str(model_id), file)
+    return Path(cached) if isinstance(cached, str) else None
 
 
 def refuse_unsupported(

@@ -78,13 +78,14 @@ def convert(
     - It contains pissa.json: an adapter of ours, whose LoRA is already written.
     - `initial` is given: PEFT's PiSSA (or OLoRA, CorDA), trained on W - s B0 A0. B0 and A0 are in the initial adapter,
       which was saved before training. `initial` is its folder, or the folder of a residual model that contains it in
-      pissa_init, as the paper's authors do. The latter is found without `initial` if the adapter's
-      base_model_name_or_path names it.
+      pissa_init, as the paper's authors do. The latter is found without `initial` if it is the `base`, or if the
+      adapter's base_model_name_or_path names it: a folder, or a name that is in huggingface_hub's cache.
     - Its init_lora_weights is one that changes the base, such as "pissa": it is refused, because only the initial
       adapter says by how much.
     - Otherwise a plain LoRA, which needs `rank` or `energy`. This includes what PEFT writes with
       path_initial_model_for_weight_conversion. An adapter that was trained on a residual model looks the same, unless
-      its base_model_name_or_path says so; give `initial`.
+      its base_model_name_or_path says so; give `initial`. If that names a folder which is not here, `base` or `initial`
+      has to be given. A relative name without such a folder is taken for a name on the Hub.
 
     The delta weight s (B A - B0 A0) is written as s [dB | B0]·[A ; dA], of rank 2r, in float32, a layer at a time.
     Other tensors (biases, magnitudes, `modules_to_save`, embeddings) stay as they are. An adapted layer's own weight,
@@ -96,7 +97,8 @@ def convert(
     Args:
         source: folder of an adapter.
         target: a folder that does not exist or is empty.
-        base: the unmodified model, whose name is written (default: the one that the adapter names, if it names one).
+        base: the model that the adapter was trained on, a folder or a name on the Hub (default: the one that the
+            adapter names). Its name is written, unless it is a residual: the result is for the unmodified model.
         initial: folder of the adapter before training.
         rank: the largest rank that a layer may have; the best approximation of that rank is used.
         energy: instead of `rank`, the share of ‖dW‖² that each layer keeps, above 0 and at most 1. Each layer gets the
@@ -110,7 +112,7 @@ def convert(
     source, target = Path(source), Path(target)
     _check_sizes(rank, energy)
     check_unused(target)
-    lora = PlainLora.of(open_adapter(source), initial)
+    lora = PlainLora.of(open_adapter(source), base, initial)
     folder = lora.folder
     if lora.what == PLAIN and rank is None and energy is None:
         raise ValueError(

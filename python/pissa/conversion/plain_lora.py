@@ -13,10 +13,10 @@ from torch import Tensor
 
 from pissa.adapters.lora_folder import INITIAL_FOLDER, LoraFolder, check_same_layers, open_adapter
 from pissa.adapters.peft_layout import ADAPTER_CONFIG, Matrices, base_weight_key, inexact_lora
-from pissa.containers.hub import Name
+from pissa.containers.hub import Name, absolute, find_file, is_elsewhere
 from pissa.containers.messages import shown
 from pissa.containers.model_folder import CONFIG, quantised_kind
-from pissa.notices import InexactLoraWarning
+from pissa.notices import InexactLoraWarning, UnseenBaseWarning
 from pissa.ops.low_rank import join_difference
 
 OURS = "an adapter of pissa"
@@ -36,15 +36,15 @@ class PlainLora:
     """The adapter before training, which its base lacked."""
 
     @staticmethod
-    def of(folder: LoraFolder, initial: Name | None) -> PlainLora:
-        """Determines the kind of an adapter. `initial` is that of `convert`."""
+    def of(folder: LoraFolder, base: Name | None, initial: Name | None) -> PlainLora:
+        """Determines the kind of an adapter. The arguments are those of `convert`."""
         if folder.record is not None:
             check_not_given(f"{folder.path} is an adapter of pissa", initial=initial)
             forms = {layer.form.kind for layer in folder.record.layers.values()} - {"implicit"}
             if forms:
                 warnings.warn(inexact_lora(forms), InexactLoraWarning, stacklevel=3)
             return PlainLora(folder, OURS)
-        initial = folder.residual if initial is None else initial
+        initial = initial or _initial_of(base) or _initial_of(folder.named_base)
         if initial is not None:
             return PlainLora(folder, INITIAL, initial=_read_initial(folder, initial))
         if not folder.leaves_base:
@@ -60,6 +60,7 @@ class PlainLora:
                     f"{folder.weights.path} lacks {field}, which PEFT leaves out when it subtracts the initial "
                     "adapter: convert the adapter that was trained, with initial"
                 )
+        _check_base(folder, base)
         return PlainLora(folder, PLAIN)
 
     @property
@@ -109,12 +110,11 @@ class PlainLora:
         return (weight.double() + product.reshape(weight.shape)).to(weight.dtype).contiguous()
 
     def base_name(self, base: Name | None) -> str | None:
-        """The name of the unmodified base: `base` if it is given; otherwise the one that the adapter names, unless that
-        is a residual."""
-        if base is not None:
-            return str(base)
-        named = self.folder.config["base_model_name_or_path"]
-        return None if self.initial is not None and self.folder.leaves_base else named
+        """The name of the unmodified base, valid in any working directory: `base`, or the one that the adapter names;
+        None if that is a residual."""
+        if base is not None and _initial_of(base) is None:
+            return absolute(base)
+        return None if self.initial is not None and self.folder.leaves_base else self.folder.named_base
 
 
 def check_not_given(reason: str, **arguments: object) -> None:
@@ -122,6 +122,30 @@ def check_not_given(reason: str, **arguments: object) -> None:
     for name, value in arguments.items():
         if value is not None:
             raise ValueError(f"{reason}; {name} is of no use with it: leave it out")
+
+
+def _initial_of(model: Name | None) -> Path | None:
+    """The initial adapter in a model that is a residual on this machine, in a folder or in huggingface_hub's cache."""
+    found = None if model is None else find_file(model, f"{INITIAL_FOLDER}/{ADAPTER_CONFIG}")
+    return None if found is None else found.parent
+
+
+def _check_base(folder: LoraFolder, base: Name | None) -> None:
+    """Refuses an adapter if the model that it was trained on is in a folder elsewhere, because that may be a residual,
+    from which the same files would mean another change. Warns if `base` is given in its place."""
+    named = folder.named_base
+    if (model := named if base is None else base) is not None and is_elsewhere(model):
+        raise ValueError(
+            f"{folder.path} was trained on {model}, which is not here and may be a residual. If it is one, give it "
+            "(base) or its initial adapter (initial); if not, give the model that it was trained on (base)"
+        )
+    if named is not None and is_elsewhere(named):
+        warnings.warn(
+            f"{folder.path} names {named} as its base, which is not here. It is taken for a LoRA that was trained on "
+            f"{base}. If {named} is a residual, give its initial adapter (initial): without it, the change is wrong.",
+            UnseenBaseWarning,
+            stacklevel=4,
+        )
 
 
 def _read_initial(folder: LoraFolder, given: Name) -> LoraFolder:

@@ -73,8 +73,6 @@ def export(
     if requantise and to != "bnb4":
         raise ValueError(f"requantise is for 'bnb4': got {to!r}; leave it out")
     opened, target = open_adapter(Path(adapter)), Path(target)
-    if base is None:
-        base = opened.config["base_model_name_or_path"] or None
     if to not in ("bnb4", "merged"):
         try:
             done: Exported = resolve_name(f"pissa.integrations.{to}:export_lora")(opened, base, target, initial)
@@ -83,6 +81,7 @@ def export(
             needs = f"export to {to} needs the package {error.name}, which is not installed"
             how = f"run `pip install {error.name}`, or install pissa[{to}]"
             raise ModuleNotFoundError(f"{needs}: {how}", name=error.name) from error
+    base = base or opened.named_base
     if base is None:
         raise no_base(opened)
     folder = checkpoint_folder(base)
@@ -102,7 +101,7 @@ def export(
         )
     with Source(folder) as source, torch.no_grad():
         found = _trained_in_4_bits(read_adapter(opened, source, initial))
-        run = ResidualExport(found, target)
+        run = ResidualExport(found, Path(os.path.abspath(target)))
         run.run(progressbar)
         for doubt in found.doubts():
             warnings.warn(doubt, stacklevel=2)

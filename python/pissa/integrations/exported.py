@@ -48,8 +48,9 @@ def no_base(folder: LoraFolder) -> ValueError:
 
 def read_factors(folder: LoraFolder, base: Name | None, initial: Name | None, runtime: str) -> PlainLora:
     """Reads the adapter as a plain LoRA for a runtime that takes only factors of layers from an adapter. Raises
-    ValueError for an adapter that contains more. `base` is read only if it does."""
-    lora = PlainLora.of(folder, initial)
+    ValueError for an adapter that contains more. The base is read only if it does."""
+    lora = PlainLora.of(folder, base, initial)
+    base = base or folder.named_base
     fields = ("use_dora", "modules_to_save", "trainable_token_indices", "bias", "lora_bias")
     if given := {name: value for name in fields if (value := folder.config.get(name)) and value != "none"}:
         text = ", ".join(f"{name}={shown(value)}" for name, value in given.items())

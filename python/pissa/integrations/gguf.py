@@ -33,12 +33,13 @@ rotary embedding uses."""
 def export_lora(adapter: LoraFolder, base: Name | None, target: Path, initial: Name | None) -> Exported:
     """Writes the adapter to the new file `target`, float32, a layer at a time. Raises ValueError for a model that is
     not known here, and for anything that llama.cpp does not take from an adapter, which is named."""
-    if base is None:
+    model = base or adapter.named_base
+    if model is None:
         raise no_base(adapter)
     if target.exists():
         raise ValueError(f"{target} exists already and nothing is overwritten; choose a new file")
     lora = read_factors(adapter, base, initial, "llama.cpp")
-    config = model_config(base)
+    config = model_config(model)
     arch, places = _places(class_of(config).__name__, config, lora.folder)
     rank = max(lora.rank(name) for name in lora.folder.factors)
     alpha = rank * lora.scaling

@@ -50,7 +50,7 @@ def export_lora(adapter: LoraFolder, base: Name | None, target: Path, initial: N
             f"{adapter.path} has rank {rank} as a LoRA; vLLM allows {RANKS[-1]}: lower it with pissa convert --rank "
             f"{RANKS[-1]}"
         )
-    places = _places(lora, base)
+    places, model = _places(lora, base or adapter.named_base), lora.base_name(base)
     with staged(target) as new, Scratch(target) as tensors:
         for name, factors in lora.folder.factors.items():
             pairs = [pad_rank(a, factors.scaling / lora.scaling * b, rank) for a, b in lora.matrices(name)]
@@ -60,7 +60,7 @@ def export_lora(adapter: LoraFolder, base: Name | None, target: Path, initial: N
         config = with_sizes({**lora.folder.config, "use_rslora": False}, sizes) | {
             "target_modules": sorted({key.split(".lora_")[0].rpartition(".")[2] for key in tensors}),
             **dict.fromkeys(("target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern")),
-            "base_model_name_or_path": None if base is None else str(base),
+            "base_model_name_or_path": model,
         }
         new(ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True))
         write_tensors(new(ADAPTER_WEIGHTS), tensors)
@@ -70,7 +70,7 @@ def export_lora(adapter: LoraFolder, base: Name | None, target: Path, initial: N
         layers=lora.layers,
         written=f"a LoRA of rank {rank}, {count} pairs of factors",
         bytes_written=sum(path.stat().st_size for path in target.iterdir()),
-        load=f"vllm serve {base or 'BASE'} --enable-lora --max-lora-rank {allowed[0]} --lora-modules NAME={target}",
+        load=f"vllm serve {model or 'BASE'} --enable-lora --max-lora-rank {allowed[0]} --lora-modules NAME={target}",
     )
 
 

@@ -14,7 +14,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from pissa.base.classes import fields_of_4_bits
 from pissa.config import PissaConfig, PissaType
-from pissa.containers.hub import Name
+from pissa.containers.hub import Name, absolute
 from pissa.distributed import failing_together, world_size
 from pissa.layers.layer import pissa_layers
 from pissa.model.calibrate import Batch, check_wanted, observe
@@ -117,7 +117,8 @@ def wrap(
             config.repair = "activations"
         check_plain(model, adapter_name)
         originals = None if weights is None else OriginalWeights(weights, config)
-        config.base_model_name_or_path = model.__dict__.get("name_or_path") or None
+        loaded_from = model.__dict__.get("name_or_path")
+        config.base_model_name_or_path = absolute(loaded_from) if loaded_from else None
         warn_of_dropout(config)
         check_wanted(config, calibration)
         wrapped = model_class(config)(model, config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
