@@ -128,7 +128,7 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
             and "pissa_minor" start. "singular": √(S/s), as in the paper, so that s B0 A0 is that part of the weight.
             "unit": 1, an orthonormal start, for any scaling s. A stored base then lacks the singular start, and the
             adapter's own, found in the dense weight, is kept in addition, as with `repair`. A component whose singular
-            value is 0 stays 0.
+            value is 0 starts as with "lora".
         svd: "krylov" (block Krylov, default) or "subspace" iteration, or "exact" for a full decomposition.
         svd_passes: passes over each weight: an even number of at least 2, or "auto", as many as the rank needs; see
             `pissa.ops.svd_lowrank`. "exact" does not use it.

@@ -176,12 +176,7 @@ class Lora(InitMethod):
             name: weight for name, weight in zip(task.weight_names, task.weights, strict=True) if not weight.is_meta
         }
         check_weights(list(known.values()), list(known))
-        drawn = []
-        for weight, origin, name in zip(task.weights, task.origins, task.names, strict=True):
-            generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) ^ task.config.seed)
-            bound = 1 / math.sqrt(weight.shape[1])  # kaiming_uniform_(a=sqrt(5)), nn.Linear's
-            uniform = torch.rand(origin.r, weight.shape[1], generator=generator, dtype=torch.float32)
-            drawn.append((2 * uniform - 1) * bound)
+        drawn = [_drawn(task, number) for number in range(len(task.weights))]
         return [
             StartFactors(a0, torch.zeros(weight.shape[0], origin.r, device=device), origin)
             for a0, weight, origin in zip(_sent(drawn, device), task.weights, task.origins, strict=True)
@@ -220,7 +215,8 @@ def start_factors(task: StartTask) -> list[StartFactors]:
     """Computes the starts of the task's adapters, by the method that `config.init` names, after `config.quant_iters`
     alternations.
 
-    With `config.start_norm` "unit", the rows of a0 and the columns of b0 have length 1.
+    With `config.start_norm` "unit", the rows of a0 and the columns of b0 have length 1. A component that is zero up to
+    roundoff, which could not learn, starts as LoRA's: its row of a0 is random, and its column of b0 is 0.
 
     Raises:
         ValueError: NaN or Inf in a weight, which is named, or no second moments where they are needed.
@@ -230,8 +226,16 @@ def start_factors(task: StartTask) -> list[StartFactors]:
             "'activations' and error feedback weigh errors by the layers' inputs, which only pissa.wrap and pissa init "
             "look at: give them a calibration"
         )
-    starts = INIT_METHODS[task.config.init].start(task)
-    return [_orthonormal(start) for start in starts] if task.config.start_norm == "unit" else starts
+    method = INIT_METHODS[task.config.init]
+    starts = method.start(task)
+    empty = _empty(starts) if method.reads_weights else {}
+    if task.config.start_norm == "unit":
+        starts = [_orthonormal(start) for start in starts]
+    for number, rows in empty.items():
+        start, drawn = starts[number], _drawn(task, number)
+        rows, drawn = rows.to(start.a0.device), drawn.to(start.a0.device)
+        start.a0, start.b0 = drawn.where(rows[:, None], start.a0), start.b0.where(~rows, 0)
+    return starts
 
 
 def started(task: StartTask) -> tuple[list[StartFactors], list[ops.QuantizedWeight] | None]:
@@ -307,6 +311,29 @@ def _sent(tensors: Sequence[Tensor], device: torch.device) -> Sequence[Tensor]:
     flat = torch.cat([tensor.flatten() for tensor in tensors]).to(device)
     parts = torch.split(flat, [tensor.numel() for tensor in tensors])
     return [part.view(tensor.shape).clone() for part, tensor in zip(parts, tensors, strict=True)]
+
+
+def _drawn(task: StartTask, number: int) -> Tensor:
+    """LoRA's random factor for the weight of that number, float32 [r, in] on the CPU. It depends only on the layer's
+    name and the seed."""
+    columns = task.weights[number].shape[1]
+    generator = torch.Generator().manual_seed(zlib.crc32(task.names[number].encode()) ^ task.config.seed)
+    bound = 1 / math.sqrt(columns)  # kaiming_uniform_(a=sqrt(5)), nn.Linear's
+    uniform = torch.rand(task.origins[number].r, columns, generator=generator, dtype=torch.float32)
+    return (2 * uniform - 1) * bound
+
+
+def _empty(starts: Sequence[StartFactors]) -> dict[int, Tensor]:
+    """The components of starts whose row of a0 and column of b0 are both zero up to the roundoff of an SVD, bool [r] on
+    the CPU, by the number of the start. The host waits for a GPU once."""
+    found = []
+    for start in starts:
+        # A singular value is the product of the two lengths, which are alike.
+        bound = math.sqrt(torch.finfo(torch.float32).eps * math.sqrt(max(len(start.b0), start.a0.shape[1])))
+        lengths = [torch.linalg.vector_norm(part, dim=1) for part in (start.a0, start.b0.mT)]
+        found.append(torch.stack([length <= bound * length.max() for length in lengths]).all(0))
+    rows = torch.split(torch.cat(found).cpu(), list(map(len, found))) if found else ()
+    return {number: empty for number, empty in enumerate(rows) if empty.any()}
 
 
 def _orthonormal(start: StartFactors) -> StartFactors:

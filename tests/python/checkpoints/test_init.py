@@ -167,15 +167,19 @@ def test_experts_in_4_bits(tmp_path: Path) -> None:
     assert not [name for name in found if name.endswith((".w1.weight", ".w2.weight", ".w3.weight"))]
 
 
-@pytest.mark.parametrize("method", ["pissa_medium", "pissa_minor", "lora", "loftq"])
+@pytest.mark.parametrize("method", ["pissa", "pissa_medium", "pissa_minor", "lora", "loftq"])
 def test_init_methods(method: str, tmp_path: Path) -> None:
     model = save("llama", tmp_path / "src", torch.bfloat16)
+    zeros = "model.layers.0.self_attn.o_proj.weight"
+    model.get_parameter(zeros).data.zero_()
+    change_tensors(tmp_path / "src", lambda found: found | {zeros: torch.zeros_like(found[zeros])})
     split(tmp_path / "src", tmp_path / "out", init=method, **NF4)
     layers, found = wrapped_layers(model, init=method, **NF4), tensors_of(tmp_path / "out")
     factors = load_file(tmp_path / "out" / "pissa_init" / "adapter_model.safetensors")
     for name, layer in layers.items():
         assert torch.equal(from_state(entries(found, name)).codes, layer.base.residual.codes)
-        assert torch.equal(factors[f"base_model.model.{name}.lora_B.weight"], layer.start_of("default").b0)
+        for side, factor in (("A", layer.start_of("default").a0), ("B", layer.start_of("default").b0)):
+            assert torch.equal(factors[f"base_model.model.{name}.lora_{side}.weight"], factor)
 
 
 def test_factors_that_a_residual_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

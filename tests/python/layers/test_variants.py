@@ -184,10 +184,36 @@ def test_an_orthonormal_start_has_the_vectors_alone(form: str, init: str, first:
     assert kept is None or all(map(torch.equal, kept.buffers(), alone.buffers()))
 
 
-def test_an_orthonormal_start_leaves_out_what_the_weight_has_not() -> None:
-    a0, b0, _ = start_of(torch.diag(torch.tensor([3.0, 2.0, 1.0, *[0.0] * 9])), start_norm="unit")
-    for vectors in (a0, b0.mT):
-        assert error(vectors.norm(dim=1), torch.tensor([1.0, 1.0, 1.0, 0.0])) < EPS[torch.float32]
+@pytest.mark.parametrize("start_norm", ["singular", "unit"])
+@pytest.mark.parametrize("svd", ["krylov", "subspace", "exact"])
+@pytest.mark.parametrize("rank", [0, 3])
+def test_a_component_that_the_weight_lacks_starts_as_lora_s(rank: int, svd: str, start_norm: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(40, rank, generator=generator) @ torch.randn(rank, 30, generator=generator)
+    a0, b0, _ = start_of(weight, svd=svd, start_norm=start_norm, seed=1)
+    drawn, _, _ = start_of(weight, init="lora", seed=1)
+    assert torch.equal(a0[rank:], drawn[rank:])
+    assert not b0[:, rank:].any()
+    if start_norm == "singular" and rank:
+        assert error(b0 @ a0, weight) < 64 * EPS[torch.float32]
+
+
+@pytest.mark.parametrize("fields", [{}, {"init": "pissa_minor"}, {"quant": "nf4"}, {"init": "loftq", "quant": "nf4"}])
+def test_a_weight_of_zeros_learns_and_is_restored(
+    fields: dict[str, object], tiny_llama: Make, tokens: Tensor, tmp_path: Path
+) -> None:
+    def base() -> nn.Module:
+        model = tiny_llama(num_hidden_layers=1)
+        nn.init.zeros_(model.model.layers[0].self_attn.o_proj.weight)
+        return model
+
+    model = pissa.wrap(base(), r=4, **fields)
+    train(model.train(), tokens)
+    layer = model.base_model.model.model.layers[0].self_attn.o_proj
+    assert all(delta.any() for delta in layer.deltas("default"))
+    model.save_pretrained(tmp_path)
+    again = PissaModel.from_pretrained(base(), tmp_path, is_trainable=True)
+    assert train(again.train(), tokens) == train(model, tokens)
 
 
 def test_lora_starts_from_zero_and_from_the_seed() -> None:

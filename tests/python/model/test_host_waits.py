@@ -17,9 +17,9 @@ from pissa.base import fingerprint
 
 pytestmark = [pytest.mark.cpu_only, pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning")]
 
-WAITS = 10
-"""The most of a wrap: one for each shape of weights, of which a Llama has four, to see that they are finite, one to see
-that their residuals will be, and one that they are."""
+WAITS = 14
+"""The most of a wrap: two for each shape of weights, of which a Llama has four, to see that they are finite, and which
+components are zero; one to see that their residuals will be finite, and one that they are."""
 
 FORMS: dict[str, dict[str, Any]] = {
     "implicit": {},
