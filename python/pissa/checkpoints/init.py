@@ -402,7 +402,8 @@ class _Split(Rewrite):
         """The second moments of what these layers read. The model begins to run at the first of them."""
         if self._moments is None:
             assert self.calibration is not None  # as `check_wanted` has seen
-            wanted = [name for name, config in self.plan.configs.items() if config.needs_calibration]
+            names_to_write = [layer.name for unit in self.units_to_write for layer in unit.layers]
+            wanted = [name for name in names_to_write if self.plan.configs[name].needs_calibration]
             config, (model, _, _) = own_config(self.plan.config), mapped_model(self.source, None)
             self._moments = Moments(model_class(config)(model, config, "default"), self.calibration, wanted)
         return self._moments.of(names, self.device)

@@ -222,6 +222,8 @@ class Rewrite(ABC):
         self._sizes = {unit.name: sum(self.source.nbytes(name) for name in set(unit.tensors)) for unit in plan.units}
         self.results: dict[str, Result] = {}
         """The results of the finished units, by name."""
+        self.units_to_write: list[Unit] = []
+        """The units that this process writes. Earlier runs have written others, and other processes write others."""
         self.bytes_read = sum(self._sizes.values())
         """Bytes of the checkpoint that this run and the runs that it continues have read."""
         self.bytes_written = sum(layout.size for layout in plan.files.values())
@@ -262,6 +264,7 @@ class Rewrite(ABC):
             # tqdm reads TQDM_DISABLE only if `disable` is not given.
             hidden = {} if progressbar and distributed.rank() == 0 else {"disable": True}
             left = {name: batches[name] for name in mine if name not in out.done}
+            self.units_to_write = [unit for units in left.values() for unit in units]
             with tqdm(
                 total=sum(sizes[name] for name in mine),
                 initial=sum(sizes[name] for name in mine if name in out.done),

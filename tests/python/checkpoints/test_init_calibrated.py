@@ -17,6 +17,7 @@ from pissa.checkpoints.init import init
 from pissa.checkpoints.merge import merge
 from pissa.cli import main
 from pissa.layers.layer import pissa_layers
+from pissa.model.moments import Moments
 from tiny_model import save_tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning")
@@ -55,8 +56,17 @@ def test_as_wrap_does(method: str, tmp_path: Path) -> None:
 
 
 def test_a_killed_run_ends_with_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And with the moments of one block in memory: those of the layers that were written are not wanted again."""
     from pissa.checkpoints import rewrite
 
+    waiting, of = [0], Moments.of
+
+    def counted(moments: Moments, *args: Any) -> list[Tensor]:
+        found = of(moments, *args)
+        waiting.append(len(found) + len(moments._waiting))
+        return found
+
+    monkeypatch.setattr(Moments, "of", counted)
     base = tmp_path / "base"
     save("llama", base, num_hidden_layers=12)
     config = pissa.PissaConfig(r=4, quant="nf4", **METHODS["both"])
@@ -75,8 +85,10 @@ def test_a_killed_run_ends_with_the_same_bytes(tmp_path: Path, monkeypatch: pyte
         init(base, tmp_path / "split", config, calibration=batches())
     with pytest.raises(ValueError, match="calibration"):
         init(base, tmp_path / "split", config, calibration=batches()[1:])
+    waiting.clear()
     done = init(base, tmp_path / "split", config, calibration=batches())
     assert done.bytes_done_before > 0
+    assert max(waiting) == 7
     found = {name: content.replace(b"split", b"whole") for name, content in contents(tmp_path / "split").items()}
     assert found == contents(tmp_path / "whole")
 
