@@ -1,4 +1,4 @@
-"""Writes situations.md: what PEFT's PiSSA and pissa do in twenty situations. Both are run here.
+"""Writes situations.md: what PEFT's PiSSA and pissa do in twenty-one situations. Both are run here.
 
     python docs/situations.py            # writes the page
     python docs/situations.py --check    # only runs both sides
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import bitsandbytes as bnb
+import gguf
 import peft
 import torch
 import transformers
@@ -59,6 +60,33 @@ def convolution() -> nn.Module:
 def in_4_bits(storage: torch.dtype = torch.uint8) -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(bnb.nn.Linear4bit(64, 32, quant_type="nf4", quant_storage=storage)).to("cpu")
+
+
+def from_gguf() -> nn.Module:
+    """A Llama as transformers loads it from a .gguf file: dense, and marked as quantised."""
+    model = base()
+    config, names = model.config, gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, model.config.num_hidden_layers)
+    writer = gguf.GGUFWriter("model.gguf", "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    for name, value in model.state_dict().items():
+        writer.add_tensor(names.get_name(name, (".weight",)), value.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return transformers.AutoModelForCausalLM.from_pretrained(".", gguf_file="model.gguf", dtype=torch.float32)
+
+
+def trainer(model: nn.Module) -> transformers.Trainer:
+    data = [{"input_ids": TOKENS[0], "labels": TOKENS[0]}]
+    options = transformers.TrainingArguments("out", max_steps=1, use_cpu=True, report_to=[], disable_tqdm=True)
+    return transformers.Trainer(model, options, train_dataset=data)
 
 
 def lora(**fields: Any) -> peft.LoraConfig:
@@ -404,6 +432,16 @@ SITUATIONS = (
         all(torch.equal(a, b) for a, b in zip(model.parameters(), base(torch.bfloat16).parameters()))
         """,
     ),
+    Situation(
+        "The model comes from a GGUF file",
+        "whether Trainer has taken a step",
+        """
+        trainer(peft.get_peft_model(from_gguf(), lora())).train().global_step == 1
+        """,
+        """
+        trainer(pissa.wrap(from_gguf(), r=4)).train().global_step == 1
+        """,
+    ),
 )
 
 
@@ -456,7 +494,7 @@ def main() -> int:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     lines = [
-        "# Twenty situations",
+        "# Twenty-one situations",
         "",
         f"What PiSSA does in PEFT {peft.__version__}, and in pissa. `python docs/situations.py` runs both sides and",
         "writes this page; it fails when PEFT has mended a situation. `base()` is a Llama of two layers, `mixture()` a",

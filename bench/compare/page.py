@@ -200,7 +200,7 @@ def readme() -> str:
                 f"{loss[1]} nats (LoRA, calibrated)",
                 f"{loss[2]} nats (QLoRA)",
             ],
-            ["PiSSA in [twenty situations](docs/situations.md)", "correct", "wrong, or an error"],
+            ["PiSSA in [twenty-one situations](docs/situations.md)", "correct", "wrong, or an error"],
         ],
     )
 

@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -63,6 +64,15 @@ def own_config(config: PissaConfig) -> PissaConfig:
     if not isinstance(config, PissaConfig):
         raise TypeError(f"config must be a pissa.PissaConfig, got {type(config).__name__}")
     return copy.deepcopy(config)
+
+
+def drop_gguf_mark(model: nn.Module) -> None:
+    """Marks a dense model as such that transformers has loaded from a GGUF file. If it has dequantised all weights, it
+    still calls the model quantised by a method that cannot be trained or saved, and its Trainer refuses it."""
+    is_dense = all(parameter.is_floating_point() for parameter in model.parameters())
+    if getattr(model, "quantization_method", None) == "gguf" and is_dense:
+        quantizer: Any = model.hf_quantizer
+        quantizer.remove_quantization_config(model)
 
 
 def warn_of_dropout(config: PissaConfig) -> None:

@@ -27,7 +27,15 @@ from pissa.layers.layer import PissaLayer, pissa_layers
 from pissa.layers.tokens import TrainableTokensWrapper, check_tokens_can_be_merged
 from pissa.model.combination import Combination
 from pissa.model.decompose import decompose
-from pissa.model.inject import check_adapter_name, check_plain, complete, prepare, restored_on_error, warn_of_dropout
+from pissa.model.inject import (
+    check_adapter_name,
+    check_plain,
+    complete,
+    drop_gguf_mark,
+    prepare,
+    restored_on_error,
+    warn_of_dropout,
+)
 from pissa.model.store import store
 from pissa.model.tuner import BUILDING, load_whole, refuse_residuals
 from pissa.peft_private import MendedPeftModel
@@ -313,6 +321,7 @@ class PissaModel(MendedPeftModel):
                 model, saved.config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype
             )
             restore(saved, wrapped, adapter_name)
+        drop_gguf_mark(model)
         return wrapped if is_trainable else wrapped.eval()
 
     def load_adapter(

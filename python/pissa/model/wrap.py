@@ -20,7 +20,7 @@ from pissa.layers.layer import pissa_layers
 from pissa.model.calibrate import Batch, check_wanted, observe
 from pissa.model.calibration import Calibration
 from pissa.model.decompose import decompose
-from pissa.model.inject import check_plain, own_config, restored_on_error, warn_of_dropout
+from pissa.model.inject import check_plain, drop_gguf_mark, own_config, restored_on_error, warn_of_dropout
 from pissa.model.moments import Moments
 from pissa.model.original import OriginalWeights
 from pissa.model.pissa_model import PissaModel, model_class
@@ -136,6 +136,7 @@ def wrap(
             ]
             with closing(Moments(wrapped, calibration, asked)) as moments:
                 replacements = find(calibration=moments)
+    drop_gguf_mark(model)
     store(model, adapter_name, config, replacements)
     return wrapped
 

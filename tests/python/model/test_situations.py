@@ -1,4 +1,4 @@
-"""Twenty situations in which PEFT's own PiSSA (0.21) is wrong, silent or unavailable, or needs care, one test each.
+"""Twenty-one situations in which PEFT's own PiSSA (0.21) is wrong, silent or unavailable, or needs care, a test each.
 
 They test what pissa does. What PEFT does is run by docs/situations.py, every night. All else that an adapter has to do
 is tested with its kind: layers/test_kinds.py, model/test_architectures.py.
@@ -17,10 +17,11 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers
 from accelerate import cpu_offload
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import set_seed
+from transformers import Trainer, TrainingArguments, set_seed
 
 import mixtures
 import pissa
@@ -343,3 +344,19 @@ def test_situation_20_a_converted_adapter_of_less_rank(tiny_llama: Make, tokens:
     assert json.loads((tmp_path / "small" / "adapter_config.json").read_text())["r"] == 4
     assert 0.5 < done.kept < 1
     peft.PeftModel.from_pretrained(tiny_llama(), tmp_path / "small")
+
+
+def test_situation_21_from_a_gguf_file(tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
+    """transformers 5.24 marks a model that it has dequantised from a GGUF file as quantised, and its Trainer refuses
+    PEFT's adapters on it; here the model is what it is: dense."""
+    quantizer = pytest.importorskip("transformers.quantizers.quantizer_gguf", reason="transformers is older")
+    model, mark = tiny_llama(), transformers.GgufConfig()
+    model.config.quantization_config, model.quantization_method = mark, mark.quant_method
+    model.hf_quantizer, model.is_quantized = quantizer.GgufHfQuantizer(mark), True
+    wrapped = pissa.wrap(model, r=4)
+    data = [{"input_ids": tokens[0], "labels": tokens[0]}]
+    arguments = TrainingArguments(**options(tmp_path / "run", max_steps=1))
+    assert Trainer(wrapped, arguments, train_dataset=data).train().global_step == 1
+    merged = wrapped.merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    assert torch.equal(logits(type(model).from_pretrained(tmp_path / "merged"), tokens), logits(merged, tokens))
