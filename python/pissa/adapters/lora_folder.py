@@ -25,8 +25,9 @@ from pissa.adapters.peft_layout import (
     Matrices,
     weight_at,
 )
-from pissa.adapters.pissa_layout import PISSA_RECORD, PISSA_WEIGHTS, AdapterRecord
+from pissa.adapters.pissa_layout import PISSA_WEIGHTS, AdapterRecord
 from pissa.config import SUPPORTED, default_of, exactly
+from pissa.containers.checkpoint import INITIAL_FOLDER, PISSA_RECORD
 from pissa.containers.messages import read_object, reading, shown
 from pissa.containers.tensor_file import SAVED_FLOATS, TensorFile
 from pissa.layers.experts import WEIGHTS as EXPERT_WEIGHTS
@@ -35,9 +36,8 @@ from pissa.ops.checks import check_scaling
 PLAIN_LORA = "Needed is the configuration of a plain LoRA, as PEFT writes it"
 """The advice for an adapter_config.json that cannot be used."""
 
-INITIAL_FOLDER = "pissa_init"
 INITIAL_WEIGHTS = f"{INITIAL_FOLDER}/{ADAPTER_WEIGHTS}"
-"""The sub-folder of a residual model in which the paper's authors store the adapter before training."""
+"""The adapter before training in the folder of a residual model."""
 
 # PEFT has used both names for magnitudes.
 _MAGNITUDES = (MAGNITUDE, f"{MAGNITUDE}.weight")

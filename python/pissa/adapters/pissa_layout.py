@@ -35,6 +35,7 @@ from pissa.base.init_methods import INIT_METHODS
 from pissa.base.start import Deltas, Origin, StartFactors
 from pissa.base.stored import Expected, residual_from, residual_shapes, residual_tensors
 from pissa.config import Form, PissaConfig, default_of
+from pissa.containers.checkpoint import PISSA_RECORD
 from pissa.containers.hub import adapter_folder
 from pissa.containers.messages import read_object, reading, shown
 from pissa.containers.tensor_file import TensorFile
@@ -42,7 +43,6 @@ from pissa.layers.layer import PissaLayer
 from pissa.ops import QuantizedWeight
 from pissa.ops.low_rank import split_difference
 
-PISSA_RECORD = "pissa.json"
 PISSA_WEIGHTS = "pissa.safetensors"
 CONFIG_FILES = (ADAPTER_CONFIG, PISSA_RECORD)
 ADAPTER_FILES = (*CONFIG_FILES, ADAPTER_WEIGHTS, PISSA_WEIGHTS)

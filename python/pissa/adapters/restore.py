@@ -15,12 +15,13 @@ from torch import Tensor
 
 from pissa.adapters.lora_folder import LoraFolder, check_same_layers, open_adapter, rank_and_scaling
 from pissa.adapters.peft_layout import PREFIX, FactorTensors, factors_of, is_of_a_layer, magnitude_key
-from pissa.adapters.pissa_layout import PISSA_RECORD, LayerTensors, PissaFolder
+from pissa.adapters.pissa_layout import LayerTensors, PissaFolder
 from pissa.adapters.vocabulary import VocabularyTensor, vocabulary
 from pissa.base.digest import Match, dtype_of, holds, is_fingerprint, match
 from pissa.base.stored import residual_tensors, residuals_of
 from pissa.base.weights import is_offloaded
 from pissa.config import IMPLICIT, Form, PissaConfig
+from pissa.containers.checkpoint import PISSA_RECORD
 from pissa.containers.messages import shown
 from pissa.containers.tensor_file import SAVED_FLOATS
 from pissa.distributed import is_dtensor, is_of_an_engine, is_partitioned, sharded_as

@@ -28,17 +28,11 @@ from pissa.adapters.peft_layout import (
     plain_config,
     plain_config_text,
 )
-from pissa.adapters.pissa_layout import (
-    PISSA_RECORD,
-    PISSA_WEIGHTS,
-    AdapterRecord,
-    LayerRecord,
-    start_tensors,
-    stored_tensors,
-)
+from pissa.adapters.pissa_layout import PISSA_WEIGHTS, AdapterRecord, LayerRecord, start_tensors, stored_tensors
 from pissa.adapters.vocabulary import vocabulary
 from pissa.base.protocol import whole
 from pissa.config import IMPLICIT
+from pissa.containers.checkpoint import PISSA_RECORD
 from pissa.containers.staged import staged
 from pissa.containers.tensor_file import write_tensors
 from pissa.distributed import check_whole, is_sharded

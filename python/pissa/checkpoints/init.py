@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from pissa import distributed, ops
-from pissa.adapters.lora_folder import INITIAL_FOLDER, INITIAL_WEIGHTS
+from pissa.adapters.lora_folder import INITIAL_WEIGHTS
 from pissa.adapters.peft_layout import (
     ADAPTER_CONFIG,
     Matrices,
@@ -28,7 +28,7 @@ from pissa.adapters.peft_layout import (
     plain_config,
     plain_config_text,
 )
-from pissa.adapters.pissa_layout import PISSA_RECORD, PISSA_WEIGHTS, TAKEN, AdapterRecord, LayerRecord
+from pissa.adapters.pissa_layout import PISSA_WEIGHTS, TAKEN, AdapterRecord, LayerRecord
 from pissa.base.digest import fingerprint
 from pissa.base.init_methods import INIT_METHODS, StartTask, started
 from pissa.base.start import StartFactors
@@ -36,12 +36,21 @@ from pissa.base.stored import residual_tensors as tensors_of
 from pissa.base.stored import residuals_of
 from pissa.checkpoints.load import mapped_model
 from pissa.checkpoints.output import Output
-from pissa.checkpoints.rewrite import Errors, Layer, Plan, Result, Rewrite, Unit, linear_layers, matrix_shape
+from pissa.checkpoints.rewrite import (
+    Errors,
+    Layer,
+    Plan,
+    Result,
+    Rewrite,
+    Unit,
+    linear_layers,
+    matrix_shape,
+)
 from pissa.config import PissaConfig
-from pissa.containers.hub import absolute
+from pissa.containers.checkpoint import INITIAL_FOLDER, PISSA_RECORD, Checkpoint, Contents
+from pissa.containers.hub import Name
 from pissa.containers.model_folder import Composition, Part, meta_model
-from pissa.containers.released_codes import check_dense, open_dense
-from pissa.containers.tensor_file import Layout, Source
+from pissa.containers.tensor_file import Layout
 from pissa.layers.experts import UnfusedExperts, is_transposed, unfused_experts
 from pissa.layers.factory import leave_out
 from pissa.layers.layer import PissaLayer, pissa_layers
@@ -65,20 +74,18 @@ class SplitPlan(Plan):
             the checkpoint; or the name of that format, in which each expert is stored separately.
     """
 
-    def __init__(self, source: Source, config: PissaConfig, experts: str = DENSE) -> None:
+    def __init__(self, source: Checkpoint, config: PissaConfig, experts: str = DENSE) -> None:
         self.experts, self.config = experts, own_config(config)
         """The given configuration, with the names of the layers that it means, and with a stored form."""
         config = self.config
         if config.quant is None and config.residual is None:
             config.residual = "explicit"
         _check_config(config, experts)
-        model = meta_model(source.folder)
-        check_dense(source)
-        composition = Composition(model, source.names)
-        linears = linear_layers(model)
-        if config.task_type is None and type(model).__name__.endswith("ForCausalLM"):
+        source.require(Contents.DENSE, Contents.RELEASED)
+        linears = linear_layers(source.model)
+        if config.task_type is None and type(source.model).__name__.endswith("ForCausalLM"):
             config.task_type = "CAUSAL_LM"
-        base = model_class(config)(model, config, "default").base_model.model
+        base = model_class(config)(meta_model(source.folder), config, "default").base_model.model
         if config.modules_to_save:
             raise ValueError(
                 f"modules_to_save={config.modules_to_save}, given or by task_type={config.task_type!r}, is trained "
@@ -95,7 +102,7 @@ class SplitPlan(Plan):
         """The origins of the start factors, by the layers' names."""
         for name, layer in adapted.items():
             _check_layer(name, layer, self.configs[name], uses)
-        parts, layers = _parts(adapted, stacks, composition), {}
+        parts, layers = _parts(adapted, stacks, source.composition), {}
         for name, layer in adapted.items():
             shape, dtype = matrix_shape(name, parts[name], source)
             if shape != layer.matrix_shape:
@@ -233,7 +240,7 @@ class Initialised(NamedTuple):
 
 
 def init(
-    source: str | os.PathLike[str],
+    source: Name,
     target: str | os.PathLike[str],
     config: PissaConfig,
     *,
@@ -251,7 +258,7 @@ def init(
     must call this function. They share the work, and write into the same files.
 
     Args:
-        source: folder of a checkpoint in safetensors, with config.json.
+        source: a checkpoint in safetensors with config.json: its folder, or its name on the Hub.
         target: a new folder, or the folder of an unfinished run.
         config: `quant` says how the residual is kept; None keeps it dense.
         memory: limit in bytes for matrices and what is computed from them at one time. A matrix that needs more gets
@@ -269,15 +276,15 @@ def init(
         ValueError, TypeError: a checkpoint cannot be read, planned or split (the message names file and tensor), or the
             folder contains something else. If a matrix cannot be split, what was written is removed, unless several
             processes write.
-        OSError: the disk is full or fails.
+        OSError: the disk is full or fails. What was written stays, and the same call goes on.
         pissa.distributed.RankError: another process has failed.
     """
     begin = time.perf_counter()
-    with distributed.failing_together(), open_dense(source) as found:
+    with distributed.failing_together(), Checkpoint.open(source) as found:
         plan = SplitPlan(found, config, experts)
         check_wanted(config, calibration)
         calibration = None if calibration is None else list(calibration)
-        plan.config.base_model_name_or_path = absolute(source)
+        plan.config.base_model_name_or_path = found.name
         run = _Split(plan, Path(os.path.abspath(target)), memory, torch.device(device), calibration)
         run.run(progressbar)
         need = {name: run.in_flight(layer) for name, layer in plan.layers.items()}
@@ -312,7 +319,7 @@ class _Group(NamedTuple):
 class _Split(Rewrite):
     """One run of `init`."""
 
-    command = "init"
+    command, writes_residual = "init", True
     plan: SplitPlan
 
     def __init__(
@@ -355,7 +362,7 @@ class _Split(Rewrite):
         results: dict[str, Result] = {}
         for unit in group.finished:
             if unit.tensor is not None:
-                out.write(self.file_of(unit.tensor), unit.tensor, self.source.read(unit.tensor))
+                self.copy(out, unit.tensor)
             if unit.factors is not None:
                 pairs = [self._factors.pop(layer.name) for layer in unit.layers]
                 for key, tensor in unit.factors.pack(pairs).items():
@@ -370,13 +377,13 @@ class _Split(Rewrite):
 
     def _split(self, out: Output, layers: Sequence[Layer]) -> None:
         """Splits these layers, and writes their residuals."""
-        weights = {layer.name: layer.matrix(self.source).to(self.device) for layer in layers}
+        weights = {layer.name: self.source.matrix(layer.parts).to(self.device) for layer in layers}
         for form in dict.fromkeys(layer.form for layer in layers):
             these = [layer for layer in layers if layer.form == form]
             config, names = self.plan.configs[these[0].name], [layer.name for layer in these]
             some, origins = [weights[name] for name in names], [self.plan.origins[name] for name in names]
+            moments = self._moments_of(names) if config.needs_calibration else None
             try:
-                moments = self._moments_of(names) if config.needs_calibration else None
                 starts, codes = started(StartTask(some, origins, config, names, moments))
             except ValueError as error:
                 paths = dict.fromkeys(str(self.source.path_of(name)) for layer in these for name in layer.tensors)
@@ -404,7 +411,7 @@ class _Split(Rewrite):
             assert self.calibration is not None  # as `check_wanted` has seen
             names_to_write = [layer.name for unit in self.units_to_write for layer in unit.layers]
             wanted = [name for name in names_to_write if self.plan.configs[name].needs_calibration]
-            config, (model, _, _) = own_config(self.plan.config), mapped_model(self.source, None)
+            config, model = own_config(self.plan.config), mapped_model(self.source, None)
             self._moments = Moments(model_class(config)(model, config, "default"), self.calibration, wanted)
         return self._moments.of(names, self.device)
 

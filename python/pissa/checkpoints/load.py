@@ -4,9 +4,8 @@ again. transformers' own loader gets tensors that nothing has read yet and leave
 from __future__ import annotations
 
 import os
-import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -22,52 +21,29 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from pissa import ops
 from pissa.adapters.lora_folder import INITIAL_WEIGHTS
 from pissa.adapters.peft_layout import factors_of
-from pissa.adapters.pissa_layout import ADAPTER_FILES, PISSA_RECORD, PISSA_WEIGHTS, AdapterRecord, PissaFolder
+from pissa.adapters.pissa_layout import ADAPTER_FILES, PISSA_WEIGHTS, AdapterRecord, PissaFolder
 from pissa.adapters.restore import base_doubts, restore
-from pissa.base.bitsandbytes import from_state, linear4bit
-from pissa.base.bitsandbytes_state import ENTRIES
+from pissa.base.bitsandbytes import linear4bit
 from pissa.base.classes import base_of, is_linear
 from pissa.base.digest import Match, dtype_of, is_fingerprint, match
 from pissa.base.start import StartFactors
 from pissa.base.stored import residual_tensors
 from pissa.base.weights import CodedLinear
 from pissa.config import IMPLICIT, PissaConfig
-from pissa.containers.hub import absolute, adapter_folder, checkpoint_folder
+from pissa.containers.checkpoint import EXPERT, PISSA_RECORD, RESIDUAL_KEY, Checkpoint, Contents
+from pissa.containers.coded_weights import BitsandbytesWeight
+from pissa.containers.hub import Name, adapter_folder
 from pissa.containers.messages import first_line, shown
 from pissa.containers.model_folder import class_of, model_config
-from pissa.containers.released_codes import KINDS, ReleasedWeights
-from pissa.containers.tensor_file import Source, TensorFile
+from pissa.containers.tensor_file import TensorFile
 from pissa.distributed import failing_together
-from pissa.layers.experts import WEIGHTS, UnfusedExperts
+from pissa.layers.experts import UnfusedExperts
 from pissa.layers.layer import PissaLayer, pissa_layers
 from pissa.model.calibrate import check_wanted
 from pissa.model.decompose import decompose
 from pissa.model.inject import check_adapter_name, materialise, own_config, warn_of_dropout
 from pissa.model.pissa_model import PissaModel, model_class
 from pissa.model.store import store
-
-Entries = dict[str, Tensor]
-"""The entries of a layer's weight in bitsandbytes' state dict, as `base.bitsandbytes.from_state` takes them."""
-
-Packed = Entries | ops.QuantizedWeight
-"""A packed weight: bitsandbytes' entries, or the codes in which the model was released."""
-
-
-def _quantized(packed: Packed) -> ops.QuantizedWeight:
-    return packed if isinstance(packed, ops.QuantizedWeight) else from_state(packed)
-
-
-def packed_layers(names: Iterable[str]) -> dict[str, dict[str, str]]:
-    """The layers whose weights are packed in one of bitsandbytes' formats, in a checkpoint with tensors of these names:
-    for each layer, the names of its tensors by those of the entries."""
-    present, found = set(names), {}
-    for name in present:
-        for mark, entries in ENTRIES.items():
-            if mark in name:
-                layer = name.partition(mark)[0]
-                tensors = {entry: f"{layer}.{entry}" for entry in entries}
-                found[layer] = {entry: tensor for entry, tensor in tensors.items() if tensor in present}
-    return found
 
 
 @contextmanager
@@ -80,36 +56,24 @@ def of_layer(name: str, folder: Path | None = None) -> Iterator[None]:
         raise ValueError(f"{place}layer {shown(name)}: {error}") from error
 
 
-def mapped_model(
-    source: Source, dtype: torch.dtype | None
-) -> tuple[PreTrainedModel, dict[str, Packed], Mapping[str, Any]]:
+def mapped_model(checkpoint: Checkpoint, dtype: torch.dtype | None) -> PreTrainedModel:
     """The model of a checkpoint, on the CPU, in evaluation mode. Its tensors are views of the mapped files. Only
     tensors that transformers has cast (to `dtype`, or to that of the folder's config.json) or assembled from several
-    are copies. Packed weights are on the meta device. They are also returned, by the layers' names in the model, with
-    the `quantization_config` of the folder, which the model does not have."""
-    folder, tensors, released = source.folder, packed_layers(source.names), ReleasedWeights(source)
-    packed: dict[str, Packed] = {
-        layer: {entry: source.read(name) for entry, name in tensors[layer].items()} for layer in tensors
-    }
-    shapes = {}
-    for layer, entries in packed.items():
-        with of_layer(layer):
-            shapes[layer] = _quantized(entries).shape
-    codes = {name for entries in tensors.values() for name in entries.values()} | released.names
-    state: dict[str, Any] = {name: source.read(name) for name in source.names if name not in codes}
+    are copies. Parameters that are stored in codes stay on the meta device; see `Checkpoint.coded_parameters`."""
+    folder = checkpoint.folder
+    state: dict[str, Any] = {name: checkpoint.read(name) for name in checkpoint.names if name not in checkpoint.coded}
     config = model_config(folder)
     kind = class_of(config)
-    quantization = vars(config).pop("quantization_config", None) or {}
-    _check_method(folder, quantization, bool(released))
-    with torch.device("meta"):
-        parameters = released.locate(kind(config)) if released else {}
+    vars(config).pop("quantization_config", None)
+    vars(config).pop(RESIDUAL_KEY, None)  # of a base that is complete once it has its start
+    parameters = dict(checkpoint.model.named_parameters())
+    for name, layers in checkpoint.coded_parameters.items():
+        shapes = [checkpoint.codes(parts).shape for parts in layers.values()]
+        is_one = list(layers) == [name.removesuffix(".weight")]
+        state[name] = _LeftPacked(shapes[0] if is_one else parameters[name].shape)
     try:
-        left = _left_packed(kind, config, shapes)
-        stand_ins = {name: _LeftPacked(name, shape, is_whole=False) for name, shape in parameters.items()}
-        left |= {layer: stand_ins.get(f"{layer}.weight") or stand_ins[_fused(layer)] for layer in released.layers}
-        state |= {weight.name: weight for weight in left.values()}
         generation = GenerationConfig.from_pretrained(folder) if (folder / GENERATION_CONFIG_NAME).is_file() else None
-        with _unpartitioned() if packed else nullcontext():
+        with _unpartitioned() if checkpoint.coded else nullcontext():
             model, info = kind.from_pretrained(
                 None,
                 config=config,
@@ -126,12 +90,7 @@ def mapped_model(
     if mismatched := sorted(info["mismatched_keys"]):
         name, found, needed = mismatched[0]
         raise ValueError(f"{folder}: {shown(name)} is {list(found)} in the folder and {list(needed)} in the model")
-    model.config._name_or_path = model.name_or_path = str(folder)
-    names = {id(parameter): name.removesuffix(".weight") for name, parameter in model.named_parameters()}
-    used = {layer: weight for layer, weight in left.items() if id(weight.parameter) in names}
-    packed |= {layer: released.read(layer) for layer in released.layers}
-    of_model = {names[id(w.parameter)] if w.is_whole else layer: packed[layer] for layer, w in used.items()}
-    return model, of_model, quantization
+    return model
 
 
 @contextmanager
@@ -147,61 +106,26 @@ def _unpartitioned() -> Iterator[None]:
 
 
 class _LeftPacked:
-    """Represents in a state dict a weight whose values are packed, for one layer or for all experts together.
-    transformers' loader slices what it is given, and moves it to a device and a dtype. From this object it gets a
-    parameter on the meta device."""
+    """Represents in a state dict a parameter that stays packed. transformers' loader slices what it is given, and
+    moves it to a device and a dtype. From this object it gets a parameter on the meta device."""
 
-    def __init__(self, name: str, shape: Sequence[int], is_whole: bool) -> None:
-        self.name, self.shape, self.is_whole = name, shape, is_whole
-        self.parameter: nn.Parameter | None = None
+    def __init__(self, shape: Sequence[int]) -> None:
+        self.shape = shape
 
     def __getitem__(self, _: object) -> _LeftPacked:
         return self
 
     def to(self, device: object, dtype: torch.dtype) -> nn.Parameter:
-        self.parameter = nn.Parameter(torch.empty(self.shape, dtype=dtype, device="meta"))
-        return self.parameter
+        return nn.Parameter(torch.empty(self.shape, dtype=dtype, device="meta"))
 
 
-def _check_method(folder: Path, quantization: Any, is_released: bool) -> None:
+def _check_readable(checkpoint: Checkpoint) -> None:
     """Raises ValueError for a checkpoint with a kind of quantisation that nothing here reads."""
-    if not isinstance(quantization, Mapping):
-        quantization = quantization.to_dict()
-    method = quantization.get("quant_method")
-    if quantization.get("transform_config"):
-        raise ValueError(f"{folder} turns its layers' inputs (transform_config in config.json), which is not read")
-    if method in KINDS and not is_released:
-        raise ValueError(f"{folder}: config.json says {method}, but there are no codes of a layout that is read")
-    if method not in (None, "bitsandbytes", "pissa", *KINDS):
+    checkpoint.require(Contents.DENSE, Contents.RELEASED, Contents.BITSANDBYTES, Contents.RESIDUAL)
+    if checkpoint.quantization.get("transform_config"):
         raise ValueError(
-            f"{folder} is quantised by {shown(method)}, which is not read; allowed: bitsandbytes' nf4, "
-            f"{', '.join(KINDS)}, or 16 bits"
+            f"{checkpoint.folder} turns its layers' inputs (transform_config in config.json), which is not read"
         )
-
-
-def _fused(layer: str) -> str:
-    """The parameter of fused experts to which a layer, one of them, belongs."""
-    path, _, leaf = layer.rpartition(".")
-    return f"{path.rpartition('.')[0]}.{leaf}"
-
-
-_EXPERT = re.compile(rf"(.+)\.\d+\.({'|'.join(WEIGHTS)})")
-
-
-def _left_packed(kind: Any, config: Any, shapes: Mapping[str, tuple[int, int]]) -> dict[str, _LeftPacked]:
-    """The stand-ins of packed layers, given with their shapes. `pissa init` names experts by their names after
-    unfusing; their stand-in is that of the fused weight."""
-    left = {layer: _LeftPacked(f"{layer}.weight", shape, is_whole=True) for layer, shape in shapes.items()}
-    experts = {layer: f"{match[1]}.{match[2]}" for layer in shapes if (match := _EXPERT.fullmatch(layer))}
-    if experts:
-        with torch.device("meta"):
-            parameters = dict(kind(config).named_parameters())
-        fused = {
-            name: _LeftPacked(name, parameters[name].shape, is_whole=False)
-            for name in parameters.keys() & experts.values()
-        }
-        left |= {layer: fused[name] for layer, name in experts.items() if name in fused}
-    return left
 
 
 @register_quantization_config("pissa")
@@ -213,9 +137,10 @@ class _ReadByLoad(QuantizationConfigMixin):  # type: ignore[misc]
 
 
 def load(
-    folder: str | os.PathLike[str],
+    folder: Name,
     config: PissaConfig | None = None,
     *,
+    revision: str | None = None,
     adapter: str | os.PathLike[str] | None = None,
     is_trainable: bool = True,
     device: str | torch.device = "cpu",
@@ -242,6 +167,7 @@ def load(
         folder: a folder of safetensors with config.json, or the name of one on the Hub, which is downloaded first.
         config: the configuration, copied; alternatively its fields as keywords. The default for a folder of `pissa
             init` is its own. Another start or rank may be asked for there, but not another form of the base.
+        revision: the branch, tag or commit of a model on the Hub.
         adapter: a folder that `save_pretrained` wrote for such a model, or a repository on the Hub. It has its own
             configuration.
         is_trainable: False freezes the adapter.
@@ -258,9 +184,11 @@ def load(
         pissa.RankError: another process has failed.
     """
     with failing_together():
-        source = Source(checkpoint_folder(folder))
-        folder = source.folder
-        split = AdapterRecord.read(folder / PISSA_RECORD) if (folder / PISSA_RECORD).is_file() else None
+        checkpoint = Checkpoint.open(folder, revision)
+        folder = checkpoint.folder
+        _check_readable(checkpoint)
+        is_residual = checkpoint.contents is Contents.RESIDUAL
+        split = AdapterRecord.read(folder / PISSA_RECORD) if is_residual else None
         saved = None if adapter is None else PissaFolder.read(adapter_folder(adapter, ADAPTER_FILES))
         blamed: Callable[[], AbstractContextManager[None]] = nullcontext if saved is None else saved.blamed
         config = _config(config, config_fields, folder, split, saved)
@@ -268,19 +196,19 @@ def load(
         warn_of_dropout(config)
         if saved is None and split is None:
             check_wanted(config, None)
-        model, packed, quantization = mapped_model(source, dtype)
+        model = mapped_model(checkpoint, dtype)
         check_adapter_name(adapter_name, model)
         if config.task_type is None and type(model).__name__.endswith("ForCausalLM"):
             config.task_type = "CAUSAL_LM"
         # The model card names the model for which the plain LoRA is: the dense model that was split.
-        config.base_model_name_or_path = config.base_model_name_or_path or absolute(folder)
+        config.base_model_name_or_path = config.base_model_name_or_path or checkpoint.name
         model.config._name_or_path = model.name_or_path = config.base_model_name_or_path
         with blamed():
             wrapped = model_class(config)(model, config, adapter_name)
         if split is None:
-            _fill_packed(model, packed, quantization)
+            _fill_packed(model, checkpoint)
         else:
-            _fill_split(model, packed, folder, split, config)
+            _fill_split(model, checkpoint, split, config)
         materialise(model, adapter_name)
         wrapped.to(device)
         left = {}
@@ -322,30 +250,32 @@ def _config(
     return config
 
 
-def _fill_packed(model: PreTrainedModel, packed: Mapping[str, Packed], quantization: Mapping[str, Any]) -> None:
-    """Gives an adapted, unwrapped model the packed weights, by the layers' names, as stored in a folder with this
-    `quantization_config`. Only linear layers compute from codes; others get the decoded weight."""
-    name = str(quantization.get("bnb_4bit_compute_dtype") or "float32")
+def _fill_packed(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
+    """Gives an adapted, unwrapped model the weights that are stored in codes. Only linear layers compute from codes;
+    others get the decoded weight."""
+    name = str(checkpoint.quantization.get("bnb_4bit_compute_dtype") or "float32")
     compute_dtype = getattr(torch, name, None)
     if not isinstance(compute_dtype, torch.dtype) or not compute_dtype.is_floating_point:
         raise ValueError(f"config.json: bnb_4bit_compute_dtype is {shown(name)}; needed: float32, bfloat16 or float16")
-    for path, name in {match.groups() for layer in packed if (match := _EXPERT.fullmatch(layer))}:
+    coded = checkpoint.coded_layers
+    for path, name in {match.groups() for layer in coded if (match := EXPERT.fullmatch(layer))}:
         if getattr(fused := model.get_submodule(path), name, None) is not None:
             model.set_submodule(path, UnfusedExperts(fused))  # nothing adapts them, but they can compute only so
-    for layer, weight in packed.items():
+    for layer, parts in coded.items():
         module = model.get_submodule(layer)
         adapted = module if isinstance(module, PissaLayer) else None
         dense = base_of(module) if adapted is None else adapted.base
         # DeepSeek-V4 has a grouped one, and an embedding may also be in codes.
         if dense.kind is not nn.Linear or (adapted is None and not is_linear(module)):
-            decoded = ops.dequantize(_quantized(weight), dense.parameter.dtype)
+            decoded = ops.dequantize(checkpoint.codes(parts), dense.parameter.dtype)
             dense.module.register_parameter("weight", nn.Parameter(decoded, requires_grad=False))
             model.tie_weights()
             continue
-        if isinstance(weight, ops.QuantizedWeight):
-            base: CodedLinear = CodedLinear(weight, dense.bias)
+        coded_weight = checkpoint.coded[parts[0].tensor]
+        if isinstance(coded_weight, BitsandbytesWeight):
+            base: CodedLinear = _bnb_linear(layer, coded_weight.entries(), dense.bias, compute_dtype)
         else:
-            base = _bnb_linear(layer, weight, dense.bias, compute_dtype)
+            base = CodedLinear(checkpoint.codes(parts), dense.bias)
         base.train(dense.module.training)
         if adapted is not None:
             adapted.base_layer = base
@@ -353,7 +283,9 @@ def _fill_packed(model: PreTrainedModel, packed: Mapping[str, Packed], quantizat
             model.set_submodule(layer, base)
 
 
-def _bnb_linear(layer: str, entries: Entries, bias: nn.Parameter | None, compute_dtype: torch.dtype) -> CodedLinear:
+def _bnb_linear(
+    layer: str, entries: Mapping[str, Tensor], bias: nn.Parameter | None, compute_dtype: torch.dtype
+) -> CodedLinear:
     with of_layer(layer):
         if "SCB" in entries:
             raise ValueError(
@@ -363,14 +295,13 @@ def _bnb_linear(layer: str, entries: Entries, bias: nn.Parameter | None, compute
         return linear4bit(entries, bias, compute_dtype)
 
 
-def _fill_split(
-    model: nn.Module, packed: Mapping[str, Packed], folder: Path, split: AdapterRecord, config: PissaConfig
-) -> None:
+def _fill_split(model: nn.Module, checkpoint: Checkpoint, split: AdapterRecord, config: PissaConfig) -> None:
     """Puts a stored base, with the start that it lacks, into every layer of the folder's record. Residuals that are not
-    `packed` are the model's weights. Each residual and its start are compared with their fingerprints. This reads a
+    in codes are the model's weights. Each residual and its start are compared with their fingerprints. This reads a
     residual's pages once, as the first training step would."""
-    adapted, records = pissa_layers(model), split.layers
-    for name in [*records, *packed]:
+    folder, adapted, records = checkpoint.folder, pissa_layers(model), split.layers
+    coded = checkpoint.coded_layers
+    for name in [*records, *coded]:
         if name not in records:
             raise ValueError(f"{folder / PISSA_RECORD} has no layer {shown(name)}, whose weight is packed")
         if name not in adapted:
@@ -383,7 +314,8 @@ def _fill_split(
     narrower = {}
     for name, layer in layers.items():
         record, start = records[name], starts[name]
-        residual = layer.base.matrix().detach().contiguous() if name not in packed else _quantized(packed[name])
+        parts = coded.get(name)
+        residual = layer.base.matrix().detach().contiguous() if parts is None else checkpoint.codes(parts)
         with of_layer(name):
             if tuple(residual.shape) != layer.matrix_shape:
                 raise ValueError(

@@ -10,6 +10,7 @@ import shutil
 import time
 import warnings
 from collections import Counter, defaultdict
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -22,9 +23,8 @@ from transformers.pytorch_utils import Conv1D
 from pissa import ops
 from pissa.adapters.lora_folder import LoraFactors, LoraFolder, open_adapter
 from pissa.adapters.peft_layout import MAGNITUDE, PREFIX, base_weight_key, is_mirrored
-from pissa.base.bitsandbytes import from_state
 from pissa.base.classes import adopted, is_linear
-from pissa.checkpoints.load import of_layer, packed_layers
+from pissa.checkpoints.load import of_layer
 from pissa.checkpoints.output import Output
 from pissa.checkpoints.rewrite import (
     MODELOPT_CONFIG,
@@ -36,14 +36,12 @@ from pissa.checkpoints.rewrite import (
     Unit,
     linear_layers,
     matrix_shape,
-    shards,
 )
 from pissa.checkpoints.trained import Adapter, read_adapter
 from pissa.config import IMPLICIT, Form
+from pissa.containers.checkpoint import READ, Checkpoint, Contents
 from pissa.containers.messages import shown
-from pissa.containers.model_folder import CONFIG, Composition, Part, meta_model, parts_of
-from pissa.containers.released_codes import DecodedSource, open_dense
-from pissa.containers.tensor_file import Source
+from pissa.containers.model_folder import CONFIG, Part
 from pissa.layers.experts import is_transposed
 from pissa.ops._quant import nearest_codes
 from pissa.ops.checks import check_choice
@@ -54,13 +52,9 @@ class Planner:
     """Finds the parts of a checkpoint that an adapter changes. The linear layers, except the output layer, are written
     in `form`, where IMPLICIT means dense."""
 
-    def __init__(self, source: Source, adapter: LoraFolder, form: Form = IMPLICIT) -> None:
+    def __init__(self, source: Checkpoint, adapter: LoraFolder, form: Form = IMPLICIT) -> None:
         self.source, self.adapter, self.form = source, adapter, form
-        self.model: Any = meta_model(source.folder)
-        self.packed = packed_layers(source.names)
-        self.codes = {tensor for entries in self.packed.values() for tensor in entries.values()}
-        beside = self.codes - {f"{name}.weight" for name in self.packed}
-        self.composition = Composition(self.model, [name for name in source.names if name not in beside])
+        self.model, self.composition = source.model, source.composition
         self.tensors = dict(
             [*self.model.named_parameters(remove_duplicate=False), *self.model.named_buffers(remove_duplicate=False)]
         )
@@ -74,14 +68,11 @@ class Planner:
             output = self.model.get_output_embeddings()
             self.quantised = {name for name in self.linears if linears[name] is not output}
 
-    def plan(self) -> Plan:
-        """The plan of a merge."""
+    def plan(self, kept: Collection[str] = ()) -> Plan:
+        """The plan of a merge. `kept`: see `Plan`."""
         units = [self.unit_of(factors) for factors in self.adapter.factors.values()]
         adapted = {layer.name for unit in units for layer in unit.layers}
-        for name in self.linears if self.packed else self.quantised:
-            if name not in adapted:
-                layer = self._layer(name, False, 2)
-                units += [Unit(name, (layer,))] if layer.entries or layer.is_packed else []
+        units += [Unit(name, (self._layer(name, False, 2),)) for name in self.quantised - adapted]
         units += self._beside_factors(adapted)
         changed = Counter(tensor for unit in units for tensor in unit.tensors)
         for tensor in [tensor for tensor, count in changed.items() if count > 1]:
@@ -90,13 +81,14 @@ class Planner:
                 f"{self.source.path_of(tensor)}: tensor {shown(tensor)} is changed for {' and '.join(names)}; "
                 f"{_IN_MEMORY}"
             )
-        if left := sorted(self.codes - changed.keys()):
+        located = {tensor for name in self.tensors for tensor in self.composition.tensors(name)}
+        if left := sorted(self.source.coded.keys() - located):
             raise ValueError(
                 f"{self.source.path_of(left[0])}: tensor {shown(left[0])} is a part of codes that only "
                 f"pissa.load reads; {_IN_MEMORY}"
             )
         dense = [name for name in linear_layers(self.model) if name not in self.quantised]
-        return Plan(self.source, units, dense, {})
+        return Plan(self.source, units, dense, {}, kept)
 
     def parts_of(self, name: str) -> tuple[Part, ...]:
         """The parts of a parameter that is not a matrix [in, out]."""
@@ -168,13 +160,9 @@ class Planner:
     def _layer(self, name: str, transposed: bool, dimensions: int) -> Layer:
         with of_layer(name, self.source.folder):
             parts = self.composition.matrix(f"{name}.weight", transposed)
+            shape, dtype = matrix_shape(name, parts, self.source, dimensions)
             form = self.form if name in self.quantised else IMPLICIT
-            entries = self.packed.get(parts[0].tensor.removesuffix(".weight"), {})
-            if not entries:
-                shape, dtype = matrix_shape(name, parts, self.source, dimensions)
-                return Layer(name, parts, shape, dtype, form, transposed=transposed)
-            weight = from_state({entry: self.source.read(tensor) for entry, tensor in entries.items()})
-            return Layer(name, parts, weight.shape, self.model.config.dtype or torch.float32, form, entries=entries)
+            return Layer(name, parts, shape, dtype, form, transposed=transposed)
 
     def _module(self, name: str) -> Any:
         try:
@@ -227,7 +215,7 @@ class Planner:
             parts = self.parts_of(name)
         entry = self.source.entry(parts[0].tensor)
         needed = entry.shape if rows is None else (len(rows), *entry.shape[1:])
-        if parts != (Part(parts[0].tensor),) or shape != needed or parts[0].tensor in self.codes:
+        if parts != (Part(parts[0].tensor),) or shape != needed or parts[0].tensor in self.source.coded:
             raise ValueError(
                 f"{path}: tensor {shown(key)} is {list(shape)}; needed: {list(needed)}, for {parts[0].tensor} in "
                 f"{self.source.folder}. An embedding that was resized, or a weight that is not one dense tensor of the "
@@ -299,7 +287,8 @@ def merge(
     initial: str | os.PathLike[str] | None = None,
     progressbar: bool = False,
 ) -> Merged:
-    """Writes the checkpoint in folder `source`, with the adapter in folder `adapter` merged into it, to `target`.
+    """Writes the checkpoint `source`, a folder or a name on the Hub, with the adapter in folder `adapter` merged into
+    it, to `target`.
 
     Each matrix W is read from the mapped file, W + s (B A - B0 A0) is summed in float32, rounded once to the dtype of
     the checkpoint, and written. Everything that the adapter does not change is copied. On a dense base that was trained
@@ -328,9 +317,10 @@ def merge(
     begin = time.perf_counter()
     check_choice("quant", quant, (None, *FORMATS, SAME))
     form = IMPLICIT if quant in (None, SAME) else Form.quantised(quant, *FORMATS[quant].options(None, None, 0))
-    with open_dense(source) as found, torch.no_grad():
+    with Checkpoint.open(source) as found, torch.no_grad():
+        found.require(*READ)
         read = read_adapter(open_adapter(Path(adapter)), found, initial)
-        plan = Planner(found, read.folder, form).plan()
+        plan = Planner(found, read.folder, form).plan(found.coded if quant == SAME else ())
         run = (_MergeSame if quant == SAME else _Merge)(plan, read, form, Path(target))
         run.run(progressbar)
         for doubt in read.doubts():
@@ -369,7 +359,10 @@ class _Merge(Rewrite):
 
     def write(self, out: Output, unit: Unit) -> dict[str, Result]:
         if unit.tensor is not None:
-            out.write(self.file_of(unit.tensor), unit.tensor, self._other_tensor(unit))
+            if unit.key is None:
+                self.copy(out, unit.tensor)
+            else:
+                out.write(self.file_of(unit.tensor), unit.tensor, self._trained_tensor(unit.tensor, unit.key, unit))
             return {unit.name: {}}
         sums = Counter[str]()
         for layer, weight, change in self.adapter.trained(unit):
@@ -391,12 +384,9 @@ class _Merge(Rewrite):
         self.write_layer(out, layer, new)
         return {"lost": lost**2, "whole": whole**2}
 
-    def _other_tensor(self, unit: Unit) -> Tensor:
-        assert unit.tensor is not None
-        tensor = self.source.read(unit.tensor)
-        if unit.key is None:
-            return tensor
-        value = self.adapter.folder.weights.read(unit.key)
+    def _trained_tensor(self, name: str, key: str, unit: Unit) -> Tensor:
+        """The tensor of that name, as the adapter's tensor `key` has changed it."""
+        tensor, value = self.source.read(name), self.adapter.folder.weights.read(key)
         if unit.scaling is not None:
             return (tensor.float() + unit.scaling * value.float()).to(tensor.dtype)
         if unit.rows is None:
@@ -407,64 +397,45 @@ class _Merge(Rewrite):
 class _MergeSame(_Merge):
     """Merges into the layout of a checkpoint that was released in codes: new codes, under the existing scales."""
 
-    source: DecodedSource
-
     def __init__(self, plan: Plan, adapter: Adapter, form: Form, target: Path) -> None:
-        if not isinstance(plan.source, DecodedSource):
+        if plan.source.contents is not Contents.RELEASED:
             raise ValueError(
                 f'quant: got "same", and {plan.source.folder} is not in codes of a released model: leave it out'
             )
-        self.codes = plan.source.codes
-        whole = [unit for unit in plan.units if unit.key is not None and unit.tensor in self.codes.tensors]
-        if whole:
+        trained = [unit for unit in plan.units if unit.key is not None and unit.tensor in plan.kept]
+        if trained:
             raise ValueError(
-                f'quant: got "same", and {whole[0].tensor}, which is in codes, was trained whole; {_IN_MEMORY}'
+                f'quant: got "same", and {trained[0].tensor}, which is in codes, was trained whole; {_IN_MEMORY}'
             )
-        plan.files = shards(plan.source.raw)
         super().__init__(plan, adapter, form, target)
 
     def identity(self) -> dict[str, Any]:
         return super().identity() | {"form": SAME}
 
-    def write(self, out: Output, unit: Unit) -> dict[str, Result]:
-        coded = [name for name in unit.tensors if name in self.codes.tensors]
-        found = {unit.name: {}} if unit.tensor in coded else super().write(out, unit)
-        written = [self.codes.codes_of(name) for name in coded if unit.tensor is None]
-        self._copy(out, [tensor for name in coded for tensor in self.source.held(name) if tensor not in written])
-        return found
-
     def write_sum(self, out: Output, layer: Layer, weight: Tensor) -> dict[str, float]:
         """As for a dense base. "kept" is <Q - W, change>, and "moved" is ‖Q - W‖²."""
-        if layer.parts[0].tensor not in self.codes.tensors:
+        if layer.parts[0].tensor not in self.plan.kept:
             return super().write_sum(out, layer, weight)
         if not bool(torch.isfinite(weight).all()):
             raise ValueError(f"layer {layer.name}: its merged weight is not finite")
         before, after = [], []
-        for name, part, member in parts_of(weight, layer.parts, self.source):
-            held = self.codes.weight(name, member)
-            merged = nearest_codes(part.mT if self.codes.is_stack(name) else part, held)
-            before.append(ops.dequantize(held))
+        for name, part, member in self.source.divide(weight, layer.parts):
+            coded = self.source.coded[name]
+            codes = coded.read(member)
+            merged = nearest_codes(part.mT if coded.is_stack else part, codes)
+            before.append(ops.dequantize(codes))
             after.append(ops.dequantize(merged))
-            tensor = self.codes.codes_of(name)
-            entry = self.source.raw.entry(tensor)
-            shape = entry.shape if member is None else entry.shape[1:]
-            out.write(self.file_of(tensor), tensor, merged.codes.view(entry.dtype).view(shape), member)
+            for tensor in coded.tensors.values():
+                stored = self.source.stored.read(tensor, member)
+                values = merged.codes.view(stored.dtype).view(stored.shape) if tensor == coded.codes else stored
+                out.write(self.file_of(name), tensor, values, member)
         old, new = torch.cat(before), torch.cat(after)
-        moved, change = new - old, weight - layer.matrix(self.source).float()
+        moved, change = new - old, weight - self.source.matrix(layer.parts).float()
         squares = {"lost": new - weight, "whole": weight, "moved": moved}
         found = {name: float(torch.linalg.vector_norm(matrix)) ** 2 for name, matrix in squares.items()}
         return found | {"kept": float(torch.sum(moved.double() * change))}
-
-    def end(self, out: Output) -> None:
-        """Copies what belongs to codes but not to a weight: scales for activations."""
-        held = {tensor for tensors in self.codes.tensors.values() for tensor in tensors}
-        self._copy(out, sorted(self.codes.names - held))
 
     def write_config(self, out: Output) -> None:
         for name in (CONFIG, MODELOPT_CONFIG):
             if (path := self.source.folder / name).is_file():
                 shutil.copyfile(path, out.path(name))
-
-    def _copy(self, out: Output, tensors: list[str]) -> None:
-        for tensor in tensors:
-            out.write(self.file_of(tensor), tensor, self.source.raw.read(tensor))

@@ -7,8 +7,8 @@ import json
 import math
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -20,14 +20,14 @@ from transformers.utils import CHAT_TEMPLATE_DIR
 
 from pissa import distributed, ops
 from pissa.adapters.peft_layout import FactorTensors
-from pissa.adapters.pissa_layout import PISSA_RECORD
 from pissa.base.bitsandbytes_state import entry_layout, quantization_config, to_bitsandbytes
 from pissa.base.classes import base_of
 from pissa.checkpoints.output import Output
 from pissa.config import IMPLICIT, Form
+from pissa.containers.checkpoint import PISSA_RECORD, RESIDUAL_KEY, Checkpoint
 from pissa.containers.messages import shown
-from pissa.containers.model_folder import CONFIG, Part, matrix_of, parts_of, read_config
-from pissa.containers.tensor_file import INDEX, WEIGHT_FILES, Layout, Source
+from pissa.containers.model_folder import CONFIG, Part
+from pissa.containers.tensor_file import INDEX, WEIGHT_FILES, Layout
 from pissa.ops.checks import FLOATS
 from pissa.ops.formats import FORMATS
 
@@ -50,8 +50,6 @@ class Layer:
     """The form in which it is written: codes if the form is a format, otherwise dense."""
     is_expert: bool = False
     """Whether it belongs to a fused weight."""
-    entries: Mapping[str, str] = field(default_factory=dict)
-    """If the checkpoint has its weight in codes: the tensors of bitsandbytes' entries, by the entries' names."""
     transposed: bool = False
     """Whether the module's own weight is [in, out]."""
     own_key: str | None = None
@@ -62,7 +60,7 @@ class Layer:
     @property
     def tensors(self) -> list[str]:
         """The tensors of the checkpoint from which it is read."""
-        return list(self.entries.values()) or [part.tensor for part in self.parts]
+        return [part.tensor for part in self.parts]
 
     @property
     def is_packed(self) -> bool:
@@ -85,10 +83,6 @@ class Layer:
             return {self.parts[0].tensor: (self.dtype, self.shape)}
         entries = entry_layout(self.form, self.shape, self.dtype)
         return {f"{self.target}.{name}": kind for name, kind in entries.items()}
-
-    def matrix(self, source: Source) -> Tensor:
-        """The dense weight, which is a view of the mapped file if it has one part."""
-        return matrix_of(self.parts, source)
 
 
 class Unit(NamedTuple):
@@ -120,20 +114,26 @@ class Plan:
         units: the changes.
         dense_linears: the linear layers of the model that are dense in the new checkpoint. config.json lists them if
             others are packed.
-        others: additional safetensors files, or files that replace those of the checkpoint, by their names in the
-            folder.
+        others: additional safetensors files, by their names in the folder.
+        kept: weights in codes that stay in the same codes; those that a unit names get other codes. All other weights
+            in codes are written decoded.
     """
 
     def __init__(
-        self, source: Source, units: Iterable[Unit], dense_linears: list[str], others: Mapping[str, Layout]
+        self,
+        source: Checkpoint,
+        units: Iterable[Unit],
+        dense_linears: list[str],
+        others: Mapping[str, Layout],
+        kept: Collection[str] = (),
     ) -> None:
-        self.source, self.dense_linears = source, dense_linears
-        units = list(units)
-        self.files = shards(source, units) | dict(others)
+        self.source, self.dense_linears, self.kept = source, dense_linears, kept
+        units, names = list(units), [*source.names, *(source.input_scales if kept else ())]
+        self.files = self._shards(units, names) | dict(others)
         """The safetensors files that a run writes. Those of the checkpoint keep their names."""
         changed = {tensor for unit in units for tensor in unit.tensors}
-        units += [Unit(f"copy {name}", tensor=name) for name in source.names if name not in changed]
-        places = {name: number for number, name in enumerate(source.names)}
+        units += [Unit(f"copy {name}", tensor=name) for name in names if name not in changed]
+        places = {name: number for number, name in enumerate(names)}
         self.units = sorted(units, key=lambda unit: min(places[tensor] for tensor in unit.tensors))
         """The units in the order of the files, including one for each tensor that is copied."""
 
@@ -157,24 +157,28 @@ class Plan:
         """Whether some of these belong to fused experts, which only pissa reads."""
         return any(layer.is_expert for layer in self.packed)
 
-
-def shards(source: Source, units: Iterable[Unit] = ()) -> dict[str, Layout]:
-    """The safetensors files of the new checkpoint, by name. Every tensor has the same position as in the old one. The
-    new tensors of a layer that changes its form are at the position of the first old one."""
-    files: dict[str, _Tensors] = {path.name: {} for path in source.paths}
-    new: dict[str, _Tensors] = {}
-    for layer in (layer for unit in units for layer in unit.layers if layer.entries or layer.is_packed):
-        new.setdefault(layer.tensors[0], {}).update(layer.written)
-        for tensor in layer.tensors[1:]:
-            new.setdefault(tensor, {})
-    for name in source.names:
-        entry = source.entry(name)
-        files[source.path_of(name).name] |= new.get(name, {name: (entry.dtype, entry.shape)})
-    return {name: Layout(tensors) for name, tensors in files.items()}
+    def _shards(self, units: Sequence[Unit], names: Sequence[str]) -> dict[str, Layout]:
+        """The safetensors files for these tensors of the checkpoint. Every tensor has the same position as in the old
+        file. The new tensors of a layer that is written in codes are at the position of the first old one."""
+        source, new = self.source, dict[str, _Tensors]()
+        for name in names:
+            if name in self.kept:
+                entries = {tensor: source.stored.entry(tensor) for tensor in source.stored_as(name)}
+            else:
+                entries = {name: source.entry(name)}
+            new[name] = {tensor: (entry.dtype, entry.shape) for tensor, entry in entries.items()}
+        packed = [layer for unit in units for layer in unit.layers if layer.is_packed]
+        new |= {tensor: {} for layer in packed for tensor in layer.tensors}
+        for layer in packed:  # a stack's layers are at the same tensor
+            new[layer.tensors[0]] |= layer.written
+        files: dict[str, _Tensors] = {path.name: {} for path in source.stored.paths}
+        for name, tensors in new.items():
+            files[source.path_of(name).name] |= tensors
+        return {name: Layout(tensors) for name, tensors in files.items()}
 
 
 def matrix_shape(
-    name: str, parts: Sequence[Part], source: Source, dimensions: int = 2
+    name: str, parts: Sequence[Part], source: Checkpoint, dimensions: int = 2
 ) -> tuple[tuple[int, int], torch.dtype]:
     """The shape of the matrix [out, in] that a layer's parts make, and their dtype. `dimensions` is the number of
     dimensions of the parts, which is more than 2 for a convolution."""
@@ -216,6 +220,8 @@ class Rewrite(ABC):
 
     command: ClassVar[str]
     """Its name in the bar and in the identity."""
+    writes_residual: ClassVar[bool] = False
+    """Whether the new checkpoint lacks what an adapter starts from."""
 
     def __init__(self, plan: Plan, target: Path) -> None:
         self.plan, self.source, self.target = plan, plan.source, target
@@ -251,7 +257,8 @@ class Rewrite(ABC):
         Raises:
             CompletedError: an earlier run has written everything; nothing has been changed.
             ValueError: a unit cannot be written. What was written is then removed, unless several processes write.
-            OSError: the disk is full or fails.
+            OSError: a file cannot be read or written now, or the disk is full. What was written stays, and the same
+                call goes on.
         """
         batches = self._batches()
         sizes = {name: sum(self._sizes[unit.name] for unit in units) for name, units in batches.items()}
@@ -292,7 +299,7 @@ class Rewrite(ABC):
                 self.source.ahead(following[1].tensors)
             try:
                 found = self.write(out, group)
-            except ValueError:
+            except ValueError:  # an OSError may be gone the next time
                 if distributed.world_size() == 1:
                     out.discard()
                 raise
@@ -323,7 +330,7 @@ class Rewrite(ABC):
             "command": self.command,
             "pissa": ops.build_info()["version"],
             **self.identity(),
-            **{f"source {name}": value for name, value in self.source.identity().items()},
+            **{f"source {name}": value for name, value in self.source.stored.identity().items()},
         }
 
     def write_layer(self, out: Output, layer: Layer, weight: Tensor | ops.QuantizedWeight) -> None:
@@ -332,12 +339,17 @@ class Rewrite(ABC):
         if isinstance(weight, ops.QuantizedWeight):
             for name, values in to_bitsandbytes(weight, layer.dtype).items():
                 out.write(self.file_of(layer.parts[0].tensor), f"{layer.target}.{name}", values)
-        elif layer.entries:
-            tensor = layer.parts[0].tensor
-            out.write(self.file_of(tensor), tensor, weight)
         else:
-            for name, values, member in parts_of(weight, layer.parts, self.source):
+            for name, values, member in self.source.divide(weight, layer.parts):
                 out.write(self.file_of(name), name, values, member)
+
+    def copy(self, out: Output, tensor: str) -> None:
+        """Copies a tensor of the checkpoint, in its codes if the plan keeps them."""
+        if tensor not in self.plan.kept:
+            out.write(self.file_of(tensor), tensor, self.source.read(tensor))
+            return
+        for stored in self.source.stored_as(tensor):
+            out.write(self.file_of(tensor), stored, self.source.stored.read(stored))
 
     def file_of(self, tensor: str) -> str:
         """The new file that corresponds to a tensor of the checkpoint."""
@@ -351,11 +363,11 @@ class Rewrite(ABC):
         for path in paths:
             if path.is_file() and not path.name.startswith(".") and not path.name.endswith(WEIGHT_FILES):
                 shutil.copyfile(path, out.path(path.relative_to(folder).as_posix()))
-        if self.source.index is not None:
+        if self.source.stored.index is not None:
             out.path(INDEX).write_text(self._index())
 
     def _index(self) -> str:
-        shards = {path.name: self.plan.files[path.name] for path in self.source.paths}
+        shards = {path.name: self.plan.files[path.name] for path in self.source.stored.paths}
         size = sum(layout.size - len(layout.header) for layout in shards.values())
         places = {tensor: name for name, layout in shards.items() for tensor in layout.entries}
         return (
@@ -364,12 +376,15 @@ class Rewrite(ABC):
 
     def write_config(self, out: Output) -> None:
         """Writes config.json, with the entries for packed layers that transformers needs; see `quantization_config`."""
-        config, packed = read_config(self.source.folder), self.plan.packed
-        was_packed = config.pop("quantization_config", None) is not None
+        config, packed = dict(self.source.config), self.plan.packed
+        for name in ("quantization_config", RESIDUAL_KEY):
+            config.pop(name, None)
+        if self.writes_residual:
+            config[RESIDUAL_KEY] = True
         if packed:
             form, dtype, experts = packed[0].form, packed[0].dtype, self.plan.has_packed_experts
             config["quantization_config"] = quantization_config(form, dtype, self.plan.dense_linears, experts=experts)
-        if packed or was_packed:
+        if config != self.source.config:
             out.path(CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         else:
             shutil.copyfile(self.source.folder / CONFIG, out.path(CONFIG))

@@ -21,10 +21,8 @@ from pissa.checkpoints.init import SplitPlan
 from pissa.checkpoints.load import of_layer
 from pissa.checkpoints.training_memory import quantised_bytes, training_memory
 from pissa.config import PissaConfig
-from pissa.containers.hub import checkpoint_folder
+from pissa.containers.checkpoint import Checkpoint
 from pissa.containers.model_folder import model_config
-from pissa.containers.released_codes import open_dense
-from pissa.containers.tensor_file import Source
 
 Method = tuple[str, int]
 """A way to quantise and its rank, 0 if it has no factors."""
@@ -257,7 +255,7 @@ def report(
     rank, known = ranks[0], max(ranks[-1], 4 * ranks[0])
     # Suggested ranks are multiples of 8, or of less, so that `rank` is a multiple and some layers can get less.
     step = math.gcd(8, rank) if math.gcd(8, rank) < rank else max(1, rank // 2)
-    with open_dense(checkpoint_folder(model)) as source:
+    with Checkpoint.open(model) as source:
         plan = SplitPlan(source, PissaConfig(r=1))
         planned = list(plan.layers.values())
         config = model_config(source.folder).get_text_config()
@@ -283,7 +281,7 @@ def report(
                 if following is not None:
                     source.ahead(following.tensors)
                 format = quant if layer.name in chosen else None
-                found[layer.name] = layer_report(layer.name, layer.matrix(source), known, ranks, format, exact)
+                found[layer.name] = layer_report(layer.name, source.matrix(layer.parts), known, ranks, format, exact)
                 source.release(layer.tensors)
                 bar.update(math.prod(layer.shape))
     groups = [factors.layers for factors in plan.factors]
@@ -305,7 +303,7 @@ def report(
     return Report(kinds | {"all": Summary(layers)}, suggestion, numbers)
 
 
-def _formats(source: Source) -> dict[str, dict[str, float]]:
+def _formats(source: Checkpoint) -> dict[str, dict[str, float]]:
     """The formats of the tensors of a checkpoint: the number of tensors, their bytes, the bits per element."""
     sums = defaultdict[str, list[int]](lambda: [0, 0, 0])
     for name in source.names:

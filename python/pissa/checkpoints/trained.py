@@ -8,18 +8,18 @@ import torch
 from torch import Tensor
 
 from pissa import ops
-from pissa.adapters.lora_folder import INITIAL_FOLDER, LoraFolder, open_adapter
-from pissa.adapters.peft_layout import ADAPTER_CONFIG, Matrices, magnitude_key
+from pissa.adapters.lora_folder import LoraFolder, open_adapter
+from pissa.adapters.peft_layout import Matrices, magnitude_key
 from pissa.adapters.pissa_layout import PISSA_WEIGHTS, LayerTensors, PissaFolder
 from pissa.adapters.restore import base_doubts
-from pissa.base.bitsandbytes import from_state
 from pissa.base.digest import Match, dtype_of, is_fingerprint, match
 from pissa.base.stored import residual_tensors, residuals_of, stored_linear
 from pissa.checkpoints.rewrite import Layer, Unit
 from pissa.config import IMPLICIT
+from pissa.containers.checkpoint import INITIAL_FOLDER, Checkpoint, Contents
+from pissa.containers.coded_weights import BitsandbytesWeight
 from pissa.containers.hub import Name
-from pissa.containers.model_folder import matrix_of
-from pissa.containers.tensor_file import Source, TensorFile
+from pissa.containers.tensor_file import TensorFile
 from pissa.conversion.plain_lora import ON_RESIDUAL, OURS, PlainLora, check_not_given, check_start
 from pissa.layers.layer import Magnitude
 from pissa.notices import PissaWarning
@@ -35,7 +35,7 @@ BaseFunction = tuple[Tensor, Callable[[Tensor], Tensor]]
 class Adapter:
     """An adapter in a folder, for the layers of a checkpoint."""
 
-    def __init__(self, lora: PlainLora, source: Source) -> None:
+    def __init__(self, lora: PlainLora, source: Checkpoint) -> None:
         self.lora, self.folder, self.source = lora, lora.folder, source
         self.what = lora.what
         """The kind of the adapter, in words."""
@@ -106,7 +106,7 @@ class Ours(Adapter):
     """An adapter of pissa, with the base function on which it was trained. A stored residual is computed again, or is
     the checkpoint's own if that contains residuals of these layers."""
 
-    def __init__(self, folder: LoraFolder, source: Source, residuals: Collection[str]) -> None:
+    def __init__(self, folder: LoraFolder, source: Checkpoint, residuals: Collection[str]) -> None:
         super().__init__(PlainLora(folder, OURS), source)
         assert folder.record is not None
         path, record, starts = folder.path, folder.record, TensorFile(folder.path / PISSA_WEIGHTS)
@@ -188,14 +188,14 @@ class Ours(Adapter):
         )
 
 
-def read_adapter(folder: LoraFolder, source: Source, initial: Name | None) -> Adapter:
+def read_adapter(folder: LoraFolder, source: Checkpoint, initial: Name | None) -> Adapter:
     """Reads the adapter in a folder, for a checkpoint that is the base, or a residual that lacks its start.
 
     Raises:
         ValueError: the adapter cannot be read, or does not belong to the checkpoint.
     """
-    initial_here = source.folder / INITIAL_FOLDER
-    at_start = open_adapter(initial_here) if (initial_here / ADAPTER_CONFIG).is_file() else None
+    is_residual = source.contents in (Contents.RESIDUAL, Contents.PEFT_RESIDUAL)
+    at_start = open_adapter(source.folder / INITIAL_FOLDER) if is_residual else None
     if folder.record is not None:
         check_not_given(f"{folder.path} is an adapter of pissa", initial=initial)
         layers = () if at_start is None else [name for part in at_start.factors.values() for name in part.layers]
@@ -212,11 +212,12 @@ def read_adapter(folder: LoraFolder, source: Source, initial: Name | None) -> Ad
     return Adapter(PlainLora.of(folder, source.folder, initial), source)
 
 
-def read_weight(layer: Layer, source: Source) -> Weight:
-    """The matrix of a layer, which is a view of the mapped file if it is one tensor there."""
-    if layer.entries:
-        return from_state({entry: source.read(tensor) for entry, tensor in layer.entries.items()})
-    return matrix_of(layer.parts, source).flatten(1)
+def read_weight(layer: Layer, source: Checkpoint) -> Weight:
+    """The matrix of a layer, which is a view of the mapped file if it is one tensor there. Codes of bitsandbytes stay
+    codes, on which the adapter was trained."""
+    if all(isinstance(source.coded.get(part.tensor), BitsandbytesWeight) for part in layer.parts):
+        return source.codes(layer.parts)
+    return source.matrix(layer.parts).flatten(1)
 
 
 def _dense(weight: Weight) -> BaseFunction:

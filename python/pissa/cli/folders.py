@@ -191,7 +191,6 @@ def _init(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     from pissa.checkpoints.init import init
     from pissa.cli.data import batches_of
     from pissa.config import PissaConfig
-    from pissa.containers.hub import checkpoint_folder
 
     if args.calibration is not None and args.quant is None:
         raise UserError(
@@ -200,10 +199,10 @@ def _init(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     if args.init == "activations" and args.calibration is None:
         raise UserError("--init activations: got no --calibration; give --calibration FILE, or another --init")
     with told(TypeError), _processes():  # raised for a layer of a kind that cannot be adapted
-        source, method = checkpoint_folder(args.source), _options(args, *_METHOD)
-        batches = None if args.calibration is None else batches_of(args.calibration, args.examples, source)
+        method = _options(args, *_METHOD)
+        batches = None if args.calibration is None else batches_of(args.calibration, args.examples, args.source)
         done = init(
-            source,
+            args.source,
             args.target,
             PissaConfig(r=args.rank, lora_alpha=args.alpha, error_feedback=batches is not None, **method),
             **_options(args, "memory", "device", "experts"),
@@ -250,10 +249,8 @@ def _add_merge(parser: argparse.ArgumentParser) -> None:
 
 def _merge(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     from pissa.checkpoints.merge import merge
-    from pissa.containers.hub import checkpoint_folder
 
-    base = checkpoint_folder(args.base)
-    done = merge(args.adapter, base, args.target, **_options(args, "quant", "initial"), progressbar=True)
+    done = merge(args.adapter, args.base, args.target, **_options(args, "quant", "initial"), progressbar=True)
     yield done._asdict()
     say("adapter", f"{args.adapter}: {done.what}, {done.layers} layers")
     say("read", _read(done))

@@ -16,6 +16,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from itertools import islice, pairwise
 from pathlib import Path
@@ -33,15 +34,14 @@ from trl.trainer.utils import create_model_from_path
 
 import pissa
 from pissa.adapters.peft_layout import inexact_lora
-from pissa.adapters.pissa_layout import PISSA_RECORD, AdapterRecord
+from pissa.adapters.pissa_layout import AdapterRecord
 from pissa.cli.data import encode, is_records, prompt_and_answer, read_chats, read_preferences
 from pissa.cli.memory import peak_memory_mib, return_freed_blocks
 from pissa.cli.options import AUTO, RUN_FILE, adapter_config, go_on, parse, record
 from pissa.cli.terminal import UserError, say, told
 from pissa.cli.verification import Step0, step0_check
+from pissa.containers.checkpoint import PISSA_RECORD, Contents, ModelFolder
 from pissa.containers.messages import first_line
-from pissa.containers.model_folder import read_config
-from pissa.containers.released_codes import is_released
 from pissa.containers.staged import check_unused
 from pissa.notices import InexactLoraWarning
 
@@ -66,13 +66,13 @@ class Training(NamedTuple):
         ours, training, mixture = parse(args, self.trainer)
         screen = io.StringIO() if training.process_index else sys.stderr if ours.json else sys.stdout
         with contextlib.redirect_stdout(screen), _images_fit(training):
-            config, split = _settle(ours, training, mixture)
+            config, contents = _settle(ours, training, mixture)
             if args.is_process and training.device.type == "cpu" and return_freed_blocks():
                 say("memory", "freed blocks of 8 MiB and more go back to the system (malloc's limits are set)")
             code = {"revision": ours.model_revision, "trust_remote_code": training.trust_remote_code}
             processor = _loaded(ours, AutoProcessor.from_pretrained, **code)
             train, held_out = _data(ours, training, mixture, self.rows, getattr(processor, "tokenizer", processor))
-            model = _model(ours, training, config, split, train, **code)
+            model = _model(ours, training, config, contents, train, **code)
             datasets.disable_progress_bars()
             watch = Watch()
             names = {"train_dataset": train, "eval_dataset": held_out, "processing_class": processor}
@@ -98,7 +98,7 @@ class Training(NamedTuple):
                 if trainer.is_world_process_zero() and not ours.resume:
                     record(Path(training.output_dir), ours, training, mixture)
                 _train(trainer, ours, watch, f"pissa {args.command}")
-                result |= _report(trainer, ours, split, self.unit)
+                result |= _report(trainer, ours, contents, self.unit)
             # DDP's reducer must be freed before its process group. If the reducer is the last to hold the group, it
             # holds Python's lock and waits for a gloo thread that waits for the same lock (torch 2.13).
             accelerator = trainer.accelerator
@@ -128,32 +128,33 @@ def _images_fit(training: Any) -> Iterator[None]:
 # ---- Before ----------------------------------------------------------------------------------------------------------
 
 
-def _settle(ours: Any, training: Any, mixture: Any) -> tuple[pissa.PissaConfig, bool]:
-    """Completes and checks the options. Returns the configuration of the method, and whether `pissa init` has split the
-    model."""
+def _settle(ours: Any, training: Any, mixture: Any) -> tuple[pissa.PissaConfig, Contents]:
+    """Completes and checks the options. Returns the configuration of the method, and what the model is stored as."""
     data = ours.dataset_name or mixture.datasets
     for name, value in {"model": ours.model_name_or_path, "data": data, "out": training.output_dir}.items():
         if not value:
             raise UserError(f"--{name} is missing; needed: --model, --data and --out")
-    folder, out = Path(ours.model_name_or_path), Path(training.output_dir)
-    is_split = (folder / PISSA_RECORD).is_file()
-    if ours.method == "lora" and is_split:
+    name, out = ours.model_name_or_path, Path(training.output_dir)
+    with told(OSError, ValueError, before=f"--model {name}: "):
+        found = ModelFolder.find(name, ours.model_revision)
+        found.require(*(contents for contents in Contents if contents is not Contents.PEFT_RESIDUAL))
+        is_residual = found.contents is Contents.RESIDUAL
+        split = AdapterRecord.read(found.folder / PISSA_RECORD).config if is_residual else None
+    if ours.method == "lora" and is_residual:
         raise UserError(
-            f"--method lora: {folder} holds residuals, which lack what PiSSA starts from; give the model that was split"
+            f"--method lora: {name} holds residuals, which lack what PiSSA starts from; give the model that was split"
         )
     if ours.method == "lora" and ours.quant:
         raise UserError(f"--quant {ours.quant} needs --method pissa; plain LoRA is trained on the base as it is")
-    with told(OSError, ValueError, before=f"--model {folder}: "):
-        split = AdapterRecord.read(folder / PISSA_RECORD).config if is_split else None
-        base = read_config(folder) if is_split or is_released(folder) else {}
     config = adapter_config(ours, training.seed, split)
+    base = found.config if is_residual or found.contents is Contents.RELEASED else {}
     ours.dtype = ours.dtype or base.get("dtype") or base.get("torch_dtype") or "float32"
     if ours.resume:
         go_on(out, ours, training, mixture)
     elif training.process_index == 0:
         with told(ValueError, before="--out "):
             check_unused(out, "go on with that run by --resume, or " if (out / RUN_FILE).is_file() else "")
-    return config, is_split
+    return config, found.contents
 
 
 def _data(ours: Any, training: Any, mixture: Any, rows: Callable[..., Any], tokenizer: Any) -> tuple[Any, Any]:
@@ -193,17 +194,20 @@ def _loaded(ours: Any, load: Callable[..., Any], **options: Any) -> Any:
             raise UserError(f"--model {name}: {first_line(error).partition('. ')[0]}; install it") from error
 
 
-def _model(ours: Any, training: Any, config: pissa.PissaConfig, split: bool, train: Any, **options: Any) -> Any:
+def _model(ours: Any, training: Any, config: pissa.PissaConfig, contents: Contents, train: Any, **options: Any) -> Any:
     """The wrapped model, calibrated on the first examples of the training data if its base asks for a calibration."""
-    if split:
-        model = _loaded(ours, pissa.load, dtype=getattr(torch, ours.dtype, None), device=training.device)
-    elif is_released(Path(ours.model_name_or_path)):  # which transformers would expand
+    ours_load = partial(
+        pissa.load, revision=ours.model_revision, dtype=getattr(torch, ours.dtype, None), device=training.device
+    )
+    if contents is Contents.RESIDUAL:
+        model = _loaded(ours, ours_load)
+    elif contents is Contents.RELEASED:  # which transformers would expand
         if config.needs_calibration:
             raise UserError(
                 f"--model {ours.model_name_or_path}: as released it has nothing to calibrate; leave --quant out"
             )
         config = config if ours.method == "pissa" else replace(config, init="lora")
-        model = _loaded(ours, pissa.load, config=config, dtype=getattr(torch, ours.dtype, None), device=training.device)
+        model = _loaded(ours, ours_load, config=config)
     else:
         options |= {"dtype": ours.dtype, "attn_implementation": ours.attn_implementation}
         if training.world_size > 1:  # a single process spreads the model over its GPUs
@@ -305,7 +309,7 @@ def _last_checkpoint(out: Path) -> Path | None:
     return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
-def _report(trainer: Any, ours: Any, split: bool, unit: str) -> dict[str, Any]:
+def _report(trainer: Any, ours: Any, contents: Contents, unit: str) -> dict[str, Any]:
     """Draws the losses, in nats per `unit`, if matplotlib is installed, prints how the run went, and returns the
     report."""
     out, model, history = trainer.args.output_dir, ours.model_name_or_path, trainer.state.log_history
@@ -333,7 +337,7 @@ def _report(trainer: Any, ours: Any, split: bool, unit: str) -> dict[str, Any]:
     say("next", f"pissa merge {out} NEW_FOLDER --base {model}")
     if ours.quant:
         say("note", inexact_lora([ours.quant]))
-    if split:
+    if contents is Contents.RESIDUAL:
         say("note", f'pissa.load("{model}", adapter="{out}") has it exactly')
     costs = {"seconds_per_step": seconds, "peak_memory_mib": memory}
     return {"learning_rate": trainer.args.learning_rate, "losses": losses, "held_out": held_out, **costs}

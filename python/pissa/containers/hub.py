@@ -15,6 +15,7 @@ from huggingface_hub.errors import HFValidationError
 from torch import nn
 
 from pissa.containers.messages import first_line, shown
+from pissa.containers.tensor_file import INDEX, WEIGHTS, shards
 
 Name = str | os.PathLike[str]
 """A folder or, as a string, the id of a repository on the Hub. A folder of that name takes precedence."""
@@ -40,12 +41,22 @@ def adapter_folder(model_id: Name, files: Iterable[str], *, subfolder: str | Non
     return Path(_fetched(model_id, "holds no PiSSA adapter", patterns, options), inside)
 
 
-def checkpoint_folder(model_id: Name) -> Path:
-    """The folder of a model in safetensors: `model_id`, or the folder into which huggingface_hub has fetched it."""
-    # A model and its tokenizer, without the same weights in other formats.
-    files = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.md"]
-    # gpt-oss contains the same weights again for other programs.
-    return _fetched(model_id, "is not a model", files, {"ignore_patterns": ["original/*", "metal/*"]})
+def model_files(name: Name, revision: str | None = None) -> Path:
+    """The folder of a model: `name`, or the one into which huggingface_hub has fetched all but the weights."""
+    # gpt-oss contains its weights again for other programs.
+    options = {"ignore_patterns": ["original/*", "metal/*"], "revision": revision}
+    return _fetched(name, "is not a model", ["*.json", "*.jinja", "*.model", "*.txt", "*.md"], options)
+
+
+def weight_files(name: Name, revision: str | None = None) -> Path:
+    """The same with the weights in safetensors, those that the index names, and what `pissa init` has put beside
+    them. Many repositories contain the weights again under other names."""
+    folder = model_files(name, revision)
+    if folder == Path(name):
+        return folder
+    weights = list(shards(folder / INDEX)) if (folder / INDEX).is_file() else [WEIGHTS]
+    # The folder is called like the commit, so that both calls fetch the same.
+    return _fetched(name, "is not a model", [*weights, "pissa*.safetensors", "pissa_init/*"], {"revision": folder.name})
 
 
 def _fetched(model_id: Name, what: str, patterns: list[str], options: dict[str, Any]) -> Path:
@@ -56,7 +67,8 @@ def _fetched(model_id: Name, what: str, patterns: list[str], options: dict[str, 
         return Path(huggingface_hub.snapshot_download(model_id, allow_patterns=patterns, **options))
     except Exception as error:  # its own, the system's, and those of its HTTP package
         raise ValueError(
-            f"{missing}, and huggingface_hub, asked for a repository of that name, says: {first_line(error)}"
+            f"{missing}, and huggingface_hub, asked for a repository of that name, says: {first_line(error)}; "
+            "needed: a folder that save_pretrained wrote, or a name on the Hub"
         ) from error
 
 

@@ -22,18 +22,23 @@ def first_line(error: Exception) -> str:
     return (f"{first} {second}" if first.endswith(":") else first).strip() or type(error).__name__
 
 
+_LASTING = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
+
+
 @contextmanager
 def reading(path: Path, remedy: str) -> Iterator[None]:
     """Turns every error in the block, which only reads the file, into a ValueError that names the file. The message
-    ends with `remedy`, how to continue."""
+    ends with `remedy`, how to continue. An OSError that may be gone the next time, such as that of a server, stays an
+    OSError."""
     try:
         yield
+    except OSError as error:
+        if not isinstance(error, _LASTING) and error.errno is not None:
+            text = f"{error.strerror}; nothing is wrong with the file as far as is known: try again"
+            raise OSError(error.errno, text, str(path)) from error
+        raise ValueError(f"{path} cannot be read: {error.strerror or first_line(error)}. {remedy}") from error
     except Exception as error:
-        reason = first_line(error)
-        if isinstance(error, OSError) and error.strerror:
-            reason = error.strerror
-        elif isinstance(error, KeyError):
-            reason = f"{error} is missing"
+        reason = f"{error} is missing" if isinstance(error, KeyError) else first_line(error)
         raise ValueError(f"{path} cannot be read: {reason.rstrip('.')}. {remedy}") from error
 
 

@@ -1,4 +1,4 @@
-"""A model in a folder: it is built without values, its files are mapped, and one matrix at a time is read.
+"""A model as config.json describes it, built without values, and which tensors of a checkpoint make its parameters.
 
 transformers renames the tensors of many architectures when it loads them, and joins some. Its own tables describe how.
 """
@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import transformers
-from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -28,7 +27,6 @@ from transformers.core_model_loading import (
 )
 
 from pissa.containers.messages import read_object, reading, shown
-from pissa.containers.tensor_file import Source
 
 CONFIG = "config.json"
 
@@ -70,16 +68,10 @@ def _config_of(folder: str | os.PathLike[str]) -> AbstractContextManager[None]:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """Reads the object in the config.json of a model's folder, unchanged."""
-    with reading(folder / CONFIG, "It is damaged or no model's: take it from the model again"):
+    with reading(
+        folder / CONFIG, "It is damaged, or the folder is no model's; needed: a folder that save_pretrained wrote"
+    ):
         return read_object(folder / CONFIG)
-
-
-def quantised_kind(folder: Path) -> str | None:
-    """How the weights in a model's folder are quantised, according to its config.json; None if they are dense."""
-    config = getattr(model_config(folder), "quantization_config", None)
-    if config is None:
-        return None
-    return str(config.get("quant_method", "by an unknown method")) if isinstance(config, dict) else shown(config)
 
 
 # ---- Which tensors make each parameter -------------------------------------------------------------------------------
@@ -173,23 +165,3 @@ def _transposes(operation: object, first: int) -> bool:
         and not operation.check_dims
         and {operation.dim0, operation.dim1} == {first, first + 1}
     )
-
-
-def matrix_of(parts: Sequence[Part], source: Source) -> Tensor:
-    """The matrix that these parts make, stacked by rows: a view of the mapped file if there is one part."""
-    views = []
-    for part in parts:
-        matrix = source.read(part.tensor, part.member)
-        views.append(matrix.mT if part.transposed else matrix)
-    return views[0] if len(views) == 1 else torch.cat(views)
-
-
-def parts_of(matrix: Tensor, parts: Sequence[Part], source: Source) -> Iterator[tuple[str, Tensor, int | None]]:
-    """The inverse of `matrix_of`: yields what a new matrix puts into the tensors of the parts, or into the given member
-    of them if they are stacks."""
-    row = 0
-    for part in parts:
-        shape = source.entry(part.tensor).shape[0 if part.member is None else 1 :]
-        rows = matrix[row : row + shape[1 if part.transposed else 0]]
-        row += len(rows)
-        yield part.tensor, (rows.mT if part.transposed else rows).reshape(shape), part.member

@@ -127,9 +127,10 @@ class TensorFile:
 
         It must not be written to. It keeps the mapping alive.
         """
-        with reading(self.path, "Start again when nobody writes to it"):
-            if _state(self.path) != self._state:
-                raise ValueError("it has changed since its header was read")
+        with reading(self.path, _REMEDY):
+            state = _state(self.path)
+        if state != self._state:
+            raise OSError(f"{self.path} has changed since its header was read: start again when nobody writes to it")
         dtype, shape, offset, nbytes = self.entries[name]
         with reading(self.path, _REMEDY):
             if nbytes == 0:
@@ -245,8 +246,8 @@ class Source(AbstractContextManager["Source"]):
         """The path of the index, if the checkpoint has one."""
         self._files: dict[Path, TensorFile] = {}
         self._holders: dict[str, TensorFile] = {}
-        shards = {WEIGHTS: set[str]()} if self.index is None else _shards(self.index)
-        for name, promised in sorted(shards.items()):
+        promises = {WEIGHTS: set[str]()} if self.index is None else shards(self.index)
+        for name, promised in sorted(promises.items()):
             file = TensorFile(self.folder / name)
             if lacking := sorted(promised - file.entries.keys()):
                 raise ValueError(
@@ -341,7 +342,7 @@ def _index(folder: Path) -> Path | None:
     return folder / INDEX
 
 
-def _shards(index: Path) -> dict[str, set[str]]:
+def shards(index: Path) -> dict[str, set[str]]:
     """The shards that the index names, each with the tensors that should be in it."""
     with reading(index, "It is damaged: download or copy it again"):
         files = dict(read_object(index)["weight_map"])
@@ -349,15 +350,15 @@ def _shards(index: Path) -> dict[str, set[str]]:
             raise ValueError("weight_map has something else than names of files")
         if not files:
             raise ValueError("weight_map names no tensor")
-    shards: dict[str, set[str]] = {}
+    found: dict[str, set[str]] = {}
     for name, file in files.items():
         if not _SHARD.fullmatch(file):
             raise ValueError(
                 f"{index} says that tensor {shown(name)} is in {shown(file)}; allowed: a .safetensors file in the same "
                 "folder: download or copy the index again"
             )
-        shards.setdefault(file, set()).add(name)
-    return shards
+        found.setdefault(file, set()).add(name)
+    return found
 
 
 # ---- Writing ---------------------------------------------------------------------------------------------------------

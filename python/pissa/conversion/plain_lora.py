@@ -11,11 +11,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from pissa.adapters.lora_folder import INITIAL_FOLDER, LoraFolder, check_same_layers, open_adapter
+from pissa.adapters.lora_folder import LoraFolder, check_same_layers, open_adapter
 from pissa.adapters.peft_layout import ADAPTER_CONFIG, Matrices, base_weight_key, inexact_lora
+from pissa.containers.checkpoint import INITIAL_FOLDER, ModelFolder
 from pissa.containers.hub import Name, absolute, find_file, is_elsewhere
 from pissa.containers.messages import shown
-from pissa.containers.model_folder import CONFIG, quantised_kind
+from pissa.containers.model_folder import CONFIG
 from pissa.notices import InexactLoraWarning, UnseenBaseWarning
 from pissa.ops.low_rank import join_difference
 
@@ -157,7 +158,7 @@ def _read_initial(folder: LoraFolder, given: Name) -> LoraFolder:
     residual = around if path.name == INITIAL_FOLDER and (around / CONFIG).is_file() else None
     initial = open_adapter(path)
     check_start(folder, initial)
-    if residual is not None and (kind := quantised_kind(residual)) is not None:
+    if residual is not None and (kind := ModelFolder(residual).quantization.get("quant_method")) is not None:
         warnings.warn(
             f"The residual in {residual} is quantised ({kind}). On the unmodified base the change lacks its error, and "
             f"is only approximately the function that was trained: `pissa merge {folder.path} --base {residual} OUT` "

@@ -35,22 +35,24 @@ class ResidualExport(Rewrite):
     decoded, in the dtype of the checkpoint. Raises ValueError if bitsandbytes can store none.
     """
 
-    command = "export"
+    command, writes_residual = "export", True
 
     def __init__(self, adapter: Ours, target: Path) -> None:
         self.adapter, self.folder = adapter, adapter.folder
         planner = Planner(adapter.source, self.folder)
         units = [self._unit(planner, factors) for factors in self.folder.factors.values() if self._is_stored(factors)]
-        packed = {layer.name for unit in units for layer in unit.layers if layer.is_packed}
+        layers = [layer for unit in units for layer in unit.layers]
+        packed = {layer.name for layer in layers if layer.is_packed}
         if not packed:
             raise ValueError(
                 f"{self.folder.path} has no linear layer in 4 bits, the only kind of layer that "
                 "bitsandbytes stores in 4 bits: export to merged"
             )
         self.model_name = type(planner.model).__name__
-        source, left = adapter.source, packed | planner.packed.keys()
+        source, changed = adapter.source, {tensor for layer in layers for tensor in layer.tensors}
+        left = packed | source.coded_layers.keys()
         dense = [name for name in linear_layers(planner.model) if name not in left]
-        super().__init__(Plan(source, units, dense, {}), target)
+        super().__init__(Plan(source, units, dense, {}, source.coded.keys() - changed), target)
 
     def exported(self) -> Exported:
         """The report."""
@@ -69,7 +71,7 @@ class ResidualExport(Rewrite):
 
     def _unit(self, planner: Planner, factors: LoraFactors) -> Unit:
         """The unit for layers whose base was stored."""
-        if factors.is_fused and factors.layers[0] in planner.packed:
+        if factors.is_fused and factors.layers[0] in planner.source.coded_layers:
             raise ValueError(
                 f"{planner.source.folder} has the experts of {factors.target} in 4 bits, which only pissa.load reads: "
                 "give the checkpoint that was split (base)"
@@ -90,7 +92,7 @@ class ResidualExport(Rewrite):
 
     def write(self, out: Output, unit: Unit) -> dict[str, Result]:
         if unit.tensor is not None:
-            out.write(self.file_of(unit.tensor), unit.tensor, self.source.read(unit.tensor))
+            self.copy(out, unit.tensor)
             return {unit.name: {}}
         lost, whole = 0.0, 0.0
         for layer, factors in zip(unit.layers, self.adapter.factors(unit.name), strict=True):

@@ -11,13 +11,11 @@ import torch
 
 from pissa.adapters.lora_folder import open_adapter
 from pissa.base.bitsandbytes_state import KEPT_IN_4_BITS
-from pissa.checkpoints.load import packed_layers
 from pissa.checkpoints.merge import merge
 from pissa.checkpoints.trained import Adapter, Ours, read_adapter
 from pissa.config import IMPLICIT
-from pissa.containers.hub import checkpoint_folder
+from pissa.containers.checkpoint import READ, Checkpoint, Contents
 from pissa.containers.model_folder import meta_model
-from pissa.containers.tensor_file import Source
 from pissa.integrations import RUNTIMES
 from pissa.integrations.bnb4 import ResidualExport
 from pissa.integrations.exported import Exported, no_base
@@ -84,10 +82,9 @@ def export(
     base = base or opened.named_base
     if base is None:
         raise no_base(opened)
-    folder = checkpoint_folder(base)
     if to == "merged" or requantise:
         quant = KEPT_IN_4_BITS if requantise else None
-        merged = merge(adapter, folder, target, quant=quant, initial=initial, progressbar=progressbar)
+        merged = merge(adapter, base, target, quant=quant, initial=initial, progressbar=progressbar)
         return Exported(
             what=merged.what,
             layers=merged.layers,
@@ -99,7 +96,8 @@ def export(
             error_of_worst=merged.error_of_worst,
             mean_error=merged.mean_error,
         )
-    with Source(folder) as source, torch.no_grad():
+    with Checkpoint.open(base) as source, torch.no_grad():
+        source.require(*READ)
         found = _trained_in_4_bits(read_adapter(opened, source, initial))
         run = ResidualExport(found, Path(os.path.abspath(target)))
         run.run(progressbar)
@@ -114,7 +112,7 @@ def _trained_in_4_bits(found: Adapter) -> Ours:
     forms = {record.form for record in found.records.values()} if isinstance(found, Ours) else {IMPLICIT}
     if isinstance(found, Ours) and KEPT_IN_4_BITS in {form.kind for form in forms}:
         return found
-    if packed_layers(found.source.names):
+    if found.source.coded and found.source.contents is not Contents.RELEASED:
         raise ValueError(
             f"{path} is a plain LoRA on {found.source.folder}, which transformers and PEFT load as they are: there is "
             "nothing to export; for one dense checkpoint export to merged"

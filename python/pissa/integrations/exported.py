@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -11,10 +10,9 @@ import torch
 from pissa.adapters.lora_folder import LoraFolder
 from pissa.adapters.peft_layout import PREFIX
 from pissa.checkpoints.merge import Planner
-from pissa.containers.hub import Name, checkpoint_folder
+from pissa.containers.checkpoint import Checkpoint
+from pissa.containers.hub import Name
 from pissa.containers.messages import shown
-from pissa.containers.model_folder import matrix_of
-from pissa.containers.released_codes import open_dense
 from pissa.conversion.plain_lora import PlainLora
 
 
@@ -58,7 +56,7 @@ def read_factors(folder: LoraFolder, base: Name | None, initial: Name | None, ru
             f"{folder.path} has {text}: {runtime} takes nothing from an adapter but factors of layers. Export to "
             "merged, which has them in the weights, and serve that"
         )
-    own = set[str]() if base is None or not folder.other_keys else _unchanged(folder, checkpoint_folder(base))
+    own = set[str]() if base is None or not folder.other_keys else _unchanged(folder, base)
     for key in folder.other_keys:
         if key not in own:
             hint = "if it is the base's own, give that (base); else e" if base is None else "E"
@@ -69,16 +67,16 @@ def read_factors(folder: LoraFolder, base: Name | None, initial: Name | None, ru
     return lora
 
 
-def _unchanged(folder: LoraFolder, base: Path) -> set[str]:
+def _unchanged(folder: LoraFolder, base: Name) -> set[str]:
     """The tensors other than factors that equal the base's, as PEFT saves those of embeddings."""
     found = set()
-    with open_dense(base) as source:
+    with Checkpoint.open(base) as source:
         planner = Planner(source, folder)
         for key in folder.other_keys:
             name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
             with suppress(ValueError):
                 kept, parts = folder.weights.read(key), planner.parts_of(name)
-                weight = matrix_of(parts, source)
+                weight = source.matrix(parts)
                 if kept.shape == weight.shape and torch.equal(kept, weight.to(kept.dtype)):
                     found.add(key)
     return found

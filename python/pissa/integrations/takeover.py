@@ -16,9 +16,9 @@ from peft import LoraConfig, PeftType
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
-from pissa.adapters.pissa_layout import PISSA_RECORD
 from pissa.base.classes import fields_of_4_bits
 from pissa.config import PissaConfig, default_of
+from pissa.containers.checkpoint import PISSA_RECORD
 from pissa.containers.hub import adapter_folder
 from pissa.distributed import RankError
 from pissa.layers.layer import pissa_layers

@@ -14,11 +14,11 @@ from pissa.adapters.lora_folder import LoraFactors, LoraFolder, with_sizes
 from pissa.adapters.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, FACTOR_KEYS, PREFIX, Matrices
 from pissa.checkpoints.merge import Planner
 from pissa.checkpoints.rewrite import Layer
-from pissa.containers.hub import Name, checkpoint_folder
+from pissa.containers.checkpoint import Checkpoint
+from pissa.containers.hub import Name
 from pissa.containers.messages import shown
-from pissa.containers.released_codes import open_dense
 from pissa.containers.staged import check_unused, staged
-from pissa.containers.tensor_file import Scratch, Source, write_tensors
+from pissa.containers.tensor_file import Scratch, write_tensors
 from pissa.conversion.plain_lora import PlainLora
 from pissa.integrations.exported import Exported, read_factors
 from pissa.ops.low_rank import pad_rank
@@ -99,7 +99,7 @@ def _places(lora: PlainLora, base: Name | None) -> dict[str, Places]:
             f"{path} has factors of fused experts, {min(fused)} the first, which vLLM names as the checkpoint of the "
             "base does: give the unmodified model (base)"
         )
-    with open_dense(checkpoint_folder(base)) as source:
+    with Checkpoint.open(base) as source:
         planner = Planner(source, lora.folder)
         layers = {
             target: planner.unit_of(factors).layers
@@ -107,7 +107,7 @@ def _places(lora: PlainLora, base: Name | None) -> dict[str, Places]:
             if not factors.is_embedding
         }
         stacked = {target for target in fused if layers[target][0].parts[0].member is not None}
-        kind = planner.model.config.model_type
+        kind = source.model.config.model_type
         if stacked and kind not in _STACKED:
             raise ValueError(
                 f"the checkpoint in {source.folder} has {min(stacked)} as a stack, whose factors vLLM reads for "
@@ -123,6 +123,6 @@ def _places(lora: PlainLora, base: Name | None) -> dict[str, Places]:
         return {target: [_parts(one, source) for one in layers[target]] for target in layers.keys() - stacked}
 
 
-def _parts(layer: Layer, source: Source) -> list[tuple[str, int]]:
+def _parts(layer: Layer, source: Checkpoint) -> list[tuple[str, int]]:
     rows = [source.entry(part.tensor).shape[0] for part in layer.parts] if len(layer.parts) > 1 else [layer.shape[0]]
     return [(part.tensor.removesuffix(".weight"), count) for part, count in zip(layer.parts, rows, strict=True)]

@@ -13,6 +13,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
 from pissa.config import PissaConfig
+from pissa.containers.checkpoint import check_not_residual
 from pissa.containers.messages import shown
 from pissa.distributed import average_gradient, is_managed
 from pissa.layers.experts import unfuse
@@ -89,6 +90,7 @@ def warn_of_dropout(config: PissaConfig) -> None:
 def prepare(model: nn.Module, config: PissaConfig) -> None:
     """Prepares the (unwrapped) model and the configuration for PEFT, which then builds our layers for the targets. Like
     `complete`, raises TypeError or ValueError naming the layer that cannot be adapted."""
+    check_not_residual(model)
     reshard(model)
     check_trained(model, config)
     build_layers_with(config, layer_factory(model))

@@ -9,9 +9,8 @@ from pissa.base.digest import fingerprint
 from pissa.base.init_methods import INIT_METHODS
 from pissa.base.protocol import Base
 from pissa.config import PissaConfig
-from pissa.containers.hub import Name, checkpoint_folder
-from pissa.containers.model_folder import Composition, matrix_of, meta_model, quantised_kind
-from pissa.containers.tensor_file import Source
+from pissa.containers.checkpoint import Checkpoint, Contents
+from pissa.containers.hub import Name
 
 
 class OriginalWeights:
@@ -33,17 +32,14 @@ class OriginalWeights:
                 'repair="activations" with a calibration, or repair="loftq"'
             )
         try:
-            folder = checkpoint_folder(weights)
+            self._checkpoint = Checkpoint.open(weights)
+            self._checkpoint.require(Contents.DENSE)
         except ValueError as error:
             raise ValueError(f"weights: {error}") from error
-        if kind := quantised_kind(folder):
-            raise ValueError(f"weights: {folder} is quantised ({kind}); needed: the checkpoint in 16 or 32 bits")
         self.fingerprints: dict[str, str] = {}
         """The fingerprints of the weights that were read, by layer name."""
-        self._source, self._read = Source(folder), list[str]()
-        model = meta_model(folder)
-        self._parts, self._head = Composition(model, self._source.names), f"{model.base_model_prefix}."
-        self._known = {name for name, _ in model.named_parameters()}
+        self._read: list[str] = []
+        self._known = {name for name, _ in self._checkpoint.model.named_parameters()}
 
     def weight(self, name: str, base: Base) -> tuple[Tensor, ops.QuantizedWeight]:
         """Returns the weight [out, in] of the named layer, as bitsandbytes has quantised it, and its codes.
@@ -51,19 +47,20 @@ class OriginalWeights:
         Raises:
             ValueError: the checkpoint does not contain that weight, or contains a different one.
         """
-        self._source.release(self._read)  # otherwise the file's pages would count as this process's memory
+        checkpoint = self._checkpoint
+        checkpoint.release(self._read)  # otherwise the file's pages would count as this process's memory
         parameter = f"{name}.weight"
         if parameter not in self._known:  # a model without the head that config.json names
-            parameter = self._head + parameter
+            parameter = f"{checkpoint.model.base_model_prefix}.{parameter}"
         try:
-            parts = self._parts.matrix(parameter, transposed=False)
+            parts = checkpoint.composition.matrix(parameter, transposed=False)
         except ValueError as error:
-            raise ValueError(f"weights: {self._source.folder}: {error}") from error
+            raise ValueError(f"weights: {checkpoint.folder}: {error}") from error
         self._read = [part.tensor for part in parts]
-        weight, codes = base.original(matrix_of(parts, self._source)), base.bnb_codes
+        weight, codes = base.original(checkpoint.matrix(parts)), base.bnb_codes
         if weight is None or codes is None:
             raise ValueError(
-                f"weights: {self._source.folder} has another weight in layer {name} than the one that bitsandbytes has "
+                f"weights: {checkpoint.folder} has another weight in layer {name} than the one that bitsandbytes has "
                 "quantised; give the checkpoint that the model was loaded from"
             )
         self.fingerprints[name] = fingerprint(weight)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pissa.containers.model_folder import class_of, model_config, quantised_kind, read_config
+from pissa.containers.checkpoint import ModelFolder
+from pissa.containers.model_folder import class_of, model_config
 
 FILE = "config.json"
 
 
 def parse(folder: Path) -> None:
     config = model_config(folder)
-    read_config(folder)
-    quantised_kind(folder)
+    ModelFolder(folder)
     try:
         class_of(config)
     except ValueError as error:

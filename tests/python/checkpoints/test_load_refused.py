@@ -77,11 +77,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "no scales": (
         lambda folder: change(folder, lambda tensors: tensors.pop(f"{LAYER}.weight.absmax")),
-        rf"layer '{LAYER}': no 4-bit weight of bitsandbytes: got the entries .*; needed: weight",
+        rf"'{LAYER}.weight': no 4-bit weight of bitsandbytes: got the entries .*; needed: weight",
     ),
     "codes of another shape": (
         lambda folder: change(folder, lambda t: t.update({f"{LAYER}.weight": t[f"{LAYER}.weight"][:-2].clone()})),
-        rf"layer '{LAYER}': weight: codes of a matrix \[128, 64\] in blocks of 64: got torch.uint8 \[4094\]; needed",
+        rf"'{LAYER}.weight': weight: codes of a matrix \[128, 64\] in blocks of 64: got torch.uint8 \[4094\]; needed",
     ),
     "a whole layer": (
         lambda folder: change(

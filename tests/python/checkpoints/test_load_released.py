@@ -30,7 +30,7 @@ from pissa.base.weights import CodedLinear
 from pissa.checkpoints.init import init
 from pissa.checkpoints.merge import merge
 from pissa.checkpoints.spectra import report
-from pissa.containers.released_codes import ReleasedWeights
+from pissa.containers.checkpoint import Checkpoint
 from pissa.containers.tensor_file import Source
 from pissa.integrations.export import export
 from pissa.layers.experts import UnfusedExperts
@@ -287,7 +287,7 @@ def test_bad_files_are_refused_by_tensor_and_file(
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        ("gptq", "is quantised by 'gptq', which is not read; allowed"),
+        ("gptq", "contains codes that are not read (quant_method 'gptq' in config.json); needed"),
         ("fp8", "config.json says fp8, but there are no codes"),
     ],
 )
@@ -361,20 +361,19 @@ def test_merge_into_the_same_format(kind: str, layout: str, tokens: Tensor, tmp_
     dense = merge(tmp_path / "run", tmp_path / "model", tmp_path / "dense")
     assert not dense.survives
     assert not (tmp_path / "dense" / "hf_quant_config.json").exists()
-    before, after = (Source(tmp_path / name) for name in ("model", "merged"))
-    old, new = ReleasedWeights(before), ReleasedWeights(after)
-    codes = {old.codes_of(weight) for weight in old.tensors}
-    for name in before.names:
-        same = bytes_of(before.read(name)) == bytes_of(after.read(name))
+    old, new = (Checkpoint(tmp_path / name) for name in ("model", "merged"))
+    codes = {weight.codes for weight in old.coded.values()}
+    for name in old.stored.names:
+        same = bytes_of(old.stored.read(name)) == bytes_of(new.stored.read(name))
         is_dense = kind == "gpt_oss" and name.endswith("_proj.weight")
         assert same != (name in codes or is_dense), name
     kept = changes = 0.0
-    for weight in old.tensors:
-        for member in range(old.shape(weight)[0]) if old.is_stack(weight) else [None]:
-            held, found = ops.dequantize(old.weight(weight, member)), ops.dequantize(new.weight(weight, member))
-            merged = Source(tmp_path / "dense").read(weight, member).float()
-            merged = merged.mT if old.is_stack(weight) else merged
-            levels = every_code(old.weight(weight, member)).nan_to_num(torch.inf)
+    for name, weight in old.coded.items():
+        for member in range(weight.shape[0]) if weight.is_stack else [None]:
+            held, found = ops.dequantize(weight.read(member)), ops.dequantize(new.coded[name].read(member))
+            merged = Source(tmp_path / "dense").read(name, member).float()
+            merged = merged.mT if weight.is_stack else merged
+            levels = every_code(weight.read(member)).nan_to_num(torch.inf)
             least = (levels - merged).abs().amin(0)
             # The dense merge is rounded to bfloat16, which may turn a tie.
             assert bool(((found - merged).abs() <= least + 2.0**-7 * merged.abs()).all())

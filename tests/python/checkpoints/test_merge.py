@@ -25,6 +25,7 @@ from language_models import Make, error, logits, moved
 from live_bytes import LiveBytes
 from peft_adapters import save_subtracted, train_on_residual, train_pissa
 from pissa import notices
+from pissa.base.bitsandbytes import from_state
 from pissa.checkpoints import rewrite
 from pissa.checkpoints import trained as trained_module
 from pissa.checkpoints.init import init
@@ -231,7 +232,7 @@ def decoded(tensors: dict[str, Tensor], place: str) -> Tensor:
     entries = {name.removeprefix(f"{place}."): value for name, value in tensors.items() if name.startswith(f"{place}.")}
     if len(entries) == 1:
         return entries["weight"].float()
-    return pissa.ops.dequantize(trained_module.from_state(entries))
+    return pissa.ops.dequantize(from_state(entries))
 
 
 def test_a_base_in_4_bits(base: Path, tmp_path: Path) -> None:

@@ -16,13 +16,13 @@ import pissa
 from architectures import ARCHITECTURES
 from checkpoint_folders import KINDS, change_config, change_tensors, save
 from pissa.checkpoints.init import SplitPlan
-from pissa.containers.tensor_file import Source
+from pissa.containers.checkpoint import Checkpoint
 from pissa.layers.layer import pissa_layers
 from pissa.model.pissa_model import model_class
 
 
 def plan_of(folder: Path, experts: Any = "dense", **fields: Any) -> SplitPlan:
-    return SplitPlan(Source(folder), pissa.PissaConfig(**({"r": 4} | fields)), experts)
+    return SplitPlan(Checkpoint(folder), pissa.PissaConfig(**({"r": 4} | fields)), experts)
 
 
 def injected(model: nn.Module, **fields: Any) -> dict[str, Any]:
@@ -34,7 +34,7 @@ def injected(model: nn.Module, **fields: Any) -> dict[str, Any]:
 def assert_planned(plan: SplitPlan, layers: dict[str, Any]) -> None:
     assert plan.layers.keys() == layers.keys()
     for name, layer in plan.layers.items():
-        matrix = layer.matrix(plan.source)
+        matrix = plan.source.matrix(layer.parts)
         assert torch.equal(matrix, layers[name].base.matrix()), name
         assert (layer.shape, layer.dtype) == (tuple(matrix.shape), matrix.dtype)
         origin = plan.origins[name]
@@ -71,7 +71,7 @@ def test_a_single_tensor_is_not_copied(tmp_path: Path) -> None:
     save("llama", tmp_path, torch.bfloat16)
     plan = plan_of(tmp_path)
     layer = plan.layers["model.layers.1.mlp.up_proj"]
-    assert layer.matrix(plan.source).data_ptr() == plan.source.read(layer.tensors[0]).data_ptr()
+    assert plan.source.matrix(layer.parts).data_ptr() == plan.source.read(layer.tensors[0]).data_ptr()
 
 
 def test_choice_and_ranks_are_the_configurations(tmp_path: Path) -> None:
@@ -177,7 +177,7 @@ UP = "model.layers.1.mlp.up_proj.weight"
         (with_tensor(UP, torch.zeros(128, 32)), r"model\.safetensors: layer .*up_proj is \[128, 32\], .*config"),
         (with_tensor(UP, torch.zeros(64, 64)), r"is \[64, 64\], needed is \[128, 64\]"),
         (with_tensor(UP, torch.zeros(130, 64)), r"is \[130, 64\], needed is \[128, 64\]"),
-        (with_tensor(UP, torch.zeros(128, 64, dtype=torch.int8)), r"is torch.int8 .*; needed: float32, bfloat16"),
+        (with_tensor(UP, torch.zeros(128, 64, dtype=torch.int8)), r"has no scales beside it"),
     ],
 )
 def test_damaged_checkpoints(change: Any, words: str, tmp_path: Path) -> None:
@@ -228,7 +228,7 @@ def test_what_is_refused(kind: str, fields: dict[str, Any], words: str, tmp_path
             {"model_type": "no-such-type"},
             "config.json cannot be read: .* describes no model that transformers .* can build",
         ),
-        ({"quantization_config": {"quant_method": "fp8"}}, "is quantised already"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "says fp8, but there are no codes"),
     ],
 )
 def test_configurations_that_cannot_be_used(fields: dict[str, Any], words: str, tmp_path: Path) -> None:
@@ -241,5 +241,5 @@ def test_configurations_that_cannot_be_used(fields: dict[str, Any], words: str, 
 def test_without_a_configuration(tmp_path: Path) -> None:
     save("llama", tmp_path)
     (tmp_path / "config.json").unlink()
-    with pytest.raises(ValueError, match=r"config\.json cannot be read: .* describes no model"):
+    with pytest.raises(ValueError, match=r"config\.json cannot be read: No such file"):
         plan_of(tmp_path)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from transformers import AutoTokenizer
 
 from checkpoint_folders import contents, save
@@ -86,20 +88,26 @@ def test_a_folder_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_a_model_of_the_hub(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fetched without the weights in other formats, or for other programs."""
+    """Fetched without the weights in other formats, or for other programs, or under other names."""
+    snapshot = tmp_path / "0123abcd"
+    snapshot.mkdir()
+    hidden = {"original/model.safetensors", "consolidated.safetensors", "pytorch_model.bin", "model.gguf"}
     asked = []
 
-    def download(name: str, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
-        assert "original/*" in ignore_patterns
-        asked.append((name, allow_patterns))
-        return str(base)
+    def download(
+        name: str, allow_patterns: list[str], ignore_patterns: list[str] | None = None, revision: str | None = None
+    ) -> str:
+        files = [*(path.name for path in base.iterdir()), *hidden]
+        fetched = set(filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns))
+        assert not fetched & hidden
+        for file in fetched:
+            shutil.copy(base / file, snapshot / file)
+        asked.append((name, revision))
+        return str(snapshot)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     assert main(["init", "some/model", str(tmp_path / "out"), "--rank", "4"]) == 0
-    [(name, patterns)] = asked
-    assert name == "some/model"
-    assert "*.safetensors" in patterns
-    assert not [pattern for pattern in patterns if pattern.endswith((".bin", ".pth"))]
+    assert asked == [("some/model", None), ("some/model", "0123abcd")]
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 

@@ -49,12 +49,12 @@ def test_a_refusal(base: Path, adapter: Path, tmp_path: Path, capsys: pytest.Cap
 def test_a_merge_that_is_interrupted_goes_on(
     base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pissa.checkpoints import rewrite
+    from pissa.checkpoints import rewrite, trained
 
     monkeypatch.setattr(rewrite, "BATCH", 1)
     options = ["merge", str(adapter), "--base", str(base), str(tmp_path / "out")]
     with monkeypatch.context() as patch:
-        patch.setattr(rewrite, "parts_of", Interrupted(rewrite.parts_of, at=5))
+        patch.setattr(trained, "read_weight", Interrupted(trained.read_weight, at=5))
         assert main(options) == 130
     assert capsys.readouterr().err.endswith("pissa merge: interrupted; the same command goes on with it\n")
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".unfinished"]

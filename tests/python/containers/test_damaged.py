@@ -36,8 +36,9 @@ from damage import (
     signed,
 )
 from pissa import PissaModel
+from pissa.containers.checkpoint import Contents, ModelFolder
 from pissa.containers.messages import first_line
-from pissa.containers.model_folder import model_config, quantised_kind, read_config
+from pissa.containers.model_folder import model_config, read_config
 from pissa.containers.tensor_file import write_tensors
 
 Q = "model.layers.0.self_attn.q_proj"
@@ -107,10 +108,10 @@ def test_code_beside_a_model_is_neither_run_nor_asked_about(tmp_path: Path, monk
 
 def test_how_weights_are_quantised(tmp_path: Path) -> None:
     LlamaConfig(**LLAMA).save_pretrained(tmp_path)
-    assert quantised_kind(tmp_path) is None
+    assert ModelFolder(tmp_path).contents is Contents.DENSE
     config = read_config(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
-    assert quantised_kind(tmp_path) == "gptq"
+    assert ModelFolder(tmp_path).contents is Contents.OTHER
 
 
 # ---- An adapter's files ----------------------------------------------------------------------------------------------

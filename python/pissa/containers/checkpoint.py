@@ -1,0 +1,283 @@
+"""A model on disk: what its folder contains, and its weights by the names that dense ones have, whatever stores them.
+No other code asks what a model's folder is."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from enum import Enum
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from pissa import ops
+from pissa.base.released_layouts import joined
+from pissa.containers.coded_weights import coded_weights, scales_of_inputs
+from pissa.containers.hub import Name, model_files, weight_files
+from pissa.containers.messages import shown
+from pissa.containers.model_folder import Composition, Part, meta_model, read_config
+from pissa.containers.tensor_file import Entry, Source
+from pissa.layers.experts import WEIGHTS, is_transposed
+
+PISSA_RECORD = "pissa.json"
+"""The record of `pissa init` in the folder of a residual, and of an adapter in its own."""
+
+INITIAL_FOLDER = "pissa_init"
+"""The folder in that of a residual that contains the adapter before training, where the paper's authors store it."""
+
+RESIDUAL_KEY = "pissa_residual"
+"""The field of a residual's config.json that says so. transformers keeps fields that it does not know."""
+
+RELEASED_METHODS = ("fp8", "mxfp4", "compressed-tensors", "modelopt")
+"""The `quant_method` of released models that are read."""
+
+
+class Contents(Enum):
+    """What the folder of a model contains."""
+
+    DENSE = "weights in 16 or 32 bits"
+    RELEASED = "codes in which the model was released"
+    BITSANDBYTES = "codes of bitsandbytes"
+    RESIDUAL = "a residual of pissa"
+    PEFT_RESIDUAL = f"a residual, whose initial adapter is in {INITIAL_FOLDER}"
+    OTHER = "codes that are not read"
+
+
+READ = tuple(one for one in Contents if one is not Contents.OTHER)
+"""What can be read matrix by matrix."""
+
+_INSTEAD = {
+    Contents.DENSE: "give the checkpoint in codes",
+    Contents.RELEASED: "pissa.load reads it as it is",
+    Contents.BITSANDBYTES: "pissa.load reads it as it is",
+    Contents.RESIDUAL: "it lacks what its adapter starts from: pissa.load puts both together; or give the model that "
+    "was split",
+    Contents.PEFT_RESIDUAL: "it lacks that adapter: train that one, with peft.PeftModel.from_pretrained(model, "
+    f"FOLDER, subfolder={INITIAL_FOLDER!r}, is_trainable=True), or give the model that was split",
+    Contents.OTHER: f"read are bitsandbytes, {', '.join(RELEASED_METHODS)}",
+}
+
+
+class ModelFolder:
+    """A model's folder, and what it contains, without its weights."""
+
+    def __init__(self, folder: Path, name: str | None = None) -> None:
+        self.folder = folder
+        self.name = name or os.path.abspath(folder)
+        """Its name on the Hub, or the absolute path of its folder."""
+        self.config = read_config(folder)
+        """config.json."""
+        found = self.config.get("quantization_config") or {}
+        self.quantization: dict[str, Any] = found if isinstance(found, dict) else {"quant_method": found}
+        """The `quantization_config` of config.json, empty if there is none."""
+        self.contents = self._contents()
+
+    @staticmethod
+    def find(name: Name, revision: str | None = None) -> ModelFolder:
+        """Finds a model: `name` is its folder, or its name on the Hub, from which all but the weights is downloaded.
+
+        Raises:
+            ValueError: there is none, or its config.json cannot be read.
+        """
+        folder = model_files(name, revision)
+        return ModelFolder(folder, None if folder == Path(name) else str(name))
+
+    def require(self, *allowed: Contents) -> None:
+        """Raises ValueError, saying what to do instead, unless the folder contains one of these."""
+        if self.contents not in allowed:
+            method = self.quantization.get("quant_method")
+            by = f" (quant_method {shown(method)} in config.json)" if method else ""
+            needed = ", or ".join(one.value for one in allowed)
+            raise ValueError(
+                f"{self.folder} contains {self.contents.value}{by}; needed: {needed}; {_INSTEAD[self.contents]}"
+            )
+
+    def _contents(self) -> Contents:
+        if self.config.get(RESIDUAL_KEY) or (self.folder / PISSA_RECORD).is_file():
+            return Contents.RESIDUAL
+        if (self.folder / INITIAL_FOLDER / "adapter_config.json").is_file():
+            return Contents.PEFT_RESIDUAL
+        method = self.quantization.get("quant_method")
+        if method in RELEASED_METHODS:
+            return Contents.RELEASED
+        return {None: Contents.DENSE, "bitsandbytes": Contents.BITSANDBYTES}.get(method, Contents.OTHER)
+
+
+class Checkpoint(ModelFolder, AbstractContextManager["Checkpoint"]):
+    """A model's folder with its weights, mapped, by the names and in the shapes of the dense model. A weight in codes
+    is decoded when it is read; `coded` has the codes."""
+
+    def __init__(self, folder: Path, name: str | None = None) -> None:
+        self.stored = Source(folder)
+        """The tensors as they are stored."""
+        super().__init__(folder, name)
+        dtype = getattr(torch, str(self.config.get("dtype") or self.config.get("torch_dtype")), None)
+        self.coded = coded_weights(self.stored, dtype if isinstance(dtype, torch.dtype) else torch.float32)
+        """The weights that are stored in codes, by name."""
+        if self.contents is Contents.RELEASED and not self.coded:
+            method = self.quantization["quant_method"]
+            raise ValueError(f"{folder}: config.json says {method}, but there are no codes of a layout that is read")
+        self.input_scales = scales_of_inputs(self.stored, self.coded)
+        """Stored tensors that belong to codes but to no weight: scales of activations."""
+        first = {weight.codes: name for name, weight in self.coded.items()}
+        hidden = {tensor for weight in self.coded.values() for tensor in weight.tensors.values()}
+        hidden -= first.keys()
+        hidden |= set(self.input_scales)
+        self.names = [first.get(tensor, tensor) for tensor in self.stored.names if tensor not in hidden]
+        """The names of all tensors, file by file, in the order of their positions."""
+
+    @staticmethod
+    def open(name: Name, revision: str | None = None) -> Checkpoint:
+        """Opens the model in a folder, or the one of that name on the Hub, whose files are downloaded first.
+
+        Raises:
+            ValueError: there is none, or a file cannot be read. The message names it.
+        """
+        folder = weight_files(name, revision)
+        return Checkpoint(folder, None if folder == Path(name) else str(name))
+
+    # -- tensors by name
+
+    def stored_as(self, name: str) -> list[str]:
+        """The stored tensors that make up the named one."""
+        weight = self.coded.get(name)
+        return [name] if weight is None else list(weight.tensors.values())
+
+    def path_of(self, name: str) -> Path:
+        return self.stored.path_of(self.stored_as(name)[0])
+
+    def entry(self, name: str) -> Entry:
+        """The tensor's dtype and shape; its place is that of its codes."""
+        weight = self.coded.get(name)
+        if weight is None:
+            return self.stored.entry(name)
+        size = math.prod(weight.shape) * weight.dtype.itemsize
+        return Entry(weight.dtype, weight.shape, self.stored.entry(weight.codes).offset, size)
+
+    def nbytes(self, name: str) -> int:
+        """The number of bytes in the files that store the tensor."""
+        return sum(self.stored.nbytes(tensor) for tensor in self.stored_as(name))
+
+    def format(self, name: str) -> str:
+        """The format in which the tensor is stored: a dtype, or codes."""
+        weight = self.coded.get(name)
+        return self.stored.format(name) if weight is None else weight.read(0 if weight.is_stack else None).format
+
+    def read(self, name: str, member: int | None = None) -> Tensor:
+        """The tensor, or the one with that number in a stack: a view of the mapped file, or decoded."""
+        weight = self.coded.get(name)
+        return self.stored.read(name, member) if weight is None else weight.decode(member)
+
+    def release(self, names: Sequence[str]) -> None:
+        """Releases the memory of these tensors' pages; see `TensorFile.release`."""
+        self.stored.release([tensor for name in names for tensor in self.stored_as(name)])
+
+    def ahead(self, names: Sequence[str]) -> None:
+        """Asks the system to read these tensors from the disk now. Returns at once."""
+        self.stored.ahead([tensor for name in names for tensor in self.stored_as(name)])
+
+    def close(self) -> None:
+        """Releases the mappings. A mapping that a tensor still needs is released with the tensor."""
+        self.stored.close()
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # -- parameters of the model
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """The model that config.json describes, on the meta device. It must not be changed."""
+        return meta_model(self.folder)
+
+    @cached_property
+    def composition(self) -> Composition:
+        """Which tensors make each parameter of the model."""
+        return Composition(self.model, self.names)
+
+    def matrix(self, parts: Sequence[Part]) -> Tensor:
+        """The matrix that these parts make, stacked by rows: a view of the mapped file if there is one dense part."""
+        views = []
+        for part in parts:
+            matrix = self.read(part.tensor, part.member)
+            views.append(matrix.mT if part.transposed else matrix)
+        return views[0] if len(views) == 1 else torch.cat(views)
+
+    def divide(self, matrix: Tensor, parts: Sequence[Part]) -> Iterator[tuple[str, Tensor, int | None]]:
+        """The inverse of `matrix`: yields what a new matrix puts into the tensors of the parts, or into the given
+        member of them if they are stacks."""
+        row = 0
+        for part in parts:
+            shape = self.entry(part.tensor).shape[0 if part.member is None else 1 :]
+            rows = matrix[row : row + shape[1 if part.transposed else 0]]
+            row += len(rows)
+            yield part.tensor, (rows.mT if part.transposed else rows).reshape(shape), part.member
+
+    def codes(self, parts: Sequence[Part]) -> ops.QuantizedWeight:
+        """The same in codes, for parts that are all stored so.
+
+        Raises:
+            ValueError: the codes would have to be cut or transposed.
+        """
+        found = []
+        for part in parts:
+            weight = self.coded[part.tensor]
+            if (part.member is not None) != weight.is_stack or part.transposed != weight.is_stack:
+                raise ValueError(f"{self.folder}: {part.tensor} is codes, which cannot be transposed or cut")
+            found.append(weight.read(part.member))
+        return joined(found)
+
+    @cached_property
+    def coded_parameters(self) -> dict[str, dict[str, tuple[Part, ...]]]:
+        """The parameters of the model that are stored in codes, each with the parts of its layers, by their names with
+        experts one by one.
+
+        Raises:
+            ValueError: a parameter consists of codes and other tensors, or is not a matrix.
+        """
+        found: dict[str, dict[str, tuple[Part, ...]]] = {}
+        parameters = dict(self.model.named_parameters()) if self.coded else {}
+        for name, parameter in parameters.items():
+            tensors = self.composition.tensors(name)
+            if not tensors & self.coded.keys():
+                continue
+            if not tensors <= self.coded.keys() or parameter.dim() not in (2, 3):
+                raise ValueError(f"{self.folder}: {name} has codes and other tensors, or is not a matrix")
+            path, _, leaf = name.rpartition(".")
+            if parameter.dim() == 2:
+                found[name] = {path: self.composition.matrix(name, False)}
+            else:
+                stack = self.composition.stack(name, len(parameter), is_transposed(self.model.get_submodule(path)))
+                found[name] = {f"{path}.{index}.{leaf}": parts for index, parts in enumerate(stack)}
+        for tensor in self.coded:  # `pissa init` stores each expert under the name that it has after unfusing
+            layer = tensor.removesuffix(".weight")
+            if (match := EXPERT.fullmatch(layer)) and (name := f"{match[1]}.{match[2]}") in parameters:
+                found.setdefault(name, {}).setdefault(layer, (Part(tensor),))
+        return found
+
+    @property
+    def coded_layers(self) -> dict[str, tuple[Part, ...]]:
+        """The layers of the model that are stored in codes, with experts one by one, and their parts."""
+        return {layer: parts for layers in self.coded_parameters.values() for layer, parts in layers.items()}
+
+
+EXPERT = re.compile(rf"(.+)\.\d+\.({'|'.join(WEIGHTS)})")
+"""The name of an expert's weight after unfusing."""
+
+
+def check_not_residual(model: nn.Module) -> None:
+    """Raises ValueError for a model that transformers has loaded from a residual, as its configuration says."""
+    config = getattr(model, "config", None)
+    if getattr(config, RESIDUAL_KEY, None):
+        raise ValueError(
+            f"the model in {getattr(config, 'name_or_path', None) or 'memory'} is a residual of `pissa init`, which "
+            "lacks what its adapter starts from: use pissa.load(folder), which puts both together, or the model that "
+            f"was split. If its adapter has been merged into it since, delete model.config.{RESIDUAL_KEY}"
+        )
