@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from pissa import ops
 from pissa.base.protocol import Base, as_matrix, as_weight
+from pissa.base.shown_weight import ShownWeight
 from pissa.base.start import KeepsDtype, StartFactors
 from pissa.distributed import is_sharded, whole_tensor
 from pissa.ops.checks import FLOATS
@@ -177,7 +178,7 @@ class OwnBase(KeepsDtype, Base):
         return self
 
     def shown_weight(self, dtype: torch.dtype) -> Tensor:
-        return self.matrix().to(dtype)
+        return ShownWeight.of((self.out_features, self.in_features), dtype, self.device, self.matrix)
 
     def twin(self, matrix: Tensor) -> nn.Module:
         return dense_linear(self.dense_type, matrix, self.bias, self.training)

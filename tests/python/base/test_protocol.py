@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -130,6 +131,28 @@ def test_the_form_agrees_with_what_is_kept(name: str) -> None:
         other = base.holding(base.parameter.detach().clone())
         assert torch.equal(other.matrix(), base.matrix())
         assert other.parameter is not base.parameter
+
+
+@pytest.mark.parametrize("name", ["explicit", "nf4", "int8", "conv1d in nf4", "4 bits of bitsandbytes"])
+def test_a_weight_is_decoded_only_when_its_values_are_read(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """T5 asks each feed-forward for the dtype of its weight, in every pass."""
+    base: Any = BASES[name]()
+    matrix, decoded = base.matrix(), []
+    monkeypatch.setattr(type(base), "matrix", lambda self: decoded.append(1) or matrix)
+    shown = base.shown_weight(torch.bfloat16)
+    assert isinstance(shown, Tensor)
+    assert (shown.dtype, shown.shape, shown.device) == (torch.bfloat16, matrix.shape, matrix.device)
+    assert (shown.ndim, shown.dim(), shown.numel(), shown.size(0)) == (2, 2, OUT * IN, OUT)
+    assert shown.is_floating_point()
+    assert not shown.requires_grad
+    assert not decoded
+    x = torch.randn(3, IN, dtype=torch.bfloat16, device=matrix.device)
+    reads = (torch.clone, Tensor.detach, Tensor.tolist, Tensor.sum, copy.deepcopy, lambda weight: x @ weight.mT)
+    for number, read in enumerate(reads, start=1):
+        found, expected = read(shown), read(matrix.bfloat16())
+        assert type(found) is type(expected)
+        assert found == expected if isinstance(found, list) else torch.equal(found, expected)
+        assert len(decoded) == number
 
 
 @pytest.mark.parametrize("name", [name for name in BASES if name == "explicit" or "nf4" in name])
