@@ -1,0 +1,77 @@
+"""A file system that fails once does not undo what a run has done."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import pissa
+from checkpoint_folders import contents
+from language_models import train
+from pissa.checkpoints import rewrite
+from pissa.checkpoints.output import UNFINISHED
+from pissa.cli import main
+
+
+def done(out: Path) -> int:
+    """The batches that an unfinished run has noted."""
+    return len([*(out / UNFINISHED / "done").glob("*.json")])
+
+
+class FailsOnce:
+    """`os.stat`, which fails once for the weights of a model: when a run has noted a few batches."""
+
+    def __init__(self, weights: Path, out: Path) -> None:
+        self.weights, self.out, self.real = weights, out, os.stat
+        self.failed_after = 0
+
+    def __call__(self, path: Any, *args: Any, **kwargs: Any) -> os.stat_result:
+        if not self.failed_after and str(path) == str(self.weights) and (noted := done(self.out)) >= 3:
+            self.failed_after = noted
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+        return self.real(path, *args, **kwargs)
+
+
+def init(base: Path, tokens: Tensor, tmp_path: Path) -> list[str]:
+    return ["init", str(base), str(tmp_path / "out"), "--rank", "4", "--quant", "nf4"]
+
+
+def merge(base: Path, tokens: Tensor, tmp_path: Path) -> list[str]:
+    model = pissa.wrap(AutoModelForCausalLM.from_pretrained(base), r=4)
+    train(model, tokens)
+    model.save_pretrained(tmp_path / "run")
+    return ["merge", str(tmp_path / "run"), str(tmp_path / "out"), "--base", str(base)]
+
+
+@pytest.mark.parametrize("arguments_of", [init, merge])
+def test_a_run_that_fails_to_read_goes_on(
+    arguments_of: Callable[[Path, Tensor, Path], list[str]],
+    base: Path,
+    tokens: Tensor,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(rewrite, "BATCH", 1)
+    arguments, out = arguments_of(base, tokens, tmp_path), tmp_path / "out"
+    assert main(arguments) == 0
+    expected = contents(out)
+    out.rename(tmp_path / "undisturbed")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", stat := FailsOnce(base / "model.safetensors", out))
+        capsys.readouterr()
+        assert main(arguments) == 2
+    assert done(out) >= stat.failed_after >= 3
+    assert os.strerror(errno.ESTALE) in (message := capsys.readouterr().err)
+    assert re.search("goes on|again", message)
+    assert main(arguments) == 0
+    assert " by an earlier run; " in capsys.readouterr().out
+    assert contents(out) == expected
