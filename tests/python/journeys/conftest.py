@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from hub_cache import HubCache
 from runs import save_sums
 from tiny_model import save_tiny_model
 
@@ -20,3 +21,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Questions with their answers."""
     return save_sums(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> HubCache:
+    """An empty cache of the Hub."""
+    return HubCache(tmp_path / "hub", monkeypatch)
