@@ -23,6 +23,7 @@ from pissa.config import PissaConfig
 from pissa.containers.hub import adapter_folder, refuse_unsupported
 from pissa.distributed import failing_together, is_of_an_engine, is_partitioned, is_sharded
 from pissa.layers.experts import fuse, unfused_experts
+from pissa.layers.fused import unfuse
 from pissa.layers.layer import PissaLayer, pissa_layers
 from pissa.layers.tokens import TrainableTokensWrapper, check_tokens_can_be_merged
 from pissa.model.combination import Combination
@@ -401,6 +402,7 @@ def model_class(config: PissaConfig) -> type[PissaModel]:
 def _as_given(model: nn.Module) -> nn.Module:
     """Returns an unloaded model, restored to its state before it was wrapped."""
     fuse(model)
+    unfuse(model)
     hooks = model._state_dict_pre_hooks
     for key in [key for key, hook in hooks.items() if hook is refuse_residuals]:
         del hooks[key]

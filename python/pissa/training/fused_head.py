@@ -6,7 +6,6 @@ import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +18,7 @@ from transformers.utils import ModelOutput
 from pissa import ops
 from pissa.base.classes import evaluating, frozen_product
 from pissa.distributed import is_partitioned
+from pissa.layers.fused import replace_forward
 from pissa.ops import TokenScores
 from pissa.ops._scores import IGNORED
 
@@ -60,7 +60,7 @@ def fuse_head(model: nn.Module) -> None:
     model's dtype. `ops.token_scores` computes the loss; entropies have no gradient.
 
     Call this before FSDP shards the model, or in a trainer. The model computes a loss of nine tokens in both ways, to
-    check that they agree.
+    check that they agree. `unload` and `merge_and_unload` undo it.
 
     Args:
         model: a causal language model of transformers, or a PeftModel of one.
@@ -116,7 +116,7 @@ def fuse_head(model: nn.Module) -> None:
             f"model: {name} computes its logits or its loss in a way that its configuration does not "
             f"describe: they differ by {difference:.1e}"
         )
-    inner.forward = MethodType(forward, inner)
+    replace_forward(inner, forward)
 
 
 _OF_THE_LOSS = ("labels", "shift_labels", "num_items_in_batch")

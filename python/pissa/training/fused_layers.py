@@ -4,7 +4,7 @@ computed by our CPU kernels."""
 from __future__ import annotations
 
 import inspect
-from types import MethodType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from pissa import ops
 from pissa.base.weights import has_hooks
 from pissa.distributed import is_sharded
 from pissa.layers import PissaLinear
+from pissa.layers.fused import replace_forward
 from pissa.ops._gated import ACTIVATIONS
 from pissa.ops.checks import FLOATS
 
@@ -33,7 +34,7 @@ def fuse_layers(model: nn.Module) -> None:
     Attention is replaced where it is torch's `scaled_dot_product_attention` ("sdpa", the default of most models), which
     takes 1.3 to 2 times as long. Cases that our kernel does not support stay with torch's: dropout, a bias in the mask,
     one query at a time as in generation, and other devices. Other models keep torch's attention. Norms and gates are
-    recognised by testing what each module computes.
+    recognised by testing what each module computes. `unload` and `merge_and_unload` undo all of it.
 
     Args:
         model: a model of transformers, or a PeftModel of one.
@@ -51,11 +52,11 @@ def fuse_layers(model: nn.Module) -> None:
             module.base.fuse()
         if (form := _norm_form(module)) is not None:
             module._fused_norm = form
-            module.forward = MethodType(_norm, module)
+            replace_forward(module, _norm)
         if (activation := _gate_activation(module)) is not None:
             module._fused_gate = activation
             module.__dict__["_fused_act"] = module.act_fn  # the same object, and not a second submodule
-            module.forward = MethodType(_gated, module)
+            replace_forward(module, _gated)
 
 
 # ---- Attention -------------------------------------------------------------------------------------------------------

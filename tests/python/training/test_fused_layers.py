@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -368,6 +369,23 @@ def test_a_copy_of_a_fused_model_is_its_own() -> None:
         output = other(**given)
         assert (output.loss if labelled else output.logits).abs().sum() > 0
     assert other(**batch).loss != model(**batch).loss
+
+
+@pytest.mark.parametrize("unload", ["unload", "merge_and_unload"])
+def test_an_unloaded_model_is_as_it_was(unload: str) -> None:
+    """Also where another library had replaced a forward pass."""
+    inner = ARCHITECTURES["llama3"].make()
+    inner.forward = MethodType(type(inner).forward, inner)
+    before = {name: set(vars(module)) for name, module in inner.named_modules()}
+    forward = inner.forward
+    model = pissa.wrap(inner, r=4, task_type="CAUSAL_LM")
+    for _ in range(2):
+        pissa.fuse_layers(model)
+        pissa.fuse_head(model)
+    assert inner.forward is not forward
+    assert getattr(model, unload)() is inner
+    assert {name: set(vars(module)) for name, module in inner.named_modules()} == before
+    assert inner.forward is forward
 
 
 def test_another_attention_stays(monkeypatch: pytest.MonkeyPatch) -> None:
