@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Mapping
 from contextlib import closing
 from functools import partial
@@ -166,16 +167,13 @@ class _TunerToCome(nn.Module):
         super().__init__()
         self.given = (model, config)  # a tuple, so that the model does not become a child
         self.parents: list[nn.Module] = []
-        self.hook = register_module_module_registration_hook(self._note)
+        hook = register_module_module_registration_hook(partial(_note_parent, weakref.ref(self)))
+        self.remove_hook = weakref.finalize(self, hook.remove)  # also if `_start` is never called
         started_by_peft(self, self._start)
-
-    def _note(self, parent: nn.Module, name: str, child: nn.Module | None) -> None:
-        if child is self:
-            self.parents.append(parent)
 
     def _start(self, adapter_name: str, autocast_adapter_dtype: bool) -> None:
         """Wraps the model. A subclass of PEFT's classes would lose what it adds and is therefore refused."""
-        self.hook.remove()
+        self.remove_hook()
         (made,) = self.parents
         if not type(made).__module__.startswith(PeftModel.__module__):
             raise TypeError(
@@ -187,6 +185,11 @@ class _TunerToCome(nn.Module):
         made.__class__ = type(ours)
         vars(made).clear()
         vars(made).update(vars(ours))
+
+
+def _note_parent(tuner: weakref.ref[_TunerToCome], parent: nn.Module, name: str, child: nn.Module | None) -> None:
+    if isinstance(child, _TunerToCome) and child is tuner():
+        child.parents.append(parent)
 
 
 PEFT_TYPE_TO_TUNER_MAPPING[PissaType.PISSA] = PissaTunerOrToCome

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 from pathlib import Path
@@ -160,3 +161,11 @@ def test_the_tuner_is_found_by_peft(small_llama: Make) -> None:
     assert isinstance(ours, PissaModel)
     assert type(ours.base_model) is PissaTuner
     assert issubclass(PEFT_TYPE_TO_TUNER_MAPPING["PISSA"], PissaTuner)
+
+
+def test_a_tuner_that_nobody_starts_leaves_no_hook(small_llama: Make) -> None:
+    """As in a program that makes the tuner itself, or in which PEFT fails."""
+    hooks = len(registrations._global_module_registration_hooks)
+    PEFT_TYPE_TO_TUNER_MAPPING["PISSA"](small_llama(), {"default": PissaConfig(r=4)}, "default")
+    gc.collect()
+    assert len(registrations._global_module_registration_hooks) == hooks
