@@ -21,7 +21,7 @@ def base_of(module: nn.Module) -> Base:
     return BnbLinear(module) if is_bitsandbytes(module, "Linear4bit", "Linear8bitLt") else Dense(module)
 
 
-def adopted(target: nn.Module) -> Base | None:
+def adopt(target: nn.Module) -> Base | None:
     """The base that replaces a module of a model; None if modules of this kind cannot be adapted. Raises TypeError if
     the kind can be adapted but this module cannot. The error's text follows "layer x is"."""
     what, base = f"a {type(target).__name__}", base_of(target)
@@ -54,7 +54,7 @@ def _computes_as(kind: type[nn.Module], module: nn.Module) -> bool:
 
 def is_linear(module: nn.Module) -> bool:
     """Whether the module computes what nn.Linear does."""
-    return base_of(module).kind is nn.Linear and adopted(module) is not None
+    return base_of(module).kind is nn.Linear and adopt(module) is not None
 
 
 def frozen_product(module: Any) -> tuple[Tensor | ops.QuantizedWeight, Tensor | None] | None:

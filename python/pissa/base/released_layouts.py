@@ -198,7 +198,7 @@ def released_linear(module: nn.Module) -> CodedLinear | None:
     return base
 
 
-def joined(weights: Sequence[ops.QuantizedWeight]) -> ops.QuantizedWeight:
+def join_rows(weights: Sequence[ops.QuantizedWeight]) -> ops.QuantizedWeight:
     """Stacks weights of one format by their rows. The result is a copy, unless there is only one.
 
     Raises:

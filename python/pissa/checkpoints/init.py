@@ -57,7 +57,7 @@ from pissa.layers.layer import PissaLayer, pissa_layers
 from pissa.layers.modules import PissaLinear
 from pissa.model.calibrate import Batch, check_wanted
 from pissa.model.inject import own_config
-from pissa.model.moments import Moments, digest_of
+from pissa.model.moments import BlockMoments, digest_of
 from pissa.model.pissa_model import model_class
 from pissa.ops.formats import FORMATS
 from pissa.ops.low_rank import pad_rank
@@ -327,7 +327,7 @@ class _Split(Rewrite):
     ) -> None:
         super().__init__(plan, target)
         self.memory, self.device, self.calibration = memory, device, calibration
-        self._moments: Moments | None = None
+        self._moments: BlockMoments | None = None
         # For layers that are split while others of their unit are not: the start factors, on the CPU; and the errors
         # and the entry in pissa.json.
         self._factors: dict[str, Matrices] = {}
@@ -412,7 +412,7 @@ class _Split(Rewrite):
             names_to_write = [layer.name for unit in self.units_to_write for layer in unit.layers]
             wanted = [name for name in names_to_write if self.plan.configs[name].needs_calibration]
             config, model = own_config(self.plan.config), mapped_model(self.source, None)
-            self._moments = Moments(model_class(config)(model, config, "default"), self.calibration, wanted)
+            self._moments = BlockMoments(model_class(config)(model, config, "default"), self.calibration, wanted)
         return self._moments.of(names, self.device)
 
     def end(self, out: Output) -> None:

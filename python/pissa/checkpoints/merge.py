@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from pissa import ops
 from pissa.adapters.lora_folder import LoraFactors, LoraFolder, open_adapter
 from pissa.adapters.peft_layout import MAGNITUDE, PREFIX, base_weight_key, is_mirrored
-from pissa.base.classes import adopted, is_linear
+from pissa.base.classes import adopt, is_linear
 from pissa.checkpoints.load import of_layer
 from pissa.checkpoints.output import Output
 from pissa.checkpoints.rewrite import (
@@ -121,7 +121,7 @@ class Planner:
         name = factors.layers[0]
         module = self._module(name)
         try:
-            base = adopted(module)
+            base = adopt(module)
         except TypeError as error:
             raise ValueError(f"layer {name} is {error}; {_IN_MEMORY}") from None
         if base is None and factors.target == name:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pissa import ops
-from pissa.base.released_layouts import joined
+from pissa.base.released_layouts import join_rows
 from pissa.containers.coded_weights import coded_weights, scales_of_inputs
 from pissa.containers.hub import Name, model_files, weight_files
 from pissa.containers.messages import shown
@@ -232,7 +232,7 @@ class Checkpoint(ModelFolder, AbstractContextManager["Checkpoint"]):
             if (part.member is not None) != weight.is_stack or part.transposed != weight.is_stack:
                 raise ValueError(f"{self.folder}: {part.tensor} is codes, which cannot be transposed or cut")
             found.append(weight.read(part.member))
-        return joined(found)
+        return join_rows(found)
 
     @cached_property
     def coded_parameters(self) -> dict[str, dict[str, tuple[Part, ...]]]:

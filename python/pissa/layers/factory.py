@@ -16,7 +16,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
-from pissa.base.classes import adopted, computing_parameters
+from pissa.base.classes import adopt, computing_parameters
 from pissa.base.protocol import Base
 from pissa.base.weights import is_offloaded
 from pissa.config import PissaConfig, exactly, is_all_linear
@@ -102,7 +102,7 @@ def _is_of_its_own(layer: Any) -> bool:
     """Whether the layer has the class of a dense linear layer but computes something else: a router's scores."""
     if isinstance(layer, BaseTunerLayer) or type(layer.weight) is not nn.Parameter or layer.weight.dtype not in FLOATS:
         return False
-    return adopted(layer) is None
+    return adopt(layer) is None
 
 
 def _cap_ranks(config: PissaConfig, ranks: dict[str, int]) -> None:
@@ -145,7 +145,7 @@ def pissa_layer(
 
 def _base_for(target: nn.Module, name: str) -> Base:
     try:
-        base = adopted(target)
+        base = adopt(target)
     except TypeError as error:
         raise TypeError(f"{name} is {error}; {leave_out(name)}") from None
     if base is not None:

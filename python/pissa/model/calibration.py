@@ -18,7 +18,7 @@ from pissa.containers.tensor_file import TensorFile, write_tensors
 _TOKENS = "tokens"
 
 
-class Inputs(Protocol):
+class SecondMoments(Protocol):
     """Provides second moments of the inputs of a model's layers."""
 
     def of(self, names: Iterable[str], device: torch.device) -> list[Tensor]:

@@ -28,7 +28,7 @@ from pissa.config import IMPLICIT, PissaConfig
 from pissa.layers.factory import check_values, leave_out
 from pissa.layers.layer import PissaLayer, pissa_layers
 from pissa.layers.modules import PissaLinear
-from pissa.model.calibration import Calibration, Inputs
+from pissa.model.calibration import Calibration, SecondMoments
 from pissa.model.original import OriginalWeights
 from pissa.notices import RequantizedWarning, TiedWeightWarning
 from pissa.ops import QuantizedWeight
@@ -62,7 +62,7 @@ def decompose(
     first: bool,
     progressbar: bool,
     keep_bases: bool = False,
-    calibration: Inputs | None = None,
+    calibration: SecondMoments | None = None,
     originals: OriginalWeights | None = None,
 ) -> dict[str, Replacement]:
     """Starts an adapter that has just been injected: computes the start factors that `config` asks for from the base of
@@ -137,7 +137,7 @@ def _find_starts(
     config: PissaConfig,
     *,
     bar: tqdm[Any] | None,
-    calibration: Inputs | None,
+    calibration: SecondMoments | None,
     are_taken: bool,
     originals: OriginalWeights | None = None,
 ) -> tuple[dict[str, StartFactors], dict[str, QuantizedWeight]]:
@@ -180,7 +180,7 @@ def _task(
     group: Mapping[str, Base],
     origins: Mapping[str, Origin],
     config: PissaConfig,
-    calibration: Inputs | None,
+    calibration: SecondMoments | None,
     originals: OriginalWeights | None,
 ) -> StartTask:
     kept, device = None, next((base.device for base in group.values()), None)  # a process may have no share
@@ -215,7 +215,7 @@ def _check_same_on_all_ranks(
     layers: dict[str, PissaLayer],
     starts: Container[str],
     config: PissaConfig,
-    calibration: Inputs | None,
+    calibration: SecondMoments | None,
 ) -> None:
     """Raises ValueError on every rank if any rank's model, configuration or calibration differs from rank 0's, or if it
     already holds start factors for other layers. For weights that are in memory and not sharded, the fingerprints are

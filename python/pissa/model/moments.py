@@ -12,7 +12,7 @@ from pissa.base.digest import fingerprint, xxh3_of_text
 from pissa.model.calibrate import Batch, observe_blocks
 
 
-class Moments:
+class BlockMoments:
     """The second moments of the inputs of a model's layers, as in `Calibration`. They are computed in the order of the
     blocks, and wait in memory until they are requested. Each may be requested once.
 

@@ -22,7 +22,7 @@ from pissa.model.calibrate import Batch, check_wanted, observe
 from pissa.model.calibration import Calibration
 from pissa.model.decompose import decompose
 from pissa.model.inject import check_plain, drop_gguf_mark, own_config, restored_on_error, warn_of_dropout
-from pissa.model.moments import Moments
+from pissa.model.moments import BlockMoments
 from pissa.model.original import OriginalWeights
 from pissa.model.pissa_model import PissaModel, model_class
 from pissa.model.store import store
@@ -135,7 +135,7 @@ def wrap(
                 for name, layer in layers
                 if originals is None or config.init == "activations" or layer.base.bnb_codes
             ]
-            with closing(Moments(wrapped, calibration, asked)) as moments:
+            with closing(BlockMoments(wrapped, calibration, asked)) as moments:
                 replacements = find(calibration=moments)
     drop_gguf_mark(model)
     store(model, adapter_name, config, replacements)

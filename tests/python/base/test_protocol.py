@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 import devices
 from devices import fetch, put
 from one_layer import OneLayer, adapted, filled, wrap
-from pissa.base.classes import adopted, base_of
+from pissa.base.classes import adopt, base_of
 from pissa.base.protocol import Base
 from pissa.base.stored import residual_from, residual_shapes, residual_tensors
 from pissa.config import IMPLICIT
@@ -35,7 +35,7 @@ def stored(**fields: object) -> Callable[[], Base]:
 
 def taken(layer: Callable[[], nn.Module]) -> Callable[[], Base]:
     def make() -> Base:
-        base = adopted(put(filled(layer())))
+        base = adopt(put(filled(layer())))
         assert base is not None
         return base
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from devices import fetch, put
 from pissa import ops
-from pissa.base.classes import adopted
-from pissa.base.released_layouts import joined, released_weight
+from pissa.base.classes import adopt
+from pissa.base.released_layouts import join_rows, released_weight
 from pissa.base.weights import CodedLinear
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "released.safetensors"
@@ -105,7 +105,7 @@ def test_a_module_of_transformers_in_fp8_keeps_its_bytes() -> None:
     layer.weight = nn.Parameter(parts["weight"], requires_grad=False)
     layer.weight_scale_inv = nn.Parameter(parts["weight_scale_inv"], requires_grad=False)
     nn.init.normal_(layer.bias)
-    base = adopted(layer)
+    base = adopt(layer)
     assert isinstance(base, CodedLinear)
     assert base.weight.data_ptr() == layer.weight.data_ptr()
     x = torch.randn(5, 128, dtype=torch.bfloat16)
@@ -116,7 +116,7 @@ def test_a_module_of_transformers_in_fp8_keeps_its_bytes() -> None:
 def test_a_grouped_module_is_no_linear_layer() -> None:
     from transformers.integrations.finegrained_fp8 import FP8GroupedLinear
 
-    assert adopted(FP8GroupedLinear(64, 32, n_groups=2, block_size=(128, 128))) is None
+    assert adopt(FP8GroupedLinear(64, 32, n_groups=2, block_size=(128, 128))) is None
 
 
 def test_a_module_of_compressed_tensors_keeps_its_bytes() -> None:
@@ -125,7 +125,7 @@ def test_a_module_of_compressed_tensors_keeps_its_bytes() -> None:
     del layer.weight
     for name in ("weight_packed", "weight_scale", "weight_shape"):
         layer.register_buffer(name, parts[name])
-    base = adopted(layer)
+    base = adopt(layer)
     assert isinstance(base, CodedLinear)
     assert torch.equal(base.matrix().bfloat16(), parts["decoded"])
 
@@ -137,10 +137,10 @@ JOINED = ["mxfp4-compressed", "nvfp4-modelopt", "int4-compressed-128", "fp8-rows
 def test_joined_rows(layout: str) -> None:
     parts = bad(layout)
     weight = released_weight(parts)
-    both = joined([weight, weight])
+    both = join_rows([weight, weight])
     dense = ops.dequantize(weight)
     assert torch.equal(ops.dequantize(both), torch.cat([dense, dense]))
-    assert joined([weight]) is weight
+    assert join_rows([weight]) is weight
 
 
 def scales_of(weight: ops.QuantizedWeight) -> Tensor:
@@ -154,7 +154,7 @@ def test_joined_rows_of_two_global_scales(order: tuple[int, ...]) -> None:
     both = [first, first._replace(nested_absmax=3 * scales_of(first))]
     weights = [both[number] for number in order]
     expected = torch.cat([ops.dequantize(weight) for weight in weights])
-    found = joined(weights)
+    found = join_rows(weights)
     assert torch.equal(ops.dequantize(found), expected)
     assert torch.equal(ops.linear(torch.eye(256), found), expected.T)
 
@@ -162,15 +162,15 @@ def test_joined_rows_of_two_global_scales(order: tuple[int, ...]) -> None:
 def test_what_cannot_be_joined() -> None:
     mx, other = released_weight(bad("mxfp4-compressed")), released_weight(bad("nvfp4-compressed"))
     with pytest.raises(ValueError, match="several formats"):
-        joined([mx, other])
+        join_rows([mx, other])
     doubled, halved = (other._replace(nested_absmax=factor * scales_of(other)) for factor in (2.0, 0.5))
     for weights in ([other, doubled, halved], [other._replace(absmax=other.absmax | 128), doubled]):
         with pytest.raises(ValueError, match="several global scales, or of negative scales"):
-            joined(weights)
+            join_rows(weights)
     codes = torch.zeros(200, 256, dtype=torch.uint8).view(torch.float8_e4m3fn)
     cut = released_weight({"weight": codes, "weight_scale_inv": torch.ones(2, 2)})
     with pytest.raises(ValueError, match="whose tiles end inside"):
-        joined([cut, cut])
+        join_rows([cut, cut])
 
 
 def test_needs_no_library() -> None:

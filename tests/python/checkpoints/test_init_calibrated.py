@@ -17,7 +17,7 @@ from pissa.checkpoints.init import init
 from pissa.checkpoints.merge import merge
 from pissa.cli import main
 from pissa.layers.layer import pissa_layers
-from pissa.model.moments import Moments
+from pissa.model.moments import BlockMoments
 from tiny_model import save_tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning")
@@ -59,14 +59,14 @@ def test_a_killed_run_ends_with_the_same_bytes(tmp_path: Path, monkeypatch: pyte
     """And with the moments of one block in memory: those of the layers that were written are not wanted again."""
     from pissa.checkpoints import rewrite
 
-    waiting, of = [0], Moments.of
+    waiting, of = [0], BlockMoments.of
 
-    def counted(moments: Moments, *args: Any) -> list[Tensor]:
+    def counted(moments: BlockMoments, *args: Any) -> list[Tensor]:
         found = of(moments, *args)
         waiting.append(len(found) + len(moments._waiting))
         return found
 
-    monkeypatch.setattr(Moments, "of", counted)
+    monkeypatch.setattr(BlockMoments, "of", counted)
     base = tmp_path / "base"
     save("llama", base, num_hidden_layers=12)
     config = pissa.PissaConfig(r=4, quant="nf4", **METHODS["both"])

@@ -32,7 +32,7 @@ from pissa.base.protocol import Base
 from pissa.layers.layer import PissaLayer
 from pissa.model import decompose
 from pissa.model.calibrate import observe_blocks
-from pissa.model.moments import Moments
+from pissa.model.moments import BlockMoments
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore::pissa.notices.{name}")
@@ -213,14 +213,14 @@ def test_a_block_s_moments_at_a_time() -> None:
 def test_batches_are_their_calibration(fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """The same bits; a block's moments at a time, where each is asked for once."""
     monkeypatch.setattr("pissa.model.decompose._GROUP", 1)
-    most, of = [0], Moments.of
+    most, of = [0], BlockMoments.of
 
-    def counted(moments: Moments, *args: Any) -> list[Tensor]:
+    def counted(moments: BlockMoments, *args: Any) -> list[Tensor]:
         found = of(moments, *args)
         most.append(len(found) + len(moments._waiting))
         return found
 
-    monkeypatch.setattr(Moments, "of", counted)
+    monkeypatch.setattr(BlockMoments, "of", counted)
     given = {"r": 4, "quant": "nf4", **fields}
     expected = pissa.wrap(llama(), **given, calibration=pissa.calibrate(llama(), batches())).state_dict()
     found = pissa.wrap(llama(), **given, calibration=batches()).state_dict()
