@@ -73,7 +73,8 @@ def wrap(
             takes them, or its result. The outputs of the base then lose less: the base is repaired, as with
             repair="activations", unless error_feedback=True or init="activations" determines how the calibration is
             used. If batches are given, a single process on a CPU keeps the second moments of one block in memory at a
-            time. Several processes keep those of the whole model.
+            time. Several processes keep those of the whole model. So does one if layers outside of the blocks are
+            adapted, such as lm_head, or if the model does more between its blocks than to pass on what they return.
         weights: for a model that was loaded with load_in_4bit=True: the folder, or the name on the Hub, of the 16-bit
             checkpoint that it was loaded from. With repair="activations" and a calibration, or with repair="loftq",
             factors that repair the error of bitsandbytes' codes are added to them; the codes do not change. `quant` and
