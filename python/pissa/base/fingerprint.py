@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from pissa.base.digest import Match, dtype_of, fingerprint, match
@@ -15,10 +14,11 @@ from pissa.distributed import is_sharded, whole_tensor
 
 class Remembered:
     """The fingerprint of a frozen weight in its own dtype, computed on first use. Hashing a large model takes seconds,
-    and a run saves many checkpoints of one base. A known fingerprint is kept after `fully_shard`."""
+    and a run saves many checkpoints of one base. A known fingerprint is kept after `fully_shard`, and after a write
+    through `weight.data`, which leaves no trace."""
 
     def __init__(self) -> None:
-        self._key: tuple[int, int, torch.dtype] | None = None
+        self._key: tuple[object, ...] | None = None
         self._known: str | None = None
 
     def find(self, weight: Tensor) -> str | None:
@@ -31,9 +31,11 @@ class Remembered:
         return value
 
 
-def _state(weight: Tensor) -> tuple[int, int, torch.dtype]:
-    """A key that changes with the values: the version counts changes in place."""
-    return weight.data_ptr(), weight._version, weight.dtype
+def _state(weight: Tensor) -> tuple[object, ...]:
+    """A key that changes with the values: the version counts changes in place, except those through `weight.data`. An
+    inference tensor has no version, so its key never comes again."""
+    version = object() if weight.is_inference() else weight._version
+    return weight.data_ptr(), version, weight.dtype
 
 
 class Fingerprints:

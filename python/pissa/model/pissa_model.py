@@ -241,7 +241,9 @@ class PissaModel(MendedPeftModel):
         **kwargs: Any,
     ) -> None:
         """Writes each adapter as a plain LoRA, which PEFT, vLLM and transformers load onto the unmodified base.
-        Additional files let `from_pretrained` continue training exactly from the current state of this model.
+        Additional files let `from_pretrained` continue training exactly from the current state of this model. They
+        identify the base by fingerprints, which are computed once. If you change a frozen weight after the first save,
+        do it in place under `torch.no_grad()`, not through `weight.data`, which torch does not count as a change.
 
         An adapter that is not called "default" is saved in a sub-folder of its name. Every file is written under a
         temporary name, flushed and then renamed, so that a crash leaves a complete adapter.

@@ -18,10 +18,27 @@ import pissa
 from daily import each
 from language_models import EVERY_FORM, Make, error, logits, train
 from pissa import PissaConfig, PissaModel, notices
+from pissa.base.digest import is_fingerprint
 from pissa.containers.staged import staged
 
 forms = pytest.mark.parametrize("form", each(EVERY_FORM, ["implicit", "nf4"]))
 pytestmark = pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning")
+
+
+def test_inference_tensors_are_saved_with_the_values_that_they_have(tiny_llama: Make, tmp_path: Path) -> None:
+    """They count no changes in place, so that their fingerprints are not remembered."""
+    with torch.inference_mode():
+        base = tiny_llama(num_hidden_layers=1)
+        model = pissa.wrap(base, r=2, target_modules=["q_proj"])
+        weight = base.get_parameter("model.layers.0.self_attn.q_proj.base_layer.weight")
+        saved = []
+        for folder in (tmp_path / "first", tmp_path / "second"):
+            model.save_pretrained(folder)
+            weight.mul_(2)
+            [record] = json.loads((folder / "pissa.json").read_text())["layers"].values()
+            saved.append(record["weight"])
+    assert is_fingerprint(saved[0], weight / 4)
+    assert is_fingerprint(saved[1], weight / 2)
 
 
 def decomposes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
