@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import dataclasses
 import enum
+import functools
 import itertools
 import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import InitVar, dataclass, field
-from typing import Any, ClassVar, Literal, NamedTuple, NoReturn, Optional, get_args, get_type_hints
+from typing import Any, ClassVar, Literal, NamedTuple, NoReturn, Optional, TypeVar, get_args, get_type_hints
 
 from peft import LoraConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -36,7 +37,7 @@ _OF_ERRORS: tuple[str, ...] = ("loftq", "activations")
 """The init methods that start from the error of a format."""
 
 _PRESETS: dict[str, dict[str, Any]] = {"rl": {"init": "lora", "use_rslora": True, "lora_alpha": 16}}
-"""The values that each preset gives to fields that still have their defaults."""
+"""The values of each preset for fields that are not given."""
 
 # The fields of LoraConfig that mean the same here. Every other field must keep its default. A field that a later PEFT
 # adds is refused by name until it has been examined.
@@ -89,6 +90,23 @@ class Form(NamedTuple):
 IMPLICIT = Form("implicit")
 
 
+C = TypeVar("C", bound=type[Any])
+
+
+def _notes_what_is_given(config: C) -> C:
+    """Makes a dataclass keep the names of the fields that its caller gives, for `__post_init__` to `pop`."""
+    init = config.__init__
+
+    @functools.wraps(init)
+    def noting(self: Any, *args: Any, **fields: Any) -> None:
+        vars(self)["given"] = fields.keys()
+        init(self, *args, **fields)
+
+    config.__init__ = noting
+    return config
+
+
+@_notes_what_is_given
 @dataclass
 class PissaConfig(LoraConfig):  # type: ignore[misc]
     """Configuration of a PiSSA adapter: `peft.LoraConfig` with the paper's defaults and the fields below.
@@ -151,7 +169,7 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
         residual: None or "implicit" leaves the dense weight unchanged. "explicit" replaces it by W - s B0 A0, as in the
             paper. Not together with `quant`, which determines how the residual is kept.
         preset: "rl", for GRPO, RLOO and similar methods, where PiSSA's start has been seen to collapse (arXiv
-            2512.23165): init="lora", use_rslora=True and lora_alpha=16. It sets only fields that have their defaults.
+            2512.23165): init="lora", use_rslora=True and lora_alpha=16. It sets only fields that are not given.
             The scaling is then 16 / sqrt(r): rsLoRA's alpha is the same for every rank, which keeps the learning rate
             the same; alpha = r would undo that. With quant="nf4" this is QLoRA on our kernels. It is not a field of the
             configuration but a shorthand for fields, so it is neither stored nor saved.
@@ -234,7 +252,12 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
         Raises:
             TypeError, ValueError: a field is not supported; the message names it.
         """
-        given = {f.name: copy.deepcopy(getattr(lora, f.name)) for f in dataclasses.fields(LoraConfig) if f.init}
+        # PEFT's defaults are not given, except alpha's, which is another than ours.
+        given = {
+            f.name: copy.deepcopy(getattr(lora, f.name))
+            for f in dataclasses.fields(LoraConfig)
+            if f.init and (f.name == "lora_alpha" or getattr(lora, f.name) != default_of(f))
+        }
         # Detected, so the value does not matter. axolotl gives None, which our files must not contain.
         given |= {"init_lora_weights": True, "fan_in_fan_out": bool(lora.fan_in_fan_out)}
         return cls(**given, **fields)
@@ -301,9 +324,9 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
 
     def _set_defaults(self, preset: Preset | None) -> None:
         check_choice("preset", preset, (None, *get_args(Preset)))
-        defaults = {f.name: default_of(f) for f in dataclasses.fields(self)}
+        given = self.__dict__.pop("given", ())
         for name, value in _PRESETS.get(preset or "", {}).items():
-            if getattr(self, name) == defaults[name]:
+            if name not in given:
                 setattr(self, name, value)
 
     def _check_lora_fields(self) -> None:

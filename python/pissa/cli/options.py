@@ -135,7 +135,9 @@ def flag(name: str) -> str:
 def adapter_config(ours: Any, seed: int, split: pissa.PissaConfig | None = None) -> pissa.PissaConfig:
     """Returns the configuration that the options ask for. If the model is already split, its configuration applies: an
     option that contradicts it is refused, and the options are completed from it."""
-    given = {name: value for name in _METHOD if (value := getattr(ours, name)) is not None} | {"r": ours.r or _RANK}
+    # A switch that has its default is not given.
+    values = {name: getattr(ours, name) for name, default in _METHOD.items() if getattr(ours, name) is not default}
+    given = {name: value for name, value in values.items() if value is not None} | {"r": ours.r or _RANK}
     for name in ("target_modules", "exclude_modules"):
         # PEFT reads a string as an expression for whole names, and the names in a list as endings.
         match given.get(name):

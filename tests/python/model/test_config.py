@@ -43,7 +43,7 @@ def test_alpha_follows_every_rank_unless_given() -> None:
 
 
 def test_the_preset_for_rewards() -> None:
-    """LoRA's start with rank-stabilised scaling: 16 / sqrt(r). It sets what has its default, and is no field itself."""
+    """LoRA's start with rank-stabilised scaling: 16 / sqrt(r). It sets what is not given, and is no field itself."""
     preset = PissaConfig(r=4, preset="rl")
     fields = {"init": "lora", "use_rslora": True, "lora_alpha": 16}
     assert preset == PissaConfig(r=4, **fields)
@@ -55,6 +55,11 @@ def test_the_preset_for_rewards() -> None:
     for copied in (dataclasses.replace(preset), copy.deepcopy(preset), pickle.loads(pickle.dumps(preset))):
         assert copied == preset
     assert dataclasses.replace(preset, init="pissa").init == "pissa"
+    defaults = PissaConfig(r=4, preset="rl", init="pissa", use_rslora=False, lora_alpha=None)
+    assert (defaults.init, defaults.use_rslora, defaults.lora_alpha) == ("pissa", False, 4)
+    assert PissaConfig.from_lora(peft.LoraConfig(r=4, lora_alpha=16), preset="rl") == preset
+    assert vars(preset).keys() == vars(PissaConfig(r=4)).keys() >= {"init"}
+    assert "given" not in vars(preset)
     with pytest.raises(ValueError, match="preset: got 'grpo'; allowed: None, 'rl'"):
         PissaConfig(preset="grpo")
 
