@@ -296,7 +296,7 @@ experiments-quick: $(BUILD)/experiments.stamp $(BUILD)/venv-test.stamp
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive HF_HUB_OFFLINE=1 $(TEST_PYTHON) -m bench.experiments --quick --jobs $(JOBS) \
 	  --results $(BUILD)/experiments/results --page $(BUILD)/experiments/page
 
-# Lines of each room, and how many it may have: a rule of the tests.
+# Lines of code of each room, and how many python/pissa may have: a rule of the tests.
 size: $(BUILD)/venv-test-deps.stamp
 	@$(TEST_PYTHON) tests/python/rules/test_size.py
 

@@ -238,6 +238,12 @@ def start_factors(task: StartTask) -> list[StartFactors]:
     return starts
 
 
+def lacks_start(config: PissaConfig) -> bool:
+    """Whether a residual that is stored as `config` says lacks factors, which its adapter adds."""
+    method = INIT_METHODS[config.init]
+    return method.reads_weights and (not method.takes_nothing or config.quant_iters > 1)
+
+
 def started(task: StartTask) -> tuple[list[StartFactors], list[ops.QuantizedWeight] | None]:
     """Returns the starts that residuals will lack, and the residuals if error feedback finds their codes, else None.
 
@@ -247,7 +253,7 @@ def started(task: StartTask) -> tuple[list[StartFactors], list[ops.QuantizedWeig
     config = task.config
     if not config.error_feedback:
         return start_factors(task), None
-    if INIT_METHODS[config.init].takes_nothing and config.quant_iters == 1:  # the start is that of these codes' error
+    if not lacks_start(config):  # the start is that of these codes' error
         codes = _fed_back(task, [nothing(weight) for weight in task.weights])
         return start_factors(task._replace(kept=codes)), codes
     starts = start_factors(task)

@@ -30,7 +30,7 @@ from pissa.adapters.peft_layout import (
 )
 from pissa.adapters.pissa_layout import PISSA_WEIGHTS, TAKEN, AdapterRecord, LayerRecord
 from pissa.base.digest import fingerprint
-from pissa.base.init_methods import INIT_METHODS, StartTask, started
+from pissa.base.init_methods import INIT_METHODS, StartTask, lacks_start, started
 from pissa.base.start import StartFactors
 from pissa.base.stored import residual_tensors as tensors_of
 from pissa.base.stored import residuals_of
@@ -319,7 +319,7 @@ class _Group(NamedTuple):
 class _Split(Rewrite):
     """One run of `init`."""
 
-    command, writes_residual = "init", True
+    command = "init"
     plan: SplitPlan
 
     def __init__(
@@ -332,6 +332,10 @@ class _Split(Rewrite):
         # and the entry in pissa.json.
         self._factors: dict[str, Matrices] = {}
         self._noted: dict[str, tuple[float, float, dict[str, Any]]] = {}
+
+    @property
+    def lacks_start(self) -> bool:
+        return lacks_start(self.plan.config)
 
     def identity(self) -> dict[str, Any]:
         others = {"experts": self.plan.experts, "device": self.device.type, "target": str(self.target)}

@@ -220,8 +220,6 @@ class Rewrite(ABC):
 
     command: ClassVar[str]
     """Its name in the bar and in the identity."""
-    writes_residual: ClassVar[bool] = False
-    """Whether the new checkpoint lacks what an adapter starts from."""
 
     def __init__(self, plan: Plan, target: Path) -> None:
         self.plan, self.source, self.target = plan, plan.source, target
@@ -235,6 +233,11 @@ class Rewrite(ABC):
         self.bytes_written = sum(layout.size for layout in plan.files.values())
         self.bytes_done_before = 0
         """Bytes of the checkpoint that the runs which this one continues have read."""
+
+    @property
+    def lacks_start(self) -> bool:
+        """Whether the new checkpoint lacks factors that an adapter adds, so that no other adapter may start on it."""
+        return False
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
@@ -379,7 +382,7 @@ class Rewrite(ABC):
         config, packed = dict(self.source.config), self.plan.packed
         for name in ("quantization_config", RESIDUAL_KEY):
             config.pop(name, None)
-        if self.writes_residual:
+        if self.lacks_start:
             config[RESIDUAL_KEY] = True
         if packed:
             form, dtype, experts = packed[0].form, packed[0].dtype, self.plan.has_packed_experts

@@ -14,6 +14,7 @@ from pissa import ops
 from pissa.adapters.lora_folder import LoraFactors, with_sizes
 from pissa.adapters.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, base_weight_key
 from pissa.base.bitsandbytes_state import KEPT_IN_4_BITS
+from pissa.base.init_methods import lacks_start
 from pissa.base.start import Served
 from pissa.checkpoints.merge import Planner
 from pissa.checkpoints.output import Output
@@ -35,7 +36,7 @@ class ResidualExport(Rewrite):
     decoded, in the dtype of the checkpoint. Raises ValueError if bitsandbytes can store none.
     """
 
-    command, writes_residual = "export", True
+    command = "export"
 
     def __init__(self, adapter: Ours, target: Path) -> None:
         self.adapter, self.folder = adapter, adapter.folder
@@ -86,6 +87,11 @@ class ResidualExport(Rewrite):
 
     def _is_stored(self, factors: LoraFactors) -> bool:
         return self.adapter.records[factors.layers[0]].form != IMPLICIT
+
+    @property
+    def lacks_start(self) -> bool:
+        assert self.folder.record is not None  # `Ours` has read it
+        return lacks_start(self.folder.record.config.of_base())
 
     def identity(self) -> dict[str, Any]:
         return {"target": str(self.target), **self.adapter.states()}

@@ -12,10 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import pissa
@@ -190,20 +188,6 @@ def test_a_residual_in_the_folder(form: str, small_llama: Make, tokens: Tensor, 
         model.save_pretrained(tmp_path / name, save_embedding_layers=True)
         again = PissaModel.from_pretrained(put(small_llama()), tmp_path / name)
         return {"saved": logits(model, ids), "again": logits(again, ids)}
-
-    assert_same_bits(life)
-
-
-def test_pefts_pissa_is_converted_with_a_base_that_is_there(small_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
-    config = peft.LoraConfig(r=4, init_lora_weights="pissa", target_modules="all-linear")
-    model = peft.get_peft_model(small_llama(), config)
-    train(model, tokens)
-    model.save_pretrained(tmp_path / "peft")
-
-    def life(name: str, put: Put) -> dict[str, Tensor]:
-        pissa.convert(tmp_path / "peft", tmp_path / name, base=put(small_llama()))
-        tensors = load_file(tmp_path / name / "adapter_model.safetensors")
-        return {key: put(tensor) for key, tensor in tensors.items()}
 
     assert_same_bits(life)
 

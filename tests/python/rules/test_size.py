@@ -1,7 +1,7 @@
 """How large python/pissa may be. `make size` prints the lines of each room.
 
-Docstrings, comments and blank lines are not counted, nor are tests, benchmarks and C++: a regression test, or a sentence
-that explains something, must not turn the tests red."""
+Docstrings, comments and blank lines are not counted, nor are tests, benchmarks and C++: neither a regression test nor a
+sentence that explains something may turn the tests red."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[3] / "python" / "pissa"
 
-LIMIT = 12_000
+LIMIT = 13_600
 """Lines of code when this was last set, and 5% more. Is there a second way to do something, that could go instead?"""
 
 _NOT_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
