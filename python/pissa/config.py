@@ -63,9 +63,9 @@ class PissaType(str, enum.Enum):
 class Form(NamedTuple):
     """The form in which a layer keeps its base."""
 
-    kind: str
-    """The kind of the form. "implicit": the weight as it was given. "explicit": the dense residual W - s B0 A0.
-    Otherwise the format of the quantised residual, one of `ops.formats.FORMATS`."""
+    name: str
+    """Either "implicit", for the weight as it was given, or "explicit", for the dense residual W - s B0 A0, or the
+    format of the quantised residual, one of `ops.formats.FORMATS`."""
     blocksize: int | None = None
     """None where there is no choice, like `double_quant`."""
     double_quant: bool | None = None
@@ -80,11 +80,11 @@ class Form(NamedTuple):
         """The form in words, for messages."""
         options = {"blocksize": self.blocksize, "double_quant": self.double_quant}
         details = ", ".join(f"{name} {value}" for name, value in options.items() if value is not None)
-        return f"{self.kind} ({details})" if details else self.kind
+        return f"{self.name} ({details})" if details else self.name
 
     def options(self) -> dict[str, Any]:
         """The form as keyword arguments of `ops.residual`."""
-        return {"form": self.kind, "blocksize": self.blocksize, "double_quant": self.double_quant}
+        return {"form": self.name, "blocksize": self.blocksize, "double_quant": self.double_quant}
 
 
 IMPLICIT = Form("implicit")

@@ -179,7 +179,7 @@ def plain_config(
 ) -> LoraConfig:
     """The configuration of the plain LoRA, which has `times` the adapter's rank."""
     lora = config.as_lora(times)
-    lora.fan_in_fan_out = any(layer.base.kind is Conv1D for layer in layers.values())
+    lora.fan_in_fan_out = any(layer.base.module_class is Conv1D for layer in layers.values())
     experts = {path: module for path, module in unfused_experts(model).items() if adapted_names(path, module, layers)}
     if not experts and not rewritten_by_peft(lora, model):
         return lora

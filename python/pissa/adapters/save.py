@@ -176,9 +176,9 @@ def warn_of_plain_lora(model: PeftModel) -> None:
     layers = pissa_layers(model.base_model.model)
     bases = [layer.base for layer in layers.values()]
     forms = {
-        base.form.kind
+        base.form.name
         for base in bases
-        if base.form != IMPLICIT and not (base.form.kind == "explicit" and base.dtype == torch.float32)
+        if base.form != IMPLICIT and not (base.form.name == "explicit" and base.dtype == torch.float32)
     }
     if forms:
         model.warned_of_plain_lora = True

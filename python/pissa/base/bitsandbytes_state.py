@@ -228,7 +228,7 @@ def quantization_config(
     """`BitsAndBytesConfig` as JSON, for layers quantised in `form` whose weights had that dtype. transformers would
     treat packed experts as missing and initialise them at random. With such experts, the JSON therefore names a method
     that transformers does not know, and it loads nothing."""
-    flag = _FLAGS[form.kind]
+    flag = _FLAGS[form.name]
     half = dtype if dtype in (torch.bfloat16, torch.float16) else torch.float32
     flags = {f"{hidden}{name}": name == flag for hidden in ("_", "") for name in _FLAGS.values()}
     return {
@@ -238,7 +238,7 @@ def quantization_config(
         "llm_int8_enable_fp32_cpu_offload": False,
         "llm_int8_has_fp16_weight": False,
         "bnb_4bit_compute_dtype": str(half).removeprefix("torch."),
-        "bnb_4bit_quant_type": form.kind if flag == "load_in_4bit" else "fp4",
+        "bnb_4bit_quant_type": form.name if flag == "load_in_4bit" else "fp4",
         "bnb_4bit_use_double_quant": bool(form.double_quant),
         "bnb_4bit_quant_storage": "uint8",
     }

@@ -31,7 +31,7 @@ def adopt(target: nn.Module) -> Base | None:
         return from_bitsandbytes(target) if is_bitsandbytes(target, "Linear4bit") else base
     if (released := released_linear(target)) is not None:
         return released
-    if base.kind is None or not _computes_as(base.kind, target):
+    if base.module_class is None or not _computes_as(base.module_class, target):
         return None
     if getattr(target, "groups", 1) != 1:
         raise TypeError(f"{what} with groups={target.groups}, whose weight is not one matrix")
@@ -54,7 +54,7 @@ def _computes_as(kind: type[nn.Module], module: nn.Module) -> bool:
 
 def is_linear(module: nn.Module) -> bool:
     """Whether the module computes what nn.Linear does."""
-    return base_of(module).kind is nn.Linear and adopt(module) is not None
+    return base_of(module).module_class is nn.Linear and adopt(module) is not None
 
 
 def frozen_product(module: Any) -> tuple[Tensor | ops.QuantizedWeight, Tensor | None] | None:

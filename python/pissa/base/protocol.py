@@ -16,7 +16,7 @@ from pissa.distributed import is_sharded, whole_device, whole_shape
 
 _TRANSPOSED = (Conv1D, nn.Embedding)  # their weight is [in, out]; an embedding is a linear layer of one-hot vectors
 _FLATTENED = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_KINDS: tuple[type[nn.Module], ...] = (nn.Linear, *_TRANSPOSED, *_FLATTENED)
+_MODULE_CLASSES: tuple[type[nn.Module], ...] = (nn.Linear, *_TRANSPOSED, *_FLATTENED)
 
 
 def as_matrix(dense_type: type[nn.Module], weight: Tensor) -> Tensor:
@@ -32,7 +32,7 @@ def as_weight(dense_type: type[nn.Module], matrix: Tensor, shape: torch.Size) ->
 
 
 class Base(ABC):
-    """The frozen function of a layer, y = x Wᵀ + b, with the weight W as a matrix [out, in]. `kinds.base_of` returns
+    """The frozen function of a layer, y = x Wᵀ + b, with the weight W as a matrix [out, in]. `classes.base_of` returns
     the base of a module. The defaults here are those for a dense weight that is kept as it was given."""
 
     # Three have no value here: nn.Module keeps them among its parameters and modules, and a value here would hide them.
@@ -63,13 +63,14 @@ class Base(ABC):
         return cast(Tensor, self.module.weight)
 
     @property
-    def kind(self) -> type[nn.Module] | None:
-        """The kind of function: nn.Linear, Conv1D, nn.Embedding or a convolution; None for any other."""
-        return next((kind for kind in _KINDS if issubclass(self.dense_type, kind)), None)
+    def module_class(self) -> type[nn.Module] | None:
+        """The class of torch or transformers that computes this kind of function: nn.Linear, Conv1D, nn.Embedding or a
+        convolution; None for any other."""
+        return next((known for known in _MODULE_CLASSES if issubclass(self.dense_type, known)), None)
 
     @property
     def dense_type(self) -> type[nn.Module]:
-        """The class of a dense module that would replace the base: `kind`, or a subclass of it."""
+        """The class of a dense module that would replace the base: `module_class`, or a subclass of it."""
         return type(self.module)
 
     @property

@@ -148,9 +148,9 @@ class ResidualCheck:
     def add(self, name: str, weight: Tensor, start: StartFactors) -> None:
         """Adds a layer: its name, its weight [out, in] and the start that its residual will lack. Raises ValueError if
         rows of the weight are not a multiple of a block that must divide them."""
-        if self._form.kind in FORMATS:
+        if self._form.name in FORMATS:
             try:
-                FORMATS[self._form.kind].options(self._form.blocksize, self._form.double_quant, weight.shape[1])
+                FORMATS[self._form.name].options(self._form.blocksize, self._form.double_quant, weight.shape[1])
             except ValueError as error:
                 raise ValueError(f"{name}: {error}: leave the layer out, or take another format") from error
         norms = [torch.linalg.vector_norm(factor, dtype=torch.float64) for factor in start.taken]
@@ -179,9 +179,9 @@ Expected = tuple[tuple[int, ...], tuple[torch.dtype, ...]]
 
 def residual_shapes(form: Form, matrix_shape: tuple[int, int]) -> dict[str, Expected]:
     """The tensors in which a residual of that form is stored, by name."""
-    if form.kind not in FORMATS:
+    if form.name not in FORMATS:
         return {"residual": (matrix_shape, FLOATS)}
-    format = FORMATS[form.kind]
+    format = FORMATS[form.name]
     options = format.options(form.blocksize, form.double_quant, matrix_shape[1])
     return {name: (shape, (dtype,)) for name, (shape, dtype) in format.tensors(matrix_shape, *options).items()}
 
@@ -197,8 +197,8 @@ def residual_from(
     tensors: Mapping[str, Tensor], form: Form, matrix_shape: tuple[int, int]
 ) -> Tensor | ops.QuantizedWeight:
     """The inverse of `residual_tensors`."""
-    if form.kind not in FORMATS:
+    if form.name not in FORMATS:
         return tensors["residual"]
-    blocksize, _ = FORMATS[form.kind].options(form.blocksize, form.double_quant, matrix_shape[1])
+    blocksize, _ = FORMATS[form.name].options(form.blocksize, form.double_quant, matrix_shape[1])
     nested, offset = tensors.get("nested_absmax"), tensors.get("offset")
-    return ops.QuantizedWeight(tensors["codes"], tensors["absmax"], nested, offset, form.kind, matrix_shape, blocksize)
+    return ops.QuantizedWeight(tensors["codes"], tensors["absmax"], nested, offset, form.name, matrix_shape, blocksize)

@@ -178,9 +178,9 @@ def _check_layer(name: str, layer: PissaLayer, config: PissaConfig, uses: Counte
     form, why = config.form, None
     if not isinstance(layer, PissaLinear):
         why = f"layer {name} is a {type(layer.base.module).__name__}, whose weight stays as it is in every form"
-    elif form.kind != "explicit" and layer.base.kind is Conv1D:
+    elif form.name != "explicit" and layer.base.module_class is Conv1D:
         why = (
-            f"layer {name} is a Conv1D, which transformers cannot load in {form.kind} as it would have to be kept: "
+            f"layer {name} is a Conv1D, which transformers cannot load in {form.name} as it would have to be kept: "
             "leave quant out"
         )
     elif uses[id(layer.base.parameter)] > 1:
@@ -201,7 +201,7 @@ def _parts(
                 stack = composition.stack(f"{path}.{leaf}", len(experts), is_transposed(experts.fused))
                 found |= {f"{path}.{index}.{leaf}": parts for index, parts in enumerate(stack)}
         for name in [name for name in layers if name not in found]:
-            found[name] = composition.matrix(f"{name}.weight", layers[name].base.kind is Conv1D)
+            found[name] = composition.matrix(f"{name}.weight", layers[name].base.module_class is Conv1D)
     except ValueError as error:
         raise ValueError(f"layer {name}: {error}; {leave_out(name)}") from None
     return found

@@ -266,7 +266,7 @@ def _fill_packed(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
         adapted = module if isinstance(module, PissaLayer) else None
         dense = base_of(module) if adapted is None else adapted.base
         # DeepSeek-V4 has a grouped one, and an embedding may also be in codes.
-        if dense.kind is not nn.Linear or (adapted is None and not is_linear(module)):
+        if dense.module_class is not nn.Linear or (adapted is None and not is_linear(module)):
             decoded = ops.dequantize(checkpoint.codes(parts), dense.parameter.dtype)
             dense.module.register_parameter("weight", nn.Parameter(decoded, requires_grad=False))
             model.tie_weights()

@@ -126,7 +126,7 @@ class Planner:
             raise ValueError(f"layer {name} is {error}; {_IN_MEMORY}") from None
         if base is None and factors.target == name:
             raise ValueError(f"layer {name} is a {type(module).__name__}, which is not known here; {_IN_MEMORY}")
-        kind = nn.Linear if base is None else base.kind
+        kind = nn.Linear if base is None else base.module_class
         if others := [other for other in self._sharing(f"{name}.weight") if other != f"{name}.weight"]:
             raise ValueError(
                 f"layer {name} shares its weight with {others[0]}, which would change too; {_IN_MEMORY}, or untie them "
@@ -375,7 +375,7 @@ class _Merge(Rewrite):
         new: Tensor | ops.QuantizedWeight = dense
         if layer.is_packed:
             with of_layer(layer.name):
-                new = ops.quantize(dense, form.kind, blocksize=form.blocksize, double_quant=form.double_quant)
+                new = ops.quantize(dense, form.name, blocksize=form.blocksize, double_quant=form.double_quant)
         written = ops.dequantize(new) if isinstance(new, ops.QuantizedWeight) else new
         whole = float(torch.linalg.vector_norm(weight))
         lost = 0.0 if written is weight else float(torch.linalg.vector_norm(weight.sub_(written)))

@@ -65,7 +65,7 @@ class Layer:
     @property
     def is_packed(self) -> bool:
         """Whether it is written in codes."""
-        return self.form.kind in FORMATS
+        return self.form.name in FORMATS
 
     @property
     def target(self) -> str:
@@ -203,7 +203,7 @@ def matrix_shape(
 
 def linear_layers(model: nn.Module) -> list[str]:
     """The names of the linear layers of a model."""
-    return [name for name, module in model.named_modules() if base_of(module).kind in (nn.Linear, Conv1D)]
+    return [name for name, module in model.named_modules() if base_of(module).module_class in (nn.Linear, Conv1D)]
 
 
 BATCH = 1 << 30

@@ -58,6 +58,6 @@ def training_memory(
 
 def quantised_bytes(shape: tuple[int, int], form: Form) -> int:
     """The bytes of a weight in codes."""
-    format = FORMATS[form.kind]
+    format = FORMATS[form.name]
     tensors = format.tensors(shape, *format.options(form.blocksize, form.double_quant, shape[1]))
     return sum(math.prod(size) * kept.itemsize for size, kept in tensors.values())

@@ -41,7 +41,7 @@ class PlainLora:
         """Determines the kind of an adapter. The arguments are those of `convert`."""
         if folder.record is not None:
             check_not_given(f"{folder.path} is an adapter of pissa", initial=initial)
-            forms = {layer.form.kind for layer in folder.record.layers.values()} - {"implicit"}
+            forms = {layer.form.name for layer in folder.record.layers.values()} - {"implicit"}
             if forms:
                 warnings.warn(inexact_lora(forms), InexactLoraWarning, stacklevel=3)
             return PlainLora(folder, OURS)

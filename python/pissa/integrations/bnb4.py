@@ -58,7 +58,7 @@ class ResidualExport(Rewrite):
     def exported(self) -> Exported:
         """The report."""
         packed = len(self.plan.packed)
-        count = sum(self.adapter.records[name].form.kind == KEPT_IN_4_BITS for name in self.plan.layers) - packed
+        count = sum(self.adapter.records[name].form.name == KEPT_IN_4_BITS for name in self.plan.layers) - packed
         dense = f", {count} decoded, since bitsandbytes has no experts and no Conv1D in 4 bits" if count else ""
         model = f"{self.model_name}.from_pretrained({str(self.target)!r})"
         return Exported(
@@ -81,7 +81,7 @@ class ResidualExport(Rewrite):
         layers = []
         for layer in unit.layers:
             form = self.adapter.records[layer.name].form
-            is_kept = form.kind == KEPT_IN_4_BITS and layer.name == factors.target and not layer.transposed
+            is_kept = form.name == KEPT_IN_4_BITS and layer.name == factors.target and not layer.transposed
             layers.append(replace(layer, form=form if is_kept else IMPLICIT))
         return unit._replace(layers=tuple(layers))
 

@@ -110,14 +110,14 @@ def _trained_in_4_bits(found: Adapter) -> Ours:
     """Returns the adapter, if it was trained on nf4 residuals."""
     path = found.folder.path
     forms = {record.form for record in found.records.values()} if isinstance(found, Ours) else {IMPLICIT}
-    if isinstance(found, Ours) and KEPT_IN_4_BITS in {form.kind for form in forms}:
+    if isinstance(found, Ours) and KEPT_IN_4_BITS in {form.name for form in forms}:
         return found
     if found.source.coded and found.source.contents is not Contents.RELEASED:
         raise ValueError(
             f"{path} is a plain LoRA on {found.source.folder}, which transformers and PEFT load as they are: there is "
             "nothing to export; for one dense checkpoint export to merged"
         )
-    kinds = " and ".join(sorted(form.kind for form in forms))
+    kinds = " and ".join(sorted(form.name for form in forms))
     raise ValueError(
         f"{path} is {found.what} on a base that was not in 4 bits ({kinds}), which 4 bits cannot hold exactly: export "
         "to merged, dense, or give requantise to merge and quantise it, with the error that is reported"

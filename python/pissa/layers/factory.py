@@ -135,7 +135,7 @@ def pissa_layer(
     name = kwargs["target_name"]
     base = _base_for(target, name)
     _check_weight(base, name)
-    kind = KINDS[base.kind]
+    kind = KINDS[base.module_class]
     if config.use_dora and kind is not PissaLinear:
         raise TypeError(f"{name} is a {type(target).__name__}, and use_dora is for linear layers; {leave_out(name)}")
     layer = kind(target, adapter_name, config, model_dtype=model_dtype, **kwargs)

@@ -1,4 +1,4 @@
-"""The adapted layer, for any kind of module: a base, and for each adapter a change that starts at zero. `kinds`
+"""The adapted layer, for any kind of module: a base, and for each adapter a change that starts at zero. `modules`
 contains the parts that depend on the kind."""
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
         if not hasattr(self, "lora_start"):  # PEFT calls this while it constructs the layer
             self.lora_start = nn.ModuleDict()
             self.lora_unmerged: nn.Module | None = None
-            if self.base.kind is nn.Linear and is_sharded(self.base.parameter):
+            if self.base.module_class is nn.Linear and is_sharded(self.base.parameter):
                 # PEFT has taken the shape of one process's shard, unless the mesh has a name that it expects.
                 self.in_features, self.out_features = self.base_layer.in_features, self.base_layer.out_features
         out_features, in_features = self.matrix_shape

@@ -195,4 +195,4 @@ KINDS: dict[type[nn.Module] | None, type[PissaLayer]] = {
     nn.Conv2d: PissaConv2d,
     nn.Conv3d: PissaConv3d,
 }
-"""The layer classes by `Base.kind`, the kind of a base's function."""
+"""The layer classes by `Base.module_class`."""

@@ -23,7 +23,8 @@ class TrainableTokensLayer(PeftTokensLayer):  # type: ignore[misc]
     def forward_adapters(self, x: Tensor, active_adapters: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
         """The output with the rows of these adapters."""
         base = self.base_layer
-        if base_of(base).kind is nn.Linear and active_adapters and not self.disable_adapters and not self.merged:
+        is_adapted = bool(active_adapters) and not self.disable_adapters and not self.merged
+        if is_adapted and base_of(base).module_class is nn.Linear:
             return F.linear(x, self.get_merged_weights(active_adapters), base.bias)
         return cast(Tensor, super().forward_adapters(x, active_adapters, *args, **kwargs))
 

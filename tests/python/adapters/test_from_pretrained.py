@@ -146,7 +146,7 @@ def test_a_given_configuration_is_used(folder: Path, tiny_llama: Make, tokens: T
         ({"svd_passes": 12}, "svd_passes is 12"),
         ({"init": "lora"}, "init is 'lora'"),
         ({"start_norm": "unit"}, "start_norm is 'unit'"),
-        ({"quant": "nf4"}, "form is Form.kind='nf4'.*PissaConfig.from_pretrained"),
+        ({"quant": "nf4"}, "form is Form.name='nf4'.*PissaConfig.from_pretrained"),
         ({"use_dora": True}, "use_dora is True"),
         ({"r": 8}, "rank 8 and scaling 1 in the model, and rank 4 and scaling 1 in the folder"),
         ({"lora_alpha": 8}, "rank 4 and scaling 2 in the model, and rank 4 and scaling 1 in the folder"),

@@ -70,9 +70,9 @@ bases = pytest.mark.parametrize("name", BASES)
 
 def output(base: Base, module: nn.Module) -> Tensor:
     """The module's output for one input of its kind, the same for every base."""
-    if base.kind is nn.Embedding:
+    if base.module_class is nn.Embedding:
         return module(put(torch.arange(IN)))
-    shape = (2, 10, 5, 5) if base.kind is nn.Conv2d else (5, IN)
+    shape = (2, 10, 5, 5) if base.module_class is nn.Conv2d else (5, IN)
     return module(put(torch.randn(*shape, generator=torch.Generator().manual_seed(1))))
 
 
@@ -86,7 +86,7 @@ def test_the_matrix_is_of_the_function(name: str) -> None:
     x = put(torch.randn(5, IN, generator=torch.Generator().manual_seed(1)))
     expected, size = x.double() @ matrix.double().mT, x.double().abs() @ matrix.double().abs().mT
     assert ((base.product(x).double() - expected).abs() <= (IN + 8) * EPS[torch.float32] * size).all()
-    if base.kind in (nn.Linear, Conv1D):
+    if base.module_class in (nn.Linear, Conv1D):
         y = base.module(x).detach().double() - (0 if base.bias is None else fetch(base.bias.detach()).to(x))
         # bitsandbytes rounds the input of an 8-bit layer to 8 bits, too.
         unit = 2**-6 if "8 bits" in name else (IN + 8) * EPS[torch.float32]
@@ -99,7 +99,7 @@ def test_a_twin_is_a_dense_module_of_its_kind_over_another_matrix(name: str) -> 
     matrix = put(torch.randn(OUT, IN, generator=torch.Generator().manual_seed(2)))
     twin = base_of(base.twin(matrix))
     assert torch.equal(twin.matrix().detach(), matrix)
-    assert (twin.kind, twin.form, twin.is_quantised) == (base.kind, IMPLICIT, False)
+    assert (twin.module_class, twin.form, twin.is_quantised) == (base.module_class, IMPLICIT, False)
     assert type(twin.module) is base.dense_type
     assert not twin.parameter.requires_grad
     assert (twin.bias is None) == (base.bias is None)

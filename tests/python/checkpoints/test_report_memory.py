@@ -29,7 +29,7 @@ def predicted(model: nn.Module, form: Form) -> dict[str, int]:
     config = model.base_model.model.config
     rest = (config.vocab_size * config.hidden_size * 2 + (2 * config.num_hidden_layers + 1) * config.hidden_size) * 2
     shapes = {name: layer.matrix_shape for name, layer in layers.items()}
-    dense = form.kind == "implicit"
+    dense = form.name == "implicit"
     return training_memory(
         shapes,
         4,

@@ -248,7 +248,7 @@ def test_a_tied_weight_stays_dense_beside_stored_ones(
     assert sum(entry.category is notices.TiedWeightWarning for entry in caught) == 1
     head = model.base_model.model.lm_head
     assert head.base_layer.weight is base.model.embed_tokens.weight is embeddings
-    assert {layer.base.form.kind for layer in layers(model) if layer is not head} == {form}
+    assert {layer.base.form.name for layer in layers(model) if layer is not head} == {form}
     before = logits(model, tokens)
     train(model, tokens)
     expected = logits(model, tokens)
@@ -272,5 +272,5 @@ def test_linear_layers_that_share_a_weight_stay_dense() -> None:
     model["two"].weight = model["one"].weight
     with pytest.warns(notices.TiedWeightWarning, match="the weight of layer one, two is tied"):
         wrapped = pissa.wrap(model, r=2, quant="nf4")
-    assert [layer.base.form.kind for layer in layers(wrapped)] == ["implicit", "implicit", "nf4"]
+    assert [layer.base.form.name for layer in layers(wrapped)] == ["implicit", "implicit", "nf4"]
     assert model["one"].base_layer.weight is model["two"].base_layer.weight

@@ -50,4 +50,4 @@ def asked(source: str) -> Iterator[tuple[int, str]]:
 def test_only_base_knows_the_kinds_of_bases() -> None:
     paths = [path for path in sorted(PACKAGE.rglob("*.py")) if BASE not in path.parents]
     found = [f"{path.relative_to(PACKAGE)}:{line}: {name}" for path in paths for line, name in asked(path.read_text())]
-    assert not found, f"ask base.kinds.base_of(module), a pissa.base.protocol.Base, instead of: {found}"
+    assert not found, f"ask base.classes.base_of(module), a pissa.base.protocol.Base, instead of: {found}"

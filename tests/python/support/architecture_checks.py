@@ -107,7 +107,7 @@ def definition(
         stack = f"{expert[1]}.{expert[3]}" if expert else ""
         key = stack if stack in values else f"{name}.weight"
         owner = base.get_submodule(expert[1] if key == stack else name)
-        if layer.base.form.kind == "implicit":
+        if layer.base.form.name == "implicit":
             old = values[key][int(expert[2])] if key == stack else values[key]
             change = scaling * ((b0 + db) @ (a0 + da) - b0 @ a0)
             weight = old + as_weight(change, owner, old.shape)
