@@ -279,18 +279,6 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
         """Whether the base or the start depends on the layers' inputs."""
         return self.error_feedback or "activations" in (self.init, self.repair)
 
-    @property
-    def can_be_repaired(self) -> bool:
-        """Whether a calibration without a stated purpose can repair the base (bench/experiments: LoRA's start on nf4,
-        repaired, recovers three quarters of what QLoRA loses compared with 16 bits)."""
-        says_more = self.needs_calibration or self.repair is not None or self.init == "loftq"
-        return self.quant is not None and not says_more
-
-    @property
-    def asks_once(self) -> bool:
-        """Whether each layer's inputs are needed only once: only for the base, or for a start that is the base's."""
-        return self.starts_as_base or self.init != "activations"
-
     def of_base(self) -> PissaConfig:
         """The configuration of the start that a stored residual lacks: this one, or one that starts as `repair` says,
         with the lengths that make it a part of the weight."""
@@ -367,35 +355,28 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
         check_choice("quant", self.quant, (None, *FORMATS))
         check_choice("quant_storage", self.quant_storage, get_args(Storage))
         check_choice("residual", self.residual, (None, *get_args(Residual)))
+        for name in ("double_quant", "error_feedback", "use_dora"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}: got {getattr(self, name)!r}; allowed: True, False")
+        if not _is_int(self.quant_iters) or self.quant_iters < 1:
+            raise ValueError(f"quant_iters: got {self.quant_iters!r}; allowed: an integer of at least 1")
+        if self.repair_rank is not None and (not _is_int(self.repair_rank) or self.repair_rank < 1):
+            raise ValueError(f"repair_rank: got {self.repair_rank!r}; allowed: an integer of at least 1, or None")
+        tokens = self.trainable_token_indices or []
+        for index in itertools.chain(*tokens.values()) if isinstance(tokens, dict) else tokens:
+            if not _is_int(index) or index < 0:
+                raise ValueError(f"trainable_token_indices: got {index!r}; allowed: integers of at least 0")
+        self._check_blocks()
+        self._check_base()
+        self._check_start()
+
+    def _check_base(self) -> None:
+        """Checks together the fields that describe a stored base."""
         if self.quant is not None and self.residual is not None:
             raise ValueError(
                 f"residual: got {self.residual!r}; with quant={self.quant!r} the residual is kept in that format: "
                 "leave residual out"
             )
-        self._check_repair()
-        self._check_blocks()
-        for name in ("double_quant", "error_feedback", "use_dora"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name}: got {getattr(self, name)!r}; allowed: True, False")
-        tokens = self.trainable_token_indices or []
-        for index in itertools.chain(*tokens.values()) if isinstance(tokens, dict) else tokens:
-            if not _is_int(index) or index < 0:
-                raise ValueError(f"trainable_token_indices: got {index!r}; allowed: integers of at least 0")
-        for name in ("init", "repair"):
-            method = getattr(self, name)
-            if method in _OF_ERRORS and self.quant is None:
-                formats = " or ".join(f'quant="{format}"' for format in FORMATS)
-                raise ValueError(
-                    f'{name}="{method}" starts from the error of a quantised format: give {formats} with it'
-                )
-        if self.start_norm == "unit" and self.init not in _OF_SINGULAR_VECTORS:
-            raise ValueError(
-                f'start_norm="unit" starts only from singular vectors: got init={self.init!r}; allowed with it are '
-                "pissa, pissa_medium and pissa_minor"
-            )
-
-    def _check_repair(self) -> None:
-        """Checks `repair` and `quant_iters`, which affect a stored base."""
         if self.repair is not None and self.form == IMPLICIT:
             raise ValueError(
                 f"repair: got {self.repair!r} without a stored base, and no other lacks a start: give quant or "
@@ -403,37 +384,41 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
             )
         if self.repair == self.init and self.repair_rank is None:
             self.repair = None
-        if self.repair_rank is not None and (not _is_int(self.repair_rank) or self.repair_rank < 1):
-            raise ValueError(f"repair_rank: got {self.repair_rank!r}; allowed: an integer of at least 1, or None")
         if self.repair_rank is not None and self.repair is None:
             raise ValueError(
                 f"repair_rank: got {self.repair_rank} without repair, whose rank it is: give repair with it, or leave "
                 "repair_rank out"
             )
-        if not _is_int(self.quant_iters) or self.quant_iters < 1:
-            raise ValueError(f"quant_iters: got {self.quant_iters!r}; allowed: an integer of at least 1")
+        for name, needs_codes in (
+            ("init", self.init in _OF_ERRORS),
+            ("repair", self.repair in _OF_ERRORS),
+            ("error_feedback", self.error_feedback),
+            ("quant_iters", self.quant_iters > 1),
+        ):
+            if needs_codes and self.quant is None:
+                raise ValueError(
+                    f"{name}: got {getattr(self, name)!r} without quant, and nothing else is quantised: give "
+                    f"quant={' or '.join(map(repr, FORMATS))} with it, or leave {name} out"
+                )
+
+    def _check_start(self) -> None:
+        """Checks what a start is combined with: that of the adapter, and that which a stored base lacks."""
         start = self.repair or self.init
-        if self.error_feedback and self.quant is None:
-            raise ValueError(
-                f"error_feedback: got True without quant; allowed: False, since nothing is quantised. Give "
-                f"quant={' or '.join(map(repr, FORMATS))} with it"
-            )
         if self.error_feedback and (self.quant_iters > 1 or start == "loftq") and start != "activations":
             raise ValueError(
                 f"error_feedback: got True, but the start of {start!r} with quant_iters={self.quant_iters} is found "
                 'with the nearest codes; allowed: False, or True with repair="activations", or with quant_iters=1'
             )
-        if self.quant_iters == 1:
-            return
-        if self.quant is None:
-            raise ValueError(
-                f"quant_iters: got {self.quant_iters} without quant; allowed: 1, since nothing is quantised. Give "
-                f"quant={' or '.join(map(repr, FORMATS))} with it"
-            )
-        if start not in ALTERNATING and start != "given":  # which is only checked after the base has been made
+        # "given" is refused later, when an adapter is started.
+        if self.quant_iters > 1 and start not in (*ALTERNATING, "given"):
             raise ValueError(
                 f"quant_iters: got {self.quant_iters}, but the residual lacks the start of {start!r}; allowed: "
                 f"1, or more with {' or '.join(map(repr, ALTERNATING))} as init or repair"
+            )
+        if self.start_norm == "unit" and self.init not in _OF_SINGULAR_VECTORS:
+            raise ValueError(
+                f'start_norm="unit" starts only from singular vectors: got init={self.init!r}; allowed with it are '
+                "pissa, pissa_medium and pissa_minor"
             )
 
     def _check_blocks(self) -> None:

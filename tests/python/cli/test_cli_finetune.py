@@ -296,7 +296,7 @@ def test_wrong_arguments_are_refused(
     out = tmp_path / "run"
     assert "--model is missing" in refused(["finetune", "--data", str(data), "--out", str(out)], capsys)
     assert "needs --method pissa" in refused(command(base, data, out, "--method", "lora", "--quant", "nf4"), capsys)
-    message = "quant_iters: got 2 without quant; allowed: 1, since nothing is quantised"
+    message = "quant_iters: got 2 without quant, and nothing else is quantised"
     assert message in refused(command(base, data, out, "--quant-iters", "2"), capsys)
     assert "no prompt of 24 is shorter" in refused(command(base, data, out, "--max-length", "2"), capsys)
     assert not out.exists()

@@ -460,7 +460,7 @@ def test_three_bits_without_a_calibration_warn() -> None:
 
 
 def test_fields_that_do_not_fit() -> None:
-    with pytest.raises(ValueError, match='init="activations" starts from the error of a quantised format: give quant'):
+    with pytest.raises(ValueError, match="init: got 'activations' without quant"):
         pissa.PissaConfig(init="activations")
     with pytest.raises(ValueError, match="error_feedback: got True without quant"):
         pissa.PissaConfig(error_feedback=True)
