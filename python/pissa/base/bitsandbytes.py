@@ -13,6 +13,7 @@ from pissa import ops
 from pissa.base.bitsandbytes_state import as_bytes, nf4_from_state
 from pissa.base.bitsandbytes_state import from_state as from_state
 from pissa.base.bitsandbytes_state import to_bitsandbytes as to_bitsandbytes
+from pissa.base.protocol import Operand
 from pissa.base.start import StartFactors
 from pissa.base.weights import CodedLinear, Dense, copy_without_hooks, dense_linear, in_memory
 from pissa.distributed import is_sharded
@@ -67,9 +68,9 @@ class BnbLinear4bit(CodedLinear):
         codes = ops.quantize(weight, quantised.format, blocksize=quantised.blocksize).codes
         return weight if (codes != quantised.codes).float().mean() <= _OTHER_CODES else None
 
-    def fused(self, start: StartFactors, scaling: float, x: Tensor) -> tuple[Tensor | ops.QuantizedWeight, bool] | None:
+    def operand_for(self, start: StartFactors, scaling: float, x: Tensor) -> Operand | None:
         """The codes, for an input that bitsandbytes' layer would not cast."""
-        return super().fused(start, scaling, x) if self.compute_dtype in (None, x.dtype) else None
+        return super().operand_for(start, scaling, x) if self.compute_dtype in (None, x.dtype) else None
 
     def restored(self) -> nn.Module:
         """Returns bitsandbytes' layer over the same bytes."""

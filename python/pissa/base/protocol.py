@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,14 @@ def as_weight(dense_type: type[nn.Module], matrix: Tensor, shape: torch.Size) ->
     if issubclass(dense_type, _TRANSPOSED):
         return matrix.mT
     return matrix.reshape(shape) if issubclass(dense_type, _FLATTENED) else matrix
+
+
+class Operand(NamedTuple):
+    """What `ops.linear` multiplies by, beside an adapter's factors."""
+
+    weight: Tensor | ops.QuantizedWeight
+    implicit: bool
+    """Whether it is the whole weight, from which the adapter's start is not missing."""
 
 
 class Base(ABC):
@@ -112,18 +120,13 @@ class Base(ABC):
         """x Wᵀ [k, out], float32 and without the bias, for x float32 [k, in]."""
         return ops.linear(x, self.matrix().detach())
 
-    def fuse(self) -> bool:
-        """Makes a dense module in memory compute in one product with its adapter on a CPU, where that is faster, and
-        returns whether it does. The output is the same within rounding, and a change of zero leaves its bits."""
-        return False
+    def fuse_product(self) -> None:  # noqa: B027  most bases leave it
+        """Makes a dense module in memory compute in one product with its adapter on a CPU, where that is faster. The
+        output is the same within rounding, and a change of zero leaves its bits."""
 
-    def fused(self, start: StartFactors, scaling: float, x: Tensor) -> tuple[Tensor | ops.QuantizedWeight, bool] | None:
-        """The weight that `ops.linear` takes together with an adapter of that start and scaling, for an input like `x`,
-        and whether it is implicit, that is, the whole weight. None if the module computes its own product."""
-        return None
-
-    def in_one_product(self) -> ops.QuantizedWeight | None:
-        """The codes, if the function is one product of these and of the base's start, if it has one."""
+    def operand_for(self, start: StartFactors, scaling: float, x: Tensor) -> Operand | None:
+        """The weight that `ops.linear` takes together with an adapter of that start and scaling, for an input like `x`.
+        None if the module computes its own product."""
         return None
 
     def as_weight(self, matrix: Tensor) -> Tensor:

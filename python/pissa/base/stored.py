@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pissa import ops
+from pissa.base.protocol import Operand
 from pissa.base.start import StartFactors
 from pissa.base.weights import HoldsCodes, OwnBase
 from pissa.config import Form
@@ -53,9 +54,9 @@ class StoredLinear(OwnBase):
         """The output, with the given bias or without one."""
         return ops.linear(x, self.residual, bias, a=self.start.a0, b=self.start.b0, scaling=self.scaling)
 
-    def fused(self, start: StartFactors, scaling: float, x: Tensor) -> tuple[Tensor | ops.QuantizedWeight, bool] | None:
+    def operand_for(self, start: StartFactors, scaling: float, x: Tensor) -> Operand | None:
         """The residual, for an adapter that starts from what it lacks. (PEFT's set_scale may change a scaling.)"""
-        return (self.residual, False) if start is self.start and scaling == self.scaling else None
+        return Operand(self.residual, False) if start is self.start and scaling == self.scaling else None
 
     def restored(self) -> nn.Module:
         """A dense module that computes the base function."""
@@ -94,9 +95,6 @@ class QuantizedLinear(HoldsCodes, StoredLinear):
     @property
     def residual(self) -> ops.QuantizedWeight:
         return self.quantized
-
-    def in_one_product(self) -> ops.QuantizedWeight | None:
-        return self.residual if self.bias is None else None
 
     def extra_repr(self) -> str:
         options = (f"{name}={value}" for name, value in self.form.options().items() if value is not None)

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from types import MethodType
 from typing import Any, cast
 
 import torch
@@ -17,7 +16,8 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from pissa import ops
-from pissa.base.protocol import Base, as_matrix, as_weight
+from pissa.base.forwards import replace_forward
+from pissa.base.protocol import Base, Operand, as_matrix, as_weight
 from pissa.base.shown_weight import ShownWeight
 from pissa.base.start import KeepsDtype, StartFactors
 from pissa.distributed import is_sharded, whole_tensor
@@ -69,7 +69,8 @@ def dense_linear(dense_type: type[nn.Module], matrix: Tensor, bias: nn.Parameter
 
 # ---- A dense module whose product is fused with its adapter's --------------------------------------------------------
 
-_FEW_ROWS = 16  # which torch multiplies faster
+_FEW_ROWS = 16
+"""Up to so many rows, torch's product is the faster one."""
 
 
 def _product(module: Any, input: Tensor) -> Tensor:
@@ -81,22 +82,17 @@ def _product(module: Any, input: Tensor) -> Tensor:
 _product.__name__ = "forward"  # pickle finds it by this name, so a loaded model is not fused
 
 
-def _is_fused(module: nn.Module) -> bool:
-    """Whether the module computes by `_product`, and nothing else is called with it."""
-    forward = vars(module).get("forward")
-    return getattr(forward, "__func__", None) is _product and not has_hooks(module)
-
-
 def _takes(module: Any, x: Tensor) -> bool:
     """Whether a module whose product is fused computes that of `x` with `ops.linear`."""
+    few_rows = x.numel() <= _FEW_ROWS * x.shape[-1]
+    return (
+        module.weight.dtype == x.dtype and not few_rows and not torch.is_autocast_enabled("cpu") and _is_ready(module)
+    )
+
+
+def _is_ready(module: Any) -> bool:
+    """Whether a module's weight is frozen, in a dtype of ours, and all of it is in memory."""
     weight = module.weight
-    if weight.dtype != x.dtype or x.numel() <= _FEW_ROWS * x.shape[-1] or torch.is_autocast_enabled("cpu"):
-        return False
-    return _is_ready(weight)
-
-
-def _is_ready(weight: Tensor) -> bool:
-    """Whether a weight is frozen, in a dtype of ours, and all of it is in memory."""
     known = weight.dtype in FLOATS and weight.device.type == "cpu"
     return known and not weight.requires_grad and not is_sharded(weight)
 
@@ -144,23 +140,17 @@ class Dense(Base):
     def holding(self, weight: Tensor) -> Dense:
         return type(self)(with_weight(self.module, weight))
 
-    def fuse(self) -> bool:
-        module: Any = self.module
-        if type(module) is not nn.Linear or "forward" in vars(module) or ops.build_info()["isa"] == "amxbf16":
-            return False  # against torch's product by tiles, ours was not measured
-        is_fused = _is_ready(module.weight) and module.weight.is_contiguous()
-        if is_fused:
-            module.forward = MethodType(_product, module)  # type: ignore[method-assign]
-        return is_fused
+    def fuse_product(self) -> None:
+        module, is_measured = self.module, ops.build_info()["isa"] != "amxbf16"  # torch multiplies by tiles there
+        is_free = type(module) is nn.Linear and "forward" not in vars(module)
+        if is_free and is_measured and _is_ready(module) and module.weight.is_contiguous():
+            replace_forward(module, _product)
 
-    def fused(self, start: StartFactors, scaling: float, x: Tensor) -> tuple[Tensor | ops.QuantizedWeight, bool] | None:
-        """The weight, after `fuse`, unless the module has hooks, which would not be called."""
-        return (self.module.weight, True) if _is_fused(self.module) and _takes(self.module, x) else None
-
-    def restored(self) -> nn.Module:
-        if _is_fused(self.module):
-            del self.module.forward
-        return cast(nn.Module, self.module)
+    def operand_for(self, start: StartFactors, scaling: float, x: Tensor) -> Operand | None:
+        """The weight, after `fuse_product`, unless the module has hooks, which would not be called."""
+        is_fused = getattr(vars(self.module).get("forward"), "__func__", None) is _product
+        is_fused = is_fused and not has_hooks(self.module) and _takes(self.module, x)
+        return Operand(self.module.weight, True) if is_fused else None
 
 
 class OwnBase(KeepsDtype, Base):
@@ -265,12 +255,9 @@ class CodedLinear(HoldsCodes):
         """The output without the bias."""
         return ops.linear(x, self.quantized)
 
-    def fused(self, start: StartFactors, scaling: float, x: Tensor) -> tuple[Tensor | ops.QuantizedWeight, bool] | None:
+    def operand_for(self, start: StartFactors, scaling: float, x: Tensor) -> Operand | None:
         """The codes, which are the whole weight."""
-        return self.quantized, True
-
-    def in_one_product(self) -> ops.QuantizedWeight | None:
-        return self.quantized if self.bias is None else None
+        return Operand(self.quantized, True)
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.linear(x, self.quantized, self.bias)

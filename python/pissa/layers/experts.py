@@ -1,6 +1,6 @@
 """Fused experts: transformers 5 stores the weights of all experts of a layer in one parameter [experts, out, in].
 
-To be adapted, they become linear layers that are views of that parameter. `fuse` joins them again.
+To be adapted, they become linear layers that are views of that parameter. `fuse_experts` joins them again.
 """
 
 from __future__ import annotations
@@ -115,10 +115,10 @@ class UnfusedExperts(nn.Module):
             for index in experts:
                 layer = self.expert(index).get_submodule(name)
                 grouped = layer.grouped(x) if isinstance(layer, PissaLinear) else None
-                if grouped is None or (layers and grouped.kind != layers[0].kind):
+                if grouped is None or (layers and grouped.key != layers[0].key):
                     return {}
                 layers.append(grouped)
-            weights, a, b, a0, b0, scalings = zip(*layers, strict=True)
+            weights, scalings, a, b, a0, b0 = zip(*layers, strict=True)
             starts = {} if a0[0] is None else {"a0": a0, "b0": b0}
             groups[name] = {"weights": weights, "a": a, "b": b, **starts, "scaling": scalings[0]}
         return groups
@@ -200,7 +200,7 @@ def _weight_names(fused: Any) -> tuple[str, str]:
 # ---- Unfusing a model ------------------------------------------------------------------------------------------------
 
 
-def unfuse(model: nn.Module, config: PissaConfig) -> None:
+def unfuse_experts(model: nn.Module, config: PissaConfig) -> None:
     """Turns the fused experts that the configuration targets into linear layers, and writes their names into its
     `target_modules`, where PEFT finds them.
 
@@ -305,7 +305,7 @@ def unfused_experts(model: nn.Module) -> dict[str, UnfusedExperts]:
     return {path: module for path, module in model.named_modules() if isinstance(module, UnfusedExperts)}
 
 
-def fuse(model: nn.Module) -> None:
+def fuse_experts(model: nn.Module) -> None:
     """Restores the original experts modules, with the weights of the experts' linear layers. Experts whose weights are
     codes stay unfused, because no parameter can hold the codes of several layers."""
     for path, experts in unfused_experts(model).items():

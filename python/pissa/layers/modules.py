@@ -27,14 +27,14 @@ class Grouped(NamedTuple):
     """What `ops.grouped_linear` takes of one layer."""
 
     weight: ops.QuantizedWeight
+    scaling: float
     a: Tensor
     b: Tensor
-    a0: Tensor | None
-    b0: Tensor | None
-    scaling: float
+    a0: Tensor | None = None
+    b0: Tensor | None = None
 
     @property
-    def kind(self) -> tuple[object, ...]:
+    def key(self) -> tuple[object, ...]:
         """What the layers of a group have in common."""
         return *group_key(self.weight), len(self.a), self.a0 is None, self.scaling
 
@@ -50,11 +50,11 @@ class PissaLinear(PissaLayer, LoraLinear):  # type: ignore[misc]
     def adapted(self, x: Tensor, names: Sequence[str]) -> Tensor:
         if len(names) == 1 and not self._drops_out(names[0]):
             name, start, scaling = names[0], self.start_of(names[0]), self.scaling[names[0]]
-            fused = self.base.fused(start, scaling, x)
-            if fused is not None:
-                (weight, implicit), (da, db) = fused, self.deltas(name)
+            operand = self.base.operand_for(start, scaling, x)
+            if operand is not None:
+                da, db = self.deltas(name)
                 factors = {"a": da, "b": db, "a0": start.a0, "b0": start.b0, "scaling": scaling}
-                y = ops.linear(x, weight, self.base_layer.bias, **factors, implicit=implicit)
+                y = ops.linear(x, operand.weight, self.base_layer.bias, **factors, implicit=operand.implicit)
                 return self._scaled(y, name)
         if not any(name in self.lora_magnitude_vector for name in names):
             return super().adapted(x, names)
@@ -76,21 +76,25 @@ class PissaLinear(PissaLayer, LoraLinear):  # type: ignore[misc]
         of one adapter's factors, or of the base alone, or if hooks are called with it. Codes that are the whole weight
         take a LoRA: its B starts at 0, so that its factors are the change."""
         names = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.r]
-        weight, start = self.base.in_one_product(), self.base.start
-        if weight is None or (self.merged and not self.disable_adapters) or _is_watched(self):
+        base = self.base
+        if (self.merged and not self.disable_adapters) or _is_watched(self):
             return None
-        if start is None and {self.start_of(name).origin.init for name in names or self.r} != {"lora"}:
+        if base.start is None and {self.start_of(name).origin.init for name in names or self.r} != {"lora"}:
             return None
-        if not names:
-            start = start or self.start_of(next(iter(self.r)))
-            factors = start.a0, start.b0, None, None
-            return None if _is_watched(self.base.module) else Grouped(weight, *factors, start.origin.scaling)
-        name = names[0]
-        if len(names) > 1 or self._drops_out(name) or name in self.lora_magnitude_vector:
+        if names:
+            if len(names) > 1 or self._drops_out(names[0]) or names[0] in self.lora_magnitude_vector:
+                return None
+            start, scaling = self.start_of(names[0]), self.scaling[names[0]]
+            factors: tuple[Tensor, ...] = (*self.deltas(names[0]), start.a0, start.b0)
+        else:
+            if _is_watched(base.module):
+                return None
+            start = base.start or self.start_of(next(iter(self.r)))
+            scaling, factors = start.origin.scaling, (start.a0, start.b0)
+        operand = base.operand_for(start, scaling, x)
+        if operand is None or isinstance(operand.weight, Tensor) or base.bias is not None:
             return None
-        start, scaling = self.start_of(name), self.scaling[name]
-        fused = self.base.fused(start, scaling, x)
-        return fused and Grouped(weight, *self.deltas(name), start.a0, start.b0, scaling)
+        return Grouped(operand.weight, scaling, *factors)
 
     def _drops_out(self, adapter_name: str) -> bool:
         dropout = self.lora_dropout[adapter_name]

@@ -16,7 +16,7 @@ from pissa.config import PissaConfig
 from pissa.containers.checkpoint import check_not_residual
 from pissa.containers.messages import shown
 from pissa.distributed import average_gradient, is_managed
-from pissa.layers.experts import unfuse
+from pissa.layers.experts import unfuse_experts
 from pissa.layers.factory import check_parents, choose_layers, layer_factory
 from pissa.layers.layer import PissaLayer, pissa_layers
 from pissa.layers.tokens import mend_token_layers
@@ -94,7 +94,7 @@ def prepare(model: nn.Module, config: PissaConfig) -> None:
     reshard(model)
     check_trained(model, config)
     build_layers_with(config, layer_factory(model))
-    unfuse(model, config)
+    unfuse_experts(model, config)
     choose_layers(model, config)
 
 

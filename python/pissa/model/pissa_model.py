@@ -19,11 +19,11 @@ from pissa.adapters.peft_layout import PREFIX
 from pissa.adapters.pissa_layout import ADAPTER_FILES, PissaFolder
 from pissa.adapters.restore import as_pissa, load_factors, read_plain_lora, restore
 from pissa.adapters.save import save_adapter, save_card, warn_of_plain_lora
+from pissa.base.forwards import restore_forwards
 from pissa.config import PissaConfig
 from pissa.containers.hub import adapter_folder, refuse_unsupported
 from pissa.distributed import failing_together, is_of_an_engine, is_partitioned, is_sharded
-from pissa.layers.experts import fuse, unfused_experts
-from pissa.layers.fused import unfuse
+from pissa.layers.experts import fuse_experts, unfused_experts
 from pissa.layers.layer import PissaLayer, pissa_layers
 from pissa.layers.tokens import TrainableTokensWrapper, check_tokens_can_be_merged
 from pissa.model.combination import Combination
@@ -403,8 +403,8 @@ def model_class(config: PissaConfig) -> type[PissaModel]:
 
 def _as_given(model: nn.Module) -> nn.Module:
     """Returns an unloaded model, restored to its state before it was wrapped."""
-    fuse(model)
-    unfuse(model)
+    fuse_experts(model)
+    restore_forwards(model)
     hooks = model._state_dict_pre_hooks
     for key in [key for key, hook in hooks.items() if hook is refuse_residuals]:
         del hooks[key]

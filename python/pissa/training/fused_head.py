@@ -17,8 +17,8 @@ from transformers.utils import ModelOutput
 
 from pissa import ops
 from pissa.base.classes import evaluating, frozen_product
+from pissa.base.forwards import replace_forward
 from pissa.distributed import is_partitioned
-from pissa.layers.fused import replace_forward
 from pissa.ops import TokenScores
 from pissa.ops._scores import IGNORED
 

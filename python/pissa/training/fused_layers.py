@@ -14,10 +14,10 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from pissa import ops
+from pissa.base.forwards import replace_forward
 from pissa.base.weights import has_hooks
 from pissa.distributed import is_sharded
 from pissa.layers import PissaLinear
-from pissa.layers.fused import replace_forward
 from pissa.ops._gated import ACTIVATIONS
 from pissa.ops.checks import FLOATS
 
@@ -49,7 +49,7 @@ def fuse_layers(model: nn.Module) -> None:
     for module in inner.modules():
         module._fused_attention = True
         if isinstance(module, PissaLinear):
-            module.base.fuse()
+            module.base.fuse_product()
         if (form := _norm_form(module)) is not None:
             module._fused_norm = form
             replace_forward(module, _norm)

@@ -168,11 +168,11 @@ def test_a_residual_is_kept_in_the_tensors_that_its_form_needs(name: str) -> Non
 
 
 @bases
-def test_a_fused_weight_is_the_bases(name: str) -> None:
+def test_an_operand_is_the_bases_weight(name: str) -> None:
     """A stored base offers its residual to the adapters that start where it does, and quantised codes go to all."""
     base: Any = BASES[name]()
     start = base.start or adapted(wrap(put(filled(nn.Linear(IN, OUT))), r=3)).start_of("default")
-    found = base.fused(start, start.origin.scaling, torch.zeros(20, IN))
+    found = base.operand_for(start, start.origin.scaling, torch.zeros(20, IN))
     if base.start is not None:
         weight, implicit = found
         assert not implicit
@@ -180,7 +180,7 @@ def test_a_fused_weight_is_the_bases(name: str) -> None:
             torch.equal(got, kept) if isinstance(got, Tensor) else got == kept
             for got, kept in zip(weight, base.residual, strict=True)
         )
-        assert base.fused(start, 2 * start.origin.scaling, torch.zeros(20, IN)) is None
+        assert base.operand_for(start, 2 * start.origin.scaling, torch.zeros(20, IN)) is None
     else:
         assert (found is not None) == ("4 bits" in name)
         assert found is None or found[1]

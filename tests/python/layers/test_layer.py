@@ -284,14 +284,14 @@ def test_adapter_names_give_each_row_its_adapter(form: str, monkeypatch: pytest.
     rows: list[int] = []  # that the base computes, alone or by one product with an adapter
     layer.base_layer.register_forward_hook(lambda module, args, y: rows.append(len(args[0])))
     base = type(layer.base)
-    fused = base.fused
+    operand_for = base.operand_for
 
     def counted(self: Any, start: Any, scaling: float, x: Tensor) -> Any:
-        found = fused(self, start, scaling, x)
-        rows.extend([len(x)] if found else [])
-        return found
+        operand = operand_for(self, start, scaling, x)
+        rows.extend([len(x)] if operand else [])
+        return operand
 
-    monkeypatch.setattr(base, "fused", counted)
+    monkeypatch.setattr(base, "operand_for", counted)
     with torch.no_grad():
         mixed = model(x, adapter_names=["second", "__base__", "default", "second"])
         assert rows == [4]

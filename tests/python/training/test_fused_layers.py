@@ -295,10 +295,12 @@ def test_a_dense_layer_is_one_product_with_its_adapter(dtype: torch.dtype, monke
     linear = ops.linear
     monkeypatch.setattr(ops, "linear", lambda *args, **of: calls.append(bool(of)) or linear(*args, **of))
     monkeypatch.setattr(ops, "build_info", lambda: {"isa": "amxbf16"})  # torch multiplies by tiles, too
-    assert not layer.base.fuse()
+    layer.base.fuse_product()
+    assert torch.equal(layer(x), expected)
+    assert not calls
     monkeypatch.setattr(ops, "build_info", lambda: {"isa": "avx2"})
-    assert layer.base.fuse()
-    assert not layer.base.fuse()
+    layer.base.fuse_product()
+    layer.base.fuse_product()
     found = layer(x)
     assert calls == [True]
     assert torch.equal(found, layer.base_layer(input=x))
@@ -320,6 +322,8 @@ def test_a_dense_layer_is_one_product_with_its_adapter(dtype: torch.dtype, monke
         assert not calls
     loaded = adapted(pickle.loads(pickle.dumps(model)))
     assert torch.equal(loaded(x), loaded.base_layer(x))
+    merged = copy.deepcopy(model).merge_and_unload().proj
+    assert not {name for name in vars(merged) if "fused" in name or name == "forward"}
     assert torch.equal(model.unload().proj(x), nn.functional.linear(x, layer.base_layer.weight, layer.base_layer.bias))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 _MARK = "_fused_"
-"""What the names of attributes begin with that `unfuse` removes."""
+"""What the names of attributes begin with that `restore_forwards` removes."""
 _FORMER = f"{_MARK}former"
 
 
@@ -19,12 +19,12 @@ def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
     module.forward = MethodType(forward, module)
 
 
-def unfuse(model: nn.Module) -> None:
+def restore_forwards(model: nn.Module) -> None:
     """Puts the forward passes back that `replace_forward` has replaced."""
     for module in model.modules():
         attributes: dict[str, Any] = vars(module)
         if _FORMER in attributes:
-            del attributes["forward"]
+            attributes.pop("forward", None)  # a merged layer, which is a copy, has none
             if attributes[_FORMER] is not None:
                 attributes["forward"] = attributes[_FORMER]
         for name in [name for name in attributes if name.startswith(_MARK)]:
