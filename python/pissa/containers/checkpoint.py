@@ -96,7 +96,7 @@ class ModelFolder:
             by = f" (quant_method {shown(method)} in config.json)" if method else ""
             needed = ", or ".join(one.value for one in allowed)
             raise ValueError(
-                f"{self.folder} contains {self.contents.value}{by}; needed: {needed}; {_INSTEAD[self.contents]}"
+                f"{self.name} contains {self.contents.value}{by}; needed: {needed}; {_INSTEAD[self.contents]}"
             )
 
     def _contents(self) -> Contents:
