@@ -55,9 +55,9 @@ from pissa.layers.experts import UnfusedExperts, is_transposed, unfused_experts
 from pissa.layers.factory import leave_out
 from pissa.layers.layer import PissaLayer, pissa_layers
 from pissa.layers.modules import PissaLinear
-from pissa.model.calibrate import Batch, check_wanted
+from pissa.model.batches import Batch, digest_of
+from pissa.model.calibrate import BlockMoments, check_wanted
 from pissa.model.inject import own_config
-from pissa.model.moments import BlockMoments, digest_of
 from pissa.model.pissa_model import model_class
 from pissa.ops.formats import FORMATS
 from pissa.ops.low_rank import pad_rank

@@ -1,16 +1,11 @@
-"""calibrate: measures what a model's layers read, as the second moment of each layer's inputs.
-
-Padding never enters the model: a batch is cut at its attention mask, and rows of the same length run together.
-Therefore experts do not see padding either, although their inputs do not show which token they belong to.
-"""
+"""calibrate: measures what a model's layers read, as the second moment of each layer's inputs."""
 
 from __future__ import annotations
 
-import inspect
 import re
 import warnings
-from collections.abc import Generator, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,20 +18,13 @@ from pissa.base.classes import evaluating
 from pissa.config import PissaConfig
 from pissa.layers.layer import pissa_layers
 from pissa.layers.modules import PissaLinear
+from pissa.model.batches import Batch, calls_of
 from pissa.model.blocks import run_block_by_block
 from pissa.model.calibration import Calibration
 from pissa.model.inject import check_plain, own_config, way_back
 from pissa.model.pissa_model import model_class
 from pissa.notices import UncalibratedWarning
 from pissa.ops.formats import FORMATS
-
-Batch = Mapping[str, Any] | Tensor
-"""Arguments of the model without labels, or only input_ids."""
-
-_MASK = "attention_mask"
-_NEEDLESS = {"use_cache": False, "logits_to_keep": torch.tensor([-1])}
-"""Arguments of transformers' models that avoid computing what no layer reads: cached keys, and logits. (For the number
-of logits, 1, Gemma 4 computes its last blocks only for the last token.)"""
 
 
 def calibrate(
@@ -115,48 +103,74 @@ def check_wanted(config: PissaConfig, calibration: object) -> None:
 @torch.no_grad()
 def observe(wrapped: PeftModel, batches: Iterable[Batch], progressbar: bool, *, diagonal: bool = False) -> Calibration:
     """Calibrates the adapted linear layers of a model. The adapter may still lack its start."""
-    layers = _linear_layers(wrapped)
-    with (
-        _observing(wrapped, layers, _Observer(diagonal)) as observer,
-        tqdm(desc="Calibration", unit="batch") if progressbar else nullcontext() as bar,
-    ):
-        for batch in batches:
-            for call in _calls(wrapped, batch):
-                wrapped.base_model.model(**call)
+    model = wrapped.base_model.model
+    with _observing(wrapped, diagonal) as observer:
+        for batch in tqdm(batches, desc="Calibration", unit="batch") if progressbar else batches:
+            for call in calls_of(model, batch):
+                model(**call)
                 observer.forget()
-            if bar is not None:
-                bar.update()
-        return observer.calibration(layers)
+        return observer.calibration(observer.layers)
 
 
 def observe_blocks(wrapped: PeftModel, batches: Iterable[Batch]) -> Generator[Calibration, None, None]:
     """Like `observe`, but block by block: only one block's calibration is in memory, together with the batches at that
     block. Yields one calibration of all layers where `run_block_by_block` goes through the whole model."""
-    layers = _linear_layers(wrapped)
-    calls = [call for batch in batches for call in _calls(wrapped, batch)]
-    with _observing(wrapped, layers, _Observer()) as observer:
-        for block in run_block_by_block(wrapped.base_model.model, layers, calls, observer.clear):
-            if here := [name for name in layers if name.startswith(block)]:
+    model = wrapped.base_model.model
+    calls = [call for batch in batches for call in calls_of(model, batch)]
+    with _observing(wrapped) as observer:
+        for block in run_block_by_block(model, observer.layers, calls, observer.clear):
+            if here := [name for name in observer.layers if name.startswith(block)]:
                 yield observer.calibration(here)
                 observer.clear()
 
 
-def _linear_layers(wrapped: PeftModel) -> list[str]:
-    return [name for name, layer in pissa_layers(wrapped.base_model.model).items() if isinstance(layer, PissaLinear)]
+class BlockMoments:
+    """The second moments of the inputs of a model's layers, as in `Calibration`. They are computed in the order of the
+    blocks, and wait in memory until they are requested. Each may be requested once.
+
+    Args:
+        wrapped: the model. Its adapter may still lack its start. Its layers must stay as they are until `close`.
+        batches: the model's inputs, as `calibrate` takes them.
+        wanted: the names of the layers that will be requested.
+    """
+
+    def __init__(self, wrapped: PeftModel, batches: Iterable[Batch], wanted: Iterable[str]) -> None:
+        self._blocks = observe_blocks(wrapped, batches)
+        self._waiting: dict[str, Tensor] = {}
+        self._wanted = set(wanted)
+
+    def of(self, names: Iterable[str], device: torch.device) -> list[Tensor]:
+        """Returns the moments of these layers, [in, in], on a device.
+
+        Raises:
+            ValueError: `calibrate` would refuse the model or the batches, or a layer is not linear.
+        """
+        names = list(names)
+        while lacking := [name for name in names if name not in self._waiting]:
+            if (block := next(self._blocks, None)) is None:
+                raise ValueError(f"calibration: has no layer {lacking[0]}; leave it out with exclude_modules")
+            self._waiting |= {name: moment for name, moment in block.moments.items() if name in self._wanted}
+            del block
+        return [self._waiting.pop(name).to(device) for name in names]
+
+    def close(self) -> None:
+        """Ends the passes through the model, wherever they are."""
+        self._blocks.close()
 
 
 @contextmanager
-def _observing(wrapped: PeftModel, layers: Iterable[str], observer: _Observer) -> Iterator[_Observer]:
-    """Lets an observer see the inputs of layers, while the model is in evaluation mode and without its adapters."""
-    base = wrapped.base_model.model
-    hooks = [
-        base.get_submodule(name).register_forward_pre_hook(observer.hook(name), with_kwargs=True) for name in layers
-    ]
-    training = {module: module.training for module in base.modules()}
-    frozen = [parameter for parameter in base.parameters() if not parameter.requires_grad]
+def _observing(wrapped: PeftModel, diagonal: bool = False) -> Iterator[_Observer]:
+    """Observes the inputs of the adapted linear layers, while the model is in evaluation mode and without its
+    adapters."""
+    model = wrapped.base_model.model
+    linears = {name: layer for name, layer in pissa_layers(model).items() if isinstance(layer, PissaLinear)}
+    observer = _Observer(list(linears), diagonal)
+    hooks = [layer.register_forward_pre_hook(observer.hook(name), with_kwargs=True) for name, layer in linears.items()]
+    training = {module: module.training for module in model.modules()}
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     wrapped.base_model.disable_adapter_layers()
     try:
-        evaluating(base)
+        evaluating(model)
         yield observer
     finally:
         wrapped.base_model.enable_adapter_layers()
@@ -171,8 +185,8 @@ def _observing(wrapped: PeftModel, layers: Iterable[str], observer: _Observer) -
 class _Observer:
     """Adds up the second moments of the inputs of layers, once for all layers that are given the same tensor."""
 
-    def __init__(self, diagonal: bool = False) -> None:
-        self._diagonal = diagonal
+    def __init__(self, layers: Sequence[str], diagonal: bool) -> None:
+        self.layers, self._diagonal = layers, diagonal
         self._sums: dict[str, Tensor] = {}
         self._tokens: dict[str, int] = {}
         self._leaders: dict[str, str] = {}
@@ -242,50 +256,3 @@ def _of_experts(name: str) -> tuple[str, str] | None:
     """The common part of the names of the experts' layers that do the same part of the work; None for other layers."""
     found = re.fullmatch(r"(.*experts)\.\d+\.(.*)", name)
     return None if found is None else (found[1], found[2])
-
-
-def _calls(wrapped: PeftModel, batch: Batch) -> Iterator[dict[str, Any]]:
-    """Yields the arguments with which the model reads a batch. Each part contains rows of one length, from the first to
-    the last token of the mask.
-
-    Raises:
-        TypeError: the batch is neither a mapping nor a tensor.
-        ValueError: the mask has holes.
-    """
-    base = wrapped.base_model.model
-    known, device = inspect.signature(base.forward).parameters, next(base.parameters()).device
-    needless = {name: value for name, value in _NEEDLESS.items() if name in known}
-    for part in _without_padding(batch):
-        if device.type != "meta":  # accelerate moves the inputs of a model that it offloads
-            part = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in part.items()}
-        yield part | needless
-
-
-def _without_padding(batch: Batch) -> Iterator[dict[str, Any]]:
-    if isinstance(batch, Tensor):
-        batch = {"input_ids": batch}
-    if not isinstance(batch, Mapping):
-        raise TypeError(f"calibration: got a batch of {type(batch).__name__}; needed: a mapping, or input_ids")
-    arguments = {name: value for name, value in batch.items() if name != "labels"}
-    mask = arguments.get(_MASK)
-    if not isinstance(mask, Tensor) or mask.dim() != 2 or bool(mask.all()):
-        yield arguments
-        return
-    there = mask.bool().cpu()
-    lengths, firsts = there.sum(1), there.int().argmax(1)
-    spans: dict[tuple[int, int], list[int]] = {}
-    for row, (first, length) in enumerate(zip(firsts.tolist(), lengths.tolist(), strict=True)):
-        if not bool(there[row, first : first + length].all()):
-            raise ValueError(
-                f"calibration: row {row} of {_MASK} has zeros between ones; needed: ones that stand together"
-            )
-        if length:
-            spans.setdefault((first, length), []).append(row)
-    for (first, length), rows in spans.items():
-        yield {name: _rows(value, rows, slice(first, first + length), mask.shape) for name, value in arguments.items()}
-
-
-def _rows(value: Any, rows: list[int], span: slice, shape: torch.Size) -> Any:
-    if not isinstance(value, Tensor) or value.shape[:1] != shape[:1]:
-        return value
-    return value[rows, span] if value.shape[:2] == shape else value[rows]

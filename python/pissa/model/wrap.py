@@ -18,11 +18,11 @@ from pissa.config import PissaConfig, PissaType
 from pissa.containers.hub import Name, absolute
 from pissa.distributed import failing_together, world_size
 from pissa.layers.layer import pissa_layers
-from pissa.model.calibrate import Batch, check_wanted, observe
+from pissa.model.batches import Batch
+from pissa.model.calibrate import BlockMoments, check_wanted, observe
 from pissa.model.calibration import Calibration
 from pissa.model.decompose import decompose
 from pissa.model.inject import check_plain, drop_gguf_mark, own_config, restored_on_error, warn_of_dropout
-from pissa.model.moments import BlockMoments
 from pissa.model.original import OriginalWeights
 from pissa.model.pissa_model import PissaModel, model_class
 from pissa.model.store import store

@@ -17,7 +17,7 @@ from pissa.checkpoints.init import init
 from pissa.checkpoints.merge import merge
 from pissa.cli import main
 from pissa.layers.layer import pissa_layers
-from pissa.model.moments import BlockMoments
+from pissa.model.calibrate import BlockMoments
 from tiny_model import save_tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning")

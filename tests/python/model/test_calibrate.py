@@ -31,8 +31,7 @@ from pissa import ops
 from pissa.base.protocol import Base
 from pissa.layers.layer import PissaLayer
 from pissa.model import decompose
-from pissa.model.calibrate import observe_blocks
-from pissa.model.moments import BlockMoments
+from pissa.model.calibrate import BlockMoments, observe_blocks
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore::pissa.notices.{name}")
