@@ -214,7 +214,7 @@ def load(
         left = {}
         if saved is None:
             keep = split is not None
-            left = decompose(model, adapter_name, config, first=True, progressbar=progressbar, keep_bases=keep)
+            left = decompose(model, adapter_name, config, progressbar=progressbar, keep_bases=keep)
         else:
             with blamed():
                 restore(saved, wrapped, adapter_name)

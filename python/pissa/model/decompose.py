@@ -8,7 +8,6 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
-from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -59,7 +58,6 @@ def decompose(
     adapter_name: str,
     config: PissaConfig,
     *,
-    first: bool,
     progressbar: bool,
     keep_bases: bool = False,
     calibration: SecondMoments | None = None,
@@ -74,7 +72,6 @@ def decompose(
 
     Args:
         model: the (unwrapped) model.
-        first: whether the model has no other adapter, so that a stored base may still replace a dense one.
         keep_bases: whether the layers keep their bases, whatever their form. The bases have been set already.
         calibration: second moments of the layers' inputs, if the configuration needs them.
         originals: the weights that bitsandbytes has quantised. Their codes stay. Other layers keep their bases.
@@ -97,7 +94,7 @@ def decompose(
     if originals is not None:
         stored = {name: layer for name, layer in layers.items() if layer.base.bnb_codes is not None}
     else:
-        stored = {} if keep_bases else _to_store(model, layers, config, first)
+        stored = {} if keep_bases else _to_store(model, adapter_name, layers, config)
         _warn_of_requantising(layers, config)
     check_uniform(model, {name: (layer.r[adapter_name], layer.scaling[adapter_name]) for name, layer in layers.items()})
     origins = {name: layer.origin(adapter_name, config) for name, layer in layers.items()}
@@ -109,9 +106,9 @@ def decompose(
     of_bases = {name: layer.base_origin(adapter_name, config) for name, layer in stored.items()}
     known = {*starts, *(stored if config.starts_as_base else ())}
     others = {name: origin for name, origin in origins.items() if name not in known}
-    total = sum(list(_owners(layers, some).values()).count(distributed.rank()) for some in (of_bases, others))
-    # tqdm reads TQDM_DISABLE only if `disable` is not given.
-    with tqdm(total=total, desc="PiSSA init", unit="layer") if progressbar else nullcontext() as bar:
+    total = sum(list(_owners(layers, names).values()).count(distributed.rank()) for names in (of_bases, others))
+    hidden = {} if progressbar else {"disable": True}  # tqdm reads TQDM_DISABLE only if `disable` is not given
+    with tqdm(total=total, desc="PiSSA init", unit="layer", **hidden) as bar:
         find = partial(_find_starts, layers, adapter_name, bar=bar, calibration=calibration)
         taken, codes = find(of_bases, config.of_base(), are_taken=True, originals=originals)
         starts |= taken if config.starts_as_base else {}
@@ -136,7 +133,7 @@ def _find_starts(
     origins: Mapping[str, Origin],
     config: PissaConfig,
     *,
-    bar: tqdm[Any] | None,
+    bar: tqdm[Any],
     calibration: SecondMoments | None,
     are_taken: bool,
     originals: OriginalWeights | None = None,
@@ -157,8 +154,7 @@ def _find_starts(
             for name, weight in zip(group, task.weights, strict=True):
                 check.add(name, weight, starts[name])
         del task  # which also frees its weights
-        if bar is not None:
-            bar.update(len(group))
+        bar.update(len(group))
     # From here to the last broadcast, no rank can fail by itself.
     shares = distributed.agree({name: start.rank_taken for name, start in starts.items()})
     for owner, share in enumerate(shares):
@@ -265,10 +261,11 @@ def share_fingerprints(
 
 
 def _to_store(
-    model: nn.Module, layers: dict[str, PissaLayer], config: PissaConfig, first: bool
+    model: nn.Module, adapter_name: str, layers: dict[str, PissaLayer], config: PissaConfig
 ) -> dict[str, PissaLayer]:
     """The layers whose dense base is to be replaced by a residual. A weight that is tied to another module's stays as
     it is, with a warning. Raises ValueError, naming the layer, for a base that cannot be replaced."""
+    has_others = any(layer.r.keys() - {adapter_name} for layer in pissa_layers(model).values())
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     stored, tied = {}, []
     for name, layer in layers.items():
@@ -282,7 +279,7 @@ def _to_store(
         if layer.base.form == IMPLICIT and uses[id(layer.base.parameter)] > 1:
             tied.append(name)
             continue
-        if not first or layer.base.form != IMPLICIT:
+        if has_others or layer.base.form != IMPLICIT:
             raise ValueError(
                 f"the base of layer {name} is {layer.base.form.describe()} and cannot become "
                 f"{config.form.describe()}: other adapters are changes to that function. "

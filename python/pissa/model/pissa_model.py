@@ -83,9 +83,8 @@ class PissaModel(MendedPeftModel):
             self._check_new_name(adapter_name)
             warn_of_dropout(config)
             self._inject(adapter_name, config, autocast_adapter_dtype)
-            first = len(self.peft_config) == 1
             base = self.base_model.model
-            replacements = decompose(base, adapter_name, config, first=first, progressbar=False)
+            replacements = decompose(base, adapter_name, config, progressbar=False)
         store(base, adapter_name, config, replacements)
 
     def _check_new_name(self, adapter_name: str) -> None:

@@ -125,19 +125,13 @@ def wrap(
         warn_of_dropout(config)
         check_wanted(config, calibration)
         wrapped = model_class(config)(model, config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
-        find = partial(decompose, model, adapter_name, config, first=True, progressbar=progressbar, originals=originals)
+        find = partial(decompose, model, adapter_name, config, progressbar=progressbar, originals=originals)
         if calibration is None or isinstance(calibration, Calibration):
             replacements = find(calibration=calibration)
         elif world_size() > 1 or (config.init == "activations" and not config.starts_as_base):  # are asked for twice
             replacements = find(calibration=observe(wrapped, calibration, progressbar))
         else:
-            layers = pissa_layers(model).items()
-            asked = [
-                name
-                for name, layer in layers
-                if originals is None or config.init == "activations" or layer.base.bnb_codes
-            ]
-            with closing(BlockMoments(wrapped, calibration, asked)) as moments:
+            with closing(BlockMoments(wrapped, calibration, pissa_layers(model))) as moments:
                 replacements = find(calibration=moments)
     drop_gguf_mark(model)
     store(model, adapter_name, config, replacements)

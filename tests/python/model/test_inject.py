@@ -125,4 +125,4 @@ def test_layers_without_values(tiny_llama: Make) -> None:
     assert {layer.r["default"] for layer in layers.values()} == {4}
     assert all(parameter.is_meta for parameter in wrapped.parameters())
     with pytest.raises(ValueError, match="is on the meta device and holds no values"):
-        decompose.decompose(model, "default", config, first=True, progressbar=False)
+        decompose.decompose(model, "default", config, progressbar=False)
