@@ -101,49 +101,28 @@ class Pissa(InitMethod):
         return _principal(task, **_alternations(task)) if task.config.quant_iters > 1 else _principal(task)
 
 
-class LoftQ(InitMethod):
-    """The principal part of the quantisation error W - Q. Q is format(W) or, with alternations, the residual that lacks
-    the factors of the previous one (arXiv 2310.08659)."""
+class Repair(InitMethod):
+    """The factors that best repair a quantised weight: the principal part of W - Q. Q is format(W) or, with
+    alternations, the residual that lacks the factors of the previous one (LoftQ, arXiv 2310.08659).
 
-    name = "loftq"
+    Args:
+        weighted: whether they best repair the outputs instead: errors are measured in the norm of the second moment of
+            the layer's inputs (QERA, arXiv 2410.06040).
+    """
+
     fields = (*Pissa.fields, "quant", "blocksize", "double_quant")
     takes_nothing = True
     copies = True
 
-    def start(self, task: StartTask) -> list[StartFactors]:
-        return _repairs(task)
-
-
-class Activations(InitMethod):
-    """The factors that best repair the outputs of the quantised weight: those of W - Q in the norm of the second
-    moment. Q is format(W) or, with alternations, the residual that lacks the factors of the previous one (QERA, arXiv
-    2410.06040)."""
-
-    name = "activations"
-    fields = (*Pissa.fields, "quant", "blocksize", "double_quant")
-    takes_nothing = True
-    copies = True
+    def __init__(self, name: str, *, weighted: bool) -> None:
+        self.name, self._weighted = name, weighted
 
     def start(self, task: StartTask) -> list[StartFactors]:
-        return _repairs(task, second_moments=task.moments)
+        return _repairs(task, second_moments=task.moments if self._weighted else None)
 
 
-class _OneByOne(InitMethod):
-    """A method that processes each finite weight by itself. If it decomposes, torch makes the host wait for a GPU."""
-
-    def start(self, task: StartTask) -> list[StartFactors]:
-        check_weights(task.weights, task.weight_names)
-        return [
-            self.factors(weight.detach(), origin) for weight, origin in zip(task.weights, task.origins, strict=True)
-        ]
-
-    @abstractmethod
-    def factors(self, weight: Tensor, origin: Origin) -> StartFactors:
-        """The factors of one weight."""
-
-
-class Triplets(_OneByOne):
-    """r consecutive singular triplets, by a full SVD (figure 8).
+class Triplets(InitMethod):
+    """r consecutive singular triplets, by a full SVD of each weight (figure 8), for which the host waits for a GPU.
 
     Args:
         first: the number of the first triplet, given the largest number that leaves r of them.
@@ -154,7 +133,11 @@ class Triplets(_OneByOne):
     def __init__(self, name: str, first: Callable[[int], int]) -> None:
         self.name, self._first = name, first
 
-    def factors(self, weight: Tensor, origin: Origin) -> StartFactors:
+    def start(self, task: StartTask) -> list[StartFactors]:
+        check_weights(task.weights, task.weight_names)
+        return [self._start(weight.detach(), origin) for weight, origin in zip(task.weights, task.origins, strict=True)]
+
+    def _start(self, weight: Tensor, origin: Origin) -> StartFactors:
         u, s, vh = torch.linalg.svd(weight.float(), full_matrices=False)
         first = self._first(len(s) - origin.r)
         part = slice(first, first + origin.r)
@@ -200,8 +183,8 @@ INIT_METHODS: dict[str, InitMethod] = {
         Triplets("pissa_medium", lambda last: last // 2),
         Triplets("pissa_minor", lambda last: last),
         Lora(),
-        LoftQ(),
-        Activations(),
+        Repair("loftq", weighted=False),
+        Repair("activations", weighted=True),
         Given(),
     )
 }

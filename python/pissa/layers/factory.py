@@ -6,7 +6,6 @@ import logging
 import math
 import warnings
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from pissa.config import PissaConfig, exactly, is_all_linear
 from pissa.distributed import is_data_parallel, is_managed, is_of_an_engine, is_partitioned, is_sharded
 from pissa.layers.experts import unfused_experts
 from pissa.layers.layer import PissaLayer, pissa_layers
-from pissa.layers.modules import KINDS, PissaLinear
+from pissa.layers.modules import LAYER_CLASSES, PissaLinear
 from pissa.notices import AllLinearWarning
 from pissa.ops.checks import FLOATS
 from pissa.peft_private import all_linear, is_refused_by_peft
@@ -116,7 +115,8 @@ def _cap_ranks(config: PissaConfig, ranks: dict[str, int]) -> None:
 
 
 def layer_factory(model: nn.Module) -> Callable[..., PissaLayer]:
-    """Returns `pissa_layer` for the layers of `model`."""
+    """Returns the function that makes the PissaLayer for a layer of `model`, as PEFT calls it. It raises TypeError or
+    ValueError that names the layer, why it cannot be adapted, and what to do instead."""
     dtypes = (
         parameter.dtype
         for name, module in model.named_modules()
@@ -124,23 +124,22 @@ def layer_factory(model: nn.Module) -> Callable[..., PissaLayer]:
         for parameter in computing_parameters(module)
         if type(parameter) is nn.Parameter and parameter.is_floating_point()
     )
-    return partial(pissa_layer, model_dtype=next(dtypes, torch.get_default_dtype()))
+    model_dtype = next(dtypes, torch.get_default_dtype())
 
+    def make_layer(target: nn.Module, adapter_name: str, config: PissaConfig, **kwargs: Any) -> PissaLayer:
+        name = kwargs["target_name"]
+        base = _base_for(target, name)
+        _check_weight(base, name)
+        layer_class = LAYER_CLASSES[base.module_class]
+        if config.use_dora and layer_class is not PissaLinear:
+            raise TypeError(
+                f"{name} is a {type(target).__name__}, and use_dora is for linear layers; {leave_out(name)}"
+            )
+        layer = layer_class(target, adapter_name, config, model_dtype=model_dtype, **kwargs)
+        layer.base_layer = base.module  # set after construction: PEFT would warn about an unknown layer type
+        return layer
 
-def pissa_layer(
-    target: nn.Module, adapter_name: str, config: PissaConfig, *, model_dtype: torch.dtype, **kwargs: Any
-) -> PissaLayer:
-    """Returns the PissaLayer for `target`, a layer of a model that computes in `model_dtype`. Raises TypeError or
-    ValueError that names the layer, why it cannot be adapted, and what to do instead."""
-    name = kwargs["target_name"]
-    base = _base_for(target, name)
-    _check_weight(base, name)
-    kind = KINDS[base.module_class]
-    if config.use_dora and kind is not PissaLinear:
-        raise TypeError(f"{name} is a {type(target).__name__}, and use_dora is for linear layers; {leave_out(name)}")
-    layer = kind(target, adapter_name, config, model_dtype=model_dtype, **kwargs)
-    layer.base_layer = base.module  # set after construction: PEFT would warn about an unknown layer type
-    return layer
+    return make_layer
 
 
 def _base_for(target: nn.Module, name: str) -> Base:

@@ -191,7 +191,7 @@ class PissaConv3d(PissaConvolution, LoraConv3d):  # type: ignore[misc]
     """Over nn.Conv3d."""
 
 
-KINDS: dict[type[nn.Module] | None, type[PissaLayer]] = {
+LAYER_CLASSES: dict[type[nn.Module] | None, type[PissaLayer]] = {
     nn.Linear: PissaLinear,
     Conv1D: PissaLinear,
     nn.Embedding: PissaEmbedding,
