@@ -114,14 +114,14 @@ class LayerRecord:
 
     @staticmethod
     def of(layer: PissaLayer, adapter_name: str, gathered: Tensor | None = None) -> LayerRecord:
-        """The record of a layer in its current state. `gathered`: see `Fingerprints`."""
-        base, start, known = layer.base, layer.start_of(adapter_name), layer.fingerprints
+        """The record of a layer in its current state. `gathered`: see `ResidualFingerprint.of`."""
+        base, start = layer.base, layer.start_of(adapter_name)
         return LayerRecord(
             start.origin.r,
             start.origin.scaling,
-            known.of_weight(base, gathered),
+            layer.weight_fingerprint.of(base, gathered),
             base.form,
-            stored=None if base.start is None else known.of_residual(base, gathered),
+            stored=None if base.start is None else layer.residual_fingerprint.of(base, gathered),
             base=None if base.start in (None, start) else base.start.origin,
             taken=None if base.start is None else base.start.rank_taken or None,
         )

@@ -114,9 +114,9 @@ class _Restoration:
             if isinstance(residual, Tensor):
                 residual = residual.to(layer.dense_dtype)
             if is_same:
-                layer.fingerprints.learn_weight(layer.base, record.weight)
+                layer.weight_fingerprint.remember(layer.base, record.weight)
             layer.store_base(residual, base, self.folder.config)
-            if not layer.fingerprints.residual_is(layer.base, record.stored):
+            if layer.residual_fingerprint.match(layer.base, record.stored) is not Match.SAME:
                 self.other_bits.append(name)
                 if isinstance(layer.base.residual, Tensor) and not holds(layer.dense_dtype, recorded):
                     self.narrower[name] = layer.dense_dtype, recorded
@@ -241,7 +241,7 @@ class _Restoration:
                 )
             if name in self.kept or not folder.is_fed_back(name):
                 return Match.SAME
-            found = layer.fingerprints.match_weight(layer.base, record.weight)
+            found = layer.weight_fingerprint.match(layer.base, record.weight)
             if found is not Match.OTHER:  # also with other roundings: the codes are those of the training
                 return Match.SAME
         elif record.form != layer.base.form:
@@ -256,7 +256,7 @@ class _Restoration:
                     "the file from a copy"
                 )
             return found
-        found = layer.fingerprints.match_weight(layer.base, record.weight)
+        found = layer.weight_fingerprint.match(layer.base, record.weight)
         codes = layer.base.bnb_codes
         if found is Match.OTHER and codes is not None and record.stored is not None:
             form = Form.quantised(codes.format, codes.blocksize, codes.nested)
@@ -285,8 +285,8 @@ class _Restoration:
             )
         if self.alone and self.adapter_name not in layer.lora_start and base.form == IMPLICIT:
             return
-        is_kept = layer.fingerprints.residual_is
-        if base.form != record.form or (base.form != IMPLICIT and not is_kept(base, record.stored)):
+        own = layer.residual_fingerprint
+        if base.form != record.form or (base.form != IMPLICIT and own.match(base, record.stored) is not Match.SAME):
             raise ValueError(
                 f"{folder.path} was trained on another base function: the residual of layer {name} was "
                 f"{record.form.describe()} and is {base.form.describe()} in this model, or has other "

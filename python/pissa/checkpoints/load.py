@@ -334,13 +334,13 @@ def _fill_split(model: nn.Module, checkpoint: Checkpoint, split: AdapterRecord, 
                     f"{' or '.join(str(folder / file) for file in files)} is damaged, or belongs to another folder; "
                     "take it from a copy, or split the model again"
                 )
-        layer.fingerprints.learn_weight(layer.base, record.weight)
+        layer.weight_fingerprint.remember(layer.base, record.weight)
         layer.store_base(residual, start, config)
         layer.base_layer.is_in_checkpoint = True
         if found is Match.ROUNDED:
             narrower[name] = layer.dense_dtype, dtype_of(str(record.stored))
         else:
-            layer.fingerprints.learn_residual(layer.base, str(record.stored))
+            layer.residual_fingerprint.remember(layer.base, str(record.stored))
     for doubt in base_doubts(folder, narrower, ()):
         warnings.warn(doubt, stacklevel=3)  # the caller of load
 

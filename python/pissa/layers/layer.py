@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from pissa import ops
 from pissa.base.classes import base_of
-from pissa.base.fingerprint import Fingerprints
 from pissa.base.init_methods import INIT_METHODS
 from pissa.base.protocol import Base, whole
+from pissa.base.remembered import ResidualFingerprint, WeightFingerprint
 from pissa.base.start import Deltas, KeepsDtype, Origin, StartFactors
 from pissa.base.stored import stored_linear
 from pissa.config import IMPLICIT, PissaConfig
@@ -49,7 +49,7 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
         self._target_name = kwargs["target_name"]
         super().__init__(base_layer, adapter_name, config, **kwargs)
         self._rows_are_tokens = getattr(base_layer, "rows_are_tokens", False)  # true for fused experts
-        self.fingerprints = Fingerprints()
+        self.weight_fingerprint, self.residual_fingerprint = WeightFingerprint(), ResidualFingerprint()
 
     # -- what depends on the kind of module
 
@@ -97,7 +97,7 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
         base = self.base
         stored = stored_linear(residual, start, base.bias, getattr(torch, config.quant_storage))
         stored.dense_type, stored.dtype = base.dense_type, self.dense_dtype
-        stored.fingerprint = self.fingerprints.of_weight(base)
+        stored.fingerprint = self.weight_fingerprint.of(base)
         self.base_layer = stored.train(base.module.training)
         partition_as(base.parameter, self.base_layer.parameters(recurse=False))
 

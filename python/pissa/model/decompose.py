@@ -18,9 +18,9 @@ from tqdm import tqdm
 from pissa import distributed
 from pissa.adapters.peft_layout import check_uniform
 from pissa.base.digest import fingerprint, xxh3_of_text
-from pissa.base.fingerprint import Fingerprints
 from pissa.base.init_methods import INIT_METHODS, StartTask, started
 from pissa.base.protocol import Base, whole
+from pissa.base.remembered import ResidualFingerprint
 from pissa.base.start import Origin, StartFactors
 from pissa.base.stored import ResidualCheck, residual_from, residual_shapes, residual_tensors
 from pissa.config import IMPLICIT, PissaConfig
@@ -101,7 +101,7 @@ def decompose(
     starts = {name: start for name, layer in layers.items() if (start := layer.known_start(origins[name])) is not None}
     if distributed.world_size() > 1:
         _check_same_on_all_ranks(layers, starts, config, calibration)
-    share_fingerprints(layers, Fingerprints.of_weight, Fingerprints.learn_weight)
+    share_fingerprints(layers, lambda layer: layer.weight_fingerprint)
 
     of_bases = {name: layer.base_origin(adapter_name, config) for name, layer in stored.items()}
     known = {*starts, *(stored if config.starts_as_base else ())}
@@ -116,12 +116,12 @@ def decompose(
     if originals is not None:
         for share in distributed.agree(originals.fingerprints):
             for name, value in share.items():
-                layers[name].fingerprints.learn_weight(layers[name].base, value)
+                layers[name].weight_fingerprint.remember(layers[name].base, value)
     for name, layer in layers.items():
         if name not in stored:
             layer.start_from(adapter_name, starts[name])
     residuals = {name: layer for name, layer in layers.items() if layer.base.form != IMPLICIT}
-    share_fingerprints(residuals, Fingerprints.of_residual, Fingerprints.learn_residual)
+    share_fingerprints(residuals, lambda layer: layer.residual_fingerprint)
     if originals is not None:
         codes = {name: kept for name, layer in stored.items() if (kept := layer.base.bnb_codes)}
     return {name: Replacement(layer, taken[name], starts[name], codes.get(name)) for name, layer in stored.items()}
@@ -217,7 +217,7 @@ def _check_same_on_all_ranks(
     already holds start factors for other layers. For weights that are in memory and not sharded, the fingerprints are
     compared; `share_fingerprints` computes them again."""
     known = {
-        name: layer.fingerprints.of_weight(layer.base)
+        name: layer.weight_fingerprint.of(layer.base)
         for name, layer in layers.items()
         if not layer.base.parameter.is_meta and not distributed.is_sharded(layer.base.parameter)
     }
@@ -243,21 +243,17 @@ def _check_same_on_all_ranks(
                 )
 
 
-def share_fingerprints(
-    layers: dict[str, PissaLayer],
-    compute: Callable[[Fingerprints, Base], str],
-    learn: Callable[[Fingerprints, Base, str], None],
-) -> None:
-    """Computes the layers' fingerprints, each on one rank, and sends all of them to every rank, if there are several
-    processes or the weights are sharded. Saving, on one rank only, needs them if weights may be sharded."""
+def share_fingerprints(layers: dict[str, PissaLayer], of: Callable[[PissaLayer], ResidualFingerprint]) -> None:
+    """Computes these fingerprints of the layers, each on one rank, and sends all of them to every rank, if there are
+    several processes or the weights are sharded. Saving, on one rank only, needs them if weights may be sharded."""
     if distributed.world_size() == 1 and not _any_sharded(layers):
         return
     mine: dict[str, str] = {}
     for group in own_groups(layers):
-        mine |= {name: compute(layers[name].fingerprints, base) for name, base in group.items()}
+        mine |= {name: of(layers[name]).of(base) for name, base in group.items()}
     for share in distributed.agree(mine):
         for name, value in share.items():
-            learn(layers[name].fingerprints, layers[name].base, value)
+            of(layers[name]).remember(layers[name].base, value)
 
 
 def _to_store(

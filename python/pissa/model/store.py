@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pissa.base.fingerprint import Fingerprints
 from pissa.base.stored import residuals_of
 from pissa.config import PissaConfig
 from pissa.distributed import agree, failing_together
@@ -61,7 +60,7 @@ def store(
                     layer.start_from(adapter_name, replacement.start)
             if are_views:
                 own_memory(model)
-            share_fingerprints(layers, Fingerprints.of_residual, Fingerprints.learn_residual)
+            share_fingerprints(layers, lambda layer: layer.residual_fingerprint)
     except BaseException as error:
         # Does what add_note does, which Python 3.10 does not have.
         vars(error)["__notes__"] = [*getattr(error, "__notes__", ()), _PARTLY_STORED]

@@ -86,9 +86,8 @@ def test_the_same_bytes_as_in_memory(kind: str, dtype: torch.dtype, fields: dict
             assert torch.equal(found[f"{name}.base.taken_a"], start.taken[0])
             assert torch.equal(found[f"{name}.base.taken_b"], start.taken[1])
         assert (f"{name}.base.taken_a" in found) == (start.rank_taken is not None) == ("quant_iters" in fields)
-        known = layer.fingerprints
-        assert record.layers[name].weight == known.of_weight(base)
-        assert record.layers[name].stored == known.of_residual(base)
+        assert record.layers[name].weight == layer.weight_fingerprint.of(base)
+        assert record.layers[name].stored == layer.residual_fingerprint.of(base)
         assert (record.layers[name].form, record.layers[name].r) == (base.form, 4)
     untouched = tensors_of(tmp_path / "src").keys() - {f"{name}.weight" for name in layers}
     assert all(torch.equal(found[name], tensors_of(tmp_path / "src")[name]) for name in untouched)

@@ -30,7 +30,7 @@ from language_models import assert_same, logits, snapshot
 from oracle import change_a_little
 from pissa import PissaModel
 from pissa.base.digest import fingerprint
-from pissa.base.fingerprint import Fingerprints
+from pissa.base.remembered import ResidualFingerprint, WeightFingerprint
 from pissa.base.stored import residual_tensors
 from pissa.base.weights import HoldsCodes
 from pissa.distributed import is_sharded, rank, world_size
@@ -117,7 +117,7 @@ def shares(folder: Path) -> dict[str, int]:
         decomposition.started = original
     for layer in pissa_layers(model.base_model.model, "default").values():
         kept = residual_tensors(layer.base_layer.residual).values()
-        assert layer.fingerprints.of_residual(layer.base) == fingerprint(*kept)
+        assert layer.residual_fingerprint.of(layer.base) == fingerprint(*kept)
     return sizes
 
 
@@ -351,7 +351,7 @@ def files(folder: Path) -> dict[str, Any]:
             model.save_pretrained(target / "trained_only", state_dict=trained_only)
             for module in model.modules():
                 if isinstance(module, PissaLayer):
-                    module.fingerprints = Fingerprints()
+                    module.weight_fingerprint, module.residual_fingerprint = WeightFingerprint(), ResidualFingerprint()
             if form == "implicit":
                 call = partial(model.save_pretrained, target / "refused", state_dict=trained_only)
                 found["of unknown weights"] = message(call)

@@ -58,7 +58,7 @@ def trained(folder: Path) -> dict[str, list[Any]]:
         assert all(is_sharded(value) != (".lora_" in name) for name, value in model.named_parameters())
         layers = pissa_layers(model.get_base_model())
         for name, layer in pissa_layers(first.get_base_model()).items():
-            fingerprints = (one.fingerprints.of_weight(one.base) for one in (layer, layers[name]))
+            fingerprints = (one.weight_fingerprint.of(one.base) for one in (layer, layers[name]))
             assert len(set(fingerprints)) == 1
         found[way] = [train(shard(first), tokens()), train(model, tokens())]
         states = [get_model_state_dict(one, options=WHOLE) for one in (first, model)]
