@@ -10,6 +10,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +32,7 @@ from pissa.adapters.peft_layout import (
 from pissa.adapters.pissa_layout import PISSA_WEIGHTS, TAKEN, AdapterRecord, LayerRecord
 from pissa.base.digest import fingerprint
 from pissa.base.init_methods import INIT_METHODS, StartTask, lacks_start, started
-from pissa.base.start import StartFactors
+from pissa.base.start import Origin, StartFactors
 from pissa.base.stored import residual_tensors as tensors_of
 from pissa.base.stored import residuals_of
 from pissa.checkpoints.load import mapped_model
@@ -43,15 +44,16 @@ from pissa.checkpoints.rewrite import (
     Result,
     Rewrite,
     Unit,
-    linear_layers,
+    add_up,
     matrix_shape,
+    square,
 )
 from pissa.config import PissaConfig
 from pissa.containers.checkpoint import INITIAL_FOLDER, PISSA_RECORD, Checkpoint, Contents
 from pissa.containers.hub import Name
-from pissa.containers.model_folder import Composition, Part, meta_model
+from pissa.containers.model_folder import Part, meta_model
 from pissa.containers.tensor_file import Layout
-from pissa.layers.experts import UnfusedExperts, is_transposed, unfused_experts
+from pissa.layers.experts import UnfusedExperts, unfused_experts
 from pissa.layers.factory import leave_out
 from pissa.layers.layer import PissaLayer, pissa_layers
 from pissa.layers.modules import PissaLinear
@@ -65,6 +67,16 @@ from pissa.ops.low_rank import pad_rank
 DENSE = "dense"
 
 
+@dataclass(frozen=True, kw_only=True)
+class SplitLayer(Layer):
+    """A layer that is split."""
+
+    config: PissaConfig
+    """The configuration that splits it: the plan's or, for fused experts, one with a dense residual."""
+    origin: Origin
+    """The origin of its start factors."""
+
+
 class SplitPlan(Plan):
     """How a checkpoint changes when its layers get an adapter.
 
@@ -74,6 +86,8 @@ class SplitPlan(Plan):
             the checkpoint; or the name of that format, in which each expert is stored separately.
     """
 
+    layers: Mapping[str, SplitLayer]
+
     def __init__(self, source: Checkpoint, config: PissaConfig, experts: str = DENSE) -> None:
         self.experts, self.config = experts, own_config(config)
         """The given configuration, with the names of the layers that it means, and with a stored form."""
@@ -82,7 +96,6 @@ class SplitPlan(Plan):
             config.residual = "explicit"
         _check_config(config, experts)
         source.require(Contents.DENSE, Contents.RELEASED)
-        linears = linear_layers(source.model)
         if config.task_type is None and type(source.model).__name__.endswith("ForCausalLM"):
             config.task_type = "CAUSAL_LM"
         base = model_class(config)(meta_model(source.folder), config, "default").base_model.model
@@ -96,13 +109,11 @@ class SplitPlan(Plan):
         dense = _dense(config) if stacks and experts == DENSE else config
         uses = Counter(id(value) for _, value in base.named_parameters(remove_duplicate=False))
         is_expert = {name: name.rpartition(".")[0].rpartition(".")[0] in stacks for name in adapted}
-        self.configs = {name: dense if is_expert[name] else config for name in adapted}
-        """The configuration that splits each layer: `config`, or, for fused experts, one with a dense residual."""
-        self.origins = {name: layer.origin("default", self.configs[name]) for name, layer in adapted.items()}
-        """The origins of the start factors, by the layers' names."""
+        configs = {name: dense if is_expert[name] else config for name in adapted}
         for name, layer in adapted.items():
-            _check_layer(name, layer, self.configs[name], uses)
-        parts, layers = _parts(adapted, stacks, source.composition), {}
+            _check_layer(name, layer, configs[name], uses)
+        parts = _parts(adapted, stacks, source)
+        layers = dict[str, SplitLayer]()
         for name, layer in adapted.items():
             shape, dtype = matrix_shape(name, parts[name], source)
             if shape != layer.matrix_shape:
@@ -110,29 +121,31 @@ class SplitPlan(Plan):
                     f"{source.path_of(parts[name][0].tensor)}: layer {name} is {list(shape)}, needed is "
                     f"{list(layer.matrix_shape)}: config.json belongs to another checkpoint"
                 )
-            layers[name] = Layer(name, parts[name], shape, dtype, self.configs[name].form, is_expert[name])
+            form, origin = configs[name].form, layer.origin("default", configs[name])
+            layers[name] = SplitLayer(
+                name, parts[name], shape, dtype, form, is_expert[name], config=configs[name], origin=origin
+            )
         self.factors = factors_of(base, adapted)
         """The layout of the start factors in the plain LoRA."""
         self.lora, self.model_type = plain_config(base, config, "default", adapted, times=1), type(base)
         units = [Unit(pair.keys[0], tuple(layers[name] for name in pair.layers), pair) for pair in self.factors]
-        initial = (pair.shapes(self.origins[pair.layers[0]].r) for pair in self.factors)
+        initial = (pair.shapes(layers[pair.layers[0]].origin.r) for pair in self.factors)
         others = {INITIAL_WEIGHTS: _float32(initial)}
         if config.quant_iters > 1:
             others[PISSA_WEIGHTS] = _float32(self._taken_shapes(layer) for layer in layers.values() if layer.is_packed)
-        kept = [name for name in linears if name not in layers or not layers[name].is_packed]
-        super().__init__(source, units, kept, others)
+        super().__init__(source, units, others)
         if config.needs_calibration:  # calibration finds blocks in order, but in files 10 comes before 9
             self.units.sort(key=lambda unit: [int(part) if part.isdigit() else -1 for part in unit.name.split(".")])
 
-    def taken_tensors(self, layer: Layer, start: StartFactors) -> dict[str, Tensor]:
+    def taken_tensors(self, layer: SplitLayer, start: StartFactors) -> dict[str, Tensor]:
         """The factors that a layer's residual lacks, if alternations may have found others than the start's. They are
         padded with zeros to the rank of the start."""
-        if self.configs[layer.name].quant_iters == 1:
+        if layer.config.quant_iters == 1:
             return {}
         return dict(zip(self._taken_shapes(layer), pad_rank(*start.taken, start.origin.r), strict=True))
 
-    def _taken_shapes(self, layer: Layer) -> dict[str, tuple[int, ...]]:
-        (rows, columns), r = layer.shape, self.origins[layer.name].r
+    def _taken_shapes(self, layer: SplitLayer) -> dict[str, tuple[int, ...]]:
+        (rows, columns), r = layer.shape, layer.origin.r
         return {f"{layer.name}.{TAKEN[0]}": (r, columns), f"{layer.name}.{TAKEN[1]}": (rows, r)}
 
 
@@ -190,21 +203,20 @@ def _check_layer(name: str, layer: PissaLayer, config: PissaConfig, uses: Counte
 
 
 def _parts(
-    layers: Mapping[str, PissaLayer], stacks: Mapping[str, UnfusedExperts], composition: Composition
+    layers: Mapping[str, PissaLayer], stacks: Mapping[str, UnfusedExperts], source: Checkpoint
 ) -> dict[str, tuple[Part, ...]]:
     """The parts of every layer."""
-    found: dict[str, tuple[Part, ...]] = {}
+    parts: dict[str, tuple[Part, ...]] = {}
     try:
         for path, experts in stacks.items():
             for leaf in adapted_names(path, experts, layers):
                 name = f"{path}.0.{leaf}"
-                stack = composition.stack(f"{path}.{leaf}", len(experts), is_transposed(experts.fused))
-                found |= {f"{path}.{index}.{leaf}": parts for index, parts in enumerate(stack)}
-        for name in [name for name in layers if name not in found]:
-            found[name] = composition.matrix(f"{name}.weight", layers[name].base.module_class is Conv1D)
+                parts |= source.layers_of(f"{path}.{leaf}")
+        for name in [name for name in layers if name not in parts]:
+            parts |= source.layers_of(f"{name}.weight", layers[name].base.module_class is Conv1D)
     except ValueError as error:
         raise ValueError(f"layer {name}: {error}; {leave_out(name)}") from None
-    return found
+    return parts
 
 
 MEMORY = 10**9
@@ -280,11 +292,12 @@ def init(
         pissa.distributed.RankError: another process has failed.
     """
     begin = time.perf_counter()
-    with distributed.failing_together(), Checkpoint.open(source) as found:
-        plan = SplitPlan(found, config, experts)
+    with distributed.failing_together():
+        checkpoint = Checkpoint.open(source)
+        plan = SplitPlan(checkpoint, config, experts)
         check_wanted(config, calibration)
         calibration = None if calibration is None else list(calibration)
-        plan.config.base_model_name_or_path = found.name
+        plan.config.base_model_name_or_path = checkpoint.name
         run = _Split(plan, Path(os.path.abspath(target)), memory, torch.device(device), calibration)
         run.run(progressbar)
         need = {name: run.in_flight(layer) for name, layer in plan.layers.items()}
@@ -305,7 +318,7 @@ def init(
 class _Group(NamedTuple):
     """Layers that are split together."""
 
-    layers: list[Layer]
+    layers: list[SplitLayer]
     finished: list[Unit]
     """The units whose last layers are in this group."""
 
@@ -314,6 +327,16 @@ class _Group(NamedTuple):
         """The tensors of the checkpoint that are read."""
         copied = [unit.tensor for unit in self.finished if unit.tensor]
         return [*(name for layer in self.layers for name in layer.tensors), *copied]
+
+
+class _Kept(NamedTuple):
+    """What is kept of a layer that has been split until all layers of its unit have been."""
+
+    factors: Matrices
+    """The start factors, on the CPU."""
+    result: Result
+    record: dict[str, Any]
+    """Its entry in pissa.json."""
 
 
 class _Split(Rewrite):
@@ -328,10 +351,7 @@ class _Split(Rewrite):
         super().__init__(plan, target)
         self.memory, self.device, self.calibration = memory, device, calibration
         self._moments: BlockMoments | None = None
-        # For layers that are split while others of their unit are not: the start factors, on the CPU; and the errors
-        # and the entry in pissa.json.
-        self._factors: dict[str, Matrices] = {}
-        self._noted: dict[str, tuple[float, float, dict[str, Any]]] = {}
+        self._kept: dict[str, _Kept] = {}
 
     @property
     def lacks_start(self) -> bool:
@@ -350,7 +370,7 @@ class _Split(Rewrite):
         limit = _GROUP * torch.get_num_threads()
         group, size, elements = _Group([], []), 0, 0
         for unit in units:
-            for layer in unit.layers:
+            for layer in (self.plan.layers[layer.name] for layer in unit.layers):
                 need, count = self.in_flight(layer), math.prod(layer.shape)
                 if group.layers and (size + need > self.memory or elements + count > limit):
                     yield group
@@ -367,33 +387,29 @@ class _Split(Rewrite):
         for unit in group.finished:
             if unit.tensor is not None:
                 self.copy(out, unit.tensor)
+            kept = {layer.name: self._kept.pop(layer.name) for layer in unit.layers}
             if unit.factors is not None:
-                pairs = [self._factors.pop(layer.name) for layer in unit.layers]
-                for key, tensor in unit.factors.pack(pairs).items():
+                for key, tensor in unit.factors.pack([layer.factors for layer in kept.values()]).items():
                     out.write(INITIAL_WEIGHTS, key, tensor)
-            noted = {layer.name: self._noted.pop(layer.name) for layer in unit.layers}
-            results[unit.name] = {
-                "lost": sum(lost for lost, _, _ in noted.values()),
-                "whole": sum(whole for _, whole, _ in noted.values()),
-                "records": {name: record for name, (_, _, record) in noted.items()},
-            }
+            sums = add_up(layer.result for layer in kept.values())
+            results[unit.name] = sums | {"records": {name: layer.record for name, layer in kept.items()}}
         return results
 
-    def _split(self, out: Output, layers: Sequence[Layer]) -> None:
+    def _split(self, out: Output, layers: Sequence[SplitLayer]) -> None:
         """Splits these layers, and writes their residuals."""
         weights = {layer.name: self.source.matrix(layer.parts).to(self.device) for layer in layers}
         for form in dict.fromkeys(layer.form for layer in layers):
             these = [layer for layer in layers if layer.form == form]
-            config, names = self.plan.configs[these[0].name], [layer.name for layer in these]
-            some, origins = [weights[name] for name in names], [self.plan.origins[name] for name in names]
+            config, names = these[0].config, [layer.name for layer in these]
+            matrices, origins = [weights[name] for name in names], [layer.origin for layer in these]
             moments = self._moments_of(names) if config.needs_calibration else None
             try:
-                starts, codes = started(StartTask(some, origins, config, names, moments))
+                starts, codes = started(StartTask(matrices, origins, config, names, moments))
             except ValueError as error:
                 paths = dict.fromkeys(str(self.source.path_of(name)) for layer in these for name in layer.tensors)
                 raise ValueError(f"{', '.join(paths)}: {error}") from error
-            residuals = residuals_of(some, starts, form, names) if codes is None else codes
-            for layer, weight, start, residual in zip(these, some, starts, residuals, strict=True):
+            residuals = residuals_of(matrices, starts, form, names) if codes is None else codes
+            for layer, weight, start, residual in zip(these, matrices, starts, residuals, strict=True):
                 self.write_layer(out, layer, residual)
                 for name, values in self.plan.taken_tensors(layer, start).items():
                     out.write(PISSA_WEIGHTS, name, values)
@@ -406,15 +422,15 @@ class _Split(Rewrite):
                     start=fingerprint(*start.known_by),
                     taken=start.rank_taken or None,
                 )
-                self._factors[layer.name] = start.a0.cpu(), start.b0.cpu()
-                self._noted[layer.name] = *_sampled_error(weight, residual, start), record.as_json()
+                sums = _sampled_error(weight, residual, start)
+                self._kept[layer.name] = _Kept((start.a0.cpu(), start.b0.cpu()), sums, record.as_json())
 
     def _moments_of(self, names: Sequence[str]) -> list[Tensor] | None:
         """The second moments of what these layers read. The model begins to run at the first of them."""
         if self._moments is None:
             assert self.calibration is not None  # as `check_wanted` has seen
             names_to_write = [layer.name for unit in self.units_to_write for layer in unit.layers]
-            wanted = [name for name in names_to_write if self.plan.configs[name].needs_calibration]
+            wanted = [name for name in names_to_write if self.plan.layers[name].config.needs_calibration]
             config, model = own_config(self.plan.config), mapped_model(self.source, None)
             self._moments = BlockMoments(model_class(config)(model, config, "default"), self.calibration, wanted)
         return self._moments.of(names, self.device)
@@ -427,10 +443,9 @@ class _Split(Rewrite):
         out.path(f"{INITIAL_FOLDER}/{ADAPTER_CONFIG}").write_text(plain_config_text(lora, self.plan.model_type))
         out.path(PISSA_RECORD).write_text(AdapterRecord(self.plan.config, records).text())
 
-    def in_flight(self, layer: Layer) -> int:
+    def in_flight(self, layer: SplitLayer) -> int:
         """Bytes that a layer needs while it is split, in addition to the mapped file."""
-        config = self.plan.configs[layer.name]
-        elements, sides, r = math.prod(layer.shape), sum(layer.shape), self.plan.origins[layer.name].r
+        config, elements, sides, r = layer.config, math.prod(layer.shape), sum(layer.shape), layer.origin.r
         method = INIT_METHODS[config.init]
         passes = 14 if config.svd_passes == "auto" else config.svd_passes
         size = 4 * sides * (r + (r + 16) * (passes // 2 + 1))  # the factors, and roughly the bases that the SVD keeps
@@ -449,13 +464,13 @@ class _Split(Rewrite):
 # ---- The error -------------------------------------------------------------------------------------------------------
 
 
-def _sampled_error(weight: Tensor, residual: Tensor | ops.QuantizedWeight, start: StartFactors) -> tuple[float, float]:
+def _sampled_error(weight: Tensor, residual: Tensor | ops.QuantizedWeight, start: StartFactors) -> Result:
     """‖W - Q - s B0 A0‖² and ‖W‖² of the first rows."""
     rows = min(len(weight), max(16, len(weight) // _SAMPLE))
     some = weight[:rows].float()
     kept = residual[:rows].float() if isinstance(residual, Tensor) else ops.dequantize(_first_rows(residual, rows))
     rest = torch.addmm(some - kept, start.b0[:rows], start.a0, alpha=-start.origin.scaling)
-    return float(torch.linalg.vector_norm(rest)) ** 2, float(torch.linalg.vector_norm(some)) ** 2
+    return {"lost": square(rest), "whole": square(some)}
 
 
 def _first_rows(weight: ops.QuantizedWeight, rows: int) -> ops.QuantizedWeight:

@@ -9,9 +9,8 @@ import os
 import shutil
 import time
 import warnings
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Collection
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,79 +33,57 @@ from pissa.checkpoints.rewrite import (
     Result,
     Rewrite,
     Unit,
-    linear_layers,
+    add_up,
     matrix_shape,
+    square,
 )
 from pissa.checkpoints.trained import Adapter, read_adapter
 from pissa.config import IMPLICIT, Form
 from pissa.containers.checkpoint import READ, Checkpoint, Contents
 from pissa.containers.messages import shown
 from pissa.containers.model_folder import CONFIG, Part
-from pissa.layers.experts import is_transposed
 from pissa.ops._quant import nearest_codes
 from pissa.ops.checks import check_choice
 from pissa.ops.formats import FORMATS
 
 
-class Planner:
-    """Finds the parts of a checkpoint that an adapter changes. The linear layers, except the output layer, are written
-    in `form`, where IMPLICIT means dense."""
-
-    def __init__(self, source: Checkpoint, adapter: LoraFolder, form: Form = IMPLICIT) -> None:
-        self.source, self.adapter, self.form = source, adapter, form
-        self.model, self.composition = source.model, source.composition
-        self.tensors = dict(
-            [*self.model.named_parameters(remove_duplicate=False), *self.model.named_buffers(remove_duplicate=False)]
+def plan_merge(source: Checkpoint, adapter: LoraFolder, form: Form = IMPLICIT, kept: Collection[str] = ()) -> Plan:
+    """The plan of a merge. The linear layers, except the output layer, are written in `form`, where IMPLICIT means
+    dense. `kept`: see `Plan`. Raises ValueError for anything that cannot be merged, which is named."""
+    planner = UnitPlanner(source, adapter)
+    units = [planner.unit_of(factors) for factors in adapter.factors.values()]
+    adapted, forms = {layer.name for unit in units for layer in unit.layers}, dict[str, Form]()
+    if form != IMPLICIT:  # as in transformers, which quantises no output layer
+        output = source.model.get_output_embeddings()
+        linears = (name for name, module in source.model.named_modules() if module is not output and is_linear(module))
+        forms = {name: form for name in linears if not source.tied(f"{name}.weight")}
+    units += [Unit(name, (planner.layer(name),)) for name in forms.keys() - adapted]
+    units = [unit.in_forms(forms) for unit in units] + planner.beside_factors(adapted)
+    changed = Counter(tensor for unit in units for tensor in unit.tensors)
+    for tensor in [tensor for tensor, count in changed.items() if count > 1]:
+        names = [unit.name for unit in units if tensor in unit.tensors]
+        raise ValueError(
+            f"{source.path_of(tensor)}: tensor {shown(tensor)} is changed for {' and '.join(names)}; {_IN_MEMORY}"
         )
-        self.sharing = defaultdict[int, list[str]](list)
-        for name, value in self.tensors.items():
-            self.sharing[id(value)].append(name)
-        linears = {name: module for name, module in self.model.named_modules() if is_linear(module)}
-        self.linears = [name for name in linears if len(self._sharing(f"{name}.weight")) == 1]
-        self.quantised: set[str] = set()
-        if form != IMPLICIT:  # as in transformers, which quantises no output layer
-            output = self.model.get_output_embeddings()
-            self.quantised = {name for name in self.linears if linears[name] is not output}
+    located = {tensor for name in source.tensors for tensor in source.composition.tensors(name)}
+    if left := sorted(source.coded.keys() - located):
+        raise ValueError(
+            f"{source.path_of(left[0])}: tensor {shown(left[0])} is a part of codes that only pissa.load reads; "
+            f"{_IN_MEMORY}"
+        )
+    return Plan(source, units, kept=kept)
 
-    def plan(self, kept: Collection[str] = ()) -> Plan:
-        """The plan of a merge. `kept`: see `Plan`."""
-        units = [self.unit_of(factors) for factors in self.adapter.factors.values()]
-        adapted = {layer.name for unit in units for layer in unit.layers}
-        units += [Unit(name, (self._layer(name, False, 2),)) for name in self.quantised - adapted]
-        units += self._beside_factors(adapted)
-        changed = Counter(tensor for unit in units for tensor in unit.tensors)
-        for tensor in [tensor for tensor, count in changed.items() if count > 1]:
-            names = [unit.name for unit in units if tensor in unit.tensors]
-            raise ValueError(
-                f"{self.source.path_of(tensor)}: tensor {shown(tensor)} is changed for {' and '.join(names)}; "
-                f"{_IN_MEMORY}"
-            )
-        located = {tensor for name in self.tensors for tensor in self.composition.tensors(name)}
-        if left := sorted(self.source.coded.keys() - located):
-            raise ValueError(
-                f"{self.source.path_of(left[0])}: tensor {shown(left[0])} is a part of codes that only "
-                f"pissa.load reads; {_IN_MEMORY}"
-            )
-        dense = [name for name in linear_layers(self.model) if name not in self.quantised]
-        return Plan(self.source, units, dense, {}, kept)
 
-    def parts_of(self, name: str) -> tuple[Part, ...]:
-        """The parts of a parameter that is not a matrix [in, out]."""
-        if name not in self.tensors:
-            raise ValueError(f"the model in {self.source.folder} has no {name}")
-        for other in [name, *self._sharing(name)]:  # the checkpoint stores a tied parameter under one of its names
-            with suppress(ValueError):
-                return self.composition.matrix(other, transposed=False)
-        return self.composition.matrix(name, transposed=False)
+class UnitPlanner:
+    """Finds the parts of a checkpoint that an adapter changes. Every layer is dense."""
 
-    def _sharing(self, name: str) -> list[str]:
-        """The names of all parameters that are identical to this one."""
-        return self.sharing[id(self.tensors[name])]
+    def __init__(self, source: Checkpoint, adapter: LoraFolder) -> None:
+        self.source, self.adapter = source, adapter
 
     # -- layers
 
     def unit_of(self, factors: LoraFactors) -> Unit:
-        """The unit of a target of the adapter; raises the errors of `plan`."""
+        """The unit of a target of the adapter; raises the errors of `plan_merge`."""
         layers = self._experts(factors) if factors.is_fused else (self._adapted(factors),)
         needed = (factors.out, math.prod(factors.row))
         if layers[0].shape != (needed[::-1] if layers[0].mirrored else needed):
@@ -127,7 +104,7 @@ class Planner:
         if base is None and factors.target == name:
             raise ValueError(f"layer {name} is a {type(module).__name__}, which is not known here; {_IN_MEMORY}")
         kind = nn.Linear if base is None else base.module_class
-        if others := [other for other in self._sharing(f"{name}.weight") if other != f"{name}.weight"]:
+        if others := self.source.tied(f"{name}.weight"):
             raise ValueError(
                 f"layer {name} shares its weight with {others[0]}, which would change too; {_IN_MEMORY}, or untie them "
                 "in the checkpoint first"
@@ -137,7 +114,7 @@ class Planner:
                 f"layer {name} is a {type(module).__name__}, and use_dora is for linear layers; {_IN_MEMORY}"
             )
         key = base_weight_key(name)
-        layer = self._layer(name, kind in (Conv1D, nn.Embedding), module.weight.dim())
+        layer = self.layer(name, kind in (Conv1D, nn.Embedding), module.weight.dim())
         return replace(layer, own_key=key if key in self.adapter.other_keys else None)
 
     def _experts(self, factors: LoraFactors) -> tuple[Layer, ...]:
@@ -150,23 +127,22 @@ class Planner:
                 f"in {self.source.folder} does not have"
             )
         with of_layer(key, self.source.folder):
-            stack = self.composition.stack(key, len(weights), is_transposed(module))
+            layers = self.source.layers_of(key)
         mirrored = is_mirrored(module)
         return tuple(
             Layer(name, parts, *matrix_shape(name, parts, self.source), is_expert=True, mirrored=mirrored)
-            for name, parts in zip(factors.layers, stack, strict=True)
+            for name, parts in layers.items()
         )
 
-    def _layer(self, name: str, transposed: bool, dimensions: int) -> Layer:
+    def layer(self, name: str, transposed: bool = False, dimensions: int = 2) -> Layer:
+        """A layer whose weight has that number of dimensions; its matrix is [in, out] if `transposed`."""
         with of_layer(name, self.source.folder):
-            parts = self.composition.matrix(f"{name}.weight", transposed)
-            shape, dtype = matrix_shape(name, parts, self.source, dimensions)
-            form = self.form if name in self.quantised else IMPLICIT
-            return Layer(name, parts, shape, dtype, form, transposed=transposed)
+            parts = self.source.parts_of(f"{name}.weight", transposed)
+            return Layer(name, parts, *matrix_shape(name, parts, self.source, dimensions), transposed=transposed)
 
     def _module(self, name: str) -> Any:
         try:
-            return self.model.get_submodule(name)
+            return self.source.model.get_submodule(name)
         except AttributeError:
             raise ValueError(
                 f"the model in {self.source.folder} has no layer {name}, which {self.adapter.weights.path} adapts: it "
@@ -175,7 +151,7 @@ class Planner:
 
     # -- what the adapter contains in addition to factors
 
-    def _beside_factors(self, adapted: set[str]) -> list[Unit]:
+    def beside_factors(self, adapted: Collection[str]) -> list[Unit]:
         """The units of tensors that were trained in addition to the factors, or that PEFT has saved with them."""
         weights, units = self.adapter.weights, dict[str, Unit]()
         of_layers = {base_weight_key(name) for name in adapted}
@@ -209,10 +185,10 @@ class Planner:
             name, scaling = f"{place}.bias", self.adapter.factors[place].scaling
         else:
             name = f"{place.removesuffix('.base_layer').removesuffix('.token_adapter')}.{leaf}"
-        if name not in self.tensors:
+        if name not in self.source.tensors:
             raise ValueError(f"{path}: tensor {shown(key)} is for no tensor of the model in {self.source.folder}")
         with of_layer(name, self.source.folder):
-            parts = self.parts_of(name)
+            parts = self.source.parts_of(name)
         entry = self.source.entry(parts[0].tensor)
         needed = entry.shape if rows is None else (len(rows), *entry.shape[1:])
         if parts != (Part(parts[0].tensor),) or shape != needed or parts[0].tensor in self.source.coded:
@@ -221,9 +197,9 @@ class Planner:
                 f"{self.source.folder}. An embedding that was resized, or a weight that is not one dense tensor of the "
                 f"checkpoint, cannot be replaced there; {_IN_MEMORY}"
             )
-        is_for_all = rows is not None and self.tensors[name] is self.model.get_input_embeddings().weight
+        is_for_all = rows and self.source.tensors[name] is self.source.model.get_input_embeddings().weight
         saved = {name, *(other.removeprefix(PREFIX).replace(".base_layer.", ".") for other in self.adapter.other_keys)}
-        if not is_for_all and (others := [other for other in self._sharing(name) if other not in saved]):
+        if not is_for_all and (others := [other for other in self.source.tied(name) if other not in saved]):
             raise ValueError(
                 f"{path}: tensor {shown(key)} is for {name}, which shares its values with {others[0]} in "
                 f"{self.source.folder}; {_IN_MEMORY}"
@@ -317,10 +293,11 @@ def merge(
     begin = time.perf_counter()
     check_choice("quant", quant, (None, *FORMATS, SAME))
     form = IMPLICIT if quant in (None, SAME) else Form.quantised(quant, *FORMATS[quant].options(None, None, 0))
-    with Checkpoint.open(source) as found, torch.no_grad():
+    with torch.no_grad():
+        found = Checkpoint.open(source)
         found.require(*READ)
         read = read_adapter(open_adapter(Path(adapter)), found, initial)
-        plan = Planner(found, read.folder, form).plan(found.coded if quant == SAME else ())
+        plan = plan_merge(found, read.folder, form, found.coded if quant == SAME else ())
         run = (_MergeSame if quant == SAME else _Merge)(plan, read, form, Path(target))
         run.run(progressbar)
         for doubt in read.doubts():
@@ -364,10 +341,9 @@ class _Merge(Rewrite):
             else:
                 out.write(self.file_of(unit.tensor), unit.tensor, self._trained_tensor(unit.tensor, unit.key, unit))
             return {unit.name: {}}
-        sums = Counter[str]()
-        for layer, weight, change in self.adapter.trained(unit):
-            sums.update({"change": change, **self.write_sum(out, layer, weight)})
-        return {unit.name: dict(sums)}
+        layers = self.adapter.trained(unit)
+        sums = ({"change": change, **self.write_sum(out, layer, weight)} for layer, weight, change in layers)
+        return {unit.name: add_up(sums)}
 
     def write_sum(self, out: Output, layer: Layer, weight: Tensor) -> dict[str, float]:
         """Writes a layer. "lost" is ‖Q - W'‖², and "whole" is ‖W'‖²."""
@@ -377,12 +353,12 @@ class _Merge(Rewrite):
             with of_layer(layer.name):
                 new = ops.quantize(dense, form.name, blocksize=form.blocksize, double_quant=form.double_quant)
         written = ops.dequantize(new) if isinstance(new, ops.QuantizedWeight) else new
-        whole = float(torch.linalg.vector_norm(weight))
-        lost = 0.0 if written is weight else float(torch.linalg.vector_norm(weight.sub_(written)))
+        whole = square(weight)
+        lost = 0.0 if written is weight else square(weight.sub_(written))
         if not math.isfinite(whole + lost):
             raise ValueError(f"layer {layer.name}: its merged weight is not finite in {layer.dtype}")
         self.write_layer(out, layer, new)
-        return {"lost": lost**2, "whole": whole**2}
+        return {"lost": lost, "whole": whole}
 
     def _trained_tensor(self, name: str, key: str, unit: Unit) -> Tensor:
         """The tensor of that name, as the adapter's tensor `key` has changed it."""
@@ -431,9 +407,8 @@ class _MergeSame(_Merge):
                 out.write(self.file_of(name), tensor, values, member)
         old, new = torch.cat(before), torch.cat(after)
         moved, change = new - old, weight - self.source.matrix(layer.parts).float()
-        squares = {"lost": new - weight, "whole": weight, "moved": moved}
-        found = {name: float(torch.linalg.vector_norm(matrix)) ** 2 for name, matrix in squares.items()}
-        return found | {"kept": float(torch.sum(moved.double() * change))}
+        squares = {"lost": square(new - weight), "whole": square(weight), "moved": square(moved)}
+        return squares | {"kept": float(torch.sum(moved.double() * change))}
 
     def write_config(self, out: Output) -> None:
         for name in (CONFIG, MODELOPT_CONFIG):

@@ -7,8 +7,9 @@ import json
 import math
 import shutil
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -103,8 +104,14 @@ class Unit(NamedTuple):
     @property
     def tensors(self) -> list[str]:
         """The tensors of the checkpoint from which it is made."""
-        found = [tensor for layer in self.layers for tensor in layer.tensors]
-        return list(dict.fromkeys([*found, *([self.tensor] if self.tensor else [])]))
+        of_layers = [tensor for layer in self.layers for tensor in layer.tensors]
+        return list(dict.fromkeys([*of_layers, *([self.tensor] if self.tensor else [])]))
+
+    def in_forms(self, forms: Mapping[str, Form]) -> Unit:
+        """The same unit, with its layers written in the forms by their names, and the others dense."""
+        return self._replace(
+            layers=tuple(replace(layer, form=forms.get(layer.name, IMPLICIT)) for layer in self.layers)
+        )
 
 
 class Plan:
@@ -112,8 +119,6 @@ class Plan:
 
     Args:
         units: the changes.
-        dense_linears: the linear layers of the model that are dense in the new checkpoint. config.json lists them if
-            others are packed.
         others: additional safetensors files, by their names in the folder.
         kept: weights in codes that stay in the same codes; those that a unit names get other codes. All other weights
             in codes are written decoded.
@@ -123,41 +128,40 @@ class Plan:
         self,
         source: Checkpoint,
         units: Iterable[Unit],
-        dense_linears: list[str],
-        others: Mapping[str, Layout],
+        others: Mapping[str, Layout] | None = None,
         kept: Collection[str] = (),
     ) -> None:
-        self.source, self.dense_linears, self.kept = source, dense_linears, kept
-        units, names = list(units), [*source.names, *(source.input_scales if kept else ())]
-        self.files = self._shards(units, names) | dict(others)
-        """The safetensors files that a run writes. Those of the checkpoint keep their names."""
+        self.source, self.kept = source, kept
+        names, units = [*source.names, *(source.input_scales if kept else ())], list(units)
         changed = {tensor for unit in units for tensor in unit.tensors}
-        units += [Unit(f"copy {name}", tensor=name) for name in names if name not in changed]
+        self.copied = [name for name in names if name not in changed]
+        """The tensors that no unit changes."""
+        units += [Unit(f"copy {name}", tensor=name) for name in self.copied]
         places = {name: number for number, name in enumerate(names)}
         self.units = sorted(units, key=lambda unit: min(places[tensor] for tensor in unit.tensors))
         """The units in the order of the files, including one for each tensor that is copied."""
-
-    @property
-    def layers(self) -> dict[str, Layer]:
+        self.layers: Mapping[str, Layer] = {layer.name: layer for unit in self.units for layer in unit.layers}
         """All layers, by name."""
-        return {layer.name: layer for unit in self.units for layer in unit.layers}
-
-    @property
-    def copied(self) -> list[str]:
-        """The tensors that are copied."""
-        return [unit.tensor for unit in self.units if unit.tensor is not None and unit.key is None]
-
-    @property
-    def packed(self) -> list[Layer]:
+        self.packed = [layer for layer in self.layers.values() if layer.is_packed]
         """The layers that are written in codes."""
-        return [layer for layer in self.layers.values() if layer.is_packed]
-
-    @property
-    def has_packed_experts(self) -> bool:
+        self.has_packed_experts = any(layer.is_expert for layer in self.packed)
         """Whether some of these belong to fused experts, which only pissa reads."""
-        return any(layer.is_expert for layer in self.packed)
+        self.dense_linears = self._dense_linears() if self.packed else []
+        """The linear layers of the model that are dense in the new checkpoint. config.json lists them if others are in
+        codes."""
+        self.files = self._shards(names) | dict(others or {})
+        """The safetensors files that a run writes. Those of the checkpoint keep their names."""
 
-    def _shards(self, units: Sequence[Unit], names: Sequence[str]) -> dict[str, Layout]:
+    def _dense_linears(self) -> list[str]:
+        in_codes = {layer.name for layer in self.packed}
+        if self.kept:
+            layers = self.source.coded_layers.items()
+            in_codes |= {name for name, parts in layers if all(part.tensor in self.kept for part in parts)}
+        modules = self.source.model.named_modules()
+        linears = [name for name, module in modules if base_of(module).module_class in (nn.Linear, Conv1D)]
+        return [name for name in linears if name not in in_codes]
+
+    def _shards(self, names: Sequence[str]) -> dict[str, Layout]:
         """The safetensors files for these tensors of the checkpoint. Every tensor has the same position as in the old
         file. The new tensors of a layer that is written in codes are at the position of the first old one."""
         source, new = self.source, dict[str, _Tensors]()
@@ -167,9 +171,8 @@ class Plan:
             else:
                 entries = {name: source.entry(name)}
             new[name] = {tensor: (entry.dtype, entry.shape) for tensor, entry in entries.items()}
-        packed = [layer for unit in units for layer in unit.layers if layer.is_packed]
-        new |= {tensor: {} for layer in packed for tensor in layer.tensors}
-        for layer in packed:  # a stack's layers are at the same tensor
+        new |= {tensor: {} for layer in self.packed for tensor in layer.tensors}
+        for layer in self.packed:  # a stack's layers are at the same tensor
             new[layer.tensors[0]] |= layer.written
         files: dict[str, _Tensors] = {path.name: {} for path in source.stored.paths}
         for name, tensors in new.items():
@@ -201,11 +204,6 @@ def matrix_shape(
     return (rows, columns.pop()), entries[0].dtype
 
 
-def linear_layers(model: nn.Module) -> list[str]:
-    """The names of the linear layers of a model."""
-    return [name for name, module in model.named_modules() if base_of(module).module_class in (nn.Linear, Conv1D)]
-
-
 BATCH = 1 << 30
 """The bytes of the checkpoint after which a run records what is done. A killed run repeats at most this much, and
 several processes divide the work in portions of this size."""
@@ -213,6 +211,19 @@ several processes divide the work in portions of this size."""
 Result = dict[str, Any]
 """What is recorded for a unit, as a JSON object: "lost" and "whole", ‖Q - W‖² and ‖W‖² of its layers, where Q is
 written instead of W, and what else the command needs. Nothing is recorded for a tensor that is copied."""
+
+
+def square(values: Tensor) -> float:
+    """The sum of the squares."""
+    return float(torch.linalg.vector_norm(values)) ** 2
+
+
+def add_up(results: Iterable[Result]) -> Result:
+    """The sums of the numbers in the results."""
+    sums = Counter[str]()
+    for result in results:
+        sums.update(result)
+    return dict(sums)
 
 
 class Rewrite(ABC):

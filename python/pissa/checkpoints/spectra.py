@@ -255,35 +255,35 @@ def report(
     rank, known = ranks[0], max(ranks[-1], 4 * ranks[0])
     # Suggested ranks are multiples of 8, or of less, so that `rank` is a multiple and some layers can get less.
     step = math.gcd(8, rank) if math.gcd(8, rank) < rank else max(1, rank // 2)
-    with Checkpoint.open(model) as source:
-        plan = SplitPlan(source, PissaConfig(r=1))
-        planned = list(plan.layers.values())
-        config = model_config(source.folder).get_text_config()
-        memory = training_memory(
-            {layer.name: layer.shape for layer in planned},
-            rank,
-            weights=sum(source.nbytes(name) for name in (plan.copied if quant else source.names))
-            + sum(quantised_bytes(layer.shape, PissaConfig(quant=quant).form) for layer in planned if quant),
-            dtype=planned[0].dtype,
-            hidden=config.hidden_size,
-            tokens=batch * length,
-        )
-        kept = _formats(source)
-        sides = [(min(layer.shape), sum(layer.shape)) for layer in planned]
-        if budget is None:
-            budget = sum(min(rank, side) * cost for side, cost in sides)
-        check_budget(sides, budget, step)
-        chosen = sample(kinds_of(plan.layers), sampled) if sampled else plan.layers.keys()
-        found: dict[str, LayerReport] = {}
-        total = sum(math.prod(layer.shape) for layer in planned)
-        with tqdm(total=total, desc="report", unit="parameters", unit_scale=True) as bar:
-            for layer, following in itertools.zip_longest(planned, planned[1:]):
-                if following is not None:
-                    source.ahead(following.tensors)
-                format = quant if layer.name in chosen else None
-                found[layer.name] = layer_report(layer.name, source.matrix(layer.parts), known, ranks, format, exact)
-                source.release(layer.tensors)
-                bar.update(math.prod(layer.shape))
+    source = Checkpoint.open(model)
+    plan = SplitPlan(source, PissaConfig(r=1))
+    planned = list(plan.layers.values())
+    config = model_config(source.folder).get_text_config()
+    memory = training_memory(
+        {layer.name: layer.shape for layer in planned},
+        rank,
+        weights=sum(source.nbytes(name) for name in (plan.copied if quant else source.names))
+        + sum(quantised_bytes(layer.shape, PissaConfig(quant=quant).form) for layer in planned if quant),
+        dtype=planned[0].dtype,
+        hidden=config.hidden_size,
+        tokens=batch * length,
+    )
+    kept = _formats(source)
+    sides = [(min(layer.shape), sum(layer.shape)) for layer in planned]
+    if budget is None:
+        budget = sum(min(rank, side) * cost for side, cost in sides)
+    check_budget(sides, budget, step)
+    chosen = sample(kinds_of(plan.layers), sampled) if sampled else plan.layers.keys()
+    found: dict[str, LayerReport] = {}
+    total = sum(math.prod(layer.shape) for layer in planned)
+    with tqdm(total=total, desc="report", unit="parameters", unit_scale=True) as bar:
+        for layer, following in itertools.zip_longest(planned, planned[1:]):
+            if following is not None:
+                source.ahead(following.tensors)
+            format = quant if layer.name in chosen else None
+            found[layer.name] = layer_report(layer.name, source.matrix(layer.parts), known, ranks, format, exact)
+            source.release(layer.tensors)
+            bar.update(math.prod(layer.shape))
     groups = [factors.layers for factors in plan.factors]
     layers = [found[name] for name in itertools.chain(*groups)]
     kinds = by_kind(layers)

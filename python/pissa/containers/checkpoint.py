@@ -7,7 +7,7 @@ import math
 import os
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import suppress
 from enum import Enum
 from functools import cached_property
 from pathlib import Path
@@ -110,7 +110,7 @@ class ModelFolder:
         return {None: Contents.DENSE, "bitsandbytes": Contents.BITSANDBYTES}.get(method, Contents.OTHER)
 
 
-class Checkpoint(ModelFolder, AbstractContextManager["Checkpoint"]):
+class Checkpoint(ModelFolder):
     """A model's folder with its weights, mapped, by the names and in the shapes of the dense model. A weight in codes
     is decoded when it is read; `coded` has the codes."""
 
@@ -163,12 +163,14 @@ class Checkpoint(ModelFolder, AbstractContextManager["Checkpoint"]):
 
     def nbytes(self, name: str) -> int:
         """The number of bytes in the files that store the tensor."""
-        return sum(self.stored.nbytes(tensor) for tensor in self.stored_as(name))
+        return sum(self.stored.entry(tensor).nbytes for tensor in self.stored_as(name))
 
     def format(self, name: str) -> str:
         """The format in which the tensor is stored: a dtype, or codes."""
         weight = self.coded.get(name)
-        return self.stored.format(name) if weight is None else weight.read(0 if weight.is_stack else None).format
+        if weight is None:
+            return str(self.stored.entry(name).dtype).removeprefix("torch.")
+        return weight.read(0 if weight.is_stack else None).format
 
     def read(self, name: str, member: int | None = None) -> Tensor:
         """The tensor, or the one with that number in a stack: a view of the mapped file, or decoded."""
@@ -183,13 +185,6 @@ class Checkpoint(ModelFolder, AbstractContextManager["Checkpoint"]):
         """Asks the system to read these tensors from the disk now. Returns at once."""
         self.stored.ahead([tensor for name in names for tensor in self.stored_as(name)])
 
-    def close(self) -> None:
-        """Releases the mappings. A mapping that a tensor still needs is released with the tensor."""
-        self.stored.close()
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     # -- parameters of the model
 
     @cached_property
@@ -201,6 +196,40 @@ class Checkpoint(ModelFolder, AbstractContextManager["Checkpoint"]):
     def composition(self) -> Composition:
         """Which tensors make each parameter of the model."""
         return Composition(self.model, self.names)
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """The parameters and buffers of the model, without values, by all of their names."""
+        model = self.model
+        return dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
+
+    def tied(self, parameter: str) -> list[str]:
+        """The other names of a parameter that is tied."""
+        value = self.tensors[parameter]
+        return [name for name, other in self.tensors.items() if other is value and name != parameter]
+
+    def parts_of(self, parameter: str, transposed: bool = False) -> tuple[Part, ...]:
+        """The parts of the matrix [out, in] in a parameter, which is [in, out] if `transposed`. The checkpoint stores a
+        tied parameter under one of its names.
+
+        Raises:
+            ValueError: the model has no such parameter, or transformers makes it of tensors in another way.
+        """
+        if parameter not in self.tensors:
+            raise ValueError(f"the model in {self.folder} has no {parameter}")
+        for name in (parameter, *self.tied(parameter)):
+            with suppress(ValueError):
+                return self.composition.matrix(name, transposed)
+        return self.composition.matrix(parameter, transposed)
+
+    def layers_of(self, parameter: str, transposed: bool = False) -> dict[str, tuple[Part, ...]]:
+        """The layers whose weights are in a parameter, and their parts: one layer, or each of fused experts."""
+        path, _, leaf = parameter.rpartition(".")
+        module = self.model.get_submodule(path)
+        if leaf not in WEIGHTS or (stack := getattr(module, leaf)).dim() != 3:
+            return {path: self.parts_of(parameter, transposed)}
+        experts = self.composition.stack(parameter, len(stack), is_transposed(module))
+        return {f"{path}.{index}.{leaf}": parts for index, parts in enumerate(experts)}
 
     def matrix(self, parts: Sequence[Part]) -> Tensor:
         """The matrix that these parts make, stacked by rows: a view of the mapped file if there is one dense part."""
@@ -242,7 +271,7 @@ class Checkpoint(ModelFolder, AbstractContextManager["Checkpoint"]):
         Raises:
             ValueError: a parameter consists of codes and other tensors, or is not a matrix.
         """
-        found: dict[str, dict[str, tuple[Part, ...]]] = {}
+        coded: dict[str, dict[str, tuple[Part, ...]]] = {}
         parameters = dict(self.model.named_parameters()) if self.coded else {}
         for name, parameter in parameters.items():
             tensors = self.composition.tensors(name)
@@ -250,17 +279,12 @@ class Checkpoint(ModelFolder, AbstractContextManager["Checkpoint"]):
                 continue
             if not tensors <= self.coded.keys() or parameter.dim() not in (2, 3):
                 raise ValueError(f"{self.folder}: {name} has codes and other tensors, or is not a matrix")
-            path, _, leaf = name.rpartition(".")
-            if parameter.dim() == 2:
-                found[name] = {path: self.composition.matrix(name, False)}
-            else:
-                stack = self.composition.stack(name, len(parameter), is_transposed(self.model.get_submodule(path)))
-                found[name] = {f"{path}.{index}.{leaf}": parts for index, parts in enumerate(stack)}
+            coded[name] = self.layers_of(name)
         for tensor in self.coded:  # `pissa init` stores each expert under the name that it has after unfusing
             layer = tensor.removesuffix(".weight")
             if (match := EXPERT.fullmatch(layer)) and (name := f"{match[1]}.{match[2]}") in parameters:
-                found.setdefault(name, {}).setdefault(layer, (Part(tensor),))
-        return found
+                coded.setdefault(name, {}).setdefault(layer, (Part(tensor),))
+        return coded
 
     @property
     def coded_layers(self) -> dict[str, tuple[Part, ...]]:

@@ -237,8 +237,9 @@ def _entries(header: Mapping[str, Any], start: int) -> dict[str, Entry]:
 # ---- A folder --------------------------------------------------------------------------------------------------------
 
 
-class Source(AbstractContextManager["Source"]):
-    """The tensors of a checkpoint by name: those of `model.safetensors`, or of an index with its shards."""
+class Source:
+    """The tensors of a checkpoint by name: those of `model.safetensors`, or of an index with its shards. The files stay
+    mapped as long as this object or a tensor is in use."""
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
@@ -280,14 +281,6 @@ class Source(AbstractContextManager["Source"]):
         """The tensor's place, its dtype and its shape."""
         return self._holder(name).entries[name]
 
-    def nbytes(self, name: str) -> int:
-        """The number of bytes in the files that store the tensor."""
-        return self.entry(name).nbytes
-
-    def format(self, name: str) -> str:
-        """The format in which the tensor is stored: a dtype, or codes."""
-        return str(self.entry(name).dtype).removeprefix("torch.")
-
     def identity(self) -> dict[str, str]:
         """For each file its size, its modification time, and a fingerprint of its header."""
         return {path.name: file.identity for path, file in self._files.items()}
@@ -306,14 +299,6 @@ class Source(AbstractContextManager["Source"]):
         """Asks the system to read these tensors from the disk now. Returns at once."""
         for file in self._holding(names):
             file.ahead([name for name in names if name in file.entries])
-
-    def close(self) -> None:
-        """Releases the mappings. A mapping that a tensor still needs is released with the tensor."""
-        self._files.clear()
-        self._holders.clear()
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _holder(self, name: str) -> TensorFile:
         if name not in self._holders:

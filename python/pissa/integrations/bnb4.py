@@ -4,11 +4,8 @@ it. Nothing is quantised again, so the two together are the trained model."""
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from pissa import ops
 from pissa.adapters.lora_folder import LoraFactors, with_sizes
@@ -16,9 +13,9 @@ from pissa.adapters.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, base_wei
 from pissa.base.bitsandbytes_state import KEPT_IN_4_BITS
 from pissa.base.init_methods import lacks_start
 from pissa.base.start import Served
-from pissa.checkpoints.merge import Planner
+from pissa.checkpoints.merge import UnitPlanner
 from pissa.checkpoints.output import Output
-from pissa.checkpoints.rewrite import Errors, Plan, Result, Rewrite, Unit, linear_layers
+from pissa.checkpoints.rewrite import Errors, Plan, Result, Rewrite, Unit, add_up, square
 from pissa.checkpoints.trained import Ours, read_weight
 from pissa.config import IMPLICIT
 from pissa.containers.tensor_file import Scratch, write_tensors
@@ -40,27 +37,23 @@ class ResidualExport(Rewrite):
 
     def __init__(self, adapter: Ours, target: Path) -> None:
         self.adapter, self.folder = adapter, adapter.folder
-        planner = Planner(adapter.source, self.folder)
+        planner = UnitPlanner(adapter.source, self.folder)
         units = [self._unit(planner, factors) for factors in self.folder.factors.values() if self._is_stored(factors)]
         layers = [layer for unit in units for layer in unit.layers]
-        packed = {layer.name for layer in layers if layer.is_packed}
-        if not packed:
+        if not any(layer.is_packed for layer in layers):
             raise ValueError(
                 f"{self.folder.path} has no linear layer in 4 bits, the only kind of layer that "
                 "bitsandbytes stores in 4 bits: export to merged"
             )
-        self.model_name = type(planner.model).__name__
-        source, changed = adapter.source, {tensor for layer in layers for tensor in layer.tensors}
-        left = packed | source.coded_layers.keys()
-        dense = [name for name in linear_layers(planner.model) if name not in left]
-        super().__init__(Plan(source, units, dense, {}, source.coded.keys() - changed), target)
+        changed = {tensor for layer in layers for tensor in layer.tensors}
+        super().__init__(Plan(adapter.source, units, kept=adapter.source.coded.keys() - changed), target)
 
     def exported(self) -> Exported:
         """The report."""
         packed = len(self.plan.packed)
         count = sum(self.adapter.records[name].form.name == KEPT_IN_4_BITS for name in self.plan.layers) - packed
         dense = f", {count} decoded, since bitsandbytes has no experts and no Conv1D in 4 bits" if count else ""
-        model = f"{self.model_name}.from_pretrained({str(self.target)!r})"
+        model = f"{type(self.source.model).__name__}.from_pretrained({str(self.target)!r})"
         return Exported(
             what=self.adapter.what,
             layers=sum(len(factors.layers) for factors in self.folder.factors.values()),
@@ -70,20 +63,16 @@ class ResidualExport(Rewrite):
             **Errors.of(self.results)._asdict(),
         )
 
-    def _unit(self, planner: Planner, factors: LoraFactors) -> Unit:
+    def _unit(self, planner: UnitPlanner, factors: LoraFactors) -> Unit:
         """The unit for layers whose base was stored."""
         if factors.is_fused and factors.layers[0] in planner.source.coded_layers:
             raise ValueError(
                 f"{planner.source.folder} has the experts of {factors.target} in 4 bits, which only pissa.load reads: "
                 "give the checkpoint that was split (base)"
             )
-        unit = planner.unit_of(factors)
-        layers = []
-        for layer in unit.layers:
-            form = self.adapter.records[layer.name].form
-            is_kept = form.name == KEPT_IN_4_BITS and layer.name == factors.target and not layer.transposed
-            layers.append(replace(layer, form=form if is_kept else IMPLICIT))
-        return unit._replace(layers=tuple(layers))
+        unit, form = planner.unit_of(factors), self.adapter.records[factors.layers[0]].form
+        is_packed = form.name == KEPT_IN_4_BITS and not unit.layers[0].transposed
+        return unit.in_forms({factors.target: form} if is_packed else {})  # no layer of fused experts has that name
 
     def _is_stored(self, factors: LoraFactors) -> bool:
         return self.adapter.records[factors.layers[0]].form != IMPLICIT
@@ -100,16 +89,16 @@ class ResidualExport(Rewrite):
         if unit.tensor is not None:
             self.copy(out, unit.tensor)
             return {unit.name: {}}
-        lost, whole = 0.0, 0.0
+        sums = [{"lost": 0.0, "whole": 0.0}]
         for layer, factors in zip(unit.layers, self.adapter.factors(unit.name), strict=True):
             residual = self.adapter.residual(layer, read_weight(layer, self.source), factors)
             if not layer.is_packed:
                 exact = ops.dequantize(residual) if isinstance(residual, ops.QuantizedWeight) else residual.float()
                 residual = exact.to(layer.dtype)
-                if error := float(torch.linalg.vector_norm(residual.float() - exact)):
-                    lost, whole = lost + error**2, whole + float(torch.linalg.vector_norm(exact)) ** 2
+                if error := square(residual.float() - exact):
+                    sums.append({"lost": error, "whole": square(exact)})
             self.write_layer(out, layer, residual)
-        return {unit.name: {"lost": lost, "whole": whole}}
+        return {unit.name: add_up(sums)}
 
     def end(self, out: Output) -> None:
         """Writes the LoRA and all other tensors unchanged, except a layer's own weight, because its residual is

@@ -96,7 +96,8 @@ def export(
             error_of_worst=merged.error_of_worst,
             mean_error=merged.mean_error,
         )
-    with Checkpoint.open(base) as source, torch.no_grad():
+    with torch.no_grad():
+        source = Checkpoint.open(base)
         source.require(*READ)
         found = _trained_in_4_bits(read_adapter(opened, source, initial))
         run = ResidualExport(found, Path(os.path.abspath(target)))

@@ -9,7 +9,6 @@ import torch
 
 from pissa.adapters.lora_folder import LoraFolder
 from pissa.adapters.peft_layout import PREFIX
-from pissa.checkpoints.merge import Planner
 from pissa.containers.checkpoint import Checkpoint
 from pissa.containers.hub import Name
 from pissa.containers.messages import shown
@@ -69,14 +68,11 @@ def read_factors(folder: LoraFolder, base: Name | None, initial: Name | None, ru
 
 def _unchanged(folder: LoraFolder, base: Name) -> set[str]:
     """The tensors other than factors that equal the base's, as PEFT saves those of embeddings."""
-    found = set()
-    with Checkpoint.open(base) as source:
-        planner = Planner(source, folder)
-        for key in folder.other_keys:
-            name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
-            with suppress(ValueError):
-                kept, parts = folder.weights.read(key), planner.parts_of(name)
-                weight = source.matrix(parts)
-                if kept.shape == weight.shape and torch.equal(kept, weight.to(kept.dtype)):
-                    found.add(key)
-    return found
+    source, unchanged = Checkpoint.open(base), set()
+    for key in folder.other_keys:
+        with suppress(ValueError):
+            weight = source.matrix(source.parts_of(key.removeprefix(PREFIX).replace(".base_layer.", ".")))
+            saved = folder.weights.read(key)
+            if saved.shape == weight.shape and torch.equal(saved, weight.to(saved.dtype)):
+                unchanged.add(key)
+    return unchanged

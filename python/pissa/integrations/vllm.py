@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pissa.adapters.lora_folder import LoraFactors, LoraFolder, with_sizes
 from pissa.adapters.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, FACTOR_KEYS, PREFIX, Matrices
-from pissa.checkpoints.merge import Planner
+from pissa.checkpoints.merge import UnitPlanner
 from pissa.checkpoints.rewrite import Layer
 from pissa.containers.checkpoint import Checkpoint
 from pissa.containers.hub import Name
@@ -99,28 +99,26 @@ def _places(lora: PlainLora, base: Name | None) -> dict[str, Places]:
             f"{path} has factors of fused experts, {min(fused)} the first, which vLLM names as the checkpoint of the "
             "base does: give the unmodified model (base)"
         )
-    with Checkpoint.open(base) as source:
-        planner = Planner(source, lora.folder)
-        layers = {
-            target: planner.unit_of(factors).layers
-            for target, factors in all_factors.items()
-            if not factors.is_embedding
-        }
-        stacked = {target for target in fused if layers[target][0].parts[0].member is not None}
-        kind = source.model.config.model_type
-        if stacked and kind not in _STACKED:
+    source = Checkpoint.open(base)
+    planner = UnitPlanner(source, lora.folder)
+    layers = {
+        target: planner.unit_of(factors).layers for target, factors in all_factors.items() if not factors.is_embedding
+    }
+    stacked = {target for target in fused if layers[target][0].parts[0].member is not None}
+    kind = source.model.config.model_type
+    if stacked and kind not in _STACKED:
+        raise ValueError(
+            f"the checkpoint in {source.folder} has {min(stacked)} as a stack, whose factors vLLM reads for "
+            f"{', '.join(_STACKED)}, not for {kind}: export to merged"
+        )
+    modules = Counter(target.rpartition(".")[0] for target in stacked)
+    for module, leaf in (target.rpartition(".")[::2] for target in sorted(stacked)):
+        if modules[module] == 1:
             raise ValueError(
-                f"the checkpoint in {source.folder} has {min(stacked)} as a stack, whose factors vLLM reads for "
-                f"{', '.join(_STACKED)}, not for {kind}: export to merged"
+                f"{path} has factors of only {shown(leaf)} in {module}: of a stack of experts vLLM takes "
+                "both gate_up_proj and down_proj, or neither; export to merged"
             )
-        modules = Counter(target.rpartition(".")[0] for target in stacked)
-        for module, leaf in (target.rpartition(".")[::2] for target in sorted(stacked)):
-            if modules[module] == 1:
-                raise ValueError(
-                    f"{path} has factors of only {shown(leaf)} in {module}: of a stack of experts vLLM takes "
-                    "both gate_up_proj and down_proj, or neither; export to merged"
-                )
-        return {target: [_parts(one, source) for one in layers[target]] for target in layers.keys() - stacked}
+    return {target: [_parts(one, source) for one in layers[target]] for target in layers.keys() - stacked}
 
 
 def _parts(layer: Layer, source: Checkpoint) -> list[tuple[str, int]]:

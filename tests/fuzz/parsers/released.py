@@ -14,11 +14,11 @@ FILE, HEADER = "model.safetensors", 8
 
 
 def parse(folder: Path) -> None:
-    with Source(folder) as source:
-        for weight in coded_weights(source, torch.bfloat16).values():
-            shape = weight.shape
-            if shape and shape[0] * 64 > 1 << 16:  # of a scale that stands for many rows
-                continue
-            dense = weight.decode()
-            assert (dense.dtype, tuple(dense.shape)) == (torch.bfloat16, shape)
-            assert ops.linear(dense.flatten(0, -2)[:1], dense.flatten(0, -2)).numel() >= 0
+    source = Source(folder)
+    for weight in coded_weights(source, torch.bfloat16).values():
+        shape = weight.shape
+        if shape and shape[0] * 64 > 1 << 16:  # of a scale that stands for many rows
+            continue
+        dense = weight.decode()
+        assert (dense.dtype, tuple(dense.shape)) == (torch.bfloat16, shape)
+        assert ops.linear(dense.flatten(0, -2)[:1], dense.flatten(0, -2)).numel() >= 0

@@ -10,11 +10,11 @@ FILE, HEADER = "model.safetensors", 8
 
 
 def parse(folder: Path) -> None:
-    with Source(folder) as source:
-        file = TensorFile(folder / FILE)
-        assert sorted(file.entries) == sorted(source.names)
-        for name in source.names:
-            tensor = source.read(name)
-            assert (tensor.dtype, tuple(tensor.shape)) == file.entries[name][:2]
-            file.read(name)
+    source = Source(folder)
+    file = TensorFile(folder / FILE)
+    assert sorted(file.entries) == sorted(source.names)
+    for name in source.names:
+        tensor = source.read(name)
+        assert (tensor.dtype, tuple(tensor.shape)) == file.entries[name][:2]
+        file.read(name)
     file.expect_checksums()

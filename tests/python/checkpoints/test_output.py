@@ -221,9 +221,9 @@ def test_written_in_any_order_it_is_the_file_that_was_planned(tmp_path: Path) ->
         for name, tensor in tensors.items():
             assert opened.get_slice(name).get_shape() == list(tensor.shape)
             assert same_bits(opened.get_tensor(name), tensor)
-    with Source(tmp_path) as source:
-        assert set(source.names) == tensors.keys()
-        assert all(same_bits(source.read(name), tensor) for name, tensor in tensors.items())
+    source = Source(tmp_path)
+    assert set(source.names) == tensors.keys()
+    assert all(same_bits(source.read(name), tensor) for name, tensor in tensors.items())
 
 
 def test_matrices_of_a_stack_are_written_by_themselves(tmp_path: Path) -> None:

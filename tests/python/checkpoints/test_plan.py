@@ -37,8 +37,7 @@ def assert_planned(plan: SplitPlan, layers: dict[str, Any]) -> None:
         matrix = plan.source.matrix(layer.parts)
         assert torch.equal(matrix, layers[name].base.matrix()), name
         assert (layer.shape, layer.dtype) == (tuple(matrix.shape), matrix.dtype)
-        origin = plan.origins[name]
-        assert (origin.r, origin.scaling) == (layers[name].r["default"], layers[name].scaling["default"])
+        assert (layer.origin.r, layer.origin.scaling) == (layers[name].r["default"], layers[name].scaling["default"])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -84,7 +83,7 @@ def test_choice_and_ranks_are_the_configurations(tmp_path: Path) -> None:
         "lora_alpha": 6,
         "use_rslora": True,
     }
-    plan = plan_of(tmp_path, **fields)
+    plan = plan_of(tmp_path, quant="nf4", **fields)
     assert {*plan.layers} == {"model.layers.1.self_attn.q_proj", "model.layers.1.mlp.down_proj"}
     assert_planned(plan, injected(model, **fields))
     assert "lm_head" in plan.dense_linears

@@ -46,13 +46,13 @@ def save(folder: Path, tensors: dict[str, Tensor], shards: bool = True) -> Path:
 
 
 def assert_holds(folder: Path, expected: dict[str, Tensor]) -> None:
-    with Source(folder) as source:
-        assert sorted(source.names) == sorted(expected)
-        for name, tensor in expected.items():
-            found, entry = source.read(name), source.entry(name)
-            assert (found.dtype, found.shape) == (tensor.dtype, tensor.shape) == (entry.dtype, entry.shape)
-            assert entry.nbytes == tensor.nbytes
-            assert torch.equal(found.reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8))
+    source = Source(folder)
+    assert sorted(source.names) == sorted(expected)
+    for name, tensor in expected.items():
+        found, entry = source.read(name), source.entry(name)
+        assert (found.dtype, found.shape) == (tensor.dtype, tensor.shape) == (entry.dtype, entry.shape)
+        assert entry.nbytes == tensor.nbytes
+        assert torch.equal(found.reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8))
 
 
 @pytest.mark.parametrize("shards", [False, True])
@@ -94,7 +94,7 @@ def test_a_tensor_is_a_view_of_the_file_that_cannot_write_to_it(tmp_path: Path) 
     assert first.data_ptr() == again.data_ptr()
     first.zero_()
     assert path.read_bytes() == before
-    source.close()
+    del source
     assert torch.equal(again, torch.zeros(6, 5))  # the mapping is there as long as a tensor of it
 
 
@@ -125,19 +125,19 @@ def mapped_bytes() -> int:
 def test_released_pages_leave_the_memory(tmp_path: Path) -> None:
     names = [f"layers.{number}" for number in range(16)]
     save(tmp_path, {name: torch.randn(512, 1024) for name in names}, shards=False)  # 16 of 2 MB
-    with Source(tmp_path) as source:
-        source.ahead(names)
-        before = mapped_bytes()
-        sums = [float(source.read(name).sum()) for name in names]
-        used = mapped_bytes() - before
-        assert used > 30 * MB
-        source.release(names[:8])
-        assert mapped_bytes() - before < used - 15 * MB
-        kept = mapped_bytes()
-        source.release(names)
-        assert mapped_bytes() - before < 2 * MB
-        assert kept - before > 14 * MB, "what was not named stays"
-        assert [float(source.read(name).sum()) for name in names] == sums
+    source = Source(tmp_path)
+    source.ahead(names)
+    before = mapped_bytes()
+    sums = [float(source.read(name).sum()) for name in names]
+    used = mapped_bytes() - before
+    assert used > 30 * MB
+    source.release(names[:8])
+    assert mapped_bytes() - before < used - 15 * MB
+    kept = mapped_bytes()
+    source.release(names)
+    assert mapped_bytes() - before < 2 * MB
+    assert kept - before > 14 * MB, "what was not named stays"
+    assert [float(source.read(name).sum()) for name in names] == sums
 
 
 def test_pages_of_a_neighbour_stay(tmp_path: Path) -> None:
@@ -145,16 +145,16 @@ def test_pages_of_a_neighbour_stay(tmp_path: Path) -> None:
     names = ["a", "b", "c"]
     tensors = {name: torch.ones(3000) for name in names}  # of 12,000 bytes: not of whole pages
     save(tmp_path, tensors, shards=False)
-    with Source(tmp_path) as source:
-        for name in names:
-            source.read(name).zero_()
-        source.release(["b"])
-        assert not source.read("a").any()
-        assert not source.read("c").any()
-        assert 0 < int(source.read("b").sum()) < 3000
-        source.release(["c", "a", "b"])
-        assert source.read("b").all()  # also the pages that they share
-        assert source.read("c").all()
+    source = Source(tmp_path)
+    for name in names:
+        source.read(name).zero_()
+    source.release(["b"])
+    assert not source.read("a").any()
+    assert not source.read("c").any()
+    assert 0 < int(source.read("b").sum()) < 3000
+    source.release(["c", "a", "b"])
+    assert source.read("b").all()  # also the pages that they share
+    assert source.read("c").all()
 
 
 # ---- Refused ---------------------------------------------------------------------------------------------------------
@@ -283,15 +283,15 @@ def replaced(path: Path) -> None:
 @pytest.mark.parametrize("mapped", [False, True])
 @pytest.mark.parametrize("change", [shortened, touched, replaced, Path.unlink])
 def test_a_file_that_changes_is_not_read_further(change: Callable[[Path], None], mapped: bool, tmp_path: Path) -> None:
-    with Source(save(tmp_path, values())) as source:
-        if mapped:
-            source.read("layers.0.bias")
-        change(tmp_path / ONE)
-        with pytest.raises((OSError, ValueError), match=f"{ONE} (has changed since|cannot be read: No such)") as caught:
-            source.read("layers.0.bias")
-        assert "\n" not in str(caught.value)
-        source.ahead(source.names)
-        assert int(source.read("steps")) == 7
+    source = Source(save(tmp_path, values()))
+    if mapped:
+        source.read("layers.0.bias")
+    change(tmp_path / ONE)
+    with pytest.raises((OSError, ValueError), match=f"{ONE} (has changed since|cannot be read: No such)") as caught:
+        source.read("layers.0.bias")
+    assert "\n" not in str(caught.value)
+    source.ahead(source.names)
+    assert int(source.read("steps")) == 7
 
 
 def test_the_identity_says_which_file_is_another(tmp_path: Path) -> None:
