@@ -116,6 +116,11 @@ def is_plain_lora(folder: Path) -> bool:
     return (folder / ADAPTER_CONFIG).is_file() and not ours
 
 
+def is_ours(folder: Path) -> bool:
+    """Whether the folder contains an adapter of ours."""
+    return (folder / PISSA_RECORD).is_file()
+
+
 def open_adapter(folder: Path) -> LoraFolder:
     """Determines what an adapter's folder is. No other code does."""
     if not folder.is_dir():
@@ -124,7 +129,7 @@ def open_adapter(folder: Path) -> LoraFolder:
         raise ValueError(f"{folder} holds no adapter: there is no {ADAPTER_CONFIG}")
     config, weights = read_lora_config(folder / ADAPTER_CONFIG), TensorFile(folder / ADAPTER_WEIGHTS)
     factors = _factors(config, folder / ADAPTER_CONFIG, weights)
-    record = AdapterRecord.read(folder / PISSA_RECORD) if (folder / PISSA_RECORD).is_file() else None
+    record = AdapterRecord.read(folder / PISSA_RECORD) if is_ours(folder) else None
     if record is not None:  # the LoRA must be that of this record
         weights.expect_checksums()
         found = ((layer, one) for one in factors.values() for layer in one.layers)

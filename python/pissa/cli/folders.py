@@ -191,6 +191,7 @@ def _init(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     from pissa.checkpoints.init import init
     from pissa.cli.data import batches_of
     from pissa.config import PissaConfig
+    from pissa.containers.checkpoint import INITIAL_FOLDER
 
     if args.calibration is not None and args.quant is None:
         raise UserError(
@@ -223,7 +224,7 @@ def _init(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         say("next", f"pissa.load({str(args.target)!r}); no other program reads experts in {args.experts}")
     else:
         say("next", f"pissa.load({str(args.target)!r}); or, in any trainer, the model {args.target}")
-        say("", f"with the LoRA adapter {args.target / 'pissa_init'}")
+        say("", f"with the LoRA adapter {args.target / INITIAL_FOLDER}")
 
 
 INIT = FolderCommand(_add_init, _init)

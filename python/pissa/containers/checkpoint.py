@@ -20,9 +20,9 @@ from transformers import PreTrainedModel
 from pissa import ops
 from pissa.base.released_layouts import join_rows
 from pissa.containers.coded_weights import coded_weights, scales_of_inputs
-from pissa.containers.hub import Name, model_files, weight_files
+from pissa.containers.hub import Name, find_file, model_files, weight_files
 from pissa.containers.messages import shown
-from pissa.containers.model_folder import Composition, Part, meta_model, read_config
+from pissa.containers.model_folder import CONFIG, Composition, Part, meta_model, read_config
 from pissa.containers.tensor_file import Entry, Source
 from pissa.layers.experts import WEIGHTS, is_transposed
 
@@ -31,6 +31,8 @@ PISSA_RECORD = "pissa.json"
 
 INITIAL_FOLDER = "pissa_init"
 """The folder in that of a residual that contains the adapter before training, where the paper's authors store it."""
+
+_INITIAL_CONFIG = f"{INITIAL_FOLDER}/adapter_config.json"
 
 RESIDUAL_KEY = "pissa_residual"
 """The field of a residual's config.json that says so. transformers keeps fields that it does not know."""
@@ -77,6 +79,7 @@ class ModelFolder:
         found = self.config.get("quantization_config") or {}
         self.quantization: dict[str, Any] = found if isinstance(found, dict) else {"quant_method": found}
         """The `quantization_config` of config.json, empty if there is none."""
+        self.quant_method: str | None = self.quantization.get("quant_method")
         self.contents = self._contents()
 
     @staticmethod
@@ -92,8 +95,7 @@ class ModelFolder:
     def require(self, *allowed: Contents) -> None:
         """Raises ValueError, saying what to do instead, unless the folder contains one of these."""
         if self.contents not in allowed:
-            method = self.quantization.get("quant_method")
-            by = f" (quant_method {shown(method)} in config.json)" if method else ""
+            by = f" (quant_method {shown(self.quant_method)} in config.json)" if self.quant_method else ""
             needed = ", or ".join(one.value for one in allowed)
             raise ValueError(
                 f"{self.name} contains {self.contents.value}{by}; needed: {needed}; {_INSTEAD[self.contents]}"
@@ -102,12 +104,11 @@ class ModelFolder:
     def _contents(self) -> Contents:
         if self.config.get(RESIDUAL_KEY) or (self.folder / PISSA_RECORD).is_file():
             return Contents.RESIDUAL
-        if (self.folder / INITIAL_FOLDER / "adapter_config.json").is_file():
+        if (self.folder / _INITIAL_CONFIG).is_file():
             return Contents.PEFT_RESIDUAL
-        method = self.quantization.get("quant_method")
-        if method in RELEASED_METHODS:
+        if self.quant_method in RELEASED_METHODS:
             return Contents.RELEASED
-        return {None: Contents.DENSE, "bitsandbytes": Contents.BITSANDBYTES}.get(method, Contents.OTHER)
+        return {None: Contents.DENSE, "bitsandbytes": Contents.BITSANDBYTES}.get(self.quant_method, Contents.OTHER)
 
 
 class Checkpoint(ModelFolder):
@@ -122,8 +123,8 @@ class Checkpoint(ModelFolder):
         self.coded = coded_weights(self.stored, dtype if isinstance(dtype, torch.dtype) else torch.float32)
         """The weights that are stored in codes, by name."""
         if self.contents is Contents.RELEASED and not self.coded:
-            method = self.quantization["quant_method"]
-            raise ValueError(f"{folder}: config.json says {method}, but there are no codes of a layout that is read")
+            said = f"config.json says {self.quant_method}"
+            raise ValueError(f"{folder}: {said}, but there are no codes of a layout that is read")
         self.input_scales = scales_of_inputs(self.stored, self.coded)
         """Stored tensors that belong to codes but to no weight: scales of activations."""
         first = {weight.codes: name for name, weight in self.coded.items()}
@@ -294,6 +295,20 @@ class Checkpoint(ModelFolder):
 
 EXPERT = re.compile(rf"(.+)\.\d+\.({'|'.join(WEIGHTS)})")
 """The name of an expert's weight after unfusing."""
+
+
+def initial_adapter(name: Name | None) -> Path | None:
+    """The folder of the adapter before training in a residual that is on this machine, in a folder or in
+    huggingface_hub's cache. Nothing is downloaded."""
+    path = None if name is None else find_file(name, _INITIAL_CONFIG)
+    return None if path is None else path.parent
+
+
+def residual_around(initial: Path) -> ModelFolder | None:
+    """The residual that contains this adapter before training."""
+    folder = initial.resolve().parent
+    is_inside = initial.name == INITIAL_FOLDER and (folder / CONFIG).is_file()
+    return ModelFolder(folder) if is_inside else None
 
 
 def check_not_residual(model: nn.Module) -> None:

@@ -11,12 +11,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from pissa.adapters.lora_folder import LoraFolder, check_same_layers, open_adapter
-from pissa.adapters.peft_layout import ADAPTER_CONFIG, Matrices, base_weight_key, inexact_lora
-from pissa.containers.checkpoint import INITIAL_FOLDER, ModelFolder
-from pissa.containers.hub import Name, absolute, find_file, is_elsewhere
+from pissa.adapters.lora_folder import LoraFolder, check_same_layers, is_plain_lora, open_adapter
+from pissa.adapters.peft_layout import Matrices, base_weight_key, inexact_lora
+from pissa.containers.checkpoint import initial_adapter, residual_around
+from pissa.containers.hub import Name, absolute, is_elsewhere
 from pissa.containers.messages import shown
-from pissa.containers.model_folder import CONFIG
 from pissa.notices import InexactLoraWarning, UnseenBaseWarning
 from pissa.ops.low_rank import join_difference
 
@@ -45,7 +44,7 @@ class PlainLora:
             if forms:
                 warnings.warn(inexact_lora(forms), InexactLoraWarning, stacklevel=3)
             return PlainLora(folder, OURS)
-        initial = initial or _initial_of(base) or _initial_of(folder.named_base)
+        initial = initial or initial_adapter(base) or initial_adapter(folder.named_base)
         if initial is not None:
             return PlainLora(folder, INITIAL, initial=_read_initial(folder, initial))
         if not folder.leaves_base:
@@ -113,7 +112,7 @@ class PlainLora:
     def base_name(self, base: Name | None) -> str | None:
         """The name of the unmodified base, valid in any working directory: `base`, or the one that the adapter names;
         None if that is a residual."""
-        if base is not None and _initial_of(base) is None:
+        if base is not None and initial_adapter(base) is None:
             return absolute(base)
         return None if self.initial is not None and self.folder.leaves_base else self.folder.named_base
 
@@ -123,12 +122,6 @@ def check_not_given(reason: str, **arguments: object) -> None:
     for name, value in arguments.items():
         if value is not None:
             raise ValueError(f"{reason}; {name} is of no use with it: leave it out")
-
-
-def _initial_of(model: Name | None) -> Path | None:
-    """The initial adapter in a model that is a residual on this machine, in a folder or in huggingface_hub's cache."""
-    found = None if model is None else find_file(model, f"{INITIAL_FOLDER}/{ADAPTER_CONFIG}")
-    return None if found is None else found.parent
 
 
 def _check_base(folder: LoraFolder, base: Name | None) -> None:
@@ -152,17 +145,14 @@ def _check_base(folder: LoraFolder, base: Name | None) -> None:
 def _read_initial(folder: LoraFolder, given: Name) -> LoraFolder:
     """The initial adapter, in the folder `given` or, if that is a residual model, in its pissa_init."""
     path = Path(given)
-    if (path / INITIAL_FOLDER / ADAPTER_CONFIG).is_file() and not (path / ADAPTER_CONFIG).is_file():
-        path = path / INITIAL_FOLDER
-    around = path.resolve().parent
-    residual = around if path.name == INITIAL_FOLDER and (around / CONFIG).is_file() else None
-    initial = open_adapter(path)
+    path = path if is_plain_lora(path) else initial_adapter(path) or path
+    initial, residual = open_adapter(path), residual_around(path)
     check_start(folder, initial)
-    if residual is not None and (kind := ModelFolder(residual).quantization.get("quant_method")) is not None:
+    if residual is not None and residual.quant_method is not None:
         warnings.warn(
-            f"The residual in {residual} is quantised ({kind}). On the unmodified base the change lacks its error, and "
-            f"is only approximately the function that was trained: `pissa merge {folder.path} --base {residual} OUT` "
-            "writes that as a model of its own, exactly.",
+            f"The residual in {residual.folder} is quantised ({residual.quant_method}). On the unmodified base the "
+            "change lacks its error, and is only approximately the function that was trained: `pissa merge "
+            f"{folder.path} --base {residual.folder} OUT` writes that as a model of its own, exactly.",
             InexactLoraWarning,
             stacklevel=4,
         )

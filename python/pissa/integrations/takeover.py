@@ -16,6 +16,7 @@ from peft import LoraConfig, PeftType
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
+from pissa.adapters.lora_folder import is_ours
 from pissa.base.classes import fields_of_4_bits
 from pissa.config import PissaConfig, default_of
 from pissa.containers.checkpoint import PISSA_RECORD
@@ -178,13 +179,13 @@ def loaded(plain: Callable[..., nn.Module], model: nn.Module, model_id: Any, *ar
     """Returns the result of `PeftModel.from_pretrained`, whose original is `plain`: a model of ours for a folder, or a
     repository on the Hub, that contains an adapter of ours."""
     config = kwargs.get("config", args[2] if len(args) > 2 else None)
-    is_ours = config is None or isinstance(config, PissaConfig)
-    if is_ours:
+    takes = config is None or isinstance(config, PissaConfig)
+    if takes:
         try:
-            is_ours = (adapter_folder(model_id, [PISSA_RECORD], **kwargs) / PISSA_RECORD).is_file()
+            takes = is_ours(adapter_folder(model_id, [PISSA_RECORD], **kwargs))
         except ValueError:
-            is_ours = False  # PEFT reports what is wrong
-    return (PissaModel.from_pretrained if is_ours else plain)(model, model_id, *args, **kwargs)
+            takes = False  # PEFT reports what is wrong
+    return (PissaModel.from_pretrained if takes else plain)(model, model_id, *args, **kwargs)
 
 
 def _warn(config: LoraConfig, why: str) -> None:
