@@ -7,7 +7,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,12 +37,12 @@ from pissa.base.stored import residuals_of
 from pissa.checkpoints.load import mapped_model
 from pissa.checkpoints.output import Output
 from pissa.checkpoints.rewrite import (
-    Errors,
     Layer,
     Plan,
     Result,
     Rewrite,
     Unit,
+    Written,
     add_up,
     matrix_shape,
     square,
@@ -230,19 +229,11 @@ _SAMPLE = 64
 rows. It takes 1 to 3% of the time."""
 
 
-class Initialised(NamedTuple):
-    """The result of `init`."""
+@dataclass(frozen=True)
+class Initialised(Written):
+    """The result of `init`. Its errors are ‖W - Q - s B0 A0‖ / ‖W‖, from the first 64th of each layer's rows."""
 
     layers: int
-    bytes_read: int
-    """Bytes of the checkpoint that this run and the runs that it continued have read."""
-    bytes_written: int
-    bytes_done_before: int
-    """Bytes of the checkpoint that the runs which this one continued have read."""
-    seconds: float
-    """The duration of this run."""
-    error: float
-    """‖W - Q - s B0 A0‖ / ‖W‖ over all layers, from the first 64th of each layer's rows."""
     memory: int
     """The largest number of bytes in flight."""
     largest: str
@@ -291,7 +282,6 @@ def init(
         OSError: the disk is full or fails. What was written stays, and the same call goes on.
         pissa.distributed.RankError: another process has failed.
     """
-    begin = time.perf_counter()
     with distributed.failing_together():
         checkpoint = Checkpoint.open(source)
         plan = SplitPlan(checkpoint, config, experts)
@@ -299,16 +289,12 @@ def init(
         calibration = None if calibration is None else list(calibration)
         plan.config.base_model_name_or_path = checkpoint.name
         run = _Split(plan, Path(os.path.abspath(target)), memory, torch.device(device), calibration)
-        run.run(progressbar)
+        written = run.run(progressbar)
         need = {name: run.in_flight(layer) for name, layer in plan.layers.items()}
         largest = max(need, key=need.__getitem__)
         return Initialised(
+            **vars(written),
             layers=len(plan.layers),
-            bytes_read=run.bytes_read,
-            bytes_written=run.bytes_written,
-            bytes_done_before=run.bytes_done_before,
-            seconds=time.perf_counter() - begin,
-            error=Errors.of(run.results).error,
             memory=max(memory, need[largest]),
             largest=largest,
             only_ours=plan.has_packed_experts,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.integrations import deepspeed
 from transformers.quantizers import register_quantization_config
@@ -119,15 +119,6 @@ class _LeftPacked:
         return nn.Parameter(torch.empty(self.shape, dtype=dtype, device="meta"))
 
 
-def _check_readable(checkpoint: Checkpoint) -> None:
-    """Raises ValueError for a checkpoint with a kind of quantisation that nothing here reads."""
-    checkpoint.require(Contents.DENSE, Contents.RELEASED, Contents.BITSANDBYTES, Contents.RESIDUAL)
-    if checkpoint.quantization.get("transform_config"):
-        raise ValueError(
-            f"{checkpoint.folder} turns its layers' inputs (transform_config in config.json), which is not read"
-        )
-
-
 @register_quantization_config("pissa")
 class _ReadByLoad(QuantizationConfigMixin):  # type: ignore[misc]
     """Refuses a model with quantised experts, which transformers would treat as missing and initialise at random."""
@@ -186,7 +177,9 @@ def load(
     with failing_together():
         checkpoint = Checkpoint.open(folder, revision)
         folder = checkpoint.folder
-        _check_readable(checkpoint)
+        checkpoint.require(Contents.DENSE, Contents.RELEASED, Contents.BITSANDBYTES, Contents.RESIDUAL)
+        if checkpoint.quantization.get("transform_config"):
+            raise ValueError(f"{folder} turns its layers' inputs (transform_config in config.json), which is not read")
         is_residual = checkpoint.contents is Contents.RESIDUAL
         split = AdapterRecord.read(folder / PISSA_RECORD) if is_residual else None
         saved = None if adapter is None else PissaFolder.read(adapter_folder(adapter, ADAPTER_FILES))
@@ -273,7 +266,13 @@ def _fill_packed(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
             continue
         coded_weight = checkpoint.coded[parts[0].tensor]
         if isinstance(coded_weight, BitsandbytesWeight):
-            base: CodedLinear = _bnb_linear(layer, coded_weight.entries(), dense.bias, compute_dtype)
+            with of_layer(layer):
+                if "SCB" in (entries := coded_weight.entries()):
+                    raise ValueError(
+                        "its weight is in 8 bits, with which only bitsandbytes computes: "
+                        "pissa.wrap(AutoModelForCausalLM.from_pretrained(folder), ...)"
+                    )
+                base: CodedLinear = linear4bit(entries, dense.bias, compute_dtype)
         else:
             base = CodedLinear(checkpoint.codes(parts), dense.bias)
         base.train(dense.module.training)
@@ -281,18 +280,6 @@ def _fill_packed(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
             adapted.base_layer = base
         else:
             model.set_submodule(layer, base)
-
-
-def _bnb_linear(
-    layer: str, entries: Mapping[str, Tensor], bias: nn.Parameter | None, compute_dtype: torch.dtype
-) -> CodedLinear:
-    with of_layer(layer):
-        if "SCB" in entries:
-            raise ValueError(
-                "its weight is in 8 bits, with which only bitsandbytes computes: "
-                "pissa.wrap(AutoModelForCausalLM.from_pretrained(folder), ...)"
-            )
-        return linear4bit(entries, bias, compute_dtype)
 
 
 def _fill_split(model: nn.Module, checkpoint: Checkpoint, split: AdapterRecord, config: PissaConfig) -> None:

@@ -7,13 +7,12 @@ from __future__ import annotations
 import math
 import os
 import shutil
-import time
 import warnings
 from collections import Counter
 from collections.abc import Collection
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,12 +26,12 @@ from pissa.checkpoints.load import of_layer
 from pissa.checkpoints.output import Output
 from pissa.checkpoints.rewrite import (
     MODELOPT_CONFIG,
-    Errors,
     Layer,
     Plan,
     Result,
     Rewrite,
     Unit,
+    Written,
     add_up,
     matrix_shape,
     square,
@@ -217,8 +216,10 @@ class UnitPlanner:
 _IN_MEMORY = "merge in memory, with PeftModel.from_pretrained or PissaModel.from_pretrained and merge_and_unload"
 
 
-class Merged(NamedTuple):
-    """The result of `merge`."""
+@dataclass(frozen=True)
+class Merged(Written):
+    """The result of `merge`. Its errors are ‖Q - W'‖ / ‖W'‖ over the layers that are merged or written in codes, where
+    W' is the sum in float32 and Q the written weight."""
 
     what: str
     """The kind of the adapter, in words."""
@@ -226,23 +227,8 @@ class Merged(NamedTuple):
     """The number of layers whose weights the adapter changes."""
     quantised: int
     """The number of layers that are written in codes."""
-    bytes_read: int
-    """Bytes of the checkpoint that this run and the runs that it continued have read."""
-    bytes_written: int
-    bytes_done_before: int
-    """Bytes of the checkpoint that the runs which this one continued have read."""
-    seconds: float
-    """The duration of this run."""
-    error: float
-    """‖Q - W'‖ / ‖W'‖ over the layers that are merged or written in codes, where W' is the sum in float32 and Q the
-    written weight."""
     error_of_change: float
     """‖Q - W'‖ / ‖change‖ over the layers that the adapter changes."""
-    worst: str | None
-    """The layer, or the stack of experts, with the largest error; None if there is none."""
-    error_of_worst: float
-    mean_error: float
-    """The mean of the layers' errors."""
     survives: dict[str, float]
     """The share of each layer's or expert stack's change that survives in codes of a released format: <Q - W, D> / ‖D‖²
     for the old weight W and the change D; for all together under the name "all". Empty without such codes."""
@@ -290,7 +276,6 @@ def merge(
         ValueError: something cannot be read or merged; the message names file and layer. `target` is not a model then.
         OSError: the disk is full or fails.
     """
-    begin = time.perf_counter()
     check_choice("quant", quant, (None, *FORMATS, SAME))
     form = IMPLICIT if quant in (None, SAME) else Form.quantised(quant, *FORMATS[quant].options(None, None, 0))
     with torch.no_grad():
@@ -299,28 +284,23 @@ def merge(
         read = read_adapter(open_adapter(Path(adapter)), found, initial)
         plan = plan_merge(found, read.folder, form, found.coded if quant == SAME else ())
         run = (_MergeSame if quant == SAME else _Merge)(plan, read, form, Path(target))
-        run.run(progressbar)
+        written = run.run(progressbar)
         for doubt in read.doubts():
             warnings.warn(doubt, stacklevel=2)
         adapted = [unit for unit in run.plan.units if unit.factors is not None]
-        changed = [run.results[unit.name] for unit in adapted]
-        lost, change = (sum(result[name] for result in changed) for name in ("lost", "change"))
+        changed = add_up(run.results[unit.name] for unit in adapted)
         coded = {unit.name: run.results[unit.name] for unit in adapted if "kept" in run.results[unit.name]}
         kept, moved, whole = (sum(one[name] for one in coded.values()) for name in ("kept", "moved", "change"))
         share = kept / whole if whole else 0.0
         return Merged(
+            **vars(written),
             what=read.what,
             layers=sum(len(unit.layers) for unit in adapted),
             quantised=len(run.plan.packed) or sum(len(unit.layers) for unit in adapted if unit.name in coded),
-            bytes_read=run.bytes_read,
-            bytes_written=run.bytes_written,
-            bytes_done_before=run.bytes_done_before,
-            seconds=time.perf_counter() - begin,
-            error_of_change=math.sqrt(lost / change) if change else 0.0,
+            error_of_change=math.sqrt(changed["lost"] / changed["change"]) if changed["change"] else 0.0,
             survives={name: one["kept"] / one["change"] for name, one in coded.items() if one["change"]}
             | ({"all": share} if coded else {}),
             noise=math.sqrt(max(0.0, moved / whole - share**2)) if whole else 0.0,
-            **Errors.of(run.results)._asdict(),
         )
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -226,6 +227,41 @@ def add_up(results: Iterable[Result]) -> Result:
     return dict(sums)
 
 
+@dataclass(frozen=True)
+class Errors:
+    """The errors of the units that are not written unchanged."""
+
+    error: float
+    """‖Q - W‖ / ‖W‖ over all of them, where Q is written instead of W."""
+    worst: str | None
+    """The unit with the largest error, a layer or a stack of experts; None if there is none."""
+    error_of_worst: float
+    mean_error: float
+    """The mean of the units' errors."""
+
+    @staticmethod
+    def of(results: Mapping[str, Result]) -> Errors:
+        written = {name: result for name, result in results.items() if result.get("whole")}
+        each = {name: math.sqrt(result["lost"] / result["whole"]) for name, result in written.items()}
+        lost, whole = (sum(result[name] for result in written.values()) for name in ("lost", "whole"))
+        worst = max(each, key=each.__getitem__, default=None)
+        error = math.sqrt(lost / whole) if whole else 0.0
+        return Errors(error, worst, each[worst] if worst else 0.0, sum(each.values()) / max(1, len(each)))
+
+
+@dataclass(frozen=True)
+class Written(Errors):
+    """What a run has written."""
+
+    bytes_read: int
+    """Bytes of the checkpoint that this run and the runs that it continued have read."""
+    bytes_written: int
+    bytes_done_before: int
+    """Bytes of the checkpoint that the runs which this one continued have read."""
+    seconds: float
+    """The duration of this run."""
+
+
 class Rewrite(ABC):
     """One run over a checkpoint in this process. All ranks create it, and call `run` together."""
 
@@ -239,11 +275,7 @@ class Rewrite(ABC):
         """The results of the finished units, by name."""
         self.units_to_write: list[Unit] = []
         """The units that this process writes. Earlier runs have written others, and other processes write others."""
-        self.bytes_read = sum(self._sizes.values())
-        """Bytes of the checkpoint that this run and the runs that it continues have read."""
         self.bytes_written = sum(layout.size for layout in plan.files.values())
-        self.bytes_done_before = 0
-        """Bytes of the checkpoint that the runs which this one continues have read."""
 
     @property
     def lacks_start(self) -> bool:
@@ -265,7 +297,7 @@ class Rewrite(ABC):
     def end(self, out: Output) -> None:  # noqa: B027  most have nothing else to write
         """Writes what depends on all units, besides config.json and the index. Runs on one rank."""
 
-    def run(self, progressbar: bool) -> None:
+    def run(self, progressbar: bool) -> Written:
         """Writes all files.
 
         Raises:
@@ -274,14 +306,14 @@ class Rewrite(ABC):
             OSError: a file cannot be read or written now, or the disk is full. What was written stays, and the same
                 call goes on.
         """
-        batches = self._batches()
+        begin, batches = time.perf_counter(), self._batches()
         sizes = {name: sum(self._sizes[unit.name] for unit in units) for name, units in batches.items()}
         owners = distributed.owners(sizes)
         mine = [name for name in batches if owners[name] == distributed.rank()]
         with Output(self.target, self._identity(), self.plan.files) as out:
             for units in out.done.values():
                 self.results |= units
-            self.bytes_done_before = sum(sizes[name] for name in out.done)
+            done_before = sum(sizes[name] for name in out.done)
             # tqdm reads TQDM_DISABLE only if `disable` is not given.
             hidden = {} if progressbar and distributed.rank() == 0 else {"disable": True}
             left = {name: batches[name] for name in mine if name not in out.done}
@@ -303,6 +335,13 @@ class Rewrite(ABC):
                 self.write_config(out)
                 self.end(out)
             out.finish()
+        return Written(
+            **vars(Errors.of(self.results)),
+            bytes_read=sum(sizes.values()),
+            bytes_written=self.bytes_written,
+            bytes_done_before=done_before,
+            seconds=time.perf_counter() - begin,
+        )
 
     def _work(self, out: Output, batches: Mapping[str, Sequence[Unit]], bar: Any) -> None:
         groups = [(name, group) for name, units in batches.items() for group in self.groups(units)]
@@ -402,28 +441,6 @@ class Rewrite(ABC):
             out.path(CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         else:
             shutil.copyfile(self.source.folder / CONFIG, out.path(CONFIG))
-
-
-class Errors(NamedTuple):
-    """The errors of the units that are not written unchanged."""
-
-    error: float
-    """‖Q - W‖ / ‖W‖ over all of them."""
-    worst: str | None
-    """The unit with the largest error; None if there is none."""
-    error_of_worst: float
-    mean_error: float
-    """The mean of the units' errors."""
-
-    @staticmethod
-    def of(results: Mapping[str, Result]) -> Errors:
-        found = {name: (result["lost"], result["whole"]) for name, result in results.items() if result.get("whole")}
-        each = {name: math.sqrt(lost / whole) for name, (lost, whole) in found.items()}
-        lost, whole = (sum(column) for column in zip(*found.values(), strict=True)) if found else (0.0, 1.0)
-        worst = max(each, key=each.__getitem__, default=None)
-        return Errors(
-            math.sqrt(lost / whole), worst, each[worst] if worst else 0.0, sum(each.values()) / max(1, len(each))
-        )
 
 
 MODELOPT_CONFIG = "hf_quant_config.json"

@@ -30,8 +30,7 @@ from pissa.cli.terminal import (
 from pissa.integrations import RUNTIMES
 
 if TYPE_CHECKING:
-    from pissa.checkpoints.init import Initialised
-    from pissa.checkpoints.merge import Merged
+    from pissa.checkpoints.rewrite import Written
 
 
 class FolderCommand(NamedTuple):
@@ -96,7 +95,7 @@ def _options(args: argparse.Namespace, *names: str) -> dict[str, Any]:
     return {name: getattr(args, name) for name in names}
 
 
-def _read(done: Initialised | Merged) -> str:
+def _read(done: Written) -> str:
     """The amount of checkpoint data that a run has read, and the speed."""
     before = f", {as_size(done.bytes_done_before)} by an earlier run" if done.bytes_done_before else ""
     rate = round((done.bytes_read - done.bytes_done_before) / done.seconds)
@@ -210,7 +209,7 @@ def _init(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             calibration=batches,
             progressbar=True,
         )
-    yield done._asdict()
+    yield vars(done)
     kept = f"{done.layers} layers, rank {args.rank}, residual {args.quant or 'dense'}"
     say("split", f"{args.source}: {kept}, start {args.init}")
     say("read", _read(done))
@@ -252,7 +251,7 @@ def _merge(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     from pissa.checkpoints.merge import merge
 
     done = merge(args.adapter, args.base, args.target, **_options(args, "quant", "initial"), progressbar=True)
-    yield done._asdict()
+    yield vars(done)
     say("adapter", f"{args.adapter}: {done.what}, {done.layers} layers")
     say("read", _read(done))
     for name, share in done.survives.items():

@@ -402,10 +402,11 @@ class Scratch(Mapping[str, Tensor], AbstractContextManager["Scratch"]):
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  closed by __exit__
         self._places: dict[str, tuple[int, torch.dtype, tuple[int, ...]]] = {}
 
-    def put(self, name: str, tensor: Tensor) -> None:
-        """Stores the values of a contiguous tensor on the CPU."""
-        self._places[name] = self._file.seek(0, os.SEEK_END), tensor.dtype, tuple(tensor.shape)
-        self._file.write(bytes_of(tensor))
+    def put(self, tensors: Mapping[str, Tensor]) -> None:
+        """Stores the values of contiguous tensors on the CPU."""
+        for name, tensor in tensors.items():
+            self._places[name] = self._file.seek(0, os.SEEK_END), tensor.dtype, tuple(tensor.shape)
+            self._file.write(bytes_of(tensor))
 
     def __getitem__(self, name: str) -> Tensor:
         place, dtype, shape = self._places[name]

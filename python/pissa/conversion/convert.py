@@ -126,14 +126,13 @@ def convert(
         for name, factors in tqdm(targets, desc="converting", unit="layer") if progressbar else targets:
             starts = lora.starts(name)
             pairs, whole, lost = approximated(lora.matrices(name, starts), factors.scaling, rank, energy)
-            for key, tensor in factors.pack(pairs).items():
-                tensors.put(key, tensor)
+            tensors.put(factors.pack(pairs))
             if (key := base_weight_key(name)) in others:
-                tensors.put(key, lora.own_weight(name, starts))
+                tensors.put({key: lora.own_weight(name, starts)})
             layers[name] = ConvertedLayer(factors.rank, len(pairs[0][0]), whole, lost)
             sizes[name] = layers[name].rank, factors.scaling
         for key in others - tensors.keys():
-            tensors.put(key, folder.weights.read(key))
+            tensors.put({key: folder.weights.read(key)})
         config = with_sizes(folder.config, sizes) | {"base_model_name_or_path": lora.base_name(base)}
         new(ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True))
         write_tensors(new(ADAPTER_WEIGHTS), tensors)

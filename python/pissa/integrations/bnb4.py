@@ -60,7 +60,7 @@ class ResidualExport(Rewrite):
             written=f"{packed} residuals in nf4{dense}, and a LoRA on them in {LORA}",
             bytes_written=self.bytes_written,
             load=f"PeftModel.from_pretrained({model}, {str(self.target / LORA)!r})",
-            **Errors.of(self.results)._asdict(),
+            **vars(Errors.of(self.results)),
         )
 
     def _unit(self, planner: UnitPlanner, factors: LoraFactors) -> Unit:
@@ -115,11 +115,10 @@ class ResidualExport(Rewrite):
                         pairs.append(served.factors(found.deltas))
                     rank = len(pairs[0][0])
                     kept -= {*factors.keys, base_weight_key(target)}
-                    for key, tensor in factors.pack(pairs).items():
-                        tensors.put(key, tensor)
+                    tensors.put(factors.pack(pairs))
                 sizes[target] = rank, factors.scaling
             for key in kept:
-                tensors.put(key, self.folder.weights.read(key))
+                tensors.put({key: self.folder.weights.read(key)})
             write_tensors(path, tensors)
         self.bytes_written += path.stat().st_size
         config = with_sizes(self.folder.config, sizes) | {"base_model_name_or_path": str(self.target)}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -54,8 +53,7 @@ def export_lora(adapter: LoraFolder, base: Name | None, target: Path, initial: N
     with staged(target) as new, Scratch(target) as tensors:
         for name, factors in lora.folder.factors.items():
             pairs = [pad_rank(a, factors.scaling / lora.scaling * b, rank) for a, b in lora.matrices(name)]
-            for key, tensor in _tensors(factors, pairs, places.get(name)):
-                tensors.put(key, tensor)
+            tensors.put(_tensors(factors, pairs, places.get(name)))
         sizes = dict.fromkeys(lora.folder.factors, (rank, lora.scaling))
         config = with_sizes({**lora.folder.config, "use_rslora": False}, sizes) | {
             "target_modules": sorted({key.split(".lora_")[0].rpartition(".")[2] for key in tensors}),
@@ -74,15 +72,16 @@ def export_lora(adapter: LoraFolder, base: Name | None, target: Path, initial: N
     )
 
 
-def _tensors(factors: LoraFactors, pairs: list[Matrices], places: Places | None) -> Iterator[tuple[str, Tensor]]:
+def _tensors(factors: LoraFactors, pairs: list[Matrices], places: Places | None) -> dict[str, Tensor]:
     """The tensors of a target, under vLLM's names; if `places` is None, under the adapter's names."""
     if places is None:
-        yield from factors.pack(pairs).items()
-        return
+        return factors.pack(pairs)
+    tensors = {}
     for parts, (a, b) in zip(places, pairs, strict=True):
         for (place, _), rows in zip(parts, torch.split(b, [count for _, count in parts]), strict=True):
             for key, tensor in zip(FACTOR_KEYS[0], (a, rows), strict=True):
-                yield f"{PREFIX}{place}.{key}", tensor.float().contiguous()
+                tensors[f"{PREFIX}{place}.{key}"] = tensor.float().contiguous()
+    return tensors
 
 
 def _places(lora: PlainLora, base: Name | None) -> dict[str, Places]:

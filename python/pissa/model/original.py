@@ -39,7 +39,6 @@ class OriginalWeights:
         self.fingerprints: dict[str, str] = {}
         """The fingerprints of the weights that were read, by layer name."""
         self._read: list[str] = []
-        self._known = {name for name, _ in self._checkpoint.model.named_parameters()}
 
     def weight(self, name: str, base: Base) -> tuple[Tensor, ops.QuantizedWeight]:
         """Returns the weight [out, in] of the named layer, as bitsandbytes has quantised it, and its codes.
@@ -50,10 +49,10 @@ class OriginalWeights:
         checkpoint = self._checkpoint
         checkpoint.release(self._read)  # otherwise the file's pages would count as this process's memory
         parameter = f"{name}.weight"
-        if parameter not in self._known:  # a model without the head that config.json names
+        if parameter not in checkpoint.tensors:  # a model without the head that config.json names
             parameter = f"{checkpoint.model.base_model_prefix}.{parameter}"
         try:
-            parts = checkpoint.composition.matrix(parameter, transposed=False)
+            parts = checkpoint.parts_of(parameter)
         except ValueError as error:
             raise ValueError(f"weights: {checkpoint.folder}: {error}") from error
         self._read = [part.tensor for part in parts]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -479,7 +480,8 @@ def test_a_killed_run_goes_on_to_the_same_bytes(base: Path, tmp_path: Path, monk
     assert 0 < done.bytes_done_before < done.bytes_read
     for path in (tmp_path / "whole").iterdir():
         assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
-    assert done[7:] == merge(tmp_path / "adapter", base, tmp_path / "again")[7:]
+    again = merge(tmp_path / "adapter", base, tmp_path / "again")
+    assert dataclasses.replace(done, bytes_done_before=0, seconds=0.0) == dataclasses.replace(again, seconds=0.0)
 
 
 def test_a_run_does_not_go_on_from_another_start(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

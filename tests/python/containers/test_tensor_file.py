@@ -77,7 +77,7 @@ def test_scratch_gives_back_what_was_put_and_leaves_nothing(tmp_path: Path) -> N
     tensors = tensors_of_all_dtypes()
     with Scratch(tmp_path) as scratch:
         for name, tensor in tensors.items():
-            scratch.put(name, tensor)
+            scratch.put({name: tensor})
         assert list(scratch) == list(tensors)
         for name, tensor in reversed(tensors.items()):
             found = scratch[name]
