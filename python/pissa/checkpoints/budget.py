@@ -106,16 +106,16 @@ def _parts(name: str, *, any_later: bool) -> tuple[str, str, str]:
 def kinds_of(names: Iterable[str]) -> dict[str, list[str]]:
     """The names of each kind of layers. A kind is what follows the last number in a name, as short as distinguishes the
     kinds: "q_proj", or "attn.c_proj" and "mlp.c_proj"."""
-    members = defaultdict[tuple[str, ...], list[str]](list)
+    by_ending = defaultdict[tuple[str, ...], list[str]](list)
     for name in names:
         parts = name.split(".")
         start = max((i + 1 for i, part in enumerate(parts[:-1]) if part.isdigit()), default=0)
-        members[tuple(parts[start:])].append(name)
+        by_ending[tuple(parts[start:])].append(name)
     kinds = {}
-    for kind, some in members.items():
-        lengths = range(1, len(kind) + 1)
-        alone = (n for n in lengths if not any(other[-n:] == kind[-n:] for other in members if other != kind))
-        kinds[".".join(kind[-next(alone, len(kind)) :])] = some
+    for ending, of_kind in by_ending.items():
+        lengths = range(1, len(ending) + 1)
+        alone = (n for n in lengths if not any(other[-n:] == ending[-n:] for other in by_ending if other != ending))
+        kinds[".".join(ending[-next(alone, len(ending)) :])] = of_kind
     return kinds
 
 

@@ -149,7 +149,7 @@ class SplitPlan(Plan):
 
 
 def _float32(shapes: Iterable[Mapping[str, tuple[int, ...]]]) -> Layout:
-    return Layout({name: (torch.float32, shape) for some in shapes for name, shape in some.items()})
+    return Layout({name: (torch.float32, shape) for of_layer in shapes for name, shape in of_layer.items()})
 
 
 def _check_config(config: PissaConfig, experts: str) -> None:
@@ -453,10 +453,10 @@ class _Split(Rewrite):
 def _sampled_error(weight: Tensor, residual: Tensor | ops.QuantizedWeight, start: StartFactors) -> Result:
     """‖W - Q - s B0 A0‖² and ‖W‖² of the first rows."""
     rows = min(len(weight), max(16, len(weight) // _SAMPLE))
-    some = weight[:rows].float()
-    kept = residual[:rows].float() if isinstance(residual, Tensor) else ops.dequantize(_first_rows(residual, rows))
-    rest = torch.addmm(some - kept, start.b0[:rows], start.a0, alpha=-start.origin.scaling)
-    return {"lost": square(rest), "whole": square(some)}
+    sample = weight[:rows].float()
+    stored = residual[:rows].float() if isinstance(residual, Tensor) else ops.dequantize(_first_rows(residual, rows))
+    error = torch.addmm(sample - stored, start.b0[:rows], start.a0, alpha=-start.origin.scaling)
+    return {"error_squared": square(error), "norm_squared": square(sample)}
 
 
 def _first_rows(weight: ops.QuantizedWeight, rows: int) -> ops.QuantizedWeight:

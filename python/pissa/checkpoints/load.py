@@ -63,7 +63,7 @@ def mapped_model(checkpoint: Checkpoint, dtype: torch.dtype | None) -> PreTraine
     folder = checkpoint.folder
     state: dict[str, Any] = {name: checkpoint.read(name) for name in checkpoint.names if name not in checkpoint.coded}
     config = model_config(folder)
-    kind = class_of(config)
+    transformers_class = class_of(config)
     vars(config).pop("quantization_config", None)
     vars(config).pop(RESIDUAL_KEY, None)  # of a base that is complete once it has its start
     parameters = dict(checkpoint.model.named_parameters())
@@ -74,7 +74,7 @@ def mapped_model(checkpoint: Checkpoint, dtype: torch.dtype | None) -> PreTraine
     try:
         generation = GenerationConfig.from_pretrained(folder) if (folder / GENERATION_CONFIG_NAME).is_file() else None
         with _unpartitioned() if checkpoint.coded else nullcontext():
-            model, info = kind.from_pretrained(
+            model, info = transformers_class.from_pretrained(
                 None,
                 config=config,
                 state_dict=state,
@@ -86,10 +86,12 @@ def mapped_model(checkpoint: Checkpoint, dtype: torch.dtype | None) -> PreTraine
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ValueError(f"{folder} cannot be loaded by transformers: {first_line(error)}") from error
     if missing := sorted(info["missing_keys"]):
-        raise ValueError(f"{folder} lacks {len(missing)} tensors of a {kind.__name__}, {shown(missing[0])} the first")
+        raise ValueError(
+            f"{folder} lacks {len(missing)} tensors of a {transformers_class.__name__}, {shown(missing[0])} the first"
+        )
     if mismatched := sorted(info["mismatched_keys"]):
-        name, found, needed = mismatched[0]
-        raise ValueError(f"{folder}: {shown(name)} is {list(found)} in the folder and {list(needed)} in the model")
+        name, given, needed = mismatched[0]
+        raise ValueError(f"{folder}: {shown(name)} is {list(given)} in the folder and {list(needed)} in the model")
     return model
 
 
@@ -223,9 +225,9 @@ def _config(
     saved: PissaFolder | None,
 ) -> PissaConfig:
     """The configuration of the adapter. `split` is the record of a folder that `pissa init` has written."""
-    given = {"config": config is not None, "its fields": bool(fields), "adapter": saved is not None}
-    if sum(given.values()) > 1:
-        raise TypeError(f"give one of config, its fields and adapter, got {' and '.join(filter(given.get, given))}")
+    sources = {"config": config is not None, "its fields": bool(fields), "adapter": saved is not None}
+    if sum(sources.values()) > 1:
+        raise TypeError(f"give one of config, its fields and adapter, got {' and '.join(filter(sources.get, sources))}")
     if saved is not None:
         return saved.config
     if split is not None and config is None and not fields:

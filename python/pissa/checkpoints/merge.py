@@ -102,18 +102,18 @@ class UnitPlanner:
             raise ValueError(f"layer {name} is {error}; {_IN_MEMORY}") from None
         if base is None and factors.target == name:
             raise ValueError(f"layer {name} is a {type(module).__name__}, which is not known here; {_IN_MEMORY}")
-        kind = nn.Linear if base is None else base.module_class
+        module_class = nn.Linear if base is None else base.module_class
         if others := self.source.tied(f"{name}.weight"):
             raise ValueError(
                 f"layer {name} shares its weight with {others[0]}, which would change too; {_IN_MEMORY}, or untie them "
                 "in the checkpoint first"
             )
-        if self.adapter.config["use_dora"] and kind not in (nn.Linear, Conv1D):
+        if self.adapter.config["use_dora"] and module_class not in (nn.Linear, Conv1D):
             raise ValueError(
                 f"layer {name} is a {type(module).__name__}, and use_dora is for linear layers; {_IN_MEMORY}"
             )
         key = base_weight_key(name)
-        layer = self.layer(name, kind in (Conv1D, nn.Embedding), module.weight.dim())
+        layer = self.layer(name, module_class in (Conv1D, nn.Embedding), module.weight.dim())
         return replace(layer, own_key=key if key in self.adapter.other_keys else None)
 
     def _experts(self, factors: LoraFactors) -> tuple[Layer, ...]:
@@ -279,28 +279,28 @@ def merge(
     check_choice("quant", quant, (None, *FORMATS, SAME))
     form = IMPLICIT if quant in (None, SAME) else Form.quantised(quant, *FORMATS[quant].options(None, None, 0))
     with torch.no_grad():
-        found = Checkpoint.open(source)
-        found.require(*READ)
-        read = read_adapter(open_adapter(Path(adapter)), found, initial)
-        plan = plan_merge(found, read.folder, form, found.coded if quant == SAME else ())
-        run = (_MergeSame if quant == SAME else _Merge)(plan, read, form, Path(target))
+        checkpoint = Checkpoint.open(source)
+        checkpoint.require(*READ)
+        weights = read_adapter(open_adapter(Path(adapter)), checkpoint, initial)
+        plan = plan_merge(checkpoint, weights.folder, form, checkpoint.coded if quant == SAME else ())
+        run = (_MergeSame if quant == SAME else _Merge)(plan, weights, form, Path(target))
         written = run.run(progressbar)
-        for doubt in read.doubts():
+        for doubt in weights.doubts():
             warnings.warn(doubt, stacklevel=2)
         adapted = [unit for unit in run.plan.units if unit.factors is not None]
         changed = add_up(run.results[unit.name] for unit in adapted)
         coded = {unit.name: run.results[unit.name] for unit in adapted if "kept" in run.results[unit.name]}
-        kept, moved, whole = (sum(one[name] for one in coded.values()) for name in ("kept", "moved", "change"))
-        share = kept / whole if whole else 0.0
+        kept, moved, change = (sum(sums[name] for sums in coded.values()) for name in ("kept", "moved", "change"))
+        share = kept / change if change else 0.0
         return Merged(
             **vars(written),
-            what=read.what,
+            what=weights.what,
             layers=sum(len(unit.layers) for unit in adapted),
             quantised=len(run.plan.packed) or sum(len(unit.layers) for unit in adapted if unit.name in coded),
-            error_of_change=math.sqrt(changed["lost"] / changed["change"]) if changed["change"] else 0.0,
-            survives={name: one["kept"] / one["change"] for name, one in coded.items() if one["change"]}
+            error_of_change=math.sqrt(changed["error_squared"] / changed["change"]) if changed["change"] else 0.0,
+            survives={name: sums["kept"] / sums["change"] for name, sums in coded.items() if sums["change"]}
             | ({"all": share} if coded else {}),
-            noise=math.sqrt(max(0.0, moved / whole - share**2)) if whole else 0.0,
+            noise=math.sqrt(max(0.0, moved / change - share**2)) if change else 0.0,
         )
 
 
@@ -326,19 +326,19 @@ class _Merge(Rewrite):
         return {unit.name: add_up(sums)}
 
     def write_sum(self, out: Output, layer: Layer, weight: Tensor) -> dict[str, float]:
-        """Writes a layer. "lost" is ‖Q - W'‖², and "whole" is ‖W'‖²."""
+        """Writes a layer. "error_squared" is ‖Q - W'‖², and "norm_squared" is ‖W'‖²."""
         dense, form = weight.to(layer.dtype), layer.form
         new: Tensor | ops.QuantizedWeight = dense
         if layer.is_packed:
             with of_layer(layer.name):
                 new = ops.quantize(dense, form.name, blocksize=form.blocksize, double_quant=form.double_quant)
         written = ops.dequantize(new) if isinstance(new, ops.QuantizedWeight) else new
-        whole = square(weight)
-        lost = 0.0 if written is weight else square(weight.sub_(written))
-        if not math.isfinite(whole + lost):
+        norm_squared = square(weight)
+        error_squared = 0.0 if written is weight else square(weight.sub_(written))
+        if not math.isfinite(norm_squared + error_squared):
             raise ValueError(f"layer {layer.name}: its merged weight is not finite in {layer.dtype}")
         self.write_layer(out, layer, new)
-        return {"lost": lost, "whole": whole}
+        return {"error_squared": error_squared, "norm_squared": norm_squared}
 
     def _trained_tensor(self, name: str, key: str, unit: Unit) -> Tensor:
         """The tensor of that name, as the adapter's tensor `key` has changed it."""
@@ -387,7 +387,7 @@ class _MergeSame(_Merge):
                 out.write(self.file_of(name), tensor, values, member)
         old, new = torch.cat(before), torch.cat(after)
         moved, change = new - old, weight - self.source.matrix(layer.parts).float()
-        squares = {"lost": square(new - weight), "whole": square(weight), "moved": square(moved)}
+        squares = {"error_squared": square(new - weight), "norm_squared": square(weight), "moved": square(moved)}
         return squares | {"kept": float(torch.sum(moved.double() * change))}
 
     def write_config(self, out: Output) -> None:

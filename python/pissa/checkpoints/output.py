@@ -98,7 +98,7 @@ class Output:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self, error_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._close()
         is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -159,7 +159,7 @@ class Output:
         if not self._hidden.exists():
             check_unused(self.folder)
         self._hidden.mkdir(parents=True, exist_ok=True)
-        self._lock = _locked(self._hidden)
+        self._lock = _lock_folder(self._hidden)
         if (self._hidden / IDENTITY).exists():
             self._check_identity()
             self._check_whole()
@@ -268,7 +268,7 @@ def _holds(path: Path, layout: Layout) -> bool:
         return False
 
 
-def _locked(hidden: Path) -> int:
+def _lock_folder(hidden: Path) -> int:
     """Returns an open file with the lock of a run, which rank 0 holds for all ranks."""
     handle = os.open(hidden / "lock", os.O_RDWR | os.O_CREAT, 0o666)
     try:

@@ -84,7 +84,7 @@ class Layer:
         if not self.is_packed:
             return {self.parts[0].tensor: (self.dtype, self.shape)}
         entries = entry_layout(self.form, self.shape, self.dtype)
-        return {f"{self.target}.{name}": kind for name, kind in entries.items()}
+        return {f"{self.target}.{name}": layout for name, layout in entries.items()}
 
 
 class Unit(NamedTuple):
@@ -210,8 +210,8 @@ BATCH = 1 << 30
 several processes divide the work in portions of this size."""
 
 Result = dict[str, Any]
-"""What is recorded for a unit, as a JSON object: "lost" and "whole", ‖Q - W‖² and ‖W‖² of its layers, where Q is
-written instead of W, and what else the command needs. Nothing is recorded for a tensor that is copied."""
+"""What is recorded for a unit, as a JSON object: "error_squared" and "norm_squared", ‖Q - W‖² and ‖W‖² of its layers,
+where Q is written instead of W, and what else the command needs. Nothing is recorded for a tensor that is copied."""
 
 
 def square(values: Tensor) -> float:
@@ -225,6 +225,12 @@ def add_up(results: Iterable[Result]) -> Result:
     for result in results:
         sums.update(result)
     return dict(sums)
+
+
+def _squares(results: Iterable[Result]) -> tuple[float, float]:
+    """The sums of the squared errors and of the squared norms."""
+    pairs = [(result.get("error_squared", 0.0), result.get("norm_squared", 0.0)) for result in results]
+    return sum(error for error, _ in pairs), sum(norm for _, norm in pairs)
 
 
 @dataclass(frozen=True)
@@ -241,11 +247,11 @@ class Errors:
 
     @staticmethod
     def of(results: Mapping[str, Result]) -> Errors:
-        written = {name: result for name, result in results.items() if result.get("whole")}
-        each = {name: math.sqrt(result["lost"] / result["whole"]) for name, result in written.items()}
-        lost, whole = (sum(result[name] for result in written.values()) for name in ("lost", "whole"))
+        written = {name: result for name, result in results.items() if result.get("norm_squared")}
+        each = {name: math.sqrt(result["error_squared"] / result["norm_squared"]) for name, result in written.items()}
+        error_squared, norm_squared = _squares(written.values())
         worst = max(each, key=each.__getitem__, default=None)
-        error = math.sqrt(lost / whole) if whole else 0.0
+        error = math.sqrt(error_squared / norm_squared) if norm_squared else 0.0
         return Errors(error, worst, each[worst] if worst else 0.0, sum(each.values()) / max(1, len(each)))
 
 
@@ -345,38 +351,38 @@ class Rewrite(ABC):
 
     def _work(self, out: Output, batches: Mapping[str, Sequence[Unit]], bar: Any) -> None:
         groups = [(name, group) for name, units in batches.items() for group in self.groups(units)]
-        lost, whole = (sum(result.get(name, 0.0) for result in self.results.values()) for name in ("lost", "whole"))
+        error_squared, norm_squared = _squares(self.results.values())
         for number, (name, group) in enumerate(groups):
-            following = groups[number + 1] if number + 1 < len(groups) else None
-            if following is not None:
-                self.source.ahead(following[1].tensors)
+            next_group = groups[number + 1] if number + 1 < len(groups) else None
+            if next_group is not None:
+                self.source.ahead(next_group[1].tensors)
             try:
-                found = self.write(out, group)
+                finished = self.write(out, group)
             except ValueError:  # an OSError may be gone the next time
                 if distributed.world_size() == 1:
                     out.discard()
                 raise
             self.source.release(group.tensors)
-            self.results |= found
-            if following is None or following[0] != name:
+            self.results |= finished
+            if next_group is None or next_group[0] != name:
                 out.add(name, {unit.name: self.results[unit.name] for unit in batches[name]})
-            for unit, result in found.items():
-                lost, whole = lost + result.get("lost", 0.0), whole + result.get("whole", 0.0)
-                bar.update(self._sizes[unit])
-            if whole:
-                bar.set_postfix_str(f"error {math.sqrt(lost / whole):.3%}", refresh=False)
+            more_error, more_norm = _squares(finished.values())
+            error_squared, norm_squared = error_squared + more_error, norm_squared + more_norm
+            bar.update(sum(self._sizes[unit] for unit in finished))
+            if norm_squared:
+                bar.set_postfix_str(f"error {math.sqrt(error_squared / norm_squared):.3%}", refresh=False)
 
     def _batches(self) -> dict[str, list[Unit]]:
         """The units by the names of the batches, which are numbers in the order of the files."""
-        found: list[list[Unit]] = []
+        batches: list[list[Unit]] = []
         size = BATCH
         for unit in self.plan.units:
             if size >= BATCH:
-                found.append([])
+                batches.append([])
                 size = 0
-            found[-1].append(unit)
+            batches[-1].append(unit)
             size += self._sizes[unit.name]
-        return {f"{number:06}": units for number, units in enumerate(found)}
+        return {f"{number:06}": units for number, units in enumerate(batches)}
 
     def _identity(self) -> dict[str, Any]:
         return {

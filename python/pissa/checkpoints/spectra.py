@@ -188,11 +188,11 @@ def suggest(
             own group.
     """
     by_name = {}
-    for some in by_kind(layers).values():
-        weight = some.error() if some.quantised else 1.0
-        for layer in some.layers:
+    for kind in by_kind(layers).values():
+        weight = kind.error() if kind.quantised else 1.0
+        for layer in kind.layers:
             by_name[layer.name] = layer._replace(values=weight * layer.values, total=weight**2 * layer.total)
-    whole = sum(layer.total for layer in by_name.values())
+    total = sum(layer.total for layer in by_name.values())
 
     def even(rank: int) -> dict[str, int]:
         return {layer.name: min(rank, *layer.shape) for layer in layers}
@@ -201,7 +201,7 @@ def suggest(
         return sum(ranks[layer.name] * sum(layer.shape) for layer in layers)
 
     def lost(ranks: Mapping[str, int]) -> float:
-        return sum(layer.lost(ranks[name]) for name, layer in by_name.items()) / whole if whole else 0.0
+        return sum(layer.lost(ranks[name]) for name, layer in by_name.items()) / total if total else 0.0
 
     groups = together or [[name] for name in even(1)]
     candidates = []
@@ -274,18 +274,18 @@ def report(
         budget = sum(min(rank, side) * cost for side, cost in sides)
     check_budget(sides, budget, step)
     chosen = sample(kinds_of(plan.layers), sampled) if sampled else plan.layers.keys()
-    found: dict[str, LayerReport] = {}
+    reports: dict[str, LayerReport] = {}
     total = sum(math.prod(layer.shape) for layer in planned)
     with tqdm(total=total, desc="report", unit="parameters", unit_scale=True) as bar:
         for layer, following in itertools.zip_longest(planned, planned[1:]):
             if following is not None:
                 source.ahead(following.tensors)
             format = quant if layer.name in chosen else None
-            found[layer.name] = layer_report(layer.name, source.matrix(layer.parts), known, ranks, format, exact)
+            reports[layer.name] = layer_report(layer.name, source.matrix(layer.parts), known, ranks, format, exact)
             source.release(layer.tensors)
             bar.update(math.prod(layer.shape))
     groups = [factors.layers for factors in plan.factors]
-    layers = [found[name] for name in itertools.chain(*groups)]
+    layers = [reports[name] for name in itertools.chain(*groups)]
     kinds = by_kind(layers)
     suggestion = suggest(layers, budget, step, groups)
     numbers = {
@@ -295,7 +295,7 @@ def report(
         "exact": exact,
         "seconds": time.perf_counter() - started,
         "total": Summary(layers).numbers(ranks),
-        "kinds": {kind: {"layers": len(some.layers), **some.numbers(ranks)} for kind, some in kinds.items()},
+        "kinds": {kind: {"layers": len(summary.layers), **summary.numbers(ranks)} for kind, summary in kinds.items()},
         "suggestion": {name: value for name, value in suggestion._asdict().items() if name != "ranks"},
         "formats": kept,
         "memory": {"batch": batch, "length": length, "rank": rank, **memory},
@@ -307,9 +307,9 @@ def _formats(source: Checkpoint) -> dict[str, dict[str, float]]:
     """The formats of the tensors of a checkpoint: the number of tensors, their bytes, the bits per element."""
     sums = defaultdict[str, list[int]](lambda: [0, 0, 0])
     for name in source.names:
-        one = sums[source.format(name)]
+        counts = sums[source.format(name)]
         for index, value in enumerate((1, source.nbytes(name), math.prod(source.entry(name).shape))):
-            one[index] += value
+            counts[index] += value
     return {
         format: {"tensors": count, "bytes": size, "bits": 8 * size / elements if elements else 0.0}
         for format, (count, size, elements) in sorted(sums.items(), key=lambda item: -item[1][1])

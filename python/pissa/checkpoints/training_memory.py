@@ -52,8 +52,8 @@ def training_memory(
         "gradients": factors,
         "optimizer": 2 * factors,  # AdamW's two averages
     }
-    found = {kind: stored | {"activations": tokens * count} for kind, count in of_a_token.items()}
-    return {kind: parts | {"total": sum(parts.values())} for kind, parts in found.items()}
+    by_kind = {method: stored | {"activations": tokens * count} for method, count in of_a_token.items()}
+    return {method: parts | {"total": sum(parts.values())} for method, parts in by_kind.items()}
 
 
 def quantised_bytes(shape: tuple[int, int], form: Form) -> int:

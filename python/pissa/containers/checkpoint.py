@@ -52,7 +52,7 @@ class Contents(Enum):
     OTHER = "codes that are not read"
 
 
-READ = tuple(one for one in Contents if one is not Contents.OTHER)
+READ = tuple(contents for contents in Contents if contents is not Contents.OTHER)
 """What can be read matrix by matrix."""
 
 _INSTEAD = {
@@ -76,8 +76,8 @@ class ModelFolder:
         """Its name on the Hub, or the absolute path of its folder."""
         self.config = read_config(folder)
         """config.json."""
-        found = self.config.get("quantization_config") or {}
-        self.quantization: dict[str, Any] = found if isinstance(found, dict) else {"quant_method": found}
+        entry = self.config.get("quantization_config") or {}
+        self.quantization: dict[str, Any] = entry if isinstance(entry, dict) else {"quant_method": entry}
         """The `quantization_config` of config.json, empty if there is none."""
         self.quant_method: str | None = self.quantization.get("quant_method")
         self.contents = self._contents()
@@ -96,7 +96,7 @@ class ModelFolder:
         """Raises ValueError, saying what to do instead, unless the folder contains one of these."""
         if self.contents not in allowed:
             by = f" (quant_method {shown(self.quant_method)} in config.json)" if self.quant_method else ""
-            needed = ", or ".join(one.value for one in allowed)
+            needed = ", or ".join(contents.value for contents in allowed)
             raise ValueError(
                 f"{self.name} contains {self.contents.value}{by}; needed: {needed}; {_INSTEAD[self.contents]}"
             )
@@ -256,13 +256,13 @@ class Checkpoint(ModelFolder):
         Raises:
             ValueError: the codes would have to be cut or transposed.
         """
-        found = []
+        weights = []
         for part in parts:
             weight = self.coded[part.tensor]
             if (part.member is not None) != weight.is_stack or part.transposed != weight.is_stack:
                 raise ValueError(f"{self.folder}: {part.tensor} is codes, which cannot be transposed or cut")
-            found.append(weight.read(part.member))
-        return join_rows(found)
+            weights.append(weight.read(part.member))
+        return join_rows(weights)
 
     @cached_property
     def coded_parameters(self) -> dict[str, dict[str, tuple[Part, ...]]]:

@@ -38,14 +38,14 @@ def adapter_folder(model_id: Name, files: Iterable[str], *, subfolder: str | Non
     patterns = [glob.escape(str(PurePosixPath(inside, name))) for name in files]
     known = inspect.signature(huggingface_hub.hf_hub_download).parameters  # PEFT passes on what this takes
     options = {name: value for name, value in kwargs.items() if name in known}
-    return Path(_fetched(model_id, "holds no PiSSA adapter", patterns, options), inside)
+    return Path(_fetch(model_id, "holds no PiSSA adapter", patterns, options), inside)
 
 
 def model_files(name: Name, revision: str | None = None) -> Path:
     """The folder of a model: `name`, or the one into which huggingface_hub has fetched all but the weights."""
     # gpt-oss contains its weights again for other programs.
     options = {"ignore_patterns": ["original/*", "metal/*"], "revision": revision}
-    return _fetched(name, "is not a model", ["*.json", "*.jinja", "*.model", "*.txt", "*.md"], options)
+    return _fetch(name, "is not a model", ["*.json", "*.jinja", "*.model", "*.txt", "*.md"], options)
 
 
 def weight_files(name: Name, revision: str | None = None) -> Path:
@@ -56,10 +56,10 @@ def weight_files(name: Name, revision: str | None = None) -> Path:
         return folder
     weights = list(shards(folder / INDEX)) if (folder / INDEX).is_file() else [WEIGHTS]
     # The folder is called like the commit, so that both calls fetch the same.
-    return _fetched(name, "is not a model", [*weights, "pissa*.safetensors", "pissa_init/*"], {"revision": folder.name})
+    return _fetch(name, "is not a model", [*weights, "pissa*.safetensors", "pissa_init/*"], {"revision": folder.name})
 
 
-def _fetched(model_id: Name, what: str, patterns: list[str], options: dict[str, Any]) -> Path:
+def _fetch(model_id: Name, what: str, patterns: list[str], options: dict[str, Any]) -> Path:
     if not isinstance(model_id, str) or os.path.exists(model_id):
         return Path(model_id)
     missing = f"{shown(model_id)} {what}: there is no such folder (the working directory is {os.getcwd()})"

@@ -44,7 +44,7 @@ def reading(path: Path, remedy: str) -> Iterator[None]:
 
 def read_object(path: Path) -> dict[str, Any]:
     """Reads the object in a JSON file. To be called in a block of `reading`."""
-    found = json.loads(path.read_bytes())
-    if not isinstance(found, dict):
-        raise ValueError(f"the content: got {shown(found)}; needed: an object")
-    return found
+    content = json.loads(path.read_bytes())
+    if not isinstance(content, dict):
+        raise ValueError(f"the content: got {shown(content)}; needed: an object")
+    return content

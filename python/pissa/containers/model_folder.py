@@ -35,9 +35,9 @@ def class_of(config: Any) -> Any:
     """The transformers class that a config.json names."""
     names = config.architectures if isinstance(config.architectures, list) else ()
     for name in names:
-        kind = getattr(transformers, name, None) if isinstance(name, str) else None
-        if isinstance(kind, type) and issubclass(kind, PreTrainedModel):
-            return kind
+        model_class = getattr(transformers, name, None) if isinstance(name, str) else None
+        if isinstance(model_class, type) and issubclass(model_class, PreTrainedModel):
+            return model_class
     raise ValueError(
         f"architectures is {shown(config.architectures)}; needed: a class of transformers {transformers.__version__}, "
         "such as LlamaForCausalLM"
@@ -99,16 +99,16 @@ class Composition:
         converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
         by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
         expected, prefix = model.state_dict(), model.base_model_prefix
-        found: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+        sources: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
         # Follows core_model_loading.convert_and_load_state_dict_in_model, in the same order.
         for name in sorted(names, key=dot_natural_key):
             renamed, pattern = rename_source_key(name, renamings, converters, prefix, expected)
             if renamed not in expected and name in expected:
                 renamed, pattern = rename_source_key(name, [], [], prefix, expected)
-            found[renamed][pattern or ""].append(name)
+            sources[renamed][pattern or ""].append(name)
         # The tensors of each pattern, in the order in which transformers takes them, and its operations on them.
         self._joined: dict[str, tuple[list[list[str]], list[object]]] = {}
-        for renamed, lists in found.items():
+        for renamed, lists in sources.items():
             converter = next((by_pattern[pattern] for pattern in lists if pattern), None)
             order: Sequence[str] = [""] if converter is None else converter.source_patterns
             operations = [] if converter is None else list(converter.operations)

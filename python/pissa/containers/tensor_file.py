@@ -94,17 +94,17 @@ class TensorFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         if not os.path.isfile(path):  # a pipe would block
-            found = "not a regular file" if os.path.exists(path) else "missing"
+            what = "not a regular file" if os.path.exists(path) else "missing"
             if os.path.islink(path):
-                found = f"a link to {os.readlink(path)}, which is {found}"
+                what = f"a link to {os.readlink(path)}, which is {what}"
             pickle = path.with_suffix(".bin")
             beside = f" ({pickle.name} next to it is a pickle, which is never read)" if os.path.lexists(pickle) else ""
-            raise ValueError(f"{path} is {found}: download or copy it again{beside}")
+            raise ValueError(f"{path} is {what}: download or copy it again{beside}")
         with reading(path, _REMEDY):
             # safetensors checks that offsets, shapes and dtypes fit each other and the file.
             cast(Any, safe_open)(path, "numpy").__exit__(None, None, None)
             self._state = _state(path)
-        self._map = _mapped(path, self._state[0])
+        self._map = _map_file(path, self._state[0])
         with reading(path, _REMEDY):
             start = 8 + int.from_bytes(self._map[:8], "little")
             self._header = self._map[8:start].decode()
@@ -143,11 +143,11 @@ class TensorFile:
         that needs it."""
         if name not in self.entries:
             raise ValueError(f"{self.path}: tensor {shown(name)} is missing, of {demand}")
-        dtype, found = self.entries[name].dtype, list(self.entries[name].shape)
-        if dtype not in dtypes or found != list(shape):
+        dtype, stored = self.entries[name].dtype, list(self.entries[name].shape)
+        if dtype not in dtypes or stored != list(shape):
             allowed = " or ".join(map(str, dtypes))
             raise ValueError(
-                f"{self.path}: tensor {shown(name)} is {dtype} {found}, expected {allowed} {list(shape)}, for {demand}"
+                f"{self.path}: tensor {shown(name)} is {dtype} {stored}, expected {allowed} {list(shape)}, for {demand}"
             )
 
     def expect_checksums(self) -> None:
@@ -189,22 +189,22 @@ class TensorFile:
 
     def _ranges(self, names: Sequence[str]) -> list[tuple[int, int]]:
         """The bytes of these tensors, in as few ranges as possible."""
-        found: list[tuple[int, int]] = []
+        ranges: list[tuple[int, int]] = []
         for entry in sorted((self.entries[name] for name in names), key=lambda entry: entry.offset):
             begin, end = entry.offset, entry.offset + entry.nbytes
-            if found and found[-1][1] == begin:
-                begin, _ = found.pop()
-            found.append((begin, end))
-        return found
+            if ranges and ranges[-1][1] == begin:
+                begin, _ = ranges.pop()
+            ranges.append((begin, end))
+        return ranges
 
 
 def _state(path: Path) -> tuple[int, int, int]:
     """Size, modification time and number of a file. Different values later show that it was written to, or replaced."""
-    found = os.stat(path)
-    return found.st_size, found.st_mtime_ns, found.st_ino
+    status = os.stat(path)
+    return status.st_size, status.st_mtime_ns, status.st_ino
 
 
-def _mapped(path: Path, size: int) -> mmap.mmap:
+def _map_file(path: Path, size: int) -> mmap.mmap:
     """Maps a file: writable, as torch requires, but private. Without a reserve the system sets no memory aside, unless
     it never promises more than it has."""
     flags, access = mmap.MAP_PRIVATE | _MAP_NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
@@ -225,13 +225,13 @@ _MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0
 
 def _entries(header: Mapping[str, Any], start: int) -> dict[str, Entry]:
     """The tensors of a header, in the order of their positions in the file, of which the first is at `start`."""
-    found = {}
+    entries = {}
     for name, fields in header.items():
         if (dtype := DTYPES.get(fields["dtype"])) is None:
             raise ValueError(f"tensor {shown(name)} has the dtype {fields['dtype']!r}; known: {', '.join(DTYPES)}")
         begin, end = fields["data_offsets"]
-        found[name] = Entry(dtype, tuple(fields["shape"]), start + begin, end - begin)
-    return dict(sorted(found.items(), key=lambda item: (item[1].offset, item[1].nbytes)))
+        entries[name] = Entry(dtype, tuple(fields["shape"]), start + begin, end - begin)
+    return dict(sorted(entries.items(), key=lambda item: (item[1].offset, item[1].nbytes)))
 
 
 # ---- A folder --------------------------------------------------------------------------------------------------------
@@ -313,15 +313,15 @@ def _index(folder: Path) -> Path | None:
     """The path of the index; None if there is one file, model.safetensors."""
     needed = f"needed: a folder with {WEIGHTS}, or with {INDEX} and its shards"
     if not os.path.isdir(folder):
-        found = "is not a folder" if os.path.lexists(folder) else "is missing"
-        raise ValueError(f"{folder} {found}; {needed}; a model of the Hub is downloaded first")
+        what = "is not a folder" if os.path.lexists(folder) else "is missing"
+        raise ValueError(f"{folder} {what}; {needed}; a model of the Hub is downloaded first")
     if os.path.lexists(folder / WEIGHTS):
         return None
     if not os.path.lexists(folder / INDEX):
         names = sorted(path.name for path in folder.iterdir() if path.name.endswith(WEIGHT_FILES))
-        found = f", but {', '.join(names[:3])}" if names else ""
+        what = f", but {', '.join(names[:3])}" if names else ""
         raise ValueError(
-            f"{folder} holds neither {WEIGHTS} nor {INDEX}{found}; {needed}. Pickles and GGUF are never read: take a "
+            f"{folder} holds neither {WEIGHTS} nor {INDEX}{what}; {needed}. Pickles and GGUF are never read: take a "
             "revision with safetensors"
         )
     return folder / INDEX
@@ -335,15 +335,15 @@ def shards(index: Path) -> dict[str, set[str]]:
             raise ValueError("weight_map has something else than names of files")
         if not files:
             raise ValueError("weight_map names no tensor")
-    found: dict[str, set[str]] = {}
+    tensors: dict[str, set[str]] = {}
     for name, file in files.items():
         if not _SHARD.fullmatch(file):
             raise ValueError(
                 f"{index} says that tensor {shown(name)} is in {shown(file)}; allowed: a .safetensors file in the same "
                 "folder: download or copy the index again"
             )
-        found.setdefault(file, set()).add(name)
-    return found
+        tensors.setdefault(file, set()).add(name)
+    return tensors
 
 
 # ---- Writing ---------------------------------------------------------------------------------------------------------
@@ -380,13 +380,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Writes a safetensors file with checksums: the same bytes for the same tensors, in safetensors' order. Each tensor
     is taken from the mapping twice, one at a time. An existing file is replaced, because the tensors may be views of
     it."""
-    kinds, checksums = {}, []
+    layout_of, checksums = {}, []
     for name in sorted(tensors):
         tensor = tensors[name]
-        kinds[name] = tensor.dtype, tuple(tensor.shape)
+        layout_of[name] = tensor.dtype, tuple(tensor.shape)
         checksums.append(xxh3(tensor))
-    order = sorted(kinds, key=lambda name: list(DTYPES.values()).index(kinds[name][0]))
-    layout = Layout({name: kinds[name] for name in order}, {_CHECKSUMS: " ".join(checksums)})
+    order = sorted(layout_of, key=lambda name: list(DTYPES.values()).index(layout_of[name][0]))
+    layout = Layout({name: layout_of[name] for name in order}, {_CHECKSUMS: " ".join(checksums)})
     path.unlink(missing_ok=True)  # not overwritten, because the tensors may be views of it
     with open(path, "wb") as file:
         file.write(layout.header)

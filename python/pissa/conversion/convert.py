@@ -125,11 +125,12 @@ def convert(
         targets = folder.factors.items()
         for name, factors in tqdm(targets, desc="converting", unit="layer") if progressbar else targets:
             starts = lora.starts(name)
-            pairs, whole, lost = approximated(lora.matrices(name, starts), factors.scaling, rank, energy)
+            exact = lora.matrices(name, starts)
+            pairs, norm_squared, error_squared = approximate(exact, factors.scaling, rank, energy)
             tensors.put(factors.pack(pairs))
             if (key := base_weight_key(name)) in others:
                 tensors.put({key: lora.own_weight(name, starts)})
-            layers[name] = ConvertedLayer(factors.rank, len(pairs[0][0]), whole, lost)
+            layers[name] = ConvertedLayer(factors.rank, len(pairs[0][0]), norm_squared, error_squared)
             sizes[name] = layers[name].rank, factors.scaling
         for key in others - tensors.keys():
             tensors.put({key: folder.weights.read(key)})
@@ -155,7 +156,7 @@ def _check_sizes(rank: int | None, energy: float | None) -> None:
         raise ValueError(f"energy must be a number above 0 and at most 1, got {energy!r}")
 
 
-def approximated(
+def approximate(
     exact: Sequence[Matrices], scaling: float, rank: int | None, energy: float | None
 ) -> tuple[Sequence[Matrices], float, float]:
     """The best approximations of changes s b a, of rank at most `rank`, or of the smallest rank that keeps the share

@@ -80,8 +80,8 @@ class PlainLora:
     def starts(self, target: str) -> list[Matrices]:
         """The factors A0 [r, in] and B0 [out, r] of each layer of a target, float64, with which the trained ones must
         be compared; none if the start is zero."""
-        found = [] if self.initial is None else self.initial.matrices(target)
-        return found if any(a0.any() and b0.any() for a0, b0 in found) else []
+        starts = [] if self.initial is None else self.initial.matrices(target)
+        return starts if any(a0.any() and b0.any() for a0, b0 in starts) else []
 
     def matrices(self, target: str, starts: list[Matrices] | None = None) -> list[Matrices]:
         """Factors a [k, in] and b [out, k] of the change of each layer of a target, float64: without cancellation, [A ;
@@ -142,9 +142,9 @@ def _check_base(folder: LoraFolder, base: Name | None) -> None:
         )
 
 
-def _read_initial(folder: LoraFolder, given: Name) -> LoraFolder:
+def _read_initial(folder: LoraFolder, name: Name) -> LoraFolder:
     """The initial adapter, in the folder `given` or, if that is a residual model, in its pissa_init."""
-    path = Path(given)
+    path = Path(name)
     path = path if is_plain_lora(path) else initial_adapter(path) or path
     initial, residual = open_adapter(path), residual_around(path)
     check_start(folder, initial)

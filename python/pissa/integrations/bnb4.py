@@ -89,14 +89,14 @@ class ResidualExport(Rewrite):
         if unit.tensor is not None:
             self.copy(out, unit.tensor)
             return {unit.name: {}}
-        sums = [{"lost": 0.0, "whole": 0.0}]
+        sums = [{"error_squared": 0.0, "norm_squared": 0.0}]
         for layer, factors in zip(unit.layers, self.adapter.factors(unit.name), strict=True):
             residual = self.adapter.residual(layer, read_weight(layer, self.source), factors)
             if not layer.is_packed:
                 exact = ops.dequantize(residual) if isinstance(residual, ops.QuantizedWeight) else residual.float()
                 residual = exact.to(layer.dtype)
                 if error := square(residual.float() - exact):
-                    sums.append({"lost": error, "whole": square(exact)})
+                    sums.append({"error_squared": error, "norm_squared": square(exact)})
             self.write_layer(out, layer, residual)
         return {unit.name: add_up(sums)}
 

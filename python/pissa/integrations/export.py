@@ -99,27 +99,27 @@ def export(
     with torch.no_grad():
         source = Checkpoint.open(base)
         source.require(*READ)
-        found = _trained_in_4_bits(read_adapter(opened, source, initial))
-        run = ResidualExport(found, Path(os.path.abspath(target)))
+        trained = _require_4_bits(read_adapter(opened, source, initial))
+        run = ResidualExport(trained, Path(os.path.abspath(target)))
         run.run(progressbar)
-        for doubt in found.doubts():
+        for doubt in trained.doubts():
             warnings.warn(doubt, stacklevel=2)
         return run.exported()
 
 
-def _trained_in_4_bits(found: Adapter) -> Ours:
+def _require_4_bits(adapter: Adapter) -> Ours:
     """Returns the adapter, if it was trained on nf4 residuals."""
-    path = found.folder.path
-    forms = {record.form for record in found.records.values()} if isinstance(found, Ours) else {IMPLICIT}
-    if isinstance(found, Ours) and KEPT_IN_4_BITS in {form.name for form in forms}:
-        return found
-    if found.source.coded and found.source.contents is not Contents.RELEASED:
+    path = adapter.folder.path
+    forms = {record.form for record in adapter.records.values()} if isinstance(adapter, Ours) else {IMPLICIT}
+    if isinstance(adapter, Ours) and KEPT_IN_4_BITS in {form.name for form in forms}:
+        return adapter
+    if adapter.source.coded and adapter.source.contents is not Contents.RELEASED:
         raise ValueError(
-            f"{path} is a plain LoRA on {found.source.folder}, which transformers and PEFT load as they are: there is "
-            "nothing to export; for one dense checkpoint export to merged"
+            f"{path} is a plain LoRA on {adapter.source.folder}, which transformers and PEFT load as they are: there "
+            "is nothing to export; for one dense checkpoint export to merged"
         )
-    kinds = " and ".join(sorted(form.name for form in forms))
+    names = " and ".join(sorted(form.name for form in forms))
     raise ValueError(
-        f"{path} is {found.what} on a base that was not in 4 bits ({kinds}), which 4 bits cannot hold exactly: export "
-        "to merged, dense, or give requantise to merge and quantise it, with the error that is reported"
+        f"{path} is {adapter.what} on a base that was not in 4 bits ({names}), which 4 bits cannot hold exactly: "
+        "export to merged, dense, or give requantise to merge and quantise it, with the error that is reported"
     )

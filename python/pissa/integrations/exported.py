@@ -49,15 +49,15 @@ def read_factors(folder: LoraFolder, base: Name | None, initial: Name | None, ru
     lora = PlainLora.of(folder, base, initial)
     base = base or folder.named_base
     fields = ("use_dora", "modules_to_save", "trainable_token_indices", "bias", "lora_bias")
-    if given := {name: value for name in fields if (value := folder.config.get(name)) and value != "none"}:
-        text = ", ".join(f"{name}={shown(value)}" for name, value in given.items())
+    if unsupported := {name: value for name in fields if (value := folder.config.get(name)) and value != "none"}:
+        text = ", ".join(f"{name}={shown(value)}" for name, value in unsupported.items())
         raise ValueError(
             f"{folder.path} has {text}: {runtime} takes nothing from an adapter but factors of layers. Export to "
             "merged, which has them in the weights, and serve that"
         )
-    own = set[str]() if base is None or not folder.other_keys else _unchanged(folder, base)
+    unchanged = set[str]() if base is None or not folder.other_keys else _unchanged(folder, base)
     for key in folder.other_keys:
-        if key not in own:
+        if key not in unchanged:
             hint = "if it is the base's own, give that (base); else e" if base is None else "E"
             raise ValueError(
                 f"{folder.weights.path}: tensor {shown(key)} is not a factor of a layer, and {runtime} takes only "

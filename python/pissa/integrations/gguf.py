@@ -54,7 +54,7 @@ def export_lora(adapter: LoraFolder, base: Name | None, target: Path, initial: N
             ((a, b),) = lora.matrices(name)
             place, heads = places[name]
             b = factors.scaling * len(a) / alpha * b  # llama.cpp scales by alpha / rank
-            for ending, tensor in zip("ab", _arranged(factors, heads, a, b), strict=True):
+            for ending, tensor in zip("ab", _arrange(factors, heads, a, b), strict=True):
                 writer.add_tensor(f"{place}.weight.lora_{ending}", tensor.float().contiguous().numpy())
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -68,22 +68,22 @@ def export_lora(adapter: LoraFolder, base: Name | None, target: Path, initial: N
     )
 
 
-def _arranged(factors: LoraFactors, heads: int | None, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+def _arrange(factors: LoraFactors, heads: int | None, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """The two tensors, from the factors a [rank, in] and b [out, rank]. An embedding's first is transposed."""
     if heads is not None:
         b = b.reshape(heads, 2, -1, b.shape[1]).transpose(1, 2).reshape(b.shape)
     return a.mT if factors.is_embedding else a, b
 
 
-def _places(kind: str, config: Any, adapter: LoraFolder) -> tuple[str, dict[str, tuple[str, int | None]]]:
+def _places(model_class: str, config: Any, adapter: LoraFolder) -> tuple[str, dict[str, tuple[str, int | None]]]:
     """The architecture for a model of that class, and for each target its name there and the number of heads in whose
     rows the halves that are rotated together alternate; None if none do. Raises the errors of `export_lora`."""
-    if kind not in _ARCHITECTURES:
+    if model_class not in _ARCHITECTURES:
         raise ValueError(
-            f"the base is a {kind}; the architectures of llama.cpp known here are {', '.join(_ARCHITECTURES)}: "
+            f"the base is a {model_class}; the architectures of llama.cpp known here are {', '.join(_ARCHITECTURES)}: "
             "export to merged, and convert that with llama.cpp's own converter"
         )
-    arch, queries = _ARCHITECTURES[kind], config.num_attention_heads
+    arch, queries = _ARCHITECTURES[model_class], config.num_attention_heads
     keys = getattr(config, "num_key_value_heads", None) or queries
     permuted = {"attn_q": queries, "attn_k": keys} if arch == gguf.MODEL_ARCH.LLAMA else {}
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)

@@ -66,7 +66,7 @@ def enable(notify: Notify | None = None, init: Start | None = None, batches: Bat
     _notify, _init, _batches = notify, init, batches
     if _undo is None:
         _undo = ExitStack()
-        _undo.enter_context(taken_over(_made, _loaded))
+        _undo.enter_context(taken_over(_make, _load))
 
 
 def disable() -> None:
@@ -82,13 +82,13 @@ def is_enabled() -> bool:
     return _undo is not None
 
 
-def _made(kind: type[nn.Module], model: nn.Module, config: Any, **kwargs: Any) -> nn.Module:
-    from pissa.integrations.takeover import made
+def _make(peft_class: type[nn.Module], model: nn.Module, config: Any, **kwargs: Any) -> nn.Module:
+    from pissa.integrations.takeover import make
 
-    return made(kind, model, config, _init, _notify, _batches, **kwargs)
+    return make(peft_class, model, config, _init, _notify, _batches, **kwargs)
 
 
-def _loaded(plain: Callable[..., nn.Module], *args: Any, **kwargs: Any) -> nn.Module:
-    from pissa.integrations.takeover import loaded
+def _load(plain: Callable[..., nn.Module], *args: Any, **kwargs: Any) -> nn.Module:
+    from pissa.integrations.takeover import load
 
-    return loaded(plain, *args, **kwargs)
+    return load(plain, *args, **kwargs)

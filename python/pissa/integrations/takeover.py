@@ -33,8 +33,8 @@ _DRAWN = (True, False, "gaussian")
 _PISSA = re.compile("pissa(_niter_[0-9]+)?")
 
 
-def made(
-    kind: type[nn.Module],
+def make(
+    peft_class: type[nn.Module],
     model: nn.Module,
     config: Any,
     start: str | None,
@@ -45,7 +45,7 @@ def made(
     """Returns the result of `peft.get_peft_model`, which has chosen PEFT's class `kind` and its arguments. `start`,
     `tell` and `batches` are those of `peft.enable`."""
     if not isinstance(config, LoraConfig) or config.peft_type != PeftType.LORA:
-        return kind(model, config, **kwargs)
+        return peft_class(model, config, **kwargs)
     init = config.init_lora_weights
     is_pissa = isinstance(init, str) and _PISSA.fullmatch(init) is not None
     in_4_bits = fields_of_4_bits(model)
@@ -58,13 +58,13 @@ def made(
         except (TypeError, ValueError) as error:
             if is_pissa:
                 _warn(config, f"changes the base: {error}")
-                return kind(model, config, **kwargs)
+                return peft_class(model, config, **kwargs)
             raise ValueError(f"a LoraConfig without a start of its own was to start as PiSSA, but {error}") from None
         method, wrapped = "PiSSA", _wrapped(model, ours, batches, **kwargs)
         refuse_fused_kernels(wrapped)
     elif in_4_bits:
         try:
-            method, wrapped = "LoRA with our kernels", _as_lora(kind, model, config, repair, batches, **kwargs)
+            method, wrapped = "LoRA with our kernels", _as_lora(peft_class, model, config, repair, batches, **kwargs)
         except (TypeError, ValueError, KeyError, RankError) as error:  # on all ranks, if on one
             if repair:
                 raise ValueError(
@@ -72,9 +72,9 @@ def made(
                     f"{error}. Fix that, or run the program without the calibration"
                 ) from error
             _warn(config, f"computes 4-bit layers slower: {error}")
-            return kind(model, config, **kwargs)
+            return peft_class(model, config, **kwargs)
     else:
-        return kind(model, config, **kwargs)
+        return peft_class(model, config, **kwargs)
     if tell is not None:
         layers = pissa_layers(wrapped.base_model.model).values()
         base = "the base unchanged"
@@ -87,7 +87,7 @@ def made(
 
 
 def _as_lora(
-    kind: type[nn.Module],
+    peft_class: type[nn.Module],
     model: nn.Module,
     config: LoraConfig,
     repair: dict[str, Any],
@@ -105,7 +105,7 @@ def _as_lora(
     with torch.random.fork_rng(devices=()):
         with ExitStack() as stack:
             stack.callback(way_back(model))
-            plain: Any = kind(model, copy.deepcopy(config), **{**kwargs, "low_cpu_mem_usage": False})
+            plain: Any = peft_class(model, copy.deepcopy(config), **{**kwargs, "low_cpu_mem_usage": False})
             name = plain.active_adapter
             state = peft.get_peft_model_state_dict(plain, adapter_name=name, save_embedding_layers=False)
             chosen = plain.peft_config[name]
@@ -138,8 +138,8 @@ def _configuration(config: LoraConfig, model: nn.Module, **fields: Any) -> Pissa
         if field.name not in known and getattr(config, field.name) != default_of(field):
             raise ValueError(f"{field.name}={getattr(config, field.name)!r} is not a field of peft.LoraConfig")
     if config.target_modules is None:
-        kind = getattr(getattr(model, "config", None), "model_type", None)
-        targets = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind)
+        model_type = getattr(getattr(model, "config", None), "model_type", None)
+        targets = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_type)
         if targets is None or config.target_parameters:
             raise ValueError("target_modules is not given, and PEFT has no default for this model")
         config = copy.copy(config)
@@ -175,7 +175,7 @@ def _refuse_fused_kernel(name: str, layer: nn.Module) -> None:
     handles = [layer.register_forward_pre_hook(called), *(parameter.register_hook(reached) for parameter in trained)]
 
 
-def loaded(plain: Callable[..., nn.Module], model: nn.Module, model_id: Any, *args: Any, **kwargs: Any) -> nn.Module:
+def load(plain: Callable[..., nn.Module], model: nn.Module, model_id: Any, *args: Any, **kwargs: Any) -> nn.Module:
     """Returns the result of `PeftModel.from_pretrained`, whose original is `plain`: a model of ours for a folder, or a
     repository on the Hub, that contains an adapter of ours."""
     config = kwargs.get("config", args[2] if len(args) > 2 else None)

@@ -104,11 +104,11 @@ def _places(lora: PlainLora, base: Name | None) -> dict[str, Places]:
         target: planner.unit_of(factors).layers for target, factors in all_factors.items() if not factors.is_embedding
     }
     stacked = {target for target in fused if layers[target][0].parts[0].member is not None}
-    kind = source.model.config.model_type
-    if stacked and kind not in _STACKED:
+    model_type = source.model.config.model_type
+    if stacked and model_type not in _STACKED:
         raise ValueError(
             f"the checkpoint in {source.folder} has {min(stacked)} as a stack, whose factors vLLM reads for "
-            f"{', '.join(_STACKED)}, not for {kind}: export to merged"
+            f"{', '.join(_STACKED)}, not for {model_type}: export to merged"
         )
     modules = Counter(target.rpartition(".")[0] for target in stacked)
     for module, leaf in (target.rpartition(".")[::2] for target in sorted(stacked)):
@@ -117,7 +117,7 @@ def _places(lora: PlainLora, base: Name | None) -> dict[str, Places]:
                 f"{path} has factors of only {shown(leaf)} in {module}: of a stack of experts vLLM takes "
                 "both gate_up_proj and down_proj, or neither; export to merged"
             )
-    return {target: [_parts(one, source) for one in layers[target]] for target in layers.keys() - stacked}
+    return {target: [_parts(layer, source) for layer in layers[target]] for target in layers.keys() - stacked}
 
 
 def _parts(layer: Layer, source: Checkpoint) -> list[tuple[str, int]]:
