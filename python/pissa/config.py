@@ -93,20 +93,20 @@ IMPLICIT = Form("implicit")
 C = TypeVar("C", bound=type[Any])
 
 
-def _notes_what_is_given(config: C) -> C:
+def _note_given_fields(config: C) -> C:
     """Makes a dataclass keep the names of the fields that its caller gives, for `__post_init__` to `pop`."""
     init = config.__init__
 
     @functools.wraps(init)
-    def noting(self: Any, *args: Any, **fields: Any) -> None:
-        vars(self)["given"] = fields.keys()
+    def note_and_init(self: Any, *args: Any, **fields: Any) -> None:
+        vars(self)["given_fields"] = fields.keys()
         init(self, *args, **fields)
 
-    config.__init__ = noting
+    config.__init__ = note_and_init
     return config
 
 
-@_notes_what_is_given
+@_note_given_fields
 @dataclass
 class PissaConfig(LoraConfig):  # type: ignore[misc]
     """Configuration of a PiSSA adapter: `peft.LoraConfig` with the paper's defaults and the fields below.
@@ -253,14 +253,14 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
             TypeError, ValueError: a field is not supported; the message names it.
         """
         # PEFT's defaults are not given, except alpha's, which is another than ours.
-        given = {
+        lora_fields = {
             f.name: copy.deepcopy(getattr(lora, f.name))
             for f in dataclasses.fields(LoraConfig)
             if f.init and (f.name == "lora_alpha" or getattr(lora, f.name) != default_of(f))
         }
         # Detected, so the value does not matter. axolotl gives None, which our files must not contain.
-        given |= {"init_lora_weights": True, "fan_in_fan_out": bool(lora.fan_in_fan_out)}
-        return cls(**given, **fields)
+        lora_fields |= {"init_lora_weights": True, "fan_in_fan_out": bool(lora.fan_in_fan_out)}
+        return cls(**lora_fields, **fields)
 
     @property
     def form(self) -> Form:
@@ -312,9 +312,9 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
 
     def _set_defaults(self, preset: Preset | None) -> None:
         check_choice("preset", preset, (None, *get_args(Preset)))
-        given = self.__dict__.pop("given", ())
+        given_fields = self.__dict__.pop("given_fields", ())
         for name, value in _PRESETS.get(preset or "", {}).items():
-            if name not in given:
+            if name not in given_fields:
                 setattr(self, name, value)
 
     def _check_lora_fields(self) -> None:

@@ -66,7 +66,7 @@ def check_whole(tensors: Mapping[str, Tensor]) -> None:
         )
 
 
-def sharded_as(tensor: Tensor, values: Tensor) -> Tensor:
+def shard_as(tensor: Tensor, values: Tensor) -> Tensor:
     """`values`, which every process holds whole, as a DTensor if `tensor` is one."""
     if not is_dtensor(tensor):
         return values
@@ -95,8 +95,8 @@ def whole_device(tensor: Tensor) -> torch.device:
     if not is_dtensor(tensor):
         return tensor.device
     like: Any = tensor
-    kind: str = like.device_mesh.device_type
-    return tensor.device if tensor.device.type == kind else torch.empty(0, device=kind).device
+    device_type: str = like.device_mesh.device_type
+    return tensor.device if tensor.device.type == device_type else torch.empty(0, device=device_type).device
 
 
 def whole_shape(tensor: Tensor) -> torch.Size:
@@ -115,15 +115,15 @@ def whole_tensor(tensor: Tensor) -> Tensor:
     if not is_dtensor(tensor):
         return tensor
     like: Any = tensor.detach().to(whole_device(tensor))
-    whole: Tensor = like.full_tensor()
-    return whole
+    full: Tensor = like.full_tensor()
+    return full
 
 
 def call_whole(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Calls a module that FSDP does not manage. If its frozen parameters are sharded, they stay sharded in a forward
     pass, so they are gathered for this call."""
-    whole = {name: whole_tensor(value) for name, value in module.named_parameters() if is_dtensor(value)}
-    return functional_call(module, whole, args, kwargs) if whole else module(*args, **kwargs)
+    gathered = {name: whole_tensor(value) for name, value in module.named_parameters() if is_dtensor(value)}
+    return functional_call(module, gathered, args, kwargs) if gathered else module(*args, **kwargs)
 
 
 def partition_as(tensor: Tensor, parameters: Iterable[Tensor]) -> None:
@@ -178,20 +178,20 @@ def agree(value: object = None) -> list[Any]:
 
 
 def _gather(value: object, error: str | None) -> list[tuple[Any, str | None]]:
-    found: list[Any] = [(value, error)] * world_size()
-    if len(found) > 1:
-        dist.all_gather_object(found, (value, error))
-    return found
+    results: list[Any] = [(value, error)] * world_size()
+    if len(results) > 1:
+        dist.all_gather_object(results, (value, error))
+    return results
 
 
 def owners(sizes: Mapping[str, int]) -> dict[str, int]:
     """The rank that works on each item. The largest items are assigned first, each to the rank with least work so
     far."""
-    loads, found = [0] * world_size(), {}
+    loads, owner_of = [0] * world_size(), {}
     for name in sorted(sizes, key=sizes.__getitem__, reverse=True):
-        found[name] = loads.index(min(loads))
-        loads[found[name]] += sizes[name]
-    return found
+        owner_of[name] = loads.index(min(loads))
+        loads[owner_of[name]] += sizes[name]
+    return owner_of
 
 
 def broadcast(tensor: Tensor, source: int) -> Tensor:

@@ -56,7 +56,7 @@ def is_refused_by_peft(config: LoraConfig, model: nn.Module, name: str) -> bool:
     return True
 
 
-def rewritten_by_peft(config: LoraConfig, model: nn.Module) -> bool:
+def is_rewritten_by_peft(config: LoraConfig, model: nn.Module) -> bool:
     """Whether PEFT, loading the configuration onto `model`, would mistake some of its targets for fused experts."""
     probe = copy.deepcopy(config)
     try:
@@ -71,15 +71,15 @@ def rewritten_by_peft(config: LoraConfig, model: nn.Module) -> bool:
 
 @contextmanager
 def taken_over(make: Callable[..., nn.Module], load: Callable[..., nn.Module]) -> Iterator[None]:
-    """Makes PEFT call us inside the block. `peft.get_peft_model` calls `make(kind, model, config, **kwargs)` where it
-    would call `kind(model, config, **kwargs)`, with PEFT's class `kind` of a model. `PeftModel.from_pretrained` calls
-    `load(plain, *args, **kwargs)`, where `plain` is PEFT's own.
+    """Makes PEFT call us inside the block. `peft.get_peft_model` calls `make(peft_class, model, config, **kwargs)`
+    where it would call `peft_class(model, config, **kwargs)`, with PEFT's class of a model.
+    `PeftModel.from_pretrained` calls `load(plain, *args, **kwargs)`, where `plain` is PEFT's own.
 
     `PeftModel` and `MODEL_TYPE_TO_PEFT_MODEL_MAPPING` in `peft.mapping_func`: programs have already imported the
     function, so only the names that it uses itself affect all of them. `PeftModel.from_pretrained`, which restores an
     adapter that PEFT has written, also reads the public table, so that is not changed.
     """
-    table, kind = mapping_func.MODEL_TYPE_TO_PEFT_MODEL_MAPPING, mapping_func.PeftModel
+    table, peft_class = mapping_func.MODEL_TYPE_TO_PEFT_MODEL_MAPPING, mapping_func.PeftModel
     plain = PeftModel.__dict__["from_pretrained"]
 
     @wraps(plain.__func__)
@@ -87,12 +87,12 @@ def taken_over(make: Callable[..., nn.Module], load: Callable[..., nn.Module]) -
         return load(partial(plain.__func__, cls), *args, **kwargs)
 
     mapping_func.MODEL_TYPE_TO_PEFT_MODEL_MAPPING = {task: partial(make, model) for task, model in table.items()}
-    mapping_func.PeftModel = partial(make, kind)
+    mapping_func.PeftModel = partial(make, peft_class)
     PeftModel.from_pretrained = classmethod(from_pretrained)
     try:
         yield
     finally:
-        mapping_func.MODEL_TYPE_TO_PEFT_MODEL_MAPPING, mapping_func.PeftModel = table, kind
+        mapping_func.MODEL_TYPE_TO_PEFT_MODEL_MAPPING, mapping_func.PeftModel = table, peft_class
         PeftModel.from_pretrained = plain
 
 
@@ -119,7 +119,7 @@ class MendedPeftModel(PeftModel):  # type: ignore[misc]
         return [*super()._get_peft_specific_model_tags(), "lora"]
 
 
-def started_by_peft(tuner: nn.Module, start: Callable[[str, bool], None]) -> None:
+def let_peft_start(tuner: nn.Module, start: Callable[[str, bool], None]) -> None:
     """Makes `PeftModel.__init__`, which is given this tuner, call `start` with `adapter_name` and
     `autocast_adapter_dtype`, the last arguments that it passes on. After that it only reads the model.
 
@@ -128,7 +128,7 @@ def started_by_peft(tuner: nn.Module, start: Callable[[str, bool], None]) -> Non
     tuner._cast_adapter_dtype = start  # type: ignore[assignment]
 
 
-def _fetching_nothing(method: FunctionType) -> FunctionType:
+def _fetch_nothing(method: FunctionType) -> FunctionType:
     """Returns a PEFT method that does not fetch the weights of offloaded modules. Our layers fetch what they need.
 
     `onload_layer` fetches the whole model at once, and afterwards offloads whatever is in the base's place. It is a
@@ -139,17 +139,17 @@ def _fetching_nothing(method: FunctionType) -> FunctionType:
 
 
 class LoraTuner(LoraModel):  # type: ignore[misc]
-    """PEFT's LoraModel for a `peft_type` other than LoRA's. A subclass defines what an adapter returns, `handed_out`,
-    given what PEFT has found of it in a state dict; and what it accepts, `taken_in`: what PEFT is to load, and what is
+    """PEFT's LoraModel for a `peft_type` other than LoRA's. A subclass defines what an adapter returns, `hand_out`,
+    given what PEFT has found of it in a state dict; and what it accepts, `take_in`: what PEFT is to load, and what is
     to be loaded under the parameters' names.
 
     `get_peft_model_state_dict` and `set_peft_model_state_dict` look up their tuner in PEFT's public table, and call
     these private methods on it. `_unload_and_optionally_merge` is the body of `unload` and of `merge_and_unload`.
     """
 
-    merge_adapter = _fetching_nothing(LoraModel.merge_adapter)
-    unmerge_adapter = _fetching_nothing(LoraModel.unmerge_adapter)
-    _unload_and_optionally_merge = _fetching_nothing(LoraModel._unload_and_optionally_merge)
+    merge_adapter = _fetch_nothing(LoraModel.merge_adapter)
+    unmerge_adapter = _fetch_nothing(LoraModel.unmerge_adapter)
+    _unload_and_optionally_merge = _fetch_nothing(LoraModel._unload_and_optionally_merge)
 
     def _check_target_module_compatiblity(self, peft_config: LoraConfig, model: nn.Module, target_name: str) -> None:
         """Refuses what PEFT refuses for LoRA, which it recognises by the type."""
@@ -159,13 +159,13 @@ class LoraTuner(LoraModel):  # type: ignore[misc]
     def _get_adapter_state_dict(
         cls, model: Any, config: Any, adapter_name: str, state_dict: dict[str, Tensor], **kwargs: Any
     ) -> dict[str, Tensor]:
-        found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, **kwargs)
-        handed_out: dict[str, Tensor] = cls.handed_out(model, config, adapter_name, state_dict, found)
-        return handed_out
+        tensors = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, **kwargs)
+        lora: dict[str, Tensor] = cls.hand_out(model, config, adapter_name, state_dict, tensors)
+        return lora
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: Any, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        rest, tensors = cls.taken_in(model, config, adapter_name, state_dict)
+        rest, tensors = cls.take_in(model, config, adapter_name, state_dict)
         return {**super()._remap_adapter_state_dict_for_load(model, config, adapter_name, rest), **tensors}

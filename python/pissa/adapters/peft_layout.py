@@ -17,7 +17,7 @@ from pissa.config import PissaConfig, exactly
 from pissa.layers.experts import FORMER_NAMES, WEIGHTS, UnfusedExperts, is_transposed, unfused_experts
 from pissa.layers.layer import PissaLayer
 from pissa.layers.modules import PissaEmbedding
-from pissa.peft_private import rewritten_by_peft
+from pissa.peft_private import is_rewritten_by_peft
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -181,7 +181,7 @@ def plain_config(
     lora = config.as_lora(times)
     lora.fan_in_fan_out = any(layer.base.module_class is Conv1D for layer in layers.values())
     experts = {path: module for path, module in unfused_experts(model).items() if adapted_names(path, module, layers)}
-    if not experts and not rewritten_by_peft(lora, model):
+    if not experts and not is_rewritten_by_peft(lora, model):
         return lora
     modules, parameters = {}, {}
     for name, layer in layers.items():

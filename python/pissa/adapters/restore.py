@@ -24,7 +24,7 @@ from pissa.config import IMPLICIT, Form, PissaConfig
 from pissa.containers.checkpoint import PISSA_RECORD
 from pissa.containers.messages import shown
 from pissa.containers.tensor_file import SAVED_FLOATS
-from pissa.distributed import is_dtensor, is_of_an_engine, is_partitioned, sharded_as
+from pissa.distributed import is_dtensor, is_of_an_engine, is_partitioned, shard_as
 from pissa.layers.factory import check_values
 from pissa.layers.layer import PissaLayer, pissa_layers
 from pissa.notices import OtherDtypeWarning, OtherRoundingWarning, PissaWarning
@@ -99,7 +99,7 @@ class _Restoration:
         for field in ("init", "start_norm"):  # an existing adapter may have another start
             setattr(self.model.peft_config[self.adapter_name], field, getattr(self.folder.config, field))
         if self.modules:
-            trained = {key: sharded_as(parameter, self.others[key]) for key, parameter in self.modules.items()}
+            trained = {key: shard_as(parameter, self.others[key]) for key, parameter in self.modules.items()}
             set_peft_model_state_dict(self.model, trained, self.adapter_name)
 
     @torch.no_grad()
@@ -122,7 +122,7 @@ class _Restoration:
                     self.narrower[name] = layer.dense_dtype, recorded
         layer.share_start(self.adapter_name, tensors.start.to(device))
         for delta, saved in zip(layer.deltas(self.adapter_name), tensors.deltas, strict=True):
-            delta.copy_(sharded_as(delta, saved))
+            delta.copy_(shard_as(delta, saved))
         if tensors.magnitude is not None:
             layer.magnitude(self.adapter_name).set(*tensors.magnitude)
 

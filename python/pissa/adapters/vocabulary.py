@@ -17,7 +17,7 @@ from pissa.base.classes import base_of
 from pissa.base.protocol import whole
 from pissa.base.weights import in_memory
 from pissa.config import IMPLICIT
-from pissa.distributed import check_whole, sharded_as, whole_shape
+from pissa.distributed import check_whole, shard_as, whole_shape
 from pissa.layers.layer import PissaLayer
 from pissa.layers.tokens import TrainableTokensLayer, TrainableTokensWrapper
 
@@ -70,7 +70,7 @@ class VocabularyTensor:
     @torch.no_grad()
     def put(self, value: Tensor) -> None:
         """Sets the parameter to these values."""
-        self.parameter.copy_(sharded_as(self.parameter, value))
+        self.parameter.copy_(shard_as(self.parameter, value))
         if self.tokens is not None and self.name == "weight":
             self.tokens.learn_originals()
 

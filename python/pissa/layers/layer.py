@@ -20,7 +20,7 @@ from pissa.base.remembered import ResidualFingerprint, WeightFingerprint
 from pissa.base.start import Deltas, KeepsDtype, Origin, StartFactors
 from pissa.base.stored import stored_linear
 from pissa.config import IMPLICIT, PissaConfig
-from pissa.distributed import call_whole, is_dtensor, is_sharded, partition_as, sharded_as, whole_tensor
+from pissa.distributed import call_whole, is_dtensor, is_sharded, partition_as, shard_as, whole_tensor
 
 
 class PissaLayer(LoraLayer):  # type: ignore[misc]
@@ -288,7 +288,7 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
             weight = weight + self.delta_matrix(name)
         merged = base.twin(weight.to(self.dense_dtype))
         if is_dtensor(base.parameter):
-            merged.weight = nn.Parameter(sharded_as(base.parameter, cast(Tensor, merged.weight)), requires_grad=False)
+            merged.weight = nn.Parameter(shard_as(base.parameter, cast(Tensor, merged.weight)), requires_grad=False)
         if safe_merge and not torch.isfinite(cast(Tensor, merged.weight)).all():
             raise ValueError(f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken")
         self.lora_unmerged, self.base_layer = base.module, merged
@@ -341,7 +341,7 @@ class Magnitude(KeepsDtype):
         self.base_lengths.copy_(base_lengths)
         if self.weight.dtype != torch.float32:
             lengths = self._rounded_base(self.weight.dtype) + (lengths - base_lengths)
-        self.weight.copy_(sharded_as(self.weight, lengths))
+        self.weight.copy_(shard_as(self.weight, lengths))
 
     def lengths(self, weight: Tensor) -> Tensor:
         """Returns m, float32 [out], for the parameter `weight` in any dtype. A 16-bit parameter rounds its start.

@@ -31,13 +31,13 @@ def run_block_by_block(
     """
     blocks = _blocks_of(model, layers)
     modules = [model.get_submodule(name) for name in blocks]
-    passes = [_Pass() for _ in calls]
+    runs = [_Run() for _ in calls]
     with torch.no_grad():
         try:
-            for call, one in zip(calls, passes, strict=True):
-                with _forwards_replaced(modules, one.stand_in):
+            for call, run in zip(calls, runs, strict=True):
+                with _replace_forwards(modules, run.stand_in):
                     model(**call)
-                one.check_unchanged()
+                run.check_unchanged()
         except _NotByBlocksError:
             restart()
             blocks, modules = [], []
@@ -46,8 +46,8 @@ def run_block_by_block(
     yield f"{blocks[0]}." if blocks else ""
     for name, block in zip(blocks[1:], modules[1:], strict=True):
         with torch.no_grad():
-            for one in passes:
-                one.run(block)
+            for run in runs:
+                run.advance(block)
         yield f"{name}."
 
 
@@ -56,9 +56,9 @@ def _blocks_of(model: nn.Module, layers: Iterable[str]) -> list[str]:
     if the layers are in several lists, as in an encoder and a decoder, or in a single block."""
     path = commonpath([name.replace(".", "/") for name in layers]).split("/")
     for count in range(1, len(path) + 1):
-        found = model.get_submodule(".".join(path[:count]))
-        if isinstance(found, nn.ModuleList) and len(found) > 1:
-            return [".".join((*path[:count], str(index))) for index in range(len(found))]
+        blocks = model.get_submodule(".".join(path[:count]))
+        if isinstance(blocks, nn.ModuleList) and len(blocks) > 1:
+            return [".".join((*path[:count], str(index))) for index in range(len(blocks))]
     return []
 
 
@@ -75,13 +75,13 @@ class _Part(NamedTuple):
     number: int
 
 
-class _Pass:
+class _Run:
     """One call of a model."""
 
     def __init__(self) -> None:
         self._reached = 0
         """The number of blocks that the call has reached."""
-        self._given: deque[_Arguments] = deque()
+        self._arguments: deque[_Arguments] = deque()
         """The arguments of the blocks that have yet to compute."""
         self._output: Any = None
         """What the last block that has computed has returned."""
@@ -100,7 +100,7 @@ class _Pass:
             hidden = next(iter(parts), None)  # the first tensor
             if hidden not in [id(value) for value in (*args, *kwargs.values())]:
                 raise _NotByBlocksError
-            self._given.append(_map(lambda value: parts.get(id(value), value), args, kwargs))
+            self._arguments.append(_map(lambda value: parts.get(id(value), value), args, kwargs))
         return self._output
 
     def check_unchanged(self) -> None:
@@ -108,12 +108,12 @@ class _Pass:
         if _versions(self._output) != self._versions:
             raise _NotByBlocksError
 
-    def run(self, block: nn.Module) -> None:
+    def advance(self, block: nn.Module) -> None:
         """Computes the next block, if the call has reached it."""
-        if self._given:
+        if self._arguments:
             parts = _parts(self._output)
             args, kwargs = _map(
-                lambda value: parts[value.number] if isinstance(value, _Part) else value, *self._given.popleft()
+                lambda value: parts[value.number] if isinstance(value, _Part) else value, *self._arguments.popleft()
             )
             self._output = block(*args, **kwargs)
 
@@ -132,7 +132,7 @@ def _map(change: Callable[[Any], Any], args: Iterable[Any], kwargs: Mapping[str,
 
 
 @contextmanager
-def _forwards_replaced(modules: Sequence[Any], stand_in: Callable[..., Any]) -> Iterator[None]:
+def _replace_forwards(modules: Sequence[Any], stand_in: Callable[..., Any]) -> Iterator[None]:
     """Calls `stand_in(number, forward, ...)` in place of each module's own `forward(...)`."""
     own = [vars(module).get("forward") for module in modules]  # accelerate replaces those of offloaded modules
     for number, module in enumerate(modules):

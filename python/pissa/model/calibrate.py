@@ -104,7 +104,7 @@ def check_wanted(config: PissaConfig, calibration: object) -> None:
 def observe(wrapped: PeftModel, batches: Iterable[Batch], progressbar: bool, *, diagonal: bool = False) -> Calibration:
     """Calibrates the adapted linear layers of a model. The adapter may still lack its start."""
     model = wrapped.base_model.model
-    with _observing(wrapped, diagonal) as observer:
+    with _observe_inputs(wrapped, diagonal) as observer:
         for batch in tqdm(batches, desc="Calibration", unit="batch") if progressbar else batches:
             for call in calls_of(model, batch):
                 model(**call)
@@ -117,10 +117,10 @@ def observe_blocks(wrapped: PeftModel, batches: Iterable[Batch]) -> Generator[Ca
     block. Yields one calibration of all layers where `run_block_by_block` goes through the whole model."""
     model = wrapped.base_model.model
     calls = [call for batch in batches for call in calls_of(model, batch)]
-    with _observing(wrapped) as observer:
+    with _observe_inputs(wrapped) as observer:
         for block in run_block_by_block(model, observer.layers, calls, observer.clear):
-            if here := [name for name in observer.layers if name.startswith(block)]:
-                yield observer.calibration(here)
+            if in_block := [name for name in observer.layers if name.startswith(block)]:
+                yield observer.calibration(in_block)
                 observer.clear()
 
 
@@ -159,7 +159,7 @@ class BlockMoments:
 
 
 @contextmanager
-def _observing(wrapped: PeftModel, diagonal: bool = False) -> Iterator[_Observer]:
+def _observe_inputs(wrapped: PeftModel, diagonal: bool = False) -> Iterator[_Observer]:
     """Observes the inputs of the adapted linear layers, while the model is in evaluation mode and without its
     adapters."""
     model = wrapped.base_model.model
@@ -239,20 +239,20 @@ class _Observer:
             means[name] = total / max(self._tokens[name], 1)
             if not bool(torch.isfinite(means[name]).all()):
                 raise ValueError(f"layer {name}: NaN or Inf in its inputs; calibrate in float32, or with other batches")
-        found: dict[str, Tensor] = {}
+        moments: dict[str, Tensor] = {}
         for name in names:
             if name in self._leaders:
-                found[name] = means[self._leaders[name]]
+                moments[name] = means[self._leaders[name]]
                 continue
             siblings = [other for other in means if _of_experts(other) == _of_experts(name) is not None]
             if not siblings:
                 raise ValueError(f"layer {name}: no batch has reached it; leave it out with exclude_modules")
             tokens = sum(self._tokens[other] for other in siblings)
-            found[name] = sum((means[other] * (self._tokens[other] / tokens) for other in siblings), torch.zeros(()))
-        return Calibration(found, max(self._tokens.values()))
+            moments[name] = sum((means[other] * (self._tokens[other] / tokens) for other in siblings), torch.zeros(()))
+        return Calibration(moments, max(self._tokens.values()))
 
 
 def _of_experts(name: str) -> tuple[str, str] | None:
     """The common part of the names of the experts' layers that do the same part of the work; None for other layers."""
-    found = re.fullmatch(r"(.*experts)\.\d+\.(.*)", name)
-    return None if found is None else (found[1], found[2])
+    match = re.fullmatch(r"(.*experts)\.\d+\.(.*)", name)
+    return None if match is None else (match[1], match[2])

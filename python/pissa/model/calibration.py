@@ -46,7 +46,7 @@ class Calibration:
         Raises:
             ValueError: a layer was not calibrated. The message names it.
         """
-        found = []
+        moments = []
         for name in names:
             if name not in self.moments:
                 raise ValueError(
@@ -54,15 +54,15 @@ class Calibration:
                     "the batches themselves"
                 )
             moment = self.moments[name].to(device)
-            found.append(moment if moment.dim() == 2 else moment.diag())
-        return found
+            moments.append(moment if moment.dim() == 2 else moment.diag())
+        return moments
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a safetensors file. Each moment is stored under the names of its layers, separated by blanks."""
         names: dict[int, list[str]] = {}
         for name, moment in self.moments.items():
             names.setdefault(moment.data_ptr(), []).append(name)
-        tensors = {" ".join(some): self.moments[some[0]] for some in names.values()}
+        tensors = {" ".join(sharing): self.moments[sharing[0]] for sharing in names.values()}
         with staged(Path(path).parent) as new:
             write_tensors(new(Path(path).name), tensors | {_TOKENS: torch.tensor(self.tokens)})
 
@@ -76,6 +76,6 @@ class Calibration:
         file = TensorFile(Path(path))
         with reading(Path(path), "a file that Calibration.save has written"):
             file.expect_checksums()
-            moments = {names: file.read(names) for names in file.entries if names != _TOKENS}
-            found = {name: moment for names, moment in moments.items() for name in names.split()}
-            return Calibration(found, int(file.read(_TOKENS)))
+            tensors = {names: file.read(names) for names in file.entries if names != _TOKENS}
+            moments = {name: moment for names, moment in tensors.items() for name in names.split()}
+            return Calibration(moments, int(file.read(_TOKENS)))

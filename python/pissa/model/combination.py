@@ -40,8 +40,8 @@ class Combination:
         for adapter in adapters:
             if adapter not in configs:
                 raise ValueError(f"Adapter {adapter} does not exist; the model has {', '.join(configs)}")
-            for name, alone in {"use_dora": False, "bias": "none", "trainable_token_indices": None}.items():
-                if (value := getattr(configs[adapter], name)) != alone:
+            for name, needed in {"use_dora": False, "bias": "none", "trainable_token_indices": None}.items():
+                if (value := getattr(configs[adapter], name)) != needed:
                     raise ValueError(
                         f"add_weighted_adapter sums the factors of adapters, and {adapter} has {name}={value!r}, which "
                         "trains more than factors: merge it with merge_and_unload"
@@ -81,8 +81,8 @@ class Combination:
         self.terms = list(zip(adapters, weights, strict=True))
         self.ranks: dict[str, int] = {}  # by layer of the new adapter
         for name, layer in layers.items():
-            held = sum(layer.r.get(adapter, 0) for adapter in adapters)
-            self.ranks[name] = min(limits[combination_type], held, *layer.matrix_shape)
+            sum_of_ranks = sum(layer.r.get(adapter, 0) for adapter in adapters)
+            self.ranks[name] = min(limits[combination_type], sum_of_ranks, *layer.matrix_shape)
 
     def config(self) -> PissaConfig:
         """The new adapter's configuration: the first adapter's, except for fields that the combination determines."""

@@ -147,8 +147,8 @@ def _find_starts(
     searched = {name: layers[name] for name in origins}
     for group in own_groups(searched):
         task = _task(group, origins, config, calibration, originals)
-        found, codes = started(task)
-        starts |= zip(group, found, strict=True)
+        computed, codes = started(task)
+        starts |= zip(group, computed, strict=True)
         residuals |= zip(group, codes or (), strict=codes is not None)
         if check is not None:
             for name, weight in zip(group, task.weights, strict=True):
@@ -223,10 +223,10 @@ def _check_same_on_all_ranks(
     }
     known_moments = calibration.moments if isinstance(calibration, Calibration) else {}
     moments = {tensor.data_ptr(): tensor for tensor in known_moments.values()}
-    mine = {name: (layer.matrix_shape, known.get(name), name in starts) for name, layer in layers.items()}
+    own_layers = {name: (layer.matrix_shape, known.get(name), name in starts) for name, layer in layers.items()}
     fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in _MAY_DIFFER}
     fields["calibration"] = xxh3_of_text(" ".join(map(fingerprint, moments.values())))
-    (first, first_fields), *others = distributed.agree((mine, fields))
+    (first, first_fields), *others = distributed.agree((own_layers, fields))
     for number, (other, other_fields) in enumerate(others, start=1):
         for name in [*first, *other]:
             if first.get(name) != other.get(name):
@@ -248,10 +248,10 @@ def share_fingerprints(layers: dict[str, PissaLayer], of: Callable[[PissaLayer],
     several processes or the weights are sharded. Saving, on one rank only, needs them if weights may be sharded."""
     if distributed.world_size() == 1 and not _any_sharded(layers):
         return
-    mine: dict[str, str] = {}
+    computed: dict[str, str] = {}
     for group in own_groups(layers):
-        mine |= {name: of(layers[name]).of(base) for name, base in group.items()}
-    for share in distributed.agree(mine):
+        computed |= {name: of(layers[name]).of(base) for name, base in group.items()}
+    for share in distributed.agree(computed):
         for name, value in share.items():
             of(layers[name]).remember(layers[name].base, value)
 
@@ -362,11 +362,11 @@ def groups(layers: dict[str, PissaLayer], *, threads: int | None = None) -> Iter
         if layer.base.device.type != "cpu":
             key += (layer.matrix_shape, layer.base.dtype)
         alike.setdefault(key, {})[name] = layer
-    for (device, *_), some in alike.items():
+    for (device, *_), members in alike.items():
         limit = _GROUP * count if device.type == "cpu" else _GPU_GROUP
         group: dict[str, PissaLayer] = {}
         size = 0
-        for name, layer in some.items():
+        for name, layer in members.items():
             elements = math.prod(layer.matrix_shape)
             if group and size + elements > limit:
                 yield group

@@ -41,8 +41,8 @@ def check_adapter_name(name: str, model: nn.Module) -> None:
             f"adapter_name: got {shown(name)}; allowed: a string of 1 to 200 bytes, printable, without '.', '/' "
             "and '\\'"
         )
-    taken = {part for key, _ in model.named_parameters() for part in key.split(".")}
-    if name in taken | _PEFTS_NAMES or hasattr(nn.ModuleDict(), name) or hasattr(nn.ParameterDict(), name):
+    names_in_use = {part for key, _ in model.named_parameters() for part in key.split(".")}
+    if name in names_in_use | _PEFTS_NAMES or hasattr(nn.ModuleDict(), name) or hasattr(nn.ParameterDict(), name):
         raise ValueError(
             f"adapter_name: got {name!r}, which is part of the names of the model's parameters or an attribute of "
             f"torch's modules, so the adapter could not be distinguished; give another name, such as {name + '_1'!r}"
@@ -191,12 +191,12 @@ def check_trained(model: nn.Module, config: PissaConfig) -> None:
     besides the parameters of adapted layers."""
     if not any(is_managed(module) for module in model.modules()):
         return
-    asked = {
+    trained = {
         "modules_to_save": config.modules_to_save,
         "trainable_token_indices": config.trainable_token_indices,
         "bias": config.bias != "none" and config.bias,
     }
-    for field, value in asked.items():
+    for field, value in trained.items():
         if value:
             raise ValueError(
                 f"{field}={value!r} trains a part of the model itself, which fully_shard has sharded, together "

@@ -20,7 +20,7 @@ from transformers.pipelines.base import SUPPORTED_PEFT_TASKS
 from pissa.adapters.peft_layout import PREFIX, FactorTensors, Matrices, factors_of, is_of_a_layer, magnitude_key
 from pissa.base.start import StartFactors
 from pissa.config import IMPLICIT, PissaConfig, PissaType
-from pissa.distributed import check_whole, sharded_as
+from pissa.distributed import check_whole, shard_as
 from pissa.layers.layer import PissaLayer, pissa_layers
 from pissa.ops.low_rank import split_difference
 from pissa.peft_private import LoraTuner
@@ -32,7 +32,7 @@ class PissaTuner(LoraTuner):
     dA and dB under the names of A and B, so loading them elsewhere would give another function."""
 
     @classmethod
-    def handed_out(
+    def hand_out(
         cls, model: Any, config: PissaConfig, adapter_name: str, state: Mapping[str, Tensor], found: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """Returns the plain LoRA, the magnitudes of DoRA, and the trained biases. A layer is left out if `state` lacks
@@ -60,11 +60,11 @@ class PissaTuner(LoraTuner):
         return tensors
 
     @classmethod
-    def taken_in(
+    def take_in(
         cls, model: Any, config: PissaConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Returns dA and dB for the factors in `state_dict`, and the rest of it. Factors of rank 2r are this adapter's
-        own, as `handed_out` returns them. Factors of rank r are any plain LoRA's: they become A and B of an adapter
+        own, as `hand_out` returns them. Factors of rank r are any plain LoRA's: they become A and B of an adapter
         that starts at zero. Nothing is changed here; a mark tells `load_whole` what to change. Raises ValueError for
         factors of other layers, shapes or start."""
         inner = model.base_model.model
@@ -84,7 +84,7 @@ class PissaTuner(LoraTuner):
         for name, layer in layers.items():
             parameters, values = layer.factor_parameters(adapter_name), layer.as_parameters(*deltas[name])
             for key, parameter, value in zip(layer.state_keys(adapter_name), parameters, values, strict=True):
-                tensors[f"{PREFIX}{name}.{key}"] = sharded_as(parameter, value)
+                tensors[f"{PREFIX}{name}.{key}"] = shard_as(parameter, value)
         tensors[f"{_STARTS_AT_ZERO}{adapter_name}"] = torch.tensor(is_any_lora)
         return {key: value for key, value in state_dict.items() if key not in taken}, tensors
 
@@ -94,7 +94,7 @@ _STARTS_AT_ZERO = f"{PREFIX}starts_at_zero."
 
 
 def load_whole(model: Any, state_dict: Mapping[str, Any], load: Callable[[Mapping[str, Any]], Any]) -> Any:
-    """Loads a state dict into a PissaModel with `load`, torch's method. The factors that `taken_in` has marked are
+    """Loads a state dict into a PissaModel with `load`, torch's method. The factors that `take_in` has marked are
     loaded with everything else and with their start. Otherwise the model stays as it was, with torch's error."""
     marks = {key: mark for key, mark in state_dict.items() if key.startswith(_STARTS_AT_ZERO)}
     if not marks:
@@ -130,18 +130,18 @@ def _check_names(state_dict: Mapping[str, Tensor], layers: Mapping[str, PissaLay
 def _is_of_rank(ranks: Mapping[str, int], parts: Sequence[FactorTensors], state_dict: Mapping[str, Tensor]) -> bool:
     """Whether the factors in a state dict have these ranks; False if they have twice these ranks. Raises ValueError if
     a factor is missing or has another shape."""
-    given = {key: tuple(state_dict[key].shape) for part in parts for key in part.keys if key in state_dict}
+    shapes = {key: tuple(state_dict[key].shape) for part in parts for key in part.keys if key in state_dict}
     misfits = {}
     for times in (1, 2):
         needed = [item for part in parts for item in part.shapes(times * ranks[part.layers[0]]).items()]
-        misfits[times] = [(key, shape) for key, shape in needed if given.get(key) != shape]
+        misfits[times] = [(key, shape) for key, shape in needed if shapes.get(key) != shape]
     nearest = min(misfits, key=lambda times: len(misfits[times]))
     if not misfits[nearest]:
         return nearest == 1
     key, shape = misfits[nearest][0]
     raise ValueError(
-        f"the state dict does not fit the adapter: {key} is {list(given[key]) if key in given else 'missing'}; needed: "
-        f"{list(shape)}. All layers of the adapter need factors of its rank, or of twice that, as "
+        f"the state dict does not fit the adapter: {key} is {list(shapes[key]) if key in shapes else 'missing'}; "
+        f"needed: {list(shape)}. All layers of the adapter need factors of its rank, or of twice that, as "
         "get_peft_model_state_dict gives them"
     )
 

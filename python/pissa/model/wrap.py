@@ -28,7 +28,7 @@ from pissa.model.pissa_model import PissaModel, model_class
 from pissa.model.store import store
 from pissa.model.tuner import BUILDING, PissaTuner
 from pissa.ops.formats import DEFAULT
-from pissa.peft_private import started_by_peft
+from pissa.peft_private import let_peft_start
 
 
 def wrap(
@@ -100,21 +100,21 @@ def wrap(
     with restored_on_error(model), failing_together():
         if config is not None and config_fields:
             raise TypeError(f"give either config or its fields, got config and {', '.join(sorted(config_fields))}")
-        kept = {} if weights is None else fields_of_4_bits(model)
-        if kept is None or kept.get("quant", DEFAULT) != DEFAULT:
-            found = "keeps no layer of the model in 4 bits" if kept is None else f"has quantised it as {kept['quant']}"
+        bnb = {} if weights is None else fields_of_4_bits(model)
+        if bnb is None or bnb.get("quant", DEFAULT) != DEFAULT:
+            problem = "keeps no layer of the model in 4 bits" if bnb is None else f"has quantised it as {bnb['quant']}"
             raise ValueError(
-                f"weights: got a checkpoint, but bitsandbytes {found}; load the model with load_in_4bit=True, "
+                f"weights: got a checkpoint, but bitsandbytes {problem}; load the model with load_in_4bit=True, "
                 'bnb_4bit_quant_type="nf4", or leave weights out'
             )
-        config = own_config(PissaConfig(**kept | config_fields) if config is None else config)
-        for name, value in kept.items():
+        config = own_config(PissaConfig(**bnb | config_fields) if config is None else config)
+        for name, value in bnb.items():
             if name != "quant_storage" and getattr(config, name) != value:
                 raise ValueError(
                     f"{name}: got {getattr(config, name)!r}, but bitsandbytes has quantised the model with {value!r}; "
                     "give that"
                 )
-        config.quant_storage = kept.get("quant_storage", config.quant_storage)
+        config.quant_storage = bnb.get("quant_storage", config.quant_storage)
         repairs = config.repair is not None or config.init == "loftq"
         if calibration is not None and config.quant is not None and not (config.needs_calibration or repairs):
             config.repair = "activations"  # recovers three quarters of what QLoRA loses to 16 bits (bench/experiments)
@@ -161,26 +161,26 @@ class _TunerToCome(nn.Module):
 
     def __init__(self, model: nn.Module, config: PissaConfig) -> None:
         super().__init__()
-        self.given = (model, config)  # a tuple, so that the model does not become a child
+        self.arguments = (model, config)  # a tuple, so that the model does not become a child
         self.parents: list[nn.Module] = []
         hook = register_module_module_registration_hook(partial(_note_parent, weakref.ref(self)))
         self.remove_hook = weakref.finalize(self, hook.remove)  # also if `_start` is never called
-        started_by_peft(self, self._start)
+        let_peft_start(self, self._start)
 
     def _start(self, adapter_name: str, autocast_adapter_dtype: bool) -> None:
         """Wraps the model. A subclass of PEFT's classes would lose what it adds and is therefore refused."""
         self.remove_hook()
-        (made,) = self.parents
-        if not type(made).__module__.startswith(PeftModel.__module__):
+        (peft_model,) = self.parents
+        if not type(peft_model).__module__.startswith(PeftModel.__module__):
             raise TypeError(
-                f"a PissaConfig makes a pissa.PissaModel, and {type(made).__name__} is a class of its own; use "
+                f"a PissaConfig makes a pissa.PissaModel, and {type(peft_model).__name__} is a class of its own; use "
                 "pissa.wrap(model, config), or one of PEFT's classes"
             )
-        model, config = self.given
+        model, config = self.arguments
         ours = wrap(model, config, adapter_name=adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
-        made.__class__ = type(ours)
-        vars(made).clear()
-        vars(made).update(vars(ours))
+        peft_model.__class__ = type(ours)
+        vars(peft_model).clear()
+        vars(peft_model).update(vars(ours))
 
 
 def _note_parent(tuner: weakref.ref[_TunerToCome], parent: nn.Module, name: str, child: nn.Module | None) -> None:

@@ -59,7 +59,7 @@ def test_the_preset_for_rewards() -> None:
     assert (defaults.init, defaults.use_rslora, defaults.lora_alpha) == ("pissa", False, 4)
     assert PissaConfig.from_lora(peft.LoraConfig(r=4, lora_alpha=16), preset="rl") == preset
     assert vars(preset).keys() == vars(PissaConfig(r=4)).keys() >= {"init"}
-    assert "given" not in vars(preset)
+    assert "given_fields" not in vars(preset)
     with pytest.raises(ValueError, match="preset: got 'grpo'; allowed: None, 'rl'"):
         PissaConfig(preset="grpo")
 
