@@ -34,11 +34,11 @@ def test_a_folder_says_what_it_contains(base: Path, tmp_path: Path) -> None:
     assert ModelFolder.find(base).contents is Contents.DENSE
     four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     AutoModelForCausalLM.from_pretrained(base, quantization_config=four_bits).save_pretrained(tmp_path / "packed")
-    with Checkpoint.open(tmp_path / "packed") as packed, Checkpoint.open(base) as dense:
-        assert packed.contents is Contents.BITSANDBYTES
-        assert set(packed.names) == set(dense.names)
-        assert all(packed.entry(name)[:2] == dense.entry(name)[:2] for name in dense.names)
-        assert packed.coded.keys() == {f"{name}.weight" for name in packed.coded_layers}
+    packed, dense = Checkpoint.open(tmp_path / "packed"), Checkpoint.open(base)
+    assert packed.contents is Contents.BITSANDBYTES
+    assert set(packed.names) == set(dense.names)
+    assert all(packed.entry(name)[:2] == dense.entry(name)[:2] for name in dense.names)
+    assert packed.coded.keys() == {f"{name}.weight" for name in packed.coded_layers}
     init(base, tmp_path / "split", pissa.PissaConfig(r=4))
     assert ModelFolder.find(tmp_path / "split").contents is Contents.RESIDUAL
     (tmp_path / "split" / "pissa.json").unlink()
