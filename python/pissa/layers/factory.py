@@ -6,6 +6,7 @@ import logging
 import math
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -115,8 +116,7 @@ def _cap_ranks(config: PissaConfig, ranks: dict[str, int]) -> None:
 
 
 def layer_factory(model: nn.Module) -> Callable[..., PissaLayer]:
-    """Returns the function that makes the PissaLayer for a layer of `model`, as PEFT calls it. It raises TypeError or
-    ValueError that names the layer, why it cannot be adapted, and what to do instead."""
+    """Returns `make_layer` for the layers of `model`. A configuration holds it, so it can be pickled."""
     dtypes = (
         parameter.dtype
         for name, module in model.named_modules()
@@ -124,22 +124,23 @@ def layer_factory(model: nn.Module) -> Callable[..., PissaLayer]:
         for parameter in computing_parameters(module)
         if type(parameter) is nn.Parameter and parameter.is_floating_point()
     )
-    model_dtype = next(dtypes, torch.get_default_dtype())
+    return partial(make_layer, model_dtype=next(dtypes, torch.get_default_dtype()))
 
-    def make_layer(target: nn.Module, adapter_name: str, config: PissaConfig, **kwargs: Any) -> PissaLayer:
-        name = kwargs["target_name"]
-        base = _base_for(target, name)
-        _check_weight(base, name)
-        layer_class = LAYER_CLASSES[base.module_class]
-        if config.use_dora and layer_class is not PissaLinear:
-            raise TypeError(
-                f"{name} is a {type(target).__name__}, and use_dora is for linear layers; {leave_out(name)}"
-            )
-        layer = layer_class(target, adapter_name, config, model_dtype=model_dtype, **kwargs)
-        layer.base_layer = base.module  # set after construction: PEFT would warn about an unknown layer type
-        return layer
 
-    return make_layer
+def make_layer(
+    target: nn.Module, adapter_name: str, config: PissaConfig, *, model_dtype: torch.dtype, **kwargs: Any
+) -> PissaLayer:
+    """Makes the PissaLayer for `target`, a layer of a model that computes in `model_dtype`, as PEFT calls it. Raises
+    TypeError or ValueError that names the layer, why it cannot be adapted, and what to do instead."""
+    name = kwargs["target_name"]
+    base = _base_for(target, name)
+    _check_weight(base, name)
+    layer_class = LAYER_CLASSES[base.module_class]
+    if config.use_dora and layer_class is not PissaLinear:
+        raise TypeError(f"{name} is a {type(target).__name__}, and use_dora is for linear layers; {leave_out(name)}")
+    layer = layer_class(target, adapter_name, config, model_dtype=model_dtype, **kwargs)
+    layer.base_layer = base.module  # set after construction: PEFT would warn about an unknown layer type
+    return layer
 
 
 def _base_for(target: nn.Module, name: str) -> Base:
