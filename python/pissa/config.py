@@ -231,7 +231,7 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
         """Reads the configuration that an adapter was saved with, or that `PissaConfig.save_pretrained` wrote, for
         `wrap`.
 
-        `peft.LoraConfig.from_pretrained` reads the plain LoRA of twice the rank from the same folder.
+        `peft.LoraConfig.from_pretrained` reads the plain LoRA from the same folder.
 
         Args:
             pretrained_model_name_or_path: a folder, or the id of a repository on the Hugging Face Hub. A folder takes

@@ -38,6 +38,10 @@ class InexactLoraWarning(PissaWarning):
     """On the unmodified base, the plain LoRA is only approximately the function that was trained."""
 
 
+class ReplacedLoraWarning(PissaWarning):
+    """In the folder of an adapter, another program has replaced the plain LoRA, so the folder counts as that LoRA."""
+
+
 class UnmergedConvolutionWarning(PissaWarning):
     """PEFT computes the adapter of a convolution correctly only after merging it."""
 

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import os
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 
+from pissa import notices
 from pissa.adapters.peft_layout import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -25,7 +27,7 @@ from pissa.adapters.peft_layout import (
     Matrices,
     weight_at,
 )
-from pissa.adapters.pissa_layout import PISSA_WEIGHTS, AdapterRecord
+from pissa.adapters.pissa_layout import MARK, PISSA_WEIGHTS, AdapterRecord, is_export_ours, replaced
 from pissa.config import SUPPORTED, default_of, exactly
 from pissa.containers.checkpoint import INITIAL_FOLDER, PISSA_RECORD
 from pissa.containers.messages import read_object, reading, shown
@@ -111,34 +113,44 @@ class LoraFolder:
 
 
 def is_plain_lora(folder: Path) -> bool:
-    """Whether the folder contains a PEFT adapter and none of ours, not even a damaged part of one."""
+    """Whether the folder contains a PEFT adapter and none of ours, not even a damaged part of one; or one of ours whose
+    plain LoRA another program has replaced."""
     ours = any(os.path.lexists(folder / name) for name in (PISSA_RECORD, PISSA_WEIGHTS))
-    return (folder / ADAPTER_CONFIG).is_file() and not ours
+    return (folder / ADAPTER_CONFIG).is_file() and not (ours and is_export_ours(folder))
 
 
 def is_ours(folder: Path) -> bool:
-    """Whether the folder contains an adapter of ours."""
-    return (folder / PISSA_RECORD).is_file()
+    """Whether the folder contains an adapter of ours, whose plain LoRA no other program has replaced."""
+    return (folder / PISSA_RECORD).is_file() and is_export_ours(folder)
 
 
 def open_adapter(folder: Path) -> LoraFolder:
-    """Determines what an adapter's folder is. No other code does."""
+    """Determines what an adapter's folder is. No other code does. A folder of ours whose plain LoRA another program has
+    replaced is that plain LoRA, with a warning."""
     if not folder.is_dir():
         raise ValueError(f"{folder} is {'not a folder' if folder.exists() else 'missing'}; needed: an adapter's folder")
     if not (folder / ADAPTER_CONFIG).is_file():
         raise ValueError(f"{folder} holds no adapter: there is no {ADAPTER_CONFIG}")
     config, weights = read_lora_config(folder / ADAPTER_CONFIG), TensorFile(folder / ADAPTER_WEIGHTS)
     factors = _factors(config, folder / ADAPTER_CONFIG, weights)
-    record = AdapterRecord.read(folder / PISSA_RECORD) if is_ours(folder) else None
+    record = AdapterRecord.read(folder / PISSA_RECORD) if (folder / PISSA_RECORD).is_file() else None
+    if record is not None and MARK not in weights.metadata:
+        warnings.warn(replaced(folder), notices.ReplacedLoraWarning, stacklevel=3)
+        record = None
     if record is not None:  # the LoRA must be that of this record
         weights.expect_checksums()
+        if weights.metadata[MARK] != TensorFile(folder / PISSA_WEIGHTS).digest:
+            raise ValueError(
+                f"{weights.path} is not that of {PISSA_WEIGHTS}, because saving was interrupted, or it is from another "
+                "folder. Load the adapter with PissaModel.from_pretrained, which does not need it, and save it again"
+            )
         found = ((layer, one) for one in factors.values() for layer in one.layers)
         check_same_layers(
             f"{folder}: the files do not belong together",
             f"in {ADAPTER_CONFIG}",
             {name: rank_and_scaling(one.rank, one.scaling) for name, one in found},
             f"in {PISSA_RECORD}",
-            {name: rank_and_scaling(2 * layer.r, layer.scaling) for name, layer in record.layers.items()},
+            {name: rank_and_scaling(record.times * layer.r, layer.scaling) for name, layer in record.layers.items()},
         )
     return LoraFolder(folder, config, weights, factors, record)
 

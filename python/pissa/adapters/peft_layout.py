@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from pissa.config import PissaConfig, exactly
 from pissa.layers.experts import FORMER_NAMES, WEIGHTS, UnfusedExperts, is_transposed, unfused_experts
-from pissa.layers.layer import PissaLayer
+from pissa.layers.layer import PissaLayer, pissa_layers
 from pissa.layers.modules import PissaEmbedding
 from pissa.peft_private import is_rewritten_by_peft
 
@@ -104,6 +104,11 @@ def _factors(place: str, layers: Mapping[str, PissaLayer], mirrored: bool = Fals
     return FactorTensors((key_a, key_b), tuple(layers), tuple(a.shape[1:]), out)
 
 
+def lora_times(layers: Mapping[str, PissaLayer], adapter_name: str) -> int:
+    """The rank of an adapter's plain LoRA in multiples of the adapter's: 1 if all of its B0 are zero, otherwise 2."""
+    return 1 if all(layer.start_of(adapter_name).changes_nothing for layer in layers.values()) else 2
+
+
 def magnitude_key(layer: str) -> str:
     """The name of the magnitudes [out] of a layer with DoRA, given the layer's name in the (unwrapped) model."""
     return f"{PREFIX}{layer}.{MAGNITUDE}"
@@ -122,6 +127,16 @@ def is_of_a_layer(key: str, layers: Iterable[str]) -> bool:
     """
     kept = key.endswith(".bias") and ".lora_unmerged." not in key
     return not kept and key.startswith(tuple(f"{PREFIX}{name}." for name in layers))
+
+
+def trained_beside(model: PeftModel, adapter_name: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors in a model's state dict that an adapter trains in addition to those of its layers (`modules_to_save`,
+    tokens and biases), under PEFT's names."""
+    adapted, layers = (pissa_layers(model.base_model.model, name) for name in (None, adapter_name))
+    of_layers = {f"{PREFIX}{path}.{key}" for path, layer in layers.items() for key in layer.state_keys(adapter_name)}
+    state = {key: value for key, value in state.items() if key not in of_layers}
+    found = get_peft_model_state_dict(model, state, adapter_name=adapter_name, save_embedding_layers=False)
+    return {key: value for key, value in found.items() if not is_of_a_layer(key, adapted)}
 
 
 # -- fused experts
@@ -175,7 +190,7 @@ _TAKEN_FOR_EXPERTS = {"gate"}.union(*(names for former in FORMER_NAMES.values() 
 
 
 def plain_config(
-    model: nn.Module, config: PissaConfig, adapter_name: str, layers: Mapping[str, PissaLayer], times: int = 2
+    model: nn.Module, config: PissaConfig, adapter_name: str, layers: Mapping[str, PissaLayer], times: int
 ) -> LoraConfig:
     """The configuration of the plain LoRA, which has `times` the adapter's rank."""
     lora = config.as_lora(times)

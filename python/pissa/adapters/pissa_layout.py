@@ -1,15 +1,22 @@
 """An adapter of ours in a folder, as far as it can be read without a model.
 
-adapter_config.json         PEFT's, for a plain LoRA of rank 2r on the unmodified base
-adapter_model.safetensors   PEFT's: lora_A = [A ; dA], lora_B = [dB | B0]
-pissa.json                  the PissaConfig, and a record of each layer: its base's fingerprint; under a checksum
-pissa.safetensors           of each layer:
-    a0                      B0, dA and dB are in PEFT's file
+pissa.json                  the PissaConfig; for each layer a record with the fingerprint of its base, and fingerprints
+                            of the rest of the base; the digest of pissa_codes.safetensors; under a checksum
+pissa.safetensors           everything else that loading needs. Of each layer, under its name in the model:
+    delta_a, delta_b        the trained differences dA and dB
+    a0, b0                  the start factors. b0 is left out if it is zero, as for LoRA's start
     base.a0, base.b0        the start factors of a stored base, if they are not the adapter's own
-    base.taken_a, base.taken_b    the factors that its residual lacks, if alternations have found others than these
-    norm                    with DoRA, the norms of the base's rows
-    base.<part>             the residual of an output layer that is stored and saved, or of a layer whose codes were
-                            found by error feedback, which its weight alone does not determine
+    recipe.a, recipe.b      the factors that its residual lacks, if alternations have found others than these
+    norm, magnitude         with DoRA, the norms of the base's rows and the trained lengths
+                            and, under PEFT's names, what is trained or saved beside the layers
+pissa_codes.safetensors     of each layer whose residual its weight alone does not determine, that residual: codes that
+                            error feedback has found, and an output layer that is stored and saved. They never change
+                            in a run, so the folders of a run share one file (hard links)
+adapter_model.safetensors,  PEFT's: an export, the plain LoRA for the unmodified base. lora_A = [A ; dA] and
+adapter_config.json         lora_B = [dB | B0], of rank 2r; or, if all B0 are zero, A and dB, of rank r
+
+The metadata of adapter_model.safetensors name pissa.safetensors, and its metadata name pissa.json, by their digests. If
+another program writes adapter_model.safetensors again, it does not write that, and the folder is its plain LoRA.
 """
 
 from __future__ import annotations
@@ -20,7 +27,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +36,7 @@ from peft import LoraConfig
 from torch import Tensor
 
 from pissa import ops
-from pissa.adapters.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, magnitude_key
+from pissa.adapters.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX, magnitude_key
 from pissa.base.digest import xxh3_of_text
 from pissa.base.init_methods import INIT_METHODS
 from pissa.base.start import Deltas, Origin, StartFactors
@@ -41,26 +48,31 @@ from pissa.containers.messages import read_object, reading, shown
 from pissa.containers.tensor_file import TensorFile
 from pissa.layers.layer import PissaLayer
 from pissa.ops import QuantizedWeight
-from pissa.ops.low_rank import split_difference
 
 PISSA_WEIGHTS = "pissa.safetensors"
+PISSA_CODES = "pissa_codes.safetensors"
 CONFIG_FILES = (ADAPTER_CONFIG, PISSA_RECORD)
-ADAPTER_FILES = (*CONFIG_FILES, ADAPTER_WEIGHTS, PISSA_WEIGHTS)
+ADAPTER_FILES = (*CONFIG_FILES, ADAPTER_WEIGHTS, PISSA_WEIGHTS, PISSA_CODES)
 
-FORMAT = 1
+FORMAT = 2
 """The format of pissa.json that is written and read."""
 
-TAKEN = ("base.taken_a", "base.taken_b")
+_FORMER = (
+    ". Only versions before 0.1.0 have written format 1, and no release reads it: load the adapter with pissa's source "
+    "of that time (commit 755c0b4b is the last), or, as a plain LoRA, with peft.PeftModel.from_pretrained"
+)
+"""What to do about the format before this one."""
+
+MARK = "pissa"
+"""The entry in a file's metadata with the digest of the file to which it belongs."""
+
+RECIPE = ("recipe.a", "recipe.b")
 
 SAVED = "It is not as save_pretrained wrote it: save the adapter again, or take the file from a copy"
 """The advice for a file of ours that cannot be read."""
 
 
 # -- pissa.json
-
-
-_RETIRED = {"orth_reg_weight"}
-"""Fields that earlier files have, and that had no effect by themselves."""
 
 
 def _config_fields() -> list[dataclasses.Field[Any]]:
@@ -84,7 +96,7 @@ def config_from_json(fields: dict[str, Any]) -> PissaConfig:
     """The inverse of `config_as_json`."""
     known = {f.name for f in _config_fields()}
     for name, value in fields.items():
-        if name not in known | _RETIRED and not (value is None or value is False or value in ("", [], {})):
+        if name not in known and not (value is None or value is False or value in ("", [], {})):
             raise ValueError(
                 f"config has an unknown field {shown(name)}, with the value {shown(value)}: a later version of pissa "
                 "or peft may know it"
@@ -101,16 +113,18 @@ class LayerRecord:
     weight: str
     """The fingerprint of the base's dense weight."""
     form: Form
+    has_b0: bool = True
+    """Whether B0 is not zero. Only then does the file contain it, and the plain LoRA needs rank 2r."""
     stored: str | None = None
     """The fingerprint of the stored residual."""
     base: Origin | None = None
     """The origin of a stored base's start factors, if it differs from the adapter's."""
-    taken: int | None = None
+    recipe: int | None = None
     """The rank of the factors that the stored residual lacks, if these are not the base's start factors and not empty.
     Only alternations have such factors."""
     start: str | None = None
-    """The fingerprint of the start factors a0 and b0, and of the taken factors if there are any, where `pissa init` has
-    written them. The files of a saved adapter have checksums instead."""
+    """The fingerprint of the start factors a0 and b0, and of the recipe's factors if there are any, where `pissa init`
+    has written them. The files of a saved adapter have checksums instead."""
 
     @staticmethod
     def of(layer: PissaLayer, adapter_name: str, gathered: Tensor | None = None) -> LayerRecord:
@@ -121,9 +135,10 @@ class LayerRecord:
             start.origin.scaling,
             layer.weight_fingerprint.of(base, gathered),
             base.form,
+            has_b0=not start.changes_nothing,
             stored=None if base.start is None else layer.residual_fingerprint.of(base, gathered),
             base=None if base.start in (None, start) else base.start.origin,
-            taken=None if base.start is None else base.start.rank_taken or None,
+            recipe=None if base.start is None else base.start.recipe_rank or None,
         )
 
     def starts(
@@ -134,13 +149,13 @@ class LayerRecord:
         all other factors."""
         identity = INIT_METHODS[config.init].identity(config)
         origin = Origin(self.r, self.scaling, config.init, identity)
-        taken = (a0[:0], b0[:, :0]) if INIT_METHODS[(self.base or origin).init].takes_nothing else None
-        if self.taken is not None and file is not None:
-            taken = file.read(f"{name}.{TAKEN[0]}"), file.read(f"{name}.{TAKEN[1]}")
+        recipe = (a0[:0], b0[:, :0]) if INIT_METHODS[(self.base or origin).init].takes_nothing else None
+        if self.recipe is not None and file is not None:
+            recipe = file.read(f"{name}.{RECIPE[0]}"), file.read(f"{name}.{RECIPE[1]}")
         if self.base is None or file is None:
-            start = StartFactors(a0, b0, origin, taken)
+            start = StartFactors(a0, b0, origin, recipe)
             return start, start
-        base = StartFactors(file.read(f"{name}.base.a0"), file.read(f"{name}.base.b0"), self.base, taken)
+        base = StartFactors(file.read(f"{name}.base.a0"), file.read(f"{name}.base.b0"), self.base, recipe)
         return StartFactors(a0, b0, origin), base
 
     def as_json(self) -> dict[str, Any]:
@@ -173,6 +188,15 @@ class AdapterRecord:
 
     config: PissaConfig
     layers: dict[str, LayerRecord]
+    rest: dict[str, str] = field(default_factory=dict)
+    """The fingerprints of the base's other tensors; see `rest.of_model`."""
+    codes: str | None = None
+    """The digest of the file with codes, if the adapter needs one."""
+
+    @property
+    def times(self) -> int:
+        """The rank of the plain LoRA in multiples of the adapter's."""
+        return 2 if any(layer.has_b0 for layer in self.layers.values()) else 1
 
     def text(self) -> str:
         """The content of the file."""
@@ -181,6 +205,8 @@ class AdapterRecord:
             "pissa_version": ops.build_info()["version"],
             "config": config_as_json(self.config),
             "layers": {name: layer.as_json() for name, layer in self.layers.items()},
+            "rest": self.rest,
+            "codes": self.codes,
         }
         return json.dumps(record | {"xxh3": checksum(record)}, indent=2, sort_keys=True) + "\n"
 
@@ -189,15 +215,19 @@ class AdapterRecord:
         """Reads the file."""
         with reading(path, SAVED):
             fields = read_object(path)
-            if fields["format"] != FORMAT:
+            if (found := fields["format"]) != FORMAT:
+                former = _FORMER if found == 1 else ""
                 raise ValueError(
-                    f"format {shown(fields['format'])} of pissa {fields.get('pissa_version')!r} is not {FORMAT}, which "
-                    f"pissa {ops.build_info()['version']} reads"
+                    f"format {shown(found)} of pissa {fields.get('pissa_version')!r} is not {FORMAT}, which pissa "
+                    f"{ops.build_info()['version']} reads{former}"
                 )
             if fields.pop("xxh3") != checksum(fields):
                 raise ValueError("xxh3 is not the checksum of the other fields: one of them has been changed")
-            config = config_from_json(fields["config"])
-            return AdapterRecord(config, {name: LayerRecord.from_json(one) for name, one in fields["layers"].items()})
+            config, rest, codes = config_from_json(fields["config"]), dict(fields["rest"]), fields["codes"]
+            if not all(isinstance(text, str) for text in (*rest.values(), codes or "")):
+                raise ValueError("rest or codes has something else than texts")
+            layers = {name: LayerRecord.from_json(one) for name, one in fields["layers"].items()}
+            return AdapterRecord(config, layers, rest, codes)
 
 
 def checksum(record: Mapping[str, Any]) -> str:
@@ -205,25 +235,38 @@ def checksum(record: Mapping[str, Any]) -> str:
     return xxh3_of_text(json.dumps(record, sort_keys=True))
 
 
+def digest_of(path: Path) -> str:
+    """XXH3-128 of the file with a record, by which pissa.safetensors names it."""
+    return xxh3_of_text(path.read_text())
+
+
 # -- pissa.safetensors
 
 
-def start_tensors(name: str, layer: PissaLayer, adapter_name: str, config: PissaConfig) -> dict[str, Tensor]:
-    """The tensors of the named layer of the (unwrapped) model, without its residual."""
-    start, kept = layer.start_of(adapter_name), layer.base.start
-    parts = {"a0": start.a0}
+def layer_tensors(
+    name: str, layer: PissaLayer, adapter_name: str, config: PissaConfig, state: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The tensors of the named layer of the (unwrapped) model, of which `state` is the state dict with PEFT's prefix,
+    without its residual."""
+    start, kept, prefix = layer.start_of(adapter_name), layer.base.start, f"{PREFIX}{name}."
+    parts = dict(zip(("delta_a", "delta_b"), layer.deltas_in(state, prefix, adapter_name), strict=True))
+    parts["a0"] = start.a0
+    if not start.changes_nothing:
+        parts["b0"] = start.b0
     if kept is not None and kept is not start:
         parts |= {"base.a0": kept.a0, "base.b0": kept.b0}
-    if kept is not None and kept.rank_taken:
-        parts |= zip(TAKEN, kept.taken, strict=True)
+    if kept is not None and kept.recipe_rank:
+        parts |= zip(RECIPE, kept.removed, strict=True)
     if config.use_dora:
-        parts["norm"] = layer.magnitude(adapter_name).base_lengths
+        magnitude = layer.magnitude(adapter_name)
+        trained = state[f"{magnitude_key(name)}.{adapter_name}.weight"].detach()
+        parts |= {"norm": magnitude.base_lengths, "magnitude": magnitude.lengths(trained)}
     return {f"{name}.{part}": tensor for part, tensor in parts.items()}
 
 
 def stored_tensors(name: str, residual: Tensor | QuantizedWeight) -> dict[str, Tensor]:
-    """The tensors of a layer's residual."""
-    return {f"{name}.base.{part}": tensor for part, tensor in residual_tensors(residual).items()}
+    """The tensors of a layer's residual, in the file with codes."""
+    return {f"{name}.{part}": tensor for part, tensor in residual_tensors(residual).items()}
 
 
 # -- the folder
@@ -247,20 +290,37 @@ class PissaFolder:
 
     path: Path
     config: PissaConfig
-    records: dict[str, LayerRecord]
-    """The records by the layer's name in the (unwrapped) model."""
-    weights: TensorFile
-    starts: TensorFile
+    record: AdapterRecord
+    tensors: TensorFile
+    codes: TensorFile | None
 
     @staticmethod
     def read(path: Path, config: PissaConfig | None = None) -> PissaFolder:
         """Reads the folder that `save_pretrained` wrote for one adapter. A user's `config` replaces the saved one."""
         path = path.absolute()  # `blamed` looks for it in messages, where "q" is also a part of "q_proj"
         record = _read_record(path)
+        if not is_export_ours(path):
+            raise ValueError(
+                f"{replaced(path)} Load that with peft.PeftModel.from_pretrained; or, for the adapter that pissa has "
+                f"saved, delete {ADAPTER_WEIGHTS}, or take it from a copy"
+            )
         if config is not None:
             _check_alike(config, record.config, path)
-        weights, starts = TensorFile(path / ADAPTER_WEIGHTS), TensorFile(path / PISSA_WEIGHTS)
-        return PissaFolder(path, config or record.config, record.layers, weights, starts)
+        tensors = TensorFile(path / PISSA_WEIGHTS)
+        codes = None if record.codes is None else TensorFile(path / PISSA_CODES)
+        for file in (tensors, codes):
+            if file is not None:
+                file.expect_checksums()
+        if tensors.metadata.get(MARK) != digest_of(path / PISSA_RECORD):
+            raise ValueError(f"{path / PISSA_RECORD} and {tensors.path} do not belong together: {SAVED}")
+        if codes is not None and codes.digest != record.codes:
+            raise ValueError(f"{path / PISSA_RECORD} and {codes.path} do not belong together: {SAVED}")
+        return PissaFolder(path, config or record.config, record, tensors, codes)
+
+    @property
+    def layers(self) -> dict[str, LayerRecord]:
+        """The records by the layer's name in the (unwrapped) model."""
+        return self.record.layers
 
     @contextmanager
     def blamed(self) -> Iterator[None]:
@@ -274,42 +334,39 @@ class PissaFolder:
             record = self.path / PISSA_RECORD
             raise ValueError(f"the adapter that {record} describes cannot be put on this model: {error}") from error
 
-    def read_layer(self, name: str, a: Tensor, b: Tensor) -> LayerTensors:
-        """Reads the tensors of a layer, given its factors in PEFT's file, a = [A ; dA] and b = [dB | B0]."""
-        record, read = self.records[name], self.starts.read
-        a0 = read(f"{name}.a0")
-        upper, *rest = split_difference(a, b)
-        da, db, b0 = (part.contiguous() for part in rest)
-        if not torch.equal(upper, a0 + da):
-            raise ValueError(
-                f"{self.weights.path} and {self.starts.path} do not belong together, or one is damaged: the tensor "
-                f"lora_A of layer {name} does not start with a0 + dA"
-            )
-        start, base = record.starts(name, a0, b0, self.config, self.starts)
-        magnitude = (self.weights.read(magnitude_key(name)), read(f"{name}.norm")) if self.config.use_dora else None
-        return LayerTensors(start, Deltas(da, db), base, magnitude)
+    def read_layer(self, name: str) -> LayerTensors:
+        """Reads the tensors of a layer."""
+        record, read = self.layers[name], self.tensors.read
+        deltas = Deltas(read(f"{name}.delta_a"), read(f"{name}.delta_b"))
+        b0 = read(f"{name}.b0") if record.has_b0 else torch.zeros_like(deltas.b)
+        start, base = record.starts(name, read(f"{name}.a0"), b0, self.config, self.tensors)
+        magnitude = (read(f"{name}.magnitude"), read(f"{name}.norm")) if self.config.use_dora else None
+        return LayerTensors(start, deltas, base, magnitude)
 
-    def start_shapes(self, name: str, matrix_shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
-        """The shapes of the tensors that `start_tensors` has written for a layer, all float32."""
-        record, (rows, columns) = self.records[name], matrix_shape
-        parts: dict[str, tuple[int, ...]] = {"a0": (record.r, columns)}
+    def layer_shapes(self, name: str, matrix_shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
+        """The shapes of the tensors that `layer_tensors` has written for a layer, all float32."""
+        record, (rows, columns) = self.layers[name], matrix_shape
+        of_a, of_b = (record.r, columns), (rows, record.r)
+        parts: dict[str, tuple[int, ...]] = {"delta_a": of_a, "delta_b": of_b, "a0": of_a}
+        if record.has_b0:
+            parts["b0"] = of_b
         if record.base is not None:
             parts |= {"base.a0": (record.base.r, columns), "base.b0": (rows, record.base.r)}
-        if record.taken is not None:
-            parts |= zip(TAKEN, ((record.taken, columns), (rows, record.taken)), strict=True)
+        if record.recipe is not None:
+            parts |= zip(RECIPE, ((record.recipe, columns), (rows, record.recipe)), strict=True)
         if self.config.use_dora:
-            parts["norm"] = (rows,)
+            parts |= {"norm": (rows,), "magnitude": (rows,)}
         return {f"{name}.{part}": shape for part, shape in parts.items()}
 
     def stored_shapes(self, name: str, matrix_shape: tuple[int, int]) -> dict[str, Expected]:
         """The shapes and dtypes of the tensors that `stored_tensors` has written for a layer, if any."""
-        record = self.records[name]
-        shapes = {f"{name}.base.{part}": needed for part, needed in residual_shapes(record.form, matrix_shape).items()}
-        return shapes if record.stored and shapes.keys() & self.starts.entries.keys() else {}
+        record = self.layers[name]
+        shapes = {f"{name}.{part}": needed for part, needed in residual_shapes(record.form, matrix_shape).items()}
+        return shapes if record.stored and self.codes and shapes.keys() & self.codes.entries.keys() else {}
 
     def is_fed_back(self, name: str) -> bool:
         """Whether error feedback found the codes of a layer's residual, so that they do not follow from its weight."""
-        base = self.records[name].base
+        base = self.layers[name].base
         return self.config.error_feedback if base is None else base.error_feedback
 
     def check_codes(self, name: str) -> None:
@@ -324,9 +381,25 @@ class PissaFolder:
         self, name: str, matrix_shape: tuple[int, int], device: torch.device
     ) -> Tensor | QuantizedWeight | None:
         """The residual of a layer, on a device; None if the file contains none."""
-        keys = self.stored_shapes(name, matrix_shape)
-        parts = {key.rpartition(".")[2]: self.starts.read(key).to(device) for key in keys}
-        return residual_from(parts, self.records[name].form, matrix_shape) if parts else None
+        parts = {}
+        for key in self.stored_shapes(name, matrix_shape):
+            assert self.codes is not None
+            parts[key.rpartition(".")[2]] = self.codes.read(key).to(device)
+        return residual_from(parts, self.layers[name].form, matrix_shape) if parts else None
+
+
+def is_export_ours(folder: Path) -> bool:
+    """Whether no other program has written the plain LoRA in a folder of ours. It may also have been deleted."""
+    path = folder / ADAPTER_WEIGHTS
+    return not os.path.lexists(path) or MARK in TensorFile(path).metadata
+
+
+def replaced(folder: Path) -> str:
+    """The beginning of a message about a folder of ours with a plain LoRA from elsewhere."""
+    return (
+        f"{folder / ADAPTER_WEIGHTS} is not the one that pissa has saved beside {PISSA_RECORD}: another program has "
+        "written it, and the folder is now the plain LoRA in it."
+    )
 
 
 def read_config(model_id: str | os.PathLike[str], *, subfolder: str | None = None, **kwargs: Any) -> PissaConfig:
@@ -356,19 +429,22 @@ def _read_record(folder: Path) -> AdapterRecord:
     return AdapterRecord.read(folder / PISSA_RECORD)
 
 
+_FREE = {"inference_mode", "lora_dropout", "base_model_name_or_path", "revision", "task_type", "auto_mapping"}
+_FREE |= {"peft_version", "fan_in_fan_out", "quant_storage"}
+"""The fields of a configuration that do not change the function of an adapter."""
+
+
 def _check_alike(config: PissaConfig, saved: PissaConfig, folder: Path) -> None:
-    """Checks that the user's configuration describes the adapter in the folder. Layers, ranks, scalings and tensors are
-    compared later, with those of the model."""
+    """Checks that the user's configuration describes the adapter in the folder."""
     if not isinstance(config, PissaConfig):
         raise TypeError(
             f"config must be a pissa.PissaConfig, got {type(config).__name__}: pissa.PissaConfig.from_pretrained reads "
             "the one in the folder"
         )
-    of_start = ("init", "repair", "repair_rank", "start_norm", "svd", "svd_passes", "seed", "quant_iters")
-    for name in (*of_start, "form", "use_dora"):
+    for name in [f.name for f in _config_fields() if f.name not in _FREE]:
         given, needed = getattr(config, name), getattr(saved, name)
         if given != needed:
             raise ValueError(
                 f"config: {name} is {given!r}, the adapter in {folder} was saved with {needed!r}: leave config out, or "
-                "change the one that pissa.PissaConfig.from_pretrained reads there"
+                "change the one that pissa.PissaConfig.from_pretrained reads there, in inference_mode or lora_dropout"
             )

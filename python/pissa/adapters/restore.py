@@ -5,23 +5,22 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, set_peft_model_state_dict
 from torch import Tensor
 
 from pissa.adapters.lora_folder import LoraFolder, check_same_layers, open_adapter, rank_and_scaling
-from pissa.adapters.peft_layout import PREFIX, FactorTensors, factors_of, is_of_a_layer, magnitude_key
-from pissa.adapters.pissa_layout import LayerTensors, PissaFolder
+from pissa.adapters.peft_layout import trained_beside
+from pissa.adapters.pissa_layout import PissaFolder
 from pissa.adapters.vocabulary import VocabularyTensor, vocabulary
 from pissa.base.digest import Match, dtype_of, holds, is_fingerprint, match
 from pissa.base.stored import residual_tensors, residuals_of
 from pissa.base.weights import is_offloaded
 from pissa.config import IMPLICIT, Form, PissaConfig
-from pissa.containers.checkpoint import PISSA_RECORD
 from pissa.containers.messages import shown
 from pissa.containers.tensor_file import SAVED_FLOATS
 from pissa.distributed import is_dtensor, is_of_an_engine, is_partitioned, shard_as
@@ -36,7 +35,7 @@ def restore(folder: PissaFolder, model: PeftModel, adapter_name: str) -> None:
     is changed before everything is known to fit."""
     found = _Restoration(folder, model, adapter_name)
     found.put()
-    for doubt in base_doubts(folder.path, found.narrower, found.other_bits):
+    for doubt in base_doubts(folder.path, found.narrower or found.rounded_rest, found.other_bits):
         warnings.warn(doubt, stacklevel=3)  # the caller of from_pretrained or load_adapter
 
 
@@ -52,18 +51,17 @@ class _Restoration:
         check_values(base, adapter_name)
         self.layers = pissa_layers(base, adapter_name)
         self._check_layers()
-        factors = factors_of(base, self.layers)
-        self.modules = self._modules_beside()
-        self._check_headers(factors, tables)
+        self.modules = trained_beside(model, adapter_name, model.state_dict())
+        self._check_headers(tables)
 
-        weights = folder.weights
-        self.others = {key: weights.read(key) for key in weights.entries if key in self.modules or key in tables}
+        tensors = folder.tensors
+        self.others = {key: tensors.read(key) for key in tensors.entries if key in self.modules or key in tables}
         self.kept = {name: codes for name, layer in self.layers.items() if (codes := self._kept_codes(name, layer))}
         """bitsandbytes' codes that are the residuals."""
         self.residuals: dict[str, Tensor | QuantizedWeight] = {**self.kept}
         """The residuals that are to replace bases, as far as they exist."""
         for name, layer in self.layers.items():
-            if folder.records[name].form != layer.base.form and name not in self.kept:
+            if folder.layers[name].form != layer.base.form and name not in self.kept:
                 residual = folder.read_stored(name, layer.matrix_shape, layer.base.device)
                 if residual is not None:
                     self.residuals[name] = residual
@@ -82,12 +80,10 @@ class _Restoration:
         self.other_bits: list[str] = []
         for name, layer in self.layers.items():
             if self._match_base(name, layer) is Match.ROUNDED:
-                self.narrower[name] = layer.dense_dtype, dtype_of(folder.records[name].weight)
+                self.narrower[name] = layer.dense_dtype, dtype_of(folder.layers[name].weight)
             self._check_form(name, layer)
-        self.tensors: dict[str, LayerTensors] = {}
-        for part in factors:
-            a, b = (weights.read(key) for key in part.keys)
-            self.tensors |= {name: folder.read_layer(name, *pair) for name, pair in part.unpack(a, b).items()}
+        self.rounded_rest = self._match_rest(base)
+        self.tensors = {name: folder.read_layer(name) for name in self.layers}
 
     def put(self) -> None:
         """Changes the model."""
@@ -104,7 +100,7 @@ class _Restoration:
 
     @torch.no_grad()
     def _put_layer(self, name: str, layer: PissaLayer) -> None:
-        record, tensors, is_same = self.folder.records[name], self.tensors[name], name not in self.narrower
+        record, tensors, is_same = self.folder.layers[name], self.tensors[name], name not in self.narrower
         device, recorded = layer.device_of(self.adapter_name), dtype_of(record.weight)
         if record.form != layer.base.form:
             base, residual = tensors.base.to(device), self.residuals.get(name)
@@ -128,20 +124,10 @@ class _Restoration:
 
     def _kept_codes(self, name: str, layer: PissaLayer) -> QuantizedWeight | None:
         """bitsandbytes' codes for a layer, if they are the residual that was saved."""
-        record, codes = self.folder.records[name], layer.base.bnb_codes
+        record, codes = self.folder.layers[name], layer.base.bnb_codes
         if codes is None or record.stored is None:
             return None
         return codes if is_fingerprint(record.stored, *residual_tensors(codes).values()) else None
-
-    def _modules_beside(self) -> dict[str, Tensor]:
-        """The model's tensors that are trained in addition to those of the layers (`modules_to_save` and tokens), under
-        PEFT's names."""
-        name, layers = self.adapter_name, self.layers.items()
-        trained = {f"{PREFIX}{path}.{key}" for path, layer in layers for key in layer.state_keys(name)}
-        state = {key: value for key, value in self.model.state_dict().items() if key not in trained}
-        found = get_peft_model_state_dict(self.model, state, adapter_name=name, save_embedding_layers=False)
-        adapted = pissa_layers(self.model.base_model.model)
-        return {key: value for key, value in found.items() if not is_of_a_layer(key, adapted)}
 
     # -- whether it fits
 
@@ -153,7 +139,7 @@ class _Restoration:
                 "deepspeed.initialize, or resume with the engine's load_checkpoint"
             )
         for key, table in tables.items():
-            if key in self.folder.weights.entries and is_partitioned(table.parameter):
+            if key in self.folder.tensors.entries and is_partitioned(table.parameter):
                 raise ValueError(
                     f"{self.folder.path} has the base's {key}, which DeepSpeed ZeRO-3 has partitioned here. Load the "
                     "model without zero.Init, the folder onto it, and let deepspeed.initialize partition it then"
@@ -166,46 +152,41 @@ class _Restoration:
             "in the model",
             {path: rank_and_scaling(layer.r[name], layer.scaling[name]) for path, layer in layers},
             "in the folder",
-            {path: rank_and_scaling(record.r, record.scaling) for path, record in self.folder.records.items()},
+            {path: rank_and_scaling(record.r, record.scaling) for path, record in self.folder.layers.items()},
         )
         if any(name in layer.merged_adapters for _, layer in layers):
             raise ValueError(f"adapter {name!r} is merged: call unmerge_adapter before loading into it")
 
-    def _check_headers(self, factors: Sequence[FactorTensors], tables: Mapping[str, VocabularyTensor]) -> None:
-        """Checks that the two files contain exactly the tensors of these layers and modules, and perhaps embeddings,
-        with the right names, dtypes and shapes, and with checksums."""
-        folder, weights, starts = self.folder, self.folder.weights, self.folder.starts
-        known = {weights: self.modules.keys() | tables.keys(), starts: set[str]()}
+    def _check_headers(self, tables: Mapping[str, VocabularyTensor]) -> None:
+        """Checks that the files contain exactly the tensors of these layers and modules, and perhaps embeddings, with
+        the right names, dtypes and shapes."""
+        folder, tensors = self.folder, self.folder.tensors
+        known, of_codes = self.modules.keys() | tables.keys(), set[str]()
         for key, table in tables.items():
-            if key in weights.entries:
+            if key in tensors.entries:
                 demand = "an embedding"
-                if (rows := weights.entries[key].shape[:1]) != table.parameter.shape[:1]:
+                if (rows := tensors.entries[key].shape[:1]) != table.parameter.shape[:1]:
                     demand += f"; if it was resized, call model.resize_token_embeddings({rows[0]}) before loading"
-                weights.expect(key, table.parameter.shape, SAVED_FLOATS, demand)
-        expected = [(weights, part.layers[0], part.shapes(2 * folder.records[part.layers[0]].r)) for part in factors]
-        for name, layer in self.layers.items():
-            expected.append((starts, name, folder.start_shapes(name, layer.matrix_shape)))
-            if folder.config.use_dora:
-                expected.append((weights, name, {magnitude_key(name): layer.matrix_shape[:1]}))
-        for file, name, shapes in expected:
-            demand = (
-                f"layer {name}, whose weight is {list(self.layers[name].matrix_shape)} in this model: the file is "
-                "damaged, or belongs to another base"
-            )
-            for key, shape in shapes.items():
-                file.expect(key, shape, (torch.float32,), demand)
-            known[file] |= shapes.keys()
+                tensors.expect(key, table.parameter.shape, SAVED_FLOATS, demand)
         for key, value in self.modules.items():
             allowed = SAVED_FLOATS if value.is_floating_point() else [value.dtype]
-            weights.expect(key, value.shape, allowed, "a module that is trained beside the layers")
+            tensors.expect(key, value.shape, allowed, "a module that is trained beside the layers")
         for name, layer in self.layers.items():
+            demand = (
+                f"layer {name}, whose weight is {list(layer.matrix_shape)} in this model: the file is damaged, or "
+                "belongs to another base"
+            )
+            shapes = folder.layer_shapes(name, layer.matrix_shape)
+            for key, shape in shapes.items():
+                tensors.expect(key, shape, (torch.float32,), demand)
+            known |= shapes.keys()
             for key, (shape, dtypes) in folder.stored_shapes(name, layer.matrix_shape).items():
-                starts.expect(key, shape, dtypes, f"the residual of layer {name}")
-                known[starts].add(key)
-        for file, keys in known.items():
-            if unknown := file.entries.keys() - keys:
+                assert folder.codes is not None
+                folder.codes.expect(key, shape, dtypes, f"the residual of layer {name}")
+                of_codes.add(key)
+        for file, keys in ((tensors, known), (folder.codes, of_codes)):
+            if file is not None and (unknown := file.entries.keys() - keys):
                 raise ValueError(f"{file.path}: tensor {shown(min(unknown))} belongs to no part of the adapter")
-            file.expect_checksums()
 
     def _check_vocabulary(self, tables: Mapping[str, VocabularyTensor]) -> None:
         """Checks that the folder's embeddings can replace `tables`, the model's own. If the model has other adapters,
@@ -226,19 +207,14 @@ class _Restoration:
                     "the model's embedding, which the model's other adapters were trained with. Load the folder onto a "
                     "base of its own with from_pretrained"
                 )
-            raise ValueError(f"{self.folder.weights.path}: tensor {key!r} differs from {reason}")
+            raise ValueError(f"{self.folder.tensors.path}: tensor {key!r} differs from {reason}")
 
     def _match_base(self, name: str, layer: PissaLayer) -> Match:
         """Compares a layer's base with the one that the adapter was trained on. If the folder contains a weight or a
         residual that will replace the base, compares that instead. Returns SAME, or ROUNDED if the model's dtype does
         not hold its values; a different base is refused."""
-        folder, record = self.folder, self.folder.records[name]
+        folder, record = self.folder, self.folder.layers[name]
         if name in self.residuals:
-            if not is_fingerprint(record.stored, *residual_tensors(self.residuals[name]).values()):
-                raise ValueError(
-                    f"{folder.path / PISSA_RECORD} and {folder.starts.path} do not belong together, or one is "
-                    f"damaged: the residual of layer {name} is not the one that was saved"
-                )
             if name in self.kept or not folder.is_fed_back(name):
                 return Match.SAME
             found = layer.weight_fingerprint.match(layer.base, record.weight)
@@ -252,7 +228,7 @@ class _Restoration:
             found = match(record.weight, layer.base.holding(weight).matrix())
             if found is Match.OTHER:
                 raise ValueError(
-                    f"{folder.weights.path}: tensor {key!r} is not the weight that layer {name} was trained on: take "
+                    f"{folder.tensors.path}: tensor {key!r} is not the weight that layer {name} was trained on: take "
                     "the file from a copy"
                 )
             return found
@@ -274,10 +250,25 @@ class _Restoration:
             )
         return found
 
+    def _match_rest(self, base: Any) -> dict[str, tuple[torch.dtype, torch.dtype]]:
+        """Compares the rest of the base with that of the training. Returns tensors whose dtype does not hold its
+        values, with that dtype and theirs; other values are refused."""
+        recorded, rounded = self.folder.record.rest, {}
+        for name, (found, tensor) in self.model.rest.compare(base, recorded).items():
+            if found is Match.OTHER:
+                raise ValueError(
+                    f"the model is not the base that {self.folder.path} was trained on: {name}, which no adapter "
+                    f"changes, has other values, in {dtype_of(recorded[name])}, in which it was trained on. Load the "
+                    "same checkpoint; to apply the adapter to another base all the same, use "
+                    "peft.PeftModel.from_pretrained, for which the folder is a plain LoRA"
+                )
+            rounded[name] = tensor.dtype, dtype_of(recorded[name])
+        return rounded
+
     def _check_form(self, name: str, layer: PissaLayer) -> None:
         """Checks that a layer's base is stored like the one that the adapter was trained on, or can still become so: if
         it is dense and the model has no adapter on it yet."""
-        folder, record, base = self.folder, self.folder.records[name], layer.base
+        folder, record, base = self.folder, self.folder.layers[name], layer.base
         if record.form != base.form and is_dtensor(base.parameter):
             raise ValueError(
                 f"{folder.path} keeps the base of layer {name} as {record.form.describe()}, and in the model its "
@@ -368,7 +359,7 @@ def base_doubts(
         name, (dtype, was) = next(iter(narrower.items()))
         found.append(
             OtherDtypeWarning(
-                f"{folder} was written for a base in {was}, which is in {dtype} here: {len(narrower)} layers, {name} "
+                f"{folder} was written for a base in {was}, which is in {dtype} here: {len(narrower)} weights, {name} "
                 "the first, differ by roundings, as far as a sample of their values shows. For the exact function, "
                 f"load the base in {was}."
             )

@@ -1,8 +1,8 @@
-"""Writes adapters: a plain LoRA for every other runtime, and two more files that an exact resume needs. Loading never
+"""Writes adapters: files of our own that an exact resume needs, and a plain LoRA for every other runtime. Loading never
 repeats the SVD. `pissa_layout` describes the files.
 
-Start factors are frozen, so the files of two saves of one run fit each other: the upper half of lora_A must be A0 + dA,
-bit for bit. Checksums in each file show whether it is unchanged.
+All that a training changes is in one file, so a crash between two renames leaves the old or the new adapter. Checksums
+in each file show whether it is unchanged.
 """
 
 from __future__ import annotations
@@ -27,9 +27,18 @@ from pissa.adapters.peft_layout import (
     inexact_lora,
     plain_config,
     plain_config_text,
+    trained_beside,
 )
-from pissa.adapters.pissa_layout import PISSA_WEIGHTS, AdapterRecord, LayerRecord, start_tensors, stored_tensors
+from pissa.adapters.pissa_layout import (
+    MARK,
+    PISSA_WEIGHTS,
+    AdapterRecord,
+    LayerRecord,
+    layer_tensors,
+    stored_tensors,
+)
 from pissa.adapters.vocabulary import vocabulary
+from pissa.base.digest import xxh3_of_text
 from pissa.base.protocol import whole
 from pissa.config import IMPLICIT
 from pissa.containers.checkpoint import PISSA_RECORD
@@ -48,36 +57,42 @@ def save_adapter(
     save_embedding_layers: str | bool,
 ) -> None:
     """Writes one adapter to `directory` or, unless it is called "default", to a sub-folder of its name."""
-    config = model.peft_config[adapter_name]
-    layers = pissa_layers(model.base_model.model, adapter_name)
+    config, base = model.peft_config[adapter_name], model.base_model.model
+    layers = pissa_layers(base, adapter_name)
     with_vocabulary = _with_vocabulary(model, adapter_name, save_embedding_layers)
     state = _own_state(model) if state_dict is None else state_dict
     check_whole(state)
     lora = get_peft_model_state_dict(model, state_dict=state, adapter_name=adapter_name, save_embedding_layers=False)
-    starts: dict[str, Tensor] = {}
-    for name, layer in layers.items():
-        starts |= start_tensors(name, layer, adapter_name, config)
+    tensors = trained_beside(model, adapter_name, state)
     gathered = {name: (state_dict or {}).get(base_weight_key(name)) for name in layers}
-    alone: set[int] = set()  # modules with residuals that cannot be made again from weight or inputs
-    if with_vocabulary:
-        found = vocabulary(model, adapter_name)
-        lora |= {key: tensor.value(state_dict or {}) for key, tensor in found.items()}
-        alone = {id(tensor.module) for tensor in found.values() if tensor.is_stored}
+    table = vocabulary(model, adapter_name) if with_vocabulary else {}
+    tensors |= {key: tensor.value(state_dict or {}) for key, tensor in table.items()}
+    check_whole(tensors)
+    lora |= tensors
+    for name, layer in layers.items():
+        tensors |= layer_tensors(name, layer, adapter_name, config, state)
+    records = {name: LayerRecord.of(layer, adapter_name, gathered[name]) for name, layer in layers.items()}
+    rest = model.rest.fingerprints(base, {id(tensor.parameter) for tensor in table.values() if not tensor.is_stored})
+    alone = {id(tensor.module) for tensor in table.values() if tensor.is_stored}
+    codes: dict[str, Tensor] = {}  # residuals that cannot be made again from weight or inputs
+    found: dict[str, str] = {}
     for name, layer in layers.items():
         if id(layer.base.module) in alone or layer.base.has_own_codes:
             residual = whole(layer.base, gathered[name]).residual
             if residual is not None:
-                starts |= stored_tensors(name, residual)
-    check_whole(lora)
-    records = {name: LayerRecord.of(layer, adapter_name, gathered[name]) for name, layer in layers.items()}
+                codes |= stored_tensors(name, residual)
+                found[name] = str(records[name].stored)
     folder = Path(directory) / ("" if adapter_name == "default" else adapter_name)
     with staged(folder) as new:
-        new(PISSA_RECORD).write_text(AdapterRecord(config, records).text())
-        write_tensors(new(PISSA_WEIGHTS), _on_cpu(starts))
-        plain = plain_config(model.base_model.model, config, adapter_name, layers)
-        new(ADAPTER_CONFIG).write_text(plain_config_text(plain, _class_of(model.base_model.model)))
-        # Renamed last, so that an adapter whose file exists is complete.
-        write_tensors(new(ADAPTER_WEIGHTS), _on_cpu(lora))
+        # In this order, so that each file is complete when another names it.
+        digest = model.codes_file.write(folder, new, codes, found) if codes else None
+        record = AdapterRecord(config, records, rest, digest)
+        text = record.text()
+        new(PISSA_RECORD).write_text(text)
+        digest = write_tensors(new(PISSA_WEIGHTS), _on_cpu(tensors), {MARK: xxh3_of_text(text)})
+        plain = plain_config(base, config, adapter_name, layers, record.times)
+        new(ADAPTER_CONFIG).write_text(plain_config_text(plain, _class_of(base)))
+        write_tensors(new(ADAPTER_WEIGHTS), _on_cpu(lora), {MARK: digest})
 
 
 def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -240,15 +240,15 @@ def started(task: StartTask) -> tuple[list[StartFactors], list[ops.QuantizedWeig
         codes = _fed_back(task, [nothing(weight) for weight in task.weights])
         return start_factors(task._replace(kept=codes)), codes
     starts = start_factors(task)
-    return starts, _fed_back(task, [start.taken for start in starts])
+    return starts, _fed_back(task, [start.removed for start in starts])
 
 
-def _fed_back(task: StartTask, taken: Sequence[tuple[Tensor, Tensor]]) -> list[ops.QuantizedWeight]:
-    """The residuals that lack the taken factors, by error feedback."""
+def _fed_back(task: StartTask, removed: Sequence[tuple[Tensor, Tensor]]) -> list[ops.QuantizedWeight]:
+    """The residuals that lack the removed factors, by error feedback."""
     found = ops.residual_many(
         task.weights,
-        [a for a, _ in taken],
-        [b for _, b in taken],
+        [a for a, _ in removed],
+        [b for _, b in removed],
         [origin.scaling for origin in task.origins],
         names=task.weight_names,
         second_moments=task.moments,
@@ -270,8 +270,8 @@ def _repairs(task: StartTask, **options: Any) -> list[StartFactors]:
     check_weights(task.weights, task.weight_names)
     errors = [ops.dequantize(codes).neg_().add_(weight) for codes, weight in zip(task.kept, task.weights, strict=True)]
     starts = _principal(task._replace(weights=errors), **options)
-    taken = map(nothing, task.weights)
-    return [StartFactors(one.a0, one.b0, one.origin, none) for one, none in zip(starts, taken, strict=True)]
+    recipes = map(nothing, task.weights)
+    return [StartFactors(one.a0, one.b0, one.origin, none) for one, none in zip(starts, recipes, strict=True)]
 
 
 def _principal(task: StartTask, **options: Any) -> list[StartFactors]:

@@ -36,7 +36,7 @@ class ResidualFingerprint:
 
     def remember(self, base: Base, value: str) -> None:
         """Stores a value of `of` that comes from another process or from a file."""
-        self._key, self._known = _state(base.parameter), value
+        self._key, self._known = tensor_state(base.parameter), value
 
     def match(self, base: Base, recorded: str | None) -> Match:
         """Compares the layer's base with a fingerprint. A sharded parameter is gathered, so all processes must compare
@@ -53,7 +53,7 @@ class ResidualFingerprint:
         return result
 
     def _recall(self, base: Base) -> str | None:
-        return self._known if is_sharded(base.parameter) or _state(base.parameter) == self._key else None
+        return self._known if is_sharded(base.parameter) or tensor_state(base.parameter) == self._key else None
 
 
 class WeightFingerprint(ResidualFingerprint):
@@ -75,7 +75,7 @@ class WeightFingerprint(ResidualFingerprint):
         return Match.OTHER if own != recorded and dtype_of(own) == dtype_of(recorded) else Match.SAME
 
 
-def _state(weight: Tensor) -> tuple[object, ...]:
+def tensor_state(weight: Tensor) -> tuple[object, ...]:
     """A key that changes with the values: the version counts changes in place, except those through `weight.data`. An
     inference tensor has no version, so its key never comes again."""
     version = object() if weight.is_inference() else weight._version

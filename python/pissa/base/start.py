@@ -57,38 +57,39 @@ class StartFactors(KeepsDtype):
     the principal part, or what replaces it. For an orthonormal start, they are its singular vectors.
 
     Args:
-        taken: the factors a [k, in] and b [out, k], float32, that are taken out of a weight stored for this start, Q =
-            format(W - scaling * b @ a). k may be 0. None: a0 and b0 themselves.
+        recipe: how a weight is stored for this start: the factors a [k, in] and b [out, k], float32, of Q = format(W -
+            scaling * b @ a). k may be 0. None: a0 and b0 themselves. Only a residual that is made again needs it.
+            Therefore it is neither a part of the state dict nor moved to another device.
     """
 
     a0: Tensor
     b0: Tensor
-    taken_a: Tensor | None
-    taken_b: Tensor | None
 
-    def __init__(self, a0: Tensor, b0: Tensor, origin: Origin, taken: tuple[Tensor, Tensor] | None = None) -> None:
+    def __init__(self, a0: Tensor, b0: Tensor, origin: Origin, recipe: tuple[Tensor, Tensor] | None = None) -> None:
         super().__init__()
         self.register_buffer("a0", a0.contiguous())
         self.register_buffer("b0", b0.contiguous())
-        taken_a, taken_b = (None, None) if taken is None else (factor.contiguous() for factor in taken)
-        self.register_buffer("taken_a", taken_a)
-        self.register_buffer("taken_b", taken_b)
-        self.origin = origin
+        self.origin, self.recipe = origin, recipe
 
     @property
-    def taken(self) -> tuple[Tensor, Tensor]:
+    def removed(self) -> tuple[Tensor, Tensor]:
         """The factors that are taken out of a weight stored for this start."""
-        return (self.a0, self.b0) if self.taken_a is None or self.taken_b is None else (self.taken_a, self.taken_b)
+        return self.recipe or (self.a0, self.b0)
 
     @property
-    def rank_taken(self) -> int | None:
-        """The rank of `taken`; None if they are a0 and b0."""
-        return None if self.taken_a is None else len(self.taken_a)
+    def recipe_rank(self) -> int | None:
+        """The rank of the recipe's factors; None if they are a0 and b0."""
+        return None if self.recipe is None else len(self.recipe[0])
 
     @property
     def known_by(self) -> list[Tensor]:
-        """The tensors whose fingerprint a record contains: the factors, and those taken, if they are different ones."""
-        return [self.a0, self.b0, *(self.taken if self.rank_taken else ())]
+        """The tensors whose fingerprint a record contains: the factors, and those of the recipe, if it has any."""
+        return [self.a0, self.b0, *(self.recipe if self.recipe and self.recipe_rank else ())]
+
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether B0 A0 is zero because B0 is, as for LoRA's start: then B A is the whole change."""
+        return not self.b0.any()
 
     def factors_of_change(self, deltas: Deltas) -> tuple[Tensor, Tensor]:
         """[A ; dA] [2r, in] and [dB | B0] [out, 2r], float32. Their product is B A - B0 A0, without cancellation."""
@@ -111,12 +112,12 @@ class Served(NamedTuple):
     """The ratio of its scaling to the adapter's."""
 
     @staticmethod
-    def of(start: StartFactors, scaling: float, taken: StartFactors | None) -> Served:
-        """The adapter with that start and scaling, on a weight that lacks the start `taken`, or lacks nothing."""
-        if taken is start and taken.origin.scaling == scaling:
+    def of(start: StartFactors, scaling: float, lacking: StartFactors | None = None) -> Served:
+        """The adapter with that start and scaling, on a weight that lacks the start `lacking`, or lacks nothing."""
+        if lacking is start and lacking.origin.scaling == scaling:
             return Served(start, True, None, 1.0)
-        other = None if taken is None or not taken.b0.any() else taken
-        return Served(start, not start.b0.any(), other, 1.0 if other is None else other.origin.scaling / scaling)
+        other = None if lacking is None or lacking.changes_nothing else lacking
+        return Served(start, start.changes_nothing, other, 1.0 if other is None else other.origin.scaling / scaling)
 
     @property
     def rank(self) -> int:

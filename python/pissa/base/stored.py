@@ -125,10 +125,11 @@ def residuals_of(
     Raises:
         ValueError: a layer's weight or factors are not finite. The message names the layer.
     """
+    removed = [start.removed for start in starts]
     return ops.residual_many(
         weights,
-        [start.taken[0] for start in starts],
-        [start.taken[1] for start in starts],
+        [a.to(weight.device) for weight, (a, _) in zip(weights, removed, strict=True)],
+        [b.to(weight.device) for weight, (_, b) in zip(weights, removed, strict=True)],
         [start.origin.scaling for start in starts],
         names=[f"layer {name}: weight" for name in names],
         **form.options(),
@@ -151,7 +152,7 @@ class ResidualCheck:
                 FORMATS[self._form.name].options(self._form.blocksize, self._form.double_quant, weight.shape[1])
             except ValueError as error:
                 raise ValueError(f"{name}: {error}: leave the layer out, or take another format") from error
-        norms = [torch.linalg.vector_norm(factor, dtype=torch.float64) for factor in start.taken]
+        norms = [torch.linalg.vector_norm(factor, dtype=torch.float64) for factor in start.removed]
         largest = torch.stack(weight.detach().aminmax()).abs().amax().double()
         layer = (name, start.origin.scaling, weight.numel(), torch.stack([largest, *norms]))
         self._layers.setdefault(weight.device, []).append(layer)

@@ -28,7 +28,7 @@ from pissa.adapters.peft_layout import (
     plain_config,
     plain_config_text,
 )
-from pissa.adapters.pissa_layout import PISSA_WEIGHTS, TAKEN, AdapterRecord, LayerRecord
+from pissa.adapters.pissa_layout import PISSA_WEIGHTS, RECIPE, AdapterRecord, LayerRecord
 from pissa.base.digest import fingerprint
 from pissa.base.init_methods import INIT_METHODS, StartTask, lacks_start, started
 from pissa.base.start import Origin, StartFactors
@@ -131,21 +131,21 @@ class SplitPlan(Plan):
         initial = (pair.shapes(layers[pair.layers[0]].origin.r) for pair in self.factors)
         others = {INITIAL_WEIGHTS: _float32(initial)}
         if config.quant_iters > 1:
-            others[PISSA_WEIGHTS] = _float32(self._taken_shapes(layer) for layer in layers.values() if layer.is_packed)
+            others[PISSA_WEIGHTS] = _float32(self._recipe_shapes(layer) for layer in layers.values() if layer.is_packed)
         super().__init__(source, units, others)
         if config.needs_calibration:  # calibration finds blocks in order, but in files 10 comes before 9
             self.units.sort(key=lambda unit: [int(part) if part.isdigit() else -1 for part in unit.name.split(".")])
 
-    def taken_tensors(self, layer: SplitLayer, start: StartFactors) -> dict[str, Tensor]:
+    def recipe_tensors(self, layer: SplitLayer, start: StartFactors) -> dict[str, Tensor]:
         """The factors that a layer's residual lacks, if alternations may have found others than the start's. They are
         padded with zeros to the rank of the start."""
         if layer.config.quant_iters == 1:
             return {}
-        return dict(zip(self._taken_shapes(layer), pad_rank(*start.taken, start.origin.r), strict=True))
+        return dict(zip(self._recipe_shapes(layer), pad_rank(*start.removed, start.origin.r), strict=True))
 
-    def _taken_shapes(self, layer: SplitLayer) -> dict[str, tuple[int, ...]]:
+    def _recipe_shapes(self, layer: SplitLayer) -> dict[str, tuple[int, ...]]:
         (rows, columns), r = layer.shape, layer.origin.r
-        return {f"{layer.name}.{TAKEN[0]}": (r, columns), f"{layer.name}.{TAKEN[1]}": (rows, r)}
+        return {f"{layer.name}.{RECIPE[0]}": (r, columns), f"{layer.name}.{RECIPE[1]}": (rows, r)}
 
 
 def _float32(shapes: Iterable[Mapping[str, tuple[int, ...]]]) -> Layout:
@@ -397,7 +397,7 @@ class _Split(Rewrite):
             residuals = residuals_of(matrices, starts, form, names) if codes is None else codes
             for layer, weight, start, residual in zip(these, matrices, starts, residuals, strict=True):
                 self.write_layer(out, layer, residual)
-                for name, values in self.plan.taken_tensors(layer, start).items():
+                for name, values in self.plan.recipe_tensors(layer, start).items():
                     out.write(PISSA_WEIGHTS, name, values)
                 record = LayerRecord(
                     start.origin.r,
@@ -406,7 +406,7 @@ class _Split(Rewrite):
                     form,
                     stored=fingerprint(*tensors_of(residual).values()),
                     start=fingerprint(*start.known_by),
-                    taken=start.rank_taken or None,
+                    recipe=start.recipe_rank or None,
                 )
                 sums = _sampled_error(weight, residual, start)
                 self._kept[layer.name] = _Kept((start.a0.cpu(), start.b0.cpu()), sums, record.as_json())

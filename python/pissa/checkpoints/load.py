@@ -317,7 +317,7 @@ def _fill_split(model: nn.Module, checkpoint: Checkpoint, split: AdapterRecord, 
                     "damaged, or belongs to another folder"
                 )
             if not is_fingerprint(record.start, *start.known_by):
-                files = [INITIAL_WEIGHTS, *([PISSA_WEIGHTS] if record.taken is not None else [])]
+                files = [INITIAL_WEIGHTS, *([PISSA_WEIGHTS] if record.recipe is not None else [])]
                 raise ValueError(
                     f"its start factors do not have the fingerprint in {folder / PISSA_RECORD}: "
                     f"{' or '.join(str(folder / file) for file in files)} is damaged, or belongs to another folder; "
@@ -339,8 +339,8 @@ def _starts(
 ) -> dict[str, StartFactors]:
     """The start factors of the layers, with those that their residuals lack if alternations have found others."""
     factors = TensorFile(folder / INITIAL_WEIGHTS)
-    has_taken = any(record.taken is not None for record in split.layers.values())
-    others = TensorFile(folder / PISSA_WEIGHTS) if has_taken else None
+    has_recipes = any(record.recipe is not None for record in split.layers.values())
+    others = TensorFile(folder / PISSA_WEIGHTS) if has_recipes else None
     config = split.config.of_base()
     starts = {}
     for part in factors_of(model, layers):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Iterator
 
 import torch
@@ -10,16 +11,16 @@ from torch import Tensor
 from pissa import ops
 from pissa.adapters.lora_folder import LoraFolder, open_adapter
 from pissa.adapters.peft_layout import Matrices, magnitude_key
-from pissa.adapters.pissa_layout import PISSA_WEIGHTS, LayerTensors, PissaFolder
+from pissa.adapters.pissa_layout import PissaFolder
 from pissa.adapters.restore import base_doubts
 from pissa.base.digest import Match, dtype_of, is_fingerprint, match
+from pissa.base.start import Served
 from pissa.base.stored import residual_tensors, residuals_of, stored_linear
 from pissa.checkpoints.rewrite import Layer, Unit
 from pissa.config import IMPLICIT
 from pissa.containers.checkpoint import INITIAL_FOLDER, Checkpoint, Contents
 from pissa.containers.coded_weights import BitsandbytesWeight
 from pissa.containers.hub import Name
-from pissa.containers.tensor_file import TensorFile
 from pissa.conversion.plain_lora import ON_RESIDUAL, OURS, PlainLora, check_not_given, check_start
 from pissa.layers.layer import Magnitude
 from pissa.notices import PissaWarning
@@ -40,15 +41,16 @@ class Adapter:
         self.what = lora.what
         """The kind of the adapter, in words."""
 
-    def factors(self, target: str) -> list[Matrices]:
-        """Factors a [k, in] and b [out, k] of the change of each layer of a target, float32."""
-        return [(a.float(), b.float()) for a, b in self.lora.matrices(target)]
+    def factors(self, unit: Unit) -> Iterator[Matrices]:
+        """Yields factors a [k, in] and b [out, k] of the change of each layer of a unit, float32."""
+        for layer, (a, b) in zip(unit.layers, self.lora.matrices(unit.name), strict=True):
+            yield (b.mT.float(), a.mT.float()) if layer.mirrored else (a.float(), b.float())
 
     def scaling(self, layer: Layer, target: str) -> float:
         """The factor by which their product is multiplied."""
         return self.folder.factors[target].scaling
 
-    def base(self, layer: Layer, weight: Weight, factors: Matrices) -> BaseFunction:
+    def base(self, layer: Layer, weight: Weight) -> BaseFunction:
         """The base function."""
         return _dense(weight)
 
@@ -73,22 +75,20 @@ class Adapter:
     def trained(self, unit: Unit) -> Iterator[tuple[Layer, Tensor, float]]:
         """Yields the layers of a unit, one at a time, each with its trained weight, float32 [out, in], which the caller
         owns, and ‖change‖². Without gradients."""
-        factors = None if unit.factors is None else self.factors(unit.name)
-        for index, layer in enumerate(unit.layers):
+        factors = itertools.repeat(None) if unit.factors is None else self.factors(unit)
+        for layer, pair in zip(unit.layers, factors, strict=False):
             weight = read_weight(layer, self.source)
-            if factors is None or unit.factors is None:
+            if pair is None:
                 yield layer, _dense(weight)[0], 0.0
                 continue
-            target, (a, b) = unit.name, factors[index]
-            if layer.mirrored:
-                a, b = b.mT, a.mT
+            target, (a, b) = unit.name, pair
             if layer.own_key is not None:
                 own = self.lora.own_weight(target, self.lora.starts(target)).to(layer.dtype)
                 weight = own.mT if layer.transposed else own.flatten(1)
             yield layer, *self._trained(layer, target, weight, a.contiguous(), b.contiguous())
 
     def _trained(self, layer: Layer, target: str, weight: Weight, a: Tensor, b: Tensor) -> tuple[Tensor, float]:
-        (base, product), scaling = self.base(layer, weight, (a, b)), self.scaling(layer, target)
+        (base, product), scaling = self.base(layer, weight), self.scaling(layer, target)
         delta = (b @ a).mul_(scaling)  # as PissaLayer.delta_matrix rounds it
         if self.folder.config["use_dora"]:
             key = magnitude_key(layer.name)
@@ -108,11 +108,8 @@ class Ours(Adapter):
 
     def __init__(self, folder: LoraFolder, source: Checkpoint, residuals: Collection[str]) -> None:
         super().__init__(PlainLora(folder, OURS), source)
-        assert folder.record is not None
-        path, record, starts = folder.path, folder.record, TensorFile(folder.path / PISSA_WEIGHTS)
-        starts.expect_checksums()
-        self._files = PissaFolder(path, record.config, record.layers, folder.weights, starts)
-        self.records = record.layers
+        path, self._files = folder.path, PissaFolder.read(folder.path)
+        self.records = self._files.layers
         """The records of the layers, by name."""
         self._residuals = residuals
         self._narrower: dict[str, tuple[torch.dtype, torch.dtype]] = {}
@@ -133,19 +130,29 @@ class Ours(Adapter):
         return self.records[layer.name].scaling
 
     def lengths(self, layer: Layer, weight: Tensor) -> Tensor:
-        return self._files.starts.read(f"{layer.name}.norm")
+        return self._files.tensors.read(f"{layer.name}.norm")
 
-    def base(self, layer: Layer, weight: Weight, factors: Matrices) -> BaseFunction:
+    def factors(self, unit: Unit) -> Iterator[Matrices]:
+        for layer in unit.layers:
+            found = self._files.read_layer(layer.name)
+            yield found.start.factors_of_change(found.deltas)
+
+    def factors_on_residual(self, name: str) -> Matrices:
+        """The factors of a plain LoRA on the residual of a layer."""
+        found = self._files.read_layer(name)
+        return Served.of(found.start, self.records[name].scaling, found.base).factors(found.deltas)
+
+    def base(self, layer: Layer, weight: Weight) -> BaseFunction:
         record = self.records[layer.name]
         if record.form == IMPLICIT:
             return _dense(self._as_trained(layer, weight))
-        residual = self.residual(layer, weight, factors)
-        stored = stored_linear(residual, self.tensors(layer.name, factors).base)
+        residual = self.residual(layer, weight)
+        stored = stored_linear(residual, self._files.read_layer(layer.name).base)
         return stored.matrix(), stored.product
 
-    def residual(self, layer: Layer, weight: Weight, factors: Matrices) -> Weight:
+    def residual(self, layer: Layer, weight: Weight) -> Weight:
         """The residual on which a layer with a stored base was trained, computed from `weight`, its matrix in the
-        checkpoint, and its pair of factors in PEFT's file."""
+        checkpoint."""
         name, record = layer.name, self.records[layer.name]
         if name in self._residuals:
             if not is_fingerprint(record.stored, *residual_tensors(weight).values()):
@@ -157,7 +164,7 @@ class Ours(Adapter):
         self._files.check_codes(name)
         known = self._as_trained(layer, weight)
         dense = ops.dequantize(known) if isinstance(known, QuantizedWeight) else known
-        [residual] = residuals_of([dense], [self.tensors(name, factors).base], record.form, [name])
+        [residual] = residuals_of([dense], [self._files.read_layer(name).base], record.form, [name])
         if not is_fingerprint(record.stored, *residual_tensors(residual).values()):
             self._other_bits.append(name)
         return residual
@@ -172,10 +179,6 @@ class Ours(Adapter):
         if found is Match.ROUNDED:
             self._narrower[layer.name] = dense.dtype, dtype_of(recorded)
         return weight if isinstance(weight, QuantizedWeight) else weight.to(dtype_of(recorded))
-
-    def tensors(self, name: str, factors: Matrices) -> LayerTensors:
-        """The tensors of a layer in the files, given its pair in PEFT's file."""
-        return self._files.read_layer(name, *factors)
 
     def doubts(self) -> list[PissaWarning]:
         return base_doubts(self._files.path, self._narrower, self._other_bits)

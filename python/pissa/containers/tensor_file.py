@@ -103,23 +103,30 @@ class TensorFile:
         with reading(path, _REMEDY):
             # safetensors checks that offsets, shapes and dtypes fit each other and the file.
             cast(Any, safe_open)(path, "numpy").__exit__(None, None, None)
-            self._state = _state(path)
+            self._state = file_state(path)
         self._map = _map_file(path, self._state[0])
         with reading(path, _REMEDY):
             start = 8 + int.from_bytes(self._map[:8], "little")
             self._header = self._map[8:start].decode()
             header = json.loads(self._header)
-            checksums = (header.pop(_METADATA, None) or {}).get(_CHECKSUMS, "").split()
+            self.metadata: dict[str, str] = header.pop(_METADATA, None) or {}
+            """What the file says in addition to its tensors."""
+            checksums = self.metadata.get(_CHECKSUMS, "").split()
             self.entries = _entries(header, start)
             """The tensors, in the order of their positions in the file."""
         is_complete = len(checksums) == len(self.entries)
         self._checksums = dict(zip(sorted(self.entries), checksums, strict=True)) if is_complete else None
 
     @property
+    def digest(self) -> str:
+        """The XXH3-128 of the header and so, where that has checksums, of all that the file says."""
+        return xxh3_of_text(self._header)
+
+    @property
     def identity(self) -> str:
-        """The file's size, its modification time, and a fingerprint of its header."""
+        """The file's size, its modification time, and the digest of its header."""
         size, changed, _ = self._state
-        return f"{size} bytes, {changed} ns, {xxh3_of_text(self._header)}"
+        return f"{size} bytes, {changed} ns, {self.digest}"
 
     def view(self, name: str) -> Tensor:
         """Returns the tensor, whose values are those of the mapped file. It is a copy if it is not aligned to its
@@ -128,7 +135,7 @@ class TensorFile:
         It must not be written to. It keeps the mapping alive.
         """
         with reading(self.path, _REMEDY):
-            state = _state(self.path)
+            state = file_state(self.path)
         if state != self._state:
             raise OSError(f"{self.path} has changed since its header was read: start again when nobody writes to it")
         dtype, shape, offset, nbytes = self.entries[name]
@@ -198,7 +205,7 @@ class TensorFile:
         return ranges
 
 
-def _state(path: Path) -> tuple[int, int, int]:
+def file_state(path: Path) -> tuple[int, int, int]:
     """Size, modification time and number of a file. Different values later show that it was written to, or replaced."""
     status = os.stat(path)
     return status.st_size, status.st_mtime_ns, status.st_ino
@@ -376,22 +383,23 @@ class Layout:
         """The number of bytes in the file."""
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
     """Writes a safetensors file with checksums: the same bytes for the same tensors, in safetensors' order. Each tensor
     is taken from the mapping twice, one at a time. An existing file is replaced, because the tensors may be views of
-    it."""
+    it. Returns the digest of its header; see `TensorFile.digest`."""
     layout_of, checksums = {}, []
     for name in sorted(tensors):
         tensor = tensors[name]
         layout_of[name] = tensor.dtype, tuple(tensor.shape)
         checksums.append(xxh3(tensor))
     order = sorted(layout_of, key=lambda name: list(DTYPES.values()).index(layout_of[name][0]))
-    layout = Layout({name: layout_of[name] for name in order}, {_CHECKSUMS: " ".join(checksums)})
+    layout = Layout({name: layout_of[name] for name in order}, {_CHECKSUMS: " ".join(checksums), **(metadata or {})})
     path.unlink(missing_ok=True)  # not overwritten, because the tensors may be views of it
     with open(path, "wb") as file:
         file.write(layout.header)
         for name in layout.entries:
             file.write(bytes_of(tensors[name].detach().cpu().contiguous()))
+    return xxh3_of_text(layout.header[8:].decode())
 
 
 class Scratch(Mapping[str, Tensor], AbstractContextManager["Scratch"]):

@@ -4,6 +4,7 @@ it. Nothing is quantised again, so the two together are the trained model."""
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ from pissa.adapters.lora_folder import LoraFactors, with_sizes
 from pissa.adapters.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, base_weight_key
 from pissa.base.bitsandbytes_state import KEPT_IN_4_BITS
 from pissa.base.init_methods import lacks_start
-from pissa.base.start import Served
 from pissa.checkpoints.merge import UnitPlanner
 from pissa.checkpoints.output import Output
 from pissa.checkpoints.rewrite import Errors, Plan, Result, Rewrite, Unit, add_up, square
@@ -90,8 +90,8 @@ class ResidualExport(Rewrite):
             self.copy(out, unit.tensor)
             return {unit.name: {}}
         sums = [{"error_squared": 0.0, "norm_squared": 0.0}]
-        for layer, factors in zip(unit.layers, self.adapter.factors(unit.name), strict=True):
-            residual = self.adapter.residual(layer, read_weight(layer, self.source), factors)
+        for layer in unit.layers:
+            residual = self.adapter.residual(layer, read_weight(layer, self.source))
             if not layer.is_packed:
                 exact = ops.dequantize(residual) if isinstance(residual, ops.QuantizedWeight) else residual.float()
                 residual = exact.to(layer.dtype)
@@ -108,14 +108,11 @@ class ResidualExport(Rewrite):
             for target, factors in self.folder.factors.items():
                 rank = factors.rank
                 if self._is_stored(factors):
-                    pairs = []
-                    for name, pair in zip(factors.layers, self.adapter.factors(target), strict=True):
-                        found = self.adapter.tensors(name, pair)
-                        served = Served.of(found.start, self.adapter.records[name].scaling, found.base)
-                        pairs.append(served.factors(found.deltas))
+                    pairs = [self.adapter.factors_on_residual(name) for name in factors.layers]
                     rank = len(pairs[0][0])
                     kept -= {*factors.keys, base_weight_key(target)}
-                    tensors.put(factors.pack(pairs))
+                    mirrored = self.plan.layers[factors.layers[0]].mirrored
+                    tensors.put(replace(factors, mirrored=mirrored).pack(pairs))
                 sizes[target] = rank, factors.scaling
             for key in kept:
                 tensors.put({key: self.folder.weights.read(key)})

@@ -17,6 +17,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
 from pissa.adapters.lora_folder import is_ours
+from pissa.adapters.peft_layout import ADAPTER_WEIGHTS
 from pissa.base.classes import fields_of_4_bits
 from pissa.config import PissaConfig, default_of
 from pissa.containers.checkpoint import PISSA_RECORD
@@ -25,6 +26,7 @@ from pissa.distributed import RankError
 from pissa.layers.layer import pissa_layers
 from pissa.model.inject import restored_on_error, way_back
 from pissa.model.pissa_model import PissaModel
+from pissa.model.tuner import start_at_zero
 from pissa.model.wrap import wrap
 from pissa.notices import NotTakenOverWarning
 
@@ -115,6 +117,7 @@ def _as_lora(
         with restored_on_error(model):
             ours = _configuration(chosen, model, init="lora", **repair)
             wrapped = _wrapped(model, ours, batches, **{**kwargs, "autocast_adapter_dtype": in_float32})
+            start_at_zero(wrapped, name)
             peft.set_peft_model_state_dict(wrapped, state, adapter_name=name)
     torch.set_rng_state(drawn)
     return wrapped
@@ -177,12 +180,12 @@ def _refuse_fused_kernel(name: str, layer: nn.Module) -> None:
 
 def load(plain: Callable[..., nn.Module], model: nn.Module, model_id: Any, *args: Any, **kwargs: Any) -> nn.Module:
     """Returns the result of `PeftModel.from_pretrained`, whose original is `plain`: a model of ours for a folder, or a
-    repository on the Hub, that contains an adapter of ours."""
+    repository on the Hub, that contains an adapter of ours, whose plain LoRA nobody has replaced."""
     config = kwargs.get("config", args[2] if len(args) > 2 else None)
     takes = config is None or isinstance(config, PissaConfig)
     if takes:
         try:
-            takes = is_ours(adapter_folder(model_id, [PISSA_RECORD], **kwargs))
+            takes = is_ours(adapter_folder(model_id, [PISSA_RECORD, ADAPTER_WEIGHTS], **kwargs))
         except ValueError:
             takes = False  # PEFT reports what is wrong
     return (PissaModel.from_pretrained if takes else plain)(model, model_id, *args, **kwargs)

@@ -95,6 +95,8 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
     def store_base(self, residual: Tensor | ops.QuantizedWeight, start: StartFactors, config: PissaConfig) -> None:
         """Replaces the base by one that stores `residual`, which lacks `start`. It is partitioned if the weight is."""
         base = self.base
+        if start.recipe is not None and start.recipe_rank:
+            start.recipe = start.recipe[0].cpu(), start.recipe[1].cpu()
         stored = stored_linear(residual, start, base.bias, getattr(torch, config.quant_storage))
         stored.dense_type, stored.dtype = base.dense_type, self.dense_dtype
         stored.fingerprint = self.weight_fingerprint.of(base)
@@ -182,15 +184,14 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
         origin = self.origin(adapter_name, config.of_base())
         return origin._replace(r=min(config.repair_rank or origin.r, *self.matrix_shape))
 
-    def zero_start(self, adapter_name: str, origin: Origin, rank_taken: int | None = None) -> StartFactors:
-        """Start factors of zero, on the adapter's device. `rank_taken` is the rank of other factors that a residual
-        lacks."""
+    def zero_start(self, adapter_name: str, origin: Origin, recipe_rank: int | None = None) -> StartFactors:
+        """Start factors of zero, and a recipe of that rank, on the adapter's device."""
         (out_features, in_features), device = self.matrix_shape, self.device_of(adapter_name)
 
         def factors(r: int) -> tuple[Tensor, Tensor]:
             return torch.zeros(r, in_features, device=device), torch.zeros(out_features, r, device=device)
 
-        return StartFactors(*factors(origin.r), origin, None if rank_taken is None else factors(rank_taken))
+        return StartFactors(*factors(origin.r), origin, None if recipe_rank is None else factors(recipe_rank))
 
     def known_start(self, origin: Origin) -> StartFactors | None:
         """Returns the start factors of an adapter, or of the base, with the same origin."""

@@ -156,15 +156,15 @@ def _find_starts(
         del task  # which also frees its weights
         bar.update(len(group))
     # From here to the last broadcast, no rank can fail by itself.
-    shares = distributed.agree({name: start.rank_taken for name, start in starts.items()})
+    shares = distributed.agree({name: start.recipe_rank for name, start in starts.items()})
     for owner, share in enumerate(shares):
-        for name, rank_taken in share.items():
+        for name, recipe_rank in share.items():
             if owner != distributed.rank():
-                starts[name] = layers[name].zero_start(adapter_name, origins[name], rank_taken)
+                starts[name] = layers[name].zero_start(adapter_name, origins[name], recipe_rank)
                 if config.error_feedback:
                     residuals[name] = _empty_codes(config, layers[name])
             codes_of = residual_tensors(residuals[name]).values() if name in residuals else ()
-            for tensor in (*starts[name].buffers(), *codes_of):
+            for tensor in (*starts[name].buffers(), *(starts[name].recipe or ()), *codes_of):
                 if tensor.numel():
                     tensor.copy_(distributed.broadcast(tensor, owner))
     if check is not None:

@@ -14,9 +14,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from pissa.adapters.codes_file import CodesFile
 from pissa.adapters.lora_folder import is_plain_lora
 from pissa.adapters.peft_layout import PREFIX
 from pissa.adapters.pissa_layout import ADAPTER_FILES, PissaFolder
+from pissa.adapters.rest import Rest
 from pissa.adapters.restore import as_pissa, load_factors, read_plain_lora, restore
 from pissa.adapters.save import save_adapter, save_card, warn_of_plain_lora
 from pissa.base.forwards import restore_forwards
@@ -61,6 +63,7 @@ class PissaModel(MendedPeftModel):
         model.register_state_dict_pre_hook(refuse_residuals)  # type: ignore[no-untyped-call]
         self.warned_of_plain_lora = False
         self.vocabulary_was_resized = False
+        self.rest, self.codes_file = Rest(), CodesFile()
 
     def add_adapter(
         self,
@@ -239,10 +242,14 @@ class PissaModel(MendedPeftModel):
         state_dict: dict[str, torch.Tensor] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Writes each adapter as a plain LoRA, which PEFT, vLLM and transformers load onto the unmodified base.
-        Additional files let `from_pretrained` continue training exactly from the current state of this model. They
-        identify the base by fingerprints, which are computed once. If you change a frozen weight after the first save,
-        do it in place under `torch.no_grad()`, not through `weight.data`, which torch does not count as a change.
+        """Writes each adapter to files of our own, from which `from_pretrained` continues training exactly from the
+        current state of this model; and as a plain LoRA, which PEFT, vLLM and transformers load onto the unmodified
+        base. Codes that error feedback has found have a file of their own, which the folders of this model share by
+        hard links.
+
+        The files of our own identify the base by fingerprints, which are computed once: of the adapted weights and, as
+        far as they are not sharded or offloaded, of its other tensors. If you change a frozen weight after the first
+        save, do it in place under `torch.no_grad()`, not through `weight.data`, which torch does not count as a change.
 
         An adapter that is not called "default" is saved in a sub-folder of its name. Every file is written under a
         temporary name, flushed and then renamed, so that a crash leaves a complete adapter.
@@ -300,8 +307,8 @@ class PissaModel(MendedPeftModel):
             adapter_name: name of the adapter.
             is_trainable: False freezes the adapter and puts the model into evaluation mode.
             autocast_adapter_dtype: keep the adapter's parameters in float32 on a 16-bit base.
-            config: used instead of the saved configuration, without a copy. It must describe the same adapter; see
-                `PissaConfig.from_pretrained`.
+            config: used instead of the saved configuration, without a copy. It may differ from that one in fields that
+                do not change the function, such as `lora_dropout`; see `PissaConfig.from_pretrained`.
             ephemeral_gpu_offload, low_cpu_mem_usage: accepted for compatibility with PEFT; without effect.
             key_mapping: must be empty, because the layers have the names under which they were saved.
             kwargs: `subfolder`; for the Hub `revision`, `token`, `cache_dir`, `local_files_only` and similar options.
@@ -310,8 +317,9 @@ class PissaModel(MendedPeftModel):
                 base stays as it is.
 
         Raises:
-            ValueError: the folder contains no PiSSA adapter, a file is damaged, an option cannot be honoured, or the
-                base differs from the one that the adapter was trained on. The first differing layer is named.
+            ValueError: the folder contains no PiSSA adapter, or another program has replaced the plain LoRA in it; a
+                file is damaged, an option cannot be honoured, or the base differs from the one that the adapter was
+                trained on. The first differing layer, or tensor of the rest of the base, is named.
             TypeError: `config` is not a PissaConfig.
         """
         check_plain(model, adapter_name)

@@ -17,19 +17,28 @@ from peft.utils import PeftType
 from torch import Tensor, nn
 from transformers.pipelines.base import SUPPORTED_PEFT_TASKS
 
-from pissa.adapters.peft_layout import PREFIX, FactorTensors, Matrices, factors_of, is_of_a_layer, magnitude_key
-from pissa.base.start import StartFactors
+from pissa.adapters.peft_layout import (
+    PREFIX,
+    FactorTensors,
+    Matrices,
+    factors_of,
+    is_of_a_layer,
+    lora_times,
+    magnitude_key,
+)
+from pissa.base.start import Served, StartFactors
 from pissa.config import IMPLICIT, PissaConfig, PissaType
 from pissa.distributed import check_whole, shard_as
 from pissa.layers.layer import PissaLayer, pissa_layers
-from pissa.ops.low_rank import split_difference
+from pissa.ops.low_rank import pad_rank, split_difference
 from pissa.peft_private import LoraTuner
 
 
 class PissaTuner(LoraTuner):
-    """PEFT's LoraModel, for which `peft.get_peft_model_state_dict` returns an adapter as the plain LoRA of rank 2r for
-    the unmodified base, in PEFT's names and layout, float32: lora_A = [A ; dA], lora_B = [dB | B0]. The parameters hold
-    dA and dB under the names of A and B, so loading them elsewhere would give another function."""
+    """PEFT's LoraModel, for which `peft.get_peft_model_state_dict` returns an adapter as the plain LoRA for the
+    unmodified base, in PEFT's names and layout, float32: lora_A = [A ; dA], lora_B = [dB | B0], of rank 2r; or, if all
+    B0 are zero, A and dB, of rank r. The parameters hold dA and dB under the names of A and B, so loading them
+    elsewhere would give another function."""
 
     @classmethod
     def hand_out(
@@ -41,21 +50,21 @@ class PissaTuner(LoraTuner):
         layers = pissa_layers(inner, adapter_name)
         adapted = pissa_layers(inner)  # PEFT also lists the layers that are kept for merged layers of other adapters
         tensors = {key: value for key, value in found.items() if not is_of_a_layer(key, adapted)}
-        matrices = {}
         _check_names(state, layers, adapter_name)
+        keys = {n: [f"{PREFIX}{n}.{key}" for key in layer.state_keys(adapter_name)] for n, layer in layers.items()}
+        layers = {name: layer for name, layer in layers.items() if state.keys() >= set(keys[name])}
+        check_whole({key: state[key] for name in layers for key in keys[name]})
+        matrices, times = {}, lora_times(layers, adapter_name)
         for name, layer in layers.items():
-            keys = [f"{PREFIX}{name}.{key}" for key in layer.state_keys(adapter_name)]
-            if not all(key in state for key in keys):
-                continue
-            check_whole({key: state[key] for key in keys})
             deltas = layer.deltas_in(state, f"{PREFIX}{name}.", adapter_name)
-            matrices[name] = layer.start_of(adapter_name).factors_of_change(deltas)
+            served = Served.of(layer.start_of(adapter_name), layer.scaling[adapter_name])
+            matrices[name] = pad_rank(*served.factors(deltas), times * layer.r[adapter_name])
             if config.use_dora:
                 key = magnitude_key(name)
                 magnitude = layer.magnitude(adapter_name)
                 weight = state[f"{key}.{adapter_name}.weight"].detach()
                 tensors[key] = magnitude.lengths(weight.to(magnitude.base_lengths.device)).clone()
-        for factors in factors_of(inner, {name: layers[name] for name in matrices}):
+        for factors in factors_of(inner, layers):
             tensors |= factors.pack([matrices[name] for name in factors.layers])
         return tensors
 
@@ -64,9 +73,10 @@ class PissaTuner(LoraTuner):
         cls, model: Any, config: PissaConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Returns dA and dB for the factors in `state_dict`, and the rest of it. Factors of rank 2r are this adapter's
-        own, as `hand_out` returns them. Factors of rank r are any plain LoRA's: they become A and B of an adapter
-        that starts at zero. Nothing is changed here; a mark tells `load_whole` what to change. Raises ValueError for
-        factors of other layers, shapes or start."""
+        own, as `hand_out` returns them. Factors of rank r are any plain LoRA's. If all B0 are zero, they become A and
+        B, up to a rounding of A; otherwise they become A and B of an adapter that starts at zero. Nothing is changed
+        here; a mark tells `load_whole` what to change. Raises ValueError for factors of other layers, shapes or
+        start."""
         inner = model.base_model.model
         layers = pissa_layers(inner, adapter_name)
         parts = factors_of(inner, layers)
@@ -74,18 +84,23 @@ class PissaTuner(LoraTuner):
         if not taken & state_dict.keys():
             return state_dict, {}
         is_any_lora = _is_of_rank({name: layer.r[adapter_name] for name, layer in layers.items()}, parts, state_dict)
-        deltas: dict[str, Matrices] = {}  # for any other LoRA, the factors themselves
+        has_start = all(adapter_name in layer.lora_start for layer in layers.values())
+        starts_at_zero = is_any_lora and not (has_start and lora_times(layers, adapter_name) == 1)
+        deltas: dict[str, Matrices] = {}  # for an adapter that starts at zero, the factors themselves
         for part in parts:
             deltas |= part.unpack(*(state_dict[key].detach() for key in part.keys))
-        if not is_any_lora:
+        if not starts_at_zero:
             starts = {name: layer.start_of(adapter_name) for name, layer in layers.items()}
-            deltas = {name: _without_start(*pair, starts[name], name) for name, pair in deltas.items()}
+            if is_any_lora:
+                deltas = {name: (a.to(starts[name].a0.device) - starts[name].a0, b) for name, (a, b) in deltas.items()}
+            else:
+                deltas = {name: _without_start(*pair, starts[name], name) for name, pair in deltas.items()}
         tensors = {}
         for name, layer in layers.items():
             parameters, values = layer.factor_parameters(adapter_name), layer.as_parameters(*deltas[name])
             for key, parameter, value in zip(layer.state_keys(adapter_name), parameters, values, strict=True):
                 tensors[f"{PREFIX}{name}.{key}"] = shard_as(parameter, value)
-        tensors[f"{_STARTS_AT_ZERO}{adapter_name}"] = torch.tensor(is_any_lora)
+        tensors[f"{_STARTS_AT_ZERO}{adapter_name}"] = torch.tensor(starts_at_zero)
         return {key: value for key, value in state_dict.items() if key not in taken}, tensors
 
 
@@ -106,11 +121,16 @@ def load_whole(model: Any, state_dict: Mapping[str, Any], load: Callable[[Mappin
         load(misfits)  # which raises; together with others, torch would load those first
     loaded = load(unmarked)
     for name in (key.removeprefix(_STARTS_AT_ZERO) for key, mark in marks.items() if mark):
-        config = model.peft_config[name]
-        config.init, config.start_norm = "given", "singular"
-        for layer in pissa_layers(model.base_model.model, name).values():
-            layer.lora_start[name] = layer.zero_start(name, layer.origin(name, config))
+        start_at_zero(model, name)
     return loaded
+
+
+def start_at_zero(model: Any, adapter_name: str) -> None:
+    """Sets the start factors of an adapter of a PissaModel to zero, so that its parameters are A and B."""
+    config = model.peft_config[adapter_name]
+    config.init, config.start_norm = "given", "singular"
+    for layer in pissa_layers(model.base_model.model, adapter_name).values():
+        layer.lora_start[adapter_name] = layer.zero_start(adapter_name, layer.origin(adapter_name, config))
 
 
 def _check_names(state_dict: Mapping[str, Tensor], layers: Mapping[str, PissaLayer], adapter_name: str) -> None:

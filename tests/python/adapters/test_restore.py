@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -17,20 +18,22 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import pissa
+from damage import write_record
 from language_models import FORMS, Make, logits, train
 from pissa import PissaConfig, PissaModel, config, notices
 from pissa.adapters import pissa_layout
-from pissa.adapters.pissa_layout import ADAPTER_FILES, checksum
 
 pytestmark = pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning")
 
-KEPT = Path(__file__).parents[1] / "fixtures" / "format_1"
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+KEPT = FIXTURES / "format_2"
 OWN = {field.name for field in dataclasses.fields(PissaConfig)} - {f.name for f in dataclasses.fields(LoraConfig)}
 
 
 def kept_base() -> nn.Module:
-    base = nn.Sequential(nn.Linear(64, 16, bias=False))
+    base = nn.Sequential(nn.Linear(64, 16))
     base[0].weight.data = torch.arange(1024.0).mul(37).remainder(101).sub(50).div(512).reshape(16, 64)
+    base[0].bias.data = torch.arange(16.0).div(64)
     return base
 
 
@@ -46,24 +49,28 @@ def kept_adapter() -> PissaModel:
 @pytest.mark.cpu_only
 def test_a_folder_of_an_earlier_version_loads(tmp_path: Path) -> None:
     model = PissaModel.from_pretrained(kept_base(), KEPT)
-    layer, weights = model.base_model.model[0], load_file(KEPT / "adapter_model.safetensors")
+    layer, kept = model.base_model.model[0], load_file(KEPT / "pissa.safetensors")
     start, deltas = layer.start_of("default"), layer.deltas("default")
-    a, b = (weights[f"base_model.model.0.lora_{side}.weight"] for side in "AB")
-    assert torch.equal(start.a0, load_file(KEPT / "pissa.safetensors")["0.a0"])
-    assert torch.equal(start.b0, b[:, 2:])
     trained = kept_adapter().base_model.model[0].deltas("default")
-    for found, saved, expected in ((deltas.a, a[2:], trained.a), (deltas.b, b[:, :2], trained.b)):
-        assert torch.equal(found, saved)
-        assert torch.equal(found, expected)
+    for part, found in (("a0", start.a0), ("b0", start.b0), ("delta_a", deltas.a), ("delta_b", deltas.b)):
+        assert torch.equal(found, kept[f"0.{part}"])
+    assert torch.equal(deltas.a, trained.a)
+    assert torch.equal(deltas.b, trained.b)
     model.save_pretrained(tmp_path)
-    for name in ADAPTER_FILES:
-        if name.endswith(".safetensors"):
-            assert (tmp_path / name).read_bytes() == (KEPT / name).read_bytes()
+    for name in ("adapter_model.safetensors", "pissa.safetensors"):
+        now, then = (load_file(folder / name) for folder in (tmp_path, KEPT))
+        assert now.keys() == then.keys()
+        assert all(torch.equal(now[key], then[key]) for key in now)
     now, then = (json.loads((folder / "pissa.json").read_text()) for folder in (tmp_path, KEPT))
-    assert now["format"] == then["format"]
+    assert (now["format"], now["rest"]) == (then["format"], then["rest"])
     assert now["layers"]["0"] | {"stored": ""} == then["layers"]["0"] | {"stored": ""}
     if pissa.ops.build_info()["isa"] != "baseline":  # which rounds the scales otherwise
         assert now["layers"] == then["layers"]
+
+
+def test_a_folder_from_before_the_first_release_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"format 1 of pissa .* before 0\.1\.0 .* peft\.PeftModel\.from_pretrained"):
+        PissaModel.from_pretrained(kept_base(), FIXTURES / "format_1")
 
 
 def test_another_base_is_refused_by_its_first_layer(tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
@@ -154,11 +161,10 @@ def test_plain_lora_is_sent_to_peft(tiny_llama: Make, tmp_path: Path) -> None:
 Q = "model.layers.0.self_attn.q_proj"
 
 
-def edit_json(path: Path, change: Callable[[dict[str, object]], object]) -> None:
-    content = json.loads(path.read_text())
+def edit_record(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    content = json.loads((folder / "pissa.json").read_text())
     change(content)
-    content["xxh3"] = checksum({name: value for name, value in content.items() if name != "xxh3"})
-    path.write_text(json.dumps(content))
+    write_record(folder, content)
 
 
 def test_the_record_has_of_pefts_fields_what_differs_from_its_defaults(
@@ -190,7 +196,7 @@ def test_an_unknown_field_of_another_peft_is_harmless_where_it_says_nothing(
     model = pissa.wrap(tiny_llama(), r=4)
     train(model, tokens)
     model.save_pretrained(tmp_path)
-    edit_json(tmp_path / "pissa.json", lambda c: c["config"].update(added_later=value))
+    edit_record(tmp_path, lambda c: c["config"].update(added_later=value))
     assert torch.equal(logits(PissaModel.from_pretrained(tiny_llama(), tmp_path), tokens), logits(model, tokens))
 
 
@@ -199,7 +205,7 @@ def test_an_unknown_field_of_another_peft_is_refused_where_it_says_something(
     value: object, tiny_llama: Make, tmp_path: Path
 ) -> None:
     pissa.wrap(tiny_llama(), r=4).save_pretrained(tmp_path)
-    edit_json(tmp_path / "pissa.json", lambda c: c["config"].update(added_later=value))
+    edit_record(tmp_path, lambda c: c["config"].update(added_later=value))
     words = f"unknown field 'added_later', with the value {value!r}: a later version of pissa or peft may know it"
     with pytest.raises(ValueError, match=re.escape(words)):
         PissaModel.from_pretrained(tiny_llama(), tmp_path)
@@ -207,7 +213,7 @@ def test_an_unknown_field_of_another_peft_is_refused_where_it_says_something(
 
 def test_a_residual_that_rounds_otherwise_is_said(tiny_llama: Make, tmp_path: Path) -> None:
     pissa.wrap(tiny_llama(), r=4, quant="nf4").save_pretrained(tmp_path)
-    edit_json(tmp_path / "pissa.json", lambda c: c["layers"][Q].update(stored=f"xxh3:uint8:{'0' * 32}"))
+    edit_record(tmp_path, lambda c: c["layers"][Q].update(stored=f"xxh3:uint8:{'0' * 32}"))
     with pytest.warns(notices.OtherRoundingWarning, match=f"residual of 1 layers, {Q} the first,") as caught:
         PissaModel.from_pretrained(tiny_llama(), tmp_path)
     assert caught[-1].filename == __file__

@@ -77,9 +77,9 @@ def test_alternations_are_no_part_of_an_orthonormal_start(small_llama: Make) -> 
     model.add_adapter("singular", PissaConfig(quant="nf4", quant_iters=2, **fields))
     layer = pissa_layers(model.base_model.model)[Q]
     assert layer.start_of("plain") is layer.start_of("default")
-    assert layer.start_of("default").rank_taken is None
+    assert layer.start_of("default").recipe_rank is None
     assert layer.start_of("singular") is layer.base.start
-    assert layer.base.start.rank_taken == 4
+    assert layer.base.start.recipe_rank == 4
 
 
 def test_alternations_are_part_of_a_start(small_llama: Make) -> None:
@@ -92,12 +92,12 @@ def test_alternations_are_part_of_a_start(small_llama: Make) -> None:
     layer = pissa_layers(model.base_model.model)[Q]
     start, matrix = layer.start_of("default"), layer.base.matrix()
     assert layer.start_of("same") is start is layer.base.start
-    assert start.rank_taken == 4
+    assert start.recipe_rank == 4
     for name, r in (("plain", 4), ("rank", 2)):
         split = ops.split(matrix, r)
         assert torch.equal(layer.start_of(name).a0, split.a0), name
-        assert layer.start_of(name).rank_taken is None
-    quantised = ops.residual(small_llama().get_submodule(Q).weight, start.taken_a, start.taken_b, form="nf4")
+        assert layer.start_of(name).recipe_rank is None
+    quantised = ops.residual(small_llama().get_submodule(Q).weight, *start.recipe, form="nf4")
     assert torch.equal(layer.base.residual.codes, quantised.codes)
 
 

@@ -82,10 +82,10 @@ def test_the_same_bytes_as_in_memory(kind: str, dtype: torch.dtype, fields: dict
                 assert torch.equal(got, expected) if isinstance(got, Tensor) else got == expected
         assert torch.equal(factors[f"base_model.model.{name}.lora_A.weight"], start.a0)
         assert torch.equal(factors[f"base_model.model.{name}.lora_B.weight"], start.b0)
-        if start.rank_taken is not None:
-            assert torch.equal(found[f"{name}.base.taken_a"], start.taken[0])
-            assert torch.equal(found[f"{name}.base.taken_b"], start.taken[1])
-        assert (f"{name}.base.taken_a" in found) == (start.rank_taken is not None) == ("quant_iters" in fields)
+        if start.recipe_rank is not None:
+            assert torch.equal(found[f"{name}.recipe.a"], start.recipe[0])
+            assert torch.equal(found[f"{name}.recipe.b"], start.recipe[1])
+        assert (f"{name}.recipe.a" in found) == (start.recipe_rank is not None) == ("quant_iters" in fields)
         assert record.layers[name].weight == layer.weight_fingerprint.of(base)
         assert record.layers[name].stored == layer.residual_fingerprint.of(base)
         assert (record.layers[name].form, record.layers[name].r) == (base.form, 4)
@@ -203,9 +203,9 @@ def test_factors_that_a_residual_lacks(tmp_path: Path, monkeypatch: pytest.Monke
         tensors_of(tmp_path / "src"),
     )
     for name, start in given.items():
-        a, b = kept.pop(f"{name}.base.taken_a"), kept.pop(f"{name}.base.taken_b")
+        a, b = kept.pop(f"{name}.recipe.a"), kept.pop(f"{name}.recipe.b")
         assert len(a) == 4
-        assert record.layers[name].taken == (start.rank_taken or None)
+        assert record.layers[name].recipe == (start.recipe_rank or None)
         expected = {"q_proj": 0 * start.a0, "k_proj": start.a0}.get(name.rpartition(".")[2], 2 * start.a0)
         assert torch.equal(a, expected)
         residual = pissa.ops.residual(source[f"{name}.weight"], a, b, form="nf4")

@@ -14,6 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 import pissa
 import runs
+from adapter_files import content
 from pissa.checkpoints.init import init
 from pissa.cli import main
 from runs import WEIGHTS, cut_last_step, exact, logged, same_weights
@@ -51,8 +52,10 @@ def test_it_is_the_run_of_the_dense_model(
     assert "Warning" not in errors
     assert main(command(base, data, tmp_path / "dense", "--rank", "4", "--quant", "nf4")) == 0
     assert exact(out) == exact(tmp_path / "dense")
-    for name in (WEIGHTS, "pissa.safetensors", "adapter_config.json"):
-        assert (out / name).read_bytes() == (tmp_path / "dense" / name).read_bytes()
+    ours, dense_ours = content(out), content(tmp_path / "dense")
+    assert ours["adapter_model"] == dense_ours["adapter_model"]
+    assert ours["pissa"] == dense_ours["pissa"]
+    assert (out / "adapter_config.json").read_bytes() == (tmp_path / "dense" / "adapter_config.json").read_bytes()
     run, dense = (yaml.safe_load((folder / "run.yaml").read_text()) for folder in (out, tmp_path / "dense"))
     assert (run["quant"], run["r"], run["svd"], run["dtype"]) == ("nf4", 4, "krylov", "float32")
     assert {name for name in run if run[name] != dense[name]} <= {"model_name_or_path", "output_dir", "target_modules"}

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import pissa
+from damage import write_marked
 from devices import fetch, put
 from language_models import error
 from one_layer import OneLayer, adapted, filled
@@ -19,7 +20,6 @@ from oracle import assert_papers_function, base64, change64, change_a_little, de
 from pissa import ops
 from pissa.base.init_methods import INIT_METHODS
 from pissa.base.stored import residual_tensors
-from pissa.containers.tensor_file import write_tensors
 
 pytestmark = pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning")
 
@@ -154,11 +154,9 @@ def test_files_without_what_the_residual_lacks_are_refused(tmp_path: Path) -> No
     wrapped("nf4", "pissa", 2, "pissa").save_pretrained(tmp_path)
     path = tmp_path / "pissa.safetensors"
     tensors = load_file(path)
-    assert tensors.keys() == {"proj.a0", "proj.base.taken_a", "proj.base.taken_b"}
+    assert tensors.keys() == {f"proj.{name}" for name in ("delta_a", "delta_b", "a0", "b0", "recipe.a", "recipe.b")}
     for value in (None, torch.zeros(R + 1, IN)):
-        damaged = {name: value if name.endswith("taken_a") else tensor for name, tensor in tensors.items()}
-        write_tensors(path, {name: tensor for name, tensor in damaged.items() if tensor is not None})
-        with pytest.raises(
-            ValueError, match=r"pissa\.safetensors: tensor 'proj\.base\.taken_a' is .*, of|for layer proj"
-        ):
+        damaged = {name: value if name.endswith("recipe.a") else tensor for name, tensor in tensors.items()}
+        write_marked(tmp_path, {name: tensor for name, tensor in damaged.items() if tensor is not None})
+        with pytest.raises(ValueError, match=r"pissa\.safetensors: tensor 'proj\.recipe\.a' is .*, of|for layer proj"):
             pissa.PissaModel.from_pretrained(base(), tmp_path)

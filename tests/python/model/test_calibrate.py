@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import threading
 from collections.abc import Callable, Iterator
@@ -389,13 +390,19 @@ def test_saved_and_loaded(fields: dict[str, Any], tmp_path: Path) -> None:
         pissa.PissaModel.from_pretrained(other, tmp_path / "adapter")
 
 
+def test_a_configuration_cannot_hide_error_feedback(tmp_path: Path) -> None:
+    """Without it, the codes would be taken for those of any base, and be left out of the next folder."""
+    given = batches(2)
+    pissa.wrap(llama(), r=4, quant="nf4", init="lora", error_feedback=True, calibration=given).save_pretrained(tmp_path)
+    config = dataclasses.replace(pissa.PissaConfig.from_pretrained(tmp_path), error_feedback=False)
+    with pytest.raises(ValueError, match=r"error_feedback is False, the adapter in .* was saved with True"):
+        pissa.PissaModel.from_pretrained(llama(), tmp_path, config=config)
+
+
 def test_a_repair_without_error_feedback_needs_no_codes_in_the_folder(tmp_path: Path) -> None:
     model = pissa.wrap(llama(), r=4, quant="nf4", init="lora", repair="activations", calibration=batches())
     model.save_pretrained(tmp_path)
-    from safetensors import safe_open
-
-    with safe_open(tmp_path / "pissa.safetensors", "pt") as file:
-        assert not any(name.endswith("codes") for name in file.keys())  # noqa: SIM118
+    assert not (tmp_path / "pissa_codes.safetensors").exists()
     loaded = pissa.PissaModel.from_pretrained(llama(), tmp_path)
     assert torch.equal(outputs(loaded, batches()), outputs(model, batches()))
 

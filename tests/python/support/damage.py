@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import pissa
 from language_models import assert_same, logits, snapshot, train
 from pissa import PissaConfig, PissaModel, notices
-from pissa.adapters.pissa_layout import checksum
+from pissa.adapters.pissa_layout import MARK, checksum, digest_of
 from pissa.containers.tensor_file import write_tensors
 
 RECORD, WEIGHTS, STARTS = FILES = ("pissa.json", "adapter_model.safetensors", "pissa.safetensors")
@@ -221,15 +221,22 @@ def added(tensors: dict[str, Tensor], name: str, dice: random.Random) -> str:
 TENSORS = (filled, recast, reshaped, renamed, added)
 
 
-def damage_tensors(saved: Saved, file: str, damage: Callable[..., str], dice: random.Random) -> None:
+def damage_tensors(saved: Saved, damage: Callable[..., str], dice: random.Random) -> None:
     """One tensor damaged by one of `TENSORS`; the checksums are those of what is left."""
     saved.reset()
-    tensors = load_file(saved.folder / file)
+    tensors = load_file(saved.folder / STARTS)
     blamed = damage(tensors, dice.choice(sorted(tensors)), dice)
-    write_tensors(saved.folder / file, tensors)
-    saved.attempt(file, repr(blamed), refused=True)
+    write_marked(saved.folder, tensors)
+    saved.attempt(STARTS, repr(blamed), refused=True)
 
 
-def signed(record: dict[str, Any]) -> dict[str, Any]:
-    """A content of pissa.json with the checksum of what it says."""
-    return record | {"xxh3": checksum({name: value for name, value in record.items() if name != "xxh3"})}
+def write_marked(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Writes pissa.safetensors as what belongs to pissa.json."""
+    write_tensors(folder / STARTS, tensors, {MARK: digest_of(folder / RECORD)})
+
+
+def write_record(folder: Path, record: dict[str, Any]) -> None:
+    """Writes a content of pissa.json with the checksum of what it says, as what pissa.safetensors belongs to."""
+    signed = record | {"xxh3": checksum({name: value for name, value in record.items() if name != "xxh3"})}
+    (folder / RECORD).write_text(json.dumps(signed))
+    write_marked(folder, load_file(folder / STARTS))
