@@ -225,7 +225,7 @@ class _Restoration:
         key = next((key for key, table in self.new.items() if table.is_of(layer)), None)
         if key is not None:
             weight = self.others[key].to(layer.base.parameter.dtype)
-            found = match(record.weight, layer.base.holding(weight).matrix())
+            found = match(record.weight, layer.base.with_parameter(weight).matrix())
             if found is Match.OTHER:
                 raise ValueError(
                     f"{folder.tensors.path}: tensor {key!r} is not the weight that layer {name} was trained on: take "

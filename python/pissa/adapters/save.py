@@ -39,7 +39,7 @@ from pissa.adapters.pissa_layout import (
 )
 from pissa.adapters.vocabulary import vocabulary
 from pissa.base.digest import xxh3_of_text
-from pissa.base.protocol import whole
+from pissa.base.protocol import unshard
 from pissa.config import IMPLICIT
 from pissa.containers.checkpoint import PISSA_RECORD
 from pissa.containers.staged import staged
@@ -78,7 +78,7 @@ def save_adapter(
     found: dict[str, str] = {}
     for name, layer in layers.items():
         if id(layer.base.module) in alone or layer.base.has_own_codes:
-            residual = whole(layer.base, gathered[name]).residual
+            residual = unshard(layer.base, gathered[name]).residual
             if residual is not None:
                 codes |= stored_tensors(name, residual)
                 found[name] = str(records[name].stored)

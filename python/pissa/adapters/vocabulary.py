@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pissa.adapters.peft_layout import PREFIX
 from pissa.base.classes import base_of
-from pissa.base.protocol import whole
+from pissa.base.protocol import unshard
 from pissa.base.weights import in_memory
 from pissa.config import IMPLICIT
 from pissa.distributed import check_whole, shard_as, whole_shape
@@ -61,10 +61,10 @@ class VocabularyTensor:
                 bias = self.parameter if gathered is None else gathered
                 check_whole({self.state_key: bias})
                 return bias.detach().cpu()
-            base = whole(base_of(self.module), gathered)
-            value = (base_of(base.restored()) if self.is_stored else base).parameter.detach()
+            base = unshard(base_of(self.module), gathered)
+            value = (base_of(base.restore_module()) if self.is_stored else base).parameter.detach()
             if self.tokens is not None:
-                value = self.tokens.unmerged(value)
+                value = self.tokens.unmerge_weight(value)
             return value.cpu()
 
     @torch.no_grad()
@@ -72,7 +72,7 @@ class VocabularyTensor:
         """Sets the parameter to these values."""
         self.parameter.copy_(shard_as(self.parameter, value))
         if self.tokens is not None and self.name == "weight":
-            self.tokens.learn_originals()
+            self.tokens.store_originals()
 
 
 def vocabulary(model: PeftModel, adapter_name: str) -> dict[str, VocabularyTensor]:

@@ -25,15 +25,14 @@ point than our kernels. For Gaussian weights that differ by 2% of their norm, th
 
 def is_bitsandbytes(module: nn.Module, *names: str) -> bool:
     """Whether `module` is one of bitsandbytes' classes with these names. Does not import bitsandbytes."""
-    kind = type(module)
-    return kind.__name__ in names and kind.__module__.startswith("bitsandbytes.")
+    return type(module).__name__ in names and type(module).__module__.startswith("bitsandbytes.")
 
 
 class BnbLinear4bit(CodedLinear):
     """The base that replaces bitsandbytes' Linear4bit, y = x Qᵀ + b. It computes the same from the same bytes, on the
     CPU also in evaluation (where bitsandbytes repacks them and loses the gradient). It stores three dtypes:
     `quant_storage`, of the parameter that holds the codes; the one that bitsandbytes decodes them to; and the one that
-    it casts inputs to, or None. It also keeps bitsandbytes' `linear`; without one, `restored` makes one."""
+    it casts inputs to, or None. It also keeps bitsandbytes' `linear`; without one, `restore_module` makes one."""
 
     fingerprint_dtype = None
 
@@ -72,7 +71,7 @@ class BnbLinear4bit(CodedLinear):
         """The codes, for an input that bitsandbytes' layer would not cast."""
         return super().operand_for(start, scaling, x) if self.compute_dtype in (None, x.dtype) else None
 
-    def restored(self) -> nn.Module:
+    def restore_module(self) -> nn.Module:
         """Returns bitsandbytes' layer over the same bytes."""
         from bitsandbytes.nn import Linear4bit, Params4bit
 
@@ -115,7 +114,7 @@ class BnbLinear(Dense):
     dense_type: type[nn.Module] = nn.Linear
     dtype: torch.dtype | None = None
 
-    def _twin(self, matrix: Tensor) -> nn.Module:
+    def _dense_module(self, matrix: Tensor) -> nn.Module:
         return dense_linear(nn.Linear, matrix, self.bias, self.module.training)
 
     def matrix(self) -> Tensor:
@@ -127,7 +126,7 @@ class BnbLinear(Dense):
             return cast(Tensor, int8_vectorwise_dequant(self.module.weight.detach(), scales))
 
 
-def unusable(linear: Any) -> str | None:
+def why_unusable(linear: Any) -> str | None:
     """Why the codes of a layer of bitsandbytes, `Linear4bit` or `Linear8bitLt`, cannot be used; None if they can."""
     weight, is_int8 = linear.weight, is_bitsandbytes(linear, "Linear8bitLt")
     if is_sharded(weight):

@@ -34,7 +34,7 @@ _STATE = f"{_STATES}{KEPT_IN_4_BITS}"
 ENTRIES = {
     f".{_STATES}": (
         *("weight", "weight.absmax", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map"),
-        *(f"{_STATES}{kind}" for kind in (KEPT_IN_4_BITS, "fp4")),
+        *(f"{_STATES}{quant_type}" for quant_type in (KEPT_IN_4_BITS, "fp4")),
     ),
     ".SCB": ("weight", "SCB", "weight_format"),
 }
@@ -90,8 +90,8 @@ def entry_layout(
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """The dtypes and shapes of what `to_bitsandbytes` returns for a weight [out, in] quantised in that form."""
     parts = {
-        name: torch.empty(size, dtype=kind, device="meta")
-        for name, (size, [kind]) in residual_shapes(form, shape).items()
+        name: torch.empty(size, dtype=part_dtype, device="meta")
+        for name, (size, [part_dtype]) in residual_shapes(form, shape).items()
     }
     weight = residual_from(parts, form, shape)
     assert isinstance(weight, ops.QuantizedWeight)
@@ -105,8 +105,8 @@ def entry_layout(
 def _nf4_map() -> Tensor:
     """float32 [16]: the value of each code."""
     pairs = torch.tensor([16 * code + code + 1 for code in range(0, 16, 2)], dtype=torch.uint8)
-    one = torch.ones(1, dtype=torch.float32)
-    return ops.dequantize(ops.QuantizedWeight(pairs, one, None, None, "nf4", (1, 16), 32))[0]
+    scale = torch.ones(1, dtype=torch.float32)
+    return ops.dequantize(ops.QuantizedWeight(pairs, scale, None, None, "nf4", (1, 16), 32))[0]
 
 
 @functools.cache
@@ -114,8 +114,8 @@ def _nested_map() -> Tensor:
     """float32 [256]: the value of each code of a nested scale. Each is the scale of a block of ones."""
     blocksize, shape = 32, (256, 32)
     ones = torch.full((math.prod(shape) // 2,), 0xFF, dtype=torch.uint8)
-    scales, one = torch.arange(256, dtype=torch.uint8), torch.ones(1, dtype=torch.float32)
-    weight = ops.QuantizedWeight(ones, scales, one, 0 * one[0], "nf4", shape, blocksize)
+    scales, scale_of_scales = torch.arange(256, dtype=torch.uint8), torch.ones(1, dtype=torch.float32)
+    weight = ops.QuantizedWeight(ones, scales, scale_of_scales, torch.zeros(()), "nf4", shape, blocksize)
     return ops.dequantize(weight)[:, 0].contiguous()
 
 
@@ -149,14 +149,14 @@ def _int8_from_state(entries: Mapping[str, Tensor]) -> ops.QuantizedWeight:
 
 def nf4_from_state(entries: Mapping[str, Tensor]) -> tuple[ops.QuantizedWeight, torch.dtype]:
     """Returns the weight, and the dtype to which bitsandbytes decodes it; see `from_state`."""
-    kinds = [name.removeprefix(_STATES) for name in entries if name.startswith(_STATES)]
-    if kinds not in ([], ["nf4"]):
-        raise ValueError(f"weight: quantised as {', '.join(kinds)}; allowed: nf4")
+    quant_types = [name.removeprefix(_STATES) for name in entries if name.startswith(_STATES)]
+    if quant_types not in ([], ["nf4"]):
+        raise ValueError(f"weight: quantised as {', '.join(quant_types)}; allowed: nf4")
     needed = {"weight", "weight.absmax", "weight.quant_map"}
-    if kinds:
+    if quant_types:
         shape, blocksize, dtype, mean = _parse(entries[_STATE])
         needed |= set() if mean is None else {"weight.nested_absmax", "weight.nested_quant_map"}
-    if not kinds or not needed <= entries.keys():
+    if not quant_types or not needed <= entries.keys():
         raise ValueError(
             f"no 4-bit weight of bitsandbytes: got the entries {sorted(entries)}; needed: weight, and of it absmax, "
             "quant_map, quant_state.bitsandbytes__nf4; with double quantisation also nested_absmax, nested_quant_map"
@@ -167,12 +167,12 @@ def nf4_from_state(entries: Mapping[str, Tensor]) -> tuple[ops.QuantizedWeight, 
         raise ValueError("weight.nested_absmax: needed just where weight.absmax is quantised, in uint8")
     offset = None if mean is None else torch.tensor(mean, dtype=torch.float32, device=absmax.device)
     weight = ops.QuantizedWeight(codes, absmax, nested, offset, "nf4", shape, blocksize)
-    for name, (size, kind) in FORMATS["nf4"].tensors(shape, blocksize, is_nested).items():
+    for name, (size, part_dtype) in FORMATS["nf4"].tensors(shape, blocksize, is_nested).items():
         part = weight.tensors()[name]
-        if (part.numel(), part.dtype) != (math.prod(size), kind):
+        if (part.numel(), part.dtype) != (math.prod(size), part_dtype):
             raise ValueError(
                 f"weight: {name} of a matrix {list(shape)} in blocks of {blocksize}: got {part.dtype} "
-                f"{list(part.shape)}; needed: {kind} {list(size)}"
+                f"{list(part.shape)}; needed: {part_dtype} {list(size)}"
             )
     return weight, dtype
 
@@ -185,14 +185,14 @@ def as_bytes(packed: Tensor) -> Tensor:
 def _parse(packed: Tensor) -> tuple[tuple[int, int], int, torch.dtype, float | None]:
     """Returns what bitsandbytes stores of a weight in addition to tensors: its shape, its block size, the dtype to
     which it is dequantised, and the mean of scales that are quantised too. Every value is checked before use."""
-    found: Any = f"{packed.dtype} {list(packed.shape)}"
-    _need(packed.dtype == torch.uint8 and packed.dim() == 1, "the entry", found, "uint8 in one dimension")
+    is_text = packed.dtype == torch.uint8 and packed.dim() == 1
+    _need(is_text, "the entry", f"{packed.dtype} {list(packed.shape)}", "uint8 in one dimension")
+    text = bytes(packed.tolist())
     try:
-        found = bytes(packed.tolist())
-        state: Any = json.loads(found.decode())
+        state: Any = json.loads(text.decode())
     except (ValueError, RecursionError):
         state = None
-    _need(isinstance(state, dict), "the entry", found, "an object of JSON in UTF-8")
+    _need(isinstance(state, dict), "the entry", text, "an object of JSON in UTF-8")
     shape, blocksize, dtype = (state.get(name) for name in ("shape", "blocksize", "dtype"))
     is_shape = isinstance(shape, list) and len(shape) == 2 and all(type(side) is int and side > 0 for side in shape)
     _need(is_shape, "shape", shape, "[out, in], each from 1 on")

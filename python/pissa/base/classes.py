@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from pissa import ops
-from pissa.base.bitsandbytes import BnbLinear, from_bitsandbytes, is_bitsandbytes, unusable
+from pissa.base.bitsandbytes import BnbLinear, from_bitsandbytes, is_bitsandbytes, why_unusable
 from pissa.base.protocol import Base
 from pissa.base.released_layouts import released_linear
 from pissa.base.weights import CodedLinear, Dense, HoldsCodes, OwnBase, is_offloaded
@@ -26,7 +26,7 @@ def adopt(target: nn.Module) -> Base | None:
     the kind can be adapted but this module cannot. The error's text follows "layer x is"."""
     what, base = f"a {type(target).__name__}", base_of(target)
     if isinstance(base, BnbLinear):
-        if reason := unusable(target):
+        if reason := why_unusable(target):
             raise TypeError(f"{what} of bitsandbytes, but {reason}")
         return from_bitsandbytes(target) if is_bitsandbytes(target, "Linear4bit") else base
     if (released := released_linear(target)) is not None:
@@ -43,13 +43,13 @@ def adopt(target: nn.Module) -> Base | None:
 _FALCON_LINEAR = "transformers.models.falcon.modeling_falcon.FalconLinear"
 
 
-def _computes_as(kind: type[nn.Module], module: nn.Module) -> bool:
-    """Whether the module computes what `kind` does, although a subclass may compute anything. Falcon's linear layers do
-    (they add the bias in a separate step), and so do embeddings that scale looked-up rows."""
-    found = type(module)
-    if kind is nn.Linear and f"{found.__module__}.{found.__qualname__}" == _FALCON_LINEAR:
+def _computes_as(known: type[nn.Module], module: nn.Module) -> bool:
+    """Whether the module computes what `known` does, although a subclass may compute anything. Falcon's linear layers
+    do (they add the bias in a separate step), and so do embeddings that scale looked-up rows."""
+    own = type(module)
+    if known is nn.Linear and f"{own.__module__}.{own.__qualname__}" == _FALCON_LINEAR:
         return True
-    return found is kind or (kind is nn.Embedding and hasattr(module, "embed_scale"))
+    return own is known or (known is nn.Embedding and hasattr(module, "embed_scale"))
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -76,7 +76,7 @@ def computing_parameters(module: nn.Module) -> list[Tensor]:
     return [] if isinstance(module, HoldsCodes) else list(module.parameters(recurse=False))
 
 
-def evaluating(model: nn.Module) -> None:
+def set_evaluation_mode(model: nn.Module) -> None:
     """Sets evaluation mode, except for bitsandbytes' 4-bit layers. Nothing in these depends on the mode, but in
     evaluation on a CPU they would repack their codes and return no gradient any more."""
     model.eval()

@@ -56,8 +56,8 @@ def fingerprint(*tensors: Tensor, dtype: torch.dtype | None = None) -> str:
 
 def dtype_of(recorded: str) -> torch.dtype:
     """The dtype of the first tensor for which a fingerprint was computed."""
-    found: torch.dtype = getattr(torch, recorded.split(":")[1])
-    return found
+    dtype: torch.dtype = getattr(torch, recorded.split(":")[1])
+    return dtype
 
 
 def holds(dtype: torch.dtype, other: torch.dtype) -> bool:
@@ -74,19 +74,19 @@ def match(recorded: str | None, *tensors: Tensor) -> Match:
     """Compares tensors with a fingerprint, in its dtype."""
     if recorded is None:
         return Match.OTHER
-    found = fingerprint(*tensors, dtype=dtype_of(recorded))
-    if found == recorded:
+    actual = fingerprint(*tensors, dtype=dtype_of(recorded))
+    if actual == recorded:
         return Match.SAME
-    return Match.ROUNDED if _is_rounded(found, recorded, tensors[0].dtype) else Match.OTHER
+    return Match.ROUNDED if _is_rounded(actual, recorded, tensors[0].dtype) else Match.OTHER
 
 
-def _is_rounded(found: str, recorded: str, dtype: torch.dtype) -> bool:
-    """Whether `found`, the fingerprint of a weight in `dtype` that was cast to the dtype of `recorded`, differs from it
-    only by roundings, as far as the samples show."""
+def _is_rounded(actual: str, recorded: str, dtype: torch.dtype) -> bool:
+    """Whether `actual`, the fingerprint of a weight in `dtype` that was cast to the dtype of `recorded`, differs from
+    it only by roundings, as far as the samples show."""
     was = dtype_of(recorded)
     if not (dtype.is_floating_point and was.is_floating_point) or holds(dtype, was):
         return False
-    samples = [text.split(":")[3:] for text in (found, recorded)]
+    samples = [text.split(":")[3:] for text in (actual, recorded)]
     if not all(samples):
         return False
     here, there = (_PACKED.unpack(bytes.fromhex(sample)) for [sample] in samples)
@@ -109,9 +109,9 @@ def xxh3(*tensors: Tensor, dtype: torch.dtype | None = None) -> str:
     for tensor in tensors:
         to, values = _cast_to(tensor, dtype), tensor.detach().contiguous().view(-1)
         digest.update(f"{to} {tuple(tensor.shape)};".encode())
-        is_here = values.device.type == "cpu"
-        whole = is_here and to == values.dtype
-        for piece in [values] if whole else torch.split(values, _CAST if is_here else _FETCHED):
+        on_cpu = values.device.type == "cpu"
+        is_in_place = on_cpu and to == values.dtype
+        for piece in [values] if is_in_place else torch.split(values, _CAST if on_cpu else _FETCHED):
             digest.update(bytes_of(piece.to(to).cpu()))
     return digest.hexdigest()
 

@@ -155,14 +155,12 @@ class Lora(InitMethod):
         if not task.weights:
             return []
         device = task.device or task.weights[0].device
-        known = {
-            name: weight for name, weight in zip(task.weight_names, task.weights, strict=True) if not weight.is_meta
-        }
-        check_weights(list(known.values()), list(known))
-        drawn = [_drawn(task, number) for number in range(len(task.weights))]
+        in_memory = [pair for pair in zip(task.weights, task.weight_names, strict=True) if not pair[0].is_meta]
+        check_weights([weight for weight, _ in in_memory], [name for _, name in in_memory])
+        factors = [_draw(task, number) for number in range(len(task.weights))]
         return [
             StartFactors(a0, torch.zeros(weight.shape[0], origin.r, device=device), origin)
-            for a0, weight, origin in zip(_sent(drawn, device), task.weights, task.origins, strict=True)
+            for a0, weight, origin in zip(_send(factors, device), task.weights, task.origins, strict=True)
         ]
 
 
@@ -211,13 +209,13 @@ def start_factors(task: StartTask) -> list[StartFactors]:
         )
     method = INIT_METHODS[task.config.init]
     starts = method.start(task)
-    empty = _empty(starts) if method.reads_weights else {}
+    empty = _find_empty(starts) if method.reads_weights else {}
     if task.config.start_norm == "unit":
-        starts = [_orthonormal(start) for start in starts]
+        starts = [_make_orthonormal(start) for start in starts]
     for number, rows in empty.items():
-        start, drawn = starts[number], _drawn(task, number)
-        rows, drawn = rows.to(start.a0.device), drawn.to(start.a0.device)
-        start.a0, start.b0 = drawn.where(rows[:, None], start.a0), start.b0.where(~rows, 0)
+        start = starts[number]
+        rows, random = rows.to(start.a0.device), _draw(task, number).to(start.a0.device)
+        start.a0, start.b0 = random.where(rows[:, None], start.a0), start.b0.where(~rows, 0)
     return starts
 
 
@@ -293,7 +291,7 @@ def _principal(task: StartTask, **options: Any) -> list[StartFactors]:
     ]
 
 
-def _sent(tensors: Sequence[Tensor], device: torch.device) -> Sequence[Tensor]:
+def _send(tensors: Sequence[Tensor], device: torch.device) -> Sequence[Tensor]:
     """Copies CPU tensors to a device. They are sent in one copy, since the host waits for the GPU at each copy."""
     if device.type == "cpu":
         return tensors
@@ -302,7 +300,7 @@ def _sent(tensors: Sequence[Tensor], device: torch.device) -> Sequence[Tensor]:
     return [part.view(tensor.shape).clone() for part, tensor in zip(parts, tensors, strict=True)]
 
 
-def _drawn(task: StartTask, number: int) -> Tensor:
+def _draw(task: StartTask, number: int) -> Tensor:
     """LoRA's random factor for the weight of that number, float32 [r, in] on the CPU. It depends only on the layer's
     name and the seed."""
     columns = task.weights[number].shape[1]
@@ -312,20 +310,20 @@ def _drawn(task: StartTask, number: int) -> Tensor:
     return (2 * uniform - 1) * bound
 
 
-def _empty(starts: Sequence[StartFactors]) -> dict[int, Tensor]:
+def _find_empty(starts: Sequence[StartFactors]) -> dict[int, Tensor]:
     """The components of starts whose row of a0 and column of b0 are both zero up to the roundoff of an SVD, bool [r] on
     the CPU, by the number of the start. The host waits for a GPU once."""
-    found = []
+    flags = []
     for start in starts:
         # A singular value is the product of the two lengths, which are alike.
         bound = math.sqrt(torch.finfo(torch.float32).eps * math.sqrt(max(len(start.b0), start.a0.shape[1])))
         lengths = [torch.linalg.vector_norm(part, dim=1) for part in (start.a0, start.b0.mT)]
-        found.append(torch.stack([length <= bound * length.max() for length in lengths]).all(0))
-    rows = torch.split(torch.cat(found).cpu(), list(map(len, found))) if found else ()
+        flags.append(torch.stack([length <= bound * length.max() for length in lengths]).all(0))
+    rows = torch.split(torch.cat(flags).cpu(), list(map(len, flags))) if flags else ()
     return {number: empty for number, empty in enumerate(rows) if empty.any()}
 
 
-def _orthonormal(start: StartFactors) -> StartFactors:
+def _make_orthonormal(start: StartFactors) -> StartFactors:
     """The singular vectors, of length 1 up to one rounding of each element. Vectors of length 0 stay 0."""
     rows, columns = (torch.linalg.vector_norm(part, dim=1, dtype=torch.float64) for part in (start.a0, start.b0.mT))
     rows, columns = (length.where(length > 0, 1) for length in (rows, columns))

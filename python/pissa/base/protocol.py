@@ -139,20 +139,20 @@ class Base(ABC):
         return self.parameter
 
     @abstractmethod
-    def twin(self, matrix: Tensor) -> nn.Module:
+    def dense_module(self, matrix: Tensor) -> nn.Module:
         """A dense module that replaces the base. Its weight is `matrix` [out, in], frozen. Everything else, including
         the bias, is the base's own."""
 
-    def restored(self) -> nn.Module:
+    def restore_module(self) -> nn.Module:
         """The module that is put back into the model when the adapters are unloaded."""
         return cast(nn.Module, self.module)
 
     @abstractmethod
-    def holding(self, weight: Tensor) -> Base:
+    def with_parameter(self, weight: Tensor) -> Base:
         """A base like this one over another parameter `weight` of the same shape."""
 
 
-def whole(base: Base, gathered: Tensor | None) -> Base:
+def unshard(base: Base, gathered: Tensor | None) -> Base:
     """Returns `base` or, if its weight is sharded, a base like it that holds the full weight, `gathered`. In the second
     case, raises ValueError if nothing has been gathered."""
     if not is_sharded(base.parameter):
@@ -162,4 +162,4 @@ def whole(base: Base, gathered: Tensor | None) -> Base:
             "a base weight was sharded before its fingerprint was known: call torch.distributed.init_process_group "
             "before pissa.wrap, or give save_pretrained a state_dict that has the frozen weights too"
         )
-    return base.holding(gathered)
+    return base.with_parameter(gathered)

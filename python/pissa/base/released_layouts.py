@@ -60,8 +60,8 @@ def released_weight(parts: Mapping[str, Tensor]) -> ops.QuantizedWeight:
     for name, why in REFUSED.items():
         if name in parts:
             raise ValueError(f"{why}, which is not read: use the model in 16 bits")
-    codes_name = _only(parts, CODES, "codes")
-    scale_name = _only(parts, SCALES, "scales")
+    codes_name = _find_only(parts, CODES, "codes")
+    scale_name = _find_only(parts, SCALES, "scales")
     codes, scale = parts[codes_name], parts[scale_name]
     if codes.dim() != (3 if codes_name == "blocks" else 2):
         raise ValueError(f"{codes_name}: got {list(codes.shape)}; needed: a matrix [out, ...]")
@@ -78,21 +78,21 @@ def released_weight(parts: Mapping[str, Tensor]) -> ops.QuantizedWeight:
     if scale.dtype == torch.float8_e4m3fn:
         return _nvfp4(codes, scale, scale_name, parts)
     shape = (codes.shape[0], 2 * codes.shape[1])
-    scales = _finite_exponents(scale, scale_name)
-    return _fitting(codes, scales, None, "mxfp4", shape, _MX_BLOCK, scale_name)
+    scales = _read_exponents(scale, scale_name)
+    return _assemble(codes, scales, None, "mxfp4", shape, _MX_BLOCK, scale_name)
 
 
-def _only(parts: Mapping[str, Tensor], names: Sequence[str], what: str) -> str:
-    found = [name for name in names if name in parts]
-    if len(found) != 1:
+def _find_only(parts: Mapping[str, Tensor], names: Sequence[str], what: str) -> str:
+    present = [name for name in names if name in parts]
+    if len(present) != 1:
         raise ValueError(
-            f"{' and '.join(found) or sorted(parts)}: needed are {what} under one name of {', '.join(names)}: the "
+            f"{' and '.join(present) or sorted(parts)}: needed are {what} under one name of {', '.join(names)}: the "
             "checkpoint is damaged, or of a layout that is not read"
         )
-    return found[0]
+    return present[0]
 
 
-def _finite_exponents(scale: Tensor, name: str) -> Tensor:
+def _read_exponents(scale: Tensor, name: str) -> Tensor:
     """E8M0 scales as bytes."""
     if scale.dtype not in _E8M0:
         raise ValueError(f"{name}: got {scale.dtype}; needed: uint8 or float8_e8m0fnu, powers of two")
@@ -102,13 +102,13 @@ def _finite_exponents(scale: Tensor, name: str) -> Tensor:
     return exponents
 
 
-def _finite(scale: Tensor, name: str) -> Tensor:
+def _check_finite(scale: Tensor, name: str) -> Tensor:
     if not torch.isfinite(scale.float()).all():
         raise ValueError(f"{name}: a scale is NaN or infinite")
     return scale
 
 
-def _fitting(
+def _assemble(
     codes: Tensor,
     scales: Tensor,
     table: Tensor | None,
@@ -130,26 +130,26 @@ def _fitting(
 
 def _nvfp4(codes: Tensor, scale: Tensor, name: str, parts: Mapping[str, Tensor]) -> ops.QuantizedWeight:
     divisor, factor = parts.get("weight_global_scale"), parts.get("weight_scale_2")
-    numbers = [one for one in (divisor, factor) if one is not None]
+    numbers = [number for number in (divisor, factor) if number is not None]
     if len(numbers) != 1 or numbers[0].numel() != 1:
         raise ValueError(f"{name}: needed in addition: one of weight_global_scale and weight_scale_2, one number")
     values = e4m3_values(scale.device)
     # Computes a block's scale as each library does, in float32.
     table = values / divisor.float() if divisor is not None else values * factor.float()  # type: ignore[union-attr]
     scales = scale.view(torch.uint8)
-    _finite(table[:127], "weight_scale_2" if divisor is None else "weight_global_scale")
+    _check_finite(table[:127], "weight_scale_2" if divisor is None else "weight_global_scale")
     if scales.numel() and int((scales & 127).max()) == 127:
         raise ValueError(f"{name}: a scale is NaN")
     shape = (codes.shape[0], 2 * codes.shape[1])
-    return _fitting(codes, scales, table, "nvfp4", shape, _NVFP4_BLOCK, name)
+    return _assemble(codes, scales, table, "nvfp4", shape, _NVFP4_BLOCK, name)
 
 
 def _int4(codes: Tensor, scale: Tensor, shape: Tensor | None) -> ops.QuantizedWeight:
     rows, columns = codes.shape[0], 8 * codes.shape[1]
-    said = None if shape is None else tuple(shape.tolist())
-    if said not in (None, (rows, columns)):
+    declared = None if shape is None else tuple(shape.tolist())
+    if declared not in (None, (rows, columns)):
         raise ValueError(
-            f"weight_shape: got {list(said or ())} beside weight_packed {list(codes.shape)}; needed: elements of 4 "
+            f"weight_shape: got {list(declared or ())} beside weight_packed {list(codes.shape)}; needed: elements of 4 "
             "bits, 8 in a word"
         )
     if scale.dim() != 2 or scale.shape[0] != rows or not scale.shape[1] or columns % scale.shape[1]:
@@ -157,25 +157,25 @@ def _int4(codes: Tensor, scale: Tensor, shape: Tensor | None) -> ops.QuantizedWe
     group, allowed = columns // scale.shape[1], FORMATS["int4"].blocksizes
     if group not in allowed:
         raise ValueError(f"weight_scale: got a scale for {group} elements; allowed: {', '.join(map(str, allowed))}")
-    scales = _finite(scale, "weight_scale")
+    scales = _check_finite(scale, "weight_scale")
     if scales.dtype != torch.bfloat16:  # float16 and float32, which it holds exactly
         scales = scales.float()
-    return _fitting(codes, scales, None, "int4", (rows, columns), group, "weight_scale")
+    return _assemble(codes, scales, None, "int4", (rows, columns), group, "weight_scale")
 
 
 def _fp8(codes: Tensor, scale: Tensor, name: str) -> ops.QuantizedWeight:
     rows, columns = shape = (codes.shape[0], codes.shape[1])
     if not columns:
         raise ValueError(f"weight: got {list(shape)}; needed: at least one column")
-    scales = _finite_exponents(scale, name) if scale.dtype in _E8M0 else _finite(scale, name)
+    scales = _read_exponents(scale, name) if scale.dtype in _E8M0 else _check_finite(scale, name)
     if scales.dtype not in (torch.uint8, torch.bfloat16):
         scales = scales.float()
     if scales.numel() == 1:
-        return _fitting(codes, scales.reshape(1).expand(rows).contiguous(), None, "fp8", shape, columns, name)
+        return _assemble(codes, scales.reshape(1).expand(rows).contiguous(), None, "fp8", shape, columns, name)
     across = scales.shape[1] if scales.dim() == 2 else 1
     for width, height in ((_TILE, _TILE), (columns, 1), (_MX_BLOCK, 1)):
         if (scales.shape[0], across) == (-(-rows // height), -(-columns // width)):
-            return _fitting(codes, scales, None, "fp8", shape, width, name)
+            return _assemble(codes, scales, None, "fp8", shape, width, name)
     raise ValueError(
         f"{name}: got {list(scale.shape)} beside a weight {list(shape)}; allowed: one scale, one for each row, or one "
         "for each tile of 128 x 128 or 1 x 32"
@@ -208,20 +208,21 @@ def join_rows(weights: Sequence[ops.QuantizedWeight]) -> ops.QuantizedWeight:
     if len(weights) == 1:
         return first
     rows = sum(weight.shape[0] for weight in weights)
-    kinds = {(one.format, one.shape[1], one.blocksize, one.absmax.dtype) for one in weights}
-    tables = [one.nested_absmax for one in weights if one.nested_absmax is not None]
-    tiled = first.format == "fp8" and any(_height(one) > 1 and one.shape[0] % _height(one) for one in weights[:-1])
-    if len(kinds) > 1 or tiled or len({_height(one) for one in weights}) > 1:
+    layouts = {(weight.format, weight.shape[1], weight.blocksize, weight.absmax.dtype) for weight in weights}
+    tables = [weight.nested_absmax for weight in weights if weight.nested_absmax is not None]
+    heights = [_height(weight) for weight in weights]
+    tiled = any(weight.shape[0] % height for weight, height in zip(weights[:-1], heights, strict=False))
+    if len(layouts) > 1 or tiled or len(set(heights)) > 1:
         raise ValueError("weights of several formats, or whose tiles end inside, cannot be joined by their rows")
-    codes, absmax = torch.cat([one.codes for one in weights]), torch.cat([one.absmax for one in weights])
+    codes, absmax = torch.cat([weight.codes for weight in weights]), torch.cat([weight.absmax for weight in weights])
     table = tables[0] if tables else None
     # Entry 1, because 127 is NaN: the smallest scale, in proportion to the global one.
-    others = [number for number, one in enumerate(tables) if one[1] != tables[0][1]]
+    others = [number for number, table in enumerate(tables) if table[1] != tables[0][1]]
     if others:  # gate and up of an expert: scales are positive, so the second one's use the other half of the table
         second = tables[others[0]]
         if int(absmax.max()) > 127 or any(tables[number][1] != second[1] for number in others):
             raise ValueError("weights of several global scales, or of negative scales, cannot be joined by their rows")
-        absmax = torch.cat([one.absmax | (number in others) << 7 for number, one in enumerate(weights)])
+        absmax = torch.cat([weight.absmax | (number in others) << 7 for number, weight in enumerate(weights)])
         table = torch.cat([tables[0][:128], second[:128]])
     return first._replace(codes=codes, absmax=absmax, nested_absmax=table, shape=(rows, first.shape[1]))
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from torch import Tensor
 
 from pissa.base.digest import Match, dtype_of, fingerprint, match
-from pissa.base.protocol import Base, whole
+from pissa.base.protocol import Base, unshard
 from pissa.base.stored import residual_tensors
 from pissa.distributed import is_sharded, whole_tensor
 
@@ -30,7 +30,7 @@ class ResidualFingerprint:
         the parameter is sharded and the fingerprint is not known yet."""
         if (known := self._recall(base)) is not None:
             return known
-        value = fingerprint(*self._tensors(whole(base, gathered)), dtype=base.fingerprint_dtype)
+        value = fingerprint(*self._tensors(unshard(base, gathered)), dtype=base.fingerprint_dtype)
         self.remember(base, value)
         return value
 
@@ -46,7 +46,7 @@ class ResidualFingerprint:
         known = self._recall(base)
         if known is not None and dtype_of(known) == dtype_of(recorded):
             return Match.SAME if known == recorded else Match.OTHER
-        first, *others = self._tensors(whole(base, whole_tensor(base.parameter)))
+        first, *others = self._tensors(unshard(base, whole_tensor(base.parameter)))
         result = match(recorded, first, *others)
         if result is Match.SAME and first.dtype == dtype_of(recorded):
             self.remember(base, recorded)

@@ -39,9 +39,9 @@ class ShownWeight(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             if func in _KNOWN:
                 return func(*args, **(kwargs or {}))
-            args, kwargs = tree_map_only(ShownWeight, _decoded, (args, dict(kwargs or {})))
+            args, kwargs = tree_map_only(ShownWeight, _decode, (args, dict(kwargs or {})))
         return func(*args, **kwargs)
 
 
-def _decoded(shown: ShownWeight) -> Tensor:
+def _decode(shown: ShownWeight) -> Tensor:
     return shown.decode().to(shown.dtype)

@@ -58,9 +58,9 @@ class StoredLinear(OwnBase):
         """The residual, for an adapter that starts from what it lacks. (PEFT's set_scale may change a scaling.)"""
         return Operand(self.residual, False) if start is self.start and scaling == self.scaling else None
 
-    def restored(self) -> nn.Module:
+    def restore_module(self) -> nn.Module:
         """A dense module that computes the base function."""
-        return self.twin(self.matrix().to(self.dtype))
+        return self.dense_module(self.matrix().to(self.dtype))
 
 
 class ResidualLinear(StoredLinear):
@@ -86,7 +86,7 @@ class QuantizedLinear(HoldsCodes, StoredLinear):
         self, residual: ops.QuantizedWeight, start: StartFactors, bias: nn.Parameter | None, quant_storage: torch.dtype
     ) -> None:
         super().__init__(start, bias)
-        self.hold(residual, quant_storage)
+        self.store_codes(residual, quant_storage)
 
     @property
     def form(self) -> Form:

@@ -38,23 +38,23 @@ def is_offloaded(module: nn.Module) -> bool:
 
 def has_hooks(called: Any) -> bool:
     """Whether torch calls hooks when it calls a module, or in its backward. A function has none."""
-    kinds = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
-    return any(getattr(called, kind, None) for kind in kinds)
+    names = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+    return any(getattr(called, name, None) for name in names)
 
 
 def copy_without_hooks(module: Any) -> Any:
     """A shallow copy of a module, without accelerate's hooks, which would call the original."""
-    twin = copy.copy(module)
+    copied = copy.copy(module)
     for name in ("forward", "_old_forward", "_hf_hook"):
-        vars(twin).pop(name, None)
-    return twin
+        vars(copied).pop(name, None)
+    return copied
 
 
 def with_weight(module: Any, weight: Tensor) -> Any:
     """A copy of a module that holds another weight, frozen."""
-    twin = copy_without_hooks(module)
-    twin._parameters = module._parameters | {"weight": nn.Parameter(weight, requires_grad=False)}
-    return twin
+    copied = copy_without_hooks(module)
+    copied._parameters = module._parameters | {"weight": nn.Parameter(weight, requires_grad=False)}
+    return copied
 
 
 def dense_linear(dense_type: type[nn.Module], matrix: Tensor, bias: nn.Parameter | None, training: bool) -> nn.Module:
@@ -121,8 +121,8 @@ class Dense(Base):
         with in_memory(self.module):
             return as_matrix(self.dense_type, whole_tensor(self.parameter))
 
-    def twin(self, matrix: Tensor) -> nn.Module:
-        module = self._twin(matrix)
+    def dense_module(self, matrix: Tensor) -> nn.Module:
+        module = self._dense_module(matrix)
         if is_offloaded(self.module):  # and the device where it computes may have no room for more weights
             hook = self.module._hf_hook
             add_hook_to_module(
@@ -130,14 +130,14 @@ class Dense(Base):
             )
         return module
 
-    def _twin(self, matrix: Tensor) -> nn.Module:
+    def _dense_module(self, matrix: Tensor) -> nn.Module:
         """The dense module, which stays in memory."""
         module = with_weight(self.module, self.as_weight(matrix).contiguous())
         if "bias" in module._parameters:
             module.register_parameter("bias", self.bias)
         return cast(nn.Module, module)
 
-    def holding(self, weight: Tensor) -> Dense:
+    def with_parameter(self, weight: Tensor) -> Dense:
         return type(self)(with_weight(self.module, weight))
 
     def fuse_product(self) -> None:
@@ -170,10 +170,10 @@ class OwnBase(KeepsDtype, Base):
     def shown_weight(self, dtype: torch.dtype) -> Tensor:
         return ShownWeight.of((self.out_features, self.in_features), dtype, self.device, self.matrix)
 
-    def twin(self, matrix: Tensor) -> nn.Module:
+    def dense_module(self, matrix: Tensor) -> nn.Module:
         return dense_linear(self.dense_type, matrix, self.bias, self.training)
 
-    def holding(self, weight: Tensor) -> Base:
+    def with_parameter(self, weight: Tensor) -> Base:
         return cast(Base, with_weight(self, weight))
 
     def extra_repr(self) -> str:
@@ -192,7 +192,7 @@ class HoldsCodes(OwnBase):
     nested_absmax: Tensor | None
     offset: Tensor | None
 
-    def hold(self, matrix: ops.QuantizedWeight, quant_storage: torch.dtype) -> None:
+    def store_codes(self, matrix: ops.QuantizedWeight, quant_storage: torch.dtype) -> None:
         """Stores the codes and scales of `matrix` as they are."""
         self.format, self.matrix_shape, self.blocksize = matrix.format, matrix.shape, matrix.blocksize
         self.quant_storage, self._bytes = quant_storage, len(matrix.codes)
@@ -224,11 +224,11 @@ class HoldsCodes(OwnBase):
         return self.offset is not None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        def moved(tensor: Tensor) -> Tensor:
+        def move(tensor: Tensor) -> Tensor:
             new = fn(tensor)
             return tensor.to(new.device) if tensor is self.weight and new.dtype != tensor.dtype else new
 
-        return super()._apply(moved, recurse)
+        return super()._apply(move, recurse)
 
 
 class CodedLinear(HoldsCodes):
@@ -244,7 +244,7 @@ class CodedLinear(HoldsCodes):
     ) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self.hold(weight, quant_storage)
+        self.store_codes(weight, quant_storage)
         self.bias = bias
 
     def matrix(self) -> Tensor:

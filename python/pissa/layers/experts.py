@@ -19,7 +19,7 @@ from pissa import ops
 from pissa.base.classes import base_of
 from pissa.config import PissaConfig, is_all_linear
 from pissa.distributed import world_size
-from pissa.layers.modules import Grouped, PissaLinear
+from pissa.layers.modules import GroupMember, PissaLinear
 
 WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
 """The names of fused weights, in the order in which transformers registers them."""
@@ -33,6 +33,10 @@ _SUMMED_IN_FLOAT32 = ("Inkling2Experts", "Inkling2LoopExperts", "NemotronHExpert
 _WITHOUT_GRADIENTS = ("Mxfp4GptOssExperts", "FP8Experts")
 # Experts that transformers decorates like the others but that compute entirely in float32.
 _OF_THEIR_OWN = ("OpenAIPrivacyFilterExperts",)
+
+
+_Groups = dict[str, dict[str, Any]]
+"""For each name of a weight, what `ops.grouped_linear` takes of the experts' layers with that name."""
 
 
 class UnfusedExperts(nn.Module):
@@ -79,8 +83,7 @@ class UnfusedExperts(nn.Module):
         if experts and experts[-1] == self.fused.num_experts:
             experts, counts = experts[:-1], counts[:-1]
         if world_size() == 1 and (groups := self._groups(experts, hidden_states)):
-            offsets = [0, *accumulate(counts)]
-            return self._at_once(groups, offsets, hidden_states, top_k_index, top_k_weights, output)
+            return self._compute_at_once(groups, counts, hidden_states, top_k_index, top_k_weights, output)
         for index in range(len(self)) if together else experts:
             position, token = torch.where(top_k_index.mT == index)
             y = self._compute(partial(self._project, index), hidden_states[token])
@@ -97,57 +100,51 @@ class UnfusedExperts(nn.Module):
         return cast(Tensor, self.fused.post_expert_norm(y)) if getattr(self.fused, "has_post_expert_norm", False) else y
 
     def _project(self, index: int, name: str, x: Tensor) -> Tensor:
-        return self._with_bias(name, index, self.expert(index).get_submodule(name)(x))
+        return self._add_bias(name, index, self.expert(index).get_submodule(name)(x))
 
-    def _with_bias(self, name: str, index: int | Tensor, y: Tensor) -> Tensor:
+    def _add_bias(self, name: str, index: int | Tensor, y: Tensor) -> Tensor:
         # Added as transformers does it: a linear layer with a bias would round one time less.
         return y + getattr(self.fused, f"{name}_bias")[index] if self.fused.has_bias else y
 
-    def _groups(self, experts: Sequence[int], x: Tensor) -> dict[str, dict[str, Any]]:
-        """For each name, the layers of these experts as `ops.grouped_linear` takes them, for inputs like `x`. Empty
-        unless all layers are of one kind: codes with one adapter, or with none. (torch.compile would compile again for
-        every number of tokens.)"""
-        groups: dict[str, dict[str, Any]] = {}
+    def _groups(self, experts: Sequence[int], x: Tensor) -> _Groups:
+        """The groups of these experts, for inputs like `x`. Empty unless all layers are alike: codes with one adapter,
+        or with none. (torch.compile would compile again for every number of tokens.)"""
+        groups: _Groups = {}
         if torch.compiler.is_compiling() or not experts:
             return groups
         for name in self.names:
-            layers: list[Grouped] = []
+            members: list[GroupMember] = []
             for index in experts:
                 layer = self.expert(index).get_submodule(name)
-                grouped = layer.grouped(x) if isinstance(layer, PissaLinear) else None
-                if grouped is None or (layers and grouped.key != layers[0].key):
+                member = layer.as_group_member(x) if isinstance(layer, PissaLinear) else None
+                if member is None or (members and member.key != members[0].key):
                     return {}
-                layers.append(grouped)
-            weights, scalings, a, b, a0, b0 = zip(*layers, strict=True)
+                members.append(member)
+            weights, scalings, a, b, a0, b0 = zip(*members, strict=True)
             starts = {} if a0[0] is None else {"a0": a0, "b0": b0}
             groups[name] = {"weights": weights, "a": a, "b": b, **starts, "scaling": scalings[0]}
         return groups
 
-    def _at_once(
-        self,
-        groups: dict[str, dict[str, Any]],
-        offsets: list[int],
-        hidden_states: Tensor,
-        top_k_index: Tensor,
-        top_k_weights: Tensor,
-        output: Tensor,
+    def _compute_at_once(
+        self, groups: _Groups, counts: list[int], x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, output: Tensor
     ) -> Tensor:
         """Computes what the loop over the experts adds to `output`. It is bit-identical where the bits of a row do not
         depend on the other rows. (torch's activations round the last elements of a tensor differently.)"""
         expert, pair = top_k_index.mT.flatten().sort(stable=True)
-        ends, tokens = offsets[-1], len(hidden_states)  # pairs without an expert come last
+        offsets, tokens = [0, *accumulate(counts)], len(x)
+        ends = offsets[-1]  # pairs without an expert come last
         position, token = pair[:ends] // tokens, pair[:ends] % tokens
 
-        def project(name: str, x: Tensor) -> Tensor:
-            return self._with_bias(name, expert[:ends], ops.grouped_linear(x, offsets=offsets, **groups[name]))
+        def project(name: str, inputs: Tensor) -> Tensor:
+            return self._add_bias(name, expert[:ends], ops.grouped_linear(inputs, offsets=offsets, **groups[name]))
 
-        y = self._compute(project, hidden_states[token]) * top_k_weights[token, position, None]
+        y = self._compute(project, x[token]) * top_k_weights[token, position, None]
         y = torch.cat([y, y.new_zeros(len(pair) - ends, y.shape[1])]).to(output.dtype)
         # A token's rows in ascending order are its experts in that order. On CUDA, index_add_ has no fixed order.
         rows = pair.argsort().view(-1, tokens).sort(0).values
         for part in y.index_select(0, rows.flatten()).view(*rows.shape, -1):
             output += part
-        return output.to(hidden_states.dtype)
+        return output.to(x.dtype)
 
     def fuse(self) -> nn.Module:
         """The original module, with the weights of its experts joined in one parameter each. The weights must be
@@ -175,12 +172,12 @@ class UnfusedLlama4Experts(UnfusedExperts):
     def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
         """The experts' outputs [experts * tokens, hidden] for inputs of that shape, one expert after another."""
         inputs = hidden_states.view(len(self), -1, hidden_states.shape[-1])
-        return torch.cat([self._one(index, x) for index, x in enumerate(inputs)])
-
-    def _one(self, index: int, x: Tensor) -> Tensor:
-        expert: Any = self.expert(index)
-        gate, up = expert.gate_up_proj(x).chunk(2, dim=-1)
-        return cast(Tensor, expert.down_proj(up * self.fused.act_fn(gate)))
+        outputs = []
+        for index, x in enumerate(inputs):
+            expert: Any = self.expert(index)
+            gate, up = expert.gate_up_proj(x).chunk(2, dim=-1)
+            outputs.append(expert.down_proj(up * self.fused.act_fn(gate)))
+        return torch.cat(outputs)
 
 
 def _is_llama4(fused: nn.Module) -> bool:
@@ -237,7 +234,7 @@ def _wanted(path: str, weights: list[str], config: PissaConfig) -> bool:
     probe.target_modules = {path}
     if not check_target_module_exists(probe, path):  # excluded, or in a layer that is not to be adapted
         return False
-    probe.target_modules = set(weights) if is_all_linear(config) else _with_present_names(config.target_modules)
+    probe.target_modules = set(weights) if is_all_linear(config) else _add_present_names(config.target_modules)
     is_wanted = any(check_target_module_exists(probe, f"{path}.0.{name}") for name in weights)
     if not is_wanted and any(check_target_module_exists(probe, f"{path}.{name}") for name in weights):
         raise ValueError(
@@ -247,7 +244,7 @@ def _wanted(path: str, weights: list[str], config: PissaConfig) -> bool:
     return is_wanted
 
 
-def _with_present_names(targets: Any) -> Any:
+def _add_present_names(targets: Any) -> Any:
     """Returns the targets together with their names in fused experts. A pattern stays as it is."""
     if isinstance(targets, str):
         return targets
@@ -259,12 +256,12 @@ def _with_present_names(targets: Any) -> Any:
 
 
 def _check_experts(path: str, fused: Any) -> None:
-    kind = type(fused).__name__
+    class_name = type(fused).__name__
     contract = ("num_experts", "has_gate", "has_bias", "is_transposed", "_apply_gate")
-    is_known = _is_llama4(fused) or (kind not in _OF_THEIR_OWN and all(hasattr(fused, name) for name in contract))
+    is_known = _is_llama4(fused) or (class_name not in _OF_THEIR_OWN and all(hasattr(fused, name) for name in contract))
     advice = f"leave the experts out with exclude_modules, for instance [{path.rpartition('.')[2]!r}]"
     if not is_known:
-        raise TypeError(f"{path} is a {kind}, which computes its experts in a way of its own; {advice}")
+        raise TypeError(f"{path} is a {class_name}, which computes its experts in a way of its own; {advice}")
     for name in _weight_names(fused):
         weights = fused._parameters.get(name)
         if type(weights) is not nn.Parameter or weights.dim() != 3:
@@ -293,7 +290,7 @@ def _target(unfused: dict[str, UnfusedExperts], config: PissaConfig) -> None:
             'target_modules as a list, or leave target_parameters out ("all-linear" has the experts too)'
         )
     if unfused and not isinstance(config.target_modules, str):
-        config.target_modules = _with_present_names(config.target_modules) | layers
+        config.target_modules = _add_present_names(config.target_modules) | layers
     config.target_parameters = None
 
 

@@ -49,7 +49,7 @@ def choose_layers(model: nn.Module, config: PissaConfig) -> None:
         for name, layer in model.named_modules()
         if name in names and check_target_module_exists(config, name)
     }
-    left_out, small, said = {}, {}, []
+    left_out, small, reports = {}, {}, []
     for name, layer in layers.items():
         # Packed codes have a different shape, and Conv1D has no in_features.
         side = min((layer.in_features, layer.out_features) if hasattr(layer, "in_features") else layer.weight.shape)
@@ -61,18 +61,18 @@ def choose_layers(model: nn.Module, config: PissaConfig) -> None:
             small[name] = side
     config.target_modules = names.difference(left_out)
     if small:
-        _cap_ranks(config, small)
+        _lower_ranks(config, small)
         name, side = next(iter(small.items()))
-        said.append(
+        reports.append(
             f"r={config.r} is more than the smaller side of {len(small)} of {len(layers)} layers, {name} the first; "
             f"the rank of each is that side, {side} for the first"
         )
     for why in dict.fromkeys(left_out.values()):
         first, *others = (name for name, reason in left_out.items() if reason == why)
-        said.append(f"{1 + len(others)} of {len(layers)} layers, {first} the first, are left out: {why}")
-    if said:
+        reports.append(f"{1 + len(others)} of {len(layers)} layers, {first} the first, are left out: {why}")
+    if reports:
         warnings.warn(
-            f"target_modules is 'all-linear': {'; '.join(said)}. To choose otherwise give r, rank_pattern, "
+            f"target_modules is 'all-linear': {'; '.join(reports)}. To choose otherwise give r, rank_pattern, "
             "target_modules or exclude_modules.",
             AllLinearWarning,
             stacklevel=5,  # the caller of pissa.wrap, or of add_adapter
@@ -105,7 +105,7 @@ def _is_of_its_own(layer: Any) -> bool:
     return adopt(layer) is None
 
 
-def _cap_ranks(config: PissaConfig, ranks: dict[str, int]) -> None:
+def _lower_ranks(config: PissaConfig, ranks: dict[str, int]) -> None:
     """Gives the layers these ranks, with the scaling that they would have at the configuration's own rank."""
     alphas = {}
     for name, rank in ranks.items():
@@ -150,15 +150,15 @@ def _base_for(target: nn.Module, name: str) -> Base:
         raise TypeError(f"{name} is {error}; {leave_out(name)}") from None
     if base is not None:
         return base
-    kind = f"{type(target).__module__}.{type(target).__qualname__}"
+    class_name = f"{type(target).__module__}.{type(target).__qualname__}"
     if isinstance(target, FSDPModule):
         raise TypeError(
-            f"{name} is sharded by its own fully_shard ({kind}), and PiSSA computes with its weight outside of "
+            f"{name} is sharded by its own fully_shard ({class_name}), and PiSSA computes with its weight outside of "
             f"its forward pass: call fully_shard on the blocks of the model instead, or {leave_out(name)}"
         )
     raise TypeError(
-        f"{name} is a {kind}; PiSSA adapts nn.Linear, Conv1D, nn.Embedding, nn.Conv1d to 3d, bitsandbytes' layers and "
-        f"transformers' fused experts; {leave_out(name)}"
+        f"{name} is a {class_name}; PiSSA adapts nn.Linear, Conv1D, nn.Embedding, nn.Conv1d to 3d, bitsandbytes' "
+        f"layers and transformers' fused experts; {leave_out(name)}"
     )
 
 

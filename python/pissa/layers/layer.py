@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pissa import ops
 from pissa.base.classes import base_of
 from pissa.base.init_methods import INIT_METHODS
-from pissa.base.protocol import Base, whole
+from pissa.base.protocol import Base, unshard
 from pissa.base.remembered import ResidualFingerprint, WeightFingerprint
 from pissa.base.start import Deltas, KeepsDtype, Origin, StartFactors
 from pissa.base.stored import stored_linear
@@ -224,7 +224,7 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
             return self._row_by_row(input, adapter_names)
         if self.merged:
             return cast(Tensor, call_whole(self.base_layer, input, *args, **kwargs))
-        return self.adapted(input, [name for name in self.active_adapters if name in self.r])
+        return self.compute_adapted(input, [name for name in self.active_adapters if name in self.r])
 
     def _row_by_row(self, x: Tensor, adapter_names: Sequence[str]) -> Tensor:
         names = set(adapter_names) & set(self.r)
@@ -252,7 +252,7 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
             y[rows] = self.change(y[rows], x[rows], name)
         return y
 
-    def adapted(self, x: Tensor, names: Sequence[str]) -> Tensor:
+    def compute_adapted(self, x: Tensor, names: Sequence[str]) -> Tensor:
         """The base's own output, with the same bits as in the unwrapped model, plus the changes."""
         y = cast(Tensor, self.base_layer(x))
         for name in names:
@@ -284,10 +284,10 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
         if not names:
             return
         base = self.base
-        weight = whole(base, whole_tensor(base.parameter)).matrix().float()
+        weight = unshard(base, whole_tensor(base.parameter)).matrix().float()
         for name in [*self.merged_adapters, *names]:
             weight = weight + self.delta_matrix(name)
-        merged = base.twin(weight.to(self.dense_dtype))
+        merged = base.dense_module(weight.to(self.dense_dtype))
         if is_dtensor(base.parameter):
             merged.weight = nn.Parameter(shard_as(base.parameter, cast(Tensor, merged.weight)), requires_grad=False)
         if safe_merge and not torch.isfinite(cast(Tensor, merged.weight)).all():
@@ -309,7 +309,7 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         else:
             self.unmerge()
-        return base_of(self.base_layer).restored()
+        return base_of(self.base_layer).restore_module()
 
     def _get_name(self) -> str:
         """PEFT's name for this kind of layer, used by `repr` and `get_layer_status`."""

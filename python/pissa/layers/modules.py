@@ -23,7 +23,7 @@ from pissa.layers.layer import PissaLayer
 from pissa.ops._grouped import group_key
 
 
-class Grouped(NamedTuple):
+class GroupMember(NamedTuple):
     """What `ops.grouped_linear` takes of one layer."""
 
     weight: ops.QuantizedWeight
@@ -47,7 +47,7 @@ class PissaLinear(PissaLayer, LoraLinear):  # type: ignore[misc]
     """A PissaLayer over a linear module. lora_A[adapter].weight is dA [r, in] and lora_B[adapter].weight is dB [out,
     r]. With DoRA, lora_magnitude_vector[adapter] is a Magnitude."""
 
-    def adapted(self, x: Tensor, names: Sequence[str]) -> Tensor:
+    def compute_adapted(self, x: Tensor, names: Sequence[str]) -> Tensor:
         if len(names) == 1 and not self._drops_out(names[0]):
             name, start, scaling = names[0], self.start_of(names[0]), self.scaling[names[0]]
             operand = self.base.operand_for(start, scaling, x)
@@ -55,9 +55,9 @@ class PissaLinear(PissaLayer, LoraLinear):  # type: ignore[misc]
                 da, db = self.deltas(name)
                 factors = {"a": da, "b": db, "a0": start.a0, "b0": start.b0, "scaling": scaling}
                 y = ops.linear(x, operand.weight, self.base_layer.bias, **factors, implicit=operand.implicit)
-                return self._scaled(y, name)
+                return self._rescale(y, name)
         if not any(name in self.lora_magnitude_vector for name in names):
-            return super().adapted(x, names)
+            return super().compute_adapted(x, names)
         # Composed as in PEFT: each magnitude scales the base with its own adapter's change, not with the others'.
         base = y = cast(Tensor, self.base_layer(x))
         for name in names:
@@ -69,9 +69,9 @@ class PissaLinear(PissaLayer, LoraLinear):  # type: ignore[misc]
         (da, db), start = self.deltas(adapter_name), self.start_of(adapter_name)
         x = self.lora_dropout[adapter_name](x)
         y = ops.add_low_rank(y, x, da, db, a0=start.a0, b0=start.b0, scaling=self.scaling[adapter_name])
-        return self._scaled(y, adapter_name)
+        return self._rescale(y, adapter_name)
 
-    def grouped(self, x: Tensor) -> Grouped | None:
+    def as_group_member(self, x: Tensor) -> GroupMember | None:
         """The layer as one of a group, for inputs like `x`. None if it computes anything but one product of codes and
         of one adapter's factors, or of the base alone, or if hooks are called with it. Codes that are the whole weight
         take a LoRA: its B starts at 0, so that its factors are the change."""
@@ -94,13 +94,13 @@ class PissaLinear(PissaLayer, LoraLinear):  # type: ignore[misc]
         operand = base.operand_for(start, scaling, x)
         if operand is None or isinstance(operand.weight, Tensor) or base.bias is not None:
             return None
-        return Grouped(operand.weight, scaling, *factors)
+        return GroupMember(operand.weight, scaling, *factors)
 
     def _drops_out(self, adapter_name: str) -> bool:
         dropout = self.lora_dropout[adapter_name]
         return isinstance(dropout, nn.Dropout) and dropout.training
 
-    def _scaled(self, y: Tensor, name: str) -> Tensor:
+    def _rescale(self, y: Tensor, name: str) -> Tensor:
         """Returns `y`, the output of the base and only this adapter, scaled by DoRA. Where the scale is 1, it has y's
         bits."""
         if name not in self.lora_magnitude_vector:
@@ -134,8 +134,8 @@ class PissaEmbedding(PissaLayer, LoraEmbedding):  # type: ignore[misc]
 
     def change(self, y: Tensor, x: Tensor, adapter_name: str) -> Tensor:
         (da, db), start = self.deltas(adapter_name), self.start_of(adapter_name)
-        looked_up = F.embedding(x, da.mT, padding_idx=self.base_layer.padding_idx).float()  # no gradient for that row
-        change = (F.embedding(x, start.a0.mT) + looked_up) @ db.float().mT + looked_up @ start.b0.mT
+        rows_of_a = F.embedding(x, da.mT, padding_idx=self.base_layer.padding_idx).float()  # no gradient for that row
+        change = (F.embedding(x, start.a0.mT) + rows_of_a) @ db.float().mT + rows_of_a @ start.b0.mT
         # Gemma's and BART's embeddings multiply the rows that they look up by a scale.
         scale: float | Tensor = self.scaling[adapter_name] * getattr(self.base_layer, "embed_scale", 1.0)
         return y + (scale * change).to(y.dtype)
@@ -167,14 +167,14 @@ class PissaConvolution(PissaLayer):
         (da, db), start = (delta.float() for delta in self.deltas(adapter_name)), self.start_of(adapter_name)
         x = self.lora_dropout[adapter_name](x).float()
         base, point = self.base_layer, self.lora_B[adapter_name]
-        moved = _filtered(base, x, da)
-        change = _filtered(point, _filtered(base, x, start.a0) + moved, db) + _filtered(point, moved, start.b0)
+        of_da = _filter(base, x, da)
+        change = _filter(point, _filter(base, x, start.a0) + of_da, db) + _filter(point, of_da, start.b0)
         scaling: float = self.scaling[adapter_name]
         return y + (scaling * change).to(y.dtype)
 
 
-def _filtered(convolution: Any, x: Tensor, filters: Tensor) -> Tensor:
-    """The output of the convolution with the rows of `filters` instead of its own, and without a bias."""
+def _filter(convolution: Any, x: Tensor, filters: Tensor) -> Tensor:
+    """Returns the output of the convolution with the rows of `filters` instead of its own, and without a bias."""
     filters = filters.reshape(-1, *convolution.weight.shape[1:])
     return cast(Tensor, convolution._conv_forward(x, filters, None))
 

@@ -30,20 +30,20 @@ class TrainableTokensLayer(PeftTokensLayer):  # type: ignore[misc]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Writes the rows of those adapters that train tokens into the weight, in place."""
-        super().merge(safe_merge=safe_merge, adapter_names=_training(self, adapter_names))
+        super().merge(safe_merge=safe_merge, adapter_names=_names_that_train(self, adapter_names))
 
     def unmerge(self) -> None:
         """Restores the base's rows, bit for bit."""
         if self.merged:
             super().unmerge()
 
-    def unmerged(self, weight: Tensor) -> Tensor:
-        """`weight`, the layer's own, without the rows of merged adapters."""
+    def unmerge_weight(self, weight: Tensor) -> Tensor:
+        """Returns `weight`, the layer's own, without the rows of merged adapters."""
         for name in self.merged_adapters:
             weight = weight.index_copy(0, *self._rows(name, weight))
         return weight
 
-    def learn_originals(self) -> None:
+    def store_originals(self) -> None:
         """Stores the current rows of the layer's weight. No adapter may be merged into it."""
         for name, originals in self.trainable_tokens_original.items():
             index, _ = self._rows(name, originals)
@@ -128,7 +128,7 @@ def check_tokens_can_be_merged(model: nn.Module, adapter_names: list[str] | None
     adapters train the same token, or a weight is shared with a layer that trains other tokens or none."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, TrainableTokensLayer)}
     for name, layer in layers.items():
-        merging = _training(layer, adapter_names)
+        merging = _names_that_train(layer, adapter_names)
         seen: set[int] = set()
         for adapter in dict.fromkeys([*layer.merged_adapters, *merging]):
             if both := seen.intersection(layer.token_indices[adapter]):
@@ -138,7 +138,7 @@ def check_tokens_can_be_merged(model: nn.Module, adapter_names: list[str] | None
                 )
             seen.update(layer.token_indices[adapter])
         rows = layer.trainable_tokens_delta  # shared by the layers that PEFT has tied
-        alike = {one.base_layer for one in layers.values() if one.trainable_tokens_delta is rows}
+        alike = {tied.base_layer for tied in layers.values() if tied.trainable_tokens_delta is rows}
         for other, module in model.named_modules() if _changes(layer, merging) else ():
             shares_weight = any(tensor is layer.base_layer.weight for tensor in module._parameters.values())
             if shares_weight and module not in alike:
@@ -150,7 +150,7 @@ def check_tokens_can_be_merged(model: nn.Module, adapter_names: list[str] | None
                 )
 
 
-def _training(layer: PeftTokensLayer, adapter_names: Iterable[str] | None) -> list[str]:
+def _names_that_train(layer: PeftTokensLayer, adapter_names: Iterable[str] | None) -> list[str]:
     """Those of the given adapters, or of the active ones, that train tokens of the layer."""
     names = layer.active_adapters if adapter_names is None else adapter_names
     return [name for name in names if name in layer.trainable_tokens_delta]

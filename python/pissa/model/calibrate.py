@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pissa import ops
-from pissa.base.classes import evaluating
+from pissa.base.classes import set_evaluation_mode
 from pissa.config import PissaConfig
 from pissa.layers.layer import pissa_layers
 from pissa.layers.modules import PissaLinear
@@ -170,7 +170,7 @@ def _observe_inputs(wrapped: PeftModel, diagonal: bool = False) -> Iterator[_Obs
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     wrapped.base_model.disable_adapter_layers()
     try:
-        evaluating(model)
+        set_evaluation_mode(model)
         yield observer
     finally:
         wrapped.base_model.enable_adapter_layers()

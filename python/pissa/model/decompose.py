@@ -19,7 +19,7 @@ from pissa import distributed
 from pissa.adapters.peft_layout import check_uniform
 from pissa.base.digest import fingerprint, xxh3_of_text
 from pissa.base.init_methods import INIT_METHODS, StartTask, started
-from pissa.base.protocol import Base, whole
+from pissa.base.protocol import Base, unshard
 from pissa.base.remembered import ResidualFingerprint
 from pissa.base.start import Origin, StartFactors
 from pissa.base.stored import ResidualCheck, residual_from, residual_shapes, residual_tensors
@@ -339,7 +339,7 @@ def own_groups(layers: dict[str, PissaLayer]) -> Iterator[dict[str, Base]]:
         gathered: dict[str, Base] = {}
         for owner, group in enumerate(together):
             for name, layer in group.items():
-                base = whole(layer.base, distributed.whole_tensor(layer.base.parameter))
+                base = unshard(layer.base, distributed.whole_tensor(layer.base.parameter))
                 if owner == distributed.rank():
                     gathered[name] = base
                 del base

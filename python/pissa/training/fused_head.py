@@ -16,7 +16,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import ModelOutput
 
 from pissa import ops
-from pissa.base.classes import evaluating, frozen_product
+from pissa.base.classes import frozen_product, set_evaluation_mode
 from pissa.base.forwards import replace_forward
 from pissa.distributed import is_partitioned
 from pissa.ops import TokenScores
@@ -159,7 +159,7 @@ def _backbone(model: Any) -> nn.Module:
 def _tried(model: nn.Module) -> Iterator[None]:
     """Sets evaluation mode without gradients for the block, and restores torch's generators after it."""
     modes = [(module, module.training) for module in model.modules()]
-    evaluating(model)
+    set_evaluation_mode(model)
     try:
         with torch.no_grad(), torch.random.fork_rng():
             yield

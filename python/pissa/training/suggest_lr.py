@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
-from pissa.base.classes import evaluating
+from pissa.base.classes import set_evaluation_mode
 from pissa.config import PissaConfig
 from pissa.distributed import agree, failing_together, is_sharded
 from pissa.ops.checks import check_choice
@@ -154,7 +154,7 @@ class _Trial:
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-        evaluating(self._model)
+        set_evaluation_mode(self._model)
         with torch.no_grad():
             left = mean(self._loss(self._model, batch).item() for batch in self.unseen)
         left = float(mean(agree(left)))

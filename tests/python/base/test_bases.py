@@ -254,7 +254,7 @@ def test_where_a_module_computes() -> None:
     assert layer.weight.is_meta
     assert base_of(layer).device == torch.device("cpu")
     assert not base_of(layer).matrix().is_meta
-    twin = base_of(layer).twin(torch.ones(2, 3))
+    twin = base_of(layer).dense_module(torch.ones(2, 3))
     assert is_offloaded(twin)
     assert torch.equal(twin(torch.ones(3)), 3 + layer._hf_hook.weights_map["bias"])
     assert layer.weight.is_meta

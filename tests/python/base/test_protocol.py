@@ -97,7 +97,7 @@ def test_the_matrix_is_of_the_function(name: str) -> None:
 def test_a_twin_is_a_dense_module_of_its_kind_over_another_matrix(name: str) -> None:
     base = BASES[name]()
     matrix = put(torch.randn(OUT, IN, generator=torch.Generator().manual_seed(2)))
-    twin = base_of(base.twin(matrix))
+    twin = base_of(base.dense_module(matrix))
     assert torch.equal(twin.matrix().detach(), matrix)
     assert (twin.module_class, twin.form, twin.is_quantised) == (base.module_class, IMPLICIT, False)
     assert type(twin.module) is base.dense_type
@@ -113,7 +113,7 @@ def test_a_twin_is_a_dense_module_of_its_kind_over_another_matrix(name: str) -> 
 @bases
 def test_what_is_restored_computes_the_same(name: str) -> None:
     base = BASES[name]()
-    restored = base.restored()
+    restored = base.restore_module()
     found, expected = output(base, restored), output(base, base.module)
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
     assert (restored is base.module) == (base.start is None and "4 bits" not in name)
@@ -128,7 +128,7 @@ def test_the_form_agrees_with_what_is_kept(name: str) -> None:
     shown = base.shown_weight(torch.bfloat16)
     assert shown is base.parameter or torch.equal(shown, base.matrix().to(torch.bfloat16))
     if name not in ("offloaded", "8 bits of bitsandbytes"):  # the one has no weight here, the other scales beside it
-        other = base.holding(base.parameter.detach().clone())
+        other = base.with_parameter(base.parameter.detach().clone())
         assert torch.equal(other.matrix(), base.matrix())
         assert other.parameter is not base.parameter
 

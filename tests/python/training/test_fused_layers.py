@@ -316,7 +316,7 @@ def test_a_dense_layer_is_one_product_with_its_adapter(dtype: torch.dtype, monke
         assert torch.equal(layer(x), found)
         assert calls == [False]  # the base's own
         handle.remove()
-    for copied in (layer.base.twin(layer.base_layer.weight), pickle.loads(pickle.dumps(layer.base_layer))):
+    for copied in (layer.base.dense_module(layer.base_layer.weight), pickle.loads(pickle.dumps(layer.base_layer))):
         calls.clear()
         copied(x)
         assert not calls
