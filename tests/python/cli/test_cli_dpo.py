@@ -106,10 +106,10 @@ def test_a_tokenizer_without_a_template_has_the_alpaca_prompt(base: Path, data: 
     from pissa.cli.training import DPO
 
     tokenizer = AutoTokenizer.from_pretrained(base)
-    rows, _ = DPO.rows(str(data), 0, tokenizer, 100)
+    rows, _ = DPO.rows(str(data), tokenizer, 100)
     assert rows[0]["prompt"] == [{"role": "user", "content": "0+1"}]
     tokenizer.chat_template = None
-    rows, _ = DPO.rows(str(data), 0, tokenizer, 100)
+    rows, _ = DPO.rows(str(data), tokenizer, 100)
     assert rows[0]["prompt"].endswith("### Instruction:\n0+1\n\n### Response:")
     assert (rows[0]["chosen"], rows[0]["rejected"]) == ("1</s>", "no</s>")
 

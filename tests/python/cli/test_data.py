@@ -62,13 +62,13 @@ def chat_tokenizer(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_every_form_of_a_record_is_the_same_chat(record: dict[str, Any], tmp_path: Path) -> None:
     lines = file(tmp_path, "\n" + json.dumps(record) + "\n\n" + json.dumps(record))
     listed = file(tmp_path, json.dumps([record, record], indent=1), "data.json")
-    assert read_chats(lines, 0) == [Chat(f"{lines}:2", TURNS), Chat(f"{lines}:4", TURNS)]
-    assert read_chats(listed, 0) == [Chat(f"{listed}: record 1", TURNS), Chat(f"{listed}: record 2", TURNS)]
+    assert read_chats(lines) == [Chat(f"{lines}:2", TURNS), Chat(f"{lines}:4", TURNS)]
+    assert read_chats(listed) == [Chat(f"{listed}: record 1", TURNS), Chat(f"{listed}: record 2", TURNS)]
 
 
 def test_a_line_ends_at_a_line_feed_only(tmp_path: Path) -> None:
     lines = file(tmp_path, '{"question": "a\u2028b", "answer": "c\u0085d"}\r\n')
-    assert read_chats(lines, 0)[0].messages[0]["content"] == "a\u2028b"
+    assert read_chats(lines)[0].messages[0]["content"] == "a\u2028b"
 
 
 GOOD = '{"question": "q", "answer": "a"}\n'
@@ -96,7 +96,7 @@ GOOD = '{"question": "q", "answer": "a"}\n'
 def test_a_bad_line_is_refused_by_file_and_number(line: str, found: str, allowed: str, tmp_path: Path) -> None:
     path = file(tmp_path, GOOD + GOOD + line + "\n" + GOOD)
     with pytest.raises(UserError) as refusal:
-        read_chats(path, 0)
+        read_chats(path)
     message = str(refusal.value)
     assert message.startswith(f"{path}:3: ")
     assert found in message
@@ -117,7 +117,7 @@ def test_a_bad_line_is_refused_by_file_and_number(line: str, found: str, allowed
 )
 def test_a_bad_file_is_refused(name: str, text: str, found: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"needed|allowed") as refusal:
-        read_chats(file(tmp_path, text, name), 0)
+        read_chats(file(tmp_path, text, name))
     assert found in str(refusal.value)
 
 
@@ -129,27 +129,8 @@ def test_what_is_no_text_file_is_refused(tmp_path: Path) -> None:
         (tmp_path / "x", "no such file"),
     ):
         with pytest.raises(UserError, match="allowed") as refusal:
-            read_chats(str(source), 0)
+            read_chats(str(source))
         assert found in str(refusal.value)
-
-
-def test_gsm_symbolic_ends_with_the_number_and_follows_the_seed() -> None:
-    pytest.importorskip("reasoning_gym", reason="the package reasoning-gym is not installed")
-    records = read_chats("gsm-symbolic", 3)
-    assert len(records) == 2000
-    assert records == read_chats("gsm-symbolic", 3)
-    assert records != read_chats("gsm-symbolic", 4)
-    for record in records:
-        *work, last = record.messages[-1]["content"].split("\n")
-        assert last.startswith("#### ")
-        assert work
-        assert "####" not in "".join(work)
-
-
-def test_a_missing_package_is_named_with_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"reasoning_gym.*`pip install reasoning-gym`"):
-        read_chats("gsm-symbolic", 0)
 
 
 # ---- Tokens ----

