@@ -136,7 +136,7 @@ def _settle(ours: Any, training: Any, mixture: Any) -> tuple[pissa.PissaConfig, 
             raise UserError(f"--{name} is missing; needed: --model, --data and --out")
     name, out = ours.model_name_or_path, Path(training.output_dir)
     with told(OSError, ValueError, before=f"--model {name}: "):
-        found = ModelFolder.find(name, ours.model_revision)
+        found = ModelFolder.open(name, ours.model_revision)
         found.require(*(contents for contents in Contents if contents is not Contents.PEFT_RESIDUAL))
         is_residual = found.contents is Contents.RESIDUAL
         split = AdapterRecord.read(found.folder / PISSA_RECORD).config if is_residual else None

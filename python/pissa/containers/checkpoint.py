@@ -11,7 +11,7 @@ from contextlib import suppress
 from enum import Enum
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +67,9 @@ _INSTEAD = {
 }
 
 
+Opened = TypeVar("Opened", bound="ModelFolder")
+
+
 class ModelFolder:
     """A model's folder, and what it contains, without its weights."""
 
@@ -82,15 +85,18 @@ class ModelFolder:
         self.quant_method: str | None = self.quantization.get("quant_method")
         self.contents = self._contents()
 
-    @staticmethod
-    def find(name: Name, revision: str | None = None) -> ModelFolder:
-        """Finds a model: `name` is its folder, or its name on the Hub, from which all but the weights is downloaded.
+    files_of = staticmethod(model_files)
+    """Downloads the files that are read, and returns their folder."""
+
+    @classmethod
+    def open(cls: type[Opened], name: Name, revision: str | None = None) -> Opened:
+        """Opens the model in a folder, or the one of that name on the Hub, whose files are downloaded first.
 
         Raises:
-            ValueError: there is none, or its config.json cannot be read.
+            ValueError: there is none, or a file cannot be read. The message names it.
         """
-        folder = model_files(name, revision)
-        return ModelFolder(folder, None if folder == Path(name) else str(name))
+        folder = cls.files_of(name, revision)
+        return cls(folder, None if folder == Path(name) else str(name))
 
     def require(self, *allowed: Contents) -> None:
         """Raises ValueError, saying what to do instead, unless the folder contains one of these."""
@@ -115,6 +121,8 @@ class Checkpoint(ModelFolder):
     """A model's folder with its weights, mapped, by the names and in the shapes of the dense model. A weight in codes
     is decoded when it is read; `coded` has the codes."""
 
+    files_of = staticmethod(weight_files)
+
     def __init__(self, folder: Path, name: str | None = None) -> None:
         self.stored = Source(folder)
         """The tensors as they are stored."""
@@ -133,16 +141,6 @@ class Checkpoint(ModelFolder):
         hidden |= set(self.input_scales)
         self.names = [first.get(tensor, tensor) for tensor in self.stored.names if tensor not in hidden]
         """The names of all tensors, file by file, in the order of their positions."""
-
-    @staticmethod
-    def open(name: Name, revision: str | None = None) -> Checkpoint:
-        """Opens the model in a folder, or the one of that name on the Hub, whose files are downloaded first.
-
-        Raises:
-            ValueError: there is none, or a file cannot be read. The message names it.
-        """
-        folder = weight_files(name, revision)
-        return Checkpoint(folder, None if folder == Path(name) else str(name))
 
     # -- tensors by name
 

@@ -31,7 +31,7 @@ def config_of(folder: Path) -> dict[str, Any]:
 
 
 def test_a_folder_says_what_it_contains(base: Path, tmp_path: Path) -> None:
-    assert ModelFolder.find(base).contents is Contents.DENSE
+    assert ModelFolder.open(base).contents is Contents.DENSE
     four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     AutoModelForCausalLM.from_pretrained(base, quantization_config=four_bits).save_pretrained(tmp_path / "packed")
     packed, dense = Checkpoint.open(tmp_path / "packed"), Checkpoint.open(base)
@@ -40,12 +40,12 @@ def test_a_folder_says_what_it_contains(base: Path, tmp_path: Path) -> None:
     assert all(packed.entry(name)[:2] == dense.entry(name)[:2] for name in dense.names)
     assert packed.coded.keys() == {f"{name}.weight" for name in packed.coded_layers}
     init(base, tmp_path / "split", pissa.PissaConfig(r=4))
-    assert ModelFolder.find(tmp_path / "split").contents is Contents.RESIDUAL
+    assert ModelFolder.open(tmp_path / "split").contents is Contents.RESIDUAL
     (tmp_path / "split" / "pissa.json").unlink()
-    assert ModelFolder.find(tmp_path / "split").contents is Contents.RESIDUAL
+    assert ModelFolder.open(tmp_path / "split").contents is Contents.RESIDUAL
     config = {name: value for name, value in config_of(tmp_path / "split").items() if name != RESIDUAL_KEY}
     (tmp_path / "split" / "config.json").write_text(json.dumps(config))  # as the paper's authors publish theirs
-    assert ModelFolder.find(tmp_path / "split").contents is Contents.PEFT_RESIDUAL
+    assert ModelFolder.open(tmp_path / "split").contents is Contents.PEFT_RESIDUAL
     with pytest.raises(
         ValueError, match=r"a residual, whose initial adapter is in pissa_init; .*subfolder='pissa_init'"
     ):

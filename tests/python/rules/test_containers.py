@@ -44,7 +44,7 @@ def test_one_module_asks_what_a_folder_is() -> None:
         for line, what in asked(path.read_text())
         if what not in ALLOWED.get(name, ())
     ]
-    assert not elsewhere, f"ask ModelFolder.find(name).contents, or open_adapter(folder), instead of: {elsewhere}"
+    assert not elsewhere, f"ask ModelFolder.open(name).contents, or open_adapter(folder), instead of: {elsewhere}"
 
 
 @pytest.mark.parametrize(
