@@ -37,7 +37,7 @@ from pissa.base.stored import residuals_of
 from pissa.checkpoints.load import mapped_model
 from pissa.checkpoints.output import Output
 from pissa.checkpoints.rewrite import (
-    Layer,
+    LayerPlan,
     Plan,
     Result,
     Rewrite,
@@ -67,7 +67,7 @@ DENSE = "dense"
 
 
 @dataclass(frozen=True, kw_only=True)
-class SplitLayer(Layer):
+class SplitLayer(LayerPlan):
     """A layer that is split."""
 
     config: PissaConfig

@@ -310,8 +310,8 @@ def _fill_split(model: nn.Module, checkpoint: Checkpoint, split: AdapterRecord, 
                 raise ValueError(
                     f"its weight is {list(residual.shape)} in the folder and {list(layer.matrix_shape)} in the model"
                 )
-            found = match(record.stored, *residual_tensors(residual).values())
-            if found is Match.OTHER:
+            comparison = match(record.stored, *residual_tensors(residual).values())
+            if comparison is Match.OTHER:
                 raise ValueError(
                     f"its residual does not have the fingerprint in {folder / PISSA_RECORD}: a file is "
                     "damaged, or belongs to another folder"
@@ -326,7 +326,7 @@ def _fill_split(model: nn.Module, checkpoint: Checkpoint, split: AdapterRecord, 
         layer.weight_fingerprint.remember(layer.base, record.weight)
         layer.store_base(residual, start, config)
         layer.base_layer.is_in_checkpoint = True
-        if found is Match.ROUNDED:
+        if comparison is Match.ROUNDED:
             narrower[name] = layer.dense_dtype, dtype_of(str(record.stored))
         else:
             layer.residual_fingerprint.remember(layer.base, str(record.stored))

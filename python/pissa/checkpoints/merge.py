@@ -26,7 +26,7 @@ from pissa.checkpoints.load import of_layer
 from pissa.checkpoints.output import Output
 from pissa.checkpoints.rewrite import (
     MODELOPT_CONFIG,
-    Layer,
+    LayerPlan,
     Plan,
     Result,
     Rewrite,
@@ -36,7 +36,7 @@ from pissa.checkpoints.rewrite import (
     matrix_shape,
     square,
 )
-from pissa.checkpoints.trained import Adapter, read_adapter
+from pissa.checkpoints.trained import TrainedWeights, read_adapter
 from pissa.config import IMPLICIT, Form
 from pissa.containers.checkpoint import READ, Checkpoint, Contents
 from pissa.containers.messages import shown
@@ -92,7 +92,7 @@ class UnitPlanner:
             )
         return Unit(factors.target, layers, factors)
 
-    def _adapted(self, factors: LoraFactors) -> Layer:
+    def _adapted(self, factors: LoraFactors) -> LayerPlan:
         """The layer for factors that do not belong to fused experts."""
         name = factors.layers[0]
         module = self._module(name)
@@ -116,7 +116,7 @@ class UnitPlanner:
         layer = self.layer(name, module_class in (Conv1D, nn.Embedding), module.weight.dim())
         return replace(layer, own_key=key if key in self.adapter.other_keys else None)
 
-    def _experts(self, factors: LoraFactors) -> tuple[Layer, ...]:
+    def _experts(self, factors: LoraFactors) -> tuple[LayerPlan, ...]:
         key, (path, _, leaf) = factors.target, factors.target.rpartition(".")
         module = self._module(path)
         weights = getattr(module, leaf, None)
@@ -129,15 +129,15 @@ class UnitPlanner:
             layers = self.source.layers_of(key)
         mirrored = is_mirrored(module)
         return tuple(
-            Layer(name, parts, *matrix_shape(name, parts, self.source), is_expert=True, mirrored=mirrored)
+            LayerPlan(name, parts, *matrix_shape(name, parts, self.source), is_expert=True, mirrored=mirrored)
             for name, parts in layers.items()
         )
 
-    def layer(self, name: str, transposed: bool = False, dimensions: int = 2) -> Layer:
+    def layer(self, name: str, transposed: bool = False, dimensions: int = 2) -> LayerPlan:
         """A layer whose weight has that number of dimensions; its matrix is [in, out] if `transposed`."""
         with of_layer(name, self.source.folder):
             parts = self.source.parts_of(f"{name}.weight", transposed)
-            return Layer(name, parts, *matrix_shape(name, parts, self.source, dimensions), transposed=transposed)
+            return LayerPlan(name, parts, *matrix_shape(name, parts, self.source, dimensions), transposed=transposed)
 
     def _module(self, name: str) -> Any:
         try:
@@ -307,7 +307,7 @@ def merge(
 class _Merge(Rewrite):
     command = "merge"
 
-    def __init__(self, plan: Plan, adapter: Adapter, form: Form, target: Path) -> None:
+    def __init__(self, plan: Plan, adapter: TrainedWeights, form: Form, target: Path) -> None:
         super().__init__(plan, target)
         self.adapter, self.form = adapter, form
 
@@ -321,11 +321,11 @@ class _Merge(Rewrite):
             else:
                 out.write(self.file_of(unit.tensor), unit.tensor, self._trained_tensor(unit.tensor, unit.key, unit))
             return {unit.name: {}}
-        layers = self.adapter.trained(unit)
+        layers = self.adapter.read_trained(unit)
         sums = ({"change": change, **self.write_sum(out, layer, weight)} for layer, weight, change in layers)
         return {unit.name: add_up(sums)}
 
-    def write_sum(self, out: Output, layer: Layer, weight: Tensor) -> dict[str, float]:
+    def write_sum(self, out: Output, layer: LayerPlan, weight: Tensor) -> dict[str, float]:
         """Writes a layer. "error_squared" is ‖Q - W'‖², and "norm_squared" is ‖W'‖²."""
         dense, form = weight.to(layer.dtype), layer.form
         new: Tensor | ops.QuantizedWeight = dense
@@ -353,7 +353,7 @@ class _Merge(Rewrite):
 class _MergeSame(_Merge):
     """Merges into the layout of a checkpoint that was released in codes: new codes, under the existing scales."""
 
-    def __init__(self, plan: Plan, adapter: Adapter, form: Form, target: Path) -> None:
+    def __init__(self, plan: Plan, adapter: TrainedWeights, form: Form, target: Path) -> None:
         if plan.source.contents is not Contents.RELEASED:
             raise ValueError(
                 f'quant: got "same", and {plan.source.folder} is not in codes of a released model: leave it out'
@@ -368,7 +368,7 @@ class _MergeSame(_Merge):
     def identity(self) -> dict[str, Any]:
         return super().identity() | {"form": SAME}
 
-    def write_sum(self, out: Output, layer: Layer, weight: Tensor) -> dict[str, float]:
+    def write_sum(self, out: Output, layer: LayerPlan, weight: Tensor) -> dict[str, float]:
         """As for a dense base. "kept" is <Q - W, change>, and "moved" is ‖Q - W‖²."""
         if layer.parts[0].tensor not in self.plan.kept:
             return super().write_sum(out, layer, weight)

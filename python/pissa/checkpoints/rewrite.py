@@ -38,8 +38,8 @@ _Tensors = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
 @dataclass(frozen=True)
-class Layer:
-    """A layer of a checkpoint that is rewritten."""
+class LayerPlan:
+    """How a layer of a checkpoint is rewritten."""
 
     name: str
     """The name in the model. Each matrix of fused experts is a layer."""
@@ -91,7 +91,7 @@ class Unit(NamedTuple):
     """What is processed and recorded together: all layers of a factor pair, a layer without any, or another tensor."""
 
     name: str
-    layers: tuple[Layer, ...] = ()
+    layers: tuple[LayerPlan, ...] = ()
     factors: FactorTensors | None = None
     tensor: str | None = None
     """The other tensor. It is copied unless there is a key."""
@@ -141,7 +141,7 @@ class Plan:
         places = {name: number for number, name in enumerate(names)}
         self.units = sorted(units, key=lambda unit: min(places[tensor] for tensor in unit.tensors))
         """The units in the order of the files, including one for each tensor that is copied."""
-        self.layers: Mapping[str, Layer] = {layer.name: layer for unit in self.units for layer in unit.layers}
+        self.layers: Mapping[str, LayerPlan] = {layer.name: layer for unit in self.units for layer in unit.layers}
         """All layers, by name."""
         self.packed = [layer for layer in self.layers.values() if layer.is_packed]
         """The layers that are written in codes."""
@@ -392,7 +392,7 @@ class Rewrite(ABC):
             **{f"source {name}": value for name, value in self.source.stored.identity().items()},
         }
 
-    def write_layer(self, out: Output, layer: Layer, weight: Tensor | ops.QuantizedWeight) -> None:
+    def write_layer(self, out: Output, layer: LayerPlan, weight: Tensor | ops.QuantizedWeight) -> None:
         """Writes the matrix [out, in] of a layer: codes as bitsandbytes' entries, a dense matrix in place of its parts
         or of codes."""
         if isinstance(weight, ops.QuantizedWeight):

@@ -16,7 +16,7 @@ from pissa.adapters.restore import base_doubts
 from pissa.base.digest import Match, dtype_of, is_fingerprint, match
 from pissa.base.start import Served
 from pissa.base.stored import residual_tensors, residuals_of, stored_linear
-from pissa.checkpoints.rewrite import Layer, Unit
+from pissa.checkpoints.rewrite import LayerPlan, Unit
 from pissa.config import IMPLICIT
 from pissa.containers.checkpoint import INITIAL_FOLDER, Checkpoint, Contents
 from pissa.containers.coded_weights import BitsandbytesWeight
@@ -33,7 +33,7 @@ BaseFunction = tuple[Tensor, Callable[[Tensor], Tensor]]
 """The weight of a base in float32, which the caller owns, and x Wᵀ."""
 
 
-class Adapter:
+class TrainedWeights:
     """An adapter in a folder, for the layers of a checkpoint."""
 
     def __init__(self, lora: PlainLora, source: Checkpoint) -> None:
@@ -46,18 +46,18 @@ class Adapter:
         for layer, (a, b) in zip(unit.layers, self.lora.matrices(unit.name), strict=True):
             yield (b.mT.float(), a.mT.float()) if layer.mirrored else (a.float(), b.float())
 
-    def scaling(self, layer: Layer, target: str) -> float:
+    def scaling(self, layer: LayerPlan, target: str) -> float:
         """The factor by which their product is multiplied."""
         return self.folder.factors[target].scaling
 
-    def base(self, layer: Layer, weight: Weight) -> BaseFunction:
+    def base(self, layer: LayerPlan, weight: Weight) -> BaseFunction:
         """The base function."""
         return _dense(weight)
 
-    def lengths(self, layer: Layer, weight: Tensor) -> Tensor:
+    def lengths(self, layer: LayerPlan, weight: Tensor) -> Tensor:
         """With DoRA, the lengths of the base's rows."""
-        found: Tensor = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)
-        return found
+        lengths: Tensor = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)
+        return lengths
 
     def doubts(self) -> list[PissaWarning]:
         """Warnings about the weights, after all of them have been read."""
@@ -65,14 +65,14 @@ class Adapter:
 
     def states(self) -> dict[str, str]:
         """The state of its files, for the identity of a run."""
-        found = {}
+        states = {}
         for what, folder in {"adapter": self.folder, "initial": self.lora.initial}.items():
             for path in [] if folder is None else sorted(folder.path.iterdir()):
                 if path.suffix in (".json", ".safetensors"):
-                    found[f"{what} {path.name}"] = f"{path.stat().st_size} bytes, {path.stat().st_mtime_ns} ns"
-        return found
+                    states[f"{what} {path.name}"] = f"{path.stat().st_size} bytes, {path.stat().st_mtime_ns} ns"
+        return states
 
-    def trained(self, unit: Unit) -> Iterator[tuple[Layer, Tensor, float]]:
+    def read_trained(self, unit: Unit) -> Iterator[tuple[LayerPlan, Tensor, float]]:
         """Yields the layers of a unit, one at a time, each with its trained weight, float32 [out, in], which the caller
         owns, and ‖change‖². Without gradients."""
         factors = itertools.repeat(None) if unit.factors is None else self.factors(unit)
@@ -85,9 +85,9 @@ class Adapter:
             if layer.own_key is not None:
                 own = self.lora.own_weight(target, self.lora.starts(target)).to(layer.dtype)
                 weight = own.mT if layer.transposed else own.flatten(1)
-            yield layer, *self._trained(layer, target, weight, a.contiguous(), b.contiguous())
+            yield layer, *self._add_change(layer, target, weight, a.contiguous(), b.contiguous())
 
-    def _trained(self, layer: Layer, target: str, weight: Weight, a: Tensor, b: Tensor) -> tuple[Tensor, float]:
+    def _add_change(self, layer: LayerPlan, target: str, weight: Weight, a: Tensor, b: Tensor) -> tuple[Tensor, float]:
         (base, product), scaling = self.base(layer, weight), self.scaling(layer, target)
         delta = (b @ a).mul_(scaling)  # as PissaLayer.delta_matrix rounds it
         if self.folder.config["use_dora"]:
@@ -102,7 +102,7 @@ class Adapter:
         return base.add_(delta), change
 
 
-class Ours(Adapter):
+class Ours(TrainedWeights):
     """An adapter of pissa, with the base function on which it was trained. A stored residual is computed again, or is
     the checkpoint's own if that contains residuals of these layers."""
 
@@ -126,64 +126,64 @@ class Ours(Adapter):
                     "give the unmodified base"
                 )
 
-    def scaling(self, layer: Layer, target: str) -> float:
+    def scaling(self, layer: LayerPlan, target: str) -> float:
         return self.records[layer.name].scaling
 
-    def lengths(self, layer: Layer, weight: Tensor) -> Tensor:
+    def lengths(self, layer: LayerPlan, weight: Tensor) -> Tensor:
         return self._files.tensors.read(f"{layer.name}.norm")
 
     def factors(self, unit: Unit) -> Iterator[Matrices]:
         for layer in unit.layers:
-            found = self._files.read_layer(layer.name)
-            yield found.start.factors_of_change(found.deltas)
+            tensors = self._files.read_layer(layer.name)
+            yield tensors.start.factors_of_change(tensors.deltas)
 
     def factors_on_residual(self, name: str) -> Matrices:
         """The factors of a plain LoRA on the residual of a layer."""
-        found = self._files.read_layer(name)
-        return Served.of(found.start, self.records[name].scaling, found.base).factors(found.deltas)
+        tensors = self._files.read_layer(name)
+        return Served.of(tensors.start, self.records[name].scaling, tensors.base).factors(tensors.deltas)
 
-    def base(self, layer: Layer, weight: Weight) -> BaseFunction:
+    def base(self, layer: LayerPlan, weight: Weight) -> BaseFunction:
         record = self.records[layer.name]
         if record.form == IMPLICIT:
-            return _dense(self._as_trained(layer, weight))
+            return _dense(self._cast_as_trained(layer, weight))
         residual = self.residual(layer, weight)
         stored = stored_linear(residual, self._files.read_layer(layer.name).base)
         return stored.matrix(), stored.product
 
-    def residual(self, layer: Layer, weight: Weight) -> Weight:
+    def residual(self, layer: LayerPlan, weight: Weight) -> Weight:
         """The residual on which a layer with a stored base was trained, computed from `weight`, its matrix in the
         checkpoint."""
         name, record = layer.name, self.records[layer.name]
         if name in self._residuals:
             if not is_fingerprint(record.stored, *residual_tensors(weight).values()):
-                raise ValueError(self._another(layer, "residual"))
+                raise ValueError(self._other_base(layer, "residual"))
             return weight
         saved = self._files.read_stored(name, layer.shape, torch.device("cpu"))
         if saved is not None:
             return saved
         self._files.check_codes(name)
-        known = self._as_trained(layer, weight)
+        known = self._cast_as_trained(layer, weight)
         dense = ops.dequantize(known) if isinstance(known, QuantizedWeight) else known
         [residual] = residuals_of([dense], [self._files.read_layer(name).base], record.form, [name])
         if not is_fingerprint(record.stored, *residual_tensors(residual).values()):
             self._other_bits.append(name)
         return residual
 
-    def _as_trained(self, layer: Layer, weight: Weight) -> Weight:
+    def _cast_as_trained(self, layer: LayerPlan, weight: Weight) -> Weight:
         """The weight as in the training: codes unchanged, and a dense weight in the dtype that the record names."""
         recorded = self.records[layer.name].weight
         dense = ops.dequantize(weight) if isinstance(weight, QuantizedWeight) else weight
-        found = match(recorded, dense)
-        if found is Match.OTHER:
-            raise ValueError(self._another(layer, "weight"))
-        if found is Match.ROUNDED:
+        comparison = match(recorded, dense)
+        if comparison is Match.OTHER:
+            raise ValueError(self._other_base(layer, "weight"))
+        if comparison is Match.ROUNDED:
             self._narrower[layer.name] = dense.dtype, dtype_of(recorded)
         return weight if isinstance(weight, QuantizedWeight) else weight.to(dtype_of(recorded))
 
     def doubts(self) -> list[PissaWarning]:
         return base_doubts(self._files.path, self._narrower, self._other_bits)
 
-    def _another(self, layer: Layer, what: str) -> str:
+    def _other_base(self, layer: LayerPlan, what: str) -> str:
         return (
             f"{self.source.folder} is not the base that {self._files.path} was trained on: the {what} of layer "
             f"{layer.name} has other values. Give the same checkpoint; to merge into another base all the same, "
@@ -191,7 +191,7 @@ class Ours(Adapter):
         )
 
 
-def read_adapter(folder: LoraFolder, source: Checkpoint, initial: Name | None) -> Adapter:
+def read_adapter(folder: LoraFolder, source: Checkpoint, initial: Name | None) -> TrainedWeights:
     """Reads the adapter in a folder, for a checkpoint that is the base, or a residual that lacks its start.
 
     Raises:
@@ -211,11 +211,11 @@ def read_adapter(folder: LoraFolder, source: Checkpoint, initial: Name | None) -
                 f"base, and {source.folder} is a residual: an adapter on it starts from its pissa_init"
             )
         check_start(folder, at_start)
-        return Adapter(PlainLora(folder, ON_RESIDUAL), source)
-    return Adapter(PlainLora.of(folder, source.folder, initial), source)
+        return TrainedWeights(PlainLora(folder, ON_RESIDUAL), source)
+    return TrainedWeights(PlainLora.of(folder, source.folder, initial), source)
 
 
-def read_weight(layer: Layer, source: Checkpoint) -> Weight:
+def read_weight(layer: LayerPlan, source: Checkpoint) -> Weight:
     """The matrix of a layer, which is a view of the mapped file if it is one tensor there. Codes of bitsandbytes stay
     codes, on which the adapter was trained."""
     if all(isinstance(source.coded.get(part.tensor), BitsandbytesWeight) for part in layer.parts):

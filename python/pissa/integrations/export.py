@@ -12,7 +12,7 @@ import torch
 from pissa.adapters.lora_folder import open_adapter
 from pissa.base.bitsandbytes_state import KEPT_IN_4_BITS
 from pissa.checkpoints.merge import merge
-from pissa.checkpoints.trained import Adapter, Ours, read_adapter
+from pissa.checkpoints.trained import Ours, TrainedWeights, read_adapter
 from pissa.config import IMPLICIT
 from pissa.containers.checkpoint import READ, Checkpoint, Contents
 from pissa.containers.model_folder import meta_model
@@ -107,7 +107,7 @@ def export(
         return run.exported()
 
 
-def _require_4_bits(adapter: Adapter) -> Ours:
+def _require_4_bits(adapter: TrainedWeights) -> Ours:
     """Returns the adapter, if it was trained on nf4 residuals."""
     path = adapter.folder.path
     forms = {record.form for record in adapter.records.values()} if isinstance(adapter, Ours) else {IMPLICIT}

@@ -12,7 +12,7 @@ from torch import Tensor
 from pissa.adapters.lora_folder import LoraFactors, LoraFolder, with_sizes
 from pissa.adapters.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, FACTOR_KEYS, PREFIX, Matrices
 from pissa.checkpoints.merge import UnitPlanner
-from pissa.checkpoints.rewrite import Layer
+from pissa.checkpoints.rewrite import LayerPlan
 from pissa.containers.checkpoint import Checkpoint
 from pissa.containers.hub import Name
 from pissa.containers.messages import shown
@@ -120,6 +120,6 @@ def _places(lora: PlainLora, base: Name | None) -> dict[str, Places]:
     return {target: [_parts(layer, source) for layer in layers[target]] for target in layers.keys() - stacked}
 
 
-def _parts(layer: Layer, source: Checkpoint) -> list[tuple[str, int]]:
+def _parts(layer: LayerPlan, source: Checkpoint) -> list[tuple[str, int]]:
     rows = [source.entry(part.tensor).shape[0] for part in layer.parts] if len(layer.parts) > 1 else [layer.shape[0]]
     return [(part.tensor.removesuffix(".weight"), count) for part, count in zip(layer.parts, rows, strict=True)]
