@@ -23,6 +23,6 @@ def parse(folder: Path) -> None:
     _, places = gguf._places("LlamaForCausalLM", LLAMA, lora)
     for target, factors in lora.factors.items():
         (pair,) = lora.matrices(target)
-        a, b = gguf._arranged(factors, places[target][1], *pair)
+        a, b = gguf._arrange(factors, places[target][1], *pair)
         assert (a.mT if factors.is_embedding else a).shape == (factors.rank, *factors.row)
         assert b.shape == (factors.out, factors.rank)

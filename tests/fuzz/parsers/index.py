@@ -16,4 +16,4 @@ def parse(folder: Path) -> None:
     if not (folder / "a.safetensors").exists():
         save_file({"one": torch.ones(2)}, folder / "a.safetensors")
         save_file({"two": torch.ones(2)}, folder / "b.safetensors")
-    Source(folder).close()
+    Source(folder)

@@ -182,7 +182,7 @@ def test_a_lock_that_its_run_has_removed_is_not_taken(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(fcntl, "flock", late)
     with pytest.raises(ValueError, match="another run is writing"):
-        output._locked(tmp_path)
+        output._lock_folder(tmp_path)
 
 
 def test_without_locks_it_warns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from lora_files import NAMES, PATTERNS, changes, check_best, config_of, train_ou
 from peft_adapters import plain_logits
 from pissa import notices
 from pissa.adapters.lora_folder import open_adapter, with_sizes
-from pissa.conversion.convert import approximated
+from pissa.conversion.convert import approximate
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def test_the_smallest_rank_that_keeps_the_energy(energy: float, ours: Path, tmp_
 def test_experts_have_the_rank_that_each_of_them_needs() -> None:
     a, b = torch.eye(4, 6).double(), torch.eye(5, 4).double()
     exact = [(a, b * torch.tensor(scales).double()) for scales in ([9, 1, 1, 1], [1, 1, 1, 0.1])]
-    found, _, _ = approximated(exact, 1.0, None, 0.9)
+    found, _, _ = approximate(exact, 1.0, None, 0.9)
     assert [len(factor) for factor, _ in found] == [3, 3]
 
 
