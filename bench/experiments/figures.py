@@ -18,7 +18,12 @@ from PIL import Image
 from bench.experiments.experiment import Known
 from bench.experiments.methods import METHODS
 from bench.experiments.sweep import Spread, Sweep
-from pissa.cli.pictures import BLACK, BLUE, GREEN, GREY, LOFTQ, LORA, ORANGE, PINK, PISSA, QPISSA, RED, SKY
+from pissa.cli.pictures import LORA, PISSA, QPISSA
+
+# The rest of Okabe and Ito's colours. Their yellow is too pale for print.
+SKY, GREEN, ORANGE = "#56B4E9", "#009E73", "#E69F00"
+BLACK, GREY = "#000000", "#777777"
+BLUE, RED, PINK, LOFTQ = LORA, PISSA, QPISSA, GREEN
 
 WIDTH = 6.5  # inches: A4's text
 DPI = 130

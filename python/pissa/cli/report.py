@@ -7,17 +7,13 @@ import argparse
 import json
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pissa.cli.folders import FolderCommand, as_range
-from pissa.cli.terminal import as_size, format_table, positive_int, say, told
-from pissa.containers.staged import check_unused, staged
+from pissa.cli.terminal import as_size, format_table, positive_int, say
 
 if TYPE_CHECKING:
     from pissa.checkpoints.spectra import Report
-
-NUMBERS = "report.json"
 
 _MEMORY_PARTS = {
     "weights": "weights",
@@ -50,24 +46,14 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--length", type=positive_int, default=512, metavar="N", help="tokens in a sequence (for the memory)"
     )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="new folder for the numbers and pictures")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
 
 
 def _report(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    if args.out is not None:
-        with told(ValueError, before="--out "):
-            check_unused(args.out)
     from pissa.checkpoints.spectra import Summary, report
 
     options = {"quant": args.quant, "budget": args.budget, "sampled": args.sample, "exact": args.exact}
     found = report(args.model, args.rank or (16, 64, 128), **options, batch=args.batch, length=args.length)
-    if args.out is not None:
-        from pissa.cli.pictures import draw_report
-
-        with staged(args.out) as new:
-            draw_report(found, new)
-            new(NUMBERS).write_text(f"{json.dumps(found.numbers, indent=2)}\n")
     yield found.numbers
     kept = (
         f"{format}: {one['bits']:.3g} bits a weight, {as_size(one['bytes'])}"
@@ -111,8 +97,6 @@ def _report(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     head = f"training at rank {memory['rank']},\n{memory['batch']} x {memory['length']} tokens"
     print(format_table((head, "\nmemory", "gradient\ncheckpointing"), rows) + "\n")
     say("time", f"{found.numbers['seconds']:.0f} s")
-    if args.out is not None:
-        say("written", f"{args.out / NUMBERS} and pictures")
 
 
 def _print_errors(report: Report) -> None:

@@ -48,7 +48,7 @@ def test_the_commands(
     for arguments in (
         command("finetune", Path(model), data, out, "--method", "lora"),
         ["init", model, str(out), "--rank", "4"],
-        ["report", model, "--out", str(out)],
+        ["report", model],
     ):
         message = refused(arguments, capsys)
         assert "residual" in message
