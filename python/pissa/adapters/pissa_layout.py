@@ -149,7 +149,7 @@ class LayerRecord:
         all other factors."""
         identity = INIT_METHODS[config.init].identity(config)
         origin = Origin(self.r, self.scaling, config.init, identity)
-        recipe = (a0[:0], b0[:, :0]) if INIT_METHODS[(self.base or origin).init].takes_nothing else None
+        recipe = (a0[:0], b0[:, :0]) if INIT_METHODS[(self.base or origin).init].repairs else None
         if self.recipe is not None and file is not None:
             recipe = file.read(f"{name}.{RECIPE[0]}"), file.read(f"{name}.{RECIPE[1]}")
         if self.base is None or file is None:

@@ -18,7 +18,7 @@ from pissa import ops
 from pissa.base.start import Origin, StartFactors
 from pissa.config import ALTERNATING, PissaConfig
 from pissa.ops.checks import check_weights
-from pissa.ops.low_rank import nothing
+from pissa.ops.low_rank import empty_factors
 
 
 class StartTask(NamedTuple):
@@ -34,7 +34,7 @@ class StartTask(NamedTuple):
     """The names of the layers in messages."""
     moments: Sequence[Tensor] | None = None
     """The second moment of each layer's inputs, as `ops.split` takes it, where the configuration needs them."""
-    kept: Sequence[ops.QuantizedWeight] | None = None
+    codes: Sequence[ops.QuantizedWeight] | None = None
     """The codes of each weight, if they exist already and do not change."""
     device: torch.device | None = None
     """The device for the factors; None: the device of the weights."""
@@ -60,11 +60,9 @@ class InitMethod(ABC):
     reads_weights: ClassVar[bool] = True
     """Whether factors depend on the weights."""
 
-    takes_nothing: ClassVar[bool] = False
-    """Whether a residual that no alternation has found lacks nothing of the start, so that it is format(W)."""
-
-    copies: ClassVar[bool] = False
-    """Whether the method makes dense float32 copies of all weights that it is given."""
+    repairs: ClassVar[bool] = False
+    """Whether the method starts from the error of the quantised weight: a residual that no alternation has found then
+    lacks nothing of the start, so that it is format(W). The method copies all weights that it is given to float32."""
 
     decomposes_fully: ClassVar[bool] = False
     """Whether torch decomposes each weight as a whole, with a float32 copy."""
@@ -98,7 +96,7 @@ class Pissa(InitMethod):
     name = "pissa"
 
     def start(self, task: StartTask) -> list[StartFactors]:
-        return _principal(task, **_alternations(task)) if task.config.quant_iters > 1 else _principal(task)
+        return _split(task, **_alternations(task)) if task.config.quant_iters > 1 else _split(task)
 
 
 class Repair(InitMethod):
@@ -111,14 +109,25 @@ class Repair(InitMethod):
     """
 
     fields = (*Pissa.fields, "quant", "blocksize", "double_quant")
-    takes_nothing = True
-    copies = True
+    repairs = True
 
     def __init__(self, name: str, *, weighted: bool) -> None:
         self.name, self._weighted = name, weighted
 
     def start(self, task: StartTask) -> list[StartFactors]:
-        return _repairs(task, second_moments=task.moments if self._weighted else None)
+        moments = task.moments if self._weighted else None
+        if task.codes is None:
+            options = {**_alternations(task), "error_feedback": task.config.error_feedback}
+            return _split(task, **options, quantise_first=True, second_moments=moments)
+        check_weights(task.weights, task.weight_names)
+        pairs = zip(task.codes, task.weights, strict=True)
+        errors = [ops.dequantize(codes).neg_().add_(weight) for codes, weight in pairs]
+        starts = _split(task._replace(weights=errors), second_moments=moments)
+        recipes = map(empty_factors, task.weights)
+        return [
+            StartFactors(start.a0, start.b0, start.origin, recipe)
+            for start, recipe in zip(starts, recipes, strict=True)
+        ]
 
 
 class Triplets(InitMethod):
@@ -222,10 +231,10 @@ def start_factors(task: StartTask) -> list[StartFactors]:
 def lacks_start(config: PissaConfig) -> bool:
     """Whether a residual that is stored as `config` says lacks factors, which its adapter adds."""
     method = INIT_METHODS[config.init]
-    return method.reads_weights and (not method.takes_nothing or config.quant_iters > 1)
+    return method.reads_weights and (not method.repairs or config.quant_iters > 1)
 
 
-def started(task: StartTask) -> tuple[list[StartFactors], list[ops.QuantizedWeight] | None]:
+def start_with_codes(task: StartTask) -> tuple[list[StartFactors], list[ops.QuantizedWeight] | None]:
     """Returns the starts that residuals will lack, and the residuals if error feedback finds their codes, else None.
 
     Raises:
@@ -235,15 +244,15 @@ def started(task: StartTask) -> tuple[list[StartFactors], list[ops.QuantizedWeig
     if not config.error_feedback:
         return start_factors(task), None
     if not lacks_start(config):  # the start is that of these codes' error
-        codes = _fed_back(task, [nothing(weight) for weight in task.weights])
-        return start_factors(task._replace(kept=codes)), codes
+        codes = _feed_back(task, [empty_factors(weight) for weight in task.weights])
+        return start_factors(task._replace(codes=codes)), codes
     starts = start_factors(task)
-    return starts, _fed_back(task, [start.removed for start in starts])
+    return starts, _feed_back(task, [start.removed for start in starts])
 
 
-def _fed_back(task: StartTask, removed: Sequence[tuple[Tensor, Tensor]]) -> list[ops.QuantizedWeight]:
+def _feed_back(task: StartTask, removed: Sequence[tuple[Tensor, Tensor]]) -> list[ops.QuantizedWeight]:
     """The residuals that lack the removed factors, by error feedback."""
-    found = ops.residual_many(
+    residuals = ops.residual_many(
         task.weights,
         [a for a, _ in removed],
         [b for _, b in removed],
@@ -252,7 +261,7 @@ def _fed_back(task: StartTask, removed: Sequence[tuple[Tensor, Tensor]]) -> list
         second_moments=task.moments,
         **task.config.form.options(),
     )
-    return [residual for residual in found if isinstance(residual, ops.QuantizedWeight)]
+    return [residual for residual in residuals if isinstance(residual, ops.QuantizedWeight)]
 
 
 def _alternations(task: StartTask) -> dict[str, Any]:
@@ -260,19 +269,7 @@ def _alternations(task: StartTask) -> dict[str, Any]:
     return {**task.config.form.options(), "quant_iters": task.config.quant_iters}
 
 
-def _repairs(task: StartTask, **options: Any) -> list[StartFactors]:
-    """The principal parts of the quantisation errors."""
-    if task.kept is None:
-        feedback = {"error_feedback": task.config.error_feedback}
-        return _principal(task, **_alternations(task), quantise_first=True, **feedback, **options)
-    check_weights(task.weights, task.weight_names)
-    errors = [ops.dequantize(codes).neg_().add_(weight) for codes, weight in zip(task.kept, task.weights, strict=True)]
-    starts = _principal(task._replace(weights=errors), **options)
-    recipes = map(nothing, task.weights)
-    return [StartFactors(one.a0, one.b0, one.origin, none) for one, none in zip(starts, recipes, strict=True)]
-
-
-def _principal(task: StartTask, **options: Any) -> list[StartFactors]:
+def _split(task: StartTask, **options: Any) -> list[StartFactors]:
     """The starts that `ops.split_many` computes with these options."""
     config = task.config
     splits = ops.split_many(

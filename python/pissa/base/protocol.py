@@ -153,8 +153,8 @@ class Base(ABC):
 
 
 def unshard(base: Base, gathered: Tensor | None) -> Base:
-    """Returns `base` or, if its weight is sharded, a base like it that holds the full weight, `gathered`. In the second
-    case, raises ValueError if nothing has been gathered."""
+    """Returns `base` or, if its weight is sharded, a base like it that holds the full weight, `gathered`. Raises
+    ValueError if the weight is sharded and nothing has been gathered."""
     if not is_sharded(base.parameter):
         return base
     if gathered is None:

@@ -30,7 +30,7 @@ from pissa.adapters.peft_layout import (
 )
 from pissa.adapters.pissa_layout import PISSA_WEIGHTS, RECIPE, AdapterRecord, LayerRecord
 from pissa.base.digest import fingerprint
-from pissa.base.init_methods import INIT_METHODS, StartTask, lacks_start, started
+from pissa.base.init_methods import INIT_METHODS, StartTask, lacks_start, start_with_codes
 from pissa.base.start import Origin, StartFactors
 from pissa.base.stored import residual_tensors as tensors_of
 from pissa.base.stored import residuals_of
@@ -390,7 +390,7 @@ class _Split(Rewrite):
             matrices, origins = [weights[name] for name in names], [layer.origin for layer in these]
             moments = self._moments_of(names) if config.needs_calibration else None
             try:
-                starts, codes = started(StartTask(matrices, origins, config, names, moments))
+                starts, codes = start_with_codes(StartTask(matrices, origins, config, names, moments))
             except ValueError as error:
                 paths = dict.fromkeys(str(self.source.path_of(name)) for layer in these for name in layer.tensors)
                 raise ValueError(f"{', '.join(paths)}: {error}") from error
@@ -440,7 +440,7 @@ class _Split(Rewrite):
         if config.needs_calibration:
             size += 16 * layer.shape[1] ** 2 + 8 * elements  # the moment, its factor, and what remains to be rounded
         size += sum(math.prod(shape) * dtype.itemsize for dtype, shape in layer.written.values())
-        if method.copies or config.quant_iters > 1:
+        if method.repairs or config.quant_iters > 1:
             size += 8 * elements
         if config.svd == "exact" or method.decomposes_fully:
             size += 16 * elements

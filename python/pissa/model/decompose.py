@@ -18,7 +18,7 @@ from tqdm import tqdm
 from pissa import distributed
 from pissa.adapters.peft_layout import check_uniform
 from pissa.base.digest import fingerprint, xxh3_of_text
-from pissa.base.init_methods import INIT_METHODS, StartTask, started
+from pissa.base.init_methods import INIT_METHODS, StartTask, start_with_codes
 from pissa.base.protocol import Base, unshard
 from pissa.base.remembered import ResidualFingerprint
 from pissa.base.start import Origin, StartFactors
@@ -147,7 +147,7 @@ def _find_starts(
     searched = {name: layers[name] for name in origins}
     for group in own_groups(searched):
         task = _task(group, origins, config, calibration, originals)
-        computed, codes = started(task)
+        computed, codes = start_with_codes(task)
         starts |= zip(group, computed, strict=True)
         residuals |= zip(group, codes or (), strict=codes is not None)
         if check is not None:
@@ -187,7 +187,7 @@ def _task(
     else:
         pairs = [originals.weight(name, base) for name, base in group.items()]
         weights, kept = [weight for weight, _ in pairs], [codes for _, codes in pairs]
-    task = StartTask(weights, [origins[name] for name in group], config, list(group), kept=kept, device=device)
+    task = StartTask(weights, [origins[name] for name in group], config, list(group), codes=kept, device=device)
     if not config.needs_calibration or calibration is None:
         return task
     return task._replace(moments=[] if device is None else calibration.of(group, device))

@@ -25,7 +25,7 @@ class OriginalWeights:
 
     def __init__(self, weights: Name, config: PissaConfig) -> None:
         start, field = config.of_base(), "init" if config.repair is None else "repair"
-        if not INIT_METHODS[start.init].takes_nothing or config.quant_iters > 1 or config.error_feedback:
+        if not INIT_METHODS[start.init].repairs or config.quant_iters > 1 or config.error_feedback:
             raise ValueError(
                 f"weights: got a checkpoint with {field}={start.init!r}, quant_iters={config.quant_iters}, "
                 f"error_feedback={config.error_feedback}: bitsandbytes' codes stay as they are; allowed: "

@@ -42,7 +42,7 @@ from pissa.ops.checks import (
     check_svd,
     check_weights,
 )
-from pissa.ops.low_rank import nothing
+from pissa.ops.low_rank import empty_factors
 
 _OPS = torch.ops.pissa
 
@@ -286,7 +286,7 @@ def _alternated(tasks: Sequence[_Task], how: _How) -> list[Split]:
         ValueError: the mean of scales overflows.
     """
     if how.quantise_first:
-        taken = [nothing(task.weight) for task in tasks]
+        taken = [empty_factors(task.weight) for task in tasks]
     else:
         fast = [_fast(how.svd, task.r) for task in tasks]
         first = _factors(tasks, [task.weight for task in tasks], [task.largest for task in tasks], fast)

@@ -29,7 +29,7 @@ def pad_rank(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return functional.pad(a, (0, 0, 0, missing)), functional.pad(b, (0, missing))
 
 
-def nothing(weight: Tensor) -> tuple[Tensor, Tensor]:
+def empty_factors(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Factors of rank 0, float32, for a weight [out, in]."""
     rows, columns = weight.shape
     return weight.new_empty((0, columns), dtype=torch.float32), weight.new_empty((rows, 0), dtype=torch.float32)

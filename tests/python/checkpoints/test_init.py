@@ -193,8 +193,8 @@ def test_factors_that_a_residual_lacks(tmp_path: Path, monkeypatch: pytest.Monke
             given[name] = StartFactors(start.a0, start.b0, start.origin, None if "k_proj" in name else taken)
         return [given[name] for name in task.names], None
 
-    started = init_module.started
-    monkeypatch.setattr(init_module, "started", alternated)
+    started = init_module.start_with_codes
+    monkeypatch.setattr(init_module, "start_with_codes", alternated)
     split(tmp_path / "src", tmp_path / "out", quant_iters=2, **NF4)
     kept = load_file(tmp_path / "out" / "pissa.safetensors")
     record, found, source = (
@@ -315,13 +315,13 @@ def test_the_adapter_is_a_plain_lora_of_the_rank(tmp_path: Path) -> None:
 def test_memory_does_not_change_the_bytes(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(kind, tmp_path / "src", torch.bfloat16)
     sizes = []
-    splitting = init_module.started
+    splitting = init_module.start_with_codes
 
     def counted(task: Any) -> Any:
         sizes.append(len(task.weights))
         return splitting(task)
 
-    monkeypatch.setattr(init_module, "started", counted)
+    monkeypatch.setattr(init_module, "start_with_codes", counted)
     done = split(tmp_path / "src", tmp_path / "out", **NF4)
     assert done.memory == 10**9
     assert max(sizes) > 1
