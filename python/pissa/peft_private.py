@@ -70,7 +70,7 @@ def is_rewritten_by_peft(config: LoraConfig, model: nn.Module) -> bool:
 
 
 @contextmanager
-def taken_over(make: Callable[..., nn.Module], load: Callable[..., nn.Module]) -> Iterator[None]:
+def take_over(make: Callable[..., nn.Module], load: Callable[..., nn.Module]) -> Iterator[None]:
     """Makes PEFT call us inside the block. `peft.get_peft_model` calls `make(peft_class, model, config, **kwargs)`
     where it would call `peft_class(model, config, **kwargs)`, with PEFT's class of a model.
     `PeftModel.from_pretrained` calls `load(plain, *args, **kwargs)`, where `plain` is PEFT's own.

@@ -59,14 +59,14 @@ def enable(notify: Notify | None = None, init: Start | None = None, batches: Bat
             repair="activations")`, or `get_peft_model` raises its error.
     """
     import_module("peft")  # first, because under `pissa run` importing it enables this module, too
-    from pissa.peft_private import taken_over
+    from pissa.peft_private import take_over
 
     check_choice("init", init, (None, *get_args(Start)))
     global _undo, _notify, _init, _batches
     _notify, _init, _batches = notify, init, batches
     if _undo is None:
         _undo = ExitStack()
-        _undo.enter_context(taken_over(_make, _load))
+        _undo.enter_context(take_over(_make, _load))
 
 
 def disable() -> None:

@@ -110,9 +110,9 @@ def decompose(
     hidden = {} if progressbar else {"disable": True}  # tqdm reads TQDM_DISABLE only if `disable` is not given
     with tqdm(total=total, desc="PiSSA init", unit="layer", **hidden) as bar:
         find = partial(_find_starts, layers, adapter_name, bar=bar, calibration=calibration)
-        taken, codes = find(of_bases, config.of_base(), are_taken=True, originals=originals)
-        starts |= taken if config.starts_as_base else {}
-        starts |= find(others, config.of_adapter(), are_taken=False)[0]
+        base_starts, codes = find(of_bases, config.of_base(), check=ResidualCheck(config.form), originals=originals)
+        starts |= base_starts if config.starts_as_base else {}
+        starts |= find(others, config.of_adapter())[0]
     if originals is not None:
         for share in distributed.agree(originals.fingerprints):
             for name, value in share.items():
@@ -124,7 +124,9 @@ def decompose(
     share_fingerprints(residuals, lambda layer: layer.residual_fingerprint)
     if originals is not None:
         codes = {name: kept for name, layer in stored.items() if (kept := layer.base.bnb_codes)}
-    return {name: Replacement(layer, taken[name], starts[name], codes.get(name)) for name, layer in stored.items()}
+    return {
+        name: Replacement(layer, base_starts[name], starts[name], codes.get(name)) for name, layer in stored.items()
+    }
 
 
 def _find_starts(
@@ -135,17 +137,15 @@ def _find_starts(
     *,
     bar: tqdm[Any],
     calibration: SecondMoments | None,
-    are_taken: bool,
+    check: ResidualCheck | None = None,
     originals: OriginalWeights | None = None,
 ) -> tuple[dict[str, StartFactors], dict[str, QuantizedWeight]]:
     """Returns the starts for these origins and this configuration, by layer name, and the residuals whose codes error
-    feedback has found. Each rank computes some of them and sends them to the others. Starts that will be taken out of
-    residuals (`are_taken`) are checked for that."""
+    feedback has found. Each rank computes some of them and sends them to the others. `check` checks whether residuals
+    can lack these starts."""
     starts: dict[str, StartFactors] = {}
     residuals: dict[str, QuantizedWeight] = {}
-    check = ResidualCheck(config.form) if are_taken else None
-    searched = {name: layers[name] for name in origins}
-    for group in own_groups(searched):
+    for group in own_groups({name: layers[name] for name in origins}):
         task = _task(group, origins, config, calibration, originals)
         computed, codes = start_with_codes(task)
         starts |= zip(group, computed, strict=True)

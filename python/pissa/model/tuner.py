@@ -42,14 +42,14 @@ class PissaTuner(LoraTuner):
 
     @classmethod
     def hand_out(
-        cls, model: Any, config: PissaConfig, adapter_name: str, state: Mapping[str, Tensor], found: dict[str, Tensor]
+        cls, model: Any, config: PissaConfig, adapter_name: str, state: Mapping[str, Tensor], tensors: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """Returns the plain LoRA, the magnitudes of DoRA, and the trained biases. A layer is left out if `state` lacks
         its parameters. Raises ValueError for a part of a parameter, and for factors under other names."""
         inner = model.base_model.model
         layers = pissa_layers(inner, adapter_name)
         adapted = pissa_layers(inner)  # PEFT also lists the layers that are kept for merged layers of other adapters
-        tensors = {key: value for key, value in found.items() if not is_of_a_layer(key, adapted)}
+        tensors = {key: value for key, value in tensors.items() if not is_of_a_layer(key, adapted)}
         _check_names(state, layers, adapter_name)
         keys = {n: [f"{PREFIX}{n}.{key}" for key in layer.state_keys(adapter_name)] for n, layer in layers.items()}
         layers = {name: layer for name, layer in layers.items() if state.keys() >= set(keys[name])}
@@ -80,8 +80,8 @@ class PissaTuner(LoraTuner):
         inner = model.base_model.model
         layers = pissa_layers(inner, adapter_name)
         parts = factors_of(inner, layers)
-        taken = {key for part in parts for key in part.keys}
-        if not taken & state_dict.keys():
+        factor_keys = {key for part in parts for key in part.keys}
+        if not factor_keys & state_dict.keys():
             return state_dict, {}
         is_any_lora = _is_of_rank({name: layer.r[adapter_name] for name, layer in layers.items()}, parts, state_dict)
         has_start = all(adapter_name in layer.lora_start for layer in layers.values())
@@ -101,7 +101,7 @@ class PissaTuner(LoraTuner):
             for key, parameter, value in zip(layer.state_keys(adapter_name), parameters, values, strict=True):
                 tensors[f"{PREFIX}{name}.{key}"] = shard_as(parameter, value)
         tensors[f"{_STARTS_AT_ZERO}{adapter_name}"] = torch.tensor(starts_at_zero)
-        return {key: value for key, value in state_dict.items() if key not in taken}, tensors
+        return {key: value for key, value in state_dict.items() if key not in factor_keys}, tensors
 
 
 _STARTS_AT_ZERO = f"{PREFIX}starts_at_zero."

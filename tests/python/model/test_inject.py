@@ -91,7 +91,7 @@ def test_interrupted_decomposition_restores_the_model(tiny_llama: Make, monkeypa
     monkeypatch.setattr("pissa.model.decompose._GROUP", 5000)
     base = tiny_llama()
     before = snapshot(base)
-    monkeypatch.setattr("pissa.model.decompose.started", _interrupted_at(2, decompose.started))
+    monkeypatch.setattr("pissa.model.decompose.start_with_codes", _interrupted_at(2, decompose.start_with_codes))
     with pytest.raises(KeyboardInterrupt) as caught:
         pissa.wrap(base, r=4, quant="nf4")
     assert not hasattr(caught.value, "__notes__")

@@ -104,17 +104,17 @@ def combined(folder: Path) -> str:
 def shares(folder: Path) -> dict[str, int]:
     """Elements of the layers that this process has decomposed."""
     sizes: dict[str, int] = {}
-    original = decomposition.started
+    original = decomposition.start_with_codes
 
     def counted(task: Any) -> Any:
         sizes.update({name: weight.numel() for name, weight in zip(task.names, task.weights, strict=True)})
         return original(task)
 
-    decomposition.started = counted
+    decomposition.start_with_codes = counted
     try:
         model = pissa.wrap(llama(), r=4, quant="nf4")
     finally:
-        decomposition.started = original
+        decomposition.start_with_codes = original
     for layer in pissa_layers(model.base_model.model, "default").values():
         kept = residual_tensors(layer.base_layer.residual).values()
         assert layer.residual_fingerprint.of(layer.base) == fingerprint(*kept)
