@@ -1,5 +1,4 @@
-"""Finds an adapter in a folder or on the Hugging Face Hub. Options of PEFT's loading calls that cannot be honoured are
-refused."""
+"""Finds an adapter or a model in a folder or on the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -12,7 +11,6 @@ from typing import Any
 
 import huggingface_hub
 from huggingface_hub.errors import HFValidationError
-from torch import nn
 
 from pissa.containers.messages import first_line, shown
 from pissa.containers.tensor_file import INDEX, WEIGHTS, shards
@@ -96,34 +94,3 @@ def find_file(model_id: Name, file: str) -> Path | None:
         return path if path.is_file() else None
     cached = huggingface_hub.try_to_load_from_cache(str(model_id), file)
     return Path(cached) if isinstance(cached, str) else None
-
-
-def refuse_unsupported(
-    model: nn.Module,
-    *,
-    key_mapping: dict[str, str] | None = None,
-    ignore_mismatched_sizes: bool = False,
-    use_auth_token: bool | str | None = None,
-    device_map: str | dict[str, Any] | None = None,
-    **kwargs: Any,
-) -> None:
-    """Raises ValueError for a PEFT option that would be ignored. The message says what to do instead."""
-    if key_mapping:
-        raise ValueError(
-            f"key_mapping={shown(key_mapping)} is not supported: an adapter is restored into layers of the names that "
-            "it was saved with. Use peft.PeftModel.from_pretrained with key_mapping, for which the folder is a plain "
-            "LoRA"
-        )
-    if ignore_mismatched_sizes:
-        raise ValueError(
-            "ignore_mismatched_sizes=True is not supported: an adapter is restored as a whole. Load the base that it "
-            "was trained on, or use peft.PeftModel.from_pretrained, for which the folder is a plain LoRA"
-        )
-    if use_auth_token:
-        raise ValueError("use_auth_token is not supported, huggingface_hub has dropped it: use token")
-    places = getattr(model, "hf_device_map", None) or {}
-    if isinstance(device_map, dict) and device_map != places and {"cpu", "disk"} & set(places.values()):
-        raise ValueError(
-            "device_map is not supported for an offloaded model, which stays where it is: give the device_map to the "
-            "from_pretrained of the base, or to accelerate.dispatch_model, before the adapter is loaded"
-        )

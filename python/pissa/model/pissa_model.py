@@ -23,7 +23,7 @@ from pissa.adapters.restore import as_pissa, load_factors, read_plain_lora, rest
 from pissa.adapters.save import save_adapter, save_card, warn_of_plain_lora
 from pissa.base.forwards import restore_forwards
 from pissa.config import PissaConfig
-from pissa.containers.hub import adapter_folder, refuse_unsupported
+from pissa.containers.hub import adapter_folder
 from pissa.distributed import failing_together, is_of_an_engine, is_partitioned, is_sharded
 from pissa.layers.experts import fuse_experts, unfused_experts
 from pissa.layers.layer import PissaLayer, pissa_layers
@@ -39,6 +39,7 @@ from pissa.model.inject import (
     restored_on_error,
     warn_of_dropout,
 )
+from pissa.model.peft_options import refuse_unsupported
 from pissa.model.store import store
 from pissa.model.tuner import BUILDING, load_whole, refuse_residuals
 from pissa.peft_private import MendedPeftModel
