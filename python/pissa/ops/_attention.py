@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from pissa.ops.checks import check_devices, check_tensor
+from pissa.ops.checks import check_devices, check_number, check_tensor
 
 _OPS = torch.ops.pissa
 
@@ -62,8 +60,8 @@ def attention(
         )
     if v.shape[:3] != k.shape[:3]:
         raise ValueError(f"v: got shape {list(v.shape)}; needed: [{batch}, {shared}, {keys}, dim]")
-    if scale is not None and not math.isfinite(scale):
-        raise ValueError(f"scale: got {scale!r}; allowed: a finite number, or None")
+    scale = dim**-0.5 if scale is None else scale
+    check_number("scale", scale, "a finite number, or None")
     if mask is not None:
         if mask.dtype != torch.bool:
             raise TypeError(f"mask: got {mask.dtype}; needed: bool, True where a query sees a key")
@@ -78,5 +76,5 @@ def attention(
     check_devices({**given, "mask": mask})
     rows = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in given.values())
     out: Tensor
-    out, _ = _OPS.attention(*rows, mask, dim**-0.5 if scale is None else float(scale), causal)
+    out, _ = _OPS.attention(*rows, mask, float(scale), causal)
     return out.transpose(1, 2)

@@ -254,23 +254,18 @@ class _Gradients(NamedTuple):
 
     def backward(self, ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
         needed = ctx.needs_input_grad
-        gradients: list[Tensor | None] = [None] * len(needed)
+        count = len(needed)
         if dy is None:
-            return tuple(gradients)
+            return (None,) * count
         kept, *operands = ctx.saved_tensors
         operands[self.tensors + 1 : self.tensors + 1] = ctx.weight_numbers
         dx, grad_a, grad_b = self.op(dy, *operands, kept, *ctx.numbers, needed[self.x])
-        if needed[self.x]:
-            gradients[self.x] = dx
-        if needed[_A]:
-            gradients[_A] = grad_a
-        if needed[_B]:
-            gradients[_B] = grad_b
-        if self.x == 0 and needed[_ADDEND]:
-            gradients[_ADDEND] = _bias_gradient(dy)
-        if self.x != 0 and needed[0]:
+        gradients = {self.x % count: dx, count + _A: grad_a, count + _B: grad_b}
+        if self.x != 0:
             gradients[0] = dy  # gradient of the base
-        return tuple(gradients)
+        elif needed[_ADDEND]:
+            gradients[count + _ADDEND] = _bias_gradient(dy)
+        return tuple(gradients.get(place) if need else None for place, need in enumerate(needed))
 
 
 for _op, _x, _tensors in (("linear", 0, 1), ("quantized_linear", 0, 4), ("add_low_rank", _ADDEND, 0)):
@@ -305,10 +300,10 @@ def _group_backward(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Any,
         return tuple(gradients)
     needed = ctx.needs_input_grad
     *operands, scaling = arguments[1:]
-    dx, *found = torch.ops.pissa.grouped_linear_backward(dy, x, *operands, kept, scaling, needed[0])
+    dx, grads_a, grads_b = torch.ops.pissa.grouped_linear_backward(dy, x, *operands, kept, scaling, needed[0])
     gradients[0] = dx if needed[0] else None
-    for place, of_layers in zip((_GROUP_A, _GROUP_B), found, strict=True):
-        gradients[place] = [grad if need else None for grad, need in zip(of_layers, needed[place], strict=True)]
+    for place, grads in ((_GROUP_A, grads_a), (_GROUP_B, grads_b)):
+        gradients[place] = [grad if need else None for grad, need in zip(grads, needed[place], strict=True)]
     return tuple(gradients)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pissa.ops.checks import check_devices, check_tensor
+from pissa.ops.checks import check_choice, check_devices, check_tensor
 
 _OPS = torch.ops.pissa
 ACTIVATIONS = "silu", "gelu_tanh"
@@ -34,8 +34,7 @@ def gated(gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:
         )
     if up.dtype != gate.dtype:
         raise TypeError(f"up: got {up.dtype}; needed: gate's {gate.dtype}")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation: got {activation!r}; allowed: {', '.join(ACTIVATIONS)}")
+    check_choice("activation", activation, ACTIVATIONS)
     check_devices({"gate": gate, "up": up})
     y: Tensor = _OPS.gated(gate, up, activation)
     return y

@@ -53,10 +53,7 @@ def grouped_linear(
     """
     if not weights:
         raise ValueError("weights: got none; needed: that of one layer at least")
-    if (a0 is None) != (b0 is None):
-        raise ValueError("factors: give a0 with b0, or neither")
-    starts = {} if a0 is None or b0 is None else {"a0": a0, "b0": b0}
-    check_lengths({"a": a, "b": b, **starts}, len(weights))
+    check_lengths({"a": a, "b": b, "a0": a0, "b0": b0}, len(weights))
     check_change_scaling(scaling)
     x, _, slots, _ = check_operands(x, weights[0], None)
     if x.dim() != 2:
@@ -69,12 +66,10 @@ def grouped_linear(
     ]
     if len(ranks := {len(given[0]) for given in factors if given[0] is not None}) > 1:
         raise ValueError(f"a: got ranks {sorted(ranks)}; needed: one for all layers")
-    tensors = [
-        None if parts[0] is None else list(parts) for parts in zip(*(weight[:4] for weight in weights), strict=True)
-    ]
-    lists = [None if parts[0] is None else list(parts) for parts in zip(*factors, strict=True)]
+    columns = [*zip(*(weight[:4] for weight in weights), strict=True), *zip(*factors, strict=True)]
+    lists = [None if column[0] is None else list(column) for column in columns]
     y: Tensor
-    y, _ = _OPS.grouped_linear(x, list(offsets), *tensors, *slots[4:], *lists, float(scaling))
+    y, _ = _OPS.grouped_linear(x, list(offsets), *lists[:4], *slots[4:], *lists[4:], float(scaling))
     return y
 
 

@@ -15,14 +15,11 @@ _OPS = torch.ops.pissa
 
 
 def prepare_factors(
-    a: Tensor,
-    b: Tensor,
-    a0: Tensor | None,
-    b0: Tensor | None,
-    out_features: int,
-    in_features: int,
+    a: Tensor, b: Tensor, a0: Tensor | None, b0: Tensor | None, out_features: int, in_features: int
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Returns the factors in float32 after checking that they fit each other and the layer."""
+    if (a0 is None) != (b0 is None):
+        raise ValueError("factors: give a0 with b0, or neither")
     check_factors("a", a, "b", b, out_features, in_features)
     if a0 is None or b0 is None:
         return a.float(), b.float(), None, None
@@ -163,8 +160,6 @@ def add_low_rank(
             f"y: got shape {list(y.shape)}; needed: [..., out] with x's leading dimensions, {list(x.shape[:-1])}"
         )
     check_change_scaling(scaling)
-    if (a0 is None) != (b0 is None):
-        raise ValueError("factors: give a0 with b0, or neither")
     factors = prepare_factors(a, b, a0, b0, y.shape[-1], x.shape[-1])
     check_devices({"y": y, "x": x, "a": a, "b": b, "a0": a0, "b0": b0})
     total: Tensor

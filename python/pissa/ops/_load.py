@@ -57,16 +57,9 @@ def _load_cuda(library: Path) -> str | None:
             "`pip install . --config-settings=cmake.define.PISSA_CUDA=ON` in a clone"
         )
     cuda = torch.version.cuda
-    if cuda is None:
-        return (
-            f"torch {torch.__version__} is built without CUDA: install a build of torch for CUDA {_CUDA} "
-            "(https://pytorch.org/get-started)"
-        )
-    if int(cuda.split(".")[0]) != _CUDA:
-        return (
-            f"torch is built for CUDA {cuda}, pissa's CUDA library for {_CUDA}: install a build of torch for CUDA "
-            f"{_CUDA} (https://pytorch.org/get-started)"
-        )
+    if cuda is None or int(cuda.split(".")[0]) != _CUDA:
+        built = f"torch {torch.__version__} is built {'without CUDA' if cuda is None else f'for CUDA {cuda}'}"
+        return f"{built}: install a build of torch for CUDA {_CUDA} (https://pytorch.org/get-started)"
     load: Callable[[str], None] = torch.ops.load_library
     try:
         try:

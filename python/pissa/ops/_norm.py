@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from pissa.ops.checks import check_devices, check_frozen, check_tensor
+from pissa.ops.checks import check_devices, check_frozen, check_number, check_tensor
 
 _OPS = torch.ops.pissa
 
@@ -33,9 +31,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, *, offset: float = 0.
     if weight.dim() != 1 or x.dim() < 1 or x.shape[-1] != len(weight) or not len(weight):
         raise ValueError(f"weight: got shape {list(weight.shape)}; needed: [n] for an x of [..., n], {list(x.shape)}")
     check_frozen("weight", weight)
-    for name, number in (("eps", eps), ("offset", offset)):
-        if not isinstance(number, (int, float)) or not math.isfinite(number) or (name == "eps" and number < 0):
-            raise ValueError(f"{name}: got {number!r}; allowed: a finite number{', at least 0' * (name == 'eps')}")
+    check_number("eps", eps, "a finite number, at least 0", least=0)
+    check_number("offset", offset)
     check_devices({"x": x, "weight": weight})
     y: Tensor
     y, _ = _OPS.rms_norm(x, weight, float(offset), float(eps))

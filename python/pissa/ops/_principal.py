@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, linalg
 
 from pissa.ops import _autograd  # noqa: F401  registers fakes and gradients
 from pissa.ops._quant import (
     QuantizedWeight,
+    check_feedback,
     check_offset,
-    check_whole_bytes,
     offsets_of,
     quantized_weight,
     unchecked_quantized,
@@ -110,14 +110,14 @@ def unchecked_factors(
 
 
 def _exact_svd(weight: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
-    u, s, vh = torch.linalg.svd(weight.float(), full_matrices=False)
+    u, s, vh = linalg.svd(weight.float(), full_matrices=False)
     return u[:, :r].contiguous(), s[:r].contiguous(), vh[:r].contiguous()
 
 
 def _exact_factors(weight: Tensor, r: int, scaling: float, second_moment: Tensor | None) -> Factors:
     if second_moment is not None:
         w, moment = weight.double(), second_moment.double()
-        leading = torch.linalg.eigh(w @ moment @ w.mT)[1][:, -r:]
+        leading = linalg.eigh(w @ moment @ w.mT)[1][:, -r:]
         weight = leading @ (leading.mT @ w)
     u, s, vh = _exact_svd(weight, r)
     root = (s / scaling).sqrt()
@@ -152,9 +152,8 @@ def residual(
     Raises:
         TypeError, ValueError: an argument is invalid; the message names it.
     """
-    names = [("weight", "a0", "b0", "scaling")]
-    [found] = _residuals(names, [weight], [a0], [b0], [scaling], form, blocksize, double_quant)
-    return found
+    options: dict[str, Any] = {"form": form, "blocksize": blocksize, "double_quant": double_quant}
+    return residual_many([weight], [a0], [b0], [scaling], names=["weight"], **options)[0]
 
 
 def residual_many(
@@ -182,59 +181,35 @@ def residual_many(
         TypeError, ValueError: an argument is invalid; the message names it. No residual is returned then.
     """
     names = [f"weights[{i}]" for i in range(len(weights))] if names is None else names
-    check_lengths({"a0s": a0s, "b0s": b0s, "scalings": scalings, "names": names}, len(weights))
-    called = [(name, f"a0s[{i}]", f"b0s[{i}]", f"scalings[{i}]") for i, name in enumerate(names)]
-    return _residuals(called, weights, a0s, b0s, scalings, form, blocksize, double_quant, second_moments)
-
-
-def _residuals(
-    names: Sequence[tuple[str, str, str, str]],
-    weights: Sequence[Tensor],
-    a0s: Sequence[Tensor],
-    b0s: Sequence[Tensor],
-    scalings: Sequence[float],
-    form: str,
-    blocksize: int | None,
-    double_quant: bool | None,
-    second_moments: Sequence[Tensor] | None = None,
-) -> list[Tensor | QuantizedWeight]:
-    """Computes the residuals. `names` contains the names of each weight, its a0, its b0 and its scaling."""
-    weights = [check_matrix(weight, name) for weight, (name, *_) in zip(weights, names, strict=True)]
-    tensors: dict[str, Tensor | None] = {}
-    for (name, name_a, name_b, name_s), *parts, scaling in zip(names, weights, a0s, b0s, scalings, strict=True):
-        weight, a0, b0 = parts
-        check_scaling(scaling, name_s)
-        check_factors(name_a, a0, name_b, b0, weight.shape[0], weight.shape[1], least=0)
-        tensors |= {name: weight, name_a: a0, name_b: b0}
-    check_devices(tensors)
+    lists = {"a0s": a0s, "b0s": b0s, "scalings": scalings, "names": names, "second_moments": second_moments}
+    check_lengths(lists, len(weights))
     if not weights:
         return []
+    weights = list(map(check_matrix, weights, names))
+    tensors: dict[str, Tensor | None] = {}
+    for name, weight, a0, b0, scaling in zip(names, weights, a0s, b0s, scalings, strict=True):
+        check_scaling(scaling, f"scaling of {name}")
+        check_factors(f"a0 of {name}", a0, f"b0 of {name}", b0, weight.shape[0], weight.shape[1], least=0)
+        tensors |= {name: weight, f"a0 of {name}": a0, f"b0 of {name}": b0}
+    check_devices(tensors)
     options = [quant_options(form, ("explicit",), blocksize, double_quant, weight) for weight in weights]
     factors = [(a0.detach().float(), b0.detach().float()) for a0, b0 in zip(a0s, b0s, strict=True)]
     feedback: Sequence[Tensor | None] = [None] * len(weights)
     if second_moments is not None:
-        weight_names = [name for name, *_ in names]
-        check_feedback(form, weights, weight_names)
-        moment_names = [f"second_moments[{i}]" for i in range(len(weights))]
-        check_lengths({"second_moments": second_moments}, len(weights))
-        feedback = feedback_factors(check_moments(second_moments, weights, moment_names, weight_names))
-    found = [
+        check_feedback(form, weights, names)
+        feedback = feedback_factors(check_moments(second_moments, weights, names))
+    residuals = [
         unchecked_residual(weight, *pair, scaling, form, option, factor)
         for weight, pair, scaling, option, factor in zip(weights, factors, scalings, options, feedback, strict=True)
     ]
-    norms = [_norms(side) for side in zip(*factors, strict=True)]
-    values = torch.stack([_OPS.max_abs(weights), *norms, offsets_of(found)]).tolist()  # the host waits here, once
-    for (name, name_a, name_b, _), scaling, largest, norm_a, norm_b, offset in zip(
-        names, scalings, *values, strict=True
-    ):
-        check_product((name, name_a, name_b), largest, norm_a, norm_b, scaling)
+    # In float64, because norms may overflow float32.
+    sides = zip(*factors, strict=True)
+    norms = [torch.stack([linalg.vector_norm(factor, dtype=torch.float64) for factor in side]) for side in sides]
+    values = torch.stack([_OPS.max_abs(weights), *norms, offsets_of(residuals)]).tolist()  # the host waits here, once
+    for name, scaling, largest, norm_a, norm_b, offset in zip(names, scalings, *values, strict=True):
+        check_product((name, f"a0 of {name}", f"b0 of {name}"), largest, norm_a, norm_b, scaling)
         check_offset(offset, name)
-    return found
-
-
-def _norms(factors: Sequence[Tensor]) -> Tensor:
-    """float64 [n], because they may overflow float32."""
-    return torch.stack([torch.linalg.vector_norm(factor, dtype=torch.float64) for factor in factors])
+    return residuals
 
 
 def unchecked_residual(
@@ -260,19 +235,10 @@ def unchecked_residual(
         weight, has_factors = _OPS.residual(weight.float(), a0, b0, scaling), False
     if has_factors:
         codes, absmax = _OPS.residual_quantized(weight, a0, b0, scaling, form, blocksize)
-        shape = (weight.shape[0], weight.shape[1])
-        found = quantized_weight(form, codes, absmax, shape, blocksize, double_quant)
+        nearest = quantized_weight(weight, form, codes, absmax, blocksize, double_quant)
     else:
-        found = unchecked_quantized(weight, form, blocksize, double_quant)
-    return found if feedback is None else with_feedback(weight, found, feedback)
-
-
-def check_feedback(form: str, weights: Sequence[Tensor], names: Sequence[str]) -> None:
-    """Checks that the named weights can have codes by error feedback in this form."""
-    if form not in FORMATS:
-        raise ValueError(f"form: got {form!r} with error feedback; allowed: {', '.join(map(repr, FORMATS))}")
-    for weight, name in zip(weights, names, strict=True):
-        check_whole_bytes(form, weight, name)
+        nearest, _ = unchecked_quantized(weight, form, blocksize, double_quant)
+    return nearest if feedback is None else with_feedback(weight, nearest, feedback)
 
 
 def quant_options(

@@ -12,7 +12,7 @@ from torch import Tensor
 from pissa.ops import _autograd  # noqa: F401  registers fakes and gradients
 from pissa.ops._second_moment import check_moments, feedback_factors
 from pissa.ops.checks import FLOATS, check_choice, check_devices, check_finite, check_matrix, check_tensor
-from pissa.ops.formats import DEFAULT, FORMATS, QuantFormat
+from pissa.ops.formats import DEFAULT, FORMATS
 
 _OPS = torch.ops.pissa
 
@@ -76,34 +76,33 @@ class QuantizedWeight(NamedTuple):
 
     def tensors(self) -> dict[str, Tensor]:
         """The parts that are tensors, by name, in the order of the descriptions in `formats`."""
-        parts = zip(("codes", "absmax", "nested_absmax", "offset"), self[:4], strict=True)
-        return {name: part for name, part in parts if part is not None}
+        return {name: part for name, part in zip(self._fields, self[:4], strict=False) if part is not None}
 
 
-def unchecked_quantized(weight: Tensor, format: str, blocksize: int, double_quant: bool) -> QuantizedWeight:
-    """Quantises a weight that has been checked, without waiting for a GPU. The caller checks the result: with
-    `check_scales` if the weight may not be finite, otherwise with `check_offset`, because the mean of the scales may
-    overflow."""
+def unchecked_quantized(
+    weight: Tensor, format: str, blocksize: int, double_quant: bool
+) -> tuple[QuantizedWeight, Tensor]:
+    """Quantises a weight without waiting for a GPU. Returns it and its scales in float32, which are finite if the
+    weight is. The caller checks with `check_offset` whether the mean of the scales overflows."""
     global_scale = None
     if FORMATS[format].scales == "e4m3":
         # compressed-tensors' global scale: the largest element becomes 6 * 448, the largest of both formats.
         global_scale = torch.nan_to_num(2688 / weight.abs().amax().float(), 1.0, 1.0, 1.0)
     codes, absmax = _OPS.quantize(weight, format, blocksize, global_scale)
-    shape = (weight.shape[0], weight.shape[1])
-    return quantized_weight(format, codes, absmax, shape, blocksize, double_quant, global_scale)
+    return quantized_weight(weight, format, codes, absmax, blocksize, double_quant, global_scale), absmax
 
 
 def quantized_weight(
+    weight: Tensor,
     format: str,
     codes: Tensor,
     absmax: Tensor,
-    shape: tuple[int, int],
     blocksize: int,
     double_quant: bool,
     global_scale: Tensor | None = None,
 ) -> QuantizedWeight:
-    """Builds a weight from codes and float32 scales, which are stored in the format's dtype or, with `double_quant`,
-    quantised. `global_scale`: for "nvfp4"."""
+    """Builds the codes of a weight from codes and float32 scales, which are stored in the format's dtype or, with
+    `double_quant`, quantised. `global_scale`: for "nvfp4"."""
     nested_absmax = offset = None
     scales = FORMATS[format].scales
     if double_quant:
@@ -118,34 +117,12 @@ def quantized_weight(
     elif global_scale is not None:
         absmax = (absmax * global_scale).to(torch.float8_e4m3fn).view(torch.uint8)
         nested_absmax = e4m3_values(absmax.device) / global_scale
-    return QuantizedWeight(codes, absmax, nested_absmax, offset, format, shape, blocksize)
+    return QuantizedWeight(codes, absmax, nested_absmax, offset, format, (weight.shape[0], weight.shape[1]), blocksize)
 
 
 def e4m3_values(device: torch.device) -> Tensor:
     """float32 [256]: the value of each byte of E4M3."""
     return torch.arange(256, dtype=torch.uint8, device=device).view(torch.float8_e4m3fn).float()
-
-
-def check_scales(weight: QuantizedWeight) -> QuantizedWeight:
-    """Returns the weight if what was quantised was finite, which its scales show, and if the mean of nested scales is
-    finite. The host waits for one number."""
-    mark = (_largest_scale(weight) if weight.offset is None else weight.offset).item()
-    if not math.isfinite(mark):
-        # Finite scales minus an infinite mean are infinite; other scales are NaN.
-        if weight.nested_absmax is None or weight.nested_absmax.isnan().any():
-            check_finite(mark)
-        check_offset(mark)
-    return weight
-
-
-def _largest_scale(weight: QuantizedWeight) -> Tensor:
-    """Returns a number that is not finite if any scale is not."""
-    largest = weight.absmax.amax()
-    if weight.absmax.dtype != torch.uint8:
-        return largest
-    if weight.nested_absmax is not None:  # without sign, the highest bytes of E4M3 are the largest numbers, then NaN
-        return weight.nested_absmax[largest.long()]
-    return torch.where(largest == 255, torch.nan, 0.0)
 
 
 def check_offset(offset: float, name: str = "weight") -> None:
@@ -192,11 +169,14 @@ def quantize(
     weight = check_matrix(weight)
     check_choice("format", format, FORMATS)
     blocksize, double_quant = FORMATS[format].options(blocksize, double_quant, weight.shape[1])
-    nearest = check_scales(unchecked_quantized(weight, format, blocksize, double_quant))
+    nearest, scales = unchecked_quantized(weight, format, blocksize, double_quant)
+    largest, offset = torch.cat([scales.amax()[None], offsets_of([nearest])]).tolist()  # the host waits here, once
+    check_finite(largest)
+    check_offset(offset)
     if second_moment is None:
         return nearest
-    check_whole_bytes(format, weight)
-    moments = check_moments([second_moment], [weight], ["second_moment"], ["weight"])
+    check_feedback(format, [weight], ["weight"])
+    moments = check_moments([second_moment], [weight], ["weight"])
     return with_feedback(weight, nearest, feedback_factors(moments)[0])
 
 
@@ -221,13 +201,16 @@ def nearest_codes(weight: Tensor, held: QuantizedWeight) -> QuantizedWeight:
     return held._replace(codes=torch.cat(found, 1).view(-1))
 
 
-def check_whole_bytes(format: str, weight: Tensor, name: str = "weight") -> None:
-    """Checks that each row of a weight ends with a whole byte of codes, which error feedback needs."""
-    share = 8 // math.gcd(8, FORMATS[format].bits)
-    if weight.shape[1] % share:
-        raise ValueError(
-            f"{name}: got {weight.shape[1]} columns; needed by error feedback in {format}: a multiple of {share}"
-        )
+def check_feedback(form: str, weights: Sequence[Tensor], names: Sequence[str]) -> None:
+    """Checks that the named weights can have codes by error feedback in this form: each row must end with a whole
+    byte."""
+    if form not in FORMATS:
+        raise ValueError(f"form: got {form!r} with error feedback; allowed: {', '.join(map(repr, FORMATS))}")
+    share = 8 // math.gcd(8, FORMATS[form].bits)
+    for weight, name in zip(weights, names, strict=True):
+        if weight.shape[1] % share:
+            columns = f"got {weight.shape[1]} columns; needed by error feedback in {form}"
+            raise ValueError(f"{name}: {columns}: a multiple of {share}")
 
 
 def dequantize(weight: QuantizedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -257,59 +240,41 @@ def check_quantized(weight: object) -> QuantizedWeight:
         raise TypeError(f"weight: got {type(weight).__name__}; needed: QuantizedWeight")
     codes, absmax, nested_absmax, offset, name, shape, blocksize = weight
     check_choice("weight.format", name, FORMATS)
-    format = FORMATS[name]
+    format, (rows, cols) = FORMATS[name], shape
+    has_table = nested_absmax is not None
+    if has_table not in _HAS_TABLE.get(format.scales, (False,)):
+        got = "a tensor" if has_table else None
+        raise ValueError(f"weight.nested_absmax: got {got}, for {name}; needed only by nvfp4 and nested scales")
+    nested = has_table and format.has_double_quant
     if format.scales == "tiles":
-        _check_tiles(weight)
-        expected = {"codes": math.prod(shape)}
+        if blocksize < 1:
+            raise ValueError(f"weight.blocksize: got {blocksize}; allowed: from 1 on")
+        across = -(-cols // blocksize)
+        scales: tuple[int, ...] = (rows * across, -(-rows // blocksize) * across)
     else:
-        expected = _expected_sizes(weight, format)
-    check_tensor("weight.codes", codes, (torch.uint8,))
-    for part, size in expected.items():
-        tensor = codes if part == "codes" else absmax
-        if tensor.numel() != size:
-            raise ValueError(
-                f"weight.{part}: got {tensor.numel()} elements; needed: {size} for shape {list(shape)} and "
-                f"blocksize {blocksize}"
-            )
-    check_devices(
-        {
-            "weight.codes": codes,
-            "weight.absmax": absmax,
-            "weight.nested_absmax": nested_absmax,
-            "weight.offset": offset,
-        }
-    )
-    return weight
-
-
-def _expected_sizes(weight: QuantizedWeight, format: QuantFormat) -> dict[str, int]:
-    """The numbers of elements of codes and scales, for formats with one kind of scales."""
-    _, absmax, nested_absmax, offset, _, shape, blocksize = weight
-    nested = nested_absmax is not None and format.scales != "e4m3"
-    format.options(blocksize if format.blocksizes else None, nested, shape[1])
-    if not format.blocksizes and blocksize != shape[1]:
-        raise ValueError(f"weight.blocksize: got {blocksize}; needed: {shape[1]}, a row")
+        format.options(blocksize if format.blocksizes else None, nested, cols)
+        if not format.blocksizes and blocksize != cols:
+            raise ValueError(f"weight.blocksize: got {blocksize}; needed: {cols}, a row")
+        scales = (-(-rows * cols // blocksize),)
     expected = format.tensors(shape, blocksize, nested)
-    dtypes = (expected["absmax"][1], *((torch.float32,) if format.scales == "bfloat16" else ()))
+    dtypes = _DTYPES.get(format.scales, (expected["absmax"][1],))
     if check_tensor("weight.absmax", absmax, SCALES).dtype not in dtypes or nested != (offset is not None):
         raise ValueError(
             "weight: nested scales need absmax uint8, nested_absmax and offset together"
             if format.has_double_quant
-            else f"weight.absmax: got {absmax.dtype}; needed for {format.name}: {' or '.join(map(str, dtypes))}"
+            else f"weight.absmax: got {absmax.dtype}; needed for {name}: {' or '.join(map(str, dtypes))}"
         )
-    if (nested_absmax is not None) != ("nested_absmax" in expected):
-        raise ValueError(f"weight.nested_absmax: needed only by nvfp4 and nested scales; got {format.name}")
-    return {part: math.prod(expected[part][0]) for part in ("codes", "absmax")}
+    check_tensor("weight.codes", codes, (torch.uint8,))
+    for part, tensor, counts in (("codes", codes, expected["codes"][0]), ("absmax", absmax, scales)):
+        if tensor.numel() not in counts:
+            raise ValueError(
+                f"weight.{part}: got {tensor.numel()} elements; needed: {' or '.join(map(str, counts))} for shape "
+                f"{list(shape)} and blocksize {blocksize}"
+            )
+    check_devices(dict(zip(_PARTS, weight[:4], strict=True)))
+    return weight
 
 
-def _check_tiles(weight: QuantizedWeight) -> None:
-    """Checks that the scales of "fp8" are those of tiles."""
-    (rows, cols), blocksize, absmax = weight.shape, weight.blocksize, weight.absmax
-    check_tensor("weight.absmax", absmax, SCALES)
-    if weight.nested_absmax is not None or weight.offset is not None:
-        raise ValueError("weight.nested_absmax: needed only by nvfp4 and nested scales; got fp8")
-    if blocksize < 1:
-        raise ValueError(f"weight.blocksize: got {blocksize}; allowed: from 1 on")
-    across = -(-cols // blocksize)
-    if absmax.numel() not in (allowed := (rows * across, -(-rows // blocksize) * across)):
-        raise ValueError(f"weight.absmax: got {absmax.numel()} elements; needed: {' or '.join(map(str, allowed))}")
+_PARTS = ("weight.codes", "weight.absmax", "weight.nested_absmax", "weight.offset")
+_HAS_TABLE = {"nested": (True, False), "e4m3": (True,)}  # whether there is a nested_absmax, by the kind of scales
+_DTYPES = {"tiles": SCALES, "bfloat16": (torch.bfloat16, torch.float32)}  # of scales that have a choice

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from pissa.ops._linear import check_operands
 from pissa.ops._quant import QuantizedWeight
-from pissa.ops.checks import check_choice, check_devices
+from pissa.ops.checks import check_choice, check_devices, check_number
 
 _OPS = torch.ops.pissa
 IGNORED = -100
@@ -73,18 +72,19 @@ def token_scores(
         raise ValueError(
             f"labels: got {labels.dtype} of shape {list(labels.shape)}; needed: int64 of shape {list(x.shape[:-1])}"
         )
-    if not isinstance(scale, (int, float)) or not math.isfinite(scale):
-        raise ValueError(f"scale: got {scale!r}; allowed: a finite number")
-    if softcap is not None and not 0 < softcap < float("inf"):
-        raise ValueError(f"softcap: got {softcap}; needed: a positive, finite number, or None")
+    check_number("scale", scale)
+    if softcap is not None:
+        check_number("softcap", softcap, "a positive, finite number, or None", above=0)
     check_devices({"x": x, "weight": held, "bias": bias, "labels": labels})
     counted = labels != IGNORED
     chosen = labels[counted]
-    vocabulary = slots[-1].shape[0] if isinstance(slots[-1], Tensor) else slots[-1]
-    if chosen.device.type == "cpu" and chosen.numel() and not 0 <= int(chosen.min()) <= int(chosen.max()) < vocabulary:
-        raise ValueError(
-            f"labels: got {int(chosen.min())} to {int(chosen.max())}; allowed: 0 to {vocabulary - 1}, and {IGNORED}"
-        )
+    if (
+        chosen.device.type == "cpu"
+        and chosen.numel()
+        and not 0 <= int(chosen.min()) <= int(chosen.max()) < weight.shape[0]
+    ):
+        given = f"{int(chosen.min())} to {int(chosen.max())}"
+        raise ValueError(f"labels: got {given}; allowed: 0 to {weight.shape[0] - 1}, and {IGNORED}")
     need_dx = torch.is_grad_enabled() and x.requires_grad
     name = "token_scores" if op == "linear" else "quantized_token_scores"
     scores, _ = getattr(_OPS, name)(x[counted], *slots, bias, chosen, float(scale), float(softcap or 0), need_dx)

@@ -41,11 +41,10 @@ def add_second_moment(total: Tensor, x: Tensor) -> None:
     _OPS.add_second_moment(total, x.detach().reshape(-1, side))
 
 
-def check_moments(
-    moments: Sequence[object], weights: Sequence[Tensor], names: Sequence[str], weight_names: Sequence[str]
-) -> list[Tensor]:
-    """Checks the second moments of the weights' inputs and returns them, one for each weight, finite and in float32.
-    `names` and `weight_names` are their names in errors."""
+def check_moments(moments: Sequence[object], weights: Sequence[Tensor], weight_names: Sequence[str]) -> list[Tensor]:
+    """Checks the second moments of the named weights' inputs and returns them, one for each weight, finite and in
+    float32."""
+    names = [f"second_moment of {name}" for name in weight_names]
     for moment, weight, name, weight_name in zip(moments, weights, names, weight_names, strict=True):
         side = weight.shape[1]
         if not isinstance(moment, Tensor) or moment.shape != (side, side) or moment.dtype != torch.float32:
@@ -58,14 +57,14 @@ def check_moments(
 def feedback_factors(moments: Sequence[Tensor]) -> list[Tensor]:
     """The lower Cholesky factors of damped second moments, float32 [in, in]. torch computes them in float64 with LAPACK
     or cuSOLVER, once for weights that share a moment."""
-    found: dict[int, Tensor] = {}  # by address
+    factors: dict[int, Tensor] = {}  # by address
     for moment in moments:
-        if moment.data_ptr() not in found:
+        if moment.data_ptr() not in factors:
             damped = moment.double()
             damping = DAMPING * damped.diagonal().mean()
             damped.diagonal().add_(damping.where(damping > 0, 1))  # no inputs at all: codes as without
             # In place, in LAPACK's column-major order: for 11,008 inputs each copy is 1 GB.
             place, info = damped.mT, torch.empty((), dtype=torch.int32, device=damped.device)
             torch.linalg.cholesky_ex(place, check_errors=True, out=(place, info))
-            found[moment.data_ptr()] = place.float()
-    return [found[moment.data_ptr()] for moment in moments]
+            factors[moment.data_ptr()] = place.float()
+    return [factors[moment.data_ptr()] for moment in moments]

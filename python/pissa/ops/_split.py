@@ -26,12 +26,11 @@ from torch import Tensor
 from pissa.ops._principal import (
     Factors,
     SvdOptions,
-    check_feedback,
     quant_options,
     unchecked_factors,
     unchecked_residual,
 )
-from pissa.ops._quant import QuantizedWeight, check_offset, offsets_of
+from pissa.ops._quant import QuantizedWeight, check_feedback, check_offset, offsets_of
 from pissa.ops._second_moment import check_moments, feedback_factors
 from pissa.ops.checks import (
     check_alternation,
@@ -111,11 +110,23 @@ def split(
     Raises:
         TypeError, ValueError: an argument is invalid; the message names it. The weight is never changed.
     """
-    svd_options = SvdOptions(svd, check_svd(svd, passes, seed), seed)
-    how = _How(svd_options, form, blocksize, double_quant, quant_iters, quantise_first, tolerance, error_feedback)
-    moments = None if second_moment is None else [second_moment]
-    [found] = _splits([("weight", "r", "scaling", "second_moment")], [weight], [r], [scaling], moments, how)
-    return found
+    return split_many(
+        [weight],
+        [r],
+        [scaling],
+        svd=svd,
+        passes=passes,
+        seed=seed,
+        form=form,
+        blocksize=blocksize,
+        double_quant=double_quant,
+        quant_iters=quant_iters,
+        quantise_first=quantise_first,
+        tolerance=tolerance,
+        names=["weight"],
+        second_moments=None if second_moment is None else [second_moment],
+        error_feedback=error_feedback,
+    )[0]
 
 
 def split_many(
@@ -157,26 +168,37 @@ def split_many(
             the mean of a weight's scales overflows. The weights are never changed.
     """
     names = [f"weights[{i}]" for i in range(len(weights))] if names is None else names
-    check_lengths({"ranks": ranks, "scalings": scalings, "names": names}, len(weights))
-    if second_moments is not None:
-        check_lengths({"second_moments": second_moments}, len(weights))
+    lists = {"ranks": ranks, "scalings": scalings, "names": names, "second_moments": second_moments}
+    check_lengths(lists, len(weights))
     svd_options = SvdOptions(svd, check_svd(svd, passes, seed), seed)
-    how = _How(svd_options, form, blocksize, double_quant, quant_iters, quantise_first, tolerance, error_feedback)
-    called = [(name, f"ranks[{i}]", f"scalings[{i}]", f"second_moments[{i}]") for i, name in enumerate(names)]
-    return _splits(called, weights, ranks, scalings, second_moments, how)
-
-
-class _How(NamedTuple):
-    """How weights are split. `split` describes each field."""
-
-    svd: SvdOptions
-    form: str
-    blocksize: int | None
-    double_quant: bool | None
-    quant_iters: int
-    quantise_first: bool
-    tolerance: float
-    error_feedback: bool
+    check_alternation(quant_iters, quantise_first, tolerance, form)
+    weights, largest = check_weights(weights, names)
+    moments: Sequence[Tensor | None] = [None] * len(weights)
+    feedback = moments
+    if error_feedback:
+        check_feedback(form, weights, names)
+        if second_moments is None:
+            raise ValueError("error_feedback: got True without second_moment, by which it weighs errors; give both")
+    if second_moments is not None:
+        moments = checked = check_moments(second_moments, weights, names)
+        feedback = feedback_factors(checked) if error_feedback else feedback
+    options = [quant_options(form, ("implicit", "explicit"), blocksize, double_quant, weight) for weight in weights]
+    for name, weight, r, scaling in zip(names, weights, ranks, scalings, strict=True):
+        check_rank(r, weight, f"r of {name}")
+        check_scaling(scaling, f"scaling of {name}")
+    tasks = list(map(_Task, weights, largest, ranks, scalings, options, names, moments, feedback))
+    if not tasks:
+        return []
+    if quant_iters > 1 or quantise_first:
+        return _alternate(tasks, form, svd_options, quant_iters, quantise_first, tolerance)
+    factors = _factors(tasks, weights, largest, [svd_options] * len(tasks))
+    if form == "implicit":
+        return [Split(a0, b0, None) for a0, b0, _ in factors]
+    rests = [_residual(task, (a0, b0), form) for task, (a0, b0, _) in zip(tasks, factors, strict=True)]
+    if any(isinstance(rest, QuantizedWeight) and rest.nested for rest in rests):  # else no need to wait for a GPU
+        for name, offset in zip(names, offsets_of(rests).tolist(), strict=True):
+            check_offset(offset, name)
+    return [Split(a0, b0, rest) for (a0, b0, _), rest in zip(factors, rests, strict=True)]
 
 
 class _Task(NamedTuple):
@@ -197,49 +219,6 @@ class _Task(NamedTuple):
     """The result of `feedback_factors`, for codes by error feedback."""
 
 
-def _splits(
-    names: Sequence[tuple[str, str, str, str]],
-    weights: Sequence[Tensor],
-    ranks: Sequence[int],
-    scalings: Sequence[float],
-    second_moments: Sequence[Tensor] | None,
-    how: _How,
-) -> list[Split]:
-    """Returns the splits. `names` contains the names of each weight, its rank, its scaling and its second moment."""
-    check_alternation(how.quant_iters, how.quantise_first, how.tolerance, how.form)
-    weights, largest = check_weights(weights, [name for name, *_ in names])
-    moments: Sequence[Tensor | None] = [None] * len(weights)
-    feedback = moments
-    if how.error_feedback:
-        check_feedback(how.form, weights, [name for name, *_ in names])
-        if second_moments is None:
-            raise ValueError("error_feedback: got True without second_moment, by which it weighs errors; give both")
-    if second_moments is not None:
-        checked = check_moments(second_moments, weights, [name for *_, name in names], [name for name, *_ in names])
-        moments, feedback = checked, feedback_factors(checked) if how.error_feedback else feedback
-    tasks = []
-    for (name, name_r, name_s, _), *parts, scaling, moment, factor in zip(
-        names, weights, largest, ranks, scalings, moments, feedback, strict=True
-    ):
-        weight, bound, r = parts
-        check_rank(r, weight, name_r)
-        check_scaling(scaling, name_s)
-        options = quant_options(how.form, ("implicit", "explicit"), how.blocksize, how.double_quant, weight)
-        tasks.append(_Task(weight, bound, r, scaling, options, name, moment, factor))
-    if not tasks:  # without a tensor, torch could not find the op's kernel
-        return []
-    if how.quant_iters > 1 or how.quantise_first:
-        return _alternated(tasks, how)
-    factors = _factors(tasks, weights, largest, [how.svd] * len(tasks))
-    if how.form == "implicit":
-        return [Split(a0, b0, None) for a0, b0, _ in factors]
-    rests = [_residual(task, (a0, b0), how.form) for task, (a0, b0, _) in zip(tasks, factors, strict=True)]
-    if any(isinstance(rest, QuantizedWeight) and rest.nested for rest in rests):  # else no need to wait for a GPU
-        for task, offset in zip(tasks, offsets_of(rests).tolist(), strict=True):
-            check_offset(offset, task.name)
-    return [Split(a0, b0, rest) for (a0, b0, _), rest in zip(factors, rests, strict=True)]
-
-
 def _residual(task: _Task, taken: tuple[Tensor, Tensor], form: str) -> Tensor | QuantizedWeight:
     return unchecked_residual(task.weight, *taken, task.scaling, form, task.options, task.feedback)
 
@@ -248,7 +227,7 @@ def _residual(task: _Task, taken: tuple[Tensor, Tensor], form: str) -> Tensor | 
 
 
 def _fast_passes(r: int) -> int:
-    """The passes for factors that are only taken out of the weight. With T = 5, nf4 then loses at most 0.6 points of
+    """The passes for factors that are only subtracted from the weight. With T = 5, nf4 then loses at most 0.6 points of
     the error removed, compared with all passes; with 6 at r = 128 it would lose 2.3 (bench/compare/quant_iters.py)."""
     return 6 if r <= 64 else 8
 
@@ -279,66 +258,69 @@ class _Alternation:
     """The options with which the factors of the best iterate were found."""
 
 
-def _alternated(tasks: Sequence[_Task], how: _How) -> list[Split]:
+def _alternate(
+    tasks: Sequence[_Task], form: str, all_passes: SvdOptions, quant_iters: int, quantise_first: bool, tolerance: float
+) -> list[Split]:
     """Returns the best iterate of each weight, for one or more weights.
 
     Raises:
         ValueError: the mean of scales overflows.
     """
-    if how.quantise_first:
+    if quantise_first:
         taken = [empty_factors(task.weight) for task in tasks]
     else:
-        fast = [_fast(how.svd, task.r) for task in tasks]
-        first = _factors(tasks, [task.weight for task in tasks], [task.largest for task in tasks], fast)
+        svds = [_fast(all_passes, task.r) for task in tasks]
+        first = _factors(tasks, [task.weight for task in tasks], [task.largest for task in tasks], svds)
         taken = [(a0, b0) for a0, b0, _ in first]
-    every = [
+    states = [
         _Alternation(task, pair, task.weight.new_empty(task.weight.shape))
         for task, pair in zip(tasks, taken, strict=True)
     ]
-    active = every
-    for t in range(1, how.quant_iters + 1):
-        svds = [how.svd if t == how.quant_iters else _fast(how.svd, one.task.r) for one in active]
-        going_on = []
-        for one, svd, (found, error) in zip(active, svds, _iterates(active, how.form, svds), strict=True):
-            if one.best is None or error < one.least:
-                one.best, one.least, one.svd = found, error, svd
-            gain = 1 - error / one.error if one.error > 0 else 0.0
-            if gain >= how.tolerance or how.tolerance == 0:
-                going_on.append(one)
-            one.taken, one.error = (found.a0, found.b0), error
-        active = going_on
+    active = states
+    for t in range(1, quant_iters + 1):
+        svds = [all_passes if t == quant_iters else _fast(all_passes, state.task.r) for state in active]
+        continuing = []
+        for state, svd, (iterate, error) in zip(active, svds, _iterate(active, form, svds), strict=True):
+            if state.best is None or error < state.least:
+                state.best, state.least, state.svd = iterate, error, svd
+            gain = 1 - error / state.error if state.error > 0 else 0.0
+            if gain >= tolerance or tolerance == 0:
+                continuing.append(state)
+            state.taken, state.error = (iterate.a0, iterate.b0), error
+        active = continuing
         if not active:
             break
-    again = [one for one in every if one.svd != how.svd]
-    if again:
-        for one in again:
-            if one.best is not None and one.best.taken is not None:
-                one.taken = one.best.taken
-        for one, (found, _) in zip(again, _iterates(again, how.form, [how.svd] * len(again)), strict=True):
-            one.best = found
-    return [one.best for one in every if one.best is not None]
+    fast = [state for state in states if state.svd != all_passes]
+    for state in fast:
+        if state.best is not None and state.best.taken is not None:
+            state.taken = state.best.taken
+    for state, (iterate, _) in zip(fast, _iterate(fast, form, [all_passes] * len(fast)), strict=True):
+        state.best = iterate
+    return [state.best for state in states if state.best is not None]
 
 
-def _iterates(some: Sequence[_Alternation], form: str, svds: Sequence[SvdOptions]) -> list[tuple[Split, float]]:
+def _iterate(states: Sequence[_Alternation], form: str, svds: Sequence[SvdOptions]) -> list[tuple[Split, float]]:
     """Returns the iterates whose residuals lack the taken factors, and their errors. The host waits for a GPU twice, in
     addition to the decompositions, which wait once for each shape of weights."""
-    tasks, rooms, residuals, squares = [one.task for one in some], [one.room for one in some], [], []
-    for one in some:
-        rest = _residual(one.task, one.taken, form)
+    if not states:
+        return []
+    tasks, rooms, residuals, squares = [state.task for state in states], [state.room for state in states], [], []
+    for task, room, state in zip(tasks, rooms, states, strict=True):
+        rest = _residual(task, state.taken, form)
         assert isinstance(rest, QuantizedWeight)  # `check_alternation` refuses other forms
         residuals.append(rest)
-        error = _OPS.quantization_error(one.task.weight, *rest[:5], rest.blocksize, one.room)
-        squares.append(error if one.task.moment is None else _square(one.room, one.task.moment))
+        error = _OPS.quantization_error(task.weight, *rest[:5], rest.blocksize, room)
+        squares.append(error if task.moment is None else _square(room, task.moment))
     largest, offsets = torch.stack([_OPS.max_abs(rooms), offsets_of(residuals)]).tolist()
     for task, bound, offset in zip(tasks, largest, offsets, strict=True):
         check_offset(offset, task.name)
         check_finite(bound, task.name)
     factors = _factors(tasks, rooms, largest, svds)
-    found = [Split(a0, b0, rest, one.taken) for (a0, b0, _), rest, one in zip(factors, residuals, some, strict=True)]
+    splits = [Split(f.a0, f.b0, rest, state.taken) for f, rest, state in zip(factors, residuals, states, strict=True)]
     # By Pythagoras, the projection L of an error E leaves ‖E‖² - ‖L‖², up to about 2^-22 of ‖E‖².
-    kept = torch.stack([_square_of_factors(task, found) for task, found in zip(tasks, factors, strict=True)])
+    kept = torch.stack(list(map(_square_of_factors, tasks, factors)))
     norms = (torch.stack(squares) - kept).clamp_min(0).sqrt().tolist()
-    return list(zip(found, norms, strict=True))
+    return list(zip(splits, norms, strict=True))
 
 
 def _square(matrix: Tensor, moment: Tensor) -> Tensor:
@@ -347,12 +329,12 @@ def _square(matrix: Tensor, moment: Tensor) -> Tensor:
     return (values @ moment * values).sum(dtype=torch.float64)
 
 
-def _square_of_factors(task: _Task, found: Factors) -> Tensor:
-    """The same for the factors' product, in the norm in which they were found."""
+def _square_of_factors(task: _Task, factors: Factors) -> Tensor:
+    """The same for the factors' product, in the norm in which they were computed."""
     if task.moment is None:
-        return found.s.double().square().sum()
-    inner = (found.a0 @ task.moment).double() @ found.a0.double().mT
-    b0 = found.b0.double()
+        return factors.s.double().square().sum()
+    inner = (factors.a0 @ task.moment).double() @ factors.a0.double().mT
+    b0 = factors.b0.double()
     return task.scaling**2 * (b0 @ inner * b0).sum()
 
 
@@ -360,13 +342,13 @@ def _factors(
     tasks: Sequence[_Task], matrices: Sequence[Tensor], largest: Sequence[float], svds: Sequence[SvdOptions]
 ) -> list[Factors]:
     """The factors of matrices that replace the tasks' weights. Those with the same options are decomposed together."""
-    found: dict[int, Factors] = {}
+    factors: dict[int, Factors] = {}
     for svd in dict.fromkeys(svds):
         group = [i for i, other in enumerate(svds) if other == svd]
         ranks, scalings = [tasks[i].r for i in group], [tasks[i].scaling for i in group]
         moments = [moment for i in group if (moment := tasks[i].moment) is not None]
-        some = unchecked_factors(
+        decomposed = unchecked_factors(
             [matrices[i] for i in group], [largest[i] for i in group], ranks, scalings, svd, moments or None
         )
-        found |= zip(group, some, strict=True)
-    return [found[i] for i in range(len(tasks))]
+        factors |= zip(group, decomposed, strict=True)
+    return [factors[i] for i in range(len(tasks))]

@@ -57,13 +57,8 @@ def check_tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...] = FLO
 
 def check_devices(tensors: Mapping[str, Tensor | None]) -> None:
     """Checks that all are on the device of the first, which the error names. None is an argument that was not given."""
-    device = None
-    for tensor in tensors.values():  # runs before each product: only a comparison while all is well
-        if tensor is not None:
-            device = device or tensor.device
-            if tensor.device != device:
-                break
-    else:
+    devices = [tensor.device for tensor in tensors.values() if tensor is not None]
+    if all(device == devices[0] for device in devices):  # runs before each product: only comparisons while all is well
         return
     places: dict[str, list[str]] = {}
     for name, tensor in tensors.items():
@@ -89,8 +84,10 @@ def check_weights(weights: Sequence[object], names: Sequence[str]) -> tuple[list
     """The same for finite weights on one device. Also returns max|weight| of each, all found in one reading. The host
     waits for the device once."""
     tensors = [check_matrix(weight, name) for weight, name in zip(weights, names, strict=True)]
+    if not tensors:  # without a tensor, torch could not find the op's kernel
+        return [], []
     check_devices(dict(zip(names, tensors, strict=True)))
-    bounds: list[float] = torch.ops.pissa.max_abs(tensors).tolist() if tensors else []
+    bounds: list[float] = torch.ops.pissa.max_abs(tensors).tolist()
     for name, bound in zip(names, bounds, strict=True):
         check_finite(bound, name)
     return tensors, bounds
@@ -102,16 +99,16 @@ def check_finite(largest: float, name: str = "weight") -> None:
         raise ValueError(f"{name}: contains NaN or Inf; only finite weights can be decomposed or quantised")
 
 
-def check_lengths(lists: Mapping[str, Sequence[object]], count: int) -> None:
-    """Checks that arguments have one item for each weight."""
+def check_lengths(lists: Mapping[str, Sequence[object] | None], count: int) -> None:
+    """Checks that the arguments that are given have one item for each weight."""
     for name, values in lists.items():
-        if len(values) != count:
+        if values is not None and len(values) != count:
             raise ValueError(f"{name}: got {len(values)}; needed: one for each of the {count} weights")
 
 
 def check_rank(r: object, weight: Tensor, name: str = "r") -> None:
     """Checks the rank of factors of a weight [out, in]: TypeError if it is no int, ValueError if it is out of range."""
-    if isinstance(r, bool) or not isinstance(r, int):
+    if type(r) is not int:
         raise TypeError(f"{name}: got {type(r).__name__}; needed: int")
     limit = min(weight.shape)
     if not 1 <= r <= limit:
@@ -123,37 +120,41 @@ def check_rank(r: object, weight: Tensor, name: str = "r") -> None:
 def check_svd(svd: str, passes: int | str, seed: int, name: str = "passes") -> int | None:
     """Returns the passes, called `name` in errors, as the compiled ops take them: None for "auto"."""
     check_choice("svd", svd, get_args(Svd))
-    number = passes if isinstance(passes, int) and not isinstance(passes, bool) else None
-    if passes != "auto" and (number is None or number < PASSES_PER_STEP or number % PASSES_PER_STEP):
+    if passes != "auto" and (type(passes) is not int or passes < PASSES_PER_STEP or passes % PASSES_PER_STEP):
         raise ValueError(f"{name}: got {passes!r}; allowed: 'auto', or an even number of at least {PASSES_PER_STEP}")
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+    if type(seed) is not int or not 0 <= seed < 2**63:
         raise ValueError(f"seed: got {seed!r}; allowed: 0 to 2^63 - 1")
-    return number
+    return passes if isinstance(passes, int) else None
 
 
 def check_alternation(quant_iters: object, quantise_first: bool, tolerance: object, form: str) -> None:
     """Checks how a quantised residual is alternated with its factors."""
-    if isinstance(quant_iters, bool) or not isinstance(quant_iters, int) or quant_iters < 1:
+    if type(quant_iters) is not int or quant_iters < 1:
         raise ValueError(f"quant_iters: got {quant_iters!r}; allowed: a whole number of at least 1")
     formats = ", ".join(map(repr, FORMATS))
     if form not in FORMATS and quant_iters > 1:
         raise ValueError(f"quant_iters: got {quant_iters} with form={form!r}; allowed: 1, or more with {formats}")
     if form not in FORMATS and quantise_first:
         raise ValueError(f"quantise_first: got True with form={form!r}; allowed: False, or with {formats}")
-    if not isinstance(tolerance, (int, float)) or not 0 <= tolerance < math.inf:
-        raise ValueError(f"tolerance: got {tolerance!r}; allowed: a number of at least 0, which ends none early")
+    check_number("tolerance", tolerance, "a number of at least 0, which ends none early", least=0)
 
 
-def check_scaling(scaling: float, name: str = "scaling") -> None:
+def check_number(
+    name: str, value: object, allowed: str = "a finite number", *, least: float = -math.inf, above: float = -math.inf
+) -> None:
+    """Raises ValueError unless a value is a finite number of at least `least` and above `above`."""
+    if not isinstance(value, (int, float)) or not math.isfinite(value) or value < least or value <= above:
+        raise ValueError(f"{name}: got {value!r}; allowed: {allowed}")
+
+
+def check_scaling(scaling: object, name: str = "scaling") -> None:
     """Checks the scaling by which start factors are divided."""
-    if not isinstance(scaling, (int, float)) or not math.isfinite(scaling) or scaling <= 0:
-        raise ValueError(f"{name}: got {scaling!r}; allowed: a positive number (lora_alpha / r)")
+    check_number(name, scaling, "a positive number (lora_alpha / r)", above=0)
 
 
-def check_change_scaling(scaling: float) -> None:
+def check_change_scaling(scaling: object) -> None:
     """Checks the scaling by which a change is multiplied. 0 disables the change, and a negative one subtracts it."""
-    if not isinstance(scaling, (int, float)) or not math.isfinite(scaling):
-        raise ValueError(f"scaling: got {scaling!r}; allowed: a finite number (lora_alpha / r)")
+    check_number("scaling", scaling, "a finite number (lora_alpha / r)")
 
 
 def check_factors(
@@ -167,7 +168,7 @@ def check_factors(
         raise ValueError(f"{name_b}: got shape {list(b.shape)}; needed: [out, r] = [{out_features}, {a.shape[0]}]")
 
 
-def check_product(names: tuple[str, str, str], largest: float, norm_a: float, norm_b: float, scaling: float) -> None:
+def check_product(names: Sequence[str], largest: float, norm_a: float, norm_b: float, scaling: float) -> None:
     """Checks that weight - scaling * b0 @ a0, with its partial sums, stays within float32.
 
     Args:

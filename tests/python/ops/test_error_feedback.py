@@ -131,7 +131,7 @@ def test_what_does_not_fit_is_refused() -> None:
         ops.split(WEIGHT, 4, form="explicit", error_feedback=True, second_moment=MOMENT)
     with pytest.raises(ValueError, match="weight: got 319 columns; needed by error feedback in nf4: a multiple of 2"):
         ops.quantize(WEIGHT[:, 1:], second_moment=MOMENT[1:, 1:])
-    with pytest.raises(ValueError, match=r"second_moment: got \[319, 319\] in torch.float32; needed"):
+    with pytest.raises(ValueError, match=r"second_moment of weight: got \[319, 319\] in torch.float32; needed"):
         ops.quantize(WEIGHT, second_moment=MOMENT[1:, 1:])
     with pytest.raises(ValueError, match=r"total: got \[320, 319\]; needed: \[in, in\] = \[320, 320\]"):
         ops.add_second_moment(torch.zeros(IN, IN - 1), X)

@@ -83,7 +83,7 @@ NESTED = {"nested_absmax": torch.zeros(1), "offset": torch.tensor(0.0), "absmax"
         ({"absmax": torch.zeros(5)}, ValueError, "weight.absmax"),
         ({"blocksize": 64}, ValueError, "weight.blocksize"),
         ({"shape": (5, 4)}, ValueError, "weight.blocksize"),
-        (NESTED, ValueError, "double_quant"),
+        (NESTED, ValueError, "weight.nested_absmax"),
     ],
 )
 def test_inconsistent_parts_are_refused(change: dict[str, object], error: type[Exception], name: str) -> None:

@@ -206,10 +206,10 @@ def test_no_weights_make_no_splits() -> None:
         ),
         ({"weights": [torch.ones(8, 6), 1, torch.ones(8, 6)]}, TypeError, r"weights\[1\]: got int"),
         ({"ranks": [2, 2]}, ValueError, "ranks: got 2; needed: one for each of the 3 weights"),
-        ({"ranks": [2, 2, 7]}, ValueError, r"ranks\[2\]: got 7; allowed: 1 to min\(out, in\) = 6"),
-        ({"ranks": [2, 2.0, 2]}, TypeError, r"ranks\[1\]: got float"),
+        ({"ranks": [2, 2, 7]}, ValueError, r"r of weights\[2\]: got 7; allowed: 1 to min\(out, in\) = 6"),
+        ({"ranks": [2, 2.0, 2]}, TypeError, r"r of weights\[1\]: got float"),
         ({"scalings": [1.0]}, ValueError, "scalings: got 1"),
-        ({"scalings": [1.0, 0.0, 1.0]}, ValueError, r"scalings\[1\]: got 0.0"),
+        ({"scalings": [1.0, 0.0, 1.0]}, ValueError, r"scaling of weights\[1\]: got 0.0"),
         ({"names": ["one"]}, ValueError, "names: got 1"),
         ({"passes": 3}, ValueError, "passes: got 3"),
         ({"seed": -1}, ValueError, "seed: got -1"),
@@ -313,5 +313,5 @@ def test_the_largest_element_is_found_in_any_layout_and_nothing_beside_the_weigh
 
 
 def test_rank_larger_than_the_weight_says_what_is_allowed() -> None:
-    with pytest.raises(ValueError, match=r"r: got 7; allowed: 1 to min\(out, in\) = 6 for a weight of shape \[8, 6\]"):
+    with pytest.raises(ValueError, match=r"r of weight: got 7; allowed: 1 to min\(out, in\) = 6 for a weight of"):
         ops.split(put(torch.ones(8, 6)), 7)

@@ -123,10 +123,10 @@ def test_alternations_are_compared_by_the_outputs(form: str, quantise_first: boo
 @pytest.mark.parametrize(
     ("moment", "error"),
     [
-        (torch.eye(IN - 1), r"second_moment: got \[255, 255\] in torch.float32; needed: \[in, in\] = \[256, 256\]"),
-        (torch.eye(IN).double(), r"second_moment: got \[256, 256\] in torch.float64; needed: .* in torch.float32"),
-        (None.__class__, r"second_moment: got type; needed"),
-        (torch.full((IN, IN), float("nan")), "second_moment: contains NaN or Inf"),
+        (torch.eye(IN - 1), r"second_moment of weight: got \[255, 255\] in torch.float32; needed: .* = \[256, 256\]"),
+        (torch.eye(IN).double(), r"second_moment of weight: got \[256, 256\] in torch.float64; needed"),
+        (None.__class__, r"second_moment of weight: got type; needed"),
+        (torch.full((IN, IN), float("nan")), "second_moment of weight: contains NaN or Inf"),
     ],
 )
 def test_another_moment_is_refused(moment: object, error: str) -> None:

@@ -165,7 +165,7 @@ def test_gates_of_any_shape_and_gates_that_are_refused() -> None:
         ops.gated(x, x[:, :5])
     with pytest.raises(TypeError, match=r"up: got torch\.bfloat16; needed: gate's torch\.float32"):
         ops.gated(x, x.bfloat16())
-    with pytest.raises(ValueError, match="activation: got 'relu'; allowed: silu, gelu_tanh"):
+    with pytest.raises(ValueError, match="activation: got 'relu'; allowed: 'silu', 'gelu_tanh'"):
         ops.gated(x, x, "relu")
 
 
