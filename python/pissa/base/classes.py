@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -76,13 +78,21 @@ def computing_parameters(module: nn.Module) -> list[Tensor]:
     return [] if isinstance(module, HoldsCodes) else list(module.parameters(recurse=False))
 
 
-def set_evaluation_mode(model: nn.Module) -> None:
-    """Sets evaluation mode, except for bitsandbytes' 4-bit layers. Nothing in these depends on the mode, but in
-    evaluation on a CPU they would repack their codes and return no gradient any more."""
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Sets evaluation mode in the block, except for bitsandbytes' 4-bit layers, and restores all modes after it.
+    Nothing in these layers depends on the mode, but in evaluation on a CPU they would repack their codes and return no
+    gradient any more."""
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
-    for module in model.modules():
+    for module, _ in modes:
         if is_bitsandbytes(module, "Linear4bit"):
             module.train()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def fields_of_4_bits(model: nn.Module) -> dict[str, Any] | None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pissa import ops
-from pissa.base.classes import set_evaluation_mode
+from pissa.base.classes import evaluation_mode
 from pissa.config import PissaConfig
 from pissa.layers.layer import pissa_layers
 from pissa.layers.modules import PissaLinear
@@ -166,20 +166,17 @@ def _observe_inputs(wrapped: PeftModel, diagonal: bool = False) -> Iterator[_Obs
     linears = {name: layer for name, layer in pissa_layers(model).items() if isinstance(layer, PissaLinear)}
     observer = _Observer(list(linears), diagonal)
     hooks = [layer.register_forward_pre_hook(observer.hook(name), with_kwargs=True) for name, layer in linears.items()]
-    training = {module: module.training for module in model.modules()}
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     wrapped.base_model.disable_adapter_layers()
     try:
-        set_evaluation_mode(model)
-        yield observer
+        with evaluation_mode(model):
+            yield observer
     finally:
         wrapped.base_model.enable_adapter_layers()
         for parameter in frozen:
             parameter.requires_grad_(False)
         for hook in hooks:
             hook.remove()
-        for module, was_training in training.items():
-            module.training = was_training
 
 
 class _Observer:

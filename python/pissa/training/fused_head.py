@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import ModelOutput
 
 from pissa import ops
-from pissa.base.classes import frozen_product, set_evaluation_mode
+from pissa.base.classes import evaluation_mode, frozen_product
 from pissa.base.forwards import replace_forward
 from pissa.distributed import is_partitioned
 from pissa.ops import TokenScores
@@ -79,9 +79,12 @@ def fuse_head(model: nn.Module) -> None:
         raise ValueError(f"model: the weights of {name} are partitioned by DeepSpeed; needed: whole ones")
     if inner.loss_function is not ForCausalLMLoss:
         raise ValueError(f"model: {name} has a loss of its own; needed: transformers' for causal language models")
-    own: Any = inner.forward
-    own = getattr(own, "__func__", functools.partial(_without_self, own))  # a copy of the model calls it on itself
-    _check_no_temperature(own)
+    given: Any = inner.forward
+    own: Any = getattr(given, "__func__", None)  # a copy of the model calls it on itself
+    own = own or (lambda _, *args, **kwargs: given(*args, **kwargs))
+    trl = inspect.getclosurevars(own).nonlocals  # of the head of a trainer of TRL
+    if trl.get("temperature", 1.0) != 1.0 or trl.get("cast_lm_head_to_fp32", False):
+        raise ValueError("model: TRL's head of this trainer has a temperature, or casts to float32; needed: neither")
     shape = _LogitsShape.of(inner)
 
     @functools.wraps(type(inner).forward)
@@ -135,37 +138,12 @@ def _asks_for_more(model: Any, arguments: Mapping[str, Any]) -> bool:
     return bool(routed or tuples or states or any(arguments.get(name) for name in names))
 
 
-def _check_no_temperature(own: Any) -> None:
-    """Raises ValueError if `own` is the head of a TRL trainer that divides logits or casts them."""
-    names = getattr(getattr(own, "__code__", None), "co_freevars", ())
-    given = {
-        name: cell.cell_contents for name, cell in zip(names, getattr(own, "__closure__", None) or (), strict=True)
-    }
-    if given.get("temperature", 1.0) != 1.0 or given.get("cast_lm_head_to_fp32", False):
-        raise ValueError("model: TRL's head of this trainer has a temperature, or casts to float32; needed: neither")
-
-
-def _without_self(function: Callable[..., Any], _: Any, *args: Any, **kwargs: Any) -> Any:
-    return function(*args, **kwargs)
-
-
 def _backbone(model: Any) -> nn.Module:
     """The model without its head. Llama 4's text model names itself as its base model."""
-    found: nn.Module = model.base_model
-    return next(child for child in model.children() if isinstance(child, PreTrainedModel)) if found is model else found
-
-
-@contextmanager
-def _tried(model: nn.Module) -> Iterator[None]:
-    """Sets evaluation mode without gradients for the block, and restores torch's generators after it."""
-    modes = [(module, module.training) for module in model.modules()]
-    set_evaluation_mode(model)
-    try:
-        with torch.no_grad(), torch.random.fork_rng():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
+    backbone: nn.Module = model.base_model
+    if backbone is model:
+        backbone = next(child for child in model.children() if isinstance(child, PreTrainedModel))
+    return backbone
 
 
 def _difference(model: Any, fused: Callable[..., Any]) -> float:
@@ -174,25 +152,26 @@ def _difference(model: Any, fused: Callable[..., Any]) -> float:
     ids = torch.arange(1, 10, device=device)[None] % model.get_input_embeddings().weight.shape[0]
     labels = ids.clone()
     labels[0, 4] = IGNORED
-    with _tried(model):
+    with evaluation_mode(model), torch.no_grad(), torch.random.fork_rng():
         expected = model(input_ids=ids, labels=labels)
         with torch.enable_grad():
-            found = fused(model, input_ids=ids, labels=labels).loss.detach()
+            loss = fused(model, input_ids=ids, labels=labels).loss.detach()
     if frozen_product(model.get_output_embeddings()) is None:
         return 0.0  # the model's own way
     size = 1 + float(expected.logits.abs().max())
     rounding = 2 * torch.finfo(expected.logits.dtype).eps + 1e-5  # of logits; and of sums, which have different orders
-    return float((found - expected.loss).abs()) - size * rounding
+    return float((loss - expected.loss).abs()) - size * rounding
 
 
 def _scores_of_logits(logits: Tensor, labels: Tensor) -> TokenScores:
     counted = labels != IGNORED
     logits = logits.float()
-    found = torch.log_softmax(logits, -1)
-    log_probs = found.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+    all_log_probs = torch.log_softmax(logits, -1)
+    log_probs = all_log_probs.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
     with torch.no_grad():
-        entropy = -(found.exp() * found).sum(-1)
-        others = (entropy, (2 * found).logsumexp(-1), logits.mean(-1), log_probs >= found.amax(-1))
+        entropy = -(all_log_probs.exp() * all_log_probs).sum(-1)
+        is_top1 = log_probs >= all_log_probs.amax(-1)
+        others = (entropy, (2 * all_log_probs).logsumexp(-1), logits.mean(-1), is_top1)
     return TokenScores(*(score.masked_fill(~counted, 0) for score in (log_probs, *others)))
 
 
@@ -226,15 +205,15 @@ class _LogitsShape(NamedTuple):
         device = model.get_input_embeddings().weight.device
         handle = head.register_forward_hook(replaced)
         try:
-            with _tried(model):
+            with evaluation_mode(model), torch.no_grad(), torch.random.fork_rng():
                 ids = torch.zeros(1, 1, dtype=torch.long, device=device)
-                found = model(input_ids=ids, use_cache=False, return_dict=True).logits
+                logits = model(input_ids=ids, use_cache=False, return_dict=True).logits
         finally:
             handle.remove()
         numbers = given[0].double() * self.scale
         expected = numbers if self.softcap is None else self.softcap * torch.tanh(numbers / self.softcap)
         rounding = 4 * torch.finfo(given[0].dtype).eps * expected.abs().clamp(min=1)
-        return max(0.0, float(((found[0, -1].double() - expected).abs() - rounding).max()))
+        return max(0.0, float(((logits[0, -1].double() - expected).abs() - rounding).max()))
 
     def scores(
         self, weight: Tensor | ops.QuantizedWeight, bias: Tensor | None, hidden: Tensor, labels: Tensor

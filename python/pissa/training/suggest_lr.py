@@ -13,15 +13,13 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
-from pissa.base.classes import set_evaluation_mode
+from pissa.base.classes import evaluation_mode
 from pissa.config import PissaConfig
 from pissa.distributed import agree, failing_together, is_sharded
-from pissa.ops.checks import check_choice
 
 CLIP = 1.0  # the default of transformers.Trainer; Adam's rate depends on it while gradients change
 MOST_TRIALS = 16
 
-_NAMES = {"pissa": "PiSSA", "unit": "PiSSA's orthonormal start", "lora": "LoRA"}
 # bench/experiments, rank 16, three seeds: less by 0.047 ± 0.019 on GSM8K, 0.082 ± 0.052 on sums, 0.066 ± 0.040 on films
 _ALTERNATIVE = (
     """; at its own best rate LoRA's start with rsLoRA's scaling (init="lora", use_rslora=True) left less than """
@@ -43,7 +41,6 @@ class Suggestion(NamedTuple):
 def suggest_lr(
     model: nn.Module,
     batches: Iterable[Any],
-    method: str | None = None,
     *,
     loss: Callable[[nn.Module, Any], Tensor] | None = None,
 ) -> Suggestion:
@@ -72,7 +69,6 @@ def suggest_lr(
         batches: batches as in the training. With the default `loss`, mappings of keyword arguments with labels, on the
             model's device. At least 2. More batches bring the trial closer to the training and cost more; it was
             measured with 30.
-        method: "pissa", "unit" or "lora", for the text. None: determined from the active adapter's configuration.
         loss: the loss of a batch, a scalar with a gradient (default: `model(**batch).loss`).
 
     Raises:
@@ -83,18 +79,14 @@ def suggest_lr(
         pissa.RankError: another process has failed.
     """
     with failing_together():
-        if method is not None:
-            check_choice("method", method, tuple(_NAMES))
-        method = method or _method_of(model)
-        name = _NAMES.get(method, "this model")
         trial = _Trial(model, list(batches), loss or _own_loss)
         with _restored(model, trial):
             losses = _bracket(trial, 2 * trial.unit_step())
     rate = float(f"{_vertex(losses):.1e}")
     tried = ", ".join(f"{_shown(losses[rate])} at {rate:.1e}" for rate in sorted(losses))
     text = (
-        f"learning rate {rate:.1e} for {name}: {len(losses)} trial trainings of {len(trial.seen)} steps left losses of "
-        f"{tried} on {len(trial.unseen)} other batches{_ALTERNATIVE if method == 'pissa' else ''}"
+        f"learning rate {rate:.1e}: {len(losses)} trial trainings of {len(trial.seen)} steps left losses of {tried} on "
+        f"{len(trial.unseen)} other batches{_ALTERNATIVE if _is_usual_pissa(model) else ''}"
     )
     return Suggestion(rate, text, losses)
 
@@ -154,8 +146,7 @@ class _Trial:
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-        set_evaluation_mode(self._model)
-        with torch.no_grad():
+        with evaluation_mode(self._model), torch.no_grad():
             left = mean(self._loss(self._model, batch).item() for batch in self.unseen)
         left = float(mean(agree(left)))
         return left if math.isfinite(left) else math.inf
@@ -213,28 +204,23 @@ def _own_loss(model: nn.Module, batch: Any) -> Tensor:
     return found
 
 
-def _method_of(model: nn.Module) -> str:
-    """The key of the method's name, by the active adapter's configuration; "" for others."""
+def _is_usual_pissa(model: nn.Module) -> bool:
+    """Whether the active adapter starts as the paper's PiSSA does, with the lengths that it gives the factors."""
     if not isinstance(model, PeftModel):
-        return ""
+        return False
     config = model.peft_config[model.active_adapter]
     start = config.init if isinstance(config, PissaConfig) else getattr(config, "init_lora_weights", None)
-    if isinstance(start, str) and start.startswith("pissa"):
-        return "unit" if getattr(config, "start_norm", "singular") == "unit" else "pissa"
-    return "lora" if start in ("lora", True, "gaussian") else ""
+    return str(start).startswith("pissa") and getattr(config, "start_norm", "singular") == "singular"
 
 
 @contextmanager
 def _restored(model: nn.Module, trial: _Trial) -> Iterator[None]:
     """Restores the model and the generators after the block."""
-    modes = [(module, module.training) for module in model.modules()]
     gradients = [parameter.grad for parameter in trial.parameters]
-    with torch.random.fork_rng(trial.devices):
+    with torch.random.fork_rng(trial.devices), evaluation_mode(model):
         try:
             yield
         finally:
             trial.reset()
             for parameter, gradient in zip(trial.parameters, gradients, strict=True):
                 parameter.grad = gradient
-            for module, training in modes:
-                module.training = training
