@@ -73,21 +73,21 @@ def _noted(shown: bool) -> Iterator[list[str]]:
         yield texts
 
 
-def _add_adapter(parser: argparse.ArgumentParser, target: str, base: str, base_is_required: bool = False) -> None:
+_BASE = "model that the adapter was trained on: a folder, or a name on the Hugging Face Hub"
+_NAMED_BASE = f"{_BASE} (default: the one that the adapter names)"
+
+
+def _add_adapter(
+    parser: argparse.ArgumentParser, target: str, base: str = _NAMED_BASE, base_is_required: bool = False
+) -> None:
     """Adds the arguments that all commands which read an adapter share."""
-    parser.add_argument(
-        "adapter", type=Path, metavar="ADAPTER", help="folder of the adapter: one of pissa or PEFT, or a LoRA"
-    )
-    parser.add_argument("target", type=Path, metavar="OUT", help=target)
-    parser.add_argument("--base", required=base_is_required, metavar="DIR_OR_NAME", help=base)
-    parser.add_argument(
-        "--initial",
-        type=Path,
-        metavar="DIR",
-        help="if PEFT trained the adapter on a residual: the adapter as it was saved before training, or a "
-        "residual model that contains it in pissa_init",
-    )
-    parser.add_argument("--json", action="store_true", help="report as one JSON object")
+    add = parser.add_argument
+    add("adapter", type=Path, metavar="ADAPTER", help="folder of the adapter: one of pissa or PEFT, or a LoRA")
+    add("target", type=Path, metavar="OUT", help=target)
+    add("--base", required=base_is_required, metavar="DIR_OR_NAME", help=base)
+    initial = "the adapter as it was saved before training, or a residual model that contains it in pissa_init"
+    add("--initial", type=Path, metavar="DIR", help=f"if PEFT trained the adapter on a residual: {initial}")
+    add("--json", action="store_true", help="report as one JSON object")
 
 
 def _options(args: argparse.Namespace, *names: str) -> dict[str, Any]:
@@ -120,51 +120,31 @@ _alpha = number(float, "a number above 0", lambda value: 0 < value < float("inf"
 
 
 def _add_init(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SRC", help="folder of the model, or its name on the Hugging Face Hub")
-    parser.add_argument("target", type=Path, metavar="OUT", help="new folder, or the folder of an interrupted run")
-    parser.add_argument(
-        "--quant",
-        choices=("nf4", "int8"),
-        help="keep the residual in this format, as transformers does with bitsandbytes (default: dense)",
-    )
-    parser.add_argument("--rank", type=positive_int, default=16, metavar="R", help="rank of the adapter")
-    parser.add_argument("--alpha", type=_alpha, metavar="A", help="LoRA alpha (default: the rank)")
-    parser.add_argument(
-        "--target-modules",
-        nargs="+",
-        metavar="NAME",
-        help="layers to adapt (default: all linear ones except the output layer)",
-    )
-    parser.add_argument("--exclude-modules", nargs="+", metavar="NAME", help="layers not to adapt")
-    parser.add_argument(
-        "--init",
-        default="pissa",
-        metavar="METHOD",
-        help="how the adapter starts: pissa, pissa_medium, pissa_minor, lora (plain QLoRA), loftq, or "
-        "activations (which needs a calibration)",
-    )
+    add = parser.add_argument
+    add("source", metavar="SRC", help="folder of the model, or its name on the Hugging Face Hub")
+    add("target", type=Path, metavar="OUT", help="new folder, or the folder of an interrupted run")
+    quant = "keep the residual in this format, as transformers does with bitsandbytes (default: dense)"
+    add("--quant", choices=("nf4", "int8"), help=quant)
+    add("--rank", type=positive_int, default=16, metavar="R", help="rank of the adapter")
+    add("--alpha", type=_alpha, metavar="A", help="LoRA alpha (default: the rank)")
+    modules = "layers to adapt (default: all linear ones except the output layer)"
+    add("--target-modules", nargs="+", metavar="NAME", help=modules)
+    add("--exclude-modules", nargs="+", metavar="NAME", help="layers not to adapt")
+    init = "start of the adapter: pissa, pissa_medium, pissa_minor, lora (plain QLoRA), loftq, activations (calibrated)"
+    add("--init", default="pissa", metavar="METHOD", help=init)
     add_calibration(
         parser,
         "with --quant: records (.jsonl, .json) like what the model will read. Error feedback then chooses the "
         "codes, and the outputs lose less; with --init lora this makes a better checkpoint for any QLoRA program",
     )
-    parser.add_argument(
-        "--quant-iters", type=positive_int, default=1, metavar="T", help="alternations of SVD and quantisation"
-    )
-    parser.add_argument("--svd-passes", type=passes, default="auto", metavar="N", help="passes over each matrix (even)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the random sketch")
-    parser.add_argument(
-        "--memory", type=_memory, default="1GB", metavar="SIZE", help="limit for matrices and results in memory"
-    )
-    parser.add_argument(
-        "--experts",
-        metavar="FORMAT",
-        default="dense",
-        help="how fused experts are kept with --quant: dense, which every program reads, or in the same format, "
-        "which only pissa.load reads",
-    )
-    parser.add_argument("--device", default="cpu", metavar="DEV", help="where matrices are split, e.g. cuda")
-    parser.add_argument("--json", action="store_true", help="report as one JSON object")
+    add("--quant-iters", type=positive_int, default=1, metavar="T", help="alternations of SVD and quantisation")
+    add("--svd-passes", type=passes, default="auto", metavar="N", help="passes over each matrix (even)")
+    add("--seed", type=int, default=0, metavar="N", help="seed of the random sketch")
+    add("--memory", type=_memory, default="1GB", metavar="SIZE", help="limit for matrices and results in memory")
+    experts = "how fused experts are kept with --quant: dense, or in the same format, which only pissa.load reads"
+    add("--experts", metavar="FORMAT", default="dense", help=experts)
+    add("--device", default="cpu", metavar="DEV", help="where matrices are split, e.g. cuda")
+    add("--json", action="store_true", help="report as one JSON object")
 
 
 @contextmanager
@@ -214,8 +194,10 @@ def _init(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     say("split", f"{args.source}: {kept}, start {args.init}")
     say("read", _read(done))
     if done.memory > args.memory:
-        needed = f"{as_size(done.memory)}, which {done.largest} needs by itself"
-        say("memory", f"{needed}; --memory is {as_size(args.memory)}")
+        say(
+            "memory",
+            f"{as_size(done.memory)}, which {done.largest} needs by itself; --memory is {as_size(args.memory)}",
+        )
     given_up = ", lost to keep the outputs closer" if args.calibration else ""
     say("error", f"{done.error:.3%} of the weights' norm is in neither the residual nor the adapter{given_up}")
     say("saved", f"{args.target}: {as_size(done.bytes_written)}, the adapter in pissa_init")
@@ -232,19 +214,10 @@ INIT = FolderCommand(_add_init, _init)
 
 
 def _add_merge(parser: argparse.ArgumentParser) -> None:
-    _add_adapter(
-        parser,
-        "new folder, or the folder of an interrupted run",
-        "folder of the model that the adapter was trained on, or its name on the Hugging Face Hub; or a folder that "
-        "pissa init has written",
-        base_is_required=True,
-    )
-    parser.add_argument(
-        "--quant",
-        metavar="FORMAT",
-        help="write the linear layers in nf4 or int8, in the format of transformers with bitsandbytes; same: in the "
-        "format of a released base (default: dense)",
-    )
+    base = f"{_BASE}; or a folder that pissa init has written"
+    _add_adapter(parser, "new folder, or the folder of an interrupted run", base, base_is_required=True)
+    quant = "form of the linear layers: dense, nf4 or int8 (as of bitsandbytes), same: that of a released base"
+    parser.add_argument("--quant", metavar="FORMAT", help=f"{quant} (default: dense)")
 
 
 def _merge(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -270,23 +243,11 @@ MERGE = FolderCommand(_add_merge, _merge)
 
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
-    _add_adapter(
-        parser,
-        "new folder, or for gguf a new file",
-        "the model that the adapter was trained on, a folder or a name on the Hugging Face Hub (default: the one that "
-        "the adapter names)",
-    )
-    parser.add_argument(
-        "--to",
-        required=True,
-        choices=RUNTIMES,
-        help="; ".join(f"{name}: {what}" for name, what in RUNTIMES.items()),
-    )
-    parser.add_argument(
-        "--requantise",
-        action="store_true",
-        help="for bnb4, if the adapter's base was not in 4 bits: merge it, quantise the result and report the error",
-    )
+    _add_adapter(parser, "new folder, or for gguf a new file")
+    runtimes = "; ".join(f"{name}: {what}" for name, what in RUNTIMES.items())
+    parser.add_argument("--to", required=True, choices=RUNTIMES, help=runtimes)
+    requantise = "for bnb4, if the adapter's base was not in 4 bits: merge it, quantise the result and report the error"
+    parser.add_argument("--requantise", action="store_true", help=requantise)
 
 
 def _export(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -312,17 +273,11 @@ _share = number(float, "a number above 0 and at most 1", lambda value: 0 < value
 
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:
-    _add_adapter(
-        parser,
-        "new folder for the LoRA",
-        "the model that the adapter was trained on, a folder or a name on the Hugging Face Hub (default: the one that "
-        "the adapter names)",
-    )
-    lower = parser.add_mutually_exclusive_group()
-    lower.add_argument("--rank", type=positive_int, metavar="N", help="largest rank of a layer (best approximation)")
-    lower.add_argument(
-        "--energy", type=_share, metavar="X", help="share of the change's squared norm that each layer keeps, e.g. 0.99"
-    )
+    _add_adapter(parser, "new folder for the LoRA")
+    add = parser.add_mutually_exclusive_group().add_argument
+    add("--rank", type=positive_int, metavar="N", help="largest rank of a layer (best approximation)")
+    energy = "share of the change's squared norm that each layer keeps, e.g. 0.99"
+    add("--energy", type=_share, metavar="X", help=energy)
 
 
 def _convert(args: argparse.Namespace) -> Iterator[dict[str, Any]]:

@@ -83,17 +83,17 @@ _OWN = (
 
 def _fields(config: type, names: Collection[str], **defaults: Any) -> list[tuple[str, Any, Any]]:
     """Fields of a dataclass with our types, defaults and short names. `defaults` replaces some of the defaults."""
-    hints, found = types_of_fields(config), []
+    hints, options = types_of_fields(config), []
     defaults = _DEFAULTS | defaults
     for f in (f for f in fields(config) if f.name in names):
         shown = f" (default: {_METHOD[f.name]})" if isinstance(_METHOD.get(f.name), (str, int, float)) else ""
         text = _HELP.get(f.name, f.metadata["help"].replace("%", "%%").replace("%%%%", "%%") + shown)
-        options = {"help": text, "aliases": _ALIASES.get(f.name, [])}
+        metadata = {"help": text, "aliases": _ALIASES.get(f.name, [])}
         if choices := _CHOICES.get(f.name, f.metadata.get("choices")):
-            options["choices"] = choices
-        default = field(default=defaults.get(f.name, f.default), metadata=options)
-        found.append((f.name, _TYPES.get(f.name, hints[f.name]), default))
-    return found
+            metadata["choices"] = choices
+        default = field(default=defaults.get(f.name, f.default), metadata=metadata)
+        options.append((f.name, _TYPES.get(f.name, hints[f.name]), default))
+    return options
 
 
 def trl_parser(kind: str, **options: Any) -> TrlParser:
@@ -106,13 +106,11 @@ def trl_parser(kind: str, **options: Any) -> TrlParser:
         *_fields(pissa.PissaConfig, _METHOD),
     ]
     first = make_dataclass("Options", ours, namespace={"_argument_group_name": "model, data and method"})
-    training = make_dataclass(
-        "Training", _fields(config, {*_ALIASES, *_DEFAULTS, *_TYPES}, **_RATE.get(kind, {})), bases=(config,)
-    )
+    changed = _fields(config, {*_ALIASES, *_DEFAULTS, *_TYPES}, **_RATE.get(kind, {}))
+    training = make_dataclass("Training", changed, bases=(config,))
     parser = TrlParser((first, training, DatasetMixtureConfig), **options)
-    parser.add_argument(
-        "--config", metavar="FILE", help="YAML file of options by their long names; flags take precedence"
-    )
+    file = "YAML file of options by their long names; flags take precedence"
+    parser.add_argument("--config", metavar="FILE", help=file)
     return parser
 
 
@@ -149,8 +147,8 @@ def adapter_config(ours: Any, seed: int, split: pissa.PissaConfig | None = None)
         given, value = getattr(ours, name), getattr(config, name)
         value = sorted(value) if isinstance(value, set) else value
         if split and given not in (None, value) and not (isinstance(given, bool) and given == default):
-            found = f"{ours.model_name_or_path} was split with {flag(name)} {value}"
-            raise UserError(f"{flag(name)} {given}: {found}; leave {flag(name)} out")
+            split_with = f"{ours.model_name_or_path} was split with {flag(name)} {value}"
+            raise UserError(f"{flag(name)} {given}: {split_with}; leave {flag(name)} out")
         setattr(ours, name, value)
     return config
 
@@ -191,5 +189,5 @@ def go_on(out: Path, ours: Any, training: Any, mixture: Any) -> None:
 def _as_dict(*options: Any) -> dict[str, Any]:
     """All options by name, as JSON and YAML store them, except those that concern only this machine."""
     values = {f.name: getattr(part, f.name) for part in options for f in fields(part) if f.init}
-    found: dict[str, Any] = json.loads(json.dumps(values, default=vars))
-    return {name: value for name, value in found.items() if name not in ("hub_token", "use_cpu")}
+    plain: dict[str, Any] = json.loads(json.dumps(values, default=vars))
+    return {name: value for name, value in plain.items() if name not in ("hub_token", "use_cpu")}

@@ -19,22 +19,15 @@ _ALLOWED = "give a command, a .py file, or -m MODULE, and its arguments: pissa r
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "pissa run [--init pissa] [--calibration FILE [--examples N]] [--] PROGRAM [ARGUMENT ...]"
-    parser.add_argument(
-        "--init",
-        choices=["pissa"],
-        help="how adapters start if the program does not choose; TRL's scripts cannot choose",
-    )
+    start = "how adapters start if the program does not choose; TRL's scripts cannot choose"
+    parser.add_argument("--init", choices=["pissa"], help=start)
     add_calibration(
         parser,
         "records (.jsonl, .json) like what the model will read: the error of a model loaded with load_in_4bit is "
         "repaired beneath its LoRA, from the 16-bit checkpoint that it was loaded from",
     )
-    parser.add_argument(
-        "program",
-        nargs=argparse.REMAINDER,
-        metavar="PROGRAM",
-        help="a command, a .py file, or -m MODULE; and its arguments",
-    )
+    program = "a command, a .py file, or -m MODULE; and its arguments"
+    parser.add_argument("program", nargs=argparse.REMAINDER, metavar="PROGRAM", help=program)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -45,14 +38,13 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"got no program; {_ALLOWED}")
     name, *arguments = program
     # A command of this environment takes precedence over those on PATH.
-    found = shutil.which(name, path=os.path.dirname(sys.executable)) or shutil.which(name)
+    executable = shutil.which(name, path=os.path.dirname(sys.executable)) or shutil.which(name)
     if name == "-m" or name.endswith(".py"):
-        found, arguments = sys.executable, program
-    if found is None:
+        executable, arguments = sys.executable, program
+    if executable is None:
         raise UserError(f"{name} is not a command of this environment, and not on PATH; {_ALLOWED}")
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(filter(None, [peft.FOLDER, os.environ.get("PYTHONPATH", "")]))
-    }
+    folders = filter(None, [peft.FOLDER, os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(folders)}
     if args.init is not None:
         environment[peft.INIT] = args.init
     if args.calibration is not None:
@@ -60,4 +52,4 @@ def run(args: argparse.Namespace) -> int:
     shown = " ".join(program[:2] if program[0] == "-m" else program[:1])
     print(f"pissa run: PEFT's PiSSA and LoRA on 4-bit layers are pissa's in {shown}", file=sys.stderr, flush=True)
     with told(OSError, before=f"{shown}: "):
-        os.execve(found, [found, *arguments], environment)
+        os.execve(executable, [executable, *arguments], environment)

@@ -102,6 +102,4 @@ def add_calibration(parser: argparse.ArgumentParser, help: str) -> None:
     """Adds the option --calibration with this help text, and the option --examples."""
     parser.add_argument("--calibration", metavar="FILE", help=help)
     # About ten thousand tokens. bench/experiments, `repairs`, compares other numbers.
-    parser.add_argument(
-        "--examples", type=positive_int, default=64, metavar="N", help="examples for the calibration (default: 64)"
-    )
+    parser.add_argument("--examples", type=positive_int, default=64, metavar="N", help="examples for the calibration")
