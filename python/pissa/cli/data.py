@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pissa.cli.terminal import UserError, told
+from pissa.cli.terminal import UserError, user_errors
 from pissa.containers.messages import shown
 
 if TYPE_CHECKING:
@@ -53,20 +53,20 @@ def read_chats(source: str) -> list[Chat]:
 
 def read_preferences(source: str) -> list[tuple[Chat, Chat]]:
     """Reads a file of preferences: pairs of chats that differ in their answers, the chosen one first."""
-    found = []
+    pairs = []
     for where, record in _records(source):
         prompt, chosen, rejected = _keys(where, record, _PREFERENCES)
-        found.append((_chat(where, record, prompt, chosen), _chat(where, record, prompt, rejected)))
-    return found
+        pairs.append((_chat(where, record, prompt, chosen), _chat(where, record, prompt, rejected)))
+    return pairs
 
 
 def _records(source: str) -> Iterator[tuple[str, Any]]:
     """Yields each JSON value with its place in the file."""
     path = Path(source)
     if not path.is_file():
-        found = "is a folder" if path.is_dir() else "no such file"
-        raise UserError(f"{source}: {found}; allowed: a .jsonl or .json file")
-    with told(OSError, ValueError, before=f"{path}: cannot be read: ", after="; allowed: a text file in UTF-8"):
+        problem = "is a folder" if path.is_dir() else "no such file"
+        raise UserError(f"{source}: {problem}; allowed: a .jsonl or .json file")
+    with user_errors(OSError, ValueError, before=f"{path}: cannot be read: ", after="; allowed: a text file in UTF-8"):
         text = path.read_text(encoding="utf-8-sig")
     if not text.strip():
         raise UserError(f"{path}: is empty; needed: at least one record")
@@ -75,7 +75,7 @@ def _records(source: str) -> Iterator[tuple[str, Any]]:
     lines = {f"{path}:{number}": line for number, line in enumerate(text.split("\n"), 1) if line.strip()}
     for where, part in {str(path): text}.items() if is_list else lines.items():
         needed = f"; found {shown(part.strip())}; needed: records in JSON"
-        with told(ValueError, RecursionError, before=f"{where}: not JSON: ", after=needed):
+        with user_errors(ValueError, RecursionError, before=f"{where}: not JSON: ", after=needed):
             value = json.loads(part)
         if not is_list:
             yield where, value
@@ -87,15 +87,15 @@ def _records(source: str) -> Iterator[tuple[str, Any]]:
 
 def _keys(where: str, record: Any, forms: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
     """The keys of the first form that the record matches."""
-    found = shown(record)
+    given = shown(record)
     if isinstance(record, dict):
         for form in forms:
             if {*form} <= record.keys():
                 return form
-        found = f"an object with the keys {', '.join(map(shown, record)) or 'none'}"
+        given = f"an object with the keys {', '.join(map(shown, record)) or 'none'}"
     allowed = ", or ".join(" and ".join(f'"{key}"' for key in form) for form in forms)
     raise UserError(
-        f'{where}: found {found}; allowed: an object with {allowed}, which are texts, or messages: [{{"role": "user", '
+        f'{where}: found {given}; allowed: an object with {allowed}, which are texts, or messages: [{{"role": "user", '
         '"content": "..."}, {"role": "assistant", "content": "..."}]'
     )
 
@@ -125,8 +125,8 @@ def _chat(where: str, record: dict[str, Any], *keys: str) -> Chat:
             )
     roles = [message["role"] for message in messages]
     if roles[-2:] != ["user", "assistant"]:
-        found = ", ".join(roles) or "none"
-        raise UserError(f"{where}: the messages' roles are: {found}; needed: the last two are user, assistant")
+        given = ", ".join(roles) or "none"
+        raise UserError(f"{where}: the messages' roles are: {given}; needed: the last two are user, assistant")
     return Chat(where, [{"role": message["role"], "content": message["content"]} for message in messages])
 
 
@@ -163,7 +163,7 @@ def batches_of(file: str, examples: int, model: str | Path) -> list[Any]:
     import torch
     from transformers import AutoTokenizer
 
-    with told(OSError, ValueError, before=f"{model} has no tokenizer, which a calibration needs: "):
+    with user_errors(OSError, ValueError, before=f"{model} has no tokenizer, which a calibration needs: "):
         tokenizer = AutoTokenizer.from_pretrained(model)
     texts = ["".join(prompt_and_answer(chat, tokenizer)) for chat in read_chats(file)[:examples]]
     longest = min(tokenizer.model_max_length, 2048)
@@ -178,13 +178,13 @@ def prompt_and_answer(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> tuple[s
         prompt, answer = _alpaca(chat, tokenizer)
     else:
         prompt = tokenizer.apply_chat_template(chat.messages[:-1], tokenize=False, add_generation_prompt=True)
-        whole = tokenizer.apply_chat_template(chat.messages, tokenize=False)
-        if not whole.startswith(prompt):
+        chat_text = tokenizer.apply_chat_template(chat.messages, tokenize=False)
+        if not chat_text.startswith(prompt):
             raise UserError(
                 f"{chat.where}: the tokenizer's chat template changes the prompt once the answer follows, so prompt "
                 "and answer cannot be separated; use another template, or remove it to train with the Alpaca prompt"
             )
-        answer = whole[len(prompt) :]
+        answer = chat_text[len(prompt) :]
     # A template ends a turn with a line break, which is not part of the answer.
     ended = answer.rstrip()
     if ended.endswith(tuple(tokenizer.all_special_tokens)):

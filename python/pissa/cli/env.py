@@ -74,11 +74,11 @@ def _cuda(build: dict[str, Any] | None) -> str:
 def needed() -> dict[str, str]:
     """The minimum versions of the packages that `pissa[cli]` requires, from its metadata. Without the packages of the
     extras, only `pissa.ops` works."""
-    asked = (
+    requirements = (
         re.fullmatch(r"""([\w-]+)>=([\d.]+)(?: ?; extra == ["'](?:hf|cli)["'])?""", line)
         for line in metadata.requires("pissa") or []
     )
-    return {found[1]: found[2] for found in asked if found is not None}
+    return {requirement[1]: requirement[2] for requirement in requirements if requirement is not None}
 
 
 def _version(name: str) -> str | None:

@@ -23,9 +23,9 @@ from pissa.cli.terminal import (
     number,
     passes,
     positive_int,
-    say,
+    print_row,
     silence_third_parties,
-    told,
+    user_errors,
 )
 from pissa.integrations import RUNTIMES
 
@@ -46,26 +46,26 @@ class FolderCommand(NamedTuple):
         from pissa.distributed import RankError
 
         work = self.work(args)
-        speaks = os.environ.get("RANK", "0") == "0"  # one of the processes that torchrun started
-        with _noted(shown=speaks and not args.json) as notes, told(OSError, ValueError, RankError):
+        is_first = os.environ.get("RANK", "0") == "0"  # one of the processes that torchrun started
+        with _collect_notes(prints=is_first and not args.json) as notes, user_errors(OSError, ValueError, RankError):
             done = next(work)
-        if speaks and args.json:
+        if is_first and args.json:
             print(json.dumps({**done, "notes": notes}, indent=2))
-        elif speaks:
+        elif is_first:
             next(work, None)
         return 0
 
 
 @contextmanager
-def _noted(shown: bool) -> Iterator[list[str]]:
-    """Prints the warnings of the block at once, because they may call hours of work into question."""
+def _collect_notes(prints: bool) -> Iterator[list[str]]:
+    """Collects the warnings of the block, and prints each at once, because it may call hours of work into question."""
     texts: list[str] = []
 
     def note(message: Warning | str, *_: Any, **__: Any) -> None:
         if (text := str(message)) not in texts:
             texts.append(text)
-            if shown:
-                say("note", text)
+            if prints:
+                print_row("note", text)
 
     with warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)
@@ -95,7 +95,7 @@ def _options(args: argparse.Namespace, *names: str) -> dict[str, Any]:
     return {name: getattr(args, name) for name in names}
 
 
-def _read(done: Written) -> str:
+def _describe_reading(done: Written) -> str:
     """The amount of checkpoint data that a run has read, and the speed."""
     before = f", {as_size(done.bytes_done_before)} by an earlier run" if done.bytes_done_before else ""
     rate = round((done.bytes_read - done.bytes_done_before) / done.seconds)
@@ -178,7 +178,7 @@ def _init(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         )
     if args.init == "activations" and args.calibration is None:
         raise UserError("--init activations: got no --calibration; give --calibration FILE, or another --init")
-    with told(TypeError), _processes():  # raised for a layer of a kind that cannot be adapted
+    with user_errors(TypeError), _processes():  # raised for a layer of a kind that cannot be adapted
         method = _options(args, *_METHOD)
         batches = None if args.calibration is None else batches_of(args.calibration, args.examples, args.source)
         done = init(
@@ -191,21 +191,21 @@ def _init(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         )
     yield vars(done)
     kept = f"{done.layers} layers, rank {args.rank}, residual {args.quant or 'dense'}"
-    say("split", f"{args.source}: {kept}, start {args.init}")
-    say("read", _read(done))
+    print_row("split", f"{args.source}: {kept}, start {args.init}")
+    print_row("read", _describe_reading(done))
     if done.memory > args.memory:
-        say(
+        print_row(
             "memory",
             f"{as_size(done.memory)}, which {done.largest} needs by itself; --memory is {as_size(args.memory)}",
         )
     given_up = ", lost to keep the outputs closer" if args.calibration else ""
-    say("error", f"{done.error:.3%} of the weights' norm is in neither the residual nor the adapter{given_up}")
-    say("saved", f"{args.target}: {as_size(done.bytes_written)}, the adapter in pissa_init")
+    print_row("error", f"{done.error:.3%} of the weights' norm is in neither the residual nor the adapter{given_up}")
+    print_row("saved", f"{args.target}: {as_size(done.bytes_written)}, the adapter in pissa_init")
     if done.only_ours:
-        say("next", f"pissa.load({str(args.target)!r}); no other program reads experts in {args.experts}")
+        print_row("next", f"pissa.load({str(args.target)!r}); no other program reads experts in {args.experts}")
     else:
-        say("next", f"pissa.load({str(args.target)!r}); or, in any trainer, the model {args.target}")
-        say("", f"with the LoRA adapter {args.target / INITIAL_FOLDER}")
+        print_row("next", f"pissa.load({str(args.target)!r}); or, in any trainer, the model {args.target}")
+        print_row("", f"with the LoRA adapter {args.target / INITIAL_FOLDER}")
 
 
 INIT = FolderCommand(_add_init, _init)
@@ -225,16 +225,16 @@ def _merge(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
     done = merge(args.adapter, args.base, args.target, **_options(args, "quant", "initial"), progressbar=True)
     yield vars(done)
-    say("adapter", f"{args.adapter}: {done.what}, {done.layers} layers")
-    say("read", _read(done))
+    print_row("adapter", f"{args.adapter}: {done.what}, {done.layers} layers")
+    print_row("read", _describe_reading(done))
     for name, share in done.survives.items():
-        say("survives", f"{share:.1%} of the change: {name}")
+        print_row("survives", f"{share:.1%} of the change: {name}")
     if done.survives:
-        say("noise", f"{done.noise:.0%} of the change; an adapter that is not merged loses nothing")
+        print_row("noise", f"{done.noise:.0%} of the change; an adapter that is not merged loses nothing")
     where = "the base's format" if args.quant == "same" else args.quant
     written = f"{done.quantised} layers in {where}" if args.quant else "dense, rounded once"
-    say("error", f"{written}: {done.error:.3%} of the weights' norm, {done.error_of_change:.3%} of the change's")
-    say("saved", f"{args.target}: {as_size(done.bytes_written)}")
+    print_row("error", f"{written}: {done.error:.3%} of the weights' norm, {done.error_of_change:.3%} of the change's")
+    print_row("saved", f"{args.target}: {as_size(done.bytes_written)}")
 
 
 MERGE = FolderCommand(_add_merge, _merge)
@@ -256,13 +256,13 @@ def _export(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     options = _options(args, "base", "initial", "requantise")
     done = export(args.adapter, args.target, args.to, **options, progressbar=True)
     yield done._asdict()
-    say("adapter", f"{args.adapter}: {done.what}, {done.layers} layers")
-    say("written", done.written)
+    print_row("adapter", f"{args.adapter}: {done.what}, {done.layers} layers")
+    print_row("written", done.written)
     if done.worst is not None:
         layers = f"{done.mean_error:.3%} on average, {done.error_of_worst:.3%} at most, in {done.worst}"
-        say("error", f"{done.error:.3%} of the weights' norm; of a layer {layers}")
-    say("saved", f"{args.target}: {as_size(done.bytes_written)}")
-    say("load", done.load)
+        print_row("error", f"{done.error:.3%} of the weights' norm; of a layer {layers}")
+    print_row("saved", f"{args.target}: {as_size(done.bytes_written)}")
+    print_row("load", done.load)
 
 
 EXPORT = FolderCommand(_add_export, _export)
@@ -287,7 +287,7 @@ def _convert(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     done = convert(args.adapter, args.target, **options, progressbar=True)
     numbers = {name: {**layer._asdict(), "kept": layer.kept} for name, layer in done.layers.items()}
     yield {"layout": done.layout, "kept": done.kept, "layers": numbers}
-    say("source", f"{args.adapter}: {done.layout}")
+    print_row("source", f"{args.adapter}: {done.layout}")
     kinds = defaultdict[str, list[Any]](list)
     for name, layer in done.layers.items():
         kinds[name.removesuffix(".weight").rpartition(".")[2]].append(layer)
@@ -301,8 +301,8 @@ def _convert(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     print(format_table(header, rows))
     if lowered:
         name, least = min(done.layers.items(), key=lambda item: item[1].kept)
-        say("energy", f"{done.kept:.4%} of the change of all layers; least, {least.kept:.4%}, in {name}")
-    say("saved", f"{args.target}: a plain LoRA for the unmodified base")
+        print_row("energy", f"{done.kept:.4%} of the change of all layers; least, {least.kept:.4%}, in {name}")
+    print_row("saved", f"{args.target}: a plain LoRA for the unmodified base")
 
 
 def as_range(numbers: list[int]) -> str:

@@ -17,7 +17,7 @@ from peft import LoraConfig
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
 import pissa
-from pissa.cli.terminal import UserError, number, passes, positive_int, told
+from pissa.cli.terminal import UserError, number, passes, positive_int, user_errors
 from pissa.config import default_of, types_of_fields
 from pissa.containers.messages import reading
 from pissa.containers.staged import staged
@@ -96,17 +96,17 @@ def _fields(config: type, names: Collection[str], **defaults: Any) -> list[tuple
     return options
 
 
-def trl_parser(kind: str, **options: Any) -> TrlParser:
+def trl_parser(trainer: str, **options: Any) -> TrlParser:
     """A parser for our options and those of one of TRL's trainers, "SFT" or "DPO"."""
-    config = getattr(trl, f"{kind}Config")
+    config = getattr(trl, f"{trainer}Config")
     ours = [
         *_fields(ModelConfig, ("model_name_or_path", "model_revision", "attn_implementation", "dtype")),
         *_fields(ScriptArguments, {f.name for f in fields(ScriptArguments)} - {"ignore_bias_buffers"}),
-        *((name, kind, field(default=default, metadata={"help": text})) for name, kind, default, text in _OWN),
+        *((name, type, field(default=default, metadata={"help": text})) for name, type, default, text in _OWN),
         *_fields(pissa.PissaConfig, _METHOD),
     ]
     first = make_dataclass("Options", ours, namespace={"_argument_group_name": "model, data and method"})
-    changed = _fields(config, {*_ALIASES, *_DEFAULTS, *_TYPES}, **_RATE.get(kind, {}))
+    changed = _fields(config, {*_ALIASES, *_DEFAULTS, *_TYPES}, **_RATE.get(trainer, {}))
     training = make_dataclass("Training", changed, bases=(config,))
     parser = TrlParser((first, training, DatasetMixtureConfig), **options)
     file = "YAML file of options by their long names; flags take precedence"
@@ -114,11 +114,11 @@ def trl_parser(kind: str, **options: Any) -> TrlParser:
     return parser
 
 
-def parse(args: Namespace, kind: str) -> tuple[Any, Any, Any]:
+def parse(args: Namespace, trainer: str) -> tuple[Any, Any, Any]:
     """Returns our options, the trainer's, and TRL's mixture of data sets, from `args.argv` and `args.config`."""
     file = ["--config", args.config] if args.config else []  # TRL looks for these two words
-    with told(OSError, ValueError, TypeError, yaml.YAMLError):
-        ours, training, mixture, _ = trl_parser(kind).parse_args_and_config([*args.argv, *file])
+    with user_errors(OSError, ValueError, TypeError, yaml.YAMLError):
+        ours, training, mixture, _ = trl_parser(trainer).parse_args_and_config([*args.argv, *file])
     # The options are pickled with each checkpoint, which is impossible for an object of a class that is defined here.
     training.__class__ = type(training).__base__
     training.per_device_eval_batch_size = training.per_device_eval_batch_size or training.per_device_train_batch_size
@@ -141,7 +141,7 @@ def adapter_config(ours: Any, seed: int, split: pissa.PissaConfig | None = None)
         match given.get(name):
             case [only] if only == "all-linear" or re.search(r"[^\w.]", only):
                 given[name] = only
-    with told(TypeError, ValueError):
+    with user_errors(TypeError, ValueError):
         config = split or pissa.PissaConfig(**given, seed=seed, task_type="CAUSAL_LM")
     for name, default in _METHOD.items():
         given, value = getattr(ours, name), getattr(config, name)
@@ -168,14 +168,14 @@ def record(out: Path, *options: Any) -> None:
         new(RUN_FILE).write_text(yaml.safe_dump(_as_dict(*options), sort_keys=False))
 
 
-def go_on(out: Path, ours: Any, training: Any, mixture: Any) -> None:
+def check_same_run(out: Path, ours: Any, training: Any, mixture: Any) -> None:
     """Checks that a folder contains a run with the same options, or names each one that differs. A rate that is to be
     found becomes the rate that the run used."""
     path = out / RUN_FILE
     if not path.is_file():
         raise UserError(f"--resume: {out} holds no run ({RUN_FILE} is missing); leave --resume out to start one")
     needed = "Needed: options by name; leave --resume out and give another --out to start anew"
-    with told(ValueError), reading(path, needed):
+    with user_errors(ValueError), reading(path, needed):
         # A run of an earlier version may have recorded fewer options of the method.
         before = _METHOD | dict(yaml.safe_load(path.read_text(encoding="utf-8")))
     if training.learning_rate == AUTO:

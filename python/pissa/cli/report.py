@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from pissa.cli.folders import FolderCommand, as_range
-from pissa.cli.terminal import as_size, format_table, positive_int, say
+from pissa.cli.terminal import as_size, format_table, positive_int, print_row
 
 if TYPE_CHECKING:
     from pissa.checkpoints.spectra import Report
@@ -41,13 +41,13 @@ def _report(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     files = (f"{name}: {tensors['bits']:.3g} bits a weight, {as_size(tensors['bytes'])}" for name, tensors in formats)
     layers, ranks = results.kinds["all"].layers, results.numbers["ranks"]
     adapted = sum(math.prod(layer.shape) for layer in layers)
-    say("model", f"{args.model}: {len(layers)} layers of {adapted:,} parameters to adapt")
-    say("files", "; ".join(files))
+    print_row("model", f"{args.model}: {len(layers)} layers of {adapted:,} parameters to adapt")
+    print_row("files", "; ".join(files))
     if args.exact:
-        say("spectrum", "all singular values, from Gram matrices in float64")
+        print_row("spectrum", "all singular values, from Gram matrices in float64")
     else:
         how = "as PiSSA's own decomposition finds them: never above the true ones"
-        say("spectrum", f"the first {results.suggestion.largest_rank} singular values, {how}")
+        print_row("spectrum", f"the first {results.suggestion.largest_rank} singular values, {how}")
     header = ("energy held by rank", "layers", "shape", "stable\nrank", *(f"\n{rank}" for rank in ranks))
     rows = []
     for kind, summary in results.kinds.items():
@@ -62,21 +62,23 @@ def _report(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     rows = [[name, f"{held[name]:.1%}"] for name in sorted(held, key=held.__getitem__)[:5]]
     print(format_table((f"least energy held by rank {ranks[0]}", ""), rows) + "\n")
     best, even = results.suggestion, results.suggestion.uniform
-    say("ranks", f"for {best.budget:,} trained parameters: {best.parameters:,} lose {best.lost:.2%} of the energy;")
-    say("", f"rank {even['r']} in every layer: {even['parameters']:,} lose {even['lost']:.2%}")
+    print_row(
+        "ranks", f"for {best.budget:,} trained parameters: {best.parameters:,} lose {best.lost:.2%} of the energy;"
+    )
+    print_row("", f"rank {even['r']} in every layer: {even['parameters']:,} lose {even['lost']:.2%}")
     if at_most := sum(rank >= best.largest_rank for rank in best.ranks.values()):
         looked = f"{at_most} layers have rank {best.largest_rank}, the largest that was looked at"
-        say("", f"{looked}; give --rank a larger one to look further")
+        print_row("", f"{looked}; give --rank a larger one to look further")
     pattern = f", rank_pattern={json.dumps(best.rank_pattern)}" if best.rank_pattern else ""
     print(f"\nPissaConfig(r={best.r}{pattern})\n")
     memory = results.numbers["memory"]
-    step = f"a step at rank {memory['rank']} with {memory['batch']} x {memory['length']} tokens"
+    step = f"a step at rank {memory['rank']}, {memory['batch']} x {memory['length']} tokens"
     for part, label in (("plain", step), ("checkpointing", "with gradient checkpointing")):
         sizes = {name: as_size(size) for name, size in memory[part].items()}
         adapter = as_size(sum(memory[part][name] for name in ("start", "trained", "gradients", "optimizer")))
         parts = f"weights {sizes['weights']}, adapter and AdamW {adapter}, activations {sizes['activations']}"
-        say("memory", f"{label}: about {sizes['total']} ({parts})")
-    say("time", f"{results.numbers['seconds']:.0f} s")
+        print_row("memory", f"{label}: about {sizes['total']} ({parts})")
+    print_row("time", f"{results.numbers['seconds']:.0f} s")
 
 
 def _print_errors(report: Report) -> None:
@@ -91,9 +93,9 @@ def _print_errors(report: Report) -> None:
             cells = ((f"{summary.error(method):.2%}", f"{summary.removed(method):.1%}") for method in methods)
             rows.append([kind, f"{summary.error():.2%}", *itertools.chain(*cells)])
         print(f"{format_table(header, rows)}\n")
-    say("notes", "error: ‖W - Q - s B A‖ / ‖W‖, Frobenius norms; removed: the share of QLoRA's that is gone.")
+    print_row("notes", "error: ‖W - Q - s B A‖ / ‖W‖, Frobenius norms; removed: the share of QLoRA's that is gone.")
     if len(quantised) < len(layers):
-        say("", f"Of {len(quantised)} of the {len(layers)} layers, evenly spaced in each kind.")
+        print_row("", f"Of {len(quantised)} of the {len(layers)} layers, evenly spaced in each kind.")
     print()
 
 

@@ -12,7 +12,7 @@ import shutil
 import sys
 
 from pissa.cli.startup import peft
-from pissa.cli.terminal import UserError, add_calibration, told
+from pissa.cli.terminal import UserError, add_calibration, user_errors
 
 _ALLOWED = "give a command, a .py file, or -m MODULE, and its arguments: pissa run -- trl sft --config run.yaml"
 
@@ -51,5 +51,5 @@ def run(args: argparse.Namespace) -> int:
         environment[peft.CALIBRATION] = f"{args.examples} {os.path.abspath(args.calibration)}"
     shown = " ".join(program[:2] if program[0] == "-m" else program[:1])
     print(f"pissa run: PEFT's PiSSA and LoRA on 4-bit layers are pissa's in {shown}", file=sys.stderr, flush=True)
-    with told(OSError, before=f"{shown}: "):
+    with user_errors(OSError, before=f"{shown}: "):
         os.execve(executable, [executable, *arguments], environment)

@@ -19,7 +19,7 @@ class UserError(Exception):
 
 
 @contextmanager
-def told(*errors: type[Exception], before: str = "", after: str = "") -> Iterator[None]:
+def user_errors(*errors: type[Exception], before: str = "", after: str = "") -> Iterator[None]:
     """Turns errors of these classes in the block into a UserError: the first line of their text, between two others."""
     try:
         yield
@@ -27,7 +27,7 @@ def told(*errors: type[Exception], before: str = "", after: str = "") -> Iterato
         raise UserError(f"{before}{first_line(error)}{after}") from error
 
 
-def say(label: str, text: str) -> None:
+def print_row(label: str, text: str) -> None:
     """Prints one line: a label and the text. Progress bars and errors go to stderr instead."""
     print(f"{label:<9} {text}", flush=True)
 

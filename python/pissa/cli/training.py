@@ -37,8 +37,8 @@ from pissa.adapters.peft_layout import inexact_lora
 from pissa.adapters.pissa_layout import AdapterRecord
 from pissa.cli.data import encode, is_records, prompt_and_answer, read_chats, read_preferences
 from pissa.cli.memory import peak_memory_mib, return_freed_blocks
-from pissa.cli.options import AUTO, RUN_FILE, adapter_config, go_on, parse, record
-from pissa.cli.terminal import UserError, say, told
+from pissa.cli.options import AUTO, RUN_FILE, adapter_config, check_same_run, parse, record
+from pissa.cli.terminal import UserError, print_row, user_errors
 from pissa.cli.verification import Step0, step0_check
 from pissa.containers.checkpoint import PISSA_RECORD, Contents, ModelFolder
 from pissa.containers.messages import first_line
@@ -65,12 +65,12 @@ class Training(NamedTuple):
         """Runs one training. Returns the exit code."""
         ours, training, mixture = parse(args, self.trainer)
         screen = io.StringIO() if training.process_index else sys.stderr if ours.json else sys.stdout
-        with contextlib.redirect_stdout(screen), _images_fit(training):
-            config, contents = _settle(ours, training, mixture)
+        with contextlib.redirect_stdout(screen), _explain_cut_images(training):
+            config, contents = _complete_options(ours, training, mixture)
             if args.is_process and training.device.type == "cpu" and return_freed_blocks():
-                say("memory", "freed blocks of 8 MiB and more go back to the system (malloc's limits are set)")
+                print_row("memory", "freed blocks of 8 MiB and more go back to the system (malloc's limits are set)")
             code = {"revision": ours.model_revision, "trust_remote_code": training.trust_remote_code}
-            processor = _loaded(ours, AutoProcessor.from_pretrained, **code)
+            processor = _load(ours, AutoProcessor.from_pretrained, **code)
             train, held_out = _data(ours, training, mixture, self.rows, getattr(processor, "tokenizer", processor))
             model = _model(ours, training, config, contents, train, **code)
             datasets.disable_progress_bars()
@@ -78,7 +78,7 @@ class Training(NamedTuple):
             names = {"train_dataset": train, "eval_dataset": held_out, "processing_class": processor}
             recorded = training.model_init_kwargs
             training.model_init_kwargs = None  # TRL would report that it ignores them
-            with told(ValueError, KeyError):  # options that contradict each other or do not fit the data
+            with user_errors(ValueError, KeyError):  # options that contradict each other or do not fit the data
                 made = getattr(trl, f"{self.trainer}Trainer")
                 trainer: Any = made(model, args=training, callbacks=[watch], **names)
             training.model_init_kwargs = recorded
@@ -91,10 +91,10 @@ class Training(NamedTuple):
             if passed := result["check"]["passed"]:
                 if training.learning_rate == AUTO:
                     loss = None if self is FINETUNE else trainer.compute_loss
-                    with told(ValueError, before=f"--lr {AUTO}: "):
-                        found = pissa.suggest_lr(trainer.model, _batches(trainer, 30), loss=loss)
-                    training.learning_rate = found.rate
-                    say("rate", found.text)
+                    with user_errors(ValueError, before=f"--lr {AUTO}: "):
+                        suggestion = pissa.suggest_lr(trainer.model, _batches(trainer, 30), loss=loss)
+                    training.learning_rate = suggestion.rate
+                    print_row("rate", suggestion.text)
                 if trainer.is_world_process_zero() and not ours.resume:
                     record(Path(training.output_dir), ours, training, mixture)
                 _train(trainer, ours, watch, f"pissa {args.command}")
@@ -111,7 +111,7 @@ class Training(NamedTuple):
 
 
 @contextlib.contextmanager
-def _images_fit(training: Any) -> Iterator[None]:
+def _explain_cut_images(training: Any) -> Iterator[None]:
     """Explains how to handle an image whose tokens --max-length cuts. Collator and model find one only batch by
     batch."""
     try:
@@ -128,18 +128,18 @@ def _images_fit(training: Any) -> Iterator[None]:
 # ---- Before ----------------------------------------------------------------------------------------------------------
 
 
-def _settle(ours: Any, training: Any, mixture: Any) -> tuple[pissa.PissaConfig, Contents]:
+def _complete_options(ours: Any, training: Any, mixture: Any) -> tuple[pissa.PissaConfig, Contents]:
     """Completes and checks the options. Returns the configuration of the method, and what the model is stored as."""
     data = ours.dataset_name or mixture.datasets
     for name, value in {"model": ours.model_name_or_path, "data": data, "out": training.output_dir}.items():
         if not value:
             raise UserError(f"--{name} is missing; needed: --model, --data and --out")
     name, out = ours.model_name_or_path, Path(training.output_dir)
-    with told(OSError, ValueError, before=f"--model {name}: "):
-        found = ModelFolder.open(name, ours.model_revision)
-        found.require(*(contents for contents in Contents if contents is not Contents.PEFT_RESIDUAL))
-        is_residual = found.contents is Contents.RESIDUAL
-        split = AdapterRecord.read(found.folder / PISSA_RECORD).config if is_residual else None
+    with user_errors(OSError, ValueError, before=f"--model {name}: "):
+        model_folder = ModelFolder.open(name, ours.model_revision)
+        model_folder.require(*(contents for contents in Contents if contents is not Contents.PEFT_RESIDUAL))
+        is_residual = model_folder.contents is Contents.RESIDUAL
+        split = AdapterRecord.read(model_folder.folder / PISSA_RECORD).config if is_residual else None
     if ours.method == "lora" and is_residual:
         raise UserError(
             f"--method lora: {name} holds residuals, which lack what PiSSA starts from; give the model that was split"
@@ -147,14 +147,14 @@ def _settle(ours: Any, training: Any, mixture: Any) -> tuple[pissa.PissaConfig, 
     if ours.method == "lora" and ours.quant:
         raise UserError(f"--quant {ours.quant} needs --method pissa; plain LoRA is trained on the base as it is")
     config = adapter_config(ours, training.seed, split)
-    base = found.config if is_residual or found.contents is Contents.RELEASED else {}
+    base = model_folder.config if is_residual or model_folder.contents is Contents.RELEASED else {}
     ours.dtype = ours.dtype or base.get("dtype") or base.get("torch_dtype") or "float32"
     if ours.resume:
-        go_on(out, ours, training, mixture)
+        check_same_run(out, ours, training, mixture)
     elif training.process_index == 0:
-        with told(ValueError, before="--out "):
+        with user_errors(ValueError, before="--out "):
             check_unused(out, "go on with that run by --resume, or " if (out / RUN_FILE).is_file() else "")
-    return config, found.contents
+    return config, model_folder.contents
 
 
 def _data(ours: Any, training: Any, mixture: Any, rows: Callable[..., Any], tokenizer: Any) -> tuple[Any, Any]:
@@ -162,13 +162,13 @@ def _data(ours: Any, training: Any, mixture: Any, rows: Callable[..., Any], toke
 
     def source(label: str, name: str, split: str) -> Any:
         if is_records(name):
-            found, note = rows(name, tokenizer, training.max_length)
-            say(label, f"{name}, {len(found):,} examples{note}")
-            return datasets.Dataset.from_list(found)
-        say(label, f"{name}, split {split}")
+            examples, note = rows(name, tokenizer, training.max_length)
+            print_row(label, f"{name}, {len(examples):,} examples{note}")
+            return datasets.Dataset.from_list(examples)
+        print_row(label, f"{name}, split {split}")
         before = f"{name}: cannot be loaded as a data set: "
         allowed = f"; allowed: a .jsonl or .json file, or the folder or name of a data set with the split {split}"
-        with told(OSError, ValueError, datasets.exceptions.DatasetsError, before=before, after=allowed):
+        with user_errors(OSError, ValueError, datasets.exceptions.DatasetsError, before=before, after=allowed):
             return datasets.load_dataset(name, ours.dataset_config, split=split, streaming=ours.dataset_streaming)
 
     if mixture.datasets:
@@ -180,11 +180,11 @@ def _data(ours: Any, training: Any, mixture: Any, rows: Callable[..., Any], toke
     return train, source("held out", held_out, ours.dataset_test_split) if held_out else None
 
 
-def _loaded(ours: Any, load: Callable[..., Any], **options: Any) -> Any:
+def _load(ours: Any, load: Callable[..., Any], **options: Any) -> Any:
     name = ours.model_name_or_path
     before = f"--model {name}: cannot be loaded as a causal language model with its tokenizer: "
     needed = "; needed: a folder that save_pretrained wrote, or a name on the model hub"
-    with told(OSError, ValueError, KeyError, TypeError, before=before, after=needed):
+    with user_errors(OSError, ValueError, KeyError, TypeError, before=before, after=needed):
         try:
             return load(name, **options)
         except ImportError as error:  # a processor of images or videos, or the model's own code
@@ -197,26 +197,26 @@ def _model(ours: Any, training: Any, config: pissa.PissaConfig, contents: Conten
         pissa.load, revision=ours.model_revision, dtype=getattr(torch, ours.dtype, None), device=training.device
     )
     if contents is Contents.RESIDUAL:
-        model = _loaded(ours, ours_load)
+        model = _load(ours, ours_load)
     elif contents is Contents.RELEASED:  # which transformers would expand
         if config.needs_calibration:
             raise UserError(
                 f"--model {ours.model_name_or_path}: as released it has nothing to calibrate; leave --quant out"
             )
         config = config if ours.method == "pissa" else replace(config, init="lora")
-        model = _loaded(ours, ours_load, config=config)
+        model = _load(ours, ours_load, config=config)
     else:
         options |= {"dtype": ours.dtype, "attn_implementation": ours.attn_implementation}
         if training.world_size > 1:  # a single process spreads the model over its GPUs
             os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # each process decomposes weights that it holds
             sharded = training.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true"
-            whole = training.distributed_state.distributed_type == DistributedType.MULTI_GPU and not sharded
-            options["device_map"] = {"": training.device} if whole else None
+            is_whole = training.distributed_state.distributed_type == DistributedType.MULTI_GPU and not sharded
+            options["device_map"] = {"": training.device} if is_whole else None
         options |= training.model_init_kwargs or {}
-        model = _loaded(ours, create_model_from_path, **options)
+        model = _load(ours, create_model_from_path, **options)
         set_seed(training.seed)  # LoRA's A is random
         # Raised for a rank above a layer's size or a NaN in a weight. The message names the layer.
-        with told(TypeError, ValueError, before=f"--model {ours.model_name_or_path}: "):
+        with user_errors(TypeError, ValueError, before=f"--model {ours.model_name_or_path}: "):
             if ours.method == "lora":
                 model = get_peft_model(model, replace(config.as_lora(times=1), inference_mode=False))
             else:
@@ -224,9 +224,11 @@ def _model(ours: Any, training: Any, config: pissa.PissaConfig, contents: Conten
                 model = pissa.wrap(model, config, calibration=batches, progressbar=not training.process_index)
     trainable, total = model.get_nb_trainable_parameters()
     cores = f"{torch.get_num_threads()} threads" if training.device.type == "cpu" else f"{training.device}"
-    say("model", f"{ours.model_name_or_path}, {(total - trainable) / 1e6:,.1f} M parameters, {ours.dtype}, {cores}")
+    print_row(
+        "model", f"{ours.model_name_or_path}, {(total - trainable) / 1e6:,.1f} M parameters, {ours.dtype}, {cores}"
+    )
     share = f"{trainable:,} trainable parameters ({trainable / total:.2%})"
-    say("method", f"{_method_name(ours)}, rank {ours.r}: {share}")
+    print_row("method", f"{_method_name(ours)}, rank {ours.r}: {share}")
     return model
 
 
@@ -253,7 +255,7 @@ def _fuse(model: Any) -> None:
             return  # TRL 1.14, the last for Python 3.10, asks the head for other sums
         pissa.fuse_head(model)
     except (TypeError, ValueError) as error:
-        say("loss", f"of logits in memory, since {error}")
+        print_row("loss", f"of logits in memory, since {error}")
 
 
 def _batches(trainer: Any, count: int) -> list[Any]:
@@ -263,14 +265,18 @@ def _batches(trainer: Any, count: int) -> list[Any]:
     return [send_to_device(trainer.data_collator(batch), trainer.model.device) for batch in batches]
 
 
-def _check(trainer: Any, more: Callable[..., tuple[str, bool]]) -> dict[str, Any]:
-    found = step0_check(trainer.model, _batches(trainer, 1)[0])
-    text, right = more(trainer, found)
-    say("check", f"logits at step 0 differ by {found.difference:.1e} from the base's (bound {found.bound:.1e}){text}")
-    passed = found.difference <= found.bound and right  # False for NaN
+def _check(trainer: Any, check_more: Callable[..., tuple[str, bool]]) -> dict[str, Any]:
+    step0 = step0_check(trainer.model, _batches(trainer, 1)[0])
+    text, right = check_more(trainer, step0)
+    print_row(
+        "check", f"logits at step 0 differ by {step0.difference:.1e} from the base's (bound {step0.bound:.1e}){text}"
+    )
+    passed = step0.difference <= step0.bound and right  # False for NaN
     if not passed:
-        say("check", "FAILED: the adapter changes the model before it is trained; report this with `pissa selftest`")
-    return {"difference": found.difference, "bound": found.bound, "passed": passed}
+        print_row(
+            "check", "FAILED: the adapter changes the model before it is trained; report this with `pissa selftest`"
+        )
+    return {"difference": step0.difference, "bound": step0.bound, "passed": passed}
 
 
 # ---- Training, and after ---------------------------------------------------------------------------------------------
@@ -281,14 +287,14 @@ def _train(trainer: Any, ours: Any, watch: Watch, command: str) -> None:
     args, out = trainer.args, Path(trainer.args.output_dir)
     checkpoint = args.resume_from_checkpoint or (_last_checkpoint(out) if ours.resume else None)
     if checkpoint:
-        say("resume", f"from {checkpoint}")
+        print_row("resume", f"from {checkpoint}")
     args.eval_on_start = trainer.eval_dataset is not None and not checkpoint
     with warnings.catch_warnings():
         # Reported once at the end instead of across the progress bar at the first checkpoint.
         warnings.simplefilter("ignore", InexactLoraWarning)
         # Several processes would not all receive the signal in the same step.
-        listening = watch.listening() if args.world_size == 1 else contextlib.nullcontext()
-        with listening, contextlib.suppress(CompleteError):
+        interruptible = watch.listen() if args.world_size == 1 else contextlib.nullcontext()
+        with interruptible, contextlib.suppress(CompleteError):
             trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         if watch.requested:
             raise KeyboardInterrupt(
@@ -323,19 +329,19 @@ def _report(trainer: Any, ours: Any, contents: Contents, unit: str) -> dict[str,
         title = f"{Path(model).name}, rank {ours.r}, learning rate {trainer.args.learning_rate:g}"
         draw_losses(curves, Path(out) / PICTURE_FILE, title, unit)
     first, last = (statistics.mean(part) for part in (losses[:5], losses[-5:]))
-    say("loss", f"{first:.4f} in the first 5 steps, {last:.4f} in the last 5")
+    print_row("loss", f"{first:.4f} in the first 5 steps, {last:.4f} in the last 5")
     if held_out:
-        say("held out", f"loss {held_out[0]:.4f} before, {held_out[-1]:.4f} after")
-    rate = f", {found:,.0f} tokens a second" if (found := _rate(history)) else ""
-    say("cost", f"{seconds:.2f} s per step (median){rate}, peak memory {memory:,.0f} MiB")
-    say("saved", f"{out}: the adapter, {RUN_FILE}, {f'{PICTURE_FILE}, ' if has_picture else ''}checkpoints")
+        print_row("held out", f"loss {held_out[0]:.4f} before, {held_out[-1]:.4f} after")
+    speed = f", {rate:,.0f} tokens a second" if (rate := _rate(history)) else ""
+    print_row("cost", f"{seconds:.2f} s per step (median){speed}, peak memory {memory:,.0f} MiB")
+    print_row("saved", f"{out}: the adapter, {RUN_FILE}, {f'{PICTURE_FILE}, ' if has_picture else ''}checkpoints")
     if not has_picture:
-        say("note", "no picture of the losses: run `pip install matplotlib`")
-    say("next", f"pissa merge {out} NEW_FOLDER --base {model}")
+        print_row("note", "no picture of the losses: run `pip install matplotlib`")
+    print_row("next", f"pissa merge {out} NEW_FOLDER --base {model}")
     if ours.quant:
-        say("note", inexact_lora([ours.quant]))
+        print_row("note", inexact_lora([ours.quant]))
     if contents is Contents.RESIDUAL:
-        say("note", f'pissa.load("{model}", adapter="{out}") has it exactly')
+        print_row("note", f'pissa.load("{model}", adapter="{out}") has it exactly')
     costs = {"seconds_per_step": seconds, "peak_memory_mib": memory}
     return {"learning_rate": trainer.args.learning_rate, "losses": losses, "held_out": held_out, **costs}
 
@@ -362,8 +368,8 @@ class LossBar(ProgressCallback):  # type: ignore[misc]
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
         if self.training_bar is not None and "loss" in logs:
-            rate = f", {found:,.0f} tokens/s" if (found := _rate(state.log_history)) else ""
-            self.training_bar.set_postfix_str(f"loss {logs['loss']:.3f}{rate}", refresh=False)
+            speed = f", {rate:,.0f} tokens/s" if (rate := _rate(state.log_history)) else ""
+            self.training_bar.set_postfix_str(f"loss {logs['loss']:.3f}{speed}", refresh=False)
 
 
 class CompleteError(Exception):
@@ -383,7 +389,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
     started = seconds = 0.0
 
     @contextlib.contextmanager
-    def listening(self) -> Iterator[None]:
+    def listen(self) -> Iterator[None]:
         """Handles Ctrl-C for the duration of the block."""
         before = signal.signal(signal.SIGINT, self._request)
         try:
@@ -437,7 +443,7 @@ def _preferences(source: str, tokenizer: Any, max_length: int) -> tuple[list[dic
     return rows, ""
 
 
-def _starts_at_ln_2(trainer: Any, found: Step0) -> tuple[str, bool]:
+def _starts_at_ln_2(trainer: Any, step0: Step0) -> tuple[str, bool]:
     """Checks the first loss. The reference is the model without its adapter, so the margin between answers is 0 and the
     first loss is ln 2.
 
@@ -451,9 +457,9 @@ def _starts_at_ln_2(trainer: Any, found: Step0) -> tuple[str, bool]:
         return "", True
     first = data.select(range(min(args.per_device_train_batch_size, len(data))))
     loss = trainer.evaluate(first, metric_key_prefix="start")["start_loss"]
-    bound = args.beta * math.sqrt(found.tokens) * found.bound * found.norm
+    bound = args.beta * math.sqrt(step0.tokens) * step0.bound * step0.norm
     return f"; first loss {loss:.6f}, ln 2 = {math.log(2):.6f} (bound {bound:.1e})", abs(loss - math.log(2)) <= bound
 
 
-FINETUNE = Training("SFT", "answer token", _answers, lambda trainer, found: ("", True))
+FINETUNE = Training("SFT", "answer token", _answers, lambda trainer, step0: ("", True))
 DPO = Training("DPO", "pair", _preferences, _starts_at_ln_2)

@@ -52,19 +52,21 @@ def wrong_in_linear(form: str, dtype: torch.dtype, device: torch.device) -> Iter
         shapes |= {"a": (8, 448), "b": (264, 8), "a0": (8, 448), "b0": (264, 8)}
         generator = torch.Generator().manual_seed(0)
         # The terms of a sum have similar sizes, so that none is lost in the rounding of another.
-        given = {name: torch.randn(shape, generator=generator) / math.sqrt(shape[-1]) for name, shape in shapes.items()}
-        given |= {name: given[name].to(dtype) for name in ("x", "weight", "dy")}
-        dense = given.pop("weight")
+        operands = {
+            name: torch.randn(shape, generator=generator) / math.sqrt(shape[-1]) for name, shape in shapes.items()
+        }
+        operands |= {name: operands[name].to(dtype) for name in ("x", "weight", "dy")}
+        dense = operands.pop("weight")
         kept: Any = dense.to(device)
         if form != "dense":
             kept = ops.quantize(kept.float(), form)
             dense = ops.dequantize(kept).cpu()
-        got = _with_gradients(ops.linear, kept, {name: tensor.to(device) for name, tensor in given.items()})
-        exact = _with_gradients(_linear64, dense.double(), {name: tensor.double() for name, tensor in given.items()})
+        got = _with_gradients(ops.linear, kept, {name: tensor.to(device) for name, tensor in operands.items()})
+        exact = _with_gradients(_linear64, dense.double(), {name: tensor.double() for name, tensor in operands.items()})
         bound = 4 * (math.sqrt(448) * 2.0**-24 + torch.finfo(dtype).eps)
         for name, tensor in exact.items():
             error = (got[name].cpu().double() - tensor).abs().max() / tensor.abs().max()
-            yield from _above(f"error of {name} ({rows} rows)", error.item(), bound)
+            yield from _check_at_most(f"error of {name} ({rows} rows)", error.item(), bound)
 
 
 def _linear64(
@@ -73,9 +75,9 @@ def _linear64(
     return x @ (weight + scaling * (b0 + b) @ (a0 + a)).mT + bias
 
 
-def _with_gradients(linear: Callable[..., Tensor], weight: Any, given: dict[str, Tensor]) -> dict[str, Tensor]:
+def _with_gradients(linear: Callable[..., Tensor], weight: Any, operands: dict[str, Tensor]) -> dict[str, Tensor]:
     """Returns the output and the gradients of x, a and b, where dy is the gradient of the output."""
-    tensors = {name: tensor.detach().requires_grad_(name in ("x", "a", "b")) for name, tensor in given.items()}
+    tensors = {name: tensor.detach().requires_grad_(name in ("x", "a", "b")) for name, tensor in operands.items()}
     trained = {name: tensor for name, tensor in tensors.items() if tensor.requires_grad}
     x, dy = tensors.pop("x"), tensors.pop("dy")
     y = linear(x, weight, **tensors, scaling=0.5)
@@ -83,7 +85,7 @@ def _with_gradients(linear: Callable[..., Tensor], weight: Any, given: dict[str,
     return {"y": y.detach()} | {f"the gradient of {name}": g for name, g in zip(trained, gradients, strict=True)}
 
 
-def _above(what: str, got: float, allowed: float) -> Iterator[str]:
+def _check_at_most(what: str, got: float, allowed: float) -> Iterator[str]:
     if not got <= allowed:  # also true for NaN
         yield f"{what}: got {got:.3g}, allowed {allowed:.3g}"
 
@@ -114,7 +116,7 @@ def step0_check(model: PeftModel, batch: dict[str, Any]) -> Step0:
     enabled = _logits(model, inputs)
     with model.disable_adapter():
         disabled = _logits(model, inputs)
-    return Step0(_off(enabled, disabled), _rounding_bound(model), disabled.norm().item(), len(disabled))
+    return Step0(_relative_difference(enabled, disabled), _rounding_bound(model), disabled.norm().item(), len(disabled))
 
 
 def _rounding_bound(model: PeftModel) -> float:
@@ -140,18 +142,18 @@ def wrong_in_model(form: str, device: torch.device) -> Iterator[str]:
     from pissa.layers.layer import pissa_layers
 
     tokens = {"input_ids": (20 * torch.arange(4)[:, None] + torch.arange(24) % 3).to(device)}  # easily learned
-    given = _logits(_llama(device), tokens)
+    unwrapped = _logits(_llama(device), tokens)
     model: Any = pissa.wrap(_llama(device), r=8, quant=None if form == "implicit" else form)
     start = step0_check(model, tokens)
-    yield from _above("difference of the logits with and without the adapter", start.difference, start.bound)
+    yield from _check_at_most("difference of the logits with and without the adapter", start.difference, start.bound)
     # The error of the format for one weight. It adds up from layer to layer, as rounding errors do.
     lost = 0.0
     if form != "implicit":
         weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)).to(device)
         kept = ops.dequantize(ops.quantize(weight, form))
-        lost = math.sqrt(len(pissa_layers(model.base_model.model))) * _off(kept, weight)
-    off = _off(_logits(model, tokens), given)
-    yield from _above("difference of the logits from the given model's", off, lost)
+        lost = math.sqrt(len(pissa_layers(model.base_model.model))) * _relative_difference(kept, weight)
+    off = _relative_difference(_logits(model, tokens), unwrapped)
+    yield from _check_at_most("difference of the logits from the given model's", off, lost)
 
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0)
     losses = []
@@ -162,18 +164,20 @@ def wrong_in_model(form: str, device: torch.device) -> Iterator[str]:
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    yield from _above("loss of the eighth step", losses[-1], 0.9 * losses[0])  # it falls to 0.8 of the first step's
+    yield from _check_at_most(
+        "loss of the eighth step", losses[-1], 0.9 * losses[0]
+    )  # it falls to 0.8 of the first step's
 
     trained = _logits(model, tokens)
     with tempfile.TemporaryDirectory(prefix="pissa-selftest-") as folder:
         model.save_pretrained(folder)
         loaded = pissa.PissaModel.from_pretrained(_llama(device), folder)
-        off = _off(_logits(loaded, tokens), trained)
-        yield from _above("difference of the loaded model's logits", off, 0.0)
+        off = _relative_difference(_logits(loaded, tokens), trained)
+        yield from _check_at_most("difference of the loaded model's logits", off, 0.0)
         if form == "implicit":  # a plain LoRA lacks the rounding error of a quantised base
             plain = PeftModel.from_pretrained(_llama(device), folder)
-            off = _off(_logits(plain, tokens), trained)
-            yield from _above("difference of the logits by PEFT's LoRA of the same files", off, start.bound)
+            off = _relative_difference(_logits(plain, tokens), trained)
+            yield from _check_at_most("difference of the logits by PEFT's LoRA of the same files", off, start.bound)
 
 
 def _llama(device: torch.device) -> Any:
@@ -195,5 +199,5 @@ def _logits(model: Any, inputs: dict[str, Any]) -> Tensor:
     return (logits.flatten(0, 1) if mask is None else logits[mask.bool()]).float()
 
 
-def _off(got: Tensor, expected: Tensor) -> float:
+def _relative_difference(got: Tensor, expected: Tensor) -> float:
     return float((got - expected).norm() / expected.norm())

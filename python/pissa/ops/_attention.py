@@ -44,8 +44,8 @@ def attention(
     """
     if q.device.type != "meta" and torch.is_autocast_enabled(q.device.type):
         q, k, v = (tensor.to(torch.get_autocast_dtype(q.device.type)) for tensor in (q, k, v))
-    given = {"q": q, "k": k, "v": v}
-    for name, tensor in given.items():
+    operands = {"q": q, "k": k, "v": v}
+    for name, tensor in operands.items():
         if check_tensor(name, tensor).dim() != 4:
             raise ValueError(f"{name}: got shape {list(tensor.shape)}; needed: [batch, heads, length, dim]")
         if tensor.dtype != q.dtype:
@@ -73,8 +73,8 @@ def attention(
                 "to it"
             ) from error
         mask = mask if mask.stride(-1) == 1 else mask.contiguous()
-    check_devices({**given, "mask": mask})
-    rows = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in given.values())
+    check_devices({**operands, "mask": mask})
+    rows = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in operands.values())
     out: Tensor
     out, _ = _OPS.attention(*rows, mask, float(scale), causal)
     return out.transpose(1, 2)

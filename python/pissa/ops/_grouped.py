@@ -61,10 +61,10 @@ def grouped_linear(
     _check_offsets(offsets, len(weights), len(x))
     absent = [None] * len(weights)
     factors = [
-        _prepare_layer(layer, x, weight, weights[0], given)
-        for layer, (weight, *given) in enumerate(zip(weights, a, b, a0 or absent, b0 or absent, strict=True))
+        _prepare_layer(layer, x, weight, weights[0], layer_factors)
+        for layer, (weight, *layer_factors) in enumerate(zip(weights, a, b, a0 or absent, b0 or absent, strict=True))
     ]
-    if len(ranks := {len(given[0]) for given in factors if given[0] is not None}) > 1:
+    if len(ranks := {len(layer_factors[0]) for layer_factors in factors if layer_factors[0] is not None}) > 1:
         raise ValueError(f"a: got ranks {sorted(ranks)}; needed: one for all layers")
     columns = [*zip(*(weight[:4] for weight in weights), strict=True), *zip(*factors, strict=True)]
     lists = [None if column[0] is None else list(column) for column in columns]

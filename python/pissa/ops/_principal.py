@@ -105,8 +105,8 @@ def unchecked_factors(
     if options.svd == "exact":
         moments: Sequence[Tensor | None] = second_moments or [None] * len(weights)
         return list(map(_exact_factors, weights, ranks, scalings, moments))
-    found = _OPS.split_many(weights, largest, ranks, scalings, *options, second_moments)
-    return [Factors(*parts) for parts in zip(*found, strict=True)]
+    lists = _OPS.split_many(weights, largest, ranks, scalings, *options, second_moments)
+    return [Factors(*parts) for parts in zip(*lists, strict=True)]
 
 
 def _exact_svd(weight: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:

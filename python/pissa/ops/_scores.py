@@ -83,8 +83,8 @@ def token_scores(
         and chosen.numel()
         and not 0 <= int(chosen.min()) <= int(chosen.max()) < weight.shape[0]
     ):
-        given = f"{int(chosen.min())} to {int(chosen.max())}"
-        raise ValueError(f"labels: got {given}; allowed: 0 to {weight.shape[0] - 1}, and {IGNORED}")
+        labels_given = f"{int(chosen.min())} to {int(chosen.max())}"
+        raise ValueError(f"labels: got {labels_given}; allowed: 0 to {weight.shape[0] - 1}, and {IGNORED}")
     need_dx = torch.is_grad_enabled() and x.requires_grad
     name = "token_scores" if op == "linear" else "quantized_token_scores"
     scores, _ = getattr(_OPS, name)(x[counted], *slots, bias, chosen, float(scale), float(softcap or 0), need_dx)

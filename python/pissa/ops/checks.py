@@ -65,8 +65,8 @@ def check_devices(tensors: Mapping[str, Tensor | None]) -> None:
         if tensor is not None:
             places.setdefault(str(tensor.device), []).append(name)
     first, *others = places
-    found = "; ".join(f"{', '.join(places[place])} on {place}" for place in (*others, first))
-    raise ValueError(f"{found}; needed: all tensors on one device; move them with .to('{first}')")
+    by_device = "; ".join(f"{', '.join(places[place])} on {place}" for place in (*others, first))
+    raise ValueError(f"{by_device}; needed: all tensors on one device; move them with .to('{first}')")
 
 
 def check_matrix(weight: object, name: str = "weight") -> Tensor:

@@ -79,9 +79,9 @@ def fuse_head(model: nn.Module) -> None:
         raise ValueError(f"model: the weights of {name} are partitioned by DeepSpeed; needed: whole ones")
     if inner.loss_function is not ForCausalLMLoss:
         raise ValueError(f"model: {name} has a loss of its own; needed: transformers' for causal language models")
-    given: Any = inner.forward
-    own: Any = getattr(given, "__func__", None)  # a copy of the model calls it on itself
-    own = own or (lambda _, *args, **kwargs: given(*args, **kwargs))
+    replaced: Any = inner.forward
+    own: Any = getattr(replaced, "__func__", None)  # a copy of the model calls it on itself
+    own = own or (lambda _, *args, **kwargs: replaced(*args, **kwargs))
     trl = inspect.getclosurevars(own).nonlocals  # of the head of a trainer of TRL
     if trl.get("temperature", 1.0) != 1.0 or trl.get("cast_lm_head_to_fp32", False):
         raise ValueError("model: TRL's head of this trainer has a temperature, or casts to float32; needed: neither")
@@ -196,23 +196,23 @@ class _LogitsShape(NamedTuple):
     def difference(self, model: Any, head: nn.Module) -> float:
         """The difference between the model's logits and this, beyond rounding, for numbers from -60 to 60 instead of
         its head's output."""
-        given: list[Tensor] = []
+        outputs: list[Tensor] = []
 
-        def replaced(_: nn.Module, __: Any, output: Tensor) -> Tensor:
-            given.append(torch.linspace(-60, 60, output.shape[-1], device=output.device).to(output.dtype))
-            return given[0].expand_as(output)
+        def replace_output(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+            outputs.append(torch.linspace(-60, 60, output.shape[-1], device=output.device).to(output.dtype))
+            return outputs[0].expand_as(output)
 
         device = model.get_input_embeddings().weight.device
-        handle = head.register_forward_hook(replaced)
+        handle = head.register_forward_hook(replace_output)
         try:
             with evaluation_mode(model), torch.no_grad(), torch.random.fork_rng():
                 ids = torch.zeros(1, 1, dtype=torch.long, device=device)
                 logits = model(input_ids=ids, use_cache=False, return_dict=True).logits
         finally:
             handle.remove()
-        numbers = given[0].double() * self.scale
+        numbers = outputs[0].double() * self.scale
         expected = numbers if self.softcap is None else self.softcap * torch.tanh(numbers / self.softcap)
-        rounding = 4 * torch.finfo(given[0].dtype).eps * expected.abs().clamp(min=1)
+        rounding = 4 * torch.finfo(outputs[0].dtype).eps * expected.abs().clamp(min=1)
         return max(0.0, float(((logits[0, -1].double() - expected).abs() - rounding).max()))
 
     def scores(

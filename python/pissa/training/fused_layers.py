@@ -81,10 +81,10 @@ def _attention(
     masked = attention_mask is None or attention_mask.dtype == torch.bool
     queries, keys = query.shape[2], key.shape[2]
     if not marked or not plain or not masked or queries == 1 or (causal and queries != keys):
-        found: tuple[Tensor, None] = sdpa_attention_forward(
+        attended: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal, **others
         )
-        return found
+        return attended
     out = ops.attention(query, key, value, mask=attention_mask, scale=scaling, causal=causal)
     return out.transpose(1, 2), None
 
@@ -109,8 +109,8 @@ def _norm_form(module: Any) -> tuple[float, float] | None:
     expected = module(x)
     bound = 4 * torch.finfo(weight.dtype).eps  # it is rounded twice: the norm, and its product with the weight
     for offset in (0.0, 1.0):
-        found = ops.rms_norm(x, weight, eps, offset=offset)
-        if found.dtype == expected.dtype and torch.allclose(found, expected, bound, bound):
+        normed = ops.rms_norm(x, weight, eps, offset=offset)
+        if normed.dtype == expected.dtype and torch.allclose(normed, expected, bound, bound):
             return eps, offset
     return None
 
@@ -118,8 +118,8 @@ def _norm_form(module: Any) -> tuple[float, float] | None:
 def _norm(module: Any, x: Tensor) -> Tensor:
     weight = module.weight
     if x.device.type != "cpu" or weight.requires_grad or weight.dtype != x.dtype or is_sharded(weight):
-        found: Tensor = type(module).forward(module, x)
-        return found
+        y: Tensor = type(module).forward(module, x)
+        return y
     eps, offset = module._fused_norm
     return ops.rms_norm(x, weight, eps, offset=offset)
 
@@ -145,28 +145,28 @@ def _gate_activation(module: Any) -> str | None:
     gate, up, x = drawn * torch.linspace(0.1, 60, 64, **where)  # of various sizes, to detect a limit
     layers = {"gate_proj": lambda x: gate + x, "up_proj": lambda x: up - x, "down_proj": lambda x: 2 * x}
     try:
-        found = type(module).forward(SimpleNamespace(**layers, act_fn=act_fn), x)
+        y = type(module).forward(SimpleNamespace(**layers, act_fn=act_fn), x)
     except Exception:  # it uses more, or other dtypes: another kind of block
         return None
     for activation in ACTIVATIONS:
         expected = 2 * ops.gated(gate + x, up - x, activation)
-        if not isinstance(found, Tensor) or found.shape != expected.shape:
+        if not isinstance(y, Tensor) or y.shape != expected.shape:
             return None
-        if torch.allclose(found, expected, rtol=1e-5, atol=5e-3):  # 1 + tanh is off by 2^-24, times 200 twice
+        if torch.allclose(y, expected, rtol=1e-5, atol=5e-3):  # 1 + tanh is off by 2^-24, times 200 twice
             return activation
     return None
 
 
 def _gated(module: Any, *inputs: Any, **named: Any) -> Tensor:
     (x,) = (*inputs, *named.values())
-    found: Tensor
+    y: Tensor
     if type(x) is Tensor and x.device.type == "cpu" and x.dtype in FLOATS and module.act_fn is module._fused_act:
         gate, up = module.gate_proj(x), module.up_proj(x)
         same = gate.dtype == up.dtype and gate.dtype in FLOATS
-        found = module.down_proj(ops.gated(gate, up, module._fused_gate) if same else module.act_fn(gate) * up)
+        y = module.down_proj(ops.gated(gate, up, module._fused_gate) if same else module.act_fn(gate) * up)
     else:
-        found = type(module).forward(module, *inputs, **named)
-    return found
+        y = type(module).forward(module, *inputs, **named)
+    return y
 
 
 _gated.__name__ = "forward"

@@ -51,8 +51,8 @@ def lora_state_dict(
             not stored, or lacks a start that does not fit into rank 2r together with the adapter.
     """
     adapter = _adapter(model, adapter_name, base)
-    state = _whole(model, adapter.name)
-    found: dict[str, Tensor] = get_peft_model_state_dict(
+    state = _gather_state(model, adapter.name)
+    tensors: dict[str, Tensor] = get_peft_model_state_dict(
         model, state_dict=state, adapter_name=adapter.name, save_embedding_layers=False
     )
     factors = {}
@@ -60,10 +60,10 @@ def lora_state_dict(
         deltas = layer.deltas_in(state, f"{PREFIX}{key}.", adapter.name)
         factors[key] = pad_rank(*adapter.served[key].factors(deltas), adapter.times * layer.r[adapter.name])
     for part in factors_of(model.base_model.model, adapter.layers):
-        found |= part.pack([factors[key] for key in part.layers])
+        tensors |= part.pack([factors[key] for key in part.layers])
     if base == "original":
         warn_of_plain_lora(model)
-    return found
+    return tensors
 
 
 def lora_config(model: PissaModel, adapter_name: str | None = None, base: ServedBase = "original") -> LoraConfig:
@@ -115,17 +115,17 @@ def _adapter(model: Any, adapter_name: str | None, base: ServedBase) -> _Adapter
     return _Adapter(name, layers, served, times)
 
 
-def _whole(model: PissaModel, adapter_name: str) -> dict[str, Tensor]:
+def _gather_state(model: PissaModel, adapter_name: str) -> dict[str, Tensor]:
     """The model's state dict without sharded tensors that are not the adapter's. The adapter's own are gathered."""
-    found = {}
+    state = {}
     for name, value in model.state_dict(keep_vars=True).items():
         if not is_sharded(value):
-            found[name] = value
+            state[name] = value
         elif adapter_name in name.split(".") or name.endswith(".bias"):
             if is_partitioned(value):
                 raise ValueError(
                     f"{name} is partitioned by DeepSpeed. Call this on all ranks inside `with "
                     "deepspeed.zero.GatheredParameters(list(model.parameters())):`"
                 )
-            found[name] = whole_tensor(value)
-    return found
+            state[name] = whole_tensor(value)
+    return state

@@ -47,9 +47,9 @@ def suggest_lr(
     """Finds the learning rate at which a miniature training works best::
 
         model = pissa.wrap(model, r=16)
-        found = pissa.suggest_lr(model, itertools.islice(dataloader, 30))
-        print(found.text)
-        arguments = SFTConfig(learning_rate=found.rate, lr_scheduler_type="cosine")
+        suggestion = pissa.suggest_lr(model, itertools.islice(dataloader, 30))
+        print(suggestion.text)
+        arguments = SFTConfig(learning_rate=suggestion.rate, lr_scheduler_type="cosine")
 
     A trial trains on the first half of the batches: Adam, gradients clipped at norm 1, a cosine from the rate to 0. The
     rate is judged by the loss on the second half, which the trial has not seen. Rates are factors of two apart. They
@@ -80,10 +80,10 @@ def suggest_lr(
     """
     with failing_together():
         trial = _Trial(model, list(batches), loss or _own_loss)
-        with _restored(model, trial):
+        with _restore_afterwards(model, trial):
             losses = _bracket(trial, 2 * trial.unit_step())
     rate = float(f"{_vertex(losses):.1e}")
-    tried = ", ".join(f"{_shown(losses[rate])} at {rate:.1e}" for rate in sorted(losses))
+    tried = ", ".join(f"{_format_loss(losses[rate])} at {rate:.1e}" for rate in sorted(losses))
     text = (
         f"learning rate {rate:.1e}: {len(losses)} trial trainings of {len(trial.seen)} steps left losses of {tried} on "
         f"{len(trial.unseen)} other batches{_ALTERNATIVE if _is_usual_pissa(model) else ''}"
@@ -173,9 +173,10 @@ def _bracket(trial: Callable[[float], float], first: float) -> dict[float, float
             losses[2 * best] = trial(2 * best)
         else:
             return losses
+    least, most = min(losses), max(losses)
     raise ValueError(
-        f"no rate from {min(losses):.1e} to {max(losses):.1e} is better than half and twice of it: the loss is "
-        f"{_shown(losses[min(losses)])} at one end and {_shown(losses[max(losses)])} at the other; give more batches"
+        f"no rate from {least:.1e} to {most:.1e} is better than half and twice of it: the loss is "
+        f"{_format_loss(losses[least])} at one end and {_format_loss(losses[most])} at the other; give more batches"
     )
 
 
@@ -188,7 +189,7 @@ def _vertex(losses: Mapping[float, float]) -> float:
     return best * 2 ** ((below - above) / (2 * (below + above)))
 
 
-def _shown(loss: float) -> str:
+def _format_loss(loss: float) -> str:
     return f"{loss:.3f}" if math.isfinite(loss) else "no number"
 
 
@@ -198,10 +199,10 @@ def _own_loss(model: nn.Module, batch: Any) -> Tensor:
             f"batches: got one of type {type(batch).__name__}; allowed: mappings of keyword arguments of the model, or "
             "give loss=, a function of model and batch"
         )
-    found: Tensor | None = model(**batch).loss
-    if found is None:
+    loss: Tensor | None = model(**batch).loss
+    if loss is None:
         raise ValueError("the model gives no loss for the first batch; give batches with labels, or loss=")
-    return found
+    return loss
 
 
 def _is_usual_pissa(model: nn.Module) -> bool:
@@ -214,7 +215,7 @@ def _is_usual_pissa(model: nn.Module) -> bool:
 
 
 @contextmanager
-def _restored(model: nn.Module, trial: _Trial) -> Iterator[None]:
+def _restore_afterwards(model: nn.Module, trial: _Trial) -> Iterator[None]:
     """Restores the model and the generators after the block."""
     gradients = [parameter.grad for parameter in trial.parameters]
     with torch.random.fork_rng(trial.devices), evaluation_mode(model):
