@@ -53,9 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
     train, held_out = short[HELD_OUT : HELD_OUT + STEPS * BATCH], short[:HELD_OUT]
     for name, chats in (("train", train), ("held-out", held_out)):
         (out / f"{name}.jsonl").write_text("".join(json.dumps({"messages": chat.messages}) + "\n" for chat in chats))
-    print_row(
-        "data", f"{len(train)} problems to train on, {len(held_out)} held out, each of at most {MAX_TOKENS} tokens"
-    )
+    print_row("data", f"{len(train)} problems to train on, {len(held_out)} held out, at most {MAX_TOKENS} tokens each")
     results = {name: _finetune(name, out) for name in METHODS}
     curves = {name: (range(1, STEPS + 1), result["losses"]) for name, result in results.items()}
     title = f"SmolLM2-135M-Instruct on GSM-symbolic, rank {RANK}, learning rate {LEARNING_RATE:g}"

@@ -174,7 +174,7 @@ def _init(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
     if args.calibration is not None and args.quant is None:
         raise UserError(
-            "--calibration: got no --quant, whose codes it chooses; give --quant nf4 or int8, or leave it out"
+            "--calibration: needs --quant, whose codes it chooses; give --quant nf4 or int8, or leave it out"
         )
     if args.init == "activations" and args.calibration is None:
         raise UserError("--init activations: got no --calibration; give --calibration FILE, or another --init")

@@ -62,9 +62,7 @@ def _report(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     rows = [[name, f"{held[name]:.1%}"] for name in sorted(held, key=held.__getitem__)[:5]]
     print(format_table((f"least energy held by rank {ranks[0]}", ""), rows) + "\n")
     best, even = results.suggestion, results.suggestion.uniform
-    print_row(
-        "ranks", f"for {best.budget:,} trained parameters: {best.parameters:,} lose {best.lost:.2%} of the energy;"
-    )
+    print_row("ranks", f"for {best.budget:,} parameters: {best.parameters:,} lose {best.lost:.2%} of the energy;")
     print_row("", f"rank {even['r']} in every layer: {even['parameters']:,} lose {even['lost']:.2%}")
     if at_most := sum(rank >= best.largest_rank for rank in best.ranks.values()):
         looked = f"{at_most} layers have rank {best.largest_rank}, the largest that was looked at"

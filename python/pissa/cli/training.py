@@ -142,7 +142,7 @@ def _complete_options(ours: Any, training: Any, mixture: Any) -> tuple[pissa.Pis
         split = AdapterRecord.read(model_folder.folder / PISSA_RECORD).config if is_residual else None
     if ours.method == "lora" and is_residual:
         raise UserError(
-            f"--method lora: {name} holds residuals, which lack what PiSSA starts from; give the model that was split"
+            f"--method lora: {name} holds residuals, which lack PiSSA's start; give the model that was split"
         )
     if ours.method == "lora" and ours.quant:
         raise UserError(f"--quant {ours.quant} needs --method pissa; plain LoRA is trained on the base as it is")
@@ -193,18 +193,15 @@ def _load(ours: Any, load: Callable[..., Any], **options: Any) -> Any:
 
 def _model(ours: Any, training: Any, config: pissa.PissaConfig, contents: Contents, train: Any, **options: Any) -> Any:
     """The wrapped model, calibrated on the first examples of the training data if its base asks for a calibration."""
-    ours_load = partial(
-        pissa.load, revision=ours.model_revision, dtype=getattr(torch, ours.dtype, None), device=training.device
-    )
+    name, dtype = ours.model_name_or_path, getattr(torch, ours.dtype, None)
+    load = partial(pissa.load, revision=ours.model_revision, dtype=dtype, device=training.device)
     if contents is Contents.RESIDUAL:
-        model = _load(ours, ours_load)
+        model = _load(ours, load)
     elif contents is Contents.RELEASED:  # which transformers would expand
         if config.needs_calibration:
-            raise UserError(
-                f"--model {ours.model_name_or_path}: as released it has nothing to calibrate; leave --quant out"
-            )
+            raise UserError(f"--model {name}: as released it has nothing to calibrate; leave --quant out")
         config = config if ours.method == "pissa" else replace(config, init="lora")
-        model = _load(ours, ours_load, config=config)
+        model = _load(ours, load, config=config)
     else:
         options |= {"dtype": ours.dtype, "attn_implementation": ours.attn_implementation}
         if training.world_size > 1:  # a single process spreads the model over its GPUs
@@ -216,7 +213,7 @@ def _model(ours: Any, training: Any, config: pissa.PissaConfig, contents: Conten
         model = _load(ours, create_model_from_path, **options)
         set_seed(training.seed)  # LoRA's A is random
         # Raised for a rank above a layer's size or a NaN in a weight. The message names the layer.
-        with user_errors(TypeError, ValueError, before=f"--model {ours.model_name_or_path}: "):
+        with user_errors(TypeError, ValueError, before=f"--model {name}: "):
             if ours.method == "lora":
                 model = get_peft_model(model, replace(config.as_lora(times=1), inference_mode=False))
             else:
@@ -224,9 +221,7 @@ def _model(ours: Any, training: Any, config: pissa.PissaConfig, contents: Conten
                 model = pissa.wrap(model, config, calibration=batches, progressbar=not training.process_index)
     trainable, total = model.get_nb_trainable_parameters()
     cores = f"{torch.get_num_threads()} threads" if training.device.type == "cpu" else f"{training.device}"
-    print_row(
-        "model", f"{ours.model_name_or_path}, {(total - trainable) / 1e6:,.1f} M parameters, {ours.dtype}, {cores}"
-    )
+    print_row("model", f"{name}, {(total - trainable) / 1e6:,.1f} M parameters, {ours.dtype}, {cores}")
     share = f"{trainable:,} trainable parameters ({trainable / total:.2%})"
     print_row("method", f"{_method_name(ours)}, rank {ours.r}: {share}")
     return model
@@ -268,15 +263,14 @@ def _batches(trainer: Any, count: int) -> list[Any]:
 def _check(trainer: Any, check_more: Callable[..., tuple[str, bool]]) -> dict[str, Any]:
     step0 = step0_check(trainer.model, _batches(trainer, 1)[0])
     text, right = check_more(trainer, step0)
-    print_row(
-        "check", f"logits at step 0 differ by {step0.difference:.1e} from the base's (bound {step0.bound:.1e}){text}"
-    )
-    passed = step0.difference <= step0.bound and right  # False for NaN
+    difference, bound = step0.difference, step0.bound
+    print_row("check", f"logits at step 0 differ by {difference:.1e} from the base's (bound {bound:.1e}){text}")
+    passed = difference <= bound and right  # False for NaN
     if not passed:
         print_row(
-            "check", "FAILED: the adapter changes the model before it is trained; report this with `pissa selftest`"
+            "check", "FAILED: the adapter changes the model before it is trained; report it with `pissa selftest`"
         )
-    return {"difference": step0.difference, "bound": step0.bound, "passed": passed}
+    return {"difference": difference, "bound": bound, "passed": passed}
 
 
 # ---- Training, and after ---------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pissa.ops.checks import check_devices, check_number, check_tensor
+from pissa.ops.checks import check_devices, check_number, check_tensor, shape_error
 
 _OPS = torch.ops.pissa
 
@@ -47,19 +47,17 @@ def attention(
     operands = {"q": q, "k": k, "v": v}
     for name, tensor in operands.items():
         if check_tensor(name, tensor).dim() != 4:
-            raise ValueError(f"{name}: got shape {list(tensor.shape)}; needed: [batch, heads, length, dim]")
+            raise shape_error(name, tensor, "[batch, heads, length, dim]")
         if tensor.dtype != q.dtype:
             raise TypeError(f"{name}: got {tensor.dtype}; needed: q's, {q.dtype}")
     batch, heads, queries, dim = q.shape
     shared, keys = k.shape[1:3]
     if not dim:
-        raise ValueError(f"q: got shape {list(q.shape)}; needed: a dim of 1 or more")
+        raise shape_error("q", q, "a dim of 1 or more")
     if k.shape != (batch, shared, keys, dim) or not shared or heads % shared or not keys:
-        raise ValueError(
-            f"k: got shape {list(k.shape)}; needed: [{batch}, heads, keys, {dim}], with heads that divide {heads}"
-        )
+        raise shape_error("k", k, f"[{batch}, heads, keys, {dim}], with heads that divide {heads}")
     if v.shape[:3] != k.shape[:3]:
-        raise ValueError(f"v: got shape {list(v.shape)}; needed: [{batch}, {shared}, {keys}, dim]")
+        raise shape_error("v", v, f"[{batch}, {shared}, {keys}, dim]")
     scale = dim**-0.5 if scale is None else scale
     check_number("scale", scale, "a finite number, or None")
     if mask is not None:
@@ -68,10 +66,7 @@ def attention(
         try:
             mask = mask.expand(batch, heads, queries, keys)
         except RuntimeError as error:
-            raise ValueError(
-                f"mask: got shape {list(mask.shape)}; needed: [{batch}, {heads}, {queries}, {keys}], or what expands "
-                "to it"
-            ) from error
+            raise shape_error("mask", mask, f"[{batch}, {heads}, {queries}, {keys}], or what expands to it") from error
         mask = mask if mask.stride(-1) == 1 else mask.contiguous()
     check_devices({**operands, "mask": mask})
     rows = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in operands.values())

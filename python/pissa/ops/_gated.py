@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pissa.ops.checks import check_choice, check_devices, check_tensor
+from pissa.ops.checks import check_choice, check_devices, check_tensor, shape_error
 
 _OPS = torch.ops.pissa
 ACTIVATIONS = "silu", "gelu_tanh"
@@ -29,9 +29,7 @@ def gated(gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:
     """
     gate, up = check_tensor("gate", gate), check_tensor("up", up)
     if gate.dim() < 1 or up.shape != gate.shape:
-        raise ValueError(
-            f"up: got shape {list(up.shape)}; needed: gate's, {list(gate.shape)}, of one dimension or more"
-        )
+        raise shape_error("up", up, f"gate's, {list(gate.shape)}, of one dimension or more")
     if up.dtype != gate.dtype:
         raise TypeError(f"up: got {up.dtype}; needed: gate's {gate.dtype}")
     check_choice("activation", activation, ACTIVATIONS)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pissa.ops._linear import check_operands, prepare_factors
 from pissa.ops._quant import QuantizedWeight, check_quantized
-from pissa.ops.checks import check_change_scaling, check_devices, check_lengths
+from pissa.ops.checks import check_change_scaling, check_devices, check_lengths, shape_error
 
 _OPS = torch.ops.pissa
 
@@ -57,7 +57,7 @@ def grouped_linear(
     check_change_scaling(scaling)
     x, _, slots, _ = check_operands(x, weights[0], None)
     if x.dim() != 2:
-        raise ValueError(f"x: got shape {list(x.shape)}; needed: [rows, in]")
+        raise shape_error("x", x, "[rows, in]")
     _check_offsets(offsets, len(weights), len(x))
     absent = [None] * len(weights)
     factors = [

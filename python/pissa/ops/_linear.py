@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pissa.ops import _autograd
 from pissa.ops._quant import QuantizedWeight, check_quantized
-from pissa.ops.checks import check_change_scaling, check_devices, check_factors, check_frozen, check_tensor
+from pissa.ops.checks import check_change_scaling, check_devices, check_factors, check_frozen, check_tensor, shape_error
 
 _OPS = torch.ops.pissa
 
@@ -25,7 +25,7 @@ def prepare_factors(
         return a.float(), b.float(), None, None
     for name, start, factor in (("a0", a0, a), ("b0", b0, b)):
         if check_tensor(name, start).shape != factor.shape:
-            raise ValueError(f"{name}: got shape {list(start.shape)}; needed: that of {name[0]}, {list(factor.shape)}")
+            raise shape_error(name, start, f"that of {name[0]}, {list(factor.shape)}")
         check_frozen(name, start)
     return a.float(), b.float(), a0.float(), b0.float()
 
@@ -46,14 +46,14 @@ def check_operands(
     else:
         check_tensor("weight", weight)
         if weight.dim() != 2:
-            raise ValueError(f"weight: got shape {list(weight.shape)}; needed: [out, in]")
+            raise shape_error("weight", weight, "[out, in]")
         check_frozen("weight", weight)
         out_features, in_features = weight.shape
         op, slots, held = "linear", [weight], weight
     if x.dim() < 1 or x.shape[-1] != in_features:
-        raise ValueError(f"x: got shape {list(x.shape)}; needed: [..., in] with in = {in_features}")
+        raise shape_error("x", x, f"[..., in] with in = {in_features}")
     if bias is not None and (check_tensor("bias", bias).dim() != 1 or bias.shape[0] != out_features):
-        raise ValueError(f"bias: got shape {list(bias.shape)}; needed: [{out_features}]")
+        raise shape_error("bias", bias, f"[{out_features}]")
     return x, op, slots, held
 
 
@@ -156,9 +156,7 @@ def add_low_rank(
     """
     y, x = check_tensor("y", y), check_tensor("x", x)
     if y.dim() < 1 or x.dim() < 1 or y.shape[:-1] != x.shape[:-1]:
-        raise ValueError(
-            f"y: got shape {list(y.shape)}; needed: [..., out] with x's leading dimensions, {list(x.shape[:-1])}"
-        )
+        raise shape_error("y", y, f"[..., out] with x's leading dimensions, {list(x.shape[:-1])}")
     check_change_scaling(scaling)
     factors = prepare_factors(a, b, a0, b0, y.shape[-1], x.shape[-1])
     check_devices({"y": y, "x": x, "a": a, "b": b, "a0": a0, "b0": b0})

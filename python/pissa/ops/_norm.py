@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pissa.ops.checks import check_devices, check_frozen, check_number, check_tensor
+from pissa.ops.checks import check_devices, check_frozen, check_number, check_tensor, shape_error
 
 _OPS = torch.ops.pissa
 
@@ -29,7 +29,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, *, offset: float = 0.
     """
     x, weight = check_tensor("x", x), check_tensor("weight", weight)
     if weight.dim() != 1 or x.dim() < 1 or x.shape[-1] != len(weight) or not len(weight):
-        raise ValueError(f"weight: got shape {list(weight.shape)}; needed: [n] for an x of [..., n], {list(x.shape)}")
+        raise shape_error("weight", weight, f"[n] for an x of [..., n], {list(x.shape)}")
     check_frozen("weight", weight)
     check_number("eps", eps, "a finite number, at least 0", least=0)
     check_number("offset", offset)

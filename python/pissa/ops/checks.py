@@ -26,6 +26,11 @@ def check_choice(name: str, value: object, allowed: Collection[object]) -> None:
         raise ValueError(f"{name}: got {value!r}; allowed: {', '.join(map(repr, allowed))}")
 
 
+def shape_error(name: str, tensor: Tensor, needed: str) -> ValueError:
+    """The error for a tensor of another shape than is needed."""
+    return ValueError(f"{name}: got shape {list(tensor.shape)}; needed: {needed}")
+
+
 def check_tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...] = FLOATS) -> Tensor:
     """Checks a tensor of any shape, and returns it.
 
@@ -74,7 +79,7 @@ def check_matrix(weight: object, name: str = "weight") -> Tensor:
     quantised carries no gradient."""
     tensor = check_tensor(name, weight)
     if tensor.dim() != 2 or tensor.numel() == 0:
-        raise ValueError(f"{name}: got shape {list(tensor.shape)}; needed: [out, in], not empty")
+        raise shape_error(name, tensor, "[out, in], not empty")
     if tensor.device.type == "meta":
         raise ValueError(f"{name}: is on the meta device and holds no values; load the weights first")
     return tensor.detach()
@@ -112,9 +117,7 @@ def check_rank(r: object, weight: Tensor, name: str = "r") -> None:
         raise TypeError(f"{name}: got {type(r).__name__}; needed: int")
     limit = min(weight.shape)
     if not 1 <= r <= limit:
-        raise ValueError(
-            f"{name}: got {r}; allowed: 1 to min(out, in) = {limit} for a weight of shape {list(weight.shape)}"
-        )
+        raise ValueError(f"{name}: got {r}; allowed: 1 to min(out, in) = {limit} for a weight of {list(weight.shape)}")
 
 
 def check_svd(svd: str, passes: int | str, seed: int, name: str = "passes") -> int | None:
@@ -163,9 +166,9 @@ def check_factors(
     """Checks that a and b are factors of a weight of that shape, of rank `least` or more."""
     a, b = check_tensor(name_a, a), check_tensor(name_b, b)
     if a.dim() != 2 or a.shape[0] < least or a.shape[1] != in_features:
-        raise ValueError(f"{name_a}: got shape {list(a.shape)}; needed: [r, in] = [r >= {least}, {in_features}]")
+        raise shape_error(name_a, a, f"[r, in] = [r >= {least}, {in_features}]")
     if b.dim() != 2 or tuple(b.shape) != (out_features, a.shape[0]):
-        raise ValueError(f"{name_b}: got shape {list(b.shape)}; needed: [out, r] = [{out_features}, {a.shape[0]}]")
+        raise shape_error(name_b, b, f"[out, r] = [{out_features}, {a.shape[0]}]")
 
 
 def check_product(names: Sequence[str], largest: float, norm_a: float, norm_b: float, scaling: float) -> None:

@@ -68,7 +68,7 @@ def test_experts_in_a_format_are_for_pissa_only(tmp_path: Path, capsys: pytest.C
     [
         (["--rank", "40", "--target-modules", "k_proj"], "rank 40 is too large for layer model.layers.0.self_attn.k"),
         (["--init", "loftq"], "init: got 'loftq' without quant"),
-        (["--calibration", "train.jsonl"], "--calibration: got no --quant, whose codes it chooses; give --quant nf4"),
+        (["--calibration", "train.jsonl"], "--calibration: needs --quant, whose codes it chooses; give --quant nf4"),
         (["--init", "activations", "--quant", "nf4"], "--init activations: got no --calibration; give --calibration"),
         (["--experts", "nf4"], "experts: got 'nf4'; allowed: 'dense', or"),
         (["--target-modules", "nothing"], "nothing"),
