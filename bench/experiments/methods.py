@@ -20,7 +20,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 import pissa
 from bench.experiments.riemannion import Riemannion
+from bench.experiments.triplets import MEDIUM, MINOR
 from pissa import PissaConfig
+
+pissa.INIT_METHODS.update({method.name: method for method in (MEDIUM, MINOR)})
 
 LORAPLUS_RATIO = 16  # of B's rate to A's (arXiv 2402.12354, its authors' choice)
 
@@ -176,8 +179,8 @@ METHODS: dict[str, Method] = {
     "pissa_muon": Method("PiSSA, Muon", _ours(), optimizer=_muon),
     "lora_product": Method("LoRA, Muon on B A", _ours(init="lora"), optimizer=Riemannion),
     "pissa_product": Method("PiSSA, Muon on B A", _ours(), optimizer=Riemannion),
-    "medium": Method("medium components", _ours(init="pissa_medium")),
-    "minor": Method("minor components", _ours(init="pissa_minor")),
+    "medium": Method("medium components", _ours(init=MEDIUM.name)),
+    "minor": Method("minor components", _ours(init=MINOR.name)),
     "qlora": Method("QLoRA", _nf4(init="lora"), dense=False),
     "loftq": Method("LoftQ, T = 5", _nf4(init="loftq", quant_iters=5), dense=False),
     "qpissa_1": Method("QPiSSA, T = 1", _nf4(), dense=False),

@@ -30,9 +30,6 @@ Preset = Literal["rl"]
 ALTERNATING: tuple[str, ...] = ("pissa", "loftq", "activations")
 """The init methods that can alternate decomposition and quantisation."""
 
-_OF_SINGULAR_VECTORS: tuple[str, ...] = ("pissa", "pissa_medium", "pissa_minor")
-"""The init methods that start from singular vectors."""
-
 _OF_ERRORS: tuple[str, ...] = ("loftq", "activations")
 """The init methods that start from the error of a format."""
 
@@ -128,13 +125,12 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
     "lm_head"]`.
 
     Args:
-        init: "pissa" starts from the principal singular components. For comparison: "pissa_medium" and "pissa_minor"
-            start from those in the middle and at the end of the spectrum (the paper's figure 8), "lora" from B = 0,
-            "loftq" (with `quant`) from the error of the format, and "activations" (with `quant`) from the part of that
-            error which matters most to the outputs, given the layer's inputs (QERA, arXiv 2410.06040). "activations"
-            needs a calibration; see `pissa.wrap`. "given" marks an adapter whose factors come from elsewhere: from
-            other adapters (`add_weighted_adapter`) or from a plain LoRA (`peft.set_peft_model_state_dict`). It cannot
-            be requested. A method of your own is one that you have added to `pissa.INIT_METHODS`.
+        init: "pissa" starts from the principal singular components. For comparison: "lora" starts from B = 0, "loftq"
+            (with `quant`) from the error of the format, and "activations" (with `quant`) from the part of that error
+            which matters most to the outputs, given the layer's inputs (QERA, arXiv 2410.06040). "activations" needs a
+            calibration; see `pissa.wrap`. "given" marks an adapter whose factors come from elsewhere: from other
+            adapters (`add_weighted_adapter`) or from a plain LoRA (`peft.set_peft_model_state_dict`). It cannot be
+            requested. A method of your own is one that you have added to `pissa.INIT_METHODS`.
         repair: the start that a stored base lacks and adds again exactly: that of `init` (None), or that of any other
             method. With `init="lora", repair="pissa", quant="nf4"`, LoRA trains on QPiSSA's base. With `init="pissa",
             repair="lora"`, PiSSA trains on the plainly quantised weight, from which LoRA's start takes nothing out.
@@ -142,11 +138,11 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
             with `quant` or residual="explicit".
         repair_rank: the rank of the start that a stored base lacks, with `repair`; None: the adapter's. A layer whose
             smaller side is less gets that side.
-        start_norm: the lengths of A0's rows and B0's columns, the singular vectors from which "pissa", "pissa_medium"
-            and "pissa_minor" start. "singular": √(S/s), as in the paper, so that s B0 A0 is that part of the weight.
-            "unit": 1, an orthonormal start, for any scaling s. A stored base then lacks the singular start, and the
-            adapter's own, found in the dense weight, is kept in addition, as with `repair`. A component whose singular
-            value is 0 starts as with "lora".
+        start_norm: the lengths of A0's rows and B0's columns, the singular vectors from which "pissa" starts.
+            "singular": √(S/s), as in the paper, so that s B0 A0 is that part of the weight. "unit": 1, an orthonormal
+            start, for any scaling s. A stored base then lacks the singular start, and the adapter's own, found in the
+            dense weight, is kept in addition, as with `repair`. A component whose singular value is 0 starts as with
+            "lora".
         svd: "krylov" (block Krylov, default) or "subspace" iteration, or "exact" for a full decomposition.
         svd_passes: passes over each weight: an even number of at least 2, or "auto", as many as the rank needs; see
             `pissa.ops.svd_lowrank`. "exact" does not use it.
@@ -415,10 +411,9 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
                 f"quant_iters: got {self.quant_iters}, but the residual lacks the start of {start!r}; allowed: "
                 f"1, or more with {' or '.join(map(repr, ALTERNATING))} as init or repair"
             )
-        if self.start_norm == "unit" and self.init not in _OF_SINGULAR_VECTORS:
+        if self.start_norm == "unit" and self.init != "pissa":
             raise ValueError(
-                f'start_norm="unit" starts only from singular vectors: got init={self.init!r}; allowed with it are '
-                "pissa, pissa_medium and pissa_minor"
+                f'start_norm="unit" starts only from singular vectors: got init={self.init!r}; allowed with it: "pissa"'
             )
 
     def _check_blocks(self) -> None:

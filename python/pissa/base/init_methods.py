@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -63,9 +63,6 @@ class InitMethod(ABC):
     repairs: ClassVar[bool] = False
     """Whether the method starts from the error of the quantised weight: a residual that no alternation has found then
     lacks nothing of the start, so that it is format(W). The method copies all weights that it is given to float32."""
-
-    decomposes_fully: ClassVar[bool] = False
-    """Whether torch decomposes each weight as a whole, with a float32 copy."""
 
     def identity(self, config: PissaConfig) -> tuple[tuple[str, Any], ...]:
         """The parts of the configuration that determine the start, besides rank and scaling, as names and values.
@@ -130,30 +127,6 @@ class Repair(InitMethod):
         ]
 
 
-class Triplets(InitMethod):
-    """r consecutive singular triplets, by a full SVD of each weight (figure 8), for which the host waits for a GPU.
-
-    Args:
-        first: the number of the first triplet, given the largest number that leaves r of them.
-    """
-
-    decomposes_fully = True
-
-    def __init__(self, name: str, first: Callable[[int], int]) -> None:
-        self.name, self._first = name, first
-
-    def start(self, task: StartTask) -> list[StartFactors]:
-        check_weights(task.weights, task.weight_names)
-        return [self._start(weight.detach(), origin) for weight, origin in zip(task.weights, task.origins, strict=True)]
-
-    def _start(self, weight: Tensor, origin: Origin) -> StartFactors:
-        u, s, vh = torch.linalg.svd(weight.float(), full_matrices=False)
-        first = self._first(len(s) - origin.r)
-        part = slice(first, first + origin.r)
-        root = (s[part] / origin.scaling).sqrt()
-        return StartFactors(root[:, None] * vh[part], u[:, part] * root, origin)
-
-
 class Lora(InitMethod):
     """A as in nn.Linear, B = 0 (arXiv 2106.09685). The random factor depends only on the layer's name and the seed."""
 
@@ -187,8 +160,6 @@ INIT_METHODS: dict[str, InitMethod] = {
     method.name: method
     for method in (
         Pissa(),
-        Triplets("pissa_medium", lambda last: last // 2),
-        Triplets("pissa_minor", lambda last: last),
         Lora(),
         Repair("loftq", weighted=False),
         Repair("activations", weighted=True),

@@ -442,7 +442,7 @@ class _Split(Rewrite):
         size += sum(math.prod(shape) * dtype.itemsize for dtype, shape in layer.written.values())
         if method.repairs or config.quant_iters > 1:
             size += 8 * elements
-        if config.svd == "exact" or method.decomposes_fully:
+        if config.svd == "exact":
             size += 16 * elements
         return size
 

@@ -130,7 +130,7 @@ def _add_init(parser: argparse.ArgumentParser) -> None:
     modules = "layers to adapt (default: all linear ones except the output layer)"
     add("--target-modules", nargs="+", metavar="NAME", help=modules)
     add("--exclude-modules", nargs="+", metavar="NAME", help="layers not to adapt")
-    init = "start of the adapter: pissa, pissa_medium, pissa_minor, lora (plain QLoRA), loftq, activations (calibrated)"
+    init = "start of the adapter: pissa, lora (plain QLoRA), loftq, activations (calibrated)"
     add("--init", default="pissa", metavar="METHOD", help=init)
     add_calibration(
         parser,

@@ -160,6 +160,25 @@ def test_an_answer_is_right_by_its_first_line() -> None:
     assert generated(Scripted(), task) == 0.5
 
 
+# ---- Starts from other components ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "first"), [("medium", 8), ("minor", 16)])
+def test_components_of_the_middle_and_the_end_of_the_spectrum(name: str, first: int) -> None:
+    from bench.experiments.methods import METHODS, Setting
+    from language_models import error
+    from one_layer import OneLayer, adapted
+    from reference import EPS, power_law
+
+    linear = torch.nn.Linear(24, 20, bias=False)
+    linear.weight.data.copy_(power_law(20, 24, 1.0))
+    u, s, vh = torch.linalg.svd(linear.weight.detach().double(), full_matrices=False)
+    model = METHODS[name].wrap(OneLayer(linear), Setting(4, 0, 1, None, ["proj"]))
+    start, part = adapted(model).start_of("default"), slice(first, first + 4)
+    # Singular vectors turn by rounding errors of the weight over the gap, 1/19 - 1/20 at the end of the spectrum.
+    assert error(start.b0.double() @ start.a0.double(), (u[:, part] * s[part]) @ vh[part]) < 9600 * EPS[torch.float32]
+
+
 # ---- An optimiser of products ----------------------------------------------------------------------------------------
 
 

@@ -166,7 +166,7 @@ def test_experts_in_4_bits(tmp_path: Path) -> None:
     assert not [name for name in found if name.endswith((".w1.weight", ".w2.weight", ".w3.weight"))]
 
 
-@pytest.mark.parametrize("method", ["pissa", "pissa_medium", "pissa_minor", "lora", "loftq"])
+@pytest.mark.parametrize("method", ["pissa", "lora", "loftq"])
 def test_init_methods(method: str, tmp_path: Path) -> None:
     model = save("llama", tmp_path / "src", torch.bfloat16)
     zeros = "model.layers.0.self_attn.o_proj.weight"

@@ -79,8 +79,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "loftq": {"init": "loftq"},
     "lora on qpissa's base": {"init": "lora", "repair": "pissa"},
     "pissa on qlora's base": {"repair": "lora"},
-    "minor on qpissa's base": {"init": "pissa_minor", "repair": "pissa", "lora_alpha": 3},
-    "orthonormal on qpissa's base": {"start_norm": "unit", "quant_iters": 3},
+    "orthonormal on qpissa's base": {"start_norm": "unit", "quant_iters": 3, "lora_alpha": 3},
     "orthonormal on qlora's base": {"start_norm": "unit", "repair": "lora"},
     "dora": {"use_dora": True},
     "rslora, patterns": {"use_rslora": True, "rank_pattern": {"q_proj": 3}, "alpha_pattern": {"v_proj": 3}},
@@ -94,7 +93,7 @@ FIELDS: dict[str, dict[str, Any]] = {
 }
 
 
-RANKS = {"lora on qpissa's base": 8, "pissa on qlora's base": 8, "minor on qpissa's base": 12}
+RANKS = {"lora on qpissa's base": 8, "pissa on qlora's base": 8}
 RANKS |= {"a repair of another rank": 11, "a repair by activations": 8, "error feedback and a repair": 8}
 RANKS |= {"orthonormal on qpissa's base": 12, "orthonormal on qlora's base": 8}
 """That of the training is 4. The plain LoRA of the unmodified base has twice that rank."""

@@ -51,12 +51,10 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
 LINEAR = ("linear", "conv1d", "4 bits", "8 bits")
 VARIANTS: list[dict[str, Any]] = [
     {"use_dora": True},
-    {"init": "pissa_medium"},
-    {"init": "pissa_minor"},
     {"start_norm": "unit"},
     {"start_norm": "unit", "use_dora": True},
     {"init": "lora"},
-    {"init": "pissa_minor", "use_rslora": True},
+    {"use_rslora": True},
     {"lora_dropout": 0.3},
 ]
 

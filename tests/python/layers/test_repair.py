@@ -37,7 +37,7 @@ LIVES += [(form, repair, 1, "unit") for form in FORMS for repair in ("pissa", "l
 ALTERNATED = [case for case in CASES if case[2] > 1]
 LIVES += [(form, repair, iters, start) for form, repair, iters in ALTERNATED for start in (repair, "lora", "unit")]
 LIVES += [("nf4", "pissa of rank 9", iters, start) for iters in (1, 2) for start in ("lora", "pissa")]
-LIVES += [("nf4", f"pissa of rank {OUT + 1}", 1, "lora"), ("explicit", "pissa of rank 2", 1, "pissa_minor")]
+LIVES += [("nf4", f"pissa of rank {OUT + 1}", 1, "lora"), ("explicit", "pissa of rank 2", 1, "unit")]
 every_base = pytest.mark.parametrize(("form", "repair", "iters"), CASES)
 
 

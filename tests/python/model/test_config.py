@@ -49,8 +49,8 @@ def test_the_preset_for_rewards() -> None:
     assert preset == PissaConfig(r=4, **fields)
     assert "preset" not in preset.to_dict()
     assert preset.as_lora(times=1).use_rslora
-    given = PissaConfig(r=4, preset="rl", init="pissa_minor", lora_alpha=3, quant="nf4", rank_pattern={"q_proj": 2})
-    assert (given.init, given.lora_alpha, given.use_rslora, given.quant) == ("pissa_minor", 3, True, "nf4")
+    given = PissaConfig(r=4, preset="rl", init="loftq", lora_alpha=3, quant="nf4", rank_pattern={"q_proj": 2})
+    assert (given.init, given.lora_alpha, given.use_rslora, given.quant) == ("loftq", 3, True, "nf4")
     assert given.alpha_pattern == {}  # one alpha for every rank
     for copied in (dataclasses.replace(preset), copy.deepcopy(preset), pickle.loads(pickle.dumps(preset))):
         assert copied == preset
@@ -117,13 +117,13 @@ def test_form(fields: dict[str, object], form: tuple[object, ...]) -> None:
             {"quant": "nf4", "quant_iters": 2, "init": "lora"},
             "quant_iters: got 2, but .* start of 'lora'; .* 'pissa' or 'loftq'",
         ),
-        ({"quant": "nf4", "quant_iters": 2, "repair": "pissa_minor"}, "quant_iters: got 2, but .* of 'pissa_minor'"),
+        ({"quant": "nf4", "quant_iters": 2, "repair": "lora"}, "quant_iters: got 2, but .* start of 'lora'"),
         ({"repair": "lora"}, "repair: got 'lora' without a stored base.* give quant or residual=\"explicit\""),
         ({"quant": "nf4", "repair": "given"}, "repair: got 'given'; allowed: None, 'pissa'"),
         ({"residual": "explicit", "repair": "loftq"}, "repair: got 'loftq' without quant"),
         ({"quant": "int8", "blocksize": 128}, "blocksize: got 128; with quant='int8' a block is a row"),
         ({"start_norm": "one"}, "start_norm: got 'one'; allowed: 'singular', 'unit'"),
-        ({"start_norm": "unit", "preset": "rl"}, "start_norm=\"unit\" .*: got init='lora'.* allowed .* are pissa,"),
+        ({"start_norm": "unit", "preset": "rl"}, 'start_norm="unit" .*: got init=\'lora\'.* allowed .*: "pissa"'),
         ({"start_norm": "unit", "init": "given"}, "start_norm=\"unit\" .*: got init='given'"),
         ({"init": "loftq"}, "init: got 'loftq' without quant"),
         ({"blocksize": 48}, "blocksize: got 48; allowed: 32, 64"),

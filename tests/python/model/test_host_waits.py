@@ -13,7 +13,7 @@ import pissa
 from cuda_stand_in import CudaStandIn
 from daily import each
 from language_models import Make
-from pissa.base import fingerprint
+from pissa.base import remembered
 
 pytestmark = [pytest.mark.cpu_only, pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning")]
 
@@ -44,7 +44,7 @@ def wrapped(gpu: CudaStandIn, model: torch.nn.Module, **fields: Any) -> pissa.Pi
 @pytest.fixture
 def without_fingerprints(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each reads its tensor once, in pieces, as base/test_fingerprint shows."""
-    monkeypatch.setattr(fingerprint, "fingerprint", lambda *tensors, dtype: "xxh3:float32:0")
+    monkeypatch.setattr(remembered, "fingerprint", lambda *tensors, dtype: "xxh3:float32:0")
 
 
 @pytest.mark.usefixtures("without_fingerprints")
@@ -62,10 +62,8 @@ def test_the_host_waits_as_often_for_few_layers_as_for_many(form: str, tiny_llam
 
 
 @pytest.mark.usefixtures("without_fingerprints")
-@pytest.mark.parametrize("fields", [{"init": "loftq", "quant": "nf4"}, {"init": "pissa_minor"}])
-def test_other_starts_wait_for_no_weight_either(fields: dict[str, str], tiny_llama: Make) -> None:
-    """Apart from the factorisations of torch, which wait by themselves."""
-    gpu = CudaStandIn()
+def test_another_start_waits_for_no_weight_either(tiny_llama: Make) -> None:
+    gpu, fields = CudaStandIn(), {"init": "loftq", "quant": "nf4"}
     wrapped(gpu, tiny_llama(), **fields)
     assert gpu.waits() <= 2 * WAITS
     more = CudaStandIn()

@@ -129,7 +129,6 @@ VARIANTS: list[dict[str, Any]] = [
     {"use_dora": True, "init": "lora"},
     {"init": "loftq", "quant": "nf4"},
     {"target_modules": ["embed_tokens", "q_proj"], "modules_to_save": ["lm_head"]},
-    {"init": "pissa_minor"},
     {"use_dora": True},
     {"start_norm": "unit"},
     {"svd": "exact"},

@@ -50,9 +50,7 @@ def one_process(form: str, build: Any = llama, columns: int = 11) -> list[float]
 
 def test_processes_start_together_with_the_bits_of_one(some: Found) -> None:
     threads = torch.get_num_threads()
-    torch.set_num_threads(
-        1
-    )  # as in each process: LAPACK's SVD, which pissa_minor starts from, rounds otherwise with more
+    torch.set_num_threads(1)  # as in each process
     try:
         expected = started()
     finally:

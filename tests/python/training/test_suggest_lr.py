@@ -179,7 +179,7 @@ def plain_lora(start: bool | str) -> nn.Module:
 @pytest.mark.parametrize(
     ("model", "is_pissa"),
     [
-        (lambda: language_model(init="pissa_minor"), True),
+        (language_model, True),
         (lambda: language_model(start_norm="unit"), False),
         (lambda: language_model(init="lora"), False),
         (lambda: plain_lora("olora"), False),
