@@ -231,7 +231,7 @@ rows. It takes 1 to 3% of the time."""
 
 @dataclass(frozen=True)
 class Initialised(Written):
-    """The result of `init`. Its errors are ‖W - Q - s B0 A0‖ / ‖W‖, from the first 64th of each layer's rows."""
+    """The result of `init`. Its `error` is ‖W - Q - s B0 A0‖ / ‖W‖, from the first 64th of each layer's rows."""
 
     layers: int
     memory: int

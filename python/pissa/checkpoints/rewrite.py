@@ -233,32 +233,18 @@ def _squares(results: Iterable[Result]) -> tuple[float, float]:
     return sum(error for error, _ in pairs), sum(norm for _, norm in pairs)
 
 
-@dataclass(frozen=True)
-class Errors:
-    """The errors of the units that are not written unchanged."""
-
-    error: float
-    """‖Q - W‖ / ‖W‖ over all of them, where Q is written instead of W."""
-    worst: str | None
-    """The unit with the largest error, a layer or a stack of experts; None if there is none."""
-    error_of_worst: float
-    mean_error: float
-    """The mean of the units' errors."""
-
-    @staticmethod
-    def of(results: Mapping[str, Result]) -> Errors:
-        written = {name: result for name, result in results.items() if result.get("norm_squared")}
-        each = {name: math.sqrt(result["error_squared"] / result["norm_squared"]) for name, result in written.items()}
-        error_squared, norm_squared = _squares(written.values())
-        worst = max(each, key=each.__getitem__, default=None)
-        error = math.sqrt(error_squared / norm_squared) if norm_squared else 0.0
-        return Errors(error, worst, each[worst] if worst else 0.0, sum(each.values()) / max(1, len(each)))
+def relative_error(results: Iterable[Result]) -> float:
+    """‖Q - W‖ / ‖W‖ over the layers that are not written unchanged, where Q is written instead of W."""
+    error_squared, norm_squared = _squares(results)
+    return math.sqrt(error_squared / norm_squared) if norm_squared else 0.0
 
 
 @dataclass(frozen=True)
-class Written(Errors):
+class Written:
     """What a run has written."""
 
+    error: float
+    """The `relative_error` of everything."""
     bytes_read: int
     """Bytes of the checkpoint that this run and the runs that it continued have read."""
     bytes_written: int
@@ -342,7 +328,7 @@ class Rewrite(ABC):
                 self.end(out)
             out.finish()
         return Written(
-            **vars(Errors.of(self.results)),
+            error=relative_error(self.results.values()),
             bytes_read=sum(sizes.values()),
             bytes_written=self.bytes_written,
             bytes_done_before=done_before,

@@ -246,21 +246,17 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     _add_adapter(parser, "new folder, or for gguf a new file")
     runtimes = "; ".join(f"{name}: {what}" for name, what in RUNTIMES.items())
     parser.add_argument("--to", required=True, choices=RUNTIMES, help=runtimes)
-    requantise = "for bnb4, if the adapter's base was not in 4 bits: merge it, quantise the result and report the error"
-    parser.add_argument("--requantise", action="store_true", help=requantise)
 
 
 def _export(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     from pissa.integrations.export import export
 
-    options = _options(args, "base", "initial", "requantise")
-    done = export(args.adapter, args.target, args.to, **options, progressbar=True)
+    done = export(args.adapter, args.target, args.to, **_options(args, "base", "initial"), progressbar=True)
     yield done._asdict()
     print_row("adapter", f"{args.adapter}: {done.what}, {done.layers} layers")
     print_row("written", done.written)
-    if done.worst is not None:
-        layers = f"{done.mean_error:.3%} on average, {done.error_of_worst:.3%} at most, in {done.worst}"
-        print_row("error", f"{done.error:.3%} of the weights' norm; of a layer {layers}")
+    if done.error:
+        print_row("error", f"{done.error:.3%} of the weights' norm")
     print_row("saved", f"{args.target}: {as_size(done.bytes_written)}")
     print_row("load", done.load)
 

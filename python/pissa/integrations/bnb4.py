@@ -15,11 +15,11 @@ from pissa.base.bitsandbytes_state import KEPT_IN_4_BITS
 from pissa.base.init_methods import lacks_start
 from pissa.checkpoints.merge import UnitPlanner
 from pissa.checkpoints.output import Output
-from pissa.checkpoints.rewrite import Errors, Plan, Result, Rewrite, Unit, add_up, square
+from pissa.checkpoints.rewrite import Plan, Result, Rewrite, Unit, add_up, relative_error, square
 from pissa.checkpoints.trained import Ours, read_weight
 from pissa.config import IMPLICIT
 from pissa.containers.tensor_file import Scratch, write_tensors
-from pissa.integrations.exported import Exported
+from pissa.integrations.exported import MERGE, Exported
 
 LORA = "adapter"
 """The folder of the LoRA, inside that of the checkpoint."""
@@ -43,7 +43,7 @@ class ResidualExport(Rewrite):
         if not any(layer.is_packed for layer in layers):
             raise ValueError(
                 f"{self.folder.path} has no linear layer in 4 bits, the only kind of layer that "
-                "bitsandbytes stores in 4 bits: export to merged"
+                f"bitsandbytes stores in 4 bits: run {MERGE}"
             )
         changed = {tensor for layer in layers for tensor in layer.tensors}
         super().__init__(Plan(adapter.source, units, kept=adapter.source.coded.keys() - changed), target)
@@ -60,7 +60,7 @@ class ResidualExport(Rewrite):
             written=f"{packed} residuals in nf4{dense}, and a LoRA on them in {LORA}",
             bytes_written=self.bytes_written,
             load=f"PeftModel.from_pretrained({model}, {str(self.target / LORA)!r})",
-            **vars(Errors.of(self.results)),
+            error=relative_error(self.results.values()),
         )
 
     def _unit(self, planner: UnitPlanner, factors: LoraFactors) -> Unit:

@@ -11,14 +11,12 @@ import torch
 
 from pissa.adapters.lora_folder import open_adapter
 from pissa.base.bitsandbytes_state import KEPT_IN_4_BITS
-from pissa.checkpoints.merge import merge
 from pissa.checkpoints.trained import Ours, TrainedWeights, read_adapter
 from pissa.config import IMPLICIT
 from pissa.containers.checkpoint import READ, Checkpoint, Contents
-from pissa.containers.model_folder import meta_model
 from pissa.integrations import RUNTIMES
 from pissa.integrations.bnb4 import ResidualExport
-from pissa.integrations.exported import Exported, no_base
+from pissa.integrations.exported import MERGE, Exported, no_base
 from pissa.ops.checks import check_choice
 
 
@@ -29,7 +27,6 @@ def export(
     *,
     base: str | os.PathLike[str] | None = None,
     initial: str | os.PathLike[str] | None = None,
-    requantise: bool = False,
     progressbar: bool = False,
 ) -> Exported:
     """Writes the adapter in folder `adapter` to `target` for another runtime::
@@ -37,7 +34,6 @@ def export(
         pissa.export("run", "out", to="bnb4")      # QPiSSA, exactly: transformers, PEFT and bitsandbytes
         pissa.export("run", "out", to="vllm")      # a LoRA on the unmodified base
         pissa.export("run", "out.gguf", to="gguf") # the same for llama.cpp
-        pissa.export("run", "out", to="merged")    # one checkpoint, dense
 
     "bnb4" is for an adapter with `quant="nf4"`. It writes the residual on which the adapter was trained, in
     bitsandbytes' layout, and in the folder "adapter" the LoRA of rank r on it. The residual is computed again from the
@@ -55,23 +51,19 @@ def export(
         base: the model that the adapter was trained on, a folder or a name on the Hub (default: the one that the
             adapter names).
         initial: if PEFT trained the adapter on a residual: the adapter before training; see `pissa.convert`.
-        requantise: for "bnb4", if the adapter's base was not in 4 bits: merge it and quantise the result, with an
-            error.
         progressbar: show one bar over the bytes of the checkpoint on stderr.
 
     Raises:
-        pissa.CompletedError: for "bnb4" and "merged": an earlier call with the same arguments has written everything;
+        pissa.CompletedError: for "bnb4": an earlier call with the same arguments has written everything;
             nothing has been changed.
         ValueError: the adapter cannot be exported; the message says what to do instead. Then nothing has been written,
-            except perhaps an unfinished run for "bnb4" and "merged", which the same call continues.
+            except perhaps an unfinished run for "bnb4", which the same call continues.
         OSError: the disk is full or fails.
         ModuleNotFoundError: "gguf" needs the package gguf.
     """
     check_choice("to", to, tuple(RUNTIMES))
-    if requantise and to != "bnb4":
-        raise ValueError(f"requantise is for 'bnb4': got {to!r}; leave it out")
     opened, target = open_adapter(Path(adapter)), Path(target)
-    if to not in ("bnb4", "merged"):
+    if to != "bnb4":
         try:
             done: Exported = resolve_name(f"pissa.integrations.{to}:export_lora")(opened, base, target, initial)
             return done
@@ -82,20 +74,6 @@ def export(
     base = base or opened.named_base
     if base is None:
         raise no_base(opened)
-    if to == "merged" or requantise:
-        quant = KEPT_IN_4_BITS if requantise else None
-        merged = merge(adapter, base, target, quant=quant, initial=initial, progressbar=progressbar)
-        return Exported(
-            what=merged.what,
-            layers=merged.layers,
-            written=f"a checkpoint with {merged.quantised} layers in {quant}" if quant else "a dense checkpoint",
-            bytes_written=merged.bytes_written,
-            load=f"{type(meta_model(target)).__name__}.from_pretrained({str(target)!r})",
-            error=merged.error,
-            worst=merged.worst,
-            error_of_worst=merged.error_of_worst,
-            mean_error=merged.mean_error,
-        )
     with torch.no_grad():
         source = Checkpoint.open(base)
         source.require(*READ)
@@ -116,10 +94,10 @@ def _require_4_bits(adapter: TrainedWeights) -> Ours:
     if adapter.source.coded and adapter.source.contents is not Contents.RELEASED:
         raise ValueError(
             f"{path} is a plain LoRA on {adapter.source.folder}, which transformers and PEFT load as they are: there "
-            "is nothing to export; for one dense checkpoint export to merged"
+            f"is nothing to export; for one dense checkpoint run {MERGE}"
         )
     names = " and ".join(sorted(form.name for form in forms))
     raise ValueError(
         f"{path} is {adapter.what} on a base that was not in 4 bits ({names}), which 4 bits cannot hold exactly: "
-        "export to merged, dense, or give requantise to merge and quantise it, with the error that is reported"
+        f"run {MERGE}, and with --quant {KEPT_IN_4_BITS} for a model in 4 bits, with the error that is reported"
     )

@@ -14,6 +14,9 @@ from pissa.containers.hub import Name
 from pissa.containers.messages import shown
 from pissa.conversion.plain_lora import PlainLora
 
+MERGE = "`pissa merge ADAPTER OUT --base BASE`"
+"""What an adapter that a runtime does not take becomes instead: a checkpoint with all of it in the weights."""
+
 
 class Exported(NamedTuple):
     """The result of an export."""
@@ -30,12 +33,6 @@ class Exported(NamedTuple):
     """How to load the result, as a line of Python or shell."""
     error: float = 0.0
     """‖W - W'‖ / ‖W'‖ over the layers whose weight W differs by more than float32 rounding from the trained one, W'."""
-    worst: str | None = None
-    """The layer, or the stack of experts, with the largest error; None if there is none."""
-    error_of_worst: float = 0.0
-    """The error of that layer."""
-    mean_error: float = 0.0
-    """The mean of the layers' errors."""
 
 
 def no_base(folder: LoraFolder) -> ValueError:
@@ -52,16 +49,16 @@ def read_factors(folder: LoraFolder, base: Name | None, initial: Name | None, ru
     if unsupported := {name: value for name in fields if (value := folder.config.get(name)) and value != "none"}:
         text = ", ".join(f"{name}={shown(value)}" for name, value in unsupported.items())
         raise ValueError(
-            f"{folder.path} has {text}: {runtime} takes nothing from an adapter but factors of layers. Export to "
-            "merged, which has them in the weights, and serve that"
+            f"{folder.path} has {text}: {runtime} takes nothing from an adapter but factors of layers. "
+            f"Run {MERGE}, which has them in the weights, and serve that"
         )
     unchanged = set[str]() if base is None or not folder.other_keys else _unchanged(folder, base)
     for key in folder.other_keys:
         if key not in unchanged:
-            hint = "if it is the base's own, give that (base); else e" if base is None else "E"
+            hint = "if it is the base's own, give that (base); else r" if base is None else "R"
             raise ValueError(
                 f"{folder.weights.path}: tensor {shown(key)} is not a factor of a layer, and {runtime} takes only "
-                f"those from an adapter. {hint}xport to merged, which has it in the weights, and serve that"
+                f"those from an adapter. {hint}un {MERGE}, which has it in the weights, and serve that"
             )
     return lora
 

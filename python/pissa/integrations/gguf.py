@@ -15,7 +15,7 @@ from pissa.containers.hub import Name
 from pissa.containers.messages import shown
 from pissa.containers.model_folder import class_of, model_config
 from pissa.containers.staged import staged
-from pissa.integrations.exported import Exported, no_base, read_factors
+from pissa.integrations.exported import MERGE, Exported, no_base, read_factors
 
 _ARCHITECTURES = {
     "LlamaForCausalLM": gguf.MODEL_ARCH.LLAMA,
@@ -81,7 +81,7 @@ def _places(model_class: str, config: Any, adapter: LoraFolder) -> tuple[str, di
     if model_class not in _ARCHITECTURES:
         raise ValueError(
             f"the base is a {model_class}; the architectures of llama.cpp known here are {', '.join(_ARCHITECTURES)}: "
-            "export to merged, and convert that with llama.cpp's own converter"
+            f"run {MERGE}, and convert that with llama.cpp's own converter"
         )
     arch, queries = _ARCHITECTURES[model_class], config.num_attention_heads
     keys = getattr(config, "num_key_value_heads", None) or queries
@@ -102,6 +102,6 @@ def _places(model_class: str, config: Any, adapter: LoraFolder) -> tuple[str, di
         else:
             continue
         raise ValueError(
-            f"{adapter.weights.path} has factors of layer {shown(target)}, {reason}: export to merged, and convert that"
+            f"{adapter.weights.path} has factors of layer {shown(target)}, {reason}: run {MERGE}, and convert that"
         )
     return gguf.MODEL_ARCH_NAMES[arch], places

@@ -19,7 +19,7 @@ from pissa.containers.messages import shown
 from pissa.containers.staged import check_unused, staged
 from pissa.containers.tensor_file import Scratch, write_tensors
 from pissa.conversion.plain_lora import PlainLora
-from pissa.integrations.exported import Exported, read_factors
+from pissa.integrations.exported import MERGE, Exported, read_factors
 from pissa.ops.low_rank import pad_rank
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -89,7 +89,7 @@ def _places(lora: PlainLora, base: Name | None) -> dict[str, Places]:
     all_factors, path = lora.folder.factors, lora.folder.weights.path
     for target, factors in all_factors.items():
         if len(factors.row) > 1:
-            raise ValueError(f"layer {target} is a convolution, for which vLLM takes no adapter: export to merged")
+            raise ValueError(f"layer {target} is a convolution, for which vLLM takes no adapter: run {MERGE}")
     fused = {target for target, factors in all_factors.items() if factors.is_fused}
     if not fused:
         return {}
@@ -108,14 +108,14 @@ def _places(lora: PlainLora, base: Name | None) -> dict[str, Places]:
     if stacked and model_type not in _STACKED:
         raise ValueError(
             f"the checkpoint in {source.folder} has {min(stacked)} as a stack, whose factors vLLM reads for "
-            f"{', '.join(_STACKED)}, not for {model_type}: export to merged"
+            f"{', '.join(_STACKED)}, not for {model_type}: run {MERGE}"
         )
     modules = Counter(target.rpartition(".")[0] for target in stacked)
     for module, leaf in (target.rpartition(".")[::2] for target in sorted(stacked)):
         if modules[module] == 1:
             raise ValueError(
                 f"{path} has factors of only {shown(leaf)} in {module}: of a stack of experts vLLM takes "
-                "both gate_up_proj and down_proj, or neither; export to merged"
+                f"both gate_up_proj and down_proj, or neither; run {MERGE}"
             )
     return {target: [_parts(layer, source) for layer in layers[target]] for target in layers.keys() - stacked}
 

@@ -138,7 +138,7 @@ def test_what_was_loaded_elsewhere_is_saved_and_loaded_again(
 @stored
 @trained
 @forms
-@pytest.mark.parametrize("command", ["merge", "merged", "bnb4"])
+@pytest.mark.parametrize("command", ["merge", "bnb4"])
 def test_commands_on_the_checkpoint(
     stored: str,
     trained: str,

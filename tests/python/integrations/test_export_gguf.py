@@ -150,7 +150,7 @@ def refuses(message: str, run: Path, base: Path | None) -> None:
 def test_what_llama_cpp_lacks_is_refused_by_name(tmp_path: Path) -> None:
     """By what refuses it for vLLM: test_export_vllm has every field."""
     trained(make("Llama", tmp_path / "base"), tmp_path / "run", use_dora=True)
-    message = r"run has use_dora=True: llama\.cpp takes nothing from an adapter but factors of layers.*Export to merged"
+    message = r"run has use_dora=True: llama\.cpp takes nothing from an adapter but factors of layers.*Run `pissa merge"
     refuses(message, tmp_path / "run", tmp_path / "base")
 
 

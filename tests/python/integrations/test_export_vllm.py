@@ -230,4 +230,4 @@ def test_embeddings_are_the_bases(tmp_path: Path) -> None:
     keys = set(load_file(out / "adapter_model.safetensors"))
     assert keys == {f"base_model.model.model.embed_tokens.lora_embedding_{factor}" for factor in "AB"}
     checkpoint_folders.change_tensors(base, lambda tensors: {name: 2 * tensor for name, tensor in tensors.items()})
-    refuses("is not a factor of a layer, and vLLM takes only those from an adapter. Export to merged", run, base)
+    refuses("is not a factor of a layer, and vLLM takes only those from an adapter. Run `pissa merge ", run, base)

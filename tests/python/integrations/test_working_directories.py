@@ -54,7 +54,6 @@ WRITES: dict[str, Any] = {
     "convert ours": lambda at, out: pissa.convert(at("ours"), out, rank=3),
     "merge": lambda at, out: merge(at("run"), at("base"), out),
     "merge, residual": lambda at, out: merge(at("run"), at("split"), out),
-    "merged": lambda at, out: pissa.export(at("run"), out, "merged"),
 }
 
 

@@ -46,7 +46,6 @@ def test_what_is_written_is_the_same_from_everywhere(
 ) -> None:
     commands = {
         "vllm": lambda adapter, out: ["export", adapter, out, "--to", "vllm"],
-        "merged": lambda adapter, out: ["export", adapter, out, "--to", "merged"],
         "lora": lambda adapter, out: ["convert", adapter, out],
         "merge": lambda adapter, out: ["merge", adapter, out, "--base", path(base)],
     }
@@ -65,8 +64,7 @@ def test_what_is_written_is_the_same_from_everywhere(
     for name in ("vllm", "lora"):
         unmodified = AutoModelForCausalLM.from_pretrained(base)
         assert error(plain_logits(unmodified, out[name], tokens), trained.logits) < CLOSE, name
-    for name in ("merged", "merge"):
-        assert error(logits(AutoModelForCausalLM.from_pretrained(out[name]), tokens), trained.logits) < CLOSE, name
+    assert error(logits(AutoModelForCausalLM.from_pretrained(out["merge"]), tokens), trained.logits) < CLOSE
 
 
 def test_it_names_the_model_that_it_is_for(
