@@ -27,7 +27,7 @@ from pissa.adapters.peft_layout import (
     Matrices,
     weight_at,
 )
-from pissa.adapters.pissa_layout import MARK, PISSA_WEIGHTS, AdapterRecord, is_export_ours, replaced
+from pissa.adapters.pissa_layout import MARK, PISSA_WEIGHTS, PissaFolder, is_export_ours, say_replaced
 from pissa.config import SUPPORTED, default_of, exactly
 from pissa.containers.checkpoint import INITIAL_FOLDER, PISSA_RECORD
 from pissa.containers.messages import read_object, reading, shown
@@ -81,8 +81,8 @@ class LoraFolder:
     weights: TensorFile
     factors: dict[str, LoraFactors]
     """The factors by target."""
-    record: AdapterRecord | None
-    """The record of the pissa adapter whose plain LoRA this is."""
+    ours: PissaFolder | None
+    """The pissa adapter whose plain LoRA this is."""
 
     @property
     def config_path(self) -> Path:
@@ -115,13 +115,14 @@ class LoraFolder:
 def is_plain_lora(folder: Path) -> bool:
     """Whether the folder contains a PEFT adapter and none of ours, not even a damaged part of one; or one of ours whose
     plain LoRA another program has replaced."""
-    ours = any(os.path.lexists(folder / name) for name in (PISSA_RECORD, PISSA_WEIGHTS))
-    return (folder / ADAPTER_CONFIG).is_file() and not (ours and is_export_ours(folder))
+    return (folder / ADAPTER_CONFIG).is_file() and not is_ours(folder)
 
 
 def is_ours(folder: Path) -> bool:
-    """Whether the folder contains an adapter of ours, whose plain LoRA no other program has replaced."""
-    return (folder / PISSA_RECORD).is_file() and is_export_ours(folder)
+    """Whether the folder contains an adapter of ours, or a part of one, whose plain LoRA no other program has
+    replaced."""
+    has_ours = any(os.path.lexists(folder / name) for name in (PISSA_RECORD, PISSA_WEIGHTS))
+    return has_ours and is_export_ours(folder)
 
 
 def open_adapter(folder: Path) -> LoraFolder:
@@ -133,26 +134,26 @@ def open_adapter(folder: Path) -> LoraFolder:
         raise ValueError(f"{folder} holds no adapter: there is no {ADAPTER_CONFIG}")
     config, weights = read_lora_config(folder / ADAPTER_CONFIG), TensorFile(folder / ADAPTER_WEIGHTS)
     factors = _factors(config, folder / ADAPTER_CONFIG, weights)
-    record = AdapterRecord.read(folder / PISSA_RECORD) if (folder / PISSA_RECORD).is_file() else None
-    if record is not None and MARK not in weights.metadata:
-        warnings.warn(replaced(folder), notices.ReplacedLoraWarning, stacklevel=3)
-        record = None
-    if record is not None:  # the LoRA must be that of this record
+    ours, has_record = None, (folder / PISSA_RECORD).is_file()
+    if has_record and MARK not in weights.metadata:
+        warnings.warn(say_replaced(folder), notices.ReplacedLoraWarning, stacklevel=3)
+    elif has_record:  # the LoRA must be that of this record
+        ours = PissaFolder.open(folder)
         weights.expect_checksums()
-        if weights.metadata[MARK] != TensorFile(folder / PISSA_WEIGHTS).digest:
+        if weights.metadata[MARK] != ours.tensors.digest:
             raise ValueError(
                 f"{weights.path} is not that of {PISSA_WEIGHTS}, because saving was interrupted, or it is from another "
                 "folder. Load the adapter with PissaModel.from_pretrained, which does not need it, and save it again"
             )
-        found = ((layer, one) for one in factors.values() for layer in one.layers)
+        times = 2 if any(layer.has_b0 for layer in ours.layers.values()) else 1
         check_same_layers(
             f"{folder}: the files do not belong together",
             f"in {ADAPTER_CONFIG}",
-            {name: rank_and_scaling(one.rank, one.scaling) for name, one in found},
+            {name: rank_and_scaling(pair.rank, pair.scaling) for pair in factors.values() for name in pair.layers},
             f"in {PISSA_RECORD}",
-            {name: rank_and_scaling(record.times * layer.r, layer.scaling) for name, layer in record.layers.items()},
+            {name: rank_and_scaling(times * layer.r, layer.scaling) for name, layer in ours.layers.items()},
         )
-    return LoraFolder(folder, config, weights, factors, record)
+    return LoraFolder(folder, config, weights, factors, ours)
 
 
 def check_same_layers(what: str, here: str, ours: Mapping[str, str], there: str, theirs: Mapping[str, str]) -> None:
@@ -160,8 +161,10 @@ def check_same_layers(what: str, here: str, ours: Mapping[str, str], there: str,
     Their sizes are given as text."""
     for name in [*ours, *theirs]:
         if ours.get(name) != theirs.get(name):
-            sizes = (f"{one.get(name, 'no factors')} {where}" for one, where in ((ours, here), (theirs, there)))
-            raise ValueError(f"{what}: layer {shown(name)} has {', and '.join(sizes)}")
+            here, there = (
+                f"{sizes.get(name, 'no factors')} {where}" for sizes, where in ((ours, here), (theirs, there))
+            )
+            raise ValueError(f"{what}: layer {shown(name)} has {here}, and {there}")
 
 
 def rank_and_scaling(rank: int, scaling: float) -> str:
@@ -202,8 +205,8 @@ def read_lora_config(path: Path) -> dict[str, Any]:
             if name not in _KNOWN and value != defaults.get(name) and value not in (None, False, {}, []):
                 raise ValueError(f"{name} is {shown(value)}, a variant of LoRA that cannot be converted")
         config = {name: defaults[name] for name in _USED} | config
-        for name, kind in _USED.items():
-            if not isinstance(config[name], kind):
+        for name, expected in _USED.items():
+            if not isinstance(config[name], expected):
                 raise ValueError(f"{name} is {shown(config[name])}, which PEFT does not write")
         return config
 
@@ -255,7 +258,7 @@ def _divisor(config: Mapping[str, Any], rank: int) -> float:
 
 
 def _factors(config: dict[str, Any], config_path: Path, weights: TensorFile) -> dict[str, LoraFactors]:
-    found: dict[str, LoraFactors] = {}
+    factors: dict[str, LoraFactors] = {}
     for place, keys in _places(weights, config["use_dora"]).items():
         path, parameter = _module_and_parameter(place.removeprefix(PREFIX), config, weights)
         target = f"{path}.{parameter}" if parameter else path
@@ -267,32 +270,31 @@ def _factors(config: dict[str, Any], config_path: Path, weights: TensorFile) -> 
         layers = tuple(f"{path}.{index}.{parameter}" for index in range(experts)) if is_fused else (path,)
         # A factor has a row and a column; a convolution's has more dimensions, the kernel.
         row = tuple(max(1, size) for size in a[1 : 2 if is_fused else None]) or (1,)
-        factors = LoraFactors(keys, layers, row, max((1, *b[:1])), target, rank, scaling)
-        for key, shape in factors.shapes(rank).items():
+        factors[target] = LoraFactors(keys, layers, row, max((1, *b[:1])), target, rank, scaling)
+        for key, shape in factors[target].shapes(rank).items():
             weights.expect(key, shape, SAVED_FLOATS, f"{target}, whose rank is {rank} in {config_path.name}")
-        found[target] = factors
-    if not found:
+    if not factors:
         raise ValueError(f"{weights.path} holds no factors: no tensor is called lora_A or lora_embedding_A")
-    return found
+    return factors
 
 
 def _places(weights: TensorFile, dora: bool) -> dict[str, tuple[str, str]]:
     """The keys of the two factors of each module, by its name in PEFT's file."""
-    kinds: dict[str, set[str]] = {}
+    tensors: dict[str, set[str]] = {}
     for name in weights.entries:
-        place, separator, kind = name.rpartition(".lora_")
+        place, separator, leaf = name.rpartition(".lora_")
         if separator:
-            kinds.setdefault(place, set()).add(f"lora_{kind}")
+            tensors.setdefault(place, set()).add(f"lora_{leaf}")
     places: dict[str, tuple[str, str]] = {}
-    for place, found in kinds.items():
-        pair = next((pair for pair in FACTOR_KEYS if found.issuperset(pair)), ())
-        if not pair or not place.startswith(PREFIX) or not found.issubset((*pair, *_BESIDE)):
+    for place, leaves in tensors.items():
+        pair = next((pair for pair in FACTOR_KEYS if leaves.issuperset(pair)), ())
+        if not pair or not place.startswith(PREFIX) or not leaves.issubset((*pair, *_BESIDE)):
             raise ValueError(
-                f"{weights.path}: module {shown(place)} has the tensors {shown(sorted(found))}; needed: "
+                f"{weights.path}: module {shown(place)} has the tensors {shown(sorted(leaves))}; needed: "
                 f"{' and '.join(FACTOR_KEYS[0])}, or {' and '.join(FACTOR_KEYS[1])}, and perhaps {', '.join(_BESIDE)}, "
                 f"of a module whose name begins with {PREFIX}"
             )
-        if dora and not found & set(_MAGNITUDES):
+        if dora and not leaves & set(_MAGNITUDES):
             raise ValueError(
                 f"{weights.path}: tensor {shown(f'{place}.{MAGNITUDE}')} is missing, of DoRA (PEFT leaves magnitudes "
                 "out when it subtracts the initial adapter: convert the adapter that was trained)"
@@ -311,8 +313,8 @@ def _module_and_parameter(place: str, config: dict[str, Any], weights: TensorFil
             leaves.add(leaf)
     if path == place and (not leaves or leaves == {"weight"}):
         return path, "".join(leaves)
-    if found := weight_at(place, leaves):
-        return found
+    if weight := weight_at(place, leaves):
+        return weight
     raise ValueError(
         f"{weights.path}: the tensors of {shown(PREFIX + place)} are those of a parameter, but target_parameters names "
         f"{sorted(leaves)} of that module; known are {', '.join(EXPERT_WEIGHTS)} of fused experts"

@@ -86,12 +86,12 @@ class FactorTensors:
 
 def factors_of(model: nn.Module, layers: Mapping[str, PissaLayer]) -> list[FactorTensors]:
     """The tensors of all layers of an adapter. The layers are given by their names in the (unwrapped) model."""
-    rest, found = dict(layers), []
+    single, tensors = dict(layers), []
     for path, experts in unfused_experts(model).items():
         for name, place in _places(path, adapted_names(path, experts, layers)).items():
-            members = {key: rest.pop(key) for key in (f"{path}.{index}.{name}" for index in range(len(experts)))}
-            found.append(_factors(place, members, is_mirrored(experts.fused)))
-    return found + [_factors(name, {name: layer}) for name, layer in rest.items()]
+            members = {key: single.pop(key) for key in (f"{path}.{index}.{name}" for index in range(len(experts)))}
+            tensors.append(_factors(place, members, is_mirrored(experts.fused)))
+    return tensors + [_factors(name, {name: layer}) for name, layer in single.items()]
 
 
 def _factors(place: str, layers: Mapping[str, PissaLayer], mirrored: bool = False) -> FactorTensors:
@@ -125,18 +125,18 @@ def is_of_a_layer(key: str, layers: Iterable[str]) -> bool:
     A bias is not, because it may be trained in addition to the adapter. (A merged layer has its bias twice; the one
     under `lora_unmerged` is the layer's.) Nor are the tensors of `modules_to_save`.
     """
-    kept = key.endswith(".bias") and ".lora_unmerged." not in key
-    return not kept and key.startswith(tuple(f"{PREFIX}{name}." for name in layers))
+    is_bias = key.endswith(".bias") and ".lora_unmerged." not in key
+    return not is_bias and key.startswith(tuple(f"{PREFIX}{name}." for name in layers))
 
 
-def trained_beside(model: PeftModel, adapter_name: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def select_trained_beside(model: PeftModel, adapter_name: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors in a model's state dict that an adapter trains in addition to those of its layers (`modules_to_save`,
     tokens and biases), under PEFT's names."""
     adapted, layers = (pissa_layers(model.base_model.model, name) for name in (None, adapter_name))
     of_layers = {f"{PREFIX}{path}.{key}" for path, layer in layers.items() for key in layer.state_keys(adapter_name)}
     state = {key: value for key, value in state.items() if key not in of_layers}
-    found = get_peft_model_state_dict(model, state, adapter_name=adapter_name, save_embedding_layers=False)
-    return {key: value for key, value in found.items() if not is_of_a_layer(key, adapted)}
+    tensors = get_peft_model_state_dict(model, state, adapter_name=adapter_name, save_embedding_layers=False)
+    return {key: value for key, value in tensors.items() if not is_of_a_layer(key, adapted)}
 
 
 # -- fused experts
@@ -178,8 +178,8 @@ def weight_at(place: str, names: Collection[str]) -> tuple[str, str] | None:
     experts can have such a prefix. `names`: the weights of that module that have an adapter, in any order."""
     path = place.split(".base_layer")[0]
     ordered = [name for name in WEIGHTS if name in names]
-    found = {place: name for name, place in _places(path, ordered).items()}
-    return (path, found[place]) if len(ordered) == len(names) and place in found else None
+    weights = {place: name for name, place in _places(path, ordered).items()}
+    return (path, weights[place]) if len(ordered) == len(names) and place in weights else None
 
 
 # -- the configuration

@@ -27,9 +27,9 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig
@@ -40,7 +40,7 @@ from pissa.adapters.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX, 
 from pissa.base.digest import xxh3_of_text
 from pissa.base.init_methods import INIT_METHODS
 from pissa.base.start import Deltas, Origin, StartFactors
-from pissa.base.stored import Expected, residual_from, residual_shapes, residual_tensors
+from pissa.base.stored import Expected, residual_from, residual_shapes
 from pissa.config import Form, PissaConfig, default_of
 from pissa.containers.checkpoint import PISSA_RECORD
 from pissa.containers.hub import adapter_folder
@@ -158,28 +158,36 @@ class LayerRecord:
         base = StartFactors(file.read(f"{name}.base.a0"), file.read(f"{name}.base.b0"), self.base, recipe)
         return StartFactors(a0, b0, origin), base
 
+    def shapes(self, matrix_shape: tuple[int, int], *, dora: bool) -> dict[str, tuple[int, ...]]:
+        """The shapes of the tensors that `layer_tensors` has written for the layer, by their names after the layer's.
+        All are float32."""
+        (rows, columns), r = matrix_shape, self.r
+        shapes: dict[str, tuple[int, ...]] = {"delta_a": (r, columns), "delta_b": (rows, r), "a0": (r, columns)}
+        if self.has_b0:
+            shapes["b0"] = rows, r
+        if self.base is not None:
+            shapes |= {"base.a0": (self.base.r, columns), "base.b0": (rows, self.base.r)}
+        if self.recipe is not None:
+            shapes |= zip(RECIPE, ((self.recipe, columns), (rows, self.recipe)), strict=True)
+        return shapes | ({"norm": (rows,), "magnitude": (rows,)} if dora else {})
+
     def as_json(self) -> dict[str, Any]:
         """The record as a JSON object."""
         base = None
         if self.base is not None:
-            base = {name: getattr(self.base, name) for name in _ORIGIN} | dict(self.base.identity)
-        return dataclasses.asdict(self) | {"form": dict(zip(_FORM, self.form, strict=True)), "base": base}
+            base = self.base._asdict() | dict(self.base.identity)
+            del base["identity"]
+        return dataclasses.asdict(self) | {"form": self.form._asdict(), "base": base}
 
     @staticmethod
     def from_json(record: dict[str, Any]) -> LayerRecord:
         """The inverse of `as_json`."""
-        form, base, fields = Form(*(record["form"][name] for name in _FORM)), None, record["base"]
-        if fields is not None:
-            names = INIT_METHODS[fields["init"]].identity_fields("quant_iters" in fields)
-            names += ("error_feedback",) if "error_feedback" in fields else ()
-            identity = tuple((name, fields[name]) for name in names)
-            base = Origin(**{name: fields[name] for name in _ORIGIN}, identity=identity)
-        return LayerRecord(**record | {"form": form, "base": base})
-
-
-_FORM = ("residual", "blocksize", "double_quant")
-"""The names of a Form's fields in the file."""
-_ORIGIN = ("r", "scaling", "init")
+        base = None
+        if record["base"] is not None:
+            identity = dict(record["base"])
+            r, scaling, init = (identity.pop(name) for name in ("r", "scaling", "init"))
+            base = Origin(r, scaling, INIT_METHODS[init].name, tuple(sorted(identity.items())))
+        return LayerRecord(**record | {"form": Form(**record["form"]), "base": base})
 
 
 @dataclass(frozen=True)
@@ -192,11 +200,6 @@ class AdapterRecord:
     """The fingerprints of the base's other tensors; see `rest.of_model`."""
     codes: str | None = None
     """The digest of the file with codes, if the adapter needs one."""
-
-    @property
-    def times(self) -> int:
-        """The rank of the plain LoRA in multiples of the adapter's."""
-        return 2 if any(layer.has_b0 for layer in self.layers.values()) else 1
 
     def text(self) -> str:
         """The content of the file."""
@@ -215,29 +218,23 @@ class AdapterRecord:
         """Reads the file."""
         with reading(path, SAVED):
             fields = read_object(path)
-            if (found := fields["format"]) != FORMAT:
-                former = _FORMER if found == 1 else ""
+            if (format := fields["format"]) != FORMAT:
                 raise ValueError(
-                    f"format {shown(found)} of pissa {fields.get('pissa_version')!r} is not {FORMAT}, which pissa "
-                    f"{ops.build_info()['version']} reads{former}"
+                    f"format {shown(format)} of pissa {fields.get('pissa_version')!r} is not {FORMAT}, which pissa "
+                    f"{ops.build_info()['version']} reads{_FORMER if format == 1 else ''}"
                 )
             if fields.pop("xxh3") != checksum(fields):
                 raise ValueError("xxh3 is not the checksum of the other fields: one of them has been changed")
             config, rest, codes = config_from_json(fields["config"]), dict(fields["rest"]), fields["codes"]
             if not all(isinstance(text, str) for text in (*rest.values(), codes or "")):
                 raise ValueError("rest or codes has something else than texts")
-            layers = {name: LayerRecord.from_json(one) for name, one in fields["layers"].items()}
+            layers = {name: LayerRecord.from_json(record) for name, record in fields["layers"].items()}
             return AdapterRecord(config, layers, rest, codes)
 
 
 def checksum(record: Mapping[str, Any]) -> str:
     """XXH3-128 of the fields of pissa.json except the checksum itself."""
     return xxh3_of_text(json.dumps(record, sort_keys=True))
-
-
-def digest_of(path: Path) -> str:
-    """XXH3-128 of the file with a record, by which pissa.safetensors names it."""
-    return xxh3_of_text(path.read_text())
 
 
 # -- pissa.safetensors
@@ -264,16 +261,10 @@ def layer_tensors(
     return {f"{name}.{part}": tensor for part, tensor in parts.items()}
 
 
-def stored_tensors(name: str, residual: Tensor | QuantizedWeight) -> dict[str, Tensor]:
-    """The tensors of a layer's residual, in the file with codes."""
-    return {f"{name}.{part}": tensor for part, tensor in residual_tensors(residual).items()}
-
-
 # -- the folder
 
 
-@dataclass(frozen=True)
-class LayerTensors:
+class LayerTensors(NamedTuple):
     """The tensors of one layer, float32, as they were in memory."""
 
     start: StartFactors
@@ -284,46 +275,41 @@ class LayerTensors:
     """With DoRA, the trained lengths and the norms of the base's rows."""
 
 
-@dataclass(frozen=True)
-class PissaFolder:
+@dataclass(frozen=True, kw_only=True)
+class PissaFolder(AdapterRecord):
     """An adapter of ours: its record, and the headers of its tensors."""
 
     path: Path
-    config: PissaConfig
-    record: AdapterRecord
     tensors: TensorFile
-    codes: TensorFile | None
+    codes_file: TensorFile | None
 
     @staticmethod
-    def read(path: Path, config: PissaConfig | None = None) -> PissaFolder:
+    def open(path: Path, config: PissaConfig | None = None) -> PissaFolder:
         """Reads the folder that `save_pretrained` wrote for one adapter. A user's `config` replaces the saved one."""
-        path = path.absolute()  # `blamed` looks for it in messages, where "q" is also a part of "q_proj"
+        path = path.absolute()  # `blame` looks for it in messages, where "q" is also a part of "q_proj"
         record = _read_record(path)
         if not is_export_ours(path):
             raise ValueError(
-                f"{replaced(path)} Load that with peft.PeftModel.from_pretrained; or, for the adapter that pissa has "
-                f"saved, delete {ADAPTER_WEIGHTS}, or take it from a copy"
+                f"{say_replaced(path)} Load that with peft.PeftModel.from_pretrained; or, for the adapter that pissa "
+                f"has saved, delete {ADAPTER_WEIGHTS}, or take it from a copy"
             )
         if config is not None:
             _check_alike(config, record.config, path)
+            record = replace(record, config=config)
         tensors = TensorFile(path / PISSA_WEIGHTS)
         codes = None if record.codes is None else TensorFile(path / PISSA_CODES)
-        for file in (tensors, codes):
-            if file is not None:
-                file.expect_checksums()
-        if tensors.metadata.get(MARK) != digest_of(path / PISSA_RECORD):
-            raise ValueError(f"{path / PISSA_RECORD} and {tensors.path} do not belong together: {SAVED}")
-        if codes is not None and codes.digest != record.codes:
-            raise ValueError(f"{path / PISSA_RECORD} and {codes.path} do not belong together: {SAVED}")
-        return PissaFolder(path, config or record.config, record, tensors, codes)
-
-    @property
-    def layers(self) -> dict[str, LayerRecord]:
-        """The records by the layer's name in the (unwrapped) model."""
-        return self.record.layers
+        belongs = {tensors: tensors.metadata.get(MARK) == xxh3_of_text((path / PISSA_RECORD).read_text())}
+        if codes is not None:
+            belongs[codes] = codes.digest == record.codes
+        for file in belongs:
+            file.expect_checksums()
+        for file, does in belongs.items():
+            if not does:
+                raise ValueError(f"{path / PISSA_RECORD} and {file.path} do not belong together: {SAVED}")
+        return PissaFolder(**vars(record), path=path, tensors=tensors, codes_file=codes)
 
     @contextmanager
-    def blamed(self) -> Iterator[None]:
+    def blame(self) -> Iterator[None]:
         """Adds the folder's name to errors of PEFT or our layers in the block, which puts the folder's adapter on a
         model."""
         try:
@@ -343,49 +329,32 @@ class PissaFolder:
         magnitude = (read(f"{name}.magnitude"), read(f"{name}.norm")) if self.config.use_dora else None
         return LayerTensors(start, deltas, base, magnitude)
 
-    def layer_shapes(self, name: str, matrix_shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
-        """The shapes of the tensors that `layer_tensors` has written for a layer, all float32."""
-        record, (rows, columns) = self.layers[name], matrix_shape
-        of_a, of_b = (record.r, columns), (rows, record.r)
-        parts: dict[str, tuple[int, ...]] = {"delta_a": of_a, "delta_b": of_b, "a0": of_a}
-        if record.has_b0:
-            parts["b0"] = of_b
-        if record.base is not None:
-            parts |= {"base.a0": (record.base.r, columns), "base.b0": (rows, record.base.r)}
-        if record.recipe is not None:
-            parts |= zip(RECIPE, ((record.recipe, columns), (rows, record.recipe)), strict=True)
-        if self.config.use_dora:
-            parts |= {"norm": (rows,), "magnitude": (rows,)}
-        return {f"{name}.{part}": shape for part, shape in parts.items()}
-
     def stored_shapes(self, name: str, matrix_shape: tuple[int, int]) -> dict[str, Expected]:
-        """The shapes and dtypes of the tensors that `stored_tensors` has written for a layer, if any."""
-        record = self.layers[name]
-        shapes = {f"{name}.{part}": needed for part, needed in residual_shapes(record.form, matrix_shape).items()}
-        return shapes if record.stored and self.codes and shapes.keys() & self.codes.entries.keys() else {}
+        """The shapes and dtypes of the tensors of a layer in the file with codes, if any."""
+        shapes = residual_shapes(self.layers[name].form, matrix_shape) if self.layers[name].stored else {}
+        expected = {f"{name}.{part}": needed for part, needed in shapes.items()}
+        return expected if self.codes_file and expected.keys() & self.codes_file.entries.keys() else {}
 
     def is_fed_back(self, name: str) -> bool:
         """Whether error feedback found the codes of a layer's residual, so that they do not follow from its weight."""
         base = self.layers[name].base
         return self.config.error_feedback if base is None else base.error_feedback
 
-    def check_codes(self, name: str) -> None:
-        """Raises ValueError if the folder lacks the residual of a layer and it cannot be computed from the weight."""
+    def read_stored(
+        self, name: str, matrix_shape: tuple[int, int], device: torch.device
+    ) -> Tensor | QuantizedWeight | None:
+        """The residual of a layer, on a device; None if it is computed from the weight. Raises ValueError if it is
+        needed and missing."""
+        keys = self.stored_shapes(name, matrix_shape)
+        if self.codes_file and keys:
+            parts = {key.rpartition(".")[2]: self.codes_file.read(key).to(device) for key in keys}
+            return residual_from(parts, self.layers[name].form, matrix_shape)
         if self.is_fed_back(name):
             raise ValueError(
                 f"the codes of layer {name} were found by error feedback, and {self.path} does not have them: they are "
                 "in the checkpoint that pissa init wrote. Give that as the base, to pissa.load or to the command"
             )
-
-    def read_stored(
-        self, name: str, matrix_shape: tuple[int, int], device: torch.device
-    ) -> Tensor | QuantizedWeight | None:
-        """The residual of a layer, on a device; None if the file contains none."""
-        parts = {}
-        for key in self.stored_shapes(name, matrix_shape):
-            assert self.codes is not None
-            parts[key.rpartition(".")[2]] = self.codes.read(key).to(device)
-        return residual_from(parts, self.layers[name].form, matrix_shape) if parts else None
+        return None
 
 
 def is_export_ours(folder: Path) -> bool:
@@ -394,7 +363,7 @@ def is_export_ours(folder: Path) -> bool:
     return not os.path.lexists(path) or MARK in TensorFile(path).metadata
 
 
-def replaced(folder: Path) -> str:
+def say_replaced(folder: Path) -> str:
     """The beginning of a message about a folder of ours with a plain LoRA from elsewhere."""
     return (
         f"{folder / ADAPTER_WEIGHTS} is not the one that pissa has saved beside {PISSA_RECORD}: another program has "
@@ -442,9 +411,9 @@ def _check_alike(config: PissaConfig, saved: PissaConfig, folder: Path) -> None:
             "the one in the folder"
         )
     for name in [f.name for f in _config_fields() if f.name not in _FREE]:
-        given, needed = getattr(config, name), getattr(saved, name)
-        if given != needed:
+        value, needed = getattr(config, name), getattr(saved, name)
+        if value != needed:
             raise ValueError(
-                f"config: {name} is {given!r}, the adapter in {folder} was saved with {needed!r}: leave config out, or "
+                f"config: {name} is {value!r}, the adapter in {folder} was saved with {needed!r}: leave config out, or "
                 "change the one that pissa.PissaConfig.from_pretrained reads there, in inference_mode or lora_dropout"
             )

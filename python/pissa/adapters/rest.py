@@ -26,11 +26,11 @@ class Rest:
     def fingerprints(self, base: nn.Module, left_out: Container[int]) -> dict[str, str]:
         """The fingerprints of the rest of an (unwrapped) model, by name, without tensors that are trained, and without
         those whose ids are given. A tensor that has several names has one here."""
-        found: dict[int, tuple[str, Tensor]] = {}
+        unique: dict[int, tuple[str, Tensor]] = {}
         for name, tensor in tensors(base):
             if not tensor.requires_grad and id(tensor) not in left_out:
-                found.setdefault(id(tensor), (name, tensor))
-        return {name: self._fingerprint(name, tensor) for name, tensor in found.values()}
+                unique.setdefault(id(tensor), (name, tensor))
+        return {name: self._fingerprint(name, tensor) for name, tensor in unique.values()}
 
     def compare(self, base: nn.Module, recorded: Mapping[str, str]) -> dict[str, tuple[Match, Tensor]]:
         """Compares the rest of an (unwrapped) model with recorded fingerprints, and returns what is not the same."""
@@ -39,9 +39,9 @@ class Rest:
             if (wanted := recorded.get(name)) is None:
                 continue
             same_dtype = tensor.dtype == dtype_of(wanted)
-            found = Match.SAME if same_dtype and self._fingerprint(name, tensor) == wanted else match(wanted, tensor)
-            if found is not Match.SAME:
-                other[name] = found, tensor
+            result = Match.SAME if same_dtype and self._fingerprint(name, tensor) == wanted else match(wanted, tensor)
+            if result is not Match.SAME:
+                other[name] = result, tensor
         return other
 
     def _fingerprint(self, name: str, tensor: Tensor) -> str:

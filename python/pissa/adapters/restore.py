@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel, set_peft_model_state_dict
 from torch import Tensor
 
 from pissa.adapters.lora_folder import LoraFolder, check_same_layers, open_adapter, rank_and_scaling
-from pissa.adapters.peft_layout import trained_beside
+from pissa.adapters.peft_layout import select_trained_beside
 from pissa.adapters.pissa_layout import PissaFolder
 from pissa.adapters.vocabulary import VocabularyTensor, vocabulary
 from pissa.base.digest import Match, dtype_of, holds, is_fingerprint, match
@@ -33,9 +33,9 @@ from pissa.ops import QuantizedWeight
 def restore(folder: PissaFolder, model: PeftModel, adapter_name: str) -> None:
     """Puts parameters and start factors into an existing adapter of the PissaModel. Nothing is decomposed, and nothing
     is changed before everything is known to fit."""
-    found = _Restoration(folder, model, adapter_name)
-    found.put()
-    for doubt in base_doubts(folder.path, found.narrower or found.rounded_rest, found.other_bits):
+    restoration = _Restoration(folder, model, adapter_name)
+    restoration.put()
+    for doubt in base_doubts(folder.path, restoration.narrower or restoration.rounded_rest, restoration.other_bits):
         warnings.warn(doubt, stacklevel=3)  # the caller of from_pretrained or load_adapter
 
 
@@ -51,7 +51,7 @@ class _Restoration:
         check_values(base, adapter_name)
         self.layers = pissa_layers(base, adapter_name)
         self._check_layers()
-        self.modules = trained_beside(model, adapter_name, model.state_dict())
+        self.modules = select_trained_beside(model, adapter_name, model.state_dict())
         self._check_headers(tables)
 
         tensors = folder.tensors
@@ -160,7 +160,7 @@ class _Restoration:
     def _check_headers(self, tables: Mapping[str, VocabularyTensor]) -> None:
         """Checks that the files contain exactly the tensors of these layers and modules, and perhaps embeddings, with
         the right names, dtypes and shapes."""
-        folder, tensors = self.folder, self.folder.tensors
+        folder, tensors, codes = self.folder, self.folder.tensors, self.folder.codes_file
         known, of_codes = self.modules.keys() | tables.keys(), set[str]()
         for key, table in tables.items():
             if key in tensors.entries:
@@ -176,15 +176,15 @@ class _Restoration:
                 f"layer {name}, whose weight is {list(layer.matrix_shape)} in this model: the file is damaged, or "
                 "belongs to another base"
             )
-            shapes = folder.layer_shapes(name, layer.matrix_shape)
-            for key, shape in shapes.items():
-                tensors.expect(key, shape, (torch.float32,), demand)
-            known |= shapes.keys()
-            for key, (shape, dtypes) in folder.stored_shapes(name, layer.matrix_shape).items():
-                assert folder.codes is not None
-                folder.codes.expect(key, shape, dtypes, f"the residual of layer {name}")
-                of_codes.add(key)
-        for file, keys in ((tensors, known), (folder.codes, of_codes)):
+            for part, shape in folder.layers[name].shapes(layer.matrix_shape, dora=folder.config.use_dora).items():
+                tensors.expect(f"{name}.{part}", shape, (torch.float32,), demand)
+                known.add(f"{name}.{part}")
+            if codes is not None:
+                stored = folder.stored_shapes(name, layer.matrix_shape)
+                for key, (shape, dtypes) in stored.items():
+                    codes.expect(key, shape, dtypes, f"the residual of layer {name}")
+                of_codes |= stored.keys()
+        for file, keys in ((tensors, known), (codes, of_codes)):
             if file is not None and (unknown := file.entries.keys() - keys):
                 raise ValueError(f"{file.path}: tensor {shown(min(unknown))} belongs to no part of the adapter")
 
@@ -192,13 +192,13 @@ class _Restoration:
         """Checks that the folder's embeddings can replace `tables`, the model's own. If the model has other adapters,
         they were trained with the current ones."""
         for key, table in tables.items():
-            found = self.others[key]
+            saved = self.others[key]
             if self.alone and not is_offloaded(table.module):
                 twins = (other for other in tables if tables[other].parameter is table.parameter)
-                if all(torch.equal(self.others[other], found) for other in twins):
+                if all(torch.equal(self.others[other], saved) for other in twins):
                     continue
                 reason = "another tensor of the file, which in this model shares its weight: untie them first"
-            elif torch.equal(found.to(table.parameter.dtype), table.value({})):
+            elif torch.equal(saved.to(table.parameter.dtype), table.value({})):
                 continue
             elif self.alone:
                 reason = "the model's embedding, which is offloaded: give it a device of its own in device_map"
@@ -214,56 +214,50 @@ class _Restoration:
         residual that will replace the base, compares that instead. Returns SAME, or ROUNDED if the model's dtype does
         not hold its values; a different base is refused."""
         folder, record = self.folder, self.folder.layers[name]
+        own = layer.weight_fingerprint
         if name in self.residuals:
             if name in self.kept or not folder.is_fed_back(name):
                 return Match.SAME
-            found = layer.weight_fingerprint.match(layer.base, record.weight)
-            if found is not Match.OTHER:  # also with other roundings: the codes are those of the training
-                return Match.SAME
-        elif record.form != layer.base.form:
-            folder.check_codes(name)
+            if own.match(layer.base, record.weight) is not Match.OTHER:
+                return Match.SAME  # also with other roundings: the codes are those of the training
         key = next((key for key, table in self.new.items() if table.is_of(layer)), None)
         if key is not None:
             weight = self.others[key].to(layer.base.parameter.dtype)
-            found = match(record.weight, layer.base.with_parameter(weight).matrix())
-            if found is Match.OTHER:
+            result = match(record.weight, layer.base.with_parameter(weight).matrix())
+            if result is Match.OTHER:
                 raise ValueError(
                     f"{folder.tensors.path}: tensor {key!r} is not the weight that layer {name} was trained on: take "
                     "the file from a copy"
                 )
-            return found
-        found = layer.weight_fingerprint.match(layer.base, record.weight)
+            return result
+        if (result := own.match(layer.base, record.weight)) is not Match.OTHER:
+            return result
         codes = layer.base.bnb_codes
-        if found is Match.OTHER and codes is not None and record.stored is not None:
+        if codes is not None and record.stored is not None:
             form = Form.quantised(codes.format, codes.blocksize, codes.nested)
             raise ValueError(
                 f"{folder.path} was trained on codes in {record.form.describe()}, and bitsandbytes has others for "
                 f"layer {name}, in {form.describe()}. Load the model with the same "
                 "bitsandbytes options, or the checkpoint in 16 bits, from which the codes are made again"
             )
-        if found is Match.OTHER:
-            raise ValueError(
-                f"the model is not the base that {folder.path} was trained on; the first layer that differs is {name}: "
-                f"its weight has other values, in {dtype_of(record.weight)}, in which it was trained on. Load the same "
-                "checkpoint; to apply the adapter to another base all the same, use peft.PeftModel.from_pretrained, "
-                "for which the folder is a plain LoRA"
-            )
-        return found
+        raise self._another_base(f"the first layer that differs is {name}: its weight", record.weight)
 
     def _match_rest(self, base: Any) -> dict[str, tuple[torch.dtype, torch.dtype]]:
         """Compares the rest of the base with that of the training. Returns tensors whose dtype does not hold its
         values, with that dtype and theirs; other values are refused."""
-        recorded, rounded = self.folder.record.rest, {}
-        for name, (found, tensor) in self.model.rest.compare(base, recorded).items():
-            if found is Match.OTHER:
-                raise ValueError(
-                    f"the model is not the base that {self.folder.path} was trained on: {name}, which no adapter "
-                    f"changes, has other values, in {dtype_of(recorded[name])}, in which it was trained on. Load the "
-                    "same checkpoint; to apply the adapter to another base all the same, use "
-                    "peft.PeftModel.from_pretrained, for which the folder is a plain LoRA"
-                )
+        recorded, rounded = self.folder.rest, {}
+        for name, (result, tensor) in self.model.rest.compare(base, recorded).items():
+            if result is Match.OTHER:
+                raise self._another_base(f"{name}, which no adapter changes,", recorded[name])
             rounded[name] = tensor.dtype, dtype_of(recorded[name])
         return rounded
+
+    def _another_base(self, what: str, recorded: str) -> ValueError:
+        return ValueError(
+            f"the model is not the base that {self.folder.path} was trained on: {what} has other values, in "
+            f"{dtype_of(recorded)}, in which it was trained on. Load the same checkpoint; to apply the adapter to "
+            "another base all the same, use peft.PeftModel.from_pretrained, for which the folder is a plain LoRA"
+        )
 
     def _check_form(self, name: str, layer: PissaLayer) -> None:
         """Checks that a layer's base is stored like the one that the adapter was trained on, or can still become so: if
@@ -309,26 +303,26 @@ def as_pissa(config: LoraConfig) -> PissaConfig:
 
 def read_plain_lora(folder: Path) -> tuple[PissaConfig, LoraFolder]:
     """Returns a plain LoRA's configuration as one of ours, and the content of its folder."""
-    found = open_adapter(folder)
-    if not found.leaves_base or found.config["use_dora"]:
-        name = "use_dora" if found.config["use_dora"] else "init_lora_weights"
+    lora = open_adapter(folder)
+    if not lora.leaves_base or lora.config["use_dora"]:
+        name = "use_dora" if lora.config["use_dora"] else "init_lora_weights"
         raise ValueError(
-            f"{found.config_path} has {name}={found.config[name]!r}, and such an adapter is a plain LoRA only once it "
+            f"{lora.config_path} has {name}={lora.config[name]!r}, and such an adapter is a plain LoRA only once it "
             "is converted, or merged: see pissa.convert, peft.PeftModel.merge_and_unload"
         )
     known = {field.name for field in dataclasses.fields(LoraConfig) if field.init} - {"runtime_config"}
-    fields = {name: value for name, value in found.config.items() if name in known}
+    fields = {name: value for name, value in lora.config.items() if name in known}
     try:
         config = LoraConfig(**fields)
         config.init_lora_weights = True  # the factors are in the file
-        return as_pissa(config), found
+        return as_pissa(config), lora
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{found.config_path} cannot be used: {error}") from error
+        raise ValueError(f"{lora.config_path} cannot be used: {error}") from error
 
 
-def load_factors(model: Any, adapter_name: str, found: LoraFolder) -> None:
+def load_factors(model: Any, adapter_name: str, lora: LoraFolder) -> None:
     """Gives an adapter that was just added to a PissaModel the factors of a plain LoRA. It starts from zero."""
-    weights = found.weights
+    weights = lora.weights
     tensors = {name: weights.read(name) for name in weights.entries}
     for key, table in vocabulary(model, adapter_name).items():
         value = tensors.pop(key, None)  # PEFT saves the base's own in addition to an adapter
@@ -354,10 +348,10 @@ def base_doubts(
         narrower: the layers with a base in a dtype that does not hold its values, with that dtype and theirs.
         other_bits: the layers with a residual that was computed again and has different bits.
     """
-    found: list[PissaWarning] = []
+    doubts: list[PissaWarning] = []
     if narrower:
         name, (dtype, was) = next(iter(narrower.items()))
-        found.append(
+        doubts.append(
             OtherDtypeWarning(
                 f"{folder} was written for a base in {was}, which is in {dtype} here: {len(narrower)} weights, {name} "
                 "the first, differ by roundings, as far as a sample of their values shows. For the exact function, "
@@ -365,11 +359,11 @@ def base_doubts(
             )
         )
     if rounded := [name for name in other_bits if name not in narrower]:
-        found.append(
+        doubts.append(
             OtherRoundingWarning(
                 f"The residual of {len(rounded)} layers, {rounded[0]} the first, differs in some bits from the one "
                 f"that {folder} was trained with: this machine rounds differently. The function is the same up to the "
                 "rounding of a few weights."
             )
         )
-    return found
+    return doubts

@@ -25,21 +25,16 @@ from pissa.adapters.peft_layout import (
     ADAPTER_WEIGHTS,
     base_weight_key,
     inexact_lora,
+    lora_times,
     plain_config,
     plain_config_text,
-    trained_beside,
+    select_trained_beside,
 )
-from pissa.adapters.pissa_layout import (
-    MARK,
-    PISSA_WEIGHTS,
-    AdapterRecord,
-    LayerRecord,
-    layer_tensors,
-    stored_tensors,
-)
+from pissa.adapters.pissa_layout import MARK, PISSA_WEIGHTS, AdapterRecord, LayerRecord, layer_tensors
 from pissa.adapters.vocabulary import vocabulary
 from pissa.base.digest import xxh3_of_text
 from pissa.base.protocol import unshard
+from pissa.base.stored import residual_tensors
 from pissa.config import IMPLICIT
 from pissa.containers.checkpoint import PISSA_RECORD
 from pissa.containers.staged import staged
@@ -63,7 +58,7 @@ def save_adapter(
     state = _own_state(model) if state_dict is None else state_dict
     check_whole(state)
     lora = get_peft_model_state_dict(model, state_dict=state, adapter_name=adapter_name, save_embedding_layers=False)
-    tensors = trained_beside(model, adapter_name, state)
+    tensors = select_trained_beside(model, adapter_name, state)
     gathered = {name: (state_dict or {}).get(base_weight_key(name)) for name in layers}
     table = vocabulary(model, adapter_name) if with_vocabulary else {}
     tensors |= {key: tensor.value(state_dict or {}) for key, tensor in table.items()}
@@ -75,22 +70,21 @@ def save_adapter(
     rest = model.rest.fingerprints(base, {id(tensor.parameter) for tensor in table.values() if not tensor.is_stored})
     alone = {id(tensor.module) for tensor in table.values() if tensor.is_stored}
     codes: dict[str, Tensor] = {}  # residuals that cannot be made again from weight or inputs
-    found: dict[str, str] = {}
+    fingerprints: dict[str, str] = {}
     for name, layer in layers.items():
         if id(layer.base.module) in alone or layer.base.has_own_codes:
             residual = unshard(layer.base, gathered[name]).residual
             if residual is not None:
-                codes |= stored_tensors(name, residual)
-                found[name] = str(records[name].stored)
+                codes |= {f"{name}.{part}": tensor for part, tensor in residual_tensors(residual).items()}
+                fingerprints[name] = str(records[name].stored)
     folder = Path(directory) / ("" if adapter_name == "default" else adapter_name)
     with staged(folder) as new:
         # In this order, so that each file is complete when another names it.
-        digest = model.codes_file.write(folder, new, codes, found) if codes else None
-        record = AdapterRecord(config, records, rest, digest)
-        text = record.text()
+        digest = model.codes_file.write(folder, new, codes, fingerprints) if codes else None
+        text = AdapterRecord(config, records, rest, digest).text()
         new(PISSA_RECORD).write_text(text)
         digest = write_tensors(new(PISSA_WEIGHTS), _on_cpu(tensors), {MARK: xxh3_of_text(text)})
-        plain = plain_config(base, config, adapter_name, layers, record.times)
+        plain = plain_config(base, config, adapter_name, layers, lora_times(layers, adapter_name))
         new(ADAPTER_CONFIG).write_text(plain_config_text(plain, _class_of(base)))
         write_tensors(new(ADAPTER_WEIGHTS), _on_cpu(lora), {MARK: digest})
 
@@ -145,9 +139,8 @@ def _with_vocabulary(model: PeftModel, adapter_name: str, save_embedding_layers:
 
 def _class_of(model: nn.Module) -> type[nn.Module]:
     """The class of a model before fully_shard, which replaces it by a class of its own."""
-    return next(
-        kind for kind in type(model).__mro__ if issubclass(kind, nn.Module) and not issubclass(kind, FSDPModule)
-    )
+    ancestors = (ancestor for ancestor in type(model).__mro__ if issubclass(ancestor, nn.Module))
+    return next(ancestor for ancestor in ancestors if not issubclass(ancestor, FSDPModule))
 
 
 def _own_state(model: PeftModel) -> dict[str, Tensor]:

@@ -79,18 +79,18 @@ def vocabulary(model: PeftModel, adapter_name: str) -> dict[str, VocabularyTenso
     """The parameters of the input embeddings and the output layer, by their names in PEFT's file of the adapter."""
     base = model.base_model.model
     names = {id(module): name for name, module in base.named_modules()}
-    found = {}
+    tensors = {}
     for module in _embeddings(base):
         if id(module) not in names:
             continue
-        infix, inner, tokens = _unwrapped(module, adapter_name)
+        infix, inner, tokens = _unwrap(module, adapter_name)
         if not _is_dense(inner):
             continue
         for name, _ in inner.named_parameters(recurse=False):
             state_key = f"{PREFIX}{names[id(inner)]}.{name}"
             key = f"{PREFIX}{names[id(module)]}{infix}.{name}"
-            found[key] = VocabularyTensor(inner, name, state_key, tokens)
-    return found
+            tensors[key] = VocabularyTensor(inner, name, state_key, tokens)
+    return tensors
 
 
 def _embeddings(base: Any) -> Iterator[nn.Module]:
@@ -103,7 +103,7 @@ def _embeddings(base: Any) -> Iterator[nn.Module]:
             yield module
 
 
-def _unwrapped(module: nn.Module, adapter_name: str) -> tuple[str, nn.Module, TrainableTokensLayer | None]:
+def _unwrap(module: nn.Module, adapter_name: str) -> tuple[str, nn.Module, TrainableTokensLayer | None]:
     """The name in PEFT's file after the module's, the base's own module in it, and the layer that trains tokens."""
     infix, inner, tokens, is_of_the_adapter = "", module, None, False
     if isinstance(module, PissaLayer):

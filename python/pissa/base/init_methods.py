@@ -68,18 +68,14 @@ class InitMethod(ABC):
         """The parts of the configuration that determine the start, besides rank and scaling, as names and values.
         Adapters of a layer with the same identity share their start, and pissa.json records it. Alternations are part
         of it unless the residual lacks another start; they then belong to that one."""
-        names = self.identity_fields(config.quant_iters > 1 and config.starts_as_base)
+        names = {*self.fields}
+        if config.quant_iters > 1 and config.starts_as_base and self.name in ALTERNATING:
+            names |= {"quant", "blocksize", "double_quant", "quant_iters"}
         if config.start_norm != "singular":  # never for a start that a residual lacks: no pissa.json records it there
-            names = (*names, "start_norm")
+            names.add("start_norm")
         if config.error_feedback and config.starts_as_base:
-            names = (*names, "error_feedback")
-        return tuple((name, getattr(config, name)) for name in names)
-
-    def identity_fields(self, alternates: bool) -> tuple[str, ...]:
-        """The names in `identity`. `alternates`: whether alternations have found the start."""
-        if not (alternates and self.name in ALTERNATING):
-            return self.fields
-        return tuple(dict.fromkeys((*self.fields, "quant", "blocksize", "double_quant", "quant_iters")))
+            names.add("error_feedback")
+        return tuple((name, getattr(config, name)) for name in sorted(names))
 
     @abstractmethod
     def start(self, task: StartTask) -> list[StartFactors]:

@@ -184,8 +184,8 @@ def load(
             raise ValueError(f"{folder} turns its layers' inputs (transform_config in config.json), which is not read")
         is_residual = checkpoint.contents is Contents.RESIDUAL
         split = AdapterRecord.read(folder / PISSA_RECORD) if is_residual else None
-        saved = None if adapter is None else PissaFolder.read(adapter_folder(adapter, ADAPTER_FILES))
-        blamed: Callable[[], AbstractContextManager[None]] = nullcontext if saved is None else saved.blamed
+        saved = None if adapter is None else PissaFolder.open(adapter_folder(adapter, ADAPTER_FILES))
+        blame: Callable[[], AbstractContextManager[None]] = nullcontext if saved is None else saved.blame
         config = _config(config, config_fields, folder, split, saved)
         config.inference_mode = not is_trainable
         warn_of_dropout(config)
@@ -198,7 +198,7 @@ def load(
         # The model card names the model for which the plain LoRA is: the dense model that was split.
         config.base_model_name_or_path = config.base_model_name_or_path or checkpoint.name
         model.config._name_or_path = model.name_or_path = config.base_model_name_or_path
-        with blamed():
+        with blame():
             wrapped = model_class(config)(model, config, adapter_name)
         if split is None:
             _fill_packed(model, checkpoint)
@@ -211,7 +211,7 @@ def load(
             keep = split is not None
             left = decompose(model, adapter_name, config, progressbar=progressbar, keep_bases=keep)
         else:
-            with blamed():
+            with blame():
                 restore(saved, wrapped, adapter_name)
     store(model, adapter_name, config, left)  # it reports its errors to the other processes itself
     return wrapped if is_trainable else wrapped.eval()

@@ -21,7 +21,7 @@ from pissa.config import IMPLICIT
 from pissa.containers.checkpoint import INITIAL_FOLDER, Checkpoint, Contents
 from pissa.containers.coded_weights import BitsandbytesWeight
 from pissa.containers.hub import Name
-from pissa.conversion.plain_lora import ON_RESIDUAL, OURS, PlainLora, check_not_given, check_start
+from pissa.conversion.plain_lora import ON_RESIDUAL, OURS, PlainLora, check_start, refuse_initial
 from pissa.layers.layer import Magnitude
 from pissa.notices import PissaWarning
 from pissa.ops import QuantizedWeight
@@ -106,72 +106,69 @@ class Ours(TrainedWeights):
     """An adapter of pissa, with the base function on which it was trained. A stored residual is computed again, or is
     the checkpoint's own if that contains residuals of these layers."""
 
-    def __init__(self, folder: LoraFolder, source: Checkpoint, residuals: Collection[str]) -> None:
+    def __init__(self, folder: LoraFolder, ours: PissaFolder, source: Checkpoint, residuals: Collection[str]) -> None:
         super().__init__(PlainLora(folder, OURS), source)
-        path, self._files = folder.path, PissaFolder.read(folder.path)
-        self.records = self._files.layers
-        """The records of the layers, by name."""
+        self.ours, path = ours, ours.path
         self._residuals = residuals
         self._narrower: dict[str, tuple[torch.dtype, torch.dtype]] = {}
         self._other_bits: list[str] = []
         for name in residuals:
-            if name not in self.records:
+            if name not in ours.layers:
                 raise ValueError(
                     f"{path} does not adapt layer {name}, of which {source.folder} has a residual: it was not trained "
                     "on it; give the base that it was trained on"
                 )
-            if self.records[name].form == IMPLICIT:
+            if self.ours.layers[name].form == IMPLICIT:
                 raise ValueError(
                     f"{path} was trained on the unmodified base, and {source.folder} has a residual of layer {name}: "
                     "give the unmodified base"
                 )
 
     def scaling(self, layer: LayerPlan, target: str) -> float:
-        return self.records[layer.name].scaling
+        return self.ours.layers[layer.name].scaling
 
     def lengths(self, layer: LayerPlan, weight: Tensor) -> Tensor:
-        return self._files.tensors.read(f"{layer.name}.norm")
+        return self.ours.tensors.read(f"{layer.name}.norm")
 
     def factors(self, unit: Unit) -> Iterator[Matrices]:
         for layer in unit.layers:
-            tensors = self._files.read_layer(layer.name)
+            tensors = self.ours.read_layer(layer.name)
             yield tensors.start.factors_of_change(tensors.deltas)
 
     def factors_on_residual(self, name: str) -> Matrices:
         """The factors of a plain LoRA on the residual of a layer."""
-        tensors = self._files.read_layer(name)
-        return Served.of(tensors.start, self.records[name].scaling, tensors.base).factors(tensors.deltas)
+        tensors = self.ours.read_layer(name)
+        return Served.of(tensors.start, self.ours.layers[name].scaling, tensors.base).factors(tensors.deltas)
 
     def base(self, layer: LayerPlan, weight: Weight) -> BaseFunction:
-        record = self.records[layer.name]
+        record = self.ours.layers[layer.name]
         if record.form == IMPLICIT:
             return _dense(self._cast_as_trained(layer, weight))
         residual = self.residual(layer, weight)
-        stored = stored_linear(residual, self._files.read_layer(layer.name).base)
+        stored = stored_linear(residual, self.ours.read_layer(layer.name).base)
         return stored.matrix(), stored.product
 
     def residual(self, layer: LayerPlan, weight: Weight) -> Weight:
         """The residual on which a layer with a stored base was trained, computed from `weight`, its matrix in the
         checkpoint."""
-        name, record = layer.name, self.records[layer.name]
+        name, record = layer.name, self.ours.layers[layer.name]
         if name in self._residuals:
             if not is_fingerprint(record.stored, *residual_tensors(weight).values()):
                 raise ValueError(self._other_base(layer, "residual"))
             return weight
-        saved = self._files.read_stored(name, layer.shape, torch.device("cpu"))
+        saved = self.ours.read_stored(name, layer.shape, torch.device("cpu"))
         if saved is not None:
             return saved
-        self._files.check_codes(name)
         known = self._cast_as_trained(layer, weight)
         dense = ops.dequantize(known) if isinstance(known, QuantizedWeight) else known
-        [residual] = residuals_of([dense], [self._files.read_layer(name).base], record.form, [name])
+        [residual] = residuals_of([dense], [self.ours.read_layer(name).base], record.form, [name])
         if not is_fingerprint(record.stored, *residual_tensors(residual).values()):
             self._other_bits.append(name)
         return residual
 
     def _cast_as_trained(self, layer: LayerPlan, weight: Weight) -> Weight:
         """The weight as in the training: codes unchanged, and a dense weight in the dtype that the record names."""
-        recorded = self.records[layer.name].weight
+        recorded = self.ours.layers[layer.name].weight
         dense = ops.dequantize(weight) if isinstance(weight, QuantizedWeight) else weight
         comparison = match(recorded, dense)
         if comparison is Match.OTHER:
@@ -181,11 +178,11 @@ class Ours(TrainedWeights):
         return weight if isinstance(weight, QuantizedWeight) else weight.to(dtype_of(recorded))
 
     def doubts(self) -> list[PissaWarning]:
-        return base_doubts(self._files.path, self._narrower, self._other_bits)
+        return base_doubts(self.ours.path, self._narrower, self._other_bits)
 
     def _other_base(self, layer: LayerPlan, what: str) -> str:
         return (
-            f"{self.source.folder} is not the base that {self._files.path} was trained on: the {what} of layer "
+            f"{self.source.folder} is not the base that {self.ours.path} was trained on: the {what} of layer "
             f"{layer.name} has other values. Give the same checkpoint; to merge into another base all the same, "
             f"convert the adapter to a plain LoRA first"
         )
@@ -199,12 +196,12 @@ def read_adapter(folder: LoraFolder, source: Checkpoint, initial: Name | None) -
     """
     is_residual = source.contents in (Contents.RESIDUAL, Contents.PEFT_RESIDUAL)
     at_start = open_adapter(source.folder / INITIAL_FOLDER) if is_residual else None
-    if folder.record is not None:
-        check_not_given(f"{folder.path} is an adapter of pissa", initial=initial)
+    if folder.ours is not None:
+        refuse_initial(f"{folder.path} is an adapter of pissa", initial)
         layers = () if at_start is None else [name for part in at_start.factors.values() for name in part.layers]
-        return Ours(folder, source, layers)
+        return Ours(folder, folder.ours, source, layers)
     if at_start is not None:
-        check_not_given(f"{source.folder} has the initial adapter itself", initial=initial)
+        refuse_initial(f"{source.folder} has the initial adapter itself", initial)
         if not folder.leaves_base:
             raise ValueError(
                 f"{folder.config_path}: init_lora_weights is {folder.config['init_lora_weights']!r}, which changes the "

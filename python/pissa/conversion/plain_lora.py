@@ -38,9 +38,9 @@ class PlainLora:
     @staticmethod
     def of(folder: LoraFolder, base: Name | None, initial: Name | None) -> PlainLora:
         """Determines the kind of an adapter. The arguments are those of `convert`."""
-        if folder.record is not None:
-            check_not_given(f"{folder.path} is an adapter of pissa", initial=initial)
-            forms = {layer.form.name for layer in folder.record.layers.values()} - {"implicit"}
+        if folder.ours is not None:
+            refuse_initial(f"{folder.path} is an adapter of pissa", initial)
+            forms = {layer.form.name for layer in folder.ours.layers.values()} - {"implicit"}
             if forms:
                 warnings.warn(inexact_lora(forms), InexactLoraWarning, stacklevel=3)
             return PlainLora(folder, OURS)
@@ -117,11 +117,10 @@ class PlainLora:
         return None if self.initial is not None and self.folder.leaves_base else self.folder.named_base
 
 
-def check_not_given(reason: str, **arguments: object) -> None:
-    """Raises ValueError for an argument that is given."""
-    for name, value in arguments.items():
-        if value is not None:
-            raise ValueError(f"{reason}; {name} is of no use with it: leave it out")
+def refuse_initial(reason: str, initial: Name | None) -> None:
+    """Raises ValueError for an initial adapter that is not needed."""
+    if initial is not None:
+        raise ValueError(f"{reason}; initial is of no use with it: leave it out")
 
 
 def _check_base(folder: LoraFolder, base: Name | None) -> None:

@@ -51,7 +51,7 @@ class ResidualExport(Rewrite):
     def exported(self) -> Exported:
         """The report."""
         packed = len(self.plan.packed)
-        count = sum(self.adapter.records[name].form.name == KEPT_IN_4_BITS for name in self.plan.layers) - packed
+        count = sum(self.adapter.ours.layers[name].form.name == KEPT_IN_4_BITS for name in self.plan.layers) - packed
         dense = f", {count} decoded, since bitsandbytes has no experts and no Conv1D in 4 bits" if count else ""
         model = f"{type(self.source.model).__name__}.from_pretrained({str(self.target)!r})"
         return Exported(
@@ -70,17 +70,16 @@ class ResidualExport(Rewrite):
                 f"{planner.source.folder} has the experts of {factors.target} in 4 bits, which only pissa.load reads: "
                 "give the checkpoint that was split (base)"
             )
-        unit, form = planner.unit_of(factors), self.adapter.records[factors.layers[0]].form
+        unit, form = planner.unit_of(factors), self.adapter.ours.layers[factors.layers[0]].form
         is_packed = form.name == KEPT_IN_4_BITS and not unit.layers[0].transposed
         return unit.in_forms({factors.target: form} if is_packed else {})  # no layer of fused experts has that name
 
     def _is_stored(self, factors: LoraFactors) -> bool:
-        return self.adapter.records[factors.layers[0]].form != IMPLICIT
+        return self.adapter.ours.layers[factors.layers[0]].form != IMPLICIT
 
     @property
     def lacks_start(self) -> bool:
-        assert self.folder.record is not None  # `Ours` has read it
-        return lacks_start(self.folder.record.config.of_base())
+        return lacks_start(self.adapter.ours.config.of_base())
 
     def identity(self) -> dict[str, Any]:
         return {"target": str(self.target), **self.adapter.states()}

@@ -88,7 +88,7 @@ def export(
 def _require_4_bits(adapter: TrainedWeights) -> Ours:
     """Returns the adapter, if it was trained on nf4 residuals."""
     path = adapter.folder.path
-    forms = {record.form for record in adapter.records.values()} if isinstance(adapter, Ours) else {IMPLICIT}
+    forms = {record.form for record in adapter.ours.layers.values()} if isinstance(adapter, Ours) else {IMPLICIT}
     if isinstance(adapter, Ours) and KEPT_IN_4_BITS in {form.name for form in forms}:
         return adapter
     if adapter.source.coded and adapter.source.contents is not Contents.RELEASED:

@@ -62,7 +62,7 @@ def make(
                 _warn(config, f"changes the base: {error}")
                 return peft_class(model, config, **kwargs)
             raise ValueError(f"a LoraConfig without a start of its own was to start as PiSSA, but {error}") from None
-        method, wrapped = "PiSSA", _wrapped(model, ours, batches, **kwargs)
+        method, wrapped = "PiSSA", _wrap(model, ours, batches, **kwargs)
         refuse_fused_kernels(wrapped)
     elif in_4_bits:
         try:
@@ -116,14 +116,14 @@ def _as_lora(
         in_float32 = all(value.dtype == torch.float32 for key, value in state.items() if ".lora_" in key)
         with restored_on_error(model):
             ours = _configuration(chosen, model, init="lora", **repair)
-            wrapped = _wrapped(model, ours, batches, **{**kwargs, "autocast_adapter_dtype": in_float32})
+            wrapped = _wrap(model, ours, batches, **{**kwargs, "autocast_adapter_dtype": in_float32})
             start_at_zero(wrapped, name)
             peft.set_peft_model_state_dict(wrapped, state, adapter_name=name)
     torch.set_rng_state(drawn)
     return wrapped
 
 
-def _wrapped(
+def _wrap(
     model: nn.Module, config: PissaConfig, batches: Callable[[str], list[Any]] | None, **kwargs: Any
 ) -> PissaModel:
     """Returns the wrapped model, with its base repaired if the configuration says so."""
@@ -162,11 +162,11 @@ def refuse_fused_kernels(model: nn.Module) -> None:
 
 
 def _refuse_fused_kernel(name: str, layer: nn.Module) -> None:
-    def called(*_: Any) -> None:
+    def on_call(*_: Any) -> None:
         for handle in handles:
             handle.remove()
 
-    def reached(gradient: Tensor) -> None:
+    def on_gradient(gradient: Tensor) -> None:
         raise TypeError(
             f"layer {name}: a gradient has come to its lora_A or lora_B, but the layer was not called. A fused kernel "
             "has taken them for the factors of a plain LoRA; they hold the differences from the start factors. Switch "
@@ -175,7 +175,7 @@ def _refuse_fused_kernel(name: str, layer: nn.Module) -> None:
         )
 
     trained: list[Any] = [parameter for parameter in layer.parameters() if parameter.requires_grad]
-    handles = [layer.register_forward_pre_hook(called), *(parameter.register_hook(reached) for parameter in trained)]
+    handles = [layer.register_forward_pre_hook(on_call), *(tensor.register_hook(on_gradient) for tensor in trained)]
 
 
 def load(plain: Callable[..., nn.Module], model: nn.Module, model_id: Any, *args: Any, **kwargs: Any) -> nn.Module:

@@ -325,9 +325,9 @@ class PissaModel(MendedPeftModel):
         """
         check_plain(model, adapter_name)
         refuse_unsupported(model, key_mapping=key_mapping, **kwargs)
-        saved = PissaFolder.read(adapter_folder(model_id, ADAPTER_FILES, **kwargs), config)
+        saved = PissaFolder.open(adapter_folder(model_id, ADAPTER_FILES, **kwargs), config)
         saved.config.inference_mode = not is_trainable
-        with saved.blamed(), restored_on_error(model):
+        with saved.blame(), restored_on_error(model):
             wrapped = model_class(saved.config)(
                 model, saved.config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype
             )
@@ -376,7 +376,7 @@ class PissaModel(MendedPeftModel):
         refuse_unsupported(self, key_mapping=key_mapping, **kwargs)
         folder = adapter_folder(model_id, ADAPTER_FILES, **kwargs)
         if known:
-            restore(PissaFolder.read(folder, config), self, adapter_name)
+            restore(PissaFolder.open(folder, config), self, adapter_name)
         elif config is None and is_plain_lora(folder):
             lora_config, lora = read_plain_lora(folder)
             lora_config.inference_mode = not is_trainable
@@ -384,9 +384,9 @@ class PissaModel(MendedPeftModel):
                 self._inject(adapter_name, lora_config, autocast_adapter_dtype)
                 load_factors(self, adapter_name, lora)
         else:
-            saved = PissaFolder.read(folder, config)
+            saved = PissaFolder.open(folder, config)
             saved.config.inference_mode = not is_trainable
-            with saved.blamed(), restored_on_error(self):
+            with saved.blame(), restored_on_error(self):
                 self._inject(adapter_name, saved.config, autocast_adapter_dtype)
                 restore(saved, self, adapter_name)
         if is_trainable and not known:

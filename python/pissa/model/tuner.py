@@ -94,7 +94,7 @@ class PissaTuner(LoraTuner):
             if is_any_lora:
                 deltas = {name: (a.to(starts[name].a0.device) - starts[name].a0, b) for name, (a, b) in deltas.items()}
             else:
-                deltas = {name: _without_start(*pair, starts[name], name) for name, pair in deltas.items()}
+                deltas = {name: _remove_start(*pair, starts[name], name) for name, pair in deltas.items()}
         tensors = {}
         for name, layer in layers.items():
             parameters, values = layer.factor_parameters(adapter_name), layer.as_parameters(*deltas[name])
@@ -166,7 +166,7 @@ def _is_of_rank(ranks: Mapping[str, int], parts: Sequence[FactorTensors], state_
     )
 
 
-def _without_start(a: Tensor, b: Tensor, start: StartFactors, name: str) -> Matrices:
+def _remove_start(a: Tensor, b: Tensor, start: StartFactors, name: str) -> Matrices:
     """Extracts dA and dB from [A ; dA] and [dB | B0]. Raises ValueError if these do not contain this start."""
     device = start.a0.device
     upper, da, db, b0 = split_difference(a.to(device), b.to(device))

@@ -3,6 +3,7 @@ written, and what the folders of a run share."""
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -51,7 +52,7 @@ def test_another_program_replaces_it(tiny_llama: Make, tokens: Tensor, tmp_path:
     with pytest.raises(ValueError, match=words):
         PissaModel.from_pretrained(tiny_llama(), tmp_path)
     with pytest.warns(notices.ReplacedLoraWarning, match="the folder is now the plain LoRA in it"):
-        assert open_adapter(tmp_path).record is None
+        assert open_adapter(tmp_path).ours is None
     model = pissa.wrap(tiny_llama(), r=2)
     with pytest.raises(ValueError, match=words):
         model.load_adapter(tmp_path, "default")
@@ -74,17 +75,28 @@ def test_one_of_another_save_is_not_needed(tiny_llama: Make, tokens: Tensor, tmp
 # ---- LoRA's start ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fields", [{}, {"use_dora": True}, {"residual": "explicit", "repair": "pissa"}], ids=str)
+LORAS = {
+    "plain": {},
+    "dora": {"use_dora": True},
+    "explicit, repaired": {"residual": "explicit", "repair": "pissa"},
+    "quantised, repaired": {"quant": "nf4", "repair": "pissa", "repair_rank": 6},
+}
+
+
+@pytest.mark.parametrize("fields", LORAS.values(), ids=LORAS)
 def test_lora_s_start_is_saved_at_its_rank(
     fields: dict[str, object], tiny_llama: Make, tokens: Tensor, tmp_path: Path
 ) -> None:
-    """Also on a base that lacks another start."""
+    """Also on a base that lacks another start, of another rank. On the unmodified base, the plain LoRA lacks the error
+    of the base's storage and nothing else."""
     model = saved(tiny_llama, tokens, tmp_path, init="lora", rank_pattern={"v_proj": 2}, **fields)
     tensors = load_file(tmp_path / LORA)
     assert {len(tensor) for key, tensor in tensors.items() if "lora_A" in key} == {2, 4}
     assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] == 4
-    plain = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path)
-    assert error(logits(plain, tokens), logits(model, tokens)) < 1e-5
+    bases = [copy.deepcopy(model).unload()] + ([] if "quant" in fields else [tiny_llama()])
+    for base in bases:
+        plain = peft.PeftModel.from_pretrained(base, tmp_path).eval()
+        assert error(logits(plain, tokens), logits(model, tokens)) < 1e-5
     again = PissaModel.from_pretrained(tiny_llama(), tmp_path)
     assert torch.equal(logits(again, tokens), logits(model, tokens))
     # What PEFT's functions hand out comes back, with the start.
@@ -146,6 +158,33 @@ def test_a_disk_without_hard_links(fed_back: PissaModel, tmp_path: Path, monkeyp
     for name in ("1", "2"):
         fed_back.save_pretrained(tmp_path / name)
     assert (tmp_path / "1" / CODES).read_bytes() == (tmp_path / "2" / CODES).read_bytes()
+
+
+@pytest.mark.parametrize("renamed", range(5))
+def test_a_kill_between_two_renames(
+    renamed: int, tiny_llama: Make, tokens: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of an adapter with a module that is trained beside the layers, and with codes, which are written again."""
+    fields = {"quant": "nf4", "init": "lora", "error_feedback": True, "modules_to_save": ["lm_head"]}
+    model = pissa.wrap(tiny_llama(), r=4, calibration=[{"input_ids": tokens}], **fields)
+    model.save_pretrained(tmp_path)
+    old = logits(model.eval(), tokens)
+    touch(tmp_path / CODES)
+    train(model, tokens)
+    rename, calls = os.replace, []
+
+    def killed(*paths: Path) -> None:
+        calls.append(paths)
+        if len(calls) > renamed:
+            raise KeyboardInterrupt
+        rename(*paths)
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        model.save_pretrained(tmp_path)
+    monkeypatch.undo()
+    expected = logits(model, tokens) if renamed > 2 else old  # pissa.safetensors is the third
+    assert torch.equal(logits(PissaModel.from_pretrained(tiny_llama(), tmp_path), tokens), expected)
 
 
 # ---- The rest of the base --------------------------------------------------------------------------------------------

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 import pissa
 from language_models import assert_same, logits, snapshot, train
 from pissa import PissaConfig, PissaModel, notices
-from pissa.adapters.pissa_layout import MARK, checksum, digest_of
+from pissa.adapters.pissa_layout import MARK, checksum
+from pissa.base.digest import xxh3_of_text
 from pissa.containers.tensor_file import write_tensors
 
 RECORD, WEIGHTS, STARTS = FILES = ("pissa.json", "adapter_model.safetensors", "pissa.safetensors")
@@ -232,7 +233,7 @@ def damage_tensors(saved: Saved, damage: Callable[..., str], dice: random.Random
 
 def write_marked(folder: Path, tensors: dict[str, Tensor]) -> None:
     """Writes pissa.safetensors as what belongs to pissa.json."""
-    write_tensors(folder / STARTS, tensors, {MARK: digest_of(folder / RECORD)})
+    write_tensors(folder / STARTS, tensors, {MARK: xxh3_of_text((folder / RECORD).read_text())})
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:
