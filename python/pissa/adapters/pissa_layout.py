@@ -25,7 +25,7 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -142,20 +142,21 @@ class LayerRecord:
         )
 
     def starts(
-        self, name: str, a0: Tensor, b0: Tensor, config: PissaConfig, file: TensorFile | None
+        self, name: str, a0: Tensor, b0: Tensor, config: PissaConfig, read: Callable[[str], Tensor]
     ) -> tuple[StartFactors, StartFactors]:
         """Returns the start of an adapter with that configuration in the named layer, whose factors are given, and the
-        start that the layer's stored base lacks. Both are the same unless the record says otherwise. The file contains
-        all other factors."""
-        identity = INIT_METHODS[config.init].identity(config)
-        origin = Origin(self.r, self.scaling, config.init, identity)
-        recipe = (a0[:0], b0[:, :0]) if INIT_METHODS[(self.base or origin).init].repairs else None
-        if self.recipe is not None and file is not None:
-            recipe = file.read(f"{name}.{RECIPE[0]}"), file.read(f"{name}.{RECIPE[1]}")
-        if self.base is None or file is None:
+        start that the layer's stored base lacks. Both are the same unless the record says otherwise. All other factors
+        are read."""
+        origin = Origin(self.r, self.scaling, config.init, INIT_METHODS[config.init].identity(config))
+        recipe = None
+        if self.recipe is not None:
+            recipe = read(f"{name}.{RECIPE[0]}"), read(f"{name}.{RECIPE[1]}")
+        elif INIT_METHODS[(self.base or origin).init].repairs:
+            recipe = a0[:0], b0[:, :0]
+        if self.base is None:
             start = StartFactors(a0, b0, origin, recipe)
             return start, start
-        base = StartFactors(file.read(f"{name}.base.a0"), file.read(f"{name}.base.b0"), self.base, recipe)
+        base = StartFactors(read(f"{name}.base.a0"), read(f"{name}.base.b0"), self.base, recipe)
         return StartFactors(a0, b0, origin), base
 
     def shapes(self, matrix_shape: tuple[int, int], *, dora: bool) -> dict[str, tuple[int, ...]]:
@@ -325,7 +326,7 @@ class PissaFolder(AdapterRecord):
         record, read = self.layers[name], self.tensors.read
         deltas = Deltas(read(f"{name}.delta_a"), read(f"{name}.delta_b"))
         b0 = read(f"{name}.b0") if record.has_b0 else torch.zeros_like(deltas.b)
-        start, base = record.starts(name, read(f"{name}.a0"), b0, self.config, self.tensors)
+        start, base = record.starts(name, read(f"{name}.a0"), b0, self.config, read)
         magnitude = (read(f"{name}.magnitude"), read(f"{name}.norm")) if self.config.use_dora else None
         return LayerTensors(start, deltas, base, magnitude)
 

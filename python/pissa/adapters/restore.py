@@ -18,7 +18,7 @@ from pissa.adapters.peft_layout import select_trained_beside
 from pissa.adapters.pissa_layout import PissaFolder
 from pissa.adapters.vocabulary import VocabularyTensor, vocabulary
 from pissa.base.digest import Match, dtype_of, holds, is_fingerprint, match
-from pissa.base.stored import residual_tensors, residuals_of
+from pissa.base.stored import Expected, residual_tensors, residuals_of
 from pissa.base.weights import is_offloaded
 from pissa.config import IMPLICIT, Form, PissaConfig
 from pissa.containers.messages import shown
@@ -160,33 +160,34 @@ class _Restoration:
     def _check_headers(self, tables: Mapping[str, VocabularyTensor]) -> None:
         """Checks that the files contain exactly the tensors of these layers and modules, and perhaps embeddings, with
         the right names, dtypes and shapes."""
-        folder, tensors, codes = self.folder, self.folder.tensors, self.folder.codes_file
-        known, of_codes = self.modules.keys() | tables.keys(), set[str]()
+        folder, entries = self.folder, self.folder.tensors.entries
+        needed: dict[str, tuple[Expected, str]] = {}
+        codes = dict(needed)
         for key, table in tables.items():
-            if key in tensors.entries:
-                demand = "an embedding"
-                if (rows := tensors.entries[key].shape[:1]) != table.parameter.shape[:1]:
+            if key in entries:
+                demand, rows = "an embedding", entries[key].shape[:1]
+                if rows and rows != table.parameter.shape[:1]:
                     demand += f"; if it was resized, call model.resize_token_embeddings({rows[0]}) before loading"
-                tensors.expect(key, table.parameter.shape, SAVED_FLOATS, demand)
+                needed[key] = (table.parameter.shape, SAVED_FLOATS), demand
         for key, value in self.modules.items():
-            allowed = SAVED_FLOATS if value.is_floating_point() else [value.dtype]
-            tensors.expect(key, value.shape, allowed, "a module that is trained beside the layers")
+            allowed = SAVED_FLOATS if value.is_floating_point() else (value.dtype,)
+            needed[key] = (value.shape, allowed), "a module that is trained beside the layers"
         for name, layer in self.layers.items():
+            size = layer.matrix_shape
             demand = (
-                f"layer {name}, whose weight is {list(layer.matrix_shape)} in this model: the file is damaged, or "
-                "belongs to another base"
+                f"layer {name}, whose weight is {list(size)} in this model: the file is damaged, or belongs to another "
+                "base"
             )
-            for part, shape in folder.layers[name].shapes(layer.matrix_shape, dora=folder.config.use_dora).items():
-                tensors.expect(f"{name}.{part}", shape, (torch.float32,), demand)
-                known.add(f"{name}.{part}")
-            if codes is not None:
-                stored = folder.stored_shapes(name, layer.matrix_shape)
-                for key, (shape, dtypes) in stored.items():
-                    codes.expect(key, shape, dtypes, f"the residual of layer {name}")
-                of_codes |= stored.keys()
-        for file, keys in ((tensors, known), (codes, of_codes)):
-            if file is not None and (unknown := file.entries.keys() - keys):
-                raise ValueError(f"{file.path}: tensor {shown(min(unknown))} belongs to no part of the adapter")
+            for part, shape in folder.layers[name].shapes(size, dora=folder.config.use_dora).items():
+                needed[f"{name}.{part}"] = (shape, (torch.float32,)), demand
+            for key, expected in folder.stored_shapes(name, size).items():
+                codes[key] = expected, f"the residual of layer {name}"
+        for file, tensors in ((folder.tensors, needed), (folder.codes_file, codes)):
+            if file is not None:
+                for key, (expected, demand) in tensors.items():
+                    file.expect(key, *expected, demand)
+                if unknown := file.entries.keys() - tensors:
+                    raise ValueError(f"{file.path}: tensor {shown(min(unknown))} belongs to no part of the adapter")
 
     def _check_vocabulary(self, tables: Mapping[str, VocabularyTensor]) -> None:
         """Checks that the folder's embeddings can replace `tables`, the model's own. If the model has other adapters,

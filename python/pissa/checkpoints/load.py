@@ -340,12 +340,12 @@ def _starts(
     """The start factors of the layers, with those that their residuals lack if alternations have found others."""
     factors = TensorFile(folder / INITIAL_WEIGHTS)
     has_recipes = any(record.recipe is not None for record in split.layers.values())
-    others = TensorFile(folder / PISSA_WEIGHTS) if has_recipes else None
+    others = TensorFile(folder / PISSA_WEIGHTS) if has_recipes else factors
     config = split.config.of_base()
     starts = {}
     for part in factors_of(model, layers):
         for key, shape in part.shapes(split.layers[part.layers[0]].r).items():
             factors.expect(key, shape, (torch.float32,), f"the start factors of layer {part.layers[0]}")
         for name, pair in part.unpack(*(factors.read(key) for key in part.keys)).items():
-            starts[name], _ = split.layers[name].starts(name, *pair, config, others)
+            starts[name], _ = split.layers[name].starts(name, *pair, config, others.read)
     return starts

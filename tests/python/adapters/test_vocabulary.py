@@ -277,3 +277,12 @@ def test_the_bias_of_an_output_layer_travels(tmp_path: Path) -> None:
         for kind in (PissaModel, peft.PeftModel):
             head = kind.from_pretrained(load(2.0), tmp_path / target).base_model.model.lm_head
             assert (head.bias[SIZE:] == 1).all()
+
+
+def test_an_embedding_without_rows_is_refused(tiny_llama: Make, tmp_path: Path) -> None:
+    model = pissa.wrap(tiny_llama(), r=4)
+    model.save_pretrained(tmp_path, save_embedding_layers=True)
+    tensors, key = load_file(tmp_path / "pissa.safetensors"), f"{EMBEDDING}.weight"
+    write_marked(tmp_path, tensors | {key: tensors[key].sum()})
+    with pytest.raises(ValueError, match=rf"{key}' is torch\.float32 \[\], expected"):
+        model.load_adapter(tmp_path, "default")
