@@ -16,7 +16,6 @@ from bench.experiments.encoder import load_model, minilm
 from bench.experiments.experiment import Cell, Options, Result
 from bench.experiments.numbers import rounded
 from pissa import ops
-from pissa.checkpoints.spectra import singular_values
 
 METHODS: dict[str, dict[str, Any]] = {
     "LoftQ, T = 1": {"quantise_first": True},
@@ -98,4 +97,8 @@ def _approximation(weight: Tensor, r: int, format: str, how: dict[str, Any]) -> 
 
 
 def _nuclear(error: Tensor) -> float | None:
-    return rounded(float(singular_values(error).sum()))
+    """The sum of the singular values: of the square roots of the eigenvalues of the Gram matrix in float64, which are
+    accurate to about 1e-8 of the largest. torch.linalg.svdvals takes six times as long for 1024 x 2816."""
+    wide = (error if error.shape[0] <= error.shape[1] else error.mT).double()
+    eigenvalues: Tensor = torch.linalg.eigvalsh(wide @ wide.mT)
+    return rounded(float(eigenvalues.flip(0).clamp(min=0).sqrt().sum()))

@@ -117,13 +117,3 @@ def kinds_of(names: Iterable[str]) -> dict[str, list[str]]:
         alone = (n for n in lengths if not any(other[-n:] == ending[-n:] for other in by_ending if other != ending))
         kinds[".".join(ending[-next(alone, len(ending)) :])] = of_kind
     return kinds
-
-
-def sample(kinds: Mapping[str, Sequence[str]], count: int) -> set[str]:
-    """At most `count` evenly spaced names of each kind, including the first and the last (for one, the middle)."""
-    chosen = set()
-    for names in kinds.values():
-        last = len(names) - 1
-        places = [last // 2] if count == 1 else [round(i * last / (count - 1)) for i in range(count)]
-        chosen |= {names[place] for place in places}
-    return chosen

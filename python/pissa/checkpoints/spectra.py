@@ -1,5 +1,5 @@
-"""Reports what a checkpoint offers PiSSA, read matrix by matrix: spectra, the errors of quantised bases, ranks for a
-budget of parameters, and the memory of training."""
+"""Reports what a checkpoint offers PiSSA, read matrix by matrix: spectra, ranks for a budget of parameters, and the
+memory of training."""
 
 from __future__ import annotations
 
@@ -16,20 +16,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pissa import ops
-from pissa.checkpoints.budget import Candidate, allocate, as_pattern, check_budget, kinds_of, sample
+from pissa.checkpoints.budget import Candidate, allocate, as_pattern, check_budget, kinds_of
 from pissa.checkpoints.init import SplitPlan
 from pissa.checkpoints.load import of_layer
 from pissa.checkpoints.training_memory import quantised_bytes, training_memory
 from pissa.config import PissaConfig
 from pissa.containers.checkpoint import Checkpoint
 from pissa.containers.model_folder import model_config
-
-Method = tuple[str, int]
-"""A way to quantise and its rank, 0 if it has no factors."""
-
-PLAIN = "QLoRA"
-METHODS: dict[str, dict[str, Any]] = {"QPiSSA T=1": {}, "QPiSSA T=5": {"quant_iters": 5}}
-"""The ways to quantise with factors, and their arguments for `ops.split`. Plain quantisation is called `PLAIN`."""
 
 # Rows of a weight that are copied to float64 at once.
 _ROWS = 256
@@ -44,11 +37,9 @@ class LayerReport(NamedTuple):
     name: str
     shape: tuple[int, int]
     values: Tensor
-    """The singular values, float64 [k], descending: all of them, or the leading ones."""
+    """The leading singular values, float64 [k], descending."""
     total: float
     """The squared Frobenius norm, which is the sum of the squares of all singular values."""
-    errors: dict[Method, float]
-    """‖W - Q - s B A‖², Frobenius. Empty if no quantisation was requested."""
 
     def lost(self, rank: int) -> float:
         """The part of `total` that the first `rank` singular values do not hold."""
@@ -61,52 +52,17 @@ class LayerReport(NamedTuple):
         return self.total / largest if largest else 0.0
 
 
-def layer_report(
-    name: str, weight: Tensor, known: int, ranks: Iterable[int] = (), quant: str | None = None, exact: bool = False
-) -> LayerReport:
+def layer_report(name: str, weight: Tensor, known: int) -> LayerReport:
     """Examines the weight [out, in] of a layer, float32, bfloat16 or float16. The `known` leading values are those of
     `ops.svd_lowrank`: never above the true ones, and what PiSSA's factors really hold.
-
-    Args:
-        ranks: ranks of the factors, if errors are computed.
-        quant: the format whose errors are computed.
-        exact: compute all singular values, in float64. That is slow: for 4096 x 11008 in bfloat16, one thread took 10 s
-            even in float32, compared with 0.25 s for 16 leading values.
 
     Raises:
         ValueError: the weight contains NaN or Inf. The message names the layer.
     """
     with of_layer(name):
-        if exact:
-            values = singular_values(weight)
-        else:
-            _, values, _ = ops.svd_lowrank(weight, min(known, *weight.shape))
-        errors = {} if quant is None else quant_errors(weight, quant, ranks)
-    return LayerReport(name, (weight.shape[0], weight.shape[1]), values.double().cpu(), norm_squared(weight), errors)
-
-
-def norm_squared(weight: Tensor) -> float:
-    """The squared Frobenius norm, summed in float64."""
-    return float(sum(rows.double().square_().sum() for rows in torch.split(weight, _ROWS)))
-
-
-def singular_values(weight: Tensor) -> Tensor:
-    """All singular values, float64 [min(out, in)], descending: square roots of the eigenvalues of the Gram matrix in
-    float64, accurate to about 1e-8 of the largest. torch.linalg.svdvals takes six times as long for 1024 x 2816."""
-    wide = (weight if weight.shape[0] <= weight.shape[1] else weight.mT).double()
-    eigenvalues: Tensor = torch.linalg.eigvalsh(wide @ wide.mT)
-    return eigenvalues.flip(0).clamp(min=0).sqrt()
-
-
-def quant_errors(weight: Tensor, format: str, ranks: Iterable[int]) -> dict[Method, float]:
-    """The errors of a weight [out, in] in `format`, ‖W - Q - s B A‖², Frobenius. Each needs a float32 copy of the
-    weight. If a side of the weight is smaller than a rank, that side is used as the rank."""
-    errors = {(PLAIN, 0): norm_squared(ops.dequantize(ops.quantize(weight, format)).sub_(weight))}
-    for rank, (name, options) in itertools.product(ranks, METHODS.items()):
-        split = ops.split(weight, min(rank, *weight.shape), form=format, **options)
-        assert isinstance(split.residual, ops.QuantizedWeight)
-        errors[name, rank] = norm_squared(ops.dequantize(split.residual).addmm_(split.b0, split.a0).sub_(weight))
-    return errors
+        _, values, _ = ops.svd_lowrank(weight, min(known, *weight.shape))
+    total = float(sum(rows.double().square_().sum() for rows in torch.split(weight, _ROWS)))
+    return LayerReport(name, (weight.shape[0], weight.shape[1]), values.double().cpu(), total)
 
 
 # ---- Several layers --------------------------------------------------------------------------------------------------
@@ -122,29 +78,9 @@ class Summary(NamedTuple):
         total = sum(layer.total for layer in self.layers)
         return 1 - sum(layer.lost(rank) for layer in self.layers) / total if total else 1.0
 
-    @property
-    def quantised(self) -> list[LayerReport]:
-        """The layers whose errors are known."""
-        return [layer for layer in self.layers if layer.errors]
-
-    def error(self, method: Method = (PLAIN, 0)) -> float:
-        """The Frobenius norm of the error, relative to that of the weights; 0 for weights of zeros."""
-        total = sum(layer.total for layer in self.quantised)
-        return math.sqrt(sum(layer.errors[method] for layer in self.quantised) / total) if total else 0.0
-
-    def removed(self, method: Method) -> float:
-        """The share of plain quantisation's error that is removed."""
-        plain = self.error()
-        return 1 - self.error(method) / plain if plain else 0.0
-
-    def numbers(self, ranks: Iterable[int]) -> dict[str, Any]:
-        """Energies at these ranks, and the known errors, as stored in JSON."""
-        energy = {"energy": {str(rank): self.energy(rank) for rank in ranks}}
-        errors = [
-            {"method": name, "rank": rank, "error": self.error((name, rank)), "removed": self.removed((name, rank))}
-            for name, rank in (self.quantised[0].errors if self.quantised else ())
-        ]
-        return energy | ({"errors": errors} if errors else {})
+    def energies(self, ranks: Iterable[int]) -> dict[str, float]:
+        """The same at these ranks, as stored in JSON."""
+        return {str(rank): self.energy(rank) for rank in ranks}
 
 
 def by_kind(layers: Iterable[LayerReport]) -> dict[str, Summary]:
@@ -167,7 +103,7 @@ class SuggestedRanks(NamedTuple):
     """Together with `r`, the fields of a PissaConfig that gives the layers these ranks."""
     parameters: int
     lost: float
-    """The share of the energy that the ranks do not hold, weighted by each kind's error if something is quantised."""
+    """The share of the energy that the ranks do not hold."""
     largest_rank: int
     """The largest rank that was examined. A layer with this rank might benefit from more."""
     uniform: dict[str, Any]
@@ -180,19 +116,12 @@ def suggest(
 ) -> SuggestedRanks:
     """Computes ranks, multiples of `step`, that lose as little as possible of the layers' energy; see `allocate`.
 
-    The loss of a quantised residual is roughly its own energy times the format's loss for each unit, which differs from
-    kind to kind. The energies are weighted by that if errors are known.
-
     Args:
         together: the layers' names, in groups that need one rank: the experts of a module. By default each layer is its
             own group.
     """
-    by_name = {}
-    for kind in by_kind(layers).values():
-        weight = kind.error() if kind.quantised else 1.0
-        for layer in kind.layers:
-            by_name[layer.name] = layer._replace(values=weight * layer.values, total=weight**2 * layer.total)
-    total = sum(layer.total for layer in by_name.values())
+    by_name = {layer.name: layer for layer in layers}
+    total = sum(layer.total for layer in layers)
 
     def even(rank: int) -> dict[str, int]:
         return {layer.name: min(rank, *layer.shape) for layer in layers}
@@ -238,14 +167,12 @@ def report(
     *,
     quant: str | None = None,
     budget: int | None = None,
-    sampled: int | None = None,
-    exact: bool = False,
     batch: int = 1,
     length: int = 512,
 ) -> Report:
     """Examines every matrix of a checkpoint that PiSSA would adapt, one after the other, with a bar on stderr. Spectra
     are computed up to the largest of `ranks`, or up to four times the smallest if that is more, so that a suggestion
-    has a choice. The arguments are those of the command.
+    has a choice. The arguments are those of the command; `quant` is the format that the memory is computed for.
 
     Raises:
         OSError, ValueError: an error that names file, tensor or argument.
@@ -257,13 +184,14 @@ def report(
     step = math.gcd(8, rank) if math.gcd(8, rank) < rank else max(1, rank // 2)
     source = Checkpoint.open(model)
     plan = SplitPlan(source, PissaConfig(r=1))
+    form = PissaConfig(quant=quant).form
     planned = list(plan.layers.values())
     config = model_config(source.folder).get_text_config()
     memory = training_memory(
         {layer.name: layer.shape for layer in planned},
         rank,
         weights=sum(source.nbytes(name) for name in (plan.copied if quant else source.names))
-        + sum(quantised_bytes(layer.shape, PissaConfig(quant=quant).form) for layer in planned if quant),
+        + sum(quantised_bytes(layer.shape, form) for layer in planned if quant),
         dtype=planned[0].dtype,
         hidden=config.hidden_size,
         tokens=batch * length,
@@ -273,15 +201,13 @@ def report(
     if budget is None:
         budget = sum(min(rank, side) * cost for side, cost in sides)
     check_budget(sides, budget, step)
-    chosen = sample(kinds_of(plan.layers), sampled) if sampled else plan.layers.keys()
     reports: dict[str, LayerReport] = {}
     total = sum(math.prod(layer.shape) for layer in planned)
     with tqdm(total=total, desc="report", unit="parameters", unit_scale=True) as bar:
         for layer, following in itertools.zip_longest(planned, planned[1:]):
             if following is not None:
                 source.ahead(following.tensors)
-            format = quant if layer.name in chosen else None
-            reports[layer.name] = layer_report(layer.name, source.matrix(layer.parts), known, ranks, format, exact)
+            reports[layer.name] = layer_report(layer.name, source.matrix(layer.parts), known)
             source.release(layer.tensors)
             bar.update(math.prod(layer.shape))
     groups = [factors.layers for factors in plan.factors]
@@ -292,10 +218,11 @@ def report(
         "model": os.fspath(model),
         "quant": quant,
         "ranks": ranks,
-        "exact": exact,
         "seconds": time.perf_counter() - started,
-        "total": Summary(layers).numbers(ranks),
-        "kinds": {kind: {"layers": len(summary.layers), **summary.numbers(ranks)} for kind, summary in kinds.items()},
+        "total": {"energy": Summary(layers).energies(ranks)},
+        "kinds": {
+            kind: {"layers": len(summary.layers), "energy": summary.energies(ranks)} for kind, summary in kinds.items()
+        },
         "suggestion": {name: value for name, value in suggestion._asdict().items() if name != "ranks"},
         "formats": kept,
         "memory": {"batch": batch, "length": length, "rank": rank, **memory},
