@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import sys
 import warnings
 from collections import Counter
@@ -27,9 +26,9 @@ from pissa.adapters.peft_layout import (
     Matrices,
     weight_at,
 )
-from pissa.adapters.pissa_layout import MARK, PISSA_WEIGHTS, PissaFolder, is_export_ours, say_replaced
+from pissa.adapters.pissa_layout import MARK, PISSA_WEIGHTS, PissaFolder, has_ours, is_export_ours, say_replaced
 from pissa.config import SUPPORTED, default_of, exactly
-from pissa.containers.checkpoint import INITIAL_FOLDER, PISSA_RECORD
+from pissa.containers.checkpoint import INITIAL_FOLDER
 from pissa.containers.messages import read_object, reading, shown
 from pissa.containers.tensor_file import SAVED_FLOATS, TensorFile
 from pissa.layers.experts import WEIGHTS as EXPERT_WEIGHTS
@@ -73,7 +72,7 @@ class LoraFactors(FactorTensors):
 @dataclass(frozen=True)
 class LoraFolder:
     """adapter_config.json and the header of adapter_model.safetensors, checked against each other and against
-    pissa.json. `open_adapter` reads them."""
+    the record in pissa.safetensors. `open_adapter` reads them."""
 
     path: Path
     config: dict[str, Any]
@@ -121,8 +120,7 @@ def is_plain_lora(folder: Path) -> bool:
 def is_ours(folder: Path) -> bool:
     """Whether the folder contains an adapter of ours, or a part of one, whose plain LoRA no other program has
     replaced."""
-    has_ours = any(os.path.lexists(folder / name) for name in (PISSA_RECORD, PISSA_WEIGHTS))
-    return has_ours and is_export_ours(folder)
+    return has_ours(folder) and is_export_ours(folder)
 
 
 def open_adapter(folder: Path) -> LoraFolder:
@@ -134,10 +132,10 @@ def open_adapter(folder: Path) -> LoraFolder:
         raise ValueError(f"{folder} holds no adapter: there is no {ADAPTER_CONFIG}")
     config, weights = read_lora_config(folder / ADAPTER_CONFIG), TensorFile(folder / ADAPTER_WEIGHTS)
     factors = _factors(config, folder / ADAPTER_CONFIG, weights)
-    ours, has_record = None, (folder / PISSA_RECORD).is_file()
-    if has_record and MARK not in weights.metadata:
+    ours = None
+    if has_ours(folder) and MARK not in weights.metadata:
         warnings.warn(say_replaced(folder), notices.ReplacedLoraWarning, stacklevel=3)
-    elif has_record:  # the LoRA must be that of this record
+    elif has_ours(folder):  # the LoRA must be that of this record
         ours = PissaFolder.open(folder)
         weights.expect_checksums()
         if weights.metadata[MARK] != ours.tensors.digest:
@@ -150,7 +148,7 @@ def open_adapter(folder: Path) -> LoraFolder:
             f"{folder}: the files do not belong together",
             f"in {ADAPTER_CONFIG}",
             {name: rank_and_scaling(pair.rank, pair.scaling) for pair in factors.values() for name in pair.layers},
-            f"in {PISSA_RECORD}",
+            f"in {PISSA_WEIGHTS}",
             {name: rank_and_scaling(times * layer.r, layer.scaling) for name, layer in ours.layers.items()},
         )
     return LoraFolder(folder, config, weights, factors, ours)

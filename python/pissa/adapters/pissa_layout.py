@@ -1,22 +1,24 @@
 """An adapter of ours in a folder, as far as it can be read without a model.
 
-pissa.json                  the PissaConfig; for each layer a record with the fingerprint of its base, and fingerprints
-                            of the rest of the base; the digest of pissa_codes.safetensors; under a checksum
-pissa.safetensors           everything else that loading needs. Of each layer, under its name in the model:
+pissa.safetensors           the adapter. In its metadata, the record: the PissaConfig; for each layer the fingerprint of
+                            its base, and fingerprints of the rest of the base; the digest of pissa_codes.safetensors;
+                            under a checksum. Of each layer, under its name in the model:
     delta_a, delta_b        the trained differences dA and dB
     a0, b0                  the start factors. b0 is left out if it is zero, as for LoRA's start
     base.a0, base.b0        the start factors of a stored base, if they are not the adapter's own
     recipe.a, recipe.b      the factors that its residual lacks, if alternations have found others than these
     norm, magnitude         with DoRA, the norms of the base's rows and the trained lengths
                             and, under PEFT's names, what is trained or saved beside the layers
+pissa.json                  a copy of the record, for people and for whoever needs nothing but the configuration. `pissa
+                            init` writes one for a model's folder, where it is the only one
 pissa_codes.safetensors     of each layer whose residual its weight alone does not determine, that residual: codes that
                             error feedback has found, and an output layer that is stored and saved. They never change
                             in a run, so the folders of a run share one file (hard links)
 adapter_model.safetensors,  PEFT's: an export, the plain LoRA for the unmodified base. lora_A = [A ; dA] and
 adapter_config.json         lora_B = [dB | B0], of rank 2r; or, if all B0 are zero, A and dB, of rank r
 
-The metadata of adapter_model.safetensors name pissa.safetensors, and its metadata name pissa.json, by their digests. If
-another program writes adapter_model.safetensors again, it does not write that, and the folder is its plain LoRA.
+The metadata of adapter_model.safetensors name pissa.safetensors by its digest. If another program writes
+adapter_model.safetensors again, it does not write that, and the folder is its plain LoRA.
 """
 
 from __future__ import annotations
@@ -55,7 +57,7 @@ CONFIG_FILES = (ADAPTER_CONFIG, PISSA_RECORD)
 ADAPTER_FILES = (*CONFIG_FILES, ADAPTER_WEIGHTS, PISSA_WEIGHTS, PISSA_CODES)
 
 FORMAT = 2
-"""The format of pissa.json that is written and read."""
+"""The format of the record that is written and read."""
 
 _FORMER = (
     ". Only versions before 0.1.0 have written format 1, and no release reads it: load the adapter with pissa's source "
@@ -64,7 +66,7 @@ _FORMER = (
 """What to do about the format before this one."""
 
 MARK = "pissa"
-"""The entry in a file's metadata with the digest of the file to which it belongs."""
+"""The entry in a file's metadata: in pissa.safetensors the record, in the plain LoRA the digest of that file."""
 
 RECIPE = ("recipe.a", "recipe.b")
 
@@ -72,7 +74,7 @@ SAVED = "It is not as save_pretrained wrote it: save the adapter again, or take 
 """The advice for a file of ours that cannot be read."""
 
 
-# -- pissa.json
+# -- the record
 
 
 def _config_fields() -> list[dataclasses.Field[Any]]:
@@ -203,7 +205,7 @@ class AdapterRecord:
     """The digest of the file with codes, if the adapter needs one."""
 
     def text(self) -> str:
-        """The content of the file."""
+        """The text of the record."""
         record = {
             "format": FORMAT,
             "pissa_version": ops.build_info()["version"],
@@ -216,25 +218,29 @@ class AdapterRecord:
 
     @staticmethod
     def read(path: Path) -> AdapterRecord:
-        """Reads the file."""
+        """Reads a file pissa.json."""
         with reading(path, SAVED):
-            fields = read_object(path)
-            if (format := fields["format"]) != FORMAT:
-                raise ValueError(
-                    f"format {shown(format)} of pissa {fields.get('pissa_version')!r} is not {FORMAT}, which pissa "
-                    f"{ops.build_info()['version']} reads{_FORMER if format == 1 else ''}"
-                )
-            if fields.pop("xxh3") != checksum(fields):
-                raise ValueError("xxh3 is not the checksum of the other fields: one of them has been changed")
-            config, rest, codes = config_from_json(fields["config"]), dict(fields["rest"]), fields["codes"]
-            if not all(isinstance(text, str) for text in (*rest.values(), codes or "")):
-                raise ValueError("rest or codes has something else than texts")
-            layers = {name: LayerRecord.from_json(record) for name, record in fields["layers"].items()}
-            return AdapterRecord(config, layers, rest, codes)
+            return AdapterRecord.from_json(read_object(path))
+
+    @staticmethod
+    def from_json(fields: dict[str, Any]) -> AdapterRecord:
+        """The inverse of `text`, for the object in it. To be called in a block of `reading`."""
+        if (format := fields["format"]) != FORMAT:
+            raise ValueError(
+                f"format {shown(format)} of pissa {fields.get('pissa_version')!r} is not {FORMAT}, which pissa "
+                f"{ops.build_info()['version']} reads{_FORMER if format == 1 else ''}"
+            )
+        if fields.pop("xxh3") != checksum(fields):
+            raise ValueError("xxh3 is not the checksum of the other fields: one of them has been changed")
+        config, rest, codes = config_from_json(fields["config"]), dict(fields["rest"]), fields["codes"]
+        if not all(isinstance(text, str) for text in (*rest.values(), codes or "")):
+            raise ValueError("rest or codes has something else than texts")
+        layers = {name: LayerRecord.from_json(record) for name, record in fields["layers"].items()}
+        return AdapterRecord(config, layers, rest, codes)
 
 
 def checksum(record: Mapping[str, Any]) -> str:
-    """XXH3-128 of the fields of pissa.json except the checksum itself."""
+    """XXH3-128 of the fields of a record except the checksum itself."""
     return xxh3_of_text(json.dumps(record, sort_keys=True))
 
 
@@ -288,25 +294,28 @@ class PissaFolder(AdapterRecord):
     def open(path: Path, config: PissaConfig | None = None) -> PissaFolder:
         """Reads the folder that `save_pretrained` wrote for one adapter. A user's `config` replaces the saved one."""
         path = path.absolute()  # `blame` looks for it in messages, where "q" is also a part of "q_proj"
-        record = _read_record(path)
+        if not has_ours(path):
+            raise ValueError(_no_adapter(path))
+        tensors = TensorFile(path / PISSA_WEIGHTS)
+        if MARK not in tensors.metadata:
+            raise ValueError(f"{tensors.path} is of format 1, or another program has written it{_FORMER}")
         if not is_export_ours(path):
             raise ValueError(
                 f"{say_replaced(path)} Load that with peft.PeftModel.from_pretrained; or, for the adapter that pissa "
                 f"has saved, delete {ADAPTER_WEIGHTS}, or take it from a copy"
             )
+        tensors.expect_checksums()
+        with reading(tensors.path, SAVED):
+            record = AdapterRecord.from_json(json.loads(tensors.metadata[MARK]))
         if config is not None:
             _check_alike(config, record.config, path)
             record = replace(record, config=config)
-        tensors = TensorFile(path / PISSA_WEIGHTS)
         codes = None if record.codes is None else TensorFile(path / PISSA_CODES)
-        belongs = {tensors: tensors.metadata.get(MARK) == xxh3_of_text((path / PISSA_RECORD).read_text())}
-        if codes is not None:
-            belongs[codes] = codes.digest == record.codes
-        for file in belongs:
-            file.expect_checksums()
-        for file, does in belongs.items():
-            if not does:
-                raise ValueError(f"{path / PISSA_RECORD} and {file.path} do not belong together: {SAVED}")
+        if codes is not None and codes.digest != record.codes:
+            raise ValueError(
+                f"{codes.path} is not that of {PISSA_WEIGHTS}, because saving was interrupted, or it is from another "
+                "folder. Save the adapter again, or take both files from a copy"
+            )
         return PissaFolder(**vars(record), path=path, tensors=tensors, codes_file=codes)
 
     @contextmanager
@@ -318,8 +327,7 @@ class PissaFolder(AdapterRecord):
         except (ValueError, TypeError, AttributeError, LookupError, NotImplementedError, re.error) as error:
             if str(self.path) in str(error):
                 raise
-            record = self.path / PISSA_RECORD
-            raise ValueError(f"the adapter that {record} describes cannot be put on this model: {error}") from error
+            raise ValueError(f"the adapter in {self.path} cannot be put on this model: {error}") from error
 
     def read_layer(self, name: str) -> LayerTensors:
         """Reads the tensors of a layer."""
@@ -358,6 +366,11 @@ class PissaFolder(AdapterRecord):
         return None
 
 
+def has_ours(folder: Path) -> bool:
+    """Whether the folder contains an adapter of ours, or a part of one."""
+    return any(os.path.lexists(folder / name) for name in (PISSA_RECORD, PISSA_WEIGHTS))
+
+
 def is_export_ours(folder: Path) -> bool:
     """Whether no other program has written the plain LoRA in a folder of ours. It may also have been deleted."""
     path = folder / ADAPTER_WEIGHTS
@@ -367,7 +380,7 @@ def is_export_ours(folder: Path) -> bool:
 def say_replaced(folder: Path) -> str:
     """The beginning of a message about a folder of ours with a plain LoRA from elsewhere."""
     return (
-        f"{folder / ADAPTER_WEIGHTS} is not the one that pissa has saved beside {PISSA_RECORD}: another program has "
+        f"{folder / ADAPTER_WEIGHTS} is not the one that pissa has saved beside {PISSA_WEIGHTS}: another program has "
         "written it, and the folder is now the plain LoRA in it."
     )
 
@@ -376,27 +389,27 @@ def read_config(model_id: str | os.PathLike[str], *, subfolder: str | None = Non
     """The configuration of an adapter, or the one that `PissaConfig.save_pretrained` wrote, from a folder or a
     repository on the Hub; see `PissaConfig.from_pretrained`."""
     folder = adapter_folder(model_id, CONFIG_FILES, subfolder=subfolder, **kwargs)
-    alone = folder / ADAPTER_CONFIG
-    if not os.path.isfile(folder / PISSA_RECORD) and os.path.isfile(alone):
+    record, alone = folder / PISSA_RECORD, folder / ADAPTER_CONFIG
+    if os.path.isfile(record):  # Path.is_file fails if a name is too long
+        return AdapterRecord.read(record).config
+    if os.path.isfile(alone):
         with reading(alone, SAVED):
             fields = read_object(alone)
             if {"svd", "svd_passes"} <= fields.keys():  # otherwise it contains another configuration
                 return config_from_json(fields)
-    return _read_record(folder).config
+    raise ValueError(_no_adapter(folder))
 
 
 PissaConfig.reader = staticmethod(read_config)
 
 
-def _read_record(folder: Path) -> AdapterRecord:
-    if not os.path.isfile(folder / PISSA_RECORD):  # Path.is_file fails if a name is too long
-        if os.path.isfile(folder / ADAPTER_CONFIG):
-            raise ValueError(
-                f"{folder} holds a plain PEFT adapter (no {PISSA_RECORD}): use peft.PeftModel.from_pretrained, or "
-                "peft.PeftConfig.from_pretrained for its configuration"
-            )
-        raise ValueError(f"{folder} holds no PiSSA adapter: there is no {PISSA_RECORD}")
-    return AdapterRecord.read(folder / PISSA_RECORD)
+def _no_adapter(folder: Path) -> str:
+    if os.path.isfile(folder / ADAPTER_CONFIG):
+        return (
+            f"{folder} holds a plain PEFT adapter (no {PISSA_RECORD}): use peft.PeftModel.from_pretrained, or "
+            "peft.PeftConfig.from_pretrained for its configuration"
+        )
+    return f"{folder} holds no PiSSA adapter: there is no {PISSA_RECORD}"
 
 
 _FREE = {"inference_mode", "lora_dropout", "base_model_name_or_path", "revision", "task_type", "auto_mapping"}

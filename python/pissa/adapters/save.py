@@ -32,7 +32,6 @@ from pissa.adapters.peft_layout import (
 )
 from pissa.adapters.pissa_layout import MARK, PISSA_WEIGHTS, AdapterRecord, LayerRecord, layer_tensors
 from pissa.adapters.vocabulary import vocabulary
-from pissa.base.digest import xxh3_of_text
 from pissa.base.protocol import unshard
 from pissa.base.stored import residual_tensors
 from pissa.config import IMPLICIT
@@ -79,11 +78,10 @@ def save_adapter(
                 fingerprints[name] = str(records[name].stored)
     folder = Path(directory) / ("" if adapter_name == "default" else adapter_name)
     with staged(folder) as new:
-        # In this order, so that each file is complete when another names it.
         digest = model.codes_file.write(folder, new, codes, fingerprints) if codes else None
         text = AdapterRecord(config, records, rest, digest).text()
+        digest = write_tensors(new(PISSA_WEIGHTS), _on_cpu(tensors), {MARK: text})
         new(PISSA_RECORD).write_text(text)
-        digest = write_tensors(new(PISSA_WEIGHTS), _on_cpu(tensors), {MARK: xxh3_of_text(text)})
         plain = plain_config(base, config, adapter_name, layers, lora_times(layers, adapter_name))
         new(ADAPTER_CONFIG).write_text(plain_config_text(plain, _class_of(base)))
         write_tensors(new(ADAPTER_WEIGHTS), _on_cpu(lora), {MARK: digest})

@@ -253,7 +253,8 @@ class PissaModel(MendedPeftModel):
         save, do it in place under `torch.no_grad()`, not through `weight.data`, which torch does not count as a change.
 
         An adapter that is not called "default" is saved in a sub-folder of its name. Every file is written under a
-        temporary name, flushed and then renamed, so that a crash leaves a complete adapter.
+        temporary name, flushed and then renamed, so that a crash leaves the old adapter or the new one. The exception
+        is a folder of another run that has a file with codes: if a crash replaces only that, loading says so.
 
         Args:
             save_directory: the folder; created if necessary.

@@ -160,6 +160,22 @@ def test_a_disk_without_hard_links(fed_back: PissaModel, tmp_path: Path, monkeyp
     assert (tmp_path / "1" / CODES).read_bytes() == (tmp_path / "2" / CODES).read_bytes()
 
 
+def save_killed(model: PissaModel, folder: Path, renamed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Saves until that many files have been renamed."""
+    rename, calls = os.replace, []
+
+    def killed(*paths: Path) -> None:
+        calls.append(paths)
+        if len(calls) > renamed:
+            raise KeyboardInterrupt
+        rename(*paths)
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        model.save_pretrained(folder)
+    monkeypatch.undo()
+
+
 @pytest.mark.parametrize("renamed", range(5))
 def test_a_kill_between_two_renames(
     renamed: int, tiny_llama: Make, tokens: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -171,19 +187,20 @@ def test_a_kill_between_two_renames(
     old = logits(model.eval(), tokens)
     touch(tmp_path / CODES)
     train(model, tokens)
-    rename, calls = os.replace, []
+    save_killed(model, tmp_path, renamed, monkeypatch)
+    expected = logits(model, tokens) if renamed > 1 else old  # pissa.safetensors is the second
+    assert torch.equal(logits(PissaModel.from_pretrained(tiny_llama(), tmp_path), tokens), expected)
 
-    def killed(*paths: Path) -> None:
-        calls.append(paths)
-        if len(calls) > renamed:
-            raise KeyboardInterrupt
-        rename(*paths)
 
-    monkeypatch.setattr(os, "replace", killed)
-    with pytest.raises(KeyboardInterrupt):
-        model.save_pretrained(tmp_path)
-    monkeypatch.undo()
-    expected = logits(model, tokens) if renamed > 2 else old  # pissa.safetensors is the third
+@pytest.mark.parametrize("renamed", range(4))
+def test_a_kill_while_another_run_is_saved_over_it(
+    renamed: int, tiny_llama: Make, tokens: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = saved(tiny_llama, tokens, tmp_path)
+    new = pissa.wrap(tiny_llama(), r=2, quant="nf4")
+    train(new, tokens)
+    save_killed(new.eval(), tmp_path, renamed, monkeypatch)
+    expected = logits(new if renamed else old, tokens)  # pissa.safetensors is the first
     assert torch.equal(logits(PissaModel.from_pretrained(tiny_llama(), tmp_path), tokens), expected)
 
 

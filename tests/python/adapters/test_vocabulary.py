@@ -117,7 +117,7 @@ def test_an_output_layer_that_is_kept_as_a_residual(
     codes = load_file(tmp_path / "a" / "pissa_codes.safetensors")
     codes["lm_head.codes" if form == "nf4" else "lm_head.residual"].view(torch.uint8).view(-1)[0] ^= 1
     write_tensors(tmp_path / "a" / "pissa_codes.safetensors", codes)
-    refuse(grown(2, dtype=dtype), tmp_path / "a", r"pissa_codes\.safetensors do not belong together")
+    refuse(grown(2, dtype=dtype), tmp_path / "a", r"pissa_codes\.safetensors is not that of pissa\.safetensors")
 
 
 def refuse(base: nn.Module, folder: Path, words: str) -> None:

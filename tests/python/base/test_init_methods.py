@@ -52,7 +52,7 @@ def test_a_start_of_one_s_own(
     again = PissaModel.from_pretrained(small_llama(), tmp_path)
     assert torch.equal(logits(again, tokens), logits(model, tokens))
     monkeypatch.delitem(pissa.INIT_METHODS, "rows")
-    with pytest.raises(ValueError, match=r"pissa\.json cannot be read: .*got 'rows'; .*pissa\.INIT_METHODS first"):
+    with pytest.raises(ValueError, match=r"pissa\.safetensors cannot be read: .*'rows'; .*pissa\.INIT_METHODS first"):
         PissaModel.from_pretrained(small_llama(), tmp_path)
 
 

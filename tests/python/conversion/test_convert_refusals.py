@@ -127,7 +127,7 @@ def test_files_of_two_saves_are_refused(ours: Path, tmp_path: Path) -> None:
     (ours / NAMES[0]).write_text(json.dumps(config | {"lora_alpha": 7}))
     with pytest.raises(
         ValueError,
-        match=r"do not belong together: .* has rank 8 and scaling .*, and rank 8 .* in pissa\.json",
+        match=r"do not belong together: .* has rank 8 and scaling .*, and rank 8 .* in pissa\.safetensors",
     ):
         pissa.convert(ours, tmp_path / "lora")
     (ours / NAMES[0]).write_text(json.dumps(config))

@@ -20,8 +20,7 @@ import pissa
 from language_models import assert_same, logits, snapshot, train
 from pissa import PissaConfig, PissaModel, notices
 from pissa.adapters.pissa_layout import MARK, checksum
-from pissa.base.digest import xxh3_of_text
-from pissa.containers.tensor_file import write_tensors
+from pissa.containers.tensor_file import TensorFile, write_tensors
 
 RECORD, WEIGHTS, STARTS = FILES = ("pissa.json", "adapter_model.safetensors", "pissa.safetensors")
 TARGETS: dict[str, Any] = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
@@ -232,12 +231,16 @@ def damage_tensors(saved: Saved, damage: Callable[..., str], dice: random.Random
 
 
 def write_marked(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Writes pissa.safetensors as what belongs to pissa.json."""
-    write_tensors(folder / STARTS, tensors, {MARK: xxh3_of_text((folder / RECORD).read_text())})
+    """Writes pissa.safetensors with other tensors."""
+    write_tensors(folder / STARTS, tensors, {MARK: TensorFile(folder / STARTS).metadata[MARK]})
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:
-    """Writes a content of pissa.json with the checksum of what it says, as what pissa.safetensors belongs to."""
+    """Writes pissa.safetensors with another record, with the checksum of what that says."""
     signed = record | {"xxh3": checksum({name: value for name, value in record.items() if name != "xxh3"})}
-    (folder / RECORD).write_text(json.dumps(signed))
-    write_marked(folder, load_file(folder / STARTS))
+    write_text(folder, json.dumps(signed))
+
+
+def write_text(folder: Path, text: str) -> None:
+    """Writes pissa.safetensors with another text as its record."""
+    write_tensors(folder / STARTS, load_file(folder / STARTS), {MARK: text})
