@@ -256,7 +256,7 @@ class _Restoration:
     def _another_base(self, what: str, recorded: str) -> ValueError:
         return ValueError(
             f"the model is not the base that {self.folder.path} was trained on: {what} has other values, in "
-            f"{dtype_of(recorded)}, in which it was trained on. Load the same checkpoint; to apply the adapter to "
+            f"{dtype_of(recorded)}, in which it was trained. Load the same checkpoint; to apply the adapter to "
             "another base all the same, use peft.PeftModel.from_pretrained, for which the folder is a plain LoRA"
         )
 
