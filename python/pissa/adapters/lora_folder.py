@@ -29,7 +29,7 @@ from pissa.adapters.peft_layout import (
 from pissa.adapters.pissa_layout import MARK, PISSA_WEIGHTS, PissaFolder, has_ours, is_export_ours, say_replaced
 from pissa.config import SUPPORTED, default_of, exactly
 from pissa.containers.checkpoint import INITIAL_FOLDER
-from pissa.containers.messages import read_object, reading, shown
+from pissa.containers.messages import file_errors, quote, read_object
 from pissa.containers.tensor_file import SAVED_FLOATS, TensorFile
 from pissa.layers.experts import WEIGHTS as EXPERT_WEIGHTS
 from pissa.ops.checks import check_scaling
@@ -162,7 +162,7 @@ def check_same_layers(what: str, here: str, ours: Mapping[str, str], there: str,
             here, there = (
                 f"{sizes.get(name, 'no factors')} {where}" for sizes, where in ((ours, here), (theirs, there))
             )
-            raise ValueError(f"{what}: layer {shown(name)} has {here}, and {there}")
+            raise ValueError(f"{what}: layer {quote(name)} has {here}, and {there}")
 
 
 def rank_and_scaling(rank: int, scaling: float) -> str:
@@ -194,28 +194,28 @@ _USED: dict[str, Any] = {
 
 def read_lora_config(path: Path) -> dict[str, Any]:
     """Reads adapter_config.json. Missing fields that are used here get PEFT's defaults."""
-    with reading(path, PLAIN_LORA):
+    with file_errors(path, PLAIN_LORA):
         config = read_object(path)
         if config.get("peft_type") != "LORA":
-            raise ValueError(f"peft_type is {shown(config.get('peft_type'))}; needed: 'LORA'")
+            raise ValueError(f"peft_type is {quote(config.get('peft_type'))}; needed: 'LORA'")
         defaults = {field.name: default_of(field) for field in dataclasses.fields(LoraConfig)}
         for name, value in config.items():
             if name not in _KNOWN and value != defaults.get(name) and value not in (None, False, {}, []):
-                raise ValueError(f"{name} is {shown(value)}, a variant of LoRA that cannot be converted")
+                raise ValueError(f"{name} is {quote(value)}, a variant of LoRA that cannot be converted")
         config = {name: defaults[name] for name in _USED} | config
         for name, expected in _USED.items():
             if not isinstance(config[name], expected):
-                raise ValueError(f"{name} is {shown(config[name])}, which PEFT does not write")
+                raise ValueError(f"{name} is {quote(config[name])}, which PEFT does not write")
         return config
 
 
 def size_of(config: Mapping[str, Any], target: str) -> tuple[int, float]:
-    """The rank and scaling of a target in a configuration. To be called in a block of `reading`."""
+    """The rank and scaling of a target in a configuration. To be called in a block of `file_errors`."""
     ranks, alphas = config["rank_pattern"] or {}, config["alpha_pattern"] or {}
     rank: int = ranks.get(get_pattern_key(list(ranks), target), config["r"])
     alpha = alphas.get(get_pattern_key(list(alphas), target), config["lora_alpha"])
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise ValueError(f"the rank of {target} is {shown(rank)}; needed: 1 or more")
+        raise ValueError(f"the rank of {target} is {quote(rank)}; needed: 1 or more")
     scaling = alpha / _divisor(config, rank)
     check_scaling(scaling)
     return rank, scaling
@@ -260,7 +260,7 @@ def _factors(config: dict[str, Any], config_path: Path, weights: TensorFile) -> 
     for place, keys in _places(weights, config["use_dora"]).items():
         path, parameter = _module_and_parameter(place.removeprefix(PREFIX), config, weights)
         target = f"{path}.{parameter}" if parameter else path
-        with reading(config_path, PLAIN_LORA):
+        with file_errors(config_path, PLAIN_LORA):
             rank, scaling = size_of(config, target)
         a, b = (weights.entries[key].shape for key in keys)
         is_fused = parameter in EXPERT_WEIGHTS
@@ -288,13 +288,13 @@ def _places(weights: TensorFile, dora: bool) -> dict[str, tuple[str, str]]:
         pair = next((pair for pair in FACTOR_KEYS if leaves.issuperset(pair)), ())
         if not pair or not place.startswith(PREFIX) or not leaves.issubset((*pair, *_BESIDE)):
             raise ValueError(
-                f"{weights.path}: module {shown(place)} has the tensors {shown(sorted(leaves))}; needed: "
+                f"{weights.path}: module {quote(place)} has the tensors {quote(sorted(leaves))}; needed: "
                 f"{' and '.join(FACTOR_KEYS[0])}, or {' and '.join(FACTOR_KEYS[1])}, and perhaps {', '.join(_BESIDE)}, "
                 f"of a module whose name begins with {PREFIX}"
             )
         if dora and not leaves & set(_MAGNITUDES):
             raise ValueError(
-                f"{weights.path}: tensor {shown(f'{place}.{MAGNITUDE}')} is missing, of DoRA (PEFT leaves magnitudes "
+                f"{weights.path}: tensor {quote(f'{place}.{MAGNITUDE}')} is missing, of DoRA (PEFT leaves magnitudes "
                 "out when it subtracts the initial adapter: convert the adapter that was trained)"
             )
         places[place] = (f"{place}.{pair[0]}", f"{place}.{pair[1]}")
@@ -314,6 +314,6 @@ def _module_and_parameter(place: str, config: dict[str, Any], weights: TensorFil
     if weight := weight_at(place, leaves):
         return weight
     raise ValueError(
-        f"{weights.path}: the tensors of {shown(PREFIX + place)} are those of a parameter, but target_parameters names "
+        f"{weights.path}: the tensors of {quote(PREFIX + place)} are those of a parameter, but target_parameters names "
         f"{sorted(leaves)} of that module; known are {', '.join(EXPERT_WEIGHTS)} of fused experts"
     )

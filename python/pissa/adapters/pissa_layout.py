@@ -46,7 +46,7 @@ from pissa.base.stored import Expected, residual_from, residual_shapes
 from pissa.config import Form, PissaConfig, default_of
 from pissa.containers.checkpoint import PISSA_RECORD
 from pissa.containers.hub import adapter_folder
-from pissa.containers.messages import read_object, reading, shown
+from pissa.containers.messages import file_errors, quote, read_object
 from pissa.containers.tensor_file import TensorFile
 from pissa.layers.layer import PissaLayer
 from pissa.ops import QuantizedWeight
@@ -100,7 +100,7 @@ def config_from_json(fields: dict[str, Any]) -> PissaConfig:
     for name, value in fields.items():
         if name not in known and not (value is None or value is False or value in ("", [], {})):
             raise ValueError(
-                f"config has an unknown field {shown(name)}, with the value {shown(value)}: a later version of pissa "
+                f"config has an unknown field {quote(name)}, with the value {quote(value)}: a later version of pissa "
                 "or peft may know it"
             )
     return PissaConfig(**{name: value for name, value in fields.items() if name in known})
@@ -219,15 +219,15 @@ class AdapterRecord:
     @staticmethod
     def read(path: Path) -> AdapterRecord:
         """Reads a file pissa.json."""
-        with reading(path, SAVED):
+        with file_errors(path, SAVED):
             return AdapterRecord.from_json(read_object(path))
 
     @staticmethod
     def from_json(fields: dict[str, Any]) -> AdapterRecord:
-        """The inverse of `text`, for the object in it. To be called in a block of `reading`."""
+        """The inverse of `text`, for the object in it. To be called in a block of `file_errors`."""
         if (format := fields["format"]) != FORMAT:
             raise ValueError(
-                f"format {shown(format)} of pissa {fields.get('pissa_version')!r} is not {FORMAT}, which pissa "
+                f"format {quote(format)} of pissa {fields.get('pissa_version')!r} is not {FORMAT}, which pissa "
                 f"{ops.build_info()['version']} reads{_FORMER if format == 1 else ''}"
             )
         if fields.pop("xxh3") != checksum(fields):
@@ -305,7 +305,7 @@ class PissaFolder(AdapterRecord):
                 f"has saved, delete {ADAPTER_WEIGHTS}, or take it from a copy"
             )
         tensors.expect_checksums()
-        with reading(tensors.path, SAVED):
+        with file_errors(tensors.path, SAVED):
             record = AdapterRecord.from_json(json.loads(tensors.metadata[MARK]))
         if config is not None:
             _check_alike(config, record.config, path)
@@ -393,7 +393,7 @@ def read_config(model_id: str | os.PathLike[str], *, subfolder: str | None = Non
     if os.path.isfile(record):  # Path.is_file fails if a name is too long
         return AdapterRecord.read(record).config
     if os.path.isfile(alone):
-        with reading(alone, SAVED):
+        with file_errors(alone, SAVED):
             fields = read_object(alone)
             if {"svd", "svd_passes"} <= fields.keys():  # otherwise it contains another configuration
                 return config_from_json(fields)

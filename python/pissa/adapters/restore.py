@@ -21,7 +21,7 @@ from pissa.base.digest import Match, dtype_of, holds, is_fingerprint, match
 from pissa.base.stored import Expected, residual_tensors, residuals_of
 from pissa.base.weights import is_offloaded
 from pissa.config import IMPLICIT, Form, PissaConfig
-from pissa.containers.messages import shown
+from pissa.containers.messages import quote
 from pissa.containers.tensor_file import SAVED_FLOATS
 from pissa.distributed import is_dtensor, is_of_an_engine, is_partitioned, shard_as
 from pissa.layers.factory import check_values
@@ -187,7 +187,7 @@ class _Restoration:
                 for key, (expected, demand) in tensors.items():
                     file.expect(key, *expected, demand)
                 if unknown := file.entries.keys() - tensors:
-                    raise ValueError(f"{file.path}: tensor {shown(min(unknown))} belongs to no part of the adapter")
+                    raise ValueError(f"{file.path}: tensor {quote(min(unknown))} belongs to no part of the adapter")
 
     def _check_vocabulary(self, tables: Mapping[str, VocabularyTensor]) -> None:
         """Checks that the folder's embeddings can replace `tables`, the model's own. If the model has other adapters,

@@ -33,7 +33,7 @@ from pissa.config import IMPLICIT, PissaConfig
 from pissa.containers.checkpoint import EXPERT, PISSA_RECORD, RESIDUAL_KEY, Checkpoint, Contents
 from pissa.containers.coded_weights import BitsandbytesWeight
 from pissa.containers.hub import Name, adapter_folder
-from pissa.containers.messages import first_line, shown
+from pissa.containers.messages import first_line, quote
 from pissa.containers.model_folder import class_of, model_config
 from pissa.containers.tensor_file import TensorFile
 from pissa.distributed import failing_together
@@ -53,7 +53,7 @@ def of_layer(name: str, folder: Path | None = None) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"{place}layer {shown(name)}: {error}") from error
+        raise ValueError(f"{place}layer {quote(name)}: {error}") from error
 
 
 def mapped_model(checkpoint: Checkpoint, dtype: torch.dtype | None) -> PreTrainedModel:
@@ -87,11 +87,11 @@ def mapped_model(checkpoint: Checkpoint, dtype: torch.dtype | None) -> PreTraine
         raise ValueError(f"{folder} cannot be loaded by transformers: {first_line(error)}") from error
     if missing := sorted(info["missing_keys"]):
         raise ValueError(
-            f"{folder} lacks {len(missing)} tensors of a {transformers_class.__name__}, {shown(missing[0])} the first"
+            f"{folder} lacks {len(missing)} tensors of a {transformers_class.__name__}, {quote(missing[0])} the first"
         )
     if mismatched := sorted(info["mismatched_keys"]):
         name, given, needed = mismatched[0]
-        raise ValueError(f"{folder}: {shown(name)} is {list(given)} in the folder and {list(needed)} in the model")
+        raise ValueError(f"{folder}: {quote(name)} is {list(given)} in the folder and {list(needed)} in the model")
     return model
 
 
@@ -251,7 +251,7 @@ def _fill_packed(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
     name = str(checkpoint.quantization.get("bnb_4bit_compute_dtype") or "float32")
     compute_dtype = getattr(torch, name, None)
     if not isinstance(compute_dtype, torch.dtype) or not compute_dtype.is_floating_point:
-        raise ValueError(f"config.json: bnb_4bit_compute_dtype is {shown(name)}; needed: float32, bfloat16 or float16")
+        raise ValueError(f"config.json: bnb_4bit_compute_dtype is {quote(name)}; needed: float32, bfloat16 or float16")
     coded = checkpoint.coded_layers
     for path, name in {match.groups() for layer in coded if (match := EXPERT.fullmatch(layer))}:
         if getattr(fused := model.get_submodule(path), name, None) is not None:
@@ -292,10 +292,10 @@ def _fill_split(model: nn.Module, checkpoint: Checkpoint, split: AdapterRecord, 
     coded = checkpoint.coded_layers
     for name in [*records, *coded]:
         if name not in records:
-            raise ValueError(f"{folder / PISSA_RECORD} has no layer {shown(name)}, whose weight is packed")
+            raise ValueError(f"{folder / PISSA_RECORD} has no layer {quote(name)}, whose weight is packed")
         if name not in adapted:
             raise ValueError(
-                f"layer {shown(name)} has no adapter, but {folder} keeps a residual of it, which lacks its principal "
+                f"layer {quote(name)} has no adapter, but {folder} keeps a residual of it, which lacks its principal "
                 "part: include it in target_modules, as the default configuration does"
             )
     layers = {name: layer for name, layer in adapted.items() if name in records}

@@ -39,7 +39,7 @@ from pissa.checkpoints.rewrite import (
 from pissa.checkpoints.trained import TrainedWeights, read_adapter
 from pissa.config import IMPLICIT, Form
 from pissa.containers.checkpoint import READ, Checkpoint, Contents
-from pissa.containers.messages import shown
+from pissa.containers.messages import quote
 from pissa.containers.model_folder import CONFIG, Part
 from pissa.ops._quant import nearest_codes
 from pissa.ops.checks import check_choice
@@ -62,12 +62,12 @@ def plan_merge(source: Checkpoint, adapter: LoraFolder, form: Form = IMPLICIT, k
     for tensor in [tensor for tensor, count in changed.items() if count > 1]:
         names = [unit.name for unit in units if tensor in unit.tensors]
         raise ValueError(
-            f"{source.path_of(tensor)}: tensor {shown(tensor)} is changed for {' and '.join(names)}; {_IN_MEMORY}"
+            f"{source.path_of(tensor)}: tensor {quote(tensor)} is changed for {' and '.join(names)}; {_IN_MEMORY}"
         )
     located = {tensor for name in source.tensors for tensor in source.composition.tensors(name)}
     if left := sorted(source.coded.keys() - located):
         raise ValueError(
-            f"{source.path_of(left[0])}: tensor {shown(left[0])} is a part of codes that only pissa.load reads; "
+            f"{source.path_of(left[0])}: tensor {quote(left[0])} is a part of codes that only pissa.load reads; "
             f"{_IN_MEMORY}"
         )
     return Plan(source, units, kept=kept)
@@ -166,7 +166,7 @@ class UnitPlanner:
             are_whole = other.rows is unit.rows is None and other.scaling is unit.scaling is None
             if other.key is None or not (are_whole and torch.equal(weights.read(other.key), weights.read(key))):
                 raise ValueError(
-                    f"{weights.path}: tensors {shown(other.key)} and {shown(key)} are both for {unit.tensor} in "
+                    f"{weights.path}: tensors {quote(other.key)} and {quote(key)} are both for {unit.tensor} in "
                     f"{self.source.folder}; {_IN_MEMORY}"
                 )
         return list(units.values())
@@ -185,14 +185,14 @@ class UnitPlanner:
         else:
             name = f"{place.removesuffix('.base_layer').removesuffix('.token_adapter')}.{leaf}"
         if name not in self.source.tensors:
-            raise ValueError(f"{path}: tensor {shown(key)} is for no tensor of the model in {self.source.folder}")
+            raise ValueError(f"{path}: tensor {quote(key)} is for no tensor of the model in {self.source.folder}")
         with of_layer(name, self.source.folder):
             parts = self.source.parts_of(name)
         entry = self.source.entry(parts[0].tensor)
         needed = entry.shape if rows is None else (len(rows), *entry.shape[1:])
         if parts != (Part(parts[0].tensor),) or shape != needed or parts[0].tensor in self.source.coded:
             raise ValueError(
-                f"{path}: tensor {shown(key)} is {list(shape)}; needed: {list(needed)}, for {parts[0].tensor} in "
+                f"{path}: tensor {quote(key)} is {list(shape)}; needed: {list(needed)}, for {parts[0].tensor} in "
                 f"{self.source.folder}. An embedding that was resized, or a weight that is not one dense tensor of the "
                 f"checkpoint, cannot be replaced there; {_IN_MEMORY}"
             )
@@ -200,7 +200,7 @@ class UnitPlanner:
         saved = {name, *(other.removeprefix(PREFIX).replace(".base_layer.", ".") for other in self.adapter.other_keys)}
         if not is_for_all and (others := [other for other in self.source.tied(name) if other not in saved]):
             raise ValueError(
-                f"{path}: tensor {shown(key)} is for {name}, which shares its values with {others[0]} in "
+                f"{path}: tensor {quote(key)} is for {name}, which shares its values with {others[0]} in "
                 f"{self.source.folder}; {_IN_MEMORY}"
             )
         return Unit(name, tensor=parts[0].tensor, key=key, rows=rows, scaling=scaling)

@@ -22,7 +22,7 @@ from typing import Any
 from torch import Tensor
 
 from pissa.base.digest import bytes_of
-from pissa.containers.messages import read_object, reading, shown
+from pissa.containers.messages import file_errors, quote, read_object
 from pissa.containers.staged import CompletedError, check_unused, flush_folder, put_in_place, staged
 from pissa.containers.tensor_file import Layout
 from pissa.distributed import agree, rank
@@ -89,7 +89,7 @@ class Output:
             agree()
             self._check_identity()
             for path in sorted(self._notes.glob("*.json")):
-                with reading(path, self._remedy()):
+                with file_errors(path, self._remedy()):
                     self.done[path.stem] = read_object(path)
             agree()  # before the first batch of this run
         except BaseException:
@@ -113,7 +113,7 @@ class Output:
             shape, offset = shape[1:], offset + member * tensor.nbytes
         if (tensor.dtype, tuple(tensor.shape)) != (dtype, shape):
             raise ValueError(
-                f"{self._files / file}: tensor {shown(name)}: got {tensor.dtype} {list(tensor.shape)}; planned: "
+                f"{self._files / file}: tensor {quote(name)}: got {tensor.dtype} {list(tensor.shape)}; planned: "
                 f"{dtype} {list(shape)}"
             )
         if file not in self._handles:
@@ -200,11 +200,11 @@ class Output:
 
     def _check_identity(self) -> None:
         """Raises ValueError, naming what differs, if the unfinished run has another identity."""
-        with reading(self._hidden / IDENTITY, self._remedy()):
+        with file_errors(self._hidden / IDENTITY, self._remedy()):
             was = read_object(self._hidden / IDENTITY)
         now = json.loads(self._identity)
         if changed := [name for name in {**was, **now} if was.get(name) != now.get(name)]:
-            what = "; ".join(f"{name} was {shown(was.get(name))}, is {shown(now.get(name))}" for name in changed[:3])
+            what = "; ".join(f"{name} was {quote(was.get(name))}, is {quote(now.get(name))}" for name in changed[:3])
             more = f"; and {len(changed) - 3} more" if len(changed) > 3 else ""
             raise ValueError(
                 f"{self._hidden} is of an unfinished run with another plan: {what}{more}. {self._remedy()}"

@@ -27,7 +27,7 @@ from pissa.base.classes import base_of
 from pissa.checkpoints.output import Output
 from pissa.config import IMPLICIT, Form
 from pissa.containers.checkpoint import PISSA_RECORD, RESIDUAL_KEY, Checkpoint
-from pissa.containers.messages import shown
+from pissa.containers.messages import quote
 from pissa.containers.model_folder import CONFIG, Part
 from pissa.containers.tensor_file import INDEX, WEIGHT_FILES, Layout
 from pissa.ops.checks import FLOATS
@@ -193,7 +193,7 @@ def matrix_shape(
         is_member = part.member is None or part.member < entry.shape[0]
         if entry.dtype not in FLOATS or entry.dtype != entries[0].dtype or len(shape) != dimensions or not is_member:
             raise ValueError(
-                f"{source.path_of(part.tensor)}: tensor {shown(part.tensor)} of layer {name} is {entry.dtype} "
+                f"{source.path_of(part.tensor)}: tensor {quote(part.tensor)} of layer {name} is {entry.dtype} "
                 f"{list(entry.shape)}; needed: float32, bfloat16 or float16, one for a layer, and {dimensions} "
                 "dimensions for a matrix"
             )

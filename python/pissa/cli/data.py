@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pissa.cli.terminal import UserError, user_errors
-from pissa.containers.messages import shown
+from pissa.containers.messages import quote
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -74,25 +74,25 @@ def _records(source: str) -> Iterator[tuple[str, Any]]:
     # Not splitlines(): a JSON string may contain U+2028, where splitlines() would end the line.
     lines = {f"{path}:{number}": line for number, line in enumerate(text.split("\n"), 1) if line.strip()}
     for where, part in {str(path): text}.items() if is_list else lines.items():
-        needed = f"; found {shown(part.strip())}; needed: records in JSON"
+        needed = f"; found {quote(part.strip())}; needed: records in JSON"
         with user_errors(ValueError, RecursionError, before=f"{where}: not JSON: ", after=needed):
             value = json.loads(part)
         if not is_list:
             yield where, value
         elif not isinstance(value, list) or not value:
-            raise UserError(f"{path}: found {shown(value)}; needed in a .json file: a list of records")
+            raise UserError(f"{path}: found {quote(value)}; needed in a .json file: a list of records")
         else:
             yield from ((f"{path}: record {number}", record) for number, record in enumerate(value, 1))
 
 
 def _keys(where: str, record: Any, forms: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
     """The keys of the first form that the record matches."""
-    given = shown(record)
+    given = quote(record)
     if isinstance(record, dict):
         for form in forms:
             if {*form} <= record.keys():
                 return form
-        given = f"an object with the keys {', '.join(map(shown, record)) or 'none'}"
+        given = f"an object with the keys {', '.join(map(quote, record)) or 'none'}"
     allowed = ", or ".join(" and ".join(f'"{key}"' for key in form) for form in forms)
     raise UserError(
         f'{where}: found {given}; allowed: an object with {allowed}, which are texts, or messages: [{{"role": "user", '
@@ -114,13 +114,13 @@ def _chat(where: str, record: dict[str, Any], *keys: str) -> Chat:
         messages += part if isinstance(part, list) else [{"role": role, "content": part}]
     for message in messages:
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            raise UserError(f'{where}: found the message {shown(message)}; needed: "role" and "content"')
+            raise UserError(f'{where}: found the message {quote(message)}; needed: "role" and "content"')
         if message["role"] not in _ROLES:
-            raise UserError(f"{where}: found the role {shown(message['role'])}; allowed: {', '.join(_ROLES)}")
+            raise UserError(f"{where}: found the role {quote(message['role'])}; allowed: {', '.join(_ROLES)}")
         text = message["content"]
         if not isinstance(text, str) or not text.strip() or _HALF.search(text):
             raise UserError(
-                f"{where}: the {message['role']}'s content is {shown(text)}; needed: a text that is not empty, without "
+                f"{where}: the {message['role']}'s content is {quote(text)}; needed: a text that is not empty, without "
                 "half of a surrogate pair, such as \\ud83d alone"
             )
     roles = [message["role"] for message in messages]

@@ -19,7 +19,7 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 import pissa
 from pissa.cli.terminal import UserError, number, passes, positive_int, user_errors
 from pissa.config import default_of, types_of_fields
-from pissa.containers.messages import reading
+from pissa.containers.messages import file_errors
 from pissa.containers.staged import staged
 from pissa.ops.formats import FORMATS
 
@@ -175,7 +175,7 @@ def check_same_run(out: Path, ours: Any, training: Any, mixture: Any) -> None:
     if not path.is_file():
         raise UserError(f"--resume: {out} holds no run ({RUN_FILE} is missing); leave --resume out to start one")
     needed = "Needed: options by name; leave --resume out and give another --out to start anew"
-    with user_errors(ValueError), reading(path, needed):
+    with user_errors(ValueError), file_errors(path, needed):
         # A run of an earlier version may have recorded fewer options of the method.
         before = _METHOD | dict(yaml.safe_load(path.read_text(encoding="utf-8")))
     if training.learning_rate == AUTO:

@@ -21,7 +21,7 @@ from pissa import ops
 from pissa.base.released_layouts import join_rows
 from pissa.containers.coded_weights import coded_weights, scales_of_inputs
 from pissa.containers.hub import Name, find_file, model_files, weight_files
-from pissa.containers.messages import shown
+from pissa.containers.messages import quote
 from pissa.containers.model_folder import CONFIG, Composition, Part, meta_model, read_config
 from pissa.containers.tensor_file import Entry, Source
 from pissa.layers.experts import WEIGHTS, is_transposed
@@ -101,7 +101,7 @@ class ModelFolder:
     def require(self, *allowed: Contents) -> None:
         """Raises ValueError, saying what to do instead, unless the folder contains one of these."""
         if self.contents not in allowed:
-            by = f" (quant_method {shown(self.quant_method)} in config.json)" if self.quant_method else ""
+            by = f" (quant_method {quote(self.quant_method)} in config.json)" if self.quant_method else ""
             needed = ", or ".join(contents.value for contents in allowed)
             raise ValueError(
                 f"{self.name} contains {self.contents.value}{by}; needed: {needed}; {_INSTEAD[self.contents]}"

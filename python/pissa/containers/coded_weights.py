@@ -13,7 +13,7 @@ from torch import Tensor
 from pissa import ops
 from pissa.base.bitsandbytes_state import ENTRIES, from_state
 from pissa.base.released_layouts import BESIDE, CODES, OF_INPUTS, REFUSED, SCALES, is_code, released_weight
-from pissa.containers.messages import reading, shown
+from pissa.containers.messages import file_errors, quote
 from pissa.containers.tensor_file import Source
 
 
@@ -53,12 +53,12 @@ class CodedWeight(ABC):
             ValueError: the tensors do not fit each other. The message names tensor and file.
         """
         path = self.source.path_of(self.codes)
-        with reading(path, "It is damaged, or of a layout that is not read: download it again"):
+        with file_errors(path, "It is damaged, or of a layout that is not read: download it again"):
             try:
                 return self._quantized({local: self.source.read(name, member) for local, name in self.tensors.items()})
             except ValueError as error:
                 local = str(error).partition(":")[0].partition(" ")[0]
-                raise ValueError(f"{shown(self.tensors.get(local, self.codes))}: {error}") from error
+                raise ValueError(f"{quote(self.tensors.get(local, self.codes))}: {error}") from error
 
     def decode(self, member: int | None = None) -> Tensor:
         """Returns the dense weight, or one matrix of the stack, as the checkpoint of the dense model would have it."""
@@ -127,7 +127,7 @@ def coded_weights(source: Source, dtype: torch.dtype) -> dict[str, CodedWeight]:
         tensors = {local: name} | {other: full for other in others if (full := _join(weight, other)) in present}
         if not any(other in tensors for other in SCALES):
             raise ValueError(
-                f"{source.path_of(name)}: {shown(name)} has no scales beside it ({', '.join(SCALES)}): a shard is "
+                f"{source.path_of(name)}: {quote(name)} has no scales beside it ({', '.join(SCALES)}): a shard is "
                 "missing, or the checkpoint is of a layout that is not read"
             )
         coded[weight] = ReleasedWeight(source, tensors, torch.bfloat16)
@@ -135,7 +135,7 @@ def coded_weights(source: Source, dtype: torch.dtype) -> dict[str, CodedWeight]:
     for name in present - known - set(scales_of_inputs(source, coded)):
         has_scale = any(f"{name}{ending}" in present for ending in _SCALE_ENDINGS)
         if source.entry(name).dtype in _FLOAT8 or (has_scale and not source.entry(name).dtype.is_floating_point):
-            raise ValueError(f"{source.path_of(name)}: {shown(name)} has codes in a layout that is not read")
+            raise ValueError(f"{source.path_of(name)}: {quote(name)} has codes in a layout that is not read")
     return coded
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import huggingface_hub
 from huggingface_hub.errors import HFValidationError
 
-from pissa.containers.messages import first_line, shown
+from pissa.containers.messages import first_line, quote
 from pissa.containers.tensor_file import INDEX, WEIGHTS, shards
 
 Name = str | os.PathLike[str]
@@ -60,7 +60,7 @@ def weight_files(name: Name, revision: str | None = None) -> Path:
 def _fetch(model_id: Name, what: str, patterns: list[str], options: dict[str, Any]) -> Path:
     if not isinstance(model_id, str) or os.path.exists(model_id):
         return Path(model_id)
-    missing = f"{shown(model_id)} {what}: there is no such folder (the working directory is {os.getcwd()})"
+    missing = f"{quote(model_id)} {what}: there is no such folder (the working directory is {os.getcwd()})"
     try:
         return Path(huggingface_hub.snapshot_download(model_id, allow_patterns=patterns, **options))
     except Exception as error:  # its own, the system's, and those of its HTTP package

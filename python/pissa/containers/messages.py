@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 
-def shown(name: object) -> str:
+def quote(name: object) -> str:
     """A name or value from a file, quoted, and at most one line long."""
     text = repr(name)
     return text if len(text) <= 200 else f"{text[:200]}... ({len(text)} characters)"
@@ -26,7 +26,7 @@ _LASTING = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectory
 
 
 @contextmanager
-def reading(path: Path, remedy: str) -> Iterator[None]:
+def file_errors(path: Path, remedy: str) -> Iterator[None]:
     """Turns every error in the block, which only reads the file, into a ValueError that names the file. The message
     ends with `remedy`, how to continue. An OSError that may be gone the next time, such as that of a server, stays an
     OSError."""
@@ -43,8 +43,8 @@ def reading(path: Path, remedy: str) -> Iterator[None]:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Reads the object in a JSON file. To be called in a block of `reading`."""
+    """Reads the object in a JSON file. To be called in a block of `file_errors`."""
     content = json.loads(path.read_bytes())
     if not isinstance(content, dict):
-        raise ValueError(f"the content: got {shown(content)}; needed: an object")
+        raise ValueError(f"the content: got {quote(content)}; needed: an object")
     return content

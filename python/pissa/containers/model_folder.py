@@ -26,7 +26,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from pissa.containers.messages import read_object, reading, shown
+from pissa.containers.messages import file_errors, quote, read_object
 
 CONFIG = "config.json"
 
@@ -39,7 +39,7 @@ def class_of(config: Any) -> Any:
         if isinstance(model_class, type) and issubclass(model_class, PreTrainedModel):
             return model_class
     raise ValueError(
-        f"architectures is {shown(config.architectures)}; needed: a class of transformers {transformers.__version__}, "
+        f"architectures is {quote(config.architectures)}; needed: a class of transformers {transformers.__version__}, "
         "such as LlamaForCausalLM"
     )
 
@@ -61,14 +61,14 @@ def meta_model(folder: Path) -> PreTrainedModel:
 
 def _config_of(folder: str | os.PathLike[str]) -> AbstractContextManager[None]:
     """For errors of transformers, of huggingface_hub, and of Python for values that these have not checked."""
-    return reading(
+    return file_errors(
         Path(folder) / CONFIG, f"It describes no model that transformers {transformers.__version__} can build"
     )
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """Reads the object in the config.json of a model's folder, unchanged."""
-    with reading(
+    with file_errors(
         folder / CONFIG, "It is damaged, or the folder is no model's; needed: a folder that save_pretrained wrote"
     ):
         return read_object(folder / CONFIG)

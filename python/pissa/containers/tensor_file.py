@@ -20,7 +20,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from pissa.base.digest import bytes_of, xxh3, xxh3_of_text
-from pissa.containers.messages import read_object, reading, shown
+from pissa.containers.messages import file_errors, quote, read_object
 from pissa.ops.checks import FLOATS
 
 DTYPES = {
@@ -100,12 +100,12 @@ class TensorFile:
             pickle = path.with_suffix(".bin")
             beside = f" ({pickle.name} next to it is a pickle, which is never read)" if os.path.lexists(pickle) else ""
             raise ValueError(f"{path} is {what}: download or copy it again{beside}")
-        with reading(path, _REMEDY):
+        with file_errors(path, _REMEDY):
             # safetensors checks that offsets, shapes and dtypes fit each other and the file.
             cast(Any, safe_open)(path, "numpy").__exit__(None, None, None)
             self._state = file_state(path)
         self._map = _map_file(path, self._state[0])
-        with reading(path, _REMEDY):
+        with file_errors(path, _REMEDY):
             start = 8 + int.from_bytes(self._map[:8], "little")
             self._header = self._map[8:start].decode()
             header = json.loads(self._header)
@@ -134,12 +134,12 @@ class TensorFile:
 
         It must not be written to. It keeps the mapping alive.
         """
-        with reading(self.path, _REMEDY):
+        with file_errors(self.path, _REMEDY):
             state = file_state(self.path)
         if state != self._state:
             raise OSError(f"{self.path} has changed since its header was read: start again when nobody writes to it")
         dtype, shape, offset, nbytes = self.entries[name]
-        with reading(self.path, _REMEDY):
+        with file_errors(self.path, _REMEDY):
             if nbytes == 0:
                 return torch.empty(shape, dtype=dtype)
             content = torch.frombuffer(self._map, dtype=torch.uint8, count=nbytes, offset=offset)
@@ -149,12 +149,12 @@ class TensorFile:
         """Checks that the file has a tensor with that shape and one of these dtypes. `demand` is the part of the model
         that needs it."""
         if name not in self.entries:
-            raise ValueError(f"{self.path}: tensor {shown(name)} is missing, of {demand}")
+            raise ValueError(f"{self.path}: tensor {quote(name)} is missing, of {demand}")
         dtype, stored = self.entries[name].dtype, list(self.entries[name].shape)
         if dtype not in dtypes or stored != list(shape):
             allowed = " or ".join(map(str, dtypes))
             raise ValueError(
-                f"{self.path}: tensor {shown(name)} is {dtype} {stored}, expected {allowed} {list(shape)}, for {demand}"
+                f"{self.path}: tensor {quote(name)} is {dtype} {stored}, expected {allowed} {list(shape)}, for {demand}"
             )
 
     def expect_checksums(self) -> None:
@@ -170,12 +170,12 @@ class TensorFile:
         tensor = self.view(name).clone()
         if self._checksums is not None and xxh3(tensor) != self._checksums[name]:
             raise ValueError(
-                f"{self.path}: tensor {shown(name)} is damaged: its checksum is not the one that was written; save "
+                f"{self.path}: tensor {quote(name)} is damaged: its checksum is not the one that was written; save "
                 "the adapter again, or take the file from a copy"
             )
         values = tensor if tensor.dtype in SAVED_FLOATS else tensor.float()  # torch cannot check float8
         if tensor.is_floating_point() and not torch.isfinite(values).all():
-            raise ValueError(f"{self.path}: tensor {shown(name)} holds NaN or Inf")
+            raise ValueError(f"{self.path}: tensor {quote(name)} holds NaN or Inf")
         return tensor
 
     def release(self, names: Sequence[str]) -> None:
@@ -235,7 +235,7 @@ def _entries(header: Mapping[str, Any], start: int) -> dict[str, Entry]:
     entries = {}
     for name, fields in header.items():
         if (dtype := DTYPES.get(fields["dtype"])) is None:
-            raise ValueError(f"tensor {shown(name)} has the dtype {fields['dtype']!r}; known: {', '.join(DTYPES)}")
+            raise ValueError(f"tensor {quote(name)} has the dtype {fields['dtype']!r}; known: {', '.join(DTYPES)}")
         begin, end = fields["data_offsets"]
         entries[name] = Entry(dtype, tuple(fields["shape"]), start + begin, end - begin)
     return dict(sorted(entries.items(), key=lambda item: (item[1].offset, item[1].nbytes)))
@@ -259,13 +259,13 @@ class Source:
             file = TensorFile(self.folder / name)
             if lacking := sorted(promised - file.entries.keys()):
                 raise ValueError(
-                    f"{file.path}: tensor {shown(lacking[0])} is missing, which {INDEX} says is there: the files do "
+                    f"{file.path}: tensor {quote(lacking[0])} is missing, which {INDEX} says is there: the files do "
                     "not belong together; download or copy them again"
                 )
             if twice := sorted(file.entries.keys() & self._holders.keys()):
                 other = self._holders[twice[0]]
                 raise ValueError(
-                    f"{file.path}: tensor {shown(twice[0])} is in {other.path.name} too: the files do not belong "
+                    f"{file.path}: tensor {quote(twice[0])} is in {other.path.name} too: the files do not belong "
                     "together; download or copy them again"
                 )
             self._files[file.path] = file
@@ -309,7 +309,7 @@ class Source:
 
     def _holder(self, name: str) -> TensorFile:
         if name not in self._holders:
-            raise ValueError(f"{self.folder} has no tensor {shown(name)}")
+            raise ValueError(f"{self.folder} has no tensor {quote(name)}")
         return self._holders[name]
 
     def _holding(self, names: Sequence[str]) -> set[TensorFile]:
@@ -336,7 +336,7 @@ def _index(folder: Path) -> Path | None:
 
 def shards(index: Path) -> dict[str, set[str]]:
     """The shards that the index names, each with the tensors that should be in it."""
-    with reading(index, "It is damaged: download or copy it again"):
+    with file_errors(index, "It is damaged: download or copy it again"):
         files = dict(read_object(index)["weight_map"])
         if not all(isinstance(file, str) for file in files.values()):
             raise ValueError("weight_map has something else than names of files")
@@ -346,7 +346,7 @@ def shards(index: Path) -> dict[str, set[str]]:
     for name, file in files.items():
         if not _SHARD.fullmatch(file):
             raise ValueError(
-                f"{index} says that tensor {shown(name)} is in {shown(file)}; allowed: a .safetensors file in the same "
+                f"{index} says that tensor {quote(name)} is in {quote(file)}; allowed: a .safetensors file in the same "
                 "folder: download or copy the index again"
             )
         tensors.setdefault(file, set()).add(name)
@@ -369,7 +369,7 @@ class Layout:
         for name in sorted(tensors, key=lambda name: -tensors[name][0].itemsize):
             dtype, shape = tensors[name]
             if dtype not in _NAMES or name == _METADATA:
-                raise ValueError(f"tensor {shown(name)}, {dtype}, has no place in a safetensors file")
+                raise ValueError(f"tensor {quote(name)}, {dtype}, has no place in a safetensors file")
             begin, end = end, end + dtype.itemsize * math.prod(shape)
             header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
         described = {_METADATA: {"format": "pt"} | dict(metadata or {})} | header

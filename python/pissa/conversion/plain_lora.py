@@ -15,7 +15,7 @@ from pissa.adapters.lora_folder import LoraFolder, check_same_layers, is_plain_l
 from pissa.adapters.peft_layout import Matrices, base_weight_key, inexact_lora
 from pissa.containers.checkpoint import initial_adapter, residual_around
 from pissa.containers.hub import Name, absolute, is_elsewhere
-from pissa.containers.messages import shown
+from pissa.containers.messages import quote
 from pissa.notices import InexactLoraWarning, UnseenBaseWarning
 from pissa.ops.low_rank import join_difference
 
@@ -105,7 +105,7 @@ class PlainLora:
             product = product.mT
         if product.numel() != weight.numel():
             raise ValueError(
-                f"{self.folder.weights.path}: tensor {shown(name)} is {list(weight.shape)}, unlike its factors"
+                f"{self.folder.weights.path}: tensor {quote(name)} is {list(weight.shape)}, unlike its factors"
             )
         return (weight.double() + product.reshape(weight.shape)).to(weight.dtype).contiguous()
 

@@ -11,7 +11,7 @@ from pissa.adapters.lora_folder import LoraFolder
 from pissa.adapters.peft_layout import PREFIX
 from pissa.containers.checkpoint import Checkpoint
 from pissa.containers.hub import Name
-from pissa.containers.messages import shown
+from pissa.containers.messages import quote
 from pissa.conversion.plain_lora import PlainLora
 
 MERGE = "`pissa merge ADAPTER OUT --base BASE`"
@@ -47,7 +47,7 @@ def read_factors(folder: LoraFolder, base: Name | None, initial: Name | None, ru
     base = base or folder.named_base
     fields = ("use_dora", "modules_to_save", "trainable_token_indices", "bias", "lora_bias")
     if unsupported := {name: value for name in fields if (value := folder.config.get(name)) and value != "none"}:
-        text = ", ".join(f"{name}={shown(value)}" for name, value in unsupported.items())
+        text = ", ".join(f"{name}={quote(value)}" for name, value in unsupported.items())
         raise ValueError(
             f"{folder.path} has {text}: {runtime} takes nothing from an adapter but factors of layers. "
             f"Run {MERGE}, which has them in the weights, and serve that"
@@ -57,7 +57,7 @@ def read_factors(folder: LoraFolder, base: Name | None, initial: Name | None, ru
         if key not in unchanged:
             hint = "if it is the base's own, give that (base); else r" if base is None else "R"
             raise ValueError(
-                f"{folder.weights.path}: tensor {shown(key)} is not a factor of a layer, and {runtime} takes only "
+                f"{folder.weights.path}: tensor {quote(key)} is not a factor of a layer, and {runtime} takes only "
                 f"those from an adapter. {hint}un {MERGE}, which has it in the weights, and serve that"
             )
     return lora

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pissa.adapters.lora_folder import LoraFactors, LoraFolder
 from pissa.containers.hub import Name
-from pissa.containers.messages import shown
+from pissa.containers.messages import quote
 from pissa.containers.model_folder import class_of, model_config
 from pissa.containers.staged import staged
 from pissa.integrations.exported import MERGE, Exported, no_base, read_factors
@@ -102,6 +102,6 @@ def _places(model_class: str, config: Any, adapter: LoraFolder) -> tuple[str, di
         else:
             continue
         raise ValueError(
-            f"{adapter.weights.path} has factors of layer {shown(target)}, {reason}: run {MERGE}, and convert that"
+            f"{adapter.weights.path} has factors of layer {quote(target)}, {reason}: run {MERGE}, and convert that"
         )
     return gguf.MODEL_ARCH_NAMES[arch], places

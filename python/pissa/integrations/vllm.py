@@ -15,7 +15,7 @@ from pissa.checkpoints.merge import UnitPlanner
 from pissa.checkpoints.rewrite import LayerPlan
 from pissa.containers.checkpoint import Checkpoint
 from pissa.containers.hub import Name
-from pissa.containers.messages import shown
+from pissa.containers.messages import quote
 from pissa.containers.staged import check_unused, staged
 from pissa.containers.tensor_file import Scratch, write_tensors
 from pissa.conversion.plain_lora import PlainLora
@@ -114,7 +114,7 @@ def _places(lora: PlainLora, base: Name | None) -> dict[str, Places]:
     for module, leaf in (target.rpartition(".")[::2] for target in sorted(stacked)):
         if modules[module] == 1:
             raise ValueError(
-                f"{path} has factors of only {shown(leaf)} in {module}: of a stack of experts vLLM takes "
+                f"{path} has factors of only {quote(leaf)} in {module}: of a stack of experts vLLM takes "
                 f"both gate_up_proj and down_proj, or neither; run {MERGE}"
             )
     return {target: [_parts(layer, source) for layer in layers[target]] for target in layers.keys() - stacked}

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from pissa.containers.messages import reading
+from pissa.containers.messages import file_errors
 from pissa.containers.staged import staged
 from pissa.containers.tensor_file import TensorFile, write_tensors
 
@@ -74,7 +74,7 @@ class Calibration:
             ValueError: the file is wrong. The message names it and the problem.
         """
         file = TensorFile(Path(path))
-        with reading(Path(path), "a file that Calibration.save has written"):
+        with file_errors(Path(path), "a file that Calibration.save has written"):
             file.expect_checksums()
             tensors = {names: file.read(names) for names in file.entries if names != _TOKENS}
             moments = {name: moment for names, moment in tensors.items() for name in names.split()}

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
 from pissa.config import PissaConfig
 from pissa.containers.checkpoint import check_not_residual
-from pissa.containers.messages import shown
+from pissa.containers.messages import quote
 from pissa.distributed import average_gradient, is_managed
 from pissa.layers.experts import unfuse_experts
 from pissa.layers.factory import check_parents, choose_layers, layer_factory
@@ -38,7 +38,7 @@ def check_adapter_name(name: str, model: nn.Module) -> None:
         or set(name) & set("./\\")
     ):
         raise ValueError(
-            f"adapter_name: got {shown(name)}; allowed: a string of 1 to 200 bytes, printable, without '.', '/' "
+            f"adapter_name: got {quote(name)}; allowed: a string of 1 to 200 bytes, printable, without '.', '/' "
             "and '\\'"
         )
     names_in_use = {part for key, _ in model.named_parameters() for part in key.split(".")}

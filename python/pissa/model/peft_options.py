@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from pissa.containers.messages import shown
+from pissa.containers.messages import quote
 
 
 def refuse_unsupported(
@@ -21,7 +21,7 @@ def refuse_unsupported(
     """Raises ValueError for a PEFT option that would be ignored. The message says what to do instead."""
     if key_mapping:
         raise ValueError(
-            f"key_mapping={shown(key_mapping)} is not supported: an adapter is restored into layers of the names that "
+            f"key_mapping={quote(key_mapping)} is not supported: an adapter is restored into layers of the names that "
             "it was saved with. Use peft.PeftModel.from_pretrained with key_mapping, for which the folder is a plain "
             "LoRA"
         )

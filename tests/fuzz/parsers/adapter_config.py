@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pissa.adapters.lora_folder import PLAIN_LORA, read_lora_config, size_of
 from pissa.adapters.pissa_layout import read_config
-from pissa.containers.messages import reading
+from pissa.containers.messages import file_errors
 
 FILE = "adapter_config.json"
 
@@ -16,7 +16,7 @@ def parse(folder: Path) -> None:
     patterns = {name: {} for name in ("rank_pattern", "alpha_pattern")}  # one may match for hours: PEFT's do
     try:
         config = read_lora_config(folder / FILE)
-        with reading(folder / FILE, PLAIN_LORA):
+        with file_errors(folder / FILE, PLAIN_LORA):
             size_of(config | patterns, "model.layers.0.self_attn.q_proj")
     except ValueError as error:
         refused = error

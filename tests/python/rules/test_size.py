@@ -12,7 +12,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[3] / "python" / "pissa"
 
-LIMIT = 13_600
+LIMIT = 13_200
 """Lines of code when this was last set, and 5% more. Is there a second way to do something, that could go instead?"""
 
 _NOT_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
