@@ -24,8 +24,11 @@ def split_difference(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tens
 
 
 def pad_rank(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Pads a [k, in] and b [out, k] with zeros to a rank of at least k. The product does not change."""
+    """Pads a [k, in] and b [out, k] with zeros to a rank of at least k. The product does not change. With rank k, the
+    result is a and b themselves."""
     missing = rank - len(a)
+    if missing == 0:
+        return a, b
     return functional.pad(a, (0, 0, 0, missing)), functional.pad(b, (0, missing))
 
 
