@@ -16,7 +16,7 @@ nitpicky = True  # warn about references that cannot be resolved
 
 # Names without a page here. `make docs` does not use the network, so it does not read other projects' inventories.
 nitpick_ignore_regex = [
-    ("py:class", r"(torch|peft|os|collections\.abc|dataclasses)\..+"),
+    ("py:class", r"Tensor|(torch|peft|os|collections\.abc|dataclasses)\..+"),
     ("cpp:identifier", "pissa(::cpu|::cuda)?"),  # namespaces that Breathe refers to but does not describe
     ("cpp:identifier", "(cuda|cublas|cusolver)[A-Za-z]+_t"),  # CUDA's types
 ]

@@ -414,7 +414,10 @@ def _no_adapter(folder: Path) -> str:
 
 _FREE = {"inference_mode", "lora_dropout", "base_model_name_or_path", "revision", "task_type", "auto_mapping"}
 _FREE |= {"peft_version", "fan_in_fan_out", "quant_storage"}
-"""The fields of a configuration that do not change the function of an adapter."""
+_FREE |= {"target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern"}
+_FREE |= {"rank_pattern", "alpha_pattern", "modules_to_save"}
+"""The fields of a configuration that do not change the function of an adapter, and those that choose layers, modules
+and ranks, because these are compared with those of the model."""
 
 
 def _check_alike(config: PissaConfig, saved: PissaConfig, folder: Path) -> None:

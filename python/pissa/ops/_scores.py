@@ -111,7 +111,7 @@ def linear_cross_entropy(
         reduction: "mean" over the labels that are counted (NaN if none), "sum", or "none" for a loss of each label.
 
     Returns:
-        The loss, float32: a scalar, or for "none" [...] like the labels, with 0 where a label is -100.
+        The loss in float32. It is a scalar, or for "none" [...] like the labels, with 0 where a label is -100.
 
     Raises:
         TypeError, ValueError: an argument is invalid; the message names it.
