@@ -66,11 +66,10 @@ def mapped_model(checkpoint: Checkpoint, dtype: torch.dtype | None) -> PreTraine
     transformers_class = class_of(config)
     vars(config).pop("quantization_config", None)
     vars(config).pop(RESIDUAL_KEY, None)  # of a base that is complete once it has its start
-    parameters = dict(checkpoint.model.named_parameters())
     for name, layers in checkpoint.coded_parameters.items():
         shapes = [checkpoint.codes(parts).shape for parts in layers.values()]
         is_one = list(layers) == [name.removesuffix(".weight")]
-        state[name] = _LeftPacked(shapes[0] if is_one else parameters[name].shape)
+        state[name] = _LeftPacked(shapes[0] if is_one else checkpoint.tensors[name].shape)
     try:
         generation = GenerationConfig.from_pretrained(folder) if (folder / GENERATION_CONFIG_NAME).is_file() else None
         with _unpartitioned() if checkpoint.coded else nullcontext():
