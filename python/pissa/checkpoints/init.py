@@ -36,17 +36,7 @@ from pissa.base.stored import residual_tensors as tensors_of
 from pissa.base.stored import residuals_of
 from pissa.checkpoints.load import mapped_model
 from pissa.checkpoints.output import Output
-from pissa.checkpoints.rewrite import (
-    LayerPlan,
-    Plan,
-    Result,
-    Rewrite,
-    Unit,
-    Written,
-    add_up,
-    matrix_shape,
-    square,
-)
+from pissa.checkpoints.rewrite import LayerPlan, Plan, Result, Rewrite, Unit, Written, add_up, matrix_shape, square
 from pissa.config import PissaConfig
 from pissa.containers.checkpoint import INITIAL_FOLDER, PISSA_RECORD, Checkpoint, Contents
 from pissa.containers.hub import Name

@@ -59,7 +59,7 @@ _INSTEAD = {
     Contents.DENSE: "give the checkpoint in codes",
     Contents.RELEASED: "pissa.load reads it as it is",
     Contents.BITSANDBYTES: "pissa.load reads it as it is",
-    Contents.RESIDUAL: "it lacks what its adapter starts from: pissa.load puts both together; or give the model that "
+    Contents.RESIDUAL: "its adapter may have what it lacks: pissa.load puts both together; or give the model that "
     "was split",
     Contents.PEFT_RESIDUAL: "it lacks that adapter: train that one, with peft.PeftModel.from_pretrained(model, "
     f"FOLDER, subfolder={INITIAL_FOLDER!r}, is_trainable=True), or give the model that was split",
