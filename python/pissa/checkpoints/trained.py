@@ -18,7 +18,7 @@ from pissa.base.start import Served
 from pissa.base.stored import residual_tensors, residuals_of, stored_linear
 from pissa.checkpoints.rewrite import LayerPlan, Unit
 from pissa.config import IMPLICIT
-from pissa.containers.checkpoint import INITIAL_FOLDER, Checkpoint, Contents
+from pissa.containers.checkpoint import Checkpoint, initial_adapter
 from pissa.containers.coded_weights import BitsandbytesWeight
 from pissa.containers.hub import Name
 from pissa.conversion.plain_lora import ON_RESIDUAL, OURS, PlainLora, check_start, refuse_initial
@@ -194,8 +194,8 @@ def read_adapter(folder: LoraFolder, source: Checkpoint, initial: Name | None) -
     Raises:
         ValueError: the adapter cannot be read, or does not belong to the checkpoint.
     """
-    is_residual = source.contents in (Contents.RESIDUAL, Contents.PEFT_RESIDUAL)
-    at_start = open_adapter(source.folder / INITIAL_FOLDER) if is_residual else None
+    start_folder = initial_adapter(source.folder)
+    at_start = None if start_folder is None else open_adapter(start_folder)
     if folder.ours is not None:
         refuse_initial(f"{folder.path} is an adapter of pissa", initial)
         layers = () if at_start is None else [name for part in at_start.factors.values() for name in part.layers]

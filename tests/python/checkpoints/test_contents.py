@@ -72,6 +72,8 @@ def test_the_mark_goes_with_what_was_lacking(base: Path, tmp_path: Path) -> None
     pissa.export(tmp_path / "run", tmp_path / "exported", to="bnb4", base=tmp_path / "split")
     assert RESIDUAL_KEY not in config_of(tmp_path / "merged")
     assert config_of(tmp_path / "exported")[RESIDUAL_KEY]
+    merge(tmp_path / "exported" / "adapter", tmp_path / "exported", tmp_path / "again")
+    assert RESIDUAL_KEY not in config_of(tmp_path / "again")
     assert not hasattr(model.merge_and_unload().config, RESIDUAL_KEY)
 
 
