@@ -21,7 +21,7 @@ COMMANDS = {
     "merge": "merge an adapter into a checkpoint on disk, using little memory",
     "export": "write an adapter for another runtime: bitsandbytes, vLLM, llama.cpp, or merged",
     "convert": "turn a PiSSA adapter of any layout into a plain LoRA",
-    "report": "report spectra, 4-bit errors, ranks and memory before training",
+    "report": "report spectra, and the memory of a training before it starts",
     "run": "run a PEFT training program with pissa's PiSSA and 4-bit LoRA",
     "env": "report versions and whether everything works",
     "selftest": "check this installation; run it before you report a problem",

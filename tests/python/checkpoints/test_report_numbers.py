@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from pissa.checkpoints.spectra import Summary, by_kind, layer_report
+from pissa.checkpoints.spectra import energy, kinds_of, layer_report
 
 
 def power_law(rows: int, columns: int, exponent: float, seed: int = 0) -> torch.Tensor:
@@ -25,16 +25,14 @@ def test_leading_values_are_never_above_the_true_ones() -> None:
         found, true = layer_report("layer", weight, 16), torch.linalg.svdvals(weight.double())
         assert found.values.shape == (16,)
         assert (found.values <= true[:16] * (1 + 1e-6)).all()
-        assert Summary([found]).energy(16) >= 0.99 * float(true[:16].square().sum() / true.square().sum())
+        assert energy([found], 16) >= 0.99 * float(true[:16].square().sum() / true.square().sum())
         assert found.total == pytest.approx(float(true.square().sum()), rel=1e-6)
         assert found.stable_rank == pytest.approx(float(true.square().sum() / true[0] ** 2), rel=1e-3)
-        for rank in (1, 9, 16):
-            assert found.lost(rank) == pytest.approx((1 - Summary([found]).energy(rank)) * found.total)
 
 
 def test_a_weight_of_zeros_loses_nothing() -> None:
     found = layer_report("layer", torch.zeros(8, 8), 2)
-    assert (Summary([found]).energy(2), found.lost(2), found.stable_rank) == (1.0, 0.0, 0.0)
+    assert (energy([found], 2), found.stable_rank) == (1.0, 0.0)
 
 
 def layers(count: int) -> Iterator[tuple[str, torch.Tensor]]:
@@ -47,13 +45,18 @@ def test_summaries_weigh_layers_by_their_squares() -> None:
     matrices = dict(layers(3))
     found = [layer_report(name, matrix, 30) for name, matrix in matrices.items()]
     assert [layer.name for layer in found] == list(matrices)
-    kinds = by_kind(found)
-    assert {kind: len(some.layers) for kind, some in kinds.items()} == {"q_proj": 3, "up_proj": 3}
-    for some in (*kinds.values(), Summary(found)):
-        mine = [matrices[layer.name].double() for layer in some.layers]
+    for some in (found[::2], found[1::2], found):
+        mine = [matrices[layer.name].double() for layer in some]
         for rank in (2, 30):
             kept = sum(float(torch.linalg.svdvals(w)[:rank].square().sum()) for w in mine)
-            assert some.energy(rank) == pytest.approx(kept / sum(float(w.square().sum()) for w in mine), abs=1e-3)
+            assert energy(some, rank) == pytest.approx(kept / sum(float(w.square().sum()) for w in mine), abs=1e-3)
+
+
+def test_kinds() -> None:
+    names = [f"h.{i}.{kind}" for i in range(5) for kind in ("attn.c_proj", "mlp.c_proj", "mlp.c_fc")]
+    kinds = kinds_of([*names, "lm_head", "x.1.experts.0.w1"])
+    assert list(kinds) == ["attn.c_proj", "mlp.c_proj", "c_fc", "lm_head", "w1"]
+    assert kinds["mlp.c_proj"] == [name for name in names if name.endswith("mlp.c_proj")]
 
 
 def test_nothing_of_a_matrix_is_kept() -> None:
