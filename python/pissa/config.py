@@ -5,14 +5,13 @@ from __future__ import annotations
 import copy
 import dataclasses
 import enum
-import functools
 import itertools
 import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import InitVar, dataclass, field
-from typing import Any, ClassVar, Literal, NamedTuple, NoReturn, Optional, TypeVar, get_args, get_type_hints
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, NamedTuple, NoReturn, get_args
 
 from peft import LoraConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -25,16 +24,12 @@ from pissa.peft_private import build_layers_with
 Residual = Literal["implicit", "explicit"]
 Storage = Literal["uint8", "bfloat16", "float16", "float32"]
 StartNorm = Literal["singular", "unit"]
-Preset = Literal["rl"]
 
 ALTERNATING: tuple[str, ...] = ("pissa", "loftq", "activations")
 """The init methods that can alternate decomposition and quantisation."""
 
 _OF_ERRORS: tuple[str, ...] = ("loftq", "activations")
 """The init methods that start from the error of a format."""
-
-_PRESETS: dict[str, dict[str, Any]] = {"rl": {"init": "lora", "use_rslora": True, "lora_alpha": 16}}
-"""The values of each preset for fields that are not given."""
 
 # The fields of LoraConfig that mean the same here. Every other field must keep its default. A field that a later PEFT
 # adds is refused by name until it has been examined.
@@ -87,23 +82,6 @@ class Form(NamedTuple):
 IMPLICIT = Form("implicit")
 
 
-C = TypeVar("C", bound=type[Any])
-
-
-def _note_given_fields(config: C) -> C:
-    """Makes a dataclass keep the names of the fields that its caller gives, for `__post_init__` to `pop`."""
-    init = config.__init__
-
-    @functools.wraps(init)
-    def note_and_init(self: Any, *args: Any, **fields: Any) -> None:
-        vars(self)["given_fields"] = fields.keys()
-        init(self, *args, **fields)
-
-    config.__init__ = note_and_init
-    return config
-
-
-@_note_given_fields
 @dataclass
 class PissaConfig(LoraConfig):  # type: ignore[misc]
     """Configuration of a PiSSA adapter: `peft.LoraConfig` with the paper's defaults and the fields below.
@@ -164,11 +142,6 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
             one. Layers that bitsandbytes has quantised keep theirs.
         residual: None or "implicit" leaves the dense weight unchanged. "explicit" replaces it by W - s B0 A0, as in the
             paper. Not together with `quant`, which determines how the residual is kept.
-        preset: "rl", for GRPO, RLOO and similar methods, where PiSSA's start has been seen to collapse (arXiv
-            2512.23165): init="lora", use_rslora=True and lora_alpha=16. It sets only fields that are not given.
-            The scaling is then 16 / sqrt(r): rsLoRA's alpha is the same for every rank, which keeps the learning rate
-            the same; alpha = r would undo that. With quant="nf4" this is QLoRA on our kernels. It is not a field of the
-            configuration but a shorthand for fields, so it is neither stored nor saved.
 
     `use_dora` is LoraConfig's: magnitudes are trained in addition to the directions (arXiv 2402.09353), for linear
     layers only. `trainable_token_indices` is LoraConfig's, too: rows of embeddings that no adapter changes are trained
@@ -197,7 +170,6 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
     double_quant: bool = field(default=True, metadata={"help": "Quantise the NF4 scales as well"})
     quant_storage: Storage = field(default="uint8", metadata={"help": "dtype of the parameters that hold codes"})
     residual: Residual | None = field(default=None, metadata={"help": "implicit or explicit; not with quant"})
-    preset: InitVar[Preset | None] = None
 
     init_methods: ClassVar[Mapping[str, object]]
     """The methods that `init` and `repair` may name. `base.init_methods` sets it."""
@@ -206,8 +178,7 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
     """Called by `from_pretrained`. `files.pissa_layout` sets it, because files depend on the configuration, which
     cannot import them."""
 
-    def __post_init__(self, preset: Preset | None) -> None:
-        self._set_defaults(preset)
+    def __post_init__(self) -> None:
         self._check_lora_fields()
         if self.target_modules is None:  # type: ignore[has-type]
             self.target_modules = "all-linear"
@@ -242,21 +213,16 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
 
     @classmethod
     def from_lora(cls, lora: LoraConfig, **fields: Any) -> PissaConfig:
-        """Returns a configuration with the fields of a LoraConfig, copied, except `init_lora_weights`, and with other
-        fields.
+        """Returns a configuration with the fields of a LoraConfig, copied, except `init_lora_weights`, and with these
+        fields, which take precedence.
 
         Raises:
             TypeError, ValueError: a field is not supported; the message names it.
         """
-        # PEFT's defaults are not given, except alpha's, which is another than ours.
-        lora_fields = {
-            f.name: copy.deepcopy(getattr(lora, f.name))
-            for f in dataclasses.fields(LoraConfig)
-            if f.init and (f.name == "lora_alpha" or getattr(lora, f.name) != default_of(f))
-        }
+        lora_fields = {f.name: copy.deepcopy(getattr(lora, f.name)) for f in dataclasses.fields(LoraConfig) if f.init}
         # Detected, so the value does not matter. axolotl gives None, which our files must not contain.
         lora_fields |= {"init_lora_weights": True, "fan_in_fan_out": bool(lora.fan_in_fan_out)}
-        return cls(**lora_fields, **fields)
+        return cls(**lora_fields | fields)
 
     @property
     def form(self) -> Form:
@@ -305,13 +271,6 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
             if isinstance(getattr(lora, name), set):
                 setattr(lora, name, sorted(getattr(lora, name)))  # the same file every time
         return lora
-
-    def _set_defaults(self, preset: Preset | None) -> None:
-        check_choice("preset", preset, (None, *get_args(Preset)))
-        given_fields = self.__dict__.pop("given_fields", ())
-        for name, value in _PRESETS.get(preset or "", {}).items():
-            if name not in given_fields:
-                setattr(self, name, value)
 
     def _check_lora_fields(self) -> None:
         for f in dataclasses.fields(LoraConfig):
@@ -434,12 +393,6 @@ PEFT_TYPE_TO_CONFIG_MAPPING[PissaType.PISSA] = PissaConfig  # for PeftConfig.fro
 def default_of(field: dataclasses.Field[Any]) -> Any:
     """The default of a configuration's field."""
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-
-
-def types_of_fields(config: type) -> dict[str, Any]:
-    """The types of a configuration's fields, evaluated."""
-    # Python 3.10 does not evaluate InitVar. Optional replaces it, whose content is evaluated like an argument's type.
-    return get_type_hints(config, localns={"InitVar": Optional})
 
 
 def is_all_linear(config: LoraConfig) -> bool:

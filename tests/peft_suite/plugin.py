@@ -62,7 +62,7 @@ class LoraConfig(pissa.PissaConfig):
     random: ClassVar[bool] = False
     """Whether the adapter has to change something from the beginning, PEFT's init_lora_weights=False."""
 
-    def __post_init__(self, preset: None) -> None:
+    def __post_init__(self) -> None:
         reached.any = True
         if self.init_lora_weights is False:
             self.__dict__["random"] = self.init_lora_weights = True
@@ -72,7 +72,7 @@ class LoraConfig(pissa.PissaConfig):
         if no_targets:
             self.target_modules = ["PEFT's default"]  # else all linear layers, which `fitted` replaces
         try:
-            super().__post_init__(preset)
+            super().__post_init__()
         except (TypeError, ValueError) as error:
             reached.refusals[id(error)] = error, True
             raise

@@ -8,7 +8,7 @@ from argparse import Namespace
 from collections.abc import Collection
 from dataclasses import field, fields, make_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 import trl
@@ -18,7 +18,7 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
 import pissa
 from pissa.cli.terminal import UserError, number, passes, positive_int, user_errors
-from pissa.config import default_of, types_of_fields
+from pissa.config import default_of
 from pissa.containers.messages import file_errors
 from pissa.containers.staged import staged
 from pissa.ops.formats import FORMATS
@@ -31,7 +31,7 @@ _STRUCTURES = ("rank_pattern", "alpha_pattern", "trainable_token_indices")
 _NAMES = ("target_modules", "exclude_modules", "target_parameters", "layers_pattern", "modules_to_save")
 _VALUES = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "bias", "layers_to_transform")
 _NO_OPTIONS = {f.name for f in fields(LoraConfig)}.difference(_VALUES, _STRUCTURES, _NAMES) | {"seed"}  # the run's own
-_METHOD = {f.name: default_of(f) for f in fields(pissa.PissaConfig) if f.name not in _NO_OPTIONS} | {"preset": None}
+_METHOD = {f.name: default_of(f) for f in fields(pissa.PissaConfig) if f.name not in _NO_OPTIONS}
 
 _ALIASES = {
     **{"model_name_or_path": "--model", "dataset_name": "--data", "output_dir": "--out", "r": "--rank"},
@@ -74,7 +74,6 @@ _CHOICES = {"quant": tuple(FORMATS), "repair": tuple(pissa.INIT_METHODS)}
 _OWN = (
     ("eval_data", str, None, "held-out data: the loss is computed before and after training"),
     ("method", str, "pissa", "pissa, or lora: plain LoRA, for comparison"),
-    ("preset", str, None, "rl: start as LoRA does and scale by alpha / sqrt(rank), for training by rewards"),
     ("calibration", int, 64, "number of training examples for --repair activations and --error-feedback"),
     ("resume", bool, False, "continue from the last checkpoint in the folder"),
     ("json", bool, False, "report as one JSON object; readable lines go to stderr"),
@@ -83,7 +82,7 @@ _OWN = (
 
 def _fields(config: type, names: Collection[str], **defaults: Any) -> list[tuple[str, Any, Any]]:
     """Fields of a dataclass with our types, defaults and short names. `defaults` replaces some of the defaults."""
-    hints, options = types_of_fields(config), []
+    hints, options = get_type_hints(config), []
     defaults = _DEFAULTS | defaults
     for f in (f for f in fields(config) if f.name in names):
         shown = f" (default: {_METHOD[f.name]})" if isinstance(_METHOD.get(f.name), (str, int, float)) else ""

@@ -162,20 +162,6 @@ def test_the_rate_is_found_and_recorded(
     assert main(command(base, data, out, "--lr", "auto", "--resume", name=name)) == 0
 
 
-def test_a_preset_is_for_what_is_not_given(
-    base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out, options = tmp_path / "run", ["--preset", "rl", "--lora_alpha", "3"]
-    assert main(command(base, data, out, *options, steps=1)) == 0
-    config = pissa.PissaConfig.from_pretrained(out)
-    assert (config.init, config.use_rslora, config.lora_alpha, config.r) == ("lora", True, 3, 4)
-    recorded = yaml.safe_load((out / "run.yaml").read_text())
-    assert (recorded["init"], recorded["use_rslora"], recorded["lora_alpha"]) == ("lora", True, 3)
-    assert main(command(base, data, out, *options, "--resume", steps=1)) == 0
-    assert main(command(base, data, tmp_path / "other", "--preset", "grpo")) == 2
-    assert "preset: got 'grpo'; allowed: None, 'rl'" in capsys.readouterr().err
-
-
 def test_yaml_that_does_not_fit_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "run.yaml"
     for text, found in (

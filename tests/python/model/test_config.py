@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import math
 import pickle
-from pathlib import Path
 
 import peft
 import pytest
@@ -25,51 +24,12 @@ def test_defaults_are_the_papers() -> None:
     assert config.init_lora_weights is True
 
 
-def test_types_of_fields_are_those_that_values_are_checked_against() -> None:
-    types = config.types_of_fields(PissaConfig)
-    assert {f.name for f in dataclasses.fields(PissaConfig)} <= set(types)
-    assert types["seed"] is int
-    assert types["quant"] == str | None
-    # Python 3.10 evaluates none, and then no adapter loads.
-    assert not any(isinstance(kind, dataclasses.InitVar) for kind in types.values())
-
-
 def test_alpha_follows_every_rank_unless_given() -> None:
     assert PissaConfig(r=8, rank_pattern={"q_proj": 4}).alpha_pattern == {"q_proj": 4}
     mixed = PissaConfig(r=8, rank_pattern={"q_proj": 4, "v_proj": 2}, alpha_pattern={"q_proj": 7})
     assert mixed.alpha_pattern == {"q_proj": 7, "v_proj": 2}
     given = PissaConfig(r=8, lora_alpha=16, rank_pattern={"q_proj": 4})
     assert (given.lora_alpha, given.alpha_pattern) == (16, {})
-
-
-def test_the_preset_for_rewards() -> None:
-    """LoRA's start with rank-stabilised scaling: 16 / sqrt(r). It sets what is not given, and is no field itself."""
-    preset = PissaConfig(r=4, preset="rl")
-    fields = {"init": "lora", "use_rslora": True, "lora_alpha": 16}
-    assert preset == PissaConfig(r=4, **fields)
-    assert "preset" not in preset.to_dict()
-    assert preset.as_lora(times=1).use_rslora
-    given = PissaConfig(r=4, preset="rl", init="loftq", lora_alpha=3, quant="nf4", rank_pattern={"q_proj": 2})
-    assert (given.init, given.lora_alpha, given.use_rslora, given.quant) == ("loftq", 3, True, "nf4")
-    assert given.alpha_pattern == {}  # one alpha for every rank
-    for copied in (dataclasses.replace(preset), copy.deepcopy(preset), pickle.loads(pickle.dumps(preset))):
-        assert copied == preset
-    assert dataclasses.replace(preset, init="pissa").init == "pissa"
-    defaults = PissaConfig(r=4, preset="rl", init="pissa", use_rslora=False, lora_alpha=None)
-    assert (defaults.init, defaults.use_rslora, defaults.lora_alpha) == ("pissa", False, 4)
-    assert PissaConfig.from_lora(peft.LoraConfig(r=4, lora_alpha=16), preset="rl") == preset
-    assert vars(preset).keys() == vars(PissaConfig(r=4)).keys() >= {"init"}
-    assert "given_fields" not in vars(preset)
-    with pytest.raises(ValueError, match="preset: got 'grpo'; allowed: None, 'rl'"):
-        PissaConfig(preset="grpo")
-
-
-def test_a_preset_is_not_saved(tmp_path: Path) -> None:
-    preset = PissaConfig(r=4, preset="rl", quant="nf4")
-    preset.save_pretrained(tmp_path)
-    assert PissaConfig.from_pretrained(tmp_path) == preset
-    assert peft.PeftConfig.from_pretrained(tmp_path) == preset
-    assert "preset" not in (tmp_path / "adapter_config.json").read_text()
 
 
 @pytest.mark.parametrize(
@@ -123,7 +83,7 @@ def test_form(fields: dict[str, object], form: tuple[object, ...]) -> None:
         ({"residual": "explicit", "repair": "loftq"}, "repair: got 'loftq' without quant"),
         ({"quant": "int8", "blocksize": 128}, "blocksize: got 128; with quant='int8' a block is a row"),
         ({"start_norm": "one"}, "start_norm: got 'one'; allowed: 'singular', 'unit'"),
-        ({"start_norm": "unit", "preset": "rl"}, 'start_norm="unit" .*: got init=\'lora\'.* allowed .*: "pissa"'),
+        ({"start_norm": "unit", "init": "lora"}, 'start_norm="unit" .*: got init=\'lora\'.* allowed .*: "pissa"'),
         ({"start_norm": "unit", "init": "given"}, "start_norm=\"unit\" .*: got init='given'"),
         ({"init": "loftq"}, "init: got 'loftq' without quant"),
         ({"blocksize": 48}, "blocksize: got 48; allowed: 32, 64"),

@@ -154,7 +154,7 @@ def test_rewards_are_of_what_is_trained(server: Callable[[nn.Module], Engine], t
     engine = server(AutoModelForCausalLM.from_pretrained(folder))
     start = engine.model.state_dict()["lm_head.weight"].clone()
     base = AutoModelForCausalLM.from_pretrained(folder)
-    model = pissa.wrap(base, r=4, task_type="CAUSAL_LM", preset="rl", quant="nf4")
+    model = pissa.wrap(base, r=4, task_type="CAUSAL_LM", init="lora", quant="nf4")
     others = {"use_vllm": True, "vllm_mode": "server", "bf16": False, "max_steps": 3, "save_strategy": "no"}
     run = trl_trainer("GRPO", model, tmp_path, AutoTokenizer.from_pretrained(folder), beta=0.0, **others)
     before = state(model)

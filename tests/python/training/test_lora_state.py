@@ -41,11 +41,12 @@ def with_residuals(base: nn.Module, model: PissaModel) -> nn.Module:
     return base
 
 
+REWARDS: dict[str, Any] = {"init": "lora", "use_rslora": True, "lora_alpha": 16}
 DENSE: dict[str, dict[str, Any]] = {
     "dense": {},
     "rslora": {"use_rslora": True, "lora_alpha": 3, "rank_pattern": {"q_proj": 2}},
     "lora": {"init": "lora"},
-    "rewards": {"preset": "rl"},
+    "rewards": REWARDS,
     "orthonormal": {"start_norm": "unit"},
     "dora": {"use_dora": True},
     "a head of its own": {"modules_to_save": ["lm_head"]},
@@ -74,7 +75,7 @@ def test_it_is_what_peft_hands_out(tiny_llama: Make, tokens: Tensor) -> None:
     assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
 
 
-@pytest.mark.parametrize("fields", [{}, {"preset": "rl"}])
+@pytest.mark.parametrize("fields", [{}, REWARDS])
 def test_fused_experts(fields: dict[str, Any]) -> None:
     model = pissa.wrap(mixtures.make("mixtral"), r=2, **fields)
     change_all(model)
@@ -88,8 +89,8 @@ STORED: dict[str, tuple[dict[str, Any], int]] = {
     "int8": ({"quant": "int8"}, 4),
     "explicit": ({"residual": "explicit"}, 4),
     "alternations": ({"quant": "nf4", "quant_iters": 2}, 4),
-    "rewards": ({"quant": "nf4", "preset": "rl"}, 4),
-    "lora on the repaired base": ({"quant": "nf4", "preset": "rl", "repair": "pissa"}, 8),
+    "rewards": ({"quant": "nf4", **REWARDS}, 4),
+    "lora on the repaired base": ({"quant": "nf4", "repair": "pissa", **REWARDS}, 8),
     "dora": ({"quant": "nf4", "use_dora": True}, 4),
 }
 
