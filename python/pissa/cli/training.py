@@ -7,7 +7,6 @@ import argparse
 import contextlib
 import io
 import json
-import math
 import os
 import signal
 import statistics
@@ -39,7 +38,7 @@ from pissa.cli.data import encode, is_records, prompt_and_answer, read_chats, re
 from pissa.cli.memory import peak_memory_mib, return_freed_blocks
 from pissa.cli.options import AUTO, RUN_FILE, adapter_config, check_same_run, parse, record
 from pissa.cli.terminal import UserError, print_row, user_errors
-from pissa.cli.verification import Step0, step0_check
+from pissa.cli.verification import step0_check
 from pissa.containers.checkpoint import PISSA_RECORD, Contents, ModelFolder
 from pissa.containers.messages import first_line
 from pissa.containers.staged import check_unused
@@ -57,9 +56,6 @@ class Training(NamedTuple):
     """What the loss is averaged over."""
     rows: Callable[[str, Any, int], tuple[list[dict[str, Any]], str]]
     """Rows of a file (its name, tokenizer, most tokens), and a note on what was cut."""
-    check: Callable[[Any, Step0], tuple[str, bool]]
-    """Checks a trainer before its first step, in addition to the logits. Returns what it found, and whether that is
-    right."""
 
     def run(self, args: argparse.Namespace) -> int:
         """Runs one training. Returns the exit code."""
@@ -82,12 +78,14 @@ class Training(NamedTuple):
                 made = getattr(trl, f"{self.trainer}Trainer")
                 trainer: Any = made(model, args=training, callbacks=[watch], **names)
             training.model_init_kwargs = recorded
+            if "ref" in model.peft_config:  # TRL's copy of the adapter, which computes what the base does
+                model.delete_adapter("ref")
             _fuse(trainer.model)
             if not training.disable_tqdm:
                 trainer.remove_callback(ProgressCallback)
                 trainer.add_callback(LossBar)
             result = {"out": training.output_dir, "trainable_parameters": model.get_nb_trainable_parameters()[0]}
-            result["check"] = _check(trainer, self.check)
+            result["check"] = _check(trainer)
             if passed := result["check"]["passed"]:
                 if training.learning_rate == AUTO:
                     loss = None if self is FINETUNE else trainer.compute_loss
@@ -260,12 +258,10 @@ def _batches(trainer: Any, count: int) -> list[Any]:
     return [send_to_device(trainer.data_collator(batch), trainer.model.device) for batch in batches]
 
 
-def _check(trainer: Any, check_more: Callable[..., tuple[str, bool]]) -> dict[str, Any]:
-    step0 = step0_check(trainer.model, _batches(trainer, 1)[0])
-    text, right = check_more(trainer, step0)
-    difference, bound = step0.difference, step0.bound
-    print_row("check", f"logits at step 0 differ by {difference:.1e} from the base's (bound {bound:.1e}){text}")
-    passed = difference <= bound and right  # False for NaN
+def _check(trainer: Any) -> dict[str, Any]:
+    difference, bound = step0_check(trainer.model, _batches(trainer, 1)[0])
+    print_row("check", f"logits at step 0 differ by {difference:.1e} from the base's (bound {bound:.1e})")
+    passed = difference <= bound  # False for NaN
     if not passed:
         print_row(
             "check", "FAILED: the adapter changes the model before it is trained; report it with `pissa selftest`"
@@ -437,23 +433,5 @@ def _preferences(source: str, tokenizer: Any, max_length: int) -> tuple[list[dic
     return rows, ""
 
 
-def _starts_at_ln_2(trainer: Any, step0: Step0) -> tuple[str, bool]:
-    """Checks the first loss. The reference is the model without its adapter, so the margin between answers is 0 and the
-    first loss is ln 2.
-
-    The log-probability of a token is off by at most twice the largest difference of its logits. The sum over T tokens
-    is off by 2 sqrt(T) times the norm of all differences. The loss moves by beta / 2 times that.
-    """
-    if "ref" in trainer.model.peft_config:  # TRL's copy of the adapter, which computes what the base does
-        trainer.model.delete_adapter("ref")
-    args, data = trainer.args, trainer.train_dataset
-    if args.loss_type != ["sigmoid"] or args.label_smoothing or not hasattr(data, "select"):
-        return "", True
-    first = data.select(range(min(args.per_device_train_batch_size, len(data))))
-    loss = trainer.evaluate(first, metric_key_prefix="start")["start_loss"]
-    bound = args.beta * math.sqrt(step0.tokens) * step0.bound * step0.norm
-    return f"; first loss {loss:.6f}, ln 2 = {math.log(2):.6f} (bound {bound:.1e})", abs(loss - math.log(2)) <= bound
-
-
-FINETUNE = Training("SFT", "answer token", _answers, lambda trainer, step0: ("", True))
-DPO = Training("DPO", "pair", _preferences, _starts_at_ln_2)
+FINETUNE = Training("SFT", "answer token", _answers)
+DPO = Training("DPO", "pair", _preferences)

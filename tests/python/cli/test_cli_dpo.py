@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,15 +34,10 @@ OPTIONS = [["--quant", "nf4"], [], ["--quant", "int8", "--dtype", "bfloat16"]]
 
 
 @pytest.mark.parametrize("options", each(OPTIONS, OPTIONS[:1]))
-def test_preferences_are_learned_from_ln_2_on(
-    options: list[str], base: Path, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_preferences_are_learned_from_ln_2_on(options: list[str], base: Path, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     assert main(command(base, data, out, *options, "--eval-data", str(data), steps=3)) == 0
     first, _, last = logged(out)
-    said = re.search(r"; first loss ([\d.]+), ln 2 = 0.693147 ", capfd.readouterr().out)
-    assert said
-    assert float(said[1]) == pytest.approx(first, abs=1e-4)
     assert first == pytest.approx(math.log(2), abs=1e-6 if not options else 1e-2)
     assert last < first
     assert not (out / "ref").exists()  # TRL's copy of the adapter as it was
@@ -74,19 +68,6 @@ def test_an_interrupted_run_of_every_option_goes_on_bit_for_bit(base: Path, data
     assert same_weights(cut, whole)
     assert main(command(base, data, cut, *options, "--resume")) == 0  # there is nothing left to do
     assert exact(cut) == exact(whole)
-
-
-def test_a_wrong_reference_is_not_trained_against(
-    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from trl import DPOTrainer
-
-    found = DPOTrainer.compute_loss
-    monkeypatch.setattr(DPOTrainer, "compute_loss", lambda *args, **kwargs: found(*args, **kwargs) + 1e-3)
-    assert main(command(base, data, tmp_path / "run")) == 1
-    said = capsys.readouterr().out
-    assert "first loss 0.694147, ln 2 = 0.693147" in said
-    assert "FAILED" in said
 
 
 def test_bad_preferences_are_refused(

@@ -212,8 +212,8 @@ def test_a_run_goes_on_from_its_latest_complete_checkpoint(tmp_path: Path) -> No
 
 def test_logits_that_are_no_numbers_do_not_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "_batches", lambda *_: [{}])
-    monkeypatch.setattr(training, "step0_check", lambda *_: Step0(math.nan, 1.0, 1.0, 1))
-    assert training._check(SimpleNamespace(model=None), lambda *_: ("", True))["passed"] is False
+    monkeypatch.setattr(training, "step0_check", lambda *_: Step0(math.nan, 1.0))
+    assert training._check(SimpleNamespace(model=None))["passed"] is False
 
 
 def test_json_is_all_there_is_on_stdout(
