@@ -13,10 +13,12 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from pissa.base.start import Served
 from pissa.config import PissaConfig, exactly
 from pissa.layers.experts import FORMER_NAMES, WEIGHTS, UnfusedExperts, is_transposed, unfused_experts
 from pissa.layers.layer import PissaLayer, pissa_layers
 from pissa.layers.modules import PissaEmbedding
+from pissa.ops.low_rank import pad_rank
 from pissa.peft_private import is_rewritten_by_peft
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -102,6 +104,31 @@ def _factors(place: str, layers: Mapping[str, PissaLayer], mirrored: bool = Fals
         return FactorTensors((key_a, key_b), tuple(layers), (out,), columns, mirrored=True)
     a, _ = layer.as_parameters(torch.empty(1, columns, device="meta"), torch.empty(out, 1, device="meta"))
     return FactorTensors((key_a, key_b), tuple(layers), tuple(a.shape[1:]), out)
+
+
+def pack_factors(
+    model: nn.Module,
+    adapter_name: str,
+    layers: Mapping[str, PissaLayer],
+    served: Mapping[str, Served],
+    times: int,
+    state: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """The factors of all layers of an adapter, served as given, of `times` the adapter's rank, float32, under their
+    names in PEFT's file. The differences are those in `state`, a state dict of the PissaModel."""
+    matrices = {}
+    for name, layer in layers.items():
+        deltas = layer.deltas_in(state, f"{PREFIX}{name}.", adapter_name)
+        matrices[name] = pad_rank(*served[name].factors(deltas), times * layer.r[adapter_name])
+    packed: dict[str, Tensor] = {}
+    for factors in factors_of(model, layers):
+        packed |= factors.pack([matrices[name] for name in factors.layers])
+    return packed
+
+
+def serve(layers: Mapping[str, PissaLayer], adapter_name: str) -> dict[str, Served]:
+    """The layers' adapter as a plain LoRA on the unmodified base."""
+    return {n: Served.of(layer.start_of(adapter_name), layer.scaling[adapter_name]) for n, layer in layers.items()}
 
 
 def lora_times(layers: Mapping[str, PissaLayer], adapter_name: str) -> int:

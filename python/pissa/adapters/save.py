@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PretrainedConfig
@@ -26,9 +26,12 @@ from pissa.adapters.peft_layout import (
     base_weight_key,
     inexact_lora,
     lora_times,
+    magnitude_key,
+    pack_factors,
     plain_config,
     plain_config_text,
     select_trained_beside,
+    serve,
 )
 from pissa.adapters.pissa_layout import MARK, PISSA_WEIGHTS, AdapterRecord, LayerRecord, layer_tensors
 from pissa.adapters.vocabulary import vocabulary
@@ -56,15 +59,17 @@ def save_adapter(
     with_vocabulary = _with_vocabulary(model, adapter_name, save_embedding_layers)
     state = _own_state(model) if state_dict is None else state_dict
     check_whole(state)
-    lora = get_peft_model_state_dict(model, state_dict=state, adapter_name=adapter_name, save_embedding_layers=False)
     tensors = select_trained_beside(model, adapter_name, state)
     gathered = {name: (state_dict or {}).get(base_weight_key(name)) for name in layers}
     table = vocabulary(model, adapter_name) if with_vocabulary else {}
     tensors |= {key: tensor.value(state_dict or {}) for key, tensor in table.items()}
     check_whole(tensors)
-    lora |= tensors
+    times = lora_times(layers, adapter_name)
+    lora = tensors | pack_factors(base, adapter_name, layers, serve(layers, adapter_name), times, state)
     for name, layer in layers.items():
-        tensors |= layer_tensors(name, layer, adapter_name, config, state)
+        tensors |= (parts := layer_tensors(name, layer, adapter_name, config, state))
+        if config.use_dora:
+            lora[magnitude_key(name)] = parts[f"{name}.magnitude"]
     records = {name: LayerRecord.of(layer, adapter_name, gathered[name]) for name, layer in layers.items()}
     rest = model.rest.fingerprints(base, {id(tensor.parameter) for tensor in table.values() if not tensor.is_stored})
     alone = {id(tensor.module) for tensor in table.values() if tensor.is_stored}
@@ -82,7 +87,7 @@ def save_adapter(
         text = AdapterRecord(config, records, rest, digest).text()
         digest = write_tensors(new(PISSA_WEIGHTS), _on_cpu(tensors), {MARK: text})
         new(PISSA_RECORD).write_text(text)
-        plain = plain_config(base, config, adapter_name, layers, lora_times(layers, adapter_name))
+        plain = plain_config(base, config, adapter_name, layers, times)
         new(ADAPTER_CONFIG).write_text(plain_config_text(plain, _class_of(base)))
         write_tensors(new(ADAPTER_WEIGHTS), _on_cpu(lora), {MARK: digest})
 

@@ -25,12 +25,14 @@ from pissa.adapters.peft_layout import (
     is_of_a_layer,
     lora_times,
     magnitude_key,
+    pack_factors,
+    serve,
 )
-from pissa.base.start import Served, StartFactors
+from pissa.base.start import StartFactors
 from pissa.config import IMPLICIT, PissaConfig, PissaType
 from pissa.distributed import check_whole, shard_as
 from pissa.layers.layer import PissaLayer, pissa_layers
-from pissa.ops.low_rank import pad_rank, split_difference
+from pissa.ops.low_rank import split_difference
 from pissa.peft_private import LoraTuner
 
 
@@ -54,19 +56,12 @@ class PissaTuner(LoraTuner):
         keys = {n: [f"{PREFIX}{n}.{key}" for key in layer.state_keys(adapter_name)] for n, layer in layers.items()}
         layers = {name: layer for name, layer in layers.items() if state.keys() >= set(keys[name])}
         check_whole({key: state[key] for name in layers for key in keys[name]})
-        matrices, times = {}, lora_times(layers, adapter_name)
-        for name, layer in layers.items():
-            deltas = layer.deltas_in(state, f"{PREFIX}{name}.", adapter_name)
-            served = Served.of(layer.start_of(adapter_name), layer.scaling[adapter_name])
-            matrices[name] = pad_rank(*served.factors(deltas), times * layer.r[adapter_name])
-            if config.use_dora:
-                key = magnitude_key(name)
-                magnitude = layer.magnitude(adapter_name)
-                weight = state[f"{key}.{adapter_name}.weight"].detach()
-                tensors[key] = magnitude.lengths(weight.to(magnitude.base_lengths.device)).clone()
-        for factors in factors_of(inner, layers):
-            tensors |= factors.pack([matrices[name] for name in factors.layers])
-        return tensors
+        for name, layer in layers.items() if config.use_dora else ():
+            key, magnitude = magnitude_key(name), layer.magnitude(adapter_name)
+            weight = state[f"{key}.{adapter_name}.weight"].detach()
+            tensors[key] = magnitude.lengths(weight.to(magnitude.base_lengths.device)).clone()
+        served, times = serve(layers, adapter_name), lora_times(layers, adapter_name)
+        return tensors | pack_factors(inner, adapter_name, layers, served, times, state)
 
     @classmethod
     def take_in(

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple, get_args
 from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor
 
-from pissa.adapters.peft_layout import PREFIX, factors_of, plain_config
+from pissa.adapters.peft_layout import pack_factors, plain_config
 from pissa.adapters.save import warn_of_plain_lora
 from pissa.base.start import Served
 from pissa.config import IMPLICIT
@@ -15,7 +15,6 @@ from pissa.distributed import is_partitioned, is_sharded, whole_tensor
 from pissa.layers.layer import PissaLayer, pissa_layers
 from pissa.model.pissa_model import PissaModel
 from pissa.ops.checks import check_choice
-from pissa.ops.low_rank import pad_rank
 
 ServedBase = Literal["original", "residual"]
 
@@ -55,12 +54,7 @@ def lora_state_dict(
     tensors: dict[str, Tensor] = get_peft_model_state_dict(
         model, state_dict=state, adapter_name=adapter.name, save_embedding_layers=False
     )
-    factors = {}
-    for key, layer in adapter.layers.items():
-        deltas = layer.deltas_in(state, f"{PREFIX}{key}.", adapter.name)
-        factors[key] = pad_rank(*adapter.served[key].factors(deltas), adapter.times * layer.r[adapter.name])
-    for part in factors_of(model.base_model.model, adapter.layers):
-        tensors |= part.pack([factors[key] for key in part.layers])
+    tensors |= pack_factors(model.base_model.model, adapter.name, adapter.layers, adapter.served, adapter.times, state)
     if base == "original":
         warn_of_plain_lora(model)
     return tensors
