@@ -125,7 +125,7 @@ def calibration_of(task: str, reading: Reading, options: Options) -> pissa.Calib
     rows = data.train[: reading.examples]
     batches = [{name: torch.tensor([row[name]]) for name in ("input_ids", "attention_mask")} for row in rows]
     model = load_model(data.folder, 0, options.quick)
-    return pissa.calibrate(model, batches, target_modules="all-linear", task_type="SEQ_CLS", diagonal=reading.diagonal)
+    return reading.of(pissa.calibrate(model, batches, target_modules="all-linear", task_type="SEQ_CLS"))
 
 
 _INVENTED = [("a good one", 1.0), ("not worth the time", -1.0), ("well made", 2.0)]

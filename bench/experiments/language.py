@@ -100,7 +100,7 @@ def calibration_of(name: str, reading: Reading, options: Options) -> pissa.Calib
     task = task_of(name, options)
     model = load_model(task.folder, METHODS["lora"], options.quick)
     batches = [torch.tensor([row["input_ids"]]) for row in task.texts(reading.text, reading.examples)]
-    return pissa.calibrate(model, batches, target_modules="all-linear", diagonal=reading.diagonal)
+    return reading.of(pissa.calibrate(model, batches, target_modules="all-linear"))
 
 
 def load_model(folder: Path, method: Method, tiny: bool) -> nn.Module:

@@ -37,6 +37,13 @@ class Reading(NamedTuple):
     diagonal: bool = False
     """Whether only the diagonals of the second moments are used."""
 
+    def of(self, calibration: pissa.Calibration) -> pissa.Calibration:
+        """The part of a calibration that is used."""
+        if not self.diagonal:
+            return calibration
+        moments = {name: moment.diagonal().diag() for name, moment in calibration.moments.items()}
+        return pissa.Calibration(moments, calibration.tokens)
+
 
 class Setting(NamedTuple):
     """What a method may depend on in addition to the model."""

@@ -32,7 +32,6 @@ def calibrate(
     batches: Iterable[Batch],
     config: PissaConfig | None = None,
     *,
-    diagonal: bool = False,
     progressbar: bool = False,
     **config_fields: Any,
 ) -> Calibration:
@@ -53,8 +52,6 @@ def calibrate(
             or tensors of input_ids [rows, tokens]. Positions where attention_mask [rows, tokens] is 0 are not counted.
             The ones of a row must be contiguous.
         config, config_fields: as for `pissa.wrap`; only the targeted layers matter.
-        diagonal: compute only R's diagonal, E[x²] of each input. It takes 4 in bytes and less work. The repair then
-            removes less of the error. Error feedback needs all of R.
         progressbar: show one bar on stderr.
 
     Raises:
@@ -65,7 +62,7 @@ def calibrate(
     try:
         config = own_config(PissaConfig(**config_fields) if config is None else config)
         check_plain(model, "default")
-        return observe(model_class(config)(model, config, "default"), batches, progressbar, diagonal=diagonal)
+        return observe(model_class(config)(model, config, "default"), batches, progressbar)
     finally:
         restore()
 
@@ -87,10 +84,6 @@ def check_wanted(config: PissaConfig, calibration: object) -> None:
             'calibration: got one that nothing uses; give quant, and repair="activations" or error_feedback=True, with '
             "it, or leave it out"
         )
-    if config.error_feedback and isinstance(calibration, Calibration) and calibration.diagonal:
-        raise ValueError(
-            "calibration: got diagonals; error_feedback=True needs all of R: calibrate without diagonal=True"
-        )
     if calibration is None and config.quant is not None and FORMATS[config.quant].bits < 4:
         warnings.warn(
             f'quant="{config.quant}" without a calibration loses most of what the model knows. Give '
@@ -101,10 +94,10 @@ def check_wanted(config: PissaConfig, calibration: object) -> None:
 
 
 @torch.no_grad()
-def observe(wrapped: PeftModel, batches: Iterable[Batch], progressbar: bool, *, diagonal: bool = False) -> Calibration:
+def observe(wrapped: PeftModel, batches: Iterable[Batch], progressbar: bool) -> Calibration:
     """Calibrates the adapted linear layers of a model. The adapter may still lack its start."""
     model = wrapped.base_model.model
-    with _observe_inputs(wrapped, diagonal) as observer:
+    with _observe_inputs(wrapped) as observer:
         for batch in tqdm(batches, desc="Calibration", unit="batch") if progressbar else batches:
             for call in calls_of(model, batch):
                 model(**call)
@@ -159,12 +152,12 @@ class BlockMoments:
 
 
 @contextmanager
-def _observe_inputs(wrapped: PeftModel, diagonal: bool = False) -> Iterator[_Observer]:
+def _observe_inputs(wrapped: PeftModel) -> Iterator[_Observer]:
     """Observes the inputs of the adapted linear layers, while the model is in evaluation mode and without its
     adapters."""
     model = wrapped.base_model.model
     linears = {name: layer for name, layer in pissa_layers(model).items() if isinstance(layer, PissaLinear)}
-    observer = _Observer(list(linears), diagonal)
+    observer = _Observer(list(linears))
     hooks = [layer.register_forward_pre_hook(observer.hook(name), with_kwargs=True) for name, layer in linears.items()]
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     wrapped.base_model.disable_adapter_layers()
@@ -182,8 +175,8 @@ def _observe_inputs(wrapped: PeftModel, diagonal: bool = False) -> Iterator[_Obs
 class _Observer:
     """Adds up the second moments of the inputs of layers, once for all layers that are given the same tensor."""
 
-    def __init__(self, layers: Sequence[str], diagonal: bool) -> None:
-        self.layers, self._diagonal = layers, diagonal
+    def __init__(self, layers: Sequence[str]) -> None:
+        self.layers = layers
         self._sums: dict[str, Tensor] = {}
         self._tokens: dict[str, int] = {}
         self._leaders: dict[str, str] = {}
@@ -202,13 +195,9 @@ class _Observer:
             return
         self._last = x, name
         if name not in self._sums:
-            shape = x.shape[-1:] if self._diagonal else (x.shape[-1], x.shape[-1])
-            self._sums[name] = torch.zeros(shape, dtype=torch.float32, device=x.device)
+            self._sums[name] = torch.zeros(x.shape[-1], x.shape[-1], dtype=torch.float32, device=x.device)
             self._tokens[name] = 0
-        if self._diagonal:
-            self._sums[name] += x.flatten(0, -2).float().square().sum(0)
-        else:
-            ops.add_second_moment(self._sums[name], x)
+        ops.add_second_moment(self._sums[name], x)
         self._tokens[name] += x.numel() // x.shape[-1]
 
     def clear(self) -> None:
@@ -231,8 +220,7 @@ class _Observer:
         means: dict[str, Tensor] = {}
         for name in list(self._sums):
             total = self._sums.pop(name)  # keeping a model's sums together with its means would double the memory
-            if not self._diagonal:
-                total = total.tril_() + total.tril(-1).mT
+            total = total.tril_() + total.tril(-1).mT
             means[name] = total / max(self._tokens[name], 1)
             if not bool(torch.isfinite(means[name]).all()):
                 raise ValueError(f"layer {name}: NaN or Inf in its inputs; calibrate in float32, or with other batches")
