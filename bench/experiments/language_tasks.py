@@ -12,7 +12,8 @@ from transformers import AutoTokenizer
 from bench.compare.weights import smollm2
 from bench.experiments.experiment import Options
 from bench.packages import required_package
-from pissa.cli.data import Chat, encode, read_chats
+from pissa.cli.data import encode, read_chats
+from pissa.cli.templates import Chat
 
 Row = dict[str, list[int]]
 

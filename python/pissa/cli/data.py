@@ -6,8 +6,9 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
+from pissa.cli.templates import Chat, give_template, prompt_and_answer
 from pissa.cli.terminal import UserError, user_errors
 from pissa.containers.messages import quote
 
@@ -17,25 +18,11 @@ if TYPE_CHECKING:
 IGNORED = -100
 """The label of a token that does not enter the loss, as in torch's cross_entropy."""
 
-# The Stanford Alpaca prompt, with which the paper's authors train. Used for tokenizers without a chat template.
-ALPACA = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response:"
-)
-
 _CHATS = (("messages",), ("question", "answer"), ("prompt", "completion"))
 _PREFERENCES = (("prompt", "chosen", "rejected"),)
 _ROLES = ("system", "user", "assistant")
 _HALF = re.compile("[\ud800-\udfff]")
 """Half of a surrogate pair: JSON can contain one, but no tokenizer accepts it."""
-
-
-class Chat(NamedTuple):
-    """Messages, each {"role", "content"}, of which the last is the assistant's, and `where` they are, for error
-    messages."""
-
-    where: str
-    messages: list[dict[str, str]]
 
 
 # ---- Records ---------------------------------------------------------------------------------------------------------
@@ -136,7 +123,7 @@ def _chat(where: str, record: dict[str, Any], *keys: str) -> Chat:
 def encode(
     chats: Sequence[Chat], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> tuple[list[dict[str, list[int]]], int, int]:
-    """Tokenizes chats and cuts each after `max_length` tokens.
+    """Tokenizes chats and cuts each after `max_length` tokens. A tokenizer without a chat template gets one.
 
     TRL's own tokenisation would include in the loss the line break that a template puts after an answer.
 
@@ -144,6 +131,7 @@ def encode(
         Rows of input_ids and labels of equal length, which TRL takes as they are; the number of answers that were cut;
         the number of chats that were left out because their prompt leaves no room for an answer.
     """
+    give_template(tokenizer)
     rows, cut = [], 0
     for chat in chats:
         prompt, answer = (
@@ -165,40 +153,8 @@ def batches_of(file: str, examples: int, model: str | Path) -> list[Any]:
 
     with user_errors(OSError, ValueError, before=f"{model} has no tokenizer, which a calibration needs: "):
         tokenizer = AutoTokenizer.from_pretrained(model)
+    give_template(tokenizer)
     texts = ["".join(prompt_and_answer(chat, tokenizer)) for chat in read_chats(file)[:examples]]
     longest = min(tokenizer.model_max_length, 2048)
     tokens = [tokenizer(text, add_special_tokens=False).input_ids[:longest] for text in texts]
     return [torch.tensor([row]) for row in tokens]
-
-
-def prompt_and_answer(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """Returns the text that the model is given, and the text that it should produce: the last message and its end
-    token."""
-    if tokenizer.chat_template is None:
-        prompt, answer = _alpaca(chat, tokenizer)
-    else:
-        prompt = tokenizer.apply_chat_template(chat.messages[:-1], tokenize=False, add_generation_prompt=True)
-        chat_text = tokenizer.apply_chat_template(chat.messages, tokenize=False)
-        if not chat_text.startswith(prompt):
-            raise UserError(
-                f"{chat.where}: the tokenizer's chat template changes the prompt once the answer follows, so prompt "
-                "and answer cannot be separated; use another template, or remove it to train with the Alpaca prompt"
-            )
-        answer = chat_text[len(prompt) :]
-    # A template ends a turn with a line break, which is not part of the answer.
-    ended = answer.rstrip()
-    if ended.endswith(tuple(tokenizer.all_special_tokens)):
-        return prompt, ended
-    return prompt, answer + (tokenizer.eos_token or "")
-
-
-def _alpaca(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    if [message["role"] for message in chat.messages] != ["user", "assistant"]:
-        raise UserError(
-            f"{chat.where}: the tokenizer has no chat template, so only one user and one assistant message are "
-            f"allowed; found {', '.join(message['role'] for message in chat.messages)}"
-        )
-    question, answer = (message["content"] for message in chat.messages)
-    # A template includes the start token. Without a template, add it here if the tokenizer starts texts with it.
-    starts = tokenizer.bos_token_id is not None and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
-    return (tokenizer.bos_token if starts else "") + ALPACA.format(instruction=question), answer

@@ -34,9 +34,10 @@ from trl.trainer.utils import create_model_from_path
 import pissa
 from pissa.adapters.peft_layout import inexact_lora
 from pissa.adapters.pissa_layout import AdapterRecord
-from pissa.cli.data import encode, is_records, prompt_and_answer, read_chats, read_preferences
+from pissa.cli.data import encode, is_records, read_chats, read_preferences
 from pissa.cli.memory import peak_memory_mib, return_freed_blocks
 from pissa.cli.options import AUTO, RUN_FILE, adapter_config, check_same_run, parse, record
+from pissa.cli.templates import give_template
 from pissa.cli.terminal import UserError, print_row, user_errors
 from pissa.cli.verification import step0_check
 from pissa.containers.checkpoint import PISSA_RECORD, Contents, ModelFolder
@@ -420,16 +421,12 @@ def _answers(source: str, tokenizer: Any, max_length: int) -> tuple[list[dict[st
 
 
 def _preferences(source: str, tokenizer: Any, max_length: int) -> tuple[list[dict[str, Any]], str]:
-    """Messages, as TRL takes them. For a tokenizer without a chat template, texts with the Alpaca prompt, to which TRL
-    adds the start token."""
+    """Messages, as TRL takes them."""
+    give_template(tokenizer)
     rows = []
     for chosen, rejected in read_preferences(source):
-        prompt: Any = chosen.messages[:-1]
-        answers: list[Any] = [chosen.messages[-1:], rejected.messages[-1:]]
-        if tokenizer.chat_template is None:
-            (prompt, answers[0]), (_, answers[1]) = (prompt_and_answer(chat, tokenizer) for chat in (chosen, rejected))
-            prompt = prompt.removeprefix(tokenizer.bos_token or "")
-        rows.append({"prompt": prompt, "chosen": answers[0], "rejected": answers[1]})
+        answers = {"chosen": chosen.messages[-1:], "rejected": rejected.messages[-1:]}
+        rows.append({"prompt": chosen.messages[:-1], **answers})
     return rows, ""
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pissa.cli.data import Chat, read_chats, read_preferences
+from pissa.cli.data import read_chats, read_preferences
+from pissa.cli.templates import Chat
 from pissa.cli.terminal import UserError
 
 FILE = "data.jsonl"

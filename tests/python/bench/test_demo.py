@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from pissa.cli import main
-from pissa.cli.data import Chat
+from pissa.cli.templates import Chat
 from runs import logged
 from tiny_model import save_tiny_model
 

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from pissa.cli.data import ALPACA, prompt_and_answer, read_chats
+from pissa.cli.data import read_chats
 from pissa.cli.options import adapter_config, parse
-from tiny_model import tiny_tokenizer
 
 RECIPES = Path(__file__).parents[3] / "bench" / "recipes"
 
@@ -35,7 +34,7 @@ def test_finetune_takes_the_papers_options(name: str, base: tuple[str | None, in
         ("evol-instruct", {"conversations": [{"from": "human", "value": "1+1?"}, {"from": "gpt", "value": "2"}]}),
     ],
 )
-def test_data_become_what_finetune_reads_and_lm_eval_asks_as_it_was_trained(
+def test_data_become_what_finetune_reads(
     name: str, row: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
@@ -44,8 +43,3 @@ def test_data_become_what_finetune_reads_and_lm_eval_asks_as_it_was_trained(
     main([name, str(tmp_path / "out.jsonl"), "--rows", "3", "--source", str(tmp_path / "data.json")])
     chats = read_chats(str(tmp_path / "out.jsonl"))
     assert [[message["content"] for message in chat.messages] for chat in chats] == [["1+1?", "2"]] * 3
-    tokenizer = tiny_tokenizer()
-    trained, _ = prompt_and_answer(chats[0], tokenizer)
-    tokenizer.chat_template = (RECIPES / "alpaca.jinja").read_text()
-    asked = tokenizer.apply_chat_template(chats[0].messages[:1], tokenize=False, add_generation_prompt=True)
-    assert asked == trained == ALPACA.format(instruction="1+1?")

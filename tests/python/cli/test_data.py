@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pissa.cli.data import IGNORED, Chat, encode, prompt_and_answer, read_chats, read_preferences
+from pissa.cli.data import IGNORED, encode, read_chats, read_preferences
+from pissa.cli.templates import Chat, end_of_answer, give_template, prompt_and_answer, prompt_text
 from pissa.cli.terminal import UserError
 
 CHAT = (
@@ -165,19 +167,39 @@ def test_of_a_long_chat_the_last_answer_counts(chat_tokenizer: Any) -> None:
     assert "#### 5" in chat_tokenizer.decode(ids)
 
 
-def test_without_a_template_the_prompt_is_alpaca(tokenizer: Any) -> None:
-    prompt, answer = prompt_and_answer(Chat("", TURNS), tokenizer)
-    assert prompt == (
-        "<s>Below is an instruction that describes a task. Write a response that appropriately completes the request."
+def test_without_a_template_the_prompt_is_alpaca(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizer, "chat_template", None)
+    ids, labels = encoded([Chat("", TURNS)], tokenizer)
+    question = (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request."
         "\n\n### Instruction:\nWhat is 2 + 3?\n\n### Response:"
     )
-    assert answer == "2 + 3 = 5\n#### 5</s>"
-    ids, labels = encoded([Chat("", TURNS)], tokenizer)
-    assert ids.count(tokenizer.bos_token_id) == 1
-    assert ids[-1] == labels[-1] == tokenizer.eos_token_id
+    prompt, answer = (tokenizer(text, add_special_tokens=False).input_ids for text in (question, TURNS[1]["content"]))
+    assert ids == [tokenizer.bos_token_id, *prompt, *answer, tokenizer.eos_token_id]
+    assert labels == [IGNORED] * (1 + len(prompt)) + [*answer, tokenizer.eos_token_id]
+    assert prompt_text(TURNS[:1], tokenizer) == f"<s>{question}"
+    assert end_of_answer(tokenizer) == [tokenizer.eos_token_id]
 
-    with pytest.raises(UserError, match=r"f:9: .* no chat template.* found system, user, assistant"):
-        prompt_and_answer(Chat("f:9", [{"role": "system", "content": "x"}, *TURNS]), tokenizer)
+    chat = [{"role": "system", "content": "Be brief."}, *TURNS, {"role": "user", "content": "And 1 + 1?"}]
+    assert prompt_and_answer(Chat("", [*chat, {"role": "assistant", "content": "2"}]), tokenizer) == (
+        "<s>Be brief.\n\n### Instruction:\nWhat is 2 + 3?\n\n### Response:2 + 3 = 5\n#### 5</s>"
+        "\n\n### Instruction:\nAnd 1 + 1?\n\n### Response:",
+        "2</s>",
+    )
+
+
+@pytest.mark.parametrize("starts", [True, False])
+def test_the_alpaca_prompt_is_saved_with_the_tokenizer(starts: bool, tokenizer: Any, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = deepcopy(tokenizer)
+    if not starts:  # texts with the start token that it has
+        tokenizer.backend_tokenizer.post_processor = None
+    give_template(tokenizer)
+    tokenizer.save_pretrained(tmp_path)
+    ids = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(TURNS[:1], return_dict=False)
+    assert (ids[0] == tokenizer.bos_token_id) == starts
+    assert tokenizer.decode(ids) == prompt_text(TURNS[:1], tokenizer)
 
 
 def test_an_end_token_is_added_where_the_template_has_none(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,6 +210,12 @@ def test_an_end_token_is_added_where_the_template_has_none(tokenizer: Any, monke
 def test_a_template_that_rewrites_the_prompt_is_refused(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenizer, "chat_template", "{{ messages | length }}{{ messages[-1]['content'] }}")
     with pytest.raises(UserError, match=r"f:1: .*cannot be separated"):
+        prompt_and_answer(Chat("f:1", TURNS), tokenizer)
+
+
+def test_what_the_template_refuses_is_refused(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizer, "chat_template", "{{ raise_exception('No system messages') }}")
+    with pytest.raises(UserError, match=r"^f:1: .*template refuses: No system messages; needed: "):
         prompt_and_answer(Chat("f:1", TURNS), tokenizer)
 
 

@@ -38,6 +38,7 @@ ROOMS: dict[str, set[str]] = {
 ALONE = {
     "base/bitsandbytes.py": {"bitsandbytes"},
     "cli/completion.py": {"shtab"},
+    "cli/templates.py": {"jinja2"},
     "distributed.py": {"deepspeed"},
     "containers/hub.py": {"huggingface_hub"},
     "integrations/gguf.py": {"gguf"},

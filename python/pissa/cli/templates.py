@@ -1,0 +1,84 @@
+"""Chats as the text that a model is given and the text that it should answer, by its tokenizer's chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from jinja2 import TemplateError
+
+from pissa.cli.terminal import UserError, user_errors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# The Stanford Alpaca prompt, with which the paper's authors train, as a chat template. A system message replaces its
+# first sentence.
+ALPACA = (
+    "{% if messages[0]['role'] != 'system' %}Below is an instruction that describes a task. Write a response that "
+    "appropriately completes the request.\n\n{% endif %}{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{{ message['content'] + '\n\n' }}"
+    "{% elif message['role'] == 'user' %}{{ '### Instruction:\n' + message['content'] + '\n\n### Response:' }}"
+    "{% else %}{{ message['content'] }}{{ eos_token }}{{ '' if loop.last else '\n\n' }}{% endif %}{% endfor %}"
+)
+
+
+class Chat(NamedTuple):
+    """Messages, each {"role", "content"}, of which the last is the assistant's, and `where` they are, for error
+    messages."""
+
+    where: str
+    messages: list[dict[str, str]]
+
+
+def give_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Gives a tokenizer without a chat template the Alpaca prompt, which is then saved with it: every program that
+    reads it gives the model the prompt with which it was trained."""
+    if tokenizer.chat_template is None:
+        # A template includes the start token, if the tokenizer starts texts with it.
+        starts = tokenizer.bos_token_id is not None and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
+        tokenizer.chat_template = ("{{ bos_token }}" if starts else "") + ALPACA
+
+
+def prompt_text(messages: Sequence[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> str:
+    """Returns the text that the model is given before its answer. It includes the start token."""
+    return _text(messages, tokenizer, add_generation_prompt=True)
+
+
+def prompt_and_answer(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """Returns the text that the model is given, and the text that it should produce: the last message and its end
+    token."""
+    with user_errors(UserError, before=f"{chat.where}: "):
+        prompt = prompt_text(chat.messages[:-1], tokenizer)
+        chat_text = _text(chat.messages, tokenizer)
+    if not chat_text.startswith(prompt):
+        raise UserError(
+            f"{chat.where}: the tokenizer's chat template changes the prompt once the answer follows, so prompt "
+            "and answer cannot be separated; use another template, or remove it to train with the Alpaca prompt"
+        )
+    answer = chat_text[len(prompt) :]
+    # A template ends a turn with a line break, which is not part of the answer.
+    ended = answer.rstrip()
+    if ended.endswith(tuple(_special_tokens(tokenizer))):
+        return prompt, ended
+    return prompt, answer + (tokenizer.eos_token or "")
+
+
+def end_of_answer(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Returns the tokens at which an answer ends: the one that ends answers in training, and the tokenizer's own."""
+    turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello"}]
+    _, answer = prompt_and_answer(Chat(tokenizer.name_or_path, turns), tokenizer)
+    special = _special_tokens(tokenizer)
+    ends = {special[text] for text in special if answer.endswith(text)} | {tokenizer.eos_token_id}
+    return sorted(ends - {None})
+
+
+def _text(messages: Sequence[dict[str, str]], tokenizer: PreTrainedTokenizerBase, **options: Any) -> str:
+    needed = "; needed: messages that the model knows, in the order that it knows"
+    with user_errors(TemplateError, TypeError, before="the tokenizer's chat template refuses: ", after=needed):
+        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, **options))
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """The tokens that are not text. `all_special_tokens` lacks those without a role, such as Gemma's end of a turn."""
+    return {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
