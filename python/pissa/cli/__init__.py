@@ -25,7 +25,6 @@ COMMANDS = {
     "run": "run a PEFT training program with pissa's PiSSA and 4-bit LoRA",
     "env": "report versions and whether everything works",
     "selftest": "check this installation; run it before you report a problem",
-    "completion": "print what a shell needs to complete these commands",
 }
 
 _HOMES = {

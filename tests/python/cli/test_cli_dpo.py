@@ -1,4 +1,4 @@
-"""`pissa dpo` on a small random model, and what it shares with `pissa finetune`: data sets, --lr auto, completion."""
+"""`pissa dpo` on a small random model, and what it shares with `pissa finetune`: data sets, --lr auto."""
 
 from __future__ import annotations
 
@@ -154,11 +154,3 @@ def test_yaml_that_does_not_fit_is_refused(tmp_path: Path, capsys: pytest.Captur
         assert main(["dpo", "--config", str(path)]) == 2
         assert found in (said := capsys.readouterr().err)
         assert len(said.splitlines()) == 1
-
-
-@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
-def test_a_shell_completes_options(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("shtab", reason="the package shtab is not installed")
-    assert main(["completion", shell]) == 0
-    script = capsys.readouterr().out
-    assert all(word in script for word in ("finetune", "dpo", "merge", "gradient-checkpointing", "target_modules"))

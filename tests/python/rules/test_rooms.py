@@ -37,7 +37,6 @@ ROOMS: dict[str, set[str]] = {
 # Libraries that one module alone uses.
 ALONE = {
     "base/bitsandbytes.py": {"bitsandbytes"},
-    "cli/completion.py": {"shtab"},
     "cli/templates.py": {"jinja2"},
     "distributed.py": {"deepspeed"},
     "containers/hub.py": {"huggingface_hub"},
