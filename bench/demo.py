@@ -33,7 +33,7 @@ RANK, STEPS, BATCH, SEED = 16, 60, 2, 0
 LEARNING_RATE = 2e-4
 MAX_TOKENS, HELD_OUT, COMPARED_STEP, NEW_TOKENS = 192, 16, 50, 128
 
-METHODS = {"PiSSA": "--method pissa", "QPiSSA": "--method pissa --quant nf4", "LoRA": "--method lora"}
+METHODS = {"PiSSA": "", "QPiSSA": "--quant nf4", "LoRA": "--init lora"}
 """The options that differ between the runs. Each run writes to a folder named after its method, in lower case."""
 
 

@@ -73,7 +73,6 @@ _HELP = {
 _CHOICES = {"quant": tuple(FORMATS), "repair": tuple(pissa.INIT_METHODS)}
 _OWN = (
     ("eval_data", str, None, "held-out data: the loss is computed before and after training"),
-    ("method", str, "pissa", "pissa, or lora: plain LoRA, for comparison"),
     ("calibration", int, 64, "number of training examples for --repair activations and --error-feedback"),
     ("resume", bool, False, "continue from the last checkpoint in the folder"),
     ("json", bool, False, "report as one JSON object; readable lines go to stderr"),

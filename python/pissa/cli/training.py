@@ -14,7 +14,6 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from itertools import islice, pairwise
@@ -26,8 +25,7 @@ import torch
 import trl
 from accelerate import DistributedType
 from accelerate.utils import send_to_device
-from peft import get_peft_model
-from transformers import AutoProcessor, TrainerCallback, set_seed
+from transformers import AutoProcessor, TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 from trl.trainer.utils import create_model_from_path
 
@@ -139,12 +137,6 @@ def _complete_options(ours: Any, training: Any, mixture: Any) -> tuple[pissa.Pis
         model_folder.require(*(contents for contents in Contents if contents is not Contents.PEFT_RESIDUAL))
         is_residual = model_folder.contents is Contents.RESIDUAL
         split = AdapterRecord.read(model_folder.folder / PISSA_RECORD).config if is_residual else None
-    if ours.method == "lora" and is_residual:
-        raise UserError(
-            f"--method lora: {name} holds residuals, which lack PiSSA's start; give the model that was split"
-        )
-    if ours.method == "lora" and ours.quant:
-        raise UserError(f"--quant {ours.quant} needs --method pissa; plain LoRA is trained on the base as it is")
     config = adapter_config(ours, training.seed, split)
     base = model_folder.config if is_residual or model_folder.contents is Contents.RELEASED else {}
     ours.dtype = ours.dtype or base.get("dtype") or base.get("torch_dtype") or "float32"
@@ -199,7 +191,6 @@ def _model(ours: Any, training: Any, config: pissa.PissaConfig, contents: Conten
     elif contents is Contents.RELEASED:  # which transformers would expand
         if config.needs_calibration:
             raise UserError(f"--model {name}: as released it has nothing to calibrate; leave --quant out")
-        config = config if ours.method == "pissa" else replace(config, init="lora")
         model = _load(ours, load, config=config)
     else:
         options |= {"dtype": ours.dtype, "attn_implementation": ours.attn_implementation}
@@ -210,14 +201,10 @@ def _model(ours: Any, training: Any, config: pissa.PissaConfig, contents: Conten
             options["device_map"] = {"": training.device} if is_whole else None
         options |= training.model_init_kwargs or {}
         model = _load(ours, create_model_from_path, **options)
-        set_seed(training.seed)  # LoRA's A is random
         # Raised for a rank above a layer's size or a NaN in a weight. The message names the layer.
         with user_errors(TypeError, ValueError, before=f"--model {name}: "):
-            if ours.method == "lora":
-                model = get_peft_model(model, replace(config.as_lora(times=1), inference_mode=False))
-            else:
-                batches = _calibration(train, ours.calibration) if config.needs_calibration else None
-                model = pissa.wrap(model, config, calibration=batches, progressbar=not training.process_index)
+            batches = _calibration(train, ours.calibration) if config.needs_calibration else None
+            model = pissa.wrap(model, config, calibration=batches, progressbar=not training.process_index)
     trainable, total = model.get_nb_trainable_parameters()
     cores = f"{torch.get_num_threads()} threads" if training.device.type == "cpu" else f"{training.device}"
     print_row("model", f"{name}, {(total - trainable) / 1e6:,.1f} M parameters, {ours.dtype}, {cores}")
@@ -238,7 +225,8 @@ def _calibration(train: Any, count: int) -> list[torch.Tensor]:
 
 
 def _method_name(ours: Any) -> str:
-    return {"lora": "LoRA", "pissa": f"QPiSSA ({ours.quant})" if ours.quant else "PiSSA"}[ours.method]
+    name = "LoRA" if ours.init == "lora" else "QPiSSA" if ours.quant else "PiSSA"
+    return f"{name} ({ours.quant})" if ours.quant else name
 
 
 def _fuse(model: Any) -> None:

@@ -36,7 +36,7 @@ from runs import cut_last_step, exact, history, logged, refused, same_weights
 pytestmark = pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning")
 
 METHODS = {
-    "lora": ["--method", "lora"],
+    "lora": ["--init", "lora"],
     "pissa": [],
     "qpissa": ["--quant", "nf4"],
     "qpissa int8": ["--quant", "int8"],
@@ -87,9 +87,13 @@ def test_a_run_leaves_adapter_losses_and_picture(method: str, trained: Callable[
     assert (out / "adapter_model.safetensors").is_file()
     run = yaml.safe_load((out / "run.yaml").read_text())
     quant = {"qpissa": "nf4", "qpissa int8": "int8", "qpissa calibrated": "nf4"}.get(method)
-    assert (run["quant"], run["r"], run["lora_alpha"], run["init"]) == (quant, 4, 4, "pissa")
-    if method != "lora":
-        assert json.loads((out / "pissa.json").read_text())["config"]["quant"] == quant
+    assert (run["quant"], run["r"], run["lora_alpha"], run["init"]) == (
+        quant,
+        4,
+        4,
+        "lora" if method == "lora" else "pissa",
+    )
+    assert json.loads((out / "pissa.json").read_text())["config"]["quant"] == quant
 
     for label in ("model", "data", "held out", "method", "check", "loss", "cost", "saved", "next"):
         assert f"\n{label:<9} " in f"\n{said}"
@@ -103,7 +107,7 @@ def test_a_run_leaves_adapter_losses_and_picture(method: str, trained: Callable[
     assert "training: 100%" in errors
     for noise in ("Map:", "Warning", "Loading weights"):
         assert noise not in errors
-    assert ("PiSSA init" in errors) == (method != "lora")
+    assert "PiSSA init" in errors
 
 
 def test_a_run_needs_no_picture(
@@ -295,7 +299,6 @@ def test_wrong_arguments_are_refused(
 ) -> None:
     out = tmp_path / "run"
     assert "--model is missing" in refused(["finetune", "--data", str(data), "--out", str(out)], capsys)
-    assert "needs --method pissa" in refused(command(base, data, out, "--method", "lora", "--quant", "nf4"), capsys)
     message = "quant_iters: got 2 without quant, and nothing else is quantised"
     assert message in refused(command(base, data, out, "--quant-iters", "2"), capsys)
     assert "no prompt of 24 is shorter" in refused(command(base, data, out, "--max-length", "2"), capsys)
@@ -432,9 +435,9 @@ def test_the_environment_report_says_what_is_wrong(
     assert "computes wrongly" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("method", ["lora", "pissa"])
+@pytest.mark.parametrize("init", ["lora", "pissa"])
 def test_a_released_model_is_trained_as_it_is(
-    method: str, base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    init: str, base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In FP8, which transformers would expand on a CPU: it is not asked."""
     monkeypatch.setattr(training, "create_model_from_path", None)
@@ -447,7 +450,7 @@ def test_a_released_model_is_trained_as_it_is(
         if (base / name).is_file():
             shutil.copyfile(base / name, folder / name)
     codes = (folder / "model.safetensors").read_bytes()
-    assert main(command(folder, data, out, "--method", method, "--eval-data", str(data))) == 0
+    assert main(command(folder, data, out, "--init", init, "--eval-data", str(data))) == 0
     first, *_, last = [row for row in history(out) if "eval_loss" in row]
     assert last["eval_loss"] < first["eval_loss"]
     model = pissa.load(folder, adapter=out)

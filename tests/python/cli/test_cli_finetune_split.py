@@ -102,7 +102,7 @@ def test_alternations_are_those_of_the_folder(
         (["--quant", "int8"], "--quant int8: {model} was split with --quant nf4; leave --quant out"),
         (["--quant-iters", "3"], "--quant-iters 3: {model} was split with --quant-iters 1; leave --quant-iters out"),
         (["--svd", "exact"], "--svd exact: {model} was split with --svd krylov; leave --svd out"),
-        (["--method", "lora"], "--method lora: {model} holds residuals"),
+        (["--init", "lora"], "--init lora: {model} was split with --init pissa; leave --init out"),
     ],
 )
 def test_what_the_folder_has_settled_is_not_asked_for(
