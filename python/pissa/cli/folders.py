@@ -8,7 +8,6 @@ import os
 import re
 import sys
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -19,7 +18,6 @@ from pissa.cli.terminal import (
     UserError,
     add_calibration,
     as_size,
-    format_table,
     number,
     passes,
     positive_int,
@@ -265,37 +263,24 @@ EXPORT = FolderCommand(_add_export, _export)
 
 # ---- pissa convert ---------------------------------------------------------------------------------------------------
 
-_share = number(float, "a number above 0 and at most 1", lambda value: 0 < value <= 1)
-
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:
     _add_adapter(parser, "new folder for the LoRA")
-    add = parser.add_mutually_exclusive_group().add_argument
-    add("--rank", type=positive_int, metavar="N", help="largest rank of a layer (best approximation)")
-    energy = "share of the change's squared norm that each layer keeps, e.g. 0.99"
-    add("--energy", type=_share, metavar="X", help=energy)
+    rank = "largest rank of a layer (best approximation)"
+    parser.add_argument("--rank", type=positive_int, metavar="N", help=rank)
 
 
 def _convert(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    from pissa.conversion.convert import convert, total_kept
+    from pissa.conversion.convert import convert
 
-    options = _options(args, "base", "initial", "rank", "energy")
-    done = convert(args.adapter, args.target, **options, progressbar=True)
+    done = convert(args.adapter, args.target, **_options(args, "base", "initial", "rank"), progressbar=True)
     numbers = {name: {**layer._asdict(), "kept": layer.kept} for name, layer in done.layers.items()}
     yield {"layout": done.layout, "kept": done.kept, "layers": numbers}
     print_row("source", f"{args.adapter}: {done.layout}")
-    kinds = defaultdict[str, list[Any]](list)
-    for name, layer in done.layers.items():
-        kinds[name.removesuffix(".weight").rpartition(".")[2]].append(layer)
-    lowered = args.rank is not None or args.energy is not None
-    header = ["layers", "number", "rank", "new rank", *(["energy kept\nleast", "\nof all"] if lowered else [])]
-    rows = []
-    for kind, layers in kinds.items():
-        ranks = as_range([layer.rank_before for layer in layers]), as_range([layer.rank for layer in layers])
-        energy = [f"{min(layer.kept for layer in layers):.4%}", f"{total_kept(layers):.4%}"] if lowered else []
-        rows.append([kind, str(len(layers)), *ranks, *energy])
-    print(format_table(header, rows))
-    if lowered:
+    before = as_range([layer.rank_before for layer in done.layers.values()])
+    after = as_range([layer.rank for layer in done.layers.values()])
+    print_row("rank", f"{before} in {len(done.layers)} layers, now {after}")
+    if args.rank is not None:
         name, least = min(done.layers.items(), key=lambda item: item[1].kept)
         print_row("energy", f"{done.kept:.4%} of the change of all layers; least, {least.kept:.4%}, in {name}")
     print_row("saved", f"{args.target}: a plain LoRA for the unmodified base")

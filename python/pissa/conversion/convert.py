@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -51,14 +51,8 @@ class Conversion:
     @property
     def kept(self) -> float:
         """The share of the energy of all layers that was kept."""
-        return total_kept(self.layers.values())
-
-
-def total_kept(layers: Iterable[ConvertedLayer]) -> float:
-    """The share of the energy of the layers that was kept."""
-    layers = list(layers)
-    energy = sum(layer.energy for layer in layers)
-    return 1 - sum(layer.lost for layer in layers) / energy if energy else 1.0
+        energy = sum(layer.energy for layer in self.layers.values())
+        return 1 - sum(layer.lost for layer in self.layers.values()) / energy if energy else 1.0
 
 
 def convert(
@@ -68,7 +62,6 @@ def convert(
     base: str | os.PathLike[str] | None = None,
     initial: str | os.PathLike[str] | None = None,
     rank: int | None = None,
-    energy: float | None = None,
     progressbar: bool = False,
 ) -> Conversion:
     """Writes the adapter in folder `source` to `target`, a new folder, as a plain LoRA for the unmodified base.
@@ -82,7 +75,7 @@ def convert(
       adapter's base_model_name_or_path names it: a folder, or a name that is in huggingface_hub's cache.
     - Its init_lora_weights is one that changes the base, such as "pissa": it is refused, because only the initial
       adapter says by how much.
-    - Otherwise a plain LoRA, which needs `rank` or `energy`. This includes what PEFT writes with
+    - Otherwise a plain LoRA, which needs `rank`. This includes what PEFT writes with
       path_initial_model_for_weight_conversion. An adapter that was trained on a residual model looks the same, unless
       its base_model_name_or_path says so; give `initial`. If that names a folder which is not here, `base` or `initial`
       has to be given. A relative name without such a folder is taken for a name on the Hub.
@@ -101,8 +94,6 @@ def convert(
             adapter names). Its name is written, unless it is a residual: the result is for the unmodified model.
         initial: folder of the adapter before training.
         rank: the largest rank that a layer may have; the best approximation of that rank is used.
-        energy: instead of `rank`, the share of ‖dW‖² that each layer keeps, above 0 and at most 1. Each layer gets the
-            smallest rank that keeps it; the experts of a module share one rank.
         progressbar: show a bar on stderr.
 
     Raises:
@@ -110,14 +101,14 @@ def convert(
             written.
     """
     source, target = Path(source), Path(target)
-    _check_sizes(rank, energy)
+    if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
+        raise ValueError(f"rank must be a whole number from 1 on, got {rank!r}")
     check_unused(target)
     lora = PlainLora.of(open_adapter(source), base, initial)
     folder = lora.folder
-    if lora.what == PLAIN and rank is None and energy is None:
+    if lora.what == PLAIN and rank is None:
         raise ValueError(
-            f"{source} is a plain LoRA already. Give rank or energy to lower its rank, or initial if it was trained on "
-            "a residual"
+            f"{source} is a plain LoRA already. Give rank to lower its rank, or initial if it was trained on a residual"
         )
 
     layers, sizes, others = {}, {}, set(folder.other_keys)
@@ -126,7 +117,7 @@ def convert(
         for name, factors in tqdm(targets, desc="converting", unit="layer") if progressbar else targets:
             starts = lora.starts(name)
             exact = lora.matrices(name, starts)
-            pairs, norm_squared, error_squared = approximate(exact, factors.scaling, rank, energy)
+            pairs, norm_squared, error_squared = approximate(exact, factors.scaling, rank)
             tensors.put(factors.pack(pairs))
             if (key := base_weight_key(name)) in others:
                 tensors.put({key: lora.own_weight(name, starts)})
@@ -147,23 +138,10 @@ def convert(
     return Conversion(lora.what, layers)
 
 
-def _check_sizes(rank: int | None, energy: float | None) -> None:
-    if rank is not None and energy is not None:
-        raise ValueError(f"got rank {rank!r} and energy {energy!r}; needed: one of them, or none")
-    if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
-        raise ValueError(f"rank must be a whole number from 1 on, got {rank!r}")
-    if energy is not None and (not isinstance(energy, (int, float)) or not 0 < energy <= 1):
-        raise ValueError(f"energy must be a number above 0 and at most 1, got {energy!r}")
-
-
-def approximate(
-    exact: Sequence[Matrices], scaling: float, rank: int | None, energy: float | None
-) -> tuple[Sequence[Matrices], float, float]:
-    """The best approximations of changes s b a, of rank at most `rank`, or of the smallest rank that keeps the share
-    `energy` of each one's energy. Also returns ‖s b a‖² of all, and the part of it that is left out."""
+def approximate(exact: Sequence[Matrices], scaling: float, rank: int | None) -> tuple[Sequence[Matrices], float, float]:
+    """The best approximations of changes s b a, of rank at most `rank`. Also returns ‖s b a‖² of all, and the part of
+    it that is left out."""
     spectra = [Spectrum.of(*factors) for factors in exact]
-    if energy is not None:
-        rank = max(spectrum.smallest_rank(energy) for spectrum in spectra)
     total = scaling**2 * sum(float(spectrum.energy[0]) for spectrum in spectra)
     if rank is None or rank >= len(exact[0][0]):
         return exact, total, 0.0

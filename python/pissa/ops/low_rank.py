@@ -8,8 +8,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-_UNIT_ROUNDOFF = 2.0**-53
-
 
 def join_difference(a: Tensor, da: Tensor, db: Tensor, b0: Tensor) -> tuple[Tensor, Tensor]:
     """[a ; da] [2r, in] and [db | b0] [out, 2r]. Their product is b a - b0 a0, without cancellation, where a = a0 + da
@@ -62,14 +60,6 @@ class Spectrum(NamedTuple):
         lacks."""
         squares = torch.cat([self.values.square(), self.values.new_zeros(1)])
         return squares.flip(0).cumsum(0).flip(0)
-
-    def smallest_rank(self, share: float) -> int:
-        """The smallest rank, at least 1, that keeps the given share of ‖b a‖². Values below the decomposition's
-        roundoff count as zero."""
-        energy = self.energy
-        noise = (self.left.shape[0] + self.right.shape[1]) * _UNIT_ROUNDOFF * self.values[0]
-        allowed = (1 - share) * energy[0] + len(self.values) * noise**2
-        return max(1, int((energy > allowed).sum()))
 
     def factors(self, ranks: slice) -> tuple[Tensor, Tensor]:
         """Factors a, b, with equal norms, of the part that has these values."""

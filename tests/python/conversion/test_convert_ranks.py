@@ -1,4 +1,4 @@
-"""Conversion to a lower rank: the best approximation, stated energies, files that every runtime scales right."""
+"""Conversion to a lower rank: the best approximation, files that every runtime scales right."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ from torch import Tensor, nn
 
 import pissa
 from language_models import Make, error, logits
-from lora_files import NAMES, PATTERNS, changes, check_best, config_of, train_ours
+from lora_files import NAMES, PATTERNS, check_best, config_of, train_ours
 from peft_adapters import plain_logits
 from pissa import notices
 from pissa.adapters.lora_folder import open_adapter, with_sizes
-from pissa.conversion.convert import approximate
 
 
 @pytest.fixture
@@ -37,41 +36,23 @@ def test_a_lower_rank_is_the_best_of_that_rank(ours: Path, tiny_llama: Make, tok
     assert {layer.rank for layer in done.layers.values()} == {6, 8, 10}  # nothing to lower
 
 
-@pytest.mark.parametrize("energy", [0.5, 0.9, 0.99])
-def test_the_smallest_rank_that_keeps_the_energy(energy: float, ours: Path, tmp_path: Path) -> None:
-    done = pissa.convert(ours, tmp_path / "lora", energy=energy)
-    before = changes(ours)
-    for name, layer in done.layers.items():
-        squares = torch.linalg.svdvals(before[name][0]).square()
-        shares = squares.cumsum(0) / squares.sum()
-        assert layer.kept >= energy
-        assert layer.rank == int((shares < energy).sum()) + 1
-    assert done.kept >= energy
-
-
-def test_experts_have_the_rank_that_each_of_them_needs() -> None:
-    a, b = torch.eye(4, 6).double(), torch.eye(5, 4).double()
-    exact = [(a, b * torch.tensor(scales).double()) for scales in ([9, 1, 1, 1], [1, 1, 1, 0.1])]
-    found, _, _ = approximate(exact, 1.0, None, 0.9)
-    assert [len(factor) for factor, _ in found] == [3, 3]
-
-
 def test_an_adapter_that_learnt_nothing(tiny_llama: Make, tmp_path: Path) -> None:
     pissa.wrap(tiny_llama(), r=4).save_pretrained(tmp_path / "ours")
-    done = pissa.convert(tmp_path / "ours", tmp_path / "lora", energy=0.9)
+    done = pissa.convert(tmp_path / "ours", tmp_path / "lora", rank=1)
     assert {(layer.rank, layer.energy, layer.kept) for layer in done.layers.values()} == {(1, 0.0, 1.0)}
     assert done.kept == 1
 
 
 def test_runtimes_that_know_no_patterns_scale_right(tiny_llama: Make, tmp_path: Path) -> None:
     """Where all scalings are equal alpha / r is that of every layer, whatever its rank."""
-    model = pissa.wrap(tiny_llama(), r=4, lora_alpha=6, target_modules=["q_proj", "up_proj"])
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and not ("q_proj.lora_A" in name or "layers.0" in name):
+    patterns = {"rank_pattern": {"q_proj": 1}, "alpha_pattern": {"q_proj": 1.5}}
+    model = pissa.wrap(tiny_llama(), r=4, lora_alpha=6, target_modules=["q_proj", "up_proj"], **patterns)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
             nn.init.normal_(parameter, std=0.02)
     model.save_pretrained(tmp_path / "one")
-    done = pissa.convert(tmp_path / "one", tmp_path / "lora", energy=1.0)
-    assert sorted(layer.rank for layer in done.layers.values()) == [1, 1, 4, 8]
+    done = pissa.convert(tmp_path / "one", tmp_path / "lora", rank=4)
+    assert sorted(layer.rank for layer in done.layers.values()) == [2, 2, 4, 4]
     config = config_of(tmp_path / "lora")
     assert config["lora_alpha"] / config["r"] == 1.5
     lora = open_adapter(tmp_path / "lora")
@@ -108,7 +89,7 @@ def test_dora_keeps_its_magnitudes_and_says_so(tiny_llama: Make, tokens: Tensor,
         notices.KeptMagnitudesWarning,
         match="change that is now approximated",
     ):
-        pissa.convert(tmp_path / "ours", tmp_path / "lora", energy=0.99)
+        pissa.convert(tmp_path / "ours", tmp_path / "lora", rank=6)
     ours, lora = (load_file(tmp_path / name / NAMES[1]) for name in ("ours", "lora"))
     kept = [name for name in ours if name.endswith("lora_magnitude_vector")]
     assert len(kept) == 14

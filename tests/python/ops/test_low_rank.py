@@ -53,14 +53,3 @@ def test_what_is_kept_is_the_best_and_as_much_as_stated(pair: tuple[torch.Tensor
             1 - float((dense - kept_b @ kept_a).square().sum() / dense.square().sum()), abs=1e-5
         )
     assert torch.allclose(kept_a.norm(), kept_b.norm(), rtol=1e-9, atol=noise**0.5)
-
-
-def test_all_of_the_energy_takes_the_rank_that_there_is() -> None:
-    """Not one more for values that are roundoff."""
-    generator = torch.Generator().manual_seed(0)
-    a, b = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((6, 30), (40, 6)))
-    a[4:] = a[:2]
-    spectrum = Spectrum.of(a, b)
-    assert spectrum.values[4:].max() < 1e-12
-    assert spectrum.smallest_rank(1.0) == 4
-    assert Spectrum.of(0 * a, b).smallest_rank(1.0) == 1
