@@ -31,11 +31,11 @@ if TYPE_CHECKING:
     from pissa.integrations.export import export as export
     from pissa.model.calibrate import calibrate as calibrate
     from pissa.model.calibration import Calibration as Calibration
+    from pissa.model.fused_head import fuse_head as fuse_head
+    from pissa.model.fused_layers import fuse_layers as fuse_layers
     from pissa.model.pissa_model import PissaModel as PissaModel
     from pissa.model.wrap import wrap as wrap
     from pissa.ops import build_info as build_info
-    from pissa.training.fused_head import fuse_head as fuse_head
-    from pissa.training.fused_layers import fuse_layers as fuse_layers
     from pissa.training.lora_state import lora_config as lora_config
     from pissa.training.lora_state import lora_state_dict as lora_state_dict
     from pissa.training.suggest_lr import suggest_lr as suggest_lr
@@ -60,8 +60,8 @@ _HOMES = {
     "build_info": "pissa.ops:build_info",
     "convert": "pissa.conversion.convert:convert",
     "export": "pissa.integrations.export:export",
-    "fuse_layers": "pissa.training.fused_layers:fuse_layers",
-    "fuse_head": "pissa.training.fused_head:fuse_head",
+    "fuse_layers": "pissa.model.fused_layers:fuse_layers",
+    "fuse_head": "pissa.model.fused_head:fuse_head",
     "layers": "pissa.layers:",
     "load": "pissa.checkpoints.load:load",
     "lora_config": "pissa.training.lora_state:lora_config",

@@ -15,7 +15,7 @@ from architectures import ARCHITECTURES, TEXT
 from daily import each
 from pissa import ops
 from pissa.base.weights import CodedLinear
-from pissa.training import fused_head
+from pissa.model import fused_head
 
 CAUSAL = [name for name, one in ARCHITECTURES.items() if one.is_causal]
 DAILY = ["llama3", "gemma2", "gpt_oss", "mamba2", "gpt2"]

@@ -17,7 +17,7 @@ from architectures import ARCHITECTURES
 from daily import each
 from one_layer import adapted, filled, wrap
 from pissa import ops
-from pissa.training import fused_layers
+from pissa.model import fused_layers
 
 pytestmark = [pytest.mark.cpu_only, pytest.mark.filterwarnings("ignore::pissa.notices.PissaWarning")]
 
