@@ -22,6 +22,13 @@ ALPACA = (
     "{% else %}{{ message['content'] }}{{ eos_token }}{{ '' if loop.last else '\n\n' }}{% endif %}{% endfor %}"
 )
 
+# How the reasoning models that begin an answer with their thoughts mark them.
+_THINKING, _THOUGHT = "<think>\n", "</think>"
+_INSEPARABLE = (
+    "the tokenizer's chat template changes the prompt once the answer follows, so prompt and answer cannot be "
+    "separated; use another template, or remove it to train with the Alpaca prompt"
+)
+
 
 class Chat(NamedTuple):
     """Messages, each {"role", "content"}, of which the last is the assistant's, and `where` they are, for error
@@ -48,20 +55,41 @@ def prompt_text(messages: Sequence[dict[str, str]], tokenizer: PreTrainedTokeniz
 def prompt_and_answer(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     """Returns the text that the model is given, and the text that it should produce: the last message and its end
     token."""
+    turn = chat.messages[-2:]  # of the whole chat, some templates move the system message once the answer follows
     with user_errors(UserError, before=f"{chat.where}: "):
         prompt = prompt_text(chat.messages[:-1], tokenizer)
-        chat_text = _text(chat.messages, tokenizer)
-    if not chat_text.startswith(prompt):
-        raise UserError(
-            f"{chat.where}: the tokenizer's chat template changes the prompt once the answer follows, so prompt "
-            "and answer cannot be separated; use another template, or remove it to train with the Alpaca prompt"
-        )
-    answer = chat_text[len(prompt) :]
+        answer = _answer(prompt_text(turn[:-1], tokenizer), _text(turn, tokenizer), turn[-1]["content"])
     # A template ends a turn with a line break, which is not part of the answer.
     ended = answer.rstrip()
     if ended.endswith(tuple(_special_tokens(tokenizer))):
         return prompt, ended
     return prompt, answer + (tokenizer.eos_token or "")
+
+
+def check_continues(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Checks that the text of a chat continues that of its prompt, as TRL expects of preferences."""
+    with user_errors(UserError, before=f"{chat.where}: "):
+        if not _text(chat.messages, tokenizer).startswith(prompt_text(chat.messages[:-1], tokenizer)):
+            raise UserError(_INSEPARABLE)
+
+
+def _answer(prompt: str, text: str, content: str) -> str:
+    """The answer in the text of a turn with this prompt."""
+    thoughts, thinks, _ = content.rpartition(_THOUGHT)
+    begun = prompt.removesuffix(_THINKING)
+    if text.startswith(prompt):
+        answer = text[len(prompt) :]
+    elif text.startswith(begun):  # the template begins thoughts, and takes them out of answers
+        thoughts = thoughts.strip().removeprefix(_THINKING.strip()).strip()
+        answer = f"{thoughts}\n{_THOUGHT}\n\n{text[len(begun) :].lstrip()}"
+    else:
+        raise UserError(_INSEPARABLE)
+    if thinks and _THOUGHT not in answer:
+        raise UserError(
+            "the tokenizer's chat template takes out what is before </think>, so it cannot be learned; take it out "
+            "of the answers, or use another template"
+        )
+    return answer
 
 
 def end_of_answer(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -35,7 +35,7 @@ from pissa.adapters.pissa_layout import AdapterRecord
 from pissa.cli.data import encode, is_records, read_chats, read_preferences
 from pissa.cli.memory import peak_memory_mib, return_freed_blocks
 from pissa.cli.options import AUTO, RUN_FILE, adapter_config, check_same_run, parse, record
-from pissa.cli.templates import give_template
+from pissa.cli.templates import check_continues, give_template
 from pissa.cli.terminal import UserError, print_row, user_errors
 from pissa.cli.verification import step0_check
 from pissa.containers.checkpoint import PISSA_RECORD, Contents, ModelFolder
@@ -413,6 +413,7 @@ def _preferences(source: str, tokenizer: Any, max_length: int) -> tuple[list[dic
     give_template(tokenizer)
     rows = []
     for chosen, rejected in read_preferences(source):
+        check_continues(chosen, tokenizer)
         answers = {"chosen": chosen.messages[-1:], "rejected": rejected.messages[-1:]}
         rows.append({"prompt": chosen.messages[:-1], **answers})
     return rows, ""
