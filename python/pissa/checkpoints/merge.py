@@ -229,11 +229,9 @@ class Merged(Written):
     """The number of layers that are written in codes."""
     error_of_change: float
     """‖Q - W'‖ / ‖change‖ over the layers that the adapter changes."""
-    survives: dict[str, float]
-    """The share of each layer's or expert stack's change that survives in codes of a released format: <Q - W, D> / ‖D‖²
-    for the old weight W and the change D; for all together under the name "all". Empty without such codes."""
-    noise: float
-    """All other changes by such codes, relative to the change: ‖Q - W - survives D‖ / ‖D‖."""
+    survives: float | None
+    """The share of the change that survives in codes of a released format: <Q - W, D> / ‖D‖² for the old weight W and
+    the change D. None without such codes."""
 
 
 SAME = "same"
@@ -289,18 +287,15 @@ def merge(
             warnings.warn(doubt, stacklevel=2)
         adapted = [unit for unit in run.plan.units if unit.factors is not None]
         changed = add_up(run.results[unit.name] for unit in adapted)
-        coded = {unit.name: run.results[unit.name] for unit in adapted if "kept" in run.results[unit.name]}
-        kept, moved, change = (sum(sums[name] for sums in coded.values()) for name in ("kept", "moved", "change"))
-        share = kept / change if change else 0.0
+        coded = [unit for unit in adapted if "kept" in run.results[unit.name]]
+        in_codes = add_up(run.results[unit.name] for unit in coded)
         return Merged(
             **vars(written),
             what=weights.what,
             layers=sum(len(unit.layers) for unit in adapted),
-            quantised=len(run.plan.packed) or sum(len(unit.layers) for unit in adapted if unit.name in coded),
+            quantised=len(run.plan.packed) or sum(len(unit.layers) for unit in coded),
             error_of_change=math.sqrt(changed["error_squared"] / changed["change"]) if changed["change"] else 0.0,
-            survives={name: sums["kept"] / sums["change"] for name, sums in coded.items() if sums["change"]}
-            | ({"all": share} if coded else {}),
-            noise=math.sqrt(max(0.0, moved / change - share**2)) if change else 0.0,
+            survives=in_codes["kept"] / in_codes["change"] if in_codes.get("change") else None,
         )
 
 
@@ -369,7 +364,7 @@ class _MergeSame(_Merge):
         return super().identity() | {"form": SAME}
 
     def write_sum(self, out: Output, layer: LayerPlan, weight: Tensor) -> dict[str, float]:
-        """As for a dense base. "kept" is <Q - W, change>, and "moved" is ‖Q - W‖²."""
+        """As for a dense base. "kept" is <Q - W, change>."""
         if layer.parts[0].tensor not in self.plan.kept:
             return super().write_sum(out, layer, weight)
         if not bool(torch.isfinite(weight).all()):
@@ -386,9 +381,9 @@ class _MergeSame(_Merge):
                 values = merged.codes.view(stored.dtype).view(stored.shape) if tensor == coded.codes else stored
                 out.write(self.file_of(name), tensor, values, member)
         old, new = torch.cat(before), torch.cat(after)
-        moved, change = new - old, weight - self.source.matrix(layer.parts).float()
-        squares = {"error_squared": square(new - weight), "norm_squared": square(weight), "moved": square(moved)}
-        return squares | {"kept": float(torch.sum(moved.double() * change))}
+        change = weight - self.source.matrix(layer.parts).float()
+        kept = float(torch.sum((new - old).double() * change))
+        return {"error_squared": square(new - weight), "norm_squared": square(weight), "kept": kept}
 
     def write_config(self, out: Output) -> None:
         for name in (CONFIG, MODELOPT_CONFIG):

@@ -225,10 +225,8 @@ def _merge(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     yield vars(done)
     print_row("adapter", f"{args.adapter}: {done.what}, {done.layers} layers")
     print_row("read", _describe_reading(done))
-    for name, share in done.survives.items():
-        print_row("survives", f"{share:.1%} of the change: {name}")
-    if done.survives:
-        print_row("noise", f"{done.noise:.0%} of the change; an adapter that is not merged loses nothing")
+    if done.survives is not None:
+        print_row("survives", f"{done.survives:.1%} of the change; an adapter that is not merged loses nothing")
     where = "the base's format" if args.quant == "same" else args.quant
     written = f"{done.quantised} layers in {where}" if args.quant else "dense, rounded once"
     print_row("error", f"{written}: {done.error:.3%} of the weights' norm, {done.error_of_change:.3%} of the change's")
