@@ -1,5 +1,5 @@
 """The core as functions on tensors: truncated SVD, PiSSA's split, quantised weights, the fused linear layer, attention,
-norms, gates, and an output layer's loss.
+norms, gates, and the scores of an output layer.
 
 Only torch is needed. Each function validates its arguments, raises a `ValueError` or `TypeError` that names the
 argument, and calls `torch.ops.pissa.*`. These are the compiled ops (see cpp/pissa/torch/schema.cc), which work under
@@ -20,7 +20,7 @@ from pissa.ops._load import _C
 from pissa.ops._norm import rms_norm
 from pissa.ops._principal import residual, residual_many, svd_lowrank
 from pissa.ops._quant import QuantizedWeight, dequantize, quantize
-from pissa.ops._scores import TokenScores, linear_cross_entropy, token_scores
+from pissa.ops._scores import TokenScores, token_scores
 from pissa.ops._second_moment import add_second_moment
 from pissa.ops._split import Split, split, split_many
 
@@ -37,7 +37,6 @@ __all__ = [
     "gated",
     "grouped_linear",
     "linear",
-    "linear_cross_entropy",
     "quantize",
     "residual",
     "residual_many",

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pissa.ops._linear import check_operands
 from pissa.ops._quant import QuantizedWeight
-from pissa.ops.checks import check_choice, check_devices, check_number
+from pissa.ops.checks import check_devices, check_number
 
 _OPS = torch.ops.pissa
 IGNORED = -100
 """The label of a token that is not counted, as in torch and transformers."""
-
-Reduction = Literal["mean", "sum", "none"]
 
 
 class TokenScores(NamedTuple):
@@ -92,32 +90,3 @@ def token_scores(
     log_probs, *others = everywhere.unbind(-1)
     entropy, log_sum_sq_probs, mean_logits, is_top1 = (other.detach() for other in others)
     return TokenScores(log_probs, entropy, log_sum_sq_probs, mean_logits, is_top1.bool())
-
-
-def linear_cross_entropy(
-    x: Tensor,
-    weight: Tensor | QuantizedWeight,
-    labels: Tensor,
-    *,
-    bias: Tensor | None = None,
-    scale: float = 1.0,
-    softcap: float | None = None,
-    reduction: Reduction = "mean",
-) -> Tensor:
-    """Computes `cross_entropy(linear(x, weight, bias), labels)` without logits in memory, by `token_scores`, which has
-    the same arguments.
-
-    Args:
-        reduction: "mean" over the labels that are counted (NaN if none), "sum", or "none" for a loss of each label.
-
-    Returns:
-        The loss in float32. It is a scalar, or for "none" [...] like the labels, with 0 where a label is -100.
-
-    Raises:
-        TypeError, ValueError: an argument is invalid; the message names it.
-    """
-    check_choice("reduction", reduction, get_args(Reduction))
-    losses = -token_scores(x, weight, labels, bias=bias, scale=scale, softcap=softcap).log_probs
-    if reduction == "none":
-        return losses
-    return losses.sum() / (labels != IGNORED).sum() if reduction == "mean" else losses.sum()
