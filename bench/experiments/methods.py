@@ -20,10 +20,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 import pissa
 from bench.experiments.riemannion import Riemannion
-from bench.experiments.triplets import MEDIUM, MINOR
+from bench.experiments.triplets import EXACT, MEDIUM, MINOR
 from pissa import PissaConfig
 
-pissa.INIT_METHODS.update({method.name: method for method in (MEDIUM, MINOR)})
+pissa.INIT_METHODS.update({method.name: method for method in (EXACT, MEDIUM, MINOR)})
 
 LORAPLUS_RATIO = 16  # of B's rate to A's (arXiv 2402.12354, its authors' choice)
 
@@ -137,7 +137,7 @@ def _ours(**fields: Any) -> Callable[[nn.Module, Setting], nn.Module]:
     def wrap(model: nn.Module, setting: Setting) -> nn.Module:
         given = fields | ({"seed": setting.seed} if fields.get("init") == "lora" else {})
         given |= {"target_modules": setting.target_modules, "task_type": setting.task_type}
-        given |= {"svd": "exact"} if setting.svd_passes == "exact" else {"svd_passes": setting.svd_passes}
+        given |= {"init": EXACT.name} if setting.svd_passes == "exact" else {"svd_passes": setting.svd_passes}
         config = PissaConfig(r=setting.r, rank_pattern=dict(setting.rank_pattern), **given)
         return pissa.wrap(model, config, calibration=setting.calibration)
 

@@ -1,4 +1,5 @@
-"""Starts from singular triplets that are not the principal ones, for the paper's figure 8."""
+"""Starts from singular triplets of a full SVD: the principal ones, for the paper's table 6, and others, for its
+figure 8."""
 
 from __future__ import annotations
 
@@ -32,4 +33,5 @@ class Triplets(pissa.InitMethod):
         return starts
 
 
+EXACT = Triplets("exact", lambda last: 0)
 MEDIUM, MINOR = Triplets("medium", lambda last: last // 2), Triplets("minor", lambda last: last)

@@ -121,9 +121,9 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
             start, for any scaling s. A stored base then lacks the singular start, and the adapter's own, found in the
             dense weight, is kept in addition, as with `repair`. A component whose singular value is 0 starts as with
             "lora".
-        svd: "krylov" (block Krylov, default) or "subspace" iteration, or "exact" for a full decomposition.
+        svd: "krylov" (block Krylov, default) or "subspace" iteration.
         svd_passes: passes over each weight: an even number of at least 2, or "auto", as many as the rank needs; see
-            `pissa.ops.svd_lowrank`. "exact" does not use it.
+            `pissa.ops.svd_lowrank`.
         seed: seed of the random sketch. The result does not depend on torch's generator.
         quant: "nf4" keeps the residual in 4 bits (QPiSSA), and "int8" in 8, with a scale for each row. "nf3" and "nf2"
             keep it in 3 and 2 bits, which lose too much without a calibration. "mxfp4", "nvfp4", "int4" and "fp8" are
@@ -160,7 +160,7 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
     start_norm: StartNorm = field(
         default="singular", metadata={"help": "Length of the singular vectors to start from: singular or unit"}
     )
-    svd: Svd = field(default="krylov", metadata={"help": "Decomposition: krylov, subspace or exact"})
+    svd: Svd = field(default="krylov", metadata={"help": "Decomposition: krylov or subspace"})
     svd_passes: Passes = field(default="auto", metadata={"help": "Passes over each weight, even, or auto"})
     seed: int = field(default=0, metadata={"help": "Seed of the random sketch"})
     quant: str | None = field(default=None, metadata={"help": "Format of the quantised residual"})

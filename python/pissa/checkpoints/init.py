@@ -432,8 +432,6 @@ class _Split(Rewrite):
         size += sum(math.prod(shape) * dtype.itemsize for dtype, shape in layer.written.values())
         if method.repairs or config.quant_iters > 1:
             size += 8 * elements
-        if config.svd == "exact":
-            size += 16 * elements
         return size
 
 

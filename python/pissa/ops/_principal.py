@@ -46,8 +46,8 @@ def svd_lowrank(
     Args:
         weight: [out, in], float32, bfloat16 or float16, finite. Read in place, never copied to float32.
         r: 1 to min(out, in).
-        svd: "krylov" (block Krylov, arXiv 1504.05477), "subspace" (Halko et al., arXiv 0909.4061; less memory for very
-            large r) or "exact" (`torch.linalg.svd` in float32, for comparison; takes minutes for a large weight).
+        svd: "krylov" (block Krylov, arXiv 1504.05477) or "subspace" (Halko et al., arXiv 0909.4061; less memory for
+            very large r).
         passes: number of passes over the weight, even. "auto" makes 10 up to r = 64, 12 up to 96 and 14 beyond, or 28
             with "subspace". On power-law spectra the factors then lose no more of the energy of the best rank-r part
             than those of `torch.svd_lowrank` with niter = 16, which makes 34 passes. Flatter spectra (noise with some
@@ -64,9 +64,6 @@ def svd_lowrank(
     [weight], [largest] = check_weights([weight], ["weight"])
     check_rank(r, weight)
     number = check_svd(svd, passes, seed)
-    if svd == "exact":
-        u, s, vh = _exact_svd(weight, r)
-        return u, s, vh.mT
     ut, s, vt = _OPS.svd_lowrank(weight, largest, r, svd, number, seed)
     return ut.mT, s, vt.mT
 
@@ -102,26 +99,8 @@ def unchecked_factors(
     """Returns the start factors of one or more weights that have been checked; `largest` contains their largest
     elements. Small weights are decomposed side by side; on a GPU, those of one shape are decomposed together. With
     second moments, one for each weight, the factors are those of the approximations that lose least of the outputs."""
-    if options.svd == "exact":
-        moments: Sequence[Tensor | None] = second_moments or [None] * len(weights)
-        return list(map(_exact_factors, weights, ranks, scalings, moments))
     lists = _OPS.split_many(weights, largest, ranks, scalings, *options, second_moments)
     return [Factors(*parts) for parts in zip(*lists, strict=True)]
-
-
-def _exact_svd(weight: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
-    u, s, vh = linalg.svd(weight.float(), full_matrices=False)
-    return u[:, :r].contiguous(), s[:r].contiguous(), vh[:r].contiguous()
-
-
-def _exact_factors(weight: Tensor, r: int, scaling: float, second_moment: Tensor | None) -> Factors:
-    if second_moment is not None:
-        w, moment = weight.double(), second_moment.double()
-        leading = linalg.eigh(w @ moment @ w.mT)[1][:, -r:]
-        weight = leading @ (leading.mT @ w)
-    u, s, vh = _exact_svd(weight, r)
-    root = (s / scaling).sqrt()
-    return Factors(root[:, None] * vh, u * root, s)
 
 
 # ---- Residuals -------------------------------------------------------------------------------------------------------

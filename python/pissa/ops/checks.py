@@ -15,7 +15,7 @@ from pissa.ops.formats import FORMATS
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 """The dtypes of weights and activations."""
 
-Svd = Literal["krylov", "subspace", "exact"]
+Svd = Literal["krylov", "subspace"]
 Passes = Literal["auto"] | int
 PASSES_PER_STEP: int = _load._C.limits()["passes_per_step"]
 

@@ -101,7 +101,7 @@ def test_alternations_are_those_of_the_folder(
         (["--rank", "8"], "--rank 8: {model} was split with --rank 4; leave --rank out"),
         (["--quant", "int8"], "--quant int8: {model} was split with --quant nf4; leave --quant out"),
         (["--quant-iters", "3"], "--quant-iters 3: {model} was split with --quant-iters 1; leave --quant-iters out"),
-        (["--svd", "exact"], "--svd exact: {model} was split with --svd krylov; leave --svd out"),
+        (["--svd", "subspace"], "--svd subspace: {model} was split with --svd krylov; leave --svd out"),
         (["--init", "lora"], "--init lora: {model} was split with --init pissa; leave --init out"),
     ],
 )

@@ -30,7 +30,6 @@ FORMS: dict[str, dict[str, Any]] = {
     "as LoRA": {"init": "lora"},
     "DoRA": {"use_dora": True},
     "orthonormal": {"start_norm": "unit"},
-    "exact": {"svd": "exact"},
 }
 
 

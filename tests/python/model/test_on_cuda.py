@@ -131,7 +131,6 @@ VARIANTS: list[dict[str, Any]] = [
     {"target_modules": ["embed_tokens", "q_proj"], "modules_to_save": ["lm_head"]},
     {"use_dora": True},
     {"start_norm": "unit"},
-    {"svd": "exact"},
     {"target_modules": ["q_proj"], "trainable_token_indices": [3, 5]},
     {"lora_dropout": 0.5},
 ]

@@ -167,7 +167,7 @@ def test_situation_08_fused_experts(fields: dict[str, Any], tokens: Tensor, tmp_
 def test_situation_09_embeddings(tiny_llama: Make, tokens: Tensor) -> None:
     """PEFT 0.21 ignores "pissa" for an embedding and starts plain LoRA (A = 0); here it starts from the principal
     components of the embedding's weight."""
-    model = trained(tiny_llama(), tokens, target_modules=["embed_tokens"], svd="exact")
+    model = trained(tiny_llama(), tokens, target_modules=["embed_tokens"], svd_passes=32)
     layer = model.base_model.model.model.embed_tokens
     assert_principal(layer.start_of("default"), 1, layer.base_layer.weight.detach().double().T)  # [out, in]
 
@@ -176,7 +176,7 @@ def test_situation_09_embeddings(tiny_llama: Make, tokens: Tensor) -> None:
 def test_situation_10_convolutions(kind: type[nn.Module]) -> None:
     """PEFT 0.21 raises ValueError, unknown initialization, for Conv1d, Conv2d and Conv3d; here they are adapted."""
     make = lambda: put(nn.Sequential(filled(kind(3, 8, 3)))).eval()  # noqa: E731
-    layer = pissa.wrap(make(), r=2, target_modules=["0"], svd="exact").base_model.model[0]
+    layer = pissa.wrap(make(), r=2, target_modules=["0"], svd_passes=32).base_model.model[0]
     assert_principal(layer.start_of("default"), 1, layer.base_layer.weight.detach().double().flatten(1))
 
 
@@ -188,7 +188,7 @@ def decoded(layer: Any) -> Tensor:
 
 
 def assert_starts_from_what_is_decoded(make: Callable[[], nn.Module]) -> None:
-    layer = pissa.wrap(nn.Sequential(make()), r=2, target_modules=["0"], svd="exact").base_model.model[0]
+    layer = pissa.wrap(nn.Sequential(make()), r=2, target_modules=["0"], svd_passes=32).base_model.model[0]
     assert_principal(layer.start_of("default"), 1, decoded(make()))
 
 
@@ -322,7 +322,7 @@ def test_situation_19_scalings(rslora: bool, tiny_llama: Make, tokens: Tensor, t
     ranks = {"q_proj": 2, r"layers\.1\.mlp\.up_proj": 7}
     alphas = {"v_proj": 3, r"layers\.1\.mlp\.up_proj": 5}
     patterns = {"rank_pattern": ranks, "alpha_pattern": alphas}
-    model = trained(tiny_llama(), tokens, lora_alpha=6, use_rslora=rslora, svd="exact", **patterns)
+    model = trained(tiny_llama(), tokens, lora_alpha=6, use_rslora=rslora, svd_passes=32, **patterns)
     saved = saved_for_peft(model, tiny_llama(), tokens, tmp_path)
     found = set()
     for name, layer in ((n, m) for n, m in model.named_modules() if isinstance(m, pissa.layers.PissaLinear)):

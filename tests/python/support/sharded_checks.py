@@ -36,7 +36,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "implicit": FORMS["implicit"],
     "dora": FORMS["dora"],
     "loftq": {"init": "lora", "repair": None},
-    "exact": {"svd": "exact"},
+    "subspace": {"svd": "subspace"},
     "embeddings": {"target_modules": ["embed_tokens", "q_proj"]},
 }
 """Fields of PissaConfig, beside r = 4."""
