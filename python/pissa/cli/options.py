@@ -68,7 +68,7 @@ _HELP = {
     "dataset_name": "file of records (.jsonl, .json), or folder or name of a data set in a TRL format",
     "learning_rate": f"peak learning rate, or {AUTO}: the one that pissa.suggest_lr finds",
     "r": f"rank of the adapters (default: {_RANK})",
-    "output_dir": "new folder of the run: adapter, checkpoints, options",
+    "output_dir": "new folder of the run: adapter, checkpoints, options, picture of the losses",
 }
 _CHOICES = {"quant": tuple(FORMATS), "repair": tuple(pissa.INIT_METHODS)}
 _OWN = (

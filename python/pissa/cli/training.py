@@ -15,6 +15,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from importlib.util import find_spec
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,12 +43,16 @@ from pissa.containers.messages import first_line
 from pissa.containers.staged import check_unused
 from pissa.notices import InexactLoraWarning
 
+PICTURE_FILE = "loss.png"
+
 
 class Training(NamedTuple):
     """A command that trains with one of TRL's trainers."""
 
     trainer: str
     """The name of the trainer without "Trainer"."""
+    unit: str
+    """What the loss is averaged over."""
     rows: Callable[[str, Any, int], tuple[list[dict[str, Any]], str]]
     """Rows of a file (its name, tokenizer, most tokens), and a note on what was cut."""
 
@@ -90,7 +95,7 @@ class Training(NamedTuple):
                 if trainer.is_world_process_zero() and not ours.resume:
                     record(Path(training.output_dir), ours, training, mixture)
                 _train(trainer, ours, watch, f"pissa {args.command}")
-                result |= _report(trainer, ours, contents)
+                result |= _report(trainer, ours, contents, self.unit)
             # DDP's reducer must be freed before its process group. If the reducer is the last to hold the group, it
             # holds Python's lock and waits for a gloo thread that waits for the same lock (torch 2.13).
             accelerator = trainer.accelerator
@@ -204,8 +209,7 @@ def _model(ours: Any, training: Any, config: pissa.PissaConfig, contents: Conten
     cores = f"{torch.get_num_threads()} threads" if training.device.type == "cpu" else f"{training.device}"
     print_row("model", f"{name}, {(total - trainable) / 1e6:,.1f} M parameters, {ours.dtype}, {cores}")
     share = f"{trainable:,} trainable parameters ({trainable / total:.2%})"
-    start = "LoRA" if ours.init == "lora" else "QPiSSA" if ours.quant else "PiSSA"
-    print_row("method", f"{start}{f' ({ours.quant})' if ours.quant else ''}, rank {ours.r}: {share}")
+    print_row("method", f"{_method_name(ours)}, rank {ours.r}: {share}")
     return model
 
 
@@ -218,6 +222,11 @@ def _calibration(train: Any, count: int) -> list[torch.Tensor]:
             "is read; leave --repair activations and --error-feedback out, or calibrate with pissa init --calibration"
         )
     return [torch.tensor([row["input_ids"]]) for row in rows]
+
+
+def _method_name(ours: Any) -> str:
+    name = "LoRA" if ours.init == "lora" else "QPiSSA" if ours.quant else "PiSSA"
+    return f"{name} ({ours.quant})" if ours.quant else name
 
 
 def _fuse(model: Any) -> None:
@@ -282,21 +291,31 @@ def _last_checkpoint(out: Path) -> Path | None:
     return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
-def _report(trainer: Any, ours: Any, contents: Contents) -> dict[str, Any]:
-    """Prints how the run went, and returns the report."""
+def _report(trainer: Any, ours: Any, contents: Contents, unit: str) -> dict[str, Any]:
+    """Draws the losses, in nats per `unit`, if matplotlib is installed, prints how the run went, and returns the
+    report."""
     out, model, history = trainer.args.output_dir, ours.model_name_or_path, trainer.state.log_history
     steps = [row for row in history if "loss" in row]
     losses, held_out = [row["loss"] for row in steps], [row["eval_loss"] for row in history if "eval_loss" in row]
     if not steps:  # none was logged
         return {}
     seconds, memory = statistics.median(row["seconds"] for row in steps), steps[-1]["peak_memory_mib"]
+    has_picture = find_spec("matplotlib") is not None
+    if has_picture and trainer.is_world_process_zero():
+        from pissa.cli.pictures import draw_losses
+
+        curves = {_method_name(ours): ([row["step"] for row in steps], losses)}
+        title = f"{Path(model).name}, rank {ours.r}, learning rate {trainer.args.learning_rate:g}"
+        draw_losses(curves, Path(out) / PICTURE_FILE, title, unit)
     first, last = (statistics.mean(part) for part in (losses[:5], losses[-5:]))
     print_row("loss", f"{first:.4f} in the first 5 steps, {last:.4f} in the last 5")
     if held_out:
         print_row("held out", f"loss {held_out[0]:.4f} before, {held_out[-1]:.4f} after")
     speed = f", {rate:,.0f} tokens a second" if (rate := _rate(history)) else ""
     print_row("cost", f"{seconds:.2f} s per step (median){speed}, peak memory {memory:,.0f} MiB")
-    print_row("saved", f"{out}: the adapter, {RUN_FILE}, checkpoints")
+    print_row("saved", f"{out}: the adapter, {RUN_FILE}, {f'{PICTURE_FILE}, ' if has_picture else ''}checkpoints")
+    if not has_picture:
+        print_row("note", "no picture of the losses: run `pip install matplotlib`")
     print_row("next", f"pissa merge {out} NEW_FOLDER --base {model}")
     if ours.quant:
         print_row("note", inexact_lora([ours.quant]))
@@ -400,5 +419,5 @@ def _preferences(source: str, tokenizer: Any, max_length: int) -> tuple[list[dic
     return rows, ""
 
 
-FINETUNE = Training("SFT", _answers)
-DPO = Training("DPO", _preferences)
+FINETUNE = Training("SFT", "answer token", _answers)
+DPO = Training("DPO", "pair", _preferences)

@@ -105,7 +105,7 @@ def test_a_method_has_one_colour_in_all_pictures() -> None:
     """In those of the command line too. What a legend calls QPiSSA is it at any number of alternations."""
     from bench.experiments.figures import style
     from bench.experiments.methods import METHODS
-    from bench.pictures import STYLES
+    from pissa.cli.pictures import STYLES
 
     for method in ("lora", "pissa", "qpissa_1", "qpissa_5"):
         name = METHODS[method].label.partition(",")[0]

@@ -72,7 +72,7 @@ def command(base: Path, data: Path, out: Path, *more: str, steps: int = STEPS) -
 
 
 @pytest.mark.parametrize("method", each(METHODS, ["lora", "qpissa", "qpissa calibrated"]))
-def test_a_run_leaves_adapter_and_losses(method: str, trained: Callable[[str], Run]) -> None:
+def test_a_run_leaves_adapter_losses_and_picture(method: str, trained: Callable[[str], Run]) -> None:
     out, said, errors = trained(method)
     first, *steps, last = [row for row in history(out) if "train_loss" not in row]
     assert (first["step"], last["step"]) == (0, STEPS)
@@ -83,6 +83,7 @@ def test_a_run_leaves_adapter_and_losses(method: str, trained: Callable[[str], R
     cosine = [1e-2 * (1 + math.cos(math.pi * i / 3)) / 2 for i in range(3)]
     assert [row["learning_rate"] for row in steps] == pytest.approx([0, *cosine])
 
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert (out / "adapter_model.safetensors").is_file()
     run = yaml.safe_load((out / "run.yaml").read_text())
     quant = {"qpissa": "nf4", "qpissa int8": "int8", "qpissa calibrated": "nf4"}.get(method)
@@ -107,6 +108,17 @@ def test_a_run_leaves_adapter_and_losses(method: str, trained: Callable[[str], R
     for noise in ("Map:", "Warning", "Loading weights"):
         assert noise not in errors
     assert "PiSSA init" in errors
+
+
+def test_a_run_needs_no_picture(
+    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "pissa.cli.pictures", raising=False)
+    assert main(command(base, data, tmp_path / "run", steps=1)) == 0
+    assert "no picture of the losses: run `pip install matplotlib`" in capsys.readouterr().out
+    assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
+    assert not (tmp_path / "run" / "loss.png").exists()
 
 
 def test_methods_see_the_same_batches_and_start_from_the_same_function(
@@ -140,6 +152,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     optimizers = [torch.load(run / f"checkpoint-{STEPS}" / "optimizer.pt")["state"] for run in (cut, whole)]
     for mine, theirs in zip(*(optimizer.values() for optimizer in optimizers), strict=True):
         assert all(torch.equal(mine[key], theirs[key]) for key in theirs)
+    assert (cut / "loss.png").is_file()
     assert main(command(base, data, cut, *options)) == 0  # there is nothing left to do
     assert exact(cut) == exact(whole)
 

@@ -1,4 +1,4 @@
-"""The picture of the losses of runs, and the colours of methods in all pictures."""
+"""The picture of the losses of runs. `bench` and the documentation use the same colours."""
 
 from __future__ import annotations
 
@@ -43,9 +43,11 @@ def smoothed(losses: Sequence[float], window: int) -> list[float]:
 
 
 @mpl.rc_context(_PAGE)
-def draw_losses(runs: Mapping[str, tuple[Sequence[int], Sequence[float]]], path: Path, title: str) -> None:
-    """Draws the losses of runs, in nats per answer token, over their steps, and writes a PNG. The losses are thin
-    lines, their running means thick ones.
+def draw_losses(
+    runs: Mapping[str, tuple[Sequence[int], Sequence[float]]], path: Path, title: str, unit: str = "answer token"
+) -> None:
+    """Draws the losses of runs, in nats per `unit`, over their steps, and writes a PNG. The losses are thin lines,
+    their running means thick ones.
 
     Args:
         runs: by label: the method, PiSSA, QPiSSA or LoRA, and after a space anything else to be shown.
@@ -60,7 +62,7 @@ def draw_losses(runs: Mapping[str, tuple[Sequence[int], Sequence[float]]], path:
         marker = "o" if len(losses) == 1 else None
         axes.plot(steps, smoothed(losses, window), linewidth=2.2, marker=marker, label=label, **style)
     axes.legend(labelcolor="linecolor", title=f"mean of {window} steps" if window > 1 else None)
-    axes.set(title=title, xlabel="optimiser step", ylabel="training loss (nats per answer token)")
+    axes.set(title=title, xlabel="optimiser step", ylabel=f"training loss (nats per {unit})")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     with staged(path.parent) as new:
         figure.savefig(new(path.name), format="png")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.pictures import LORA, PISSA, QPISSA, draw_losses, smoothed
+from pissa.cli.pictures import LORA, PISSA, QPISSA, draw_losses, smoothed
 from pissa.cli.terminal import format_table
 
 
