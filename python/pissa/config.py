@@ -114,8 +114,6 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
             repair="lora"`, PiSSA trains on the plainly quantised weight, from which LoRA's start takes nothing out.
             With `repair="activations"` and a calibration, the outputs of the base are repaired, not its weights. Only
             with `quant` or residual="explicit".
-        repair_rank: the rank of the start that a stored base lacks, with `repair`; None: the adapter's. A layer whose
-            smaller side is less gets that side.
         start_norm: the lengths of A0's rows and B0's columns, the singular vectors from which "pissa" starts.
             "singular": √(S/s), as in the paper, so that s B0 A0 is that part of the weight. "unit": 1, an orthonormal
             start, for any scaling s. A stored base then lacks the singular start, and the adapter's own, found in the
@@ -156,7 +154,6 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
     lora_alpha: float | None = field(default=None, metadata={"help": "LoRA alpha (default: the rank)"})
     init: str = field(default="pissa", metadata={"help": "How the adapter starts"})
     repair: str | None = field(default=None, metadata={"help": "The start that a stored base lacks (None: init's)"})
-    repair_rank: int | None = field(default=None, metadata={"help": "Rank of the repair (None: the adapter's)"})
     start_norm: StartNorm = field(
         default="singular", metadata={"help": "Length of the singular vectors to start from: singular or unit"}
     )
@@ -246,7 +243,7 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
         with the lengths that make it a part of the weight."""
         if self.starts_as_base:
             return self
-        fields: dict[str, Any] = {"init": self.repair or self.init, "repair": None, "repair_rank": None}
+        fields: dict[str, Any] = {"init": self.repair or self.init, "repair": None}
         fields["start_norm"] = "singular"
         return dataclasses.replace(self, **fields | {"use_dora": False})
 
@@ -254,7 +251,7 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
         """The configuration of a start that no residual lacks, so without alternations and error feedback."""
         if self.repair is None and self.quant_iters == 1 and not self.error_feedback:
             return self
-        return dataclasses.replace(self, repair=None, repair_rank=None, quant_iters=1, error_feedback=False)
+        return dataclasses.replace(self, repair=None, quant_iters=1, error_feedback=False)
 
     def as_lora(self, times: int = 2) -> LoraConfig:
         """The plain LoRA of `times` the rank with the same scaling in every layer."""
@@ -315,8 +312,6 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
                 raise TypeError(f"{name}: got {getattr(self, name)!r}; allowed: True, False")
         if not _is_int(self.quant_iters) or self.quant_iters < 1:
             raise ValueError(f"quant_iters: got {self.quant_iters!r}; allowed: an integer of at least 1")
-        if self.repair_rank is not None and (not _is_int(self.repair_rank) or self.repair_rank < 1):
-            raise ValueError(f"repair_rank: got {self.repair_rank!r}; allowed: an integer of at least 1, or None")
         tokens = self.trainable_token_indices or []
         for index in itertools.chain(*tokens.values()) if isinstance(tokens, dict) else tokens:
             if not _is_int(index) or index < 0:
@@ -337,13 +332,8 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
                 f"repair: got {self.repair!r} without a stored base, and no other lacks a start: give quant or "
                 'residual="explicit" with it, or leave repair out'
             )
-        if self.repair == self.init and self.repair_rank is None:
+        if self.repair == self.init:
             self.repair = None
-        if self.repair_rank is not None and self.repair is None:
-            raise ValueError(
-                f"repair_rank: got {self.repair_rank} without repair, whose rank it is: give repair with it, or leave "
-                "repair_rank out"
-            )
         for name, needs_codes in (
             ("init", self.init in _OF_ERRORS),
             ("repair", self.repair in _OF_ERRORS),

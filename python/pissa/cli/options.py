@@ -57,7 +57,7 @@ _RANK = 16
 _structure = number(json.loads, 'JSON, such as {"q_proj": 8}', lambda value: isinstance(value, (dict, list)))
 _rate = number(float, f"a number above 0, or {AUTO}", lambda value: 0 < value < float("inf"))
 _TYPES: dict[str, Any] = {
-    **{"r": positive_int, "repair_rank": positive_int, "quant_iters": positive_int, "svd_passes": passes},
+    **{"r": positive_int, "quant_iters": positive_int, "svd_passes": passes},
     "layers_to_transform": list[int],
     "learning_rate": lambda text: text if text == AUTO else _rate(text),
     **dict.fromkeys(_STRUCTURES, _structure),

@@ -179,11 +179,6 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
         r, scaling = self.r[adapter_name], float(self.scaling[adapter_name])
         return Origin(r, scaling, config.init, identity)
 
-    def base_origin(self, adapter_name: str, config: PissaConfig) -> Origin:
-        """The settings that determine the factors that a stored base lacks."""
-        origin = self.origin(adapter_name, config.of_base())
-        return origin._replace(r=min(config.repair_rank or origin.r, *self.matrix_shape))
-
     def zero_start(self, adapter_name: str, origin: Origin, recipe_rank: int | None = None) -> StartFactors:
         """Start factors of zero, and a recipe of that rank, on the adapter's device."""
         (out_features, in_features), device = self.matrix_shape, self.device_of(adapter_name)

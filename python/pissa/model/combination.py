@@ -99,7 +99,7 @@ class Combination:
             "init": "given",
             "start_norm": "singular",
             **dict.fromkeys(["exclude_modules", "layers_to_transform", "layers_pattern"]),
-            **dict.fromkeys(["quant", "residual", "repair", "repair_rank"]),  # the base stays what it is
+            **dict.fromkeys(["quant", "residual", "repair"]),  # the base stays what it is
             "quant_iters": 1,
         }
         config = dataclasses.replace(self.configs[self.terms[0][0]], **fields)

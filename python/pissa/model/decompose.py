@@ -103,7 +103,7 @@ def decompose(
         _check_same_on_all_ranks(layers, starts, config, calibration)
     share_fingerprints(layers, lambda layer: layer.weight_fingerprint)
 
-    of_bases = {name: layer.base_origin(adapter_name, config) for name, layer in stored.items()}
+    of_bases = {name: layer.origin(adapter_name, config.of_base()) for name, layer in stored.items()}
     known = {*starts, *(stored if config.starts_as_base else ())}
     others = {name: origin for name, origin in origins.items() if name not in known}
     total = sum(list(_owners(layers, names).values()).count(distributed.rank()) for names in (of_bases, others))

@@ -87,13 +87,12 @@ FIELDS: dict[str, dict[str, Any]] = {
     "single scales": {"double_quant": False},
     "a repair by activations": {"init": "lora", "repair": "activations"},
     "error feedback and a repair": {"init": "lora", "repair": "activations", "error_feedback": True},
-    "a repair of another rank": {"init": "lora", "repair": "pissa", "repair_rank": 7},
     "a stored output layer": {"target_modules": ["lm_head", "q_proj"]},
 }
 
 
 RANKS = {"lora on qpissa's base": 8, "pissa on qlora's base": 8}
-RANKS |= {"a repair of another rank": 11, "a repair by activations": 8, "error feedback and a repair": 8}
+RANKS |= {"a repair by activations": 8, "error feedback and a repair": 8}
 RANKS |= {"orthonormal on qpissa's base": 12, "orthonormal on qlora's base": 8}
 """That of the training is 4. The plain LoRA of the unmodified base has twice that rank."""
 

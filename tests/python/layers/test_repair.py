@@ -36,8 +36,6 @@ LIVES += [(form, "lora", 1, "pissa") for form in FORMS]
 LIVES += [(form, repair, 1, "unit") for form in FORMS for repair in ("pissa", "lora")]
 ALTERNATED = [case for case in CASES if case[2] > 1]
 LIVES += [(form, repair, iters, start) for form, repair, iters in ALTERNATED for start in (repair, "lora", "unit")]
-LIVES += [("nf4", "pissa of rank 9", iters, start) for iters in (1, 2) for start in ("lora", "pissa")]
-LIVES += [("nf4", f"pissa of rank {OUT + 1}", 1, "lora"), ("explicit", "pissa of rank 2", 1, "unit")]
 every_base = pytest.mark.parametrize(("form", "repair", "iters"), CASES)
 
 
@@ -51,8 +49,6 @@ def inputs() -> Tensor:
 
 def wrapped(form: str, repair: str, iters: int, start: str) -> nn.Module:
     fields = {"quant_iters": iters, "lora_alpha": 3, "target_modules": ["proj"]}
-    repair, _, rank = repair.partition(" of rank ")
-    fields |= {"repair_rank": int(rank)} if rank else {}
     return pissa.wrap(base(), r=R, repair=repair, **STARTS[start], **FORMS[form], **fields)
 
 
@@ -98,17 +94,6 @@ def test_lora_s_start_takes_nothing_out(form: str) -> None:
     whole = weight if form == "explicit" else ops.quantize(weight, form)
     assert all(map(torch.equal, residual_tensors(kept.residual).values(), residual_tensors(whole).values()))
     assert not kept.start.b0.any()
-
-
-@pytest.mark.parametrize(("rank", "held"), [(9, 9), (OUT + 1, OUT)])
-def test_a_repair_of_another_rank(rank: int, held: int) -> None:
-    """It is the base of an adapter of that rank, where the weight has as many."""
-    lacked = adapted(wrapped("nf4", f"pissa of rank {rank}", 1, "lora")).base.start
-    [split] = ops.split_many([base().proj.weight.detach()], [held], [3 / R], form="nf4")
-    assert torch.equal(lacked.a0, split.a0)
-    assert lacked.origin.r == held
-    with pytest.raises(ValueError, match="repair_rank: got 9 without repair, whose rank it is"):
-        pissa.PissaConfig(quant="nf4", repair_rank=9)
 
 
 @pytest.mark.parametrize(("form", "repair", "iters", "start"), LIVES)
