@@ -19,7 +19,7 @@ COMMANDS = {
     "dpo": "train a causal language model on your preferences",
     "init": "split a checkpoint on disk into residuals and a LoRA, using little memory",
     "merge": "merge an adapter into a checkpoint on disk, using little memory",
-    "export": "write an adapter for another runtime: bitsandbytes, vLLM, llama.cpp, or merged",
+    "export": "write an adapter for another runtime: bitsandbytes, vLLM, llama.cpp",
     "convert": "turn a PiSSA adapter of any layout into a plain LoRA",
     "report": "report spectra, and the memory of a training before it starts",
     "run": "run a PEFT training program with pissa's PiSSA and 4-bit LoRA",
@@ -39,7 +39,7 @@ _INTERRUPTED = {
     "dpo": "a run that has begun goes on with --resume",
     "init": "the same command goes on with it",
     "merge": "the same command goes on with it",
-    "export": "to bnb4 and merged, the same command goes on with it; else nothing is written",
+    "export": "to bnb4, the same command goes on with it; else nothing is written",
 }
 
 

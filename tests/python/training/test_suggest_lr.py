@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -165,33 +163,10 @@ def test_the_same_input_gives_the_same_rate() -> None:
 def test_the_text_says_what_was_found_and_why() -> None:
     found = pissa.suggest_lr(language_model(), batches(5))
     assert found.text.startswith(f"learning rate {found.rate:.1e}: {len(found.losses)} trial trainings of 2 ")
-    assert " on 3 other batches; at its own best rate LoRA's start " in found.text
+    assert found.text.endswith(" on 3 other batches")
     for rate, loss in found.losses.items():
         assert f"{loss:.3f} at {rate:.1e}" in found.text
     assert "\n" not in found.text
-
-
-def plain_lora(start: bool | str) -> nn.Module:
-    model = language_model().unload()
-    return get_peft_model(model, LoraConfig(r=4, init_lora_weights=start, target_modules=["q_proj"]))
-
-
-@pytest.mark.parametrize(
-    ("model", "is_pissa"),
-    [
-        (language_model, True),
-        (lambda: language_model(start_norm="unit"), False),
-        (lambda: language_model(init="lora"), False),
-        (lambda: plain_lora("olora"), False),
-        (lambda: plain_lora(True), False),
-        (lambda: plain_lora("pissa"), True),
-        (lambda: language_model().unload().requires_grad_(True), False),
-    ],
-)
-def test_for_pissa_the_text_names_the_alternative(model: Callable[[], nn.Module], is_pissa: bool) -> None:
-    text = pissa.suggest_lr(model(), batches(2)).text
-    assert re.match(r"learning rate \S+: \d+ trial trainings of 1 steps left losses of ", text)
-    assert ("use_rslora=True" in text) is is_pissa
 
 
 def test_a_rate_that_diverges_is_too_large() -> None:
