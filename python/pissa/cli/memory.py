@@ -1,11 +1,13 @@
-"""The memory of this process: its peak, and the blocks that malloc keeps."""
+"""The memory of this process: its peak, what is free for it, and the blocks that malloc keeps."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import torch
 
 _MIB = 1 << 20
@@ -21,6 +23,16 @@ def peak_memory_mib() -> float:
     # Not getrusage: its maximum survives exec, so a child would start with the maximum of its parent.
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(lines["VmHWM"].split()[0]) / 2**10
+
+
+def free_memory() -> int:
+    """The bytes that this process can still allocate without swapping: the system's available memory or, in a container
+    with a limit (cgroup v2), what is left of the limit if that is less."""
+    free: int = psutil.virtual_memory().available
+    group = Path("/sys/fs/cgroup")
+    with suppress(OSError, ValueError):  # no such files, or no limit ("max")
+        free = min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    return free
 
 
 def return_freed_blocks() -> bool:

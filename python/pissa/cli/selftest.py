@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import platform
 import textwrap
 import time
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pissa.cli.terminal import UserError, silence_third_parties
+from pissa.containers.staged import staged
 
 if TYPE_CHECKING:
     import torch
@@ -36,8 +39,10 @@ def run(args: argparse.Namespace) -> int:
     for device in _devices(args.device) if passed[core] else ():
         from pissa.cli.verification import checks
 
-        for name, check in checks(device, models):
-            passed[f"{device.type}: {name}"] = _passes(name, check)
+        results = {f"{device.type}: {name}": _passes(name, check) for name, check in checks(device, models)}
+        passed |= results
+        if device.type == "cuda" and models and all(results.values()):
+            _remember_gpu()
     if not models:
         print("\nModels were not tested: PEFT is not installed; run `pip install peft`, or install pissa[hf]")
     print(f"\n{sum(passed.values())} of {len(passed)} checks passed, in {time.perf_counter() - began:.0f} s.")
@@ -96,3 +101,35 @@ def _devices(asked: str | None) -> Iterator[torch.device]:
         yield torch.device("cuda")
     elif asked is None and has_gpu:
         print(f"\nThe GPU was not tested: {problem}")
+
+
+# ---- The GPU ---------------------------------------------------------------------------------------------------------
+
+
+def has_passed_on_gpu() -> bool:
+    """Whether all checks have passed on this machine's GPU, if it has one, with these versions of pissa and torch."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return False
+    try:
+        return bool(json.loads(_record().read_text()) == _gpu())
+    except (OSError, ValueError):
+        return False
+
+
+def _remember_gpu() -> None:
+    with staged(_record().parent) as new:
+        new(_record().name).write_text(json.dumps(_gpu()))
+
+
+def _gpu() -> dict[str, str]:
+    import torch
+
+    import pissa
+
+    return {"gpu": torch.cuda.get_device_name(), "pissa": pissa.__version__, "torch": torch.__version__}
+
+
+def _record() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pissa" / "selftest.json"

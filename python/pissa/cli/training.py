@@ -6,35 +6,38 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import os
-import signal
-import statistics
 import sys
-import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
-from importlib.util import find_spec
-from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import datasets
 import torch
 import trl
 from accelerate import DistributedType
 from accelerate.utils import send_to_device
-from transformers import AutoProcessor, TrainerCallback
-from transformers.trainer_callback import ProgressCallback
+from peft import get_peft_model
+from transformers import AutoProcessor, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ProgressCallback, TrainerState
+from transformers.trainer_utils import IntervalStrategy
 from trl.trainer.utils import create_model_from_path
 
 import pissa
-from pissa.adapters.peft_layout import inexact_lora
 from pissa.adapters.pissa_layout import AdapterRecord
 from pissa.cli.data import encode, is_records, read_chats, read_preferences
-from pissa.cli.memory import peak_memory_mib, return_freed_blocks
+from pissa.cli.memory import free_memory, return_freed_blocks
 from pissa.cli.options import AUTO, RUN_FILE, adapter_config, check_same_run, parse, record
+from pissa.cli.outcome import answer, draw, method_name, report, show_answers
+from pissa.cli.plan import make_plan, needs_checkpointing
+from pissa.cli.progress import CompleteError, LossBar, Watch
+from pissa.cli.selftest import has_passed_on_gpu
 from pissa.cli.templates import check_continues, give_template
 from pissa.cli.terminal import UserError, print_row, user_errors
 from pissa.cli.verification import step0_check
@@ -42,8 +45,6 @@ from pissa.containers.checkpoint import PISSA_RECORD, Contents, ModelFolder
 from pissa.containers.messages import first_line
 from pissa.containers.staged import check_unused
 from pissa.notices import InexactLoraWarning
-
-PICTURE_FILE = "loss.png"
 
 
 class Training(NamedTuple):
@@ -61,15 +62,20 @@ class Training(NamedTuple):
         ours, training, mixture = parse(args, self.trainer)
         screen = io.StringIO() if training.process_index else sys.stderr if ours.json else sys.stdout
         with contextlib.redirect_stdout(screen), _explain_cut_images(training):
+            _check_device(training)
             config, contents = _complete_options(ours, training, mixture)
             if args.is_process and training.device.type == "cpu" and return_freed_blocks():
                 print_row("memory", "freed blocks of 8 MiB and more go back to the system (malloc's limits are set)")
             code = {"revision": ours.model_revision, "trust_remote_code": training.trust_remote_code}
             processor = _load(ours, AutoProcessor.from_pretrained, **code)
-            train, held_out = _data(ours, training, mixture, self.rows, getattr(processor, "tokenizer", processor))
+            tokenizer = getattr(processor, "tokenizer", processor)
+            train, held_out = _data(ours, training, mixture, self.rows, tokenizer)
             model = _model(ours, training, config, contents, train, **code)
+            if training.gradient_checkpointing is None:
+                training.gradient_checkpointing = _needs_checkpointing(training, model, train)
+                training.activation_checkpointing = training.gradient_checkpointing  # its name in later versions
             datasets.disable_progress_bars()
-            watch = Watch()
+            watch = Watch(partial(draw, ours, training, config, self.unit))
             names = {"train_dataset": train, "eval_dataset": held_out, "processing_class": processor}
             recorded = training.model_init_kwargs
             training.model_init_kwargs = None  # TRL would report that it ignores them
@@ -86,16 +92,21 @@ class Training(NamedTuple):
             result = {"out": training.output_dir, "trainable_parameters": model.get_nb_trainable_parameters()[0]}
             result["check"] = _check(trainer)
             if passed := result["check"]["passed"]:
+                loss = partial(_loss, trainer, by_trainer=self is not FINETUNE)
                 if training.learning_rate == AUTO:
-                    loss = None if self is FINETUNE else trainer.compute_loss
                     with user_errors(ValueError, before=f"--lr {AUTO}: "):
                         suggestion = pissa.suggest_lr(trainer.model, _batches(trainer, 30), loss=loss)
                     training.learning_rate = suggestion.rate
                     print_row("rate", suggestion.text)
                 if trainer.is_world_process_zero() and not ours.resume:
                     record(Path(training.output_dir), ours, training, mixture)
-                _train(trainer, ours, watch, f"pissa {args.command}")
-                result |= _report(trainer, ours, contents, self.unit)
+                checkpoint = _checkpoint(ours, training)
+                result["plan"] = _plan(trainer, checkpoint, loss)
+                before = answer(trainer, tokenizer)
+                _train(trainer, ours, watch, checkpoint, f"pissa {args.command}")
+                show_answers(trainer, tokenizer, before)
+                result |= report(trainer, ours, config, contents)
+                draw(ours, training, config, self.unit, trainer.state.log_history)
             # DDP's reducer must be freed before its process group. If the reducer is the last to hold the group, it
             # holds Python's lock and waits for a gloo thread that waits for the same lock (torch 2.13).
             accelerator = trainer.accelerator
@@ -125,21 +136,41 @@ def _explain_cut_images(training: Any) -> Iterator[None]:
 # ---- Before ----------------------------------------------------------------------------------------------------------
 
 
+def _check_device(training: Any) -> None:
+    """Says which device trains, where there is a choice. Refuses a GPU that has not passed the self-test."""
+    if not torch.cuda.is_available():
+        return
+    gpu, needed = torch.cuda.get_device_name(), "`pissa selftest --device cuda` has passed here"
+    if training.device.type == "cpu":
+        print_row("device", f"the CPU: {gpu} trains unless --use_cpu is given, once {needed}")
+    elif has_passed_on_gpu():
+        print_row("device", f"{gpu}: {needed}; --use_cpu true takes the CPU")
+    else:
+        raise UserError(f"--use_cpu false: {gpu} has not been tested; allowed once {needed}")
+
+
 def _complete_options(ours: Any, training: Any, mixture: Any) -> tuple[pissa.PissaConfig, Contents]:
     """Completes and checks the options. Returns the configuration of the method, and what the model is stored as."""
     data = ours.dataset_name or mixture.datasets
-    for name, value in {"model": ours.model_name_or_path, "data": data, "out": training.output_dir}.items():
+    for name, value in {"model": ours.model_name_or_path, "data": data}.items():
         if not value:
-            raise UserError(f"--{name} is missing; needed: --model, --data and --out")
-    name, out = ours.model_name_or_path, Path(training.output_dir)
+            raise UserError(f"--{name} is missing; needed: --model and --data")
+    name = ours.model_name_or_path
+    if not training.output_dir:
+        if ours.resume:
+            raise UserError("--resume: --out is missing; needed: the folder of the run, or its run.yaml as --config")
+        training.output_dir = _new_folder(f"{Path(name).name}-{Path(ours.dataset_name or 'mixture').stem}")
+    out = Path(training.output_dir)
     with user_errors(OSError, ValueError, before=f"--model {name}: "):
         model_folder = ModelFolder.open(name, ours.model_revision)
         model_folder.require(*(contents for contents in Contents if contents is not Contents.PEFT_RESIDUAL))
         is_residual = model_folder.contents is Contents.RESIDUAL
         split = AdapterRecord.read(model_folder.folder / PISSA_RECORD).config if is_residual else None
+    if ours.method == "peft" and (is_residual or ours.quant):
+        given = f"{name} is stored as residuals" if is_residual else f"--quant {ours.quant} was given"
+        raise UserError(f"--method peft: {given}, and PEFT's layers train on dense weights; allowed: --method lora")
     config = adapter_config(ours, training.seed, split)
-    base = model_folder.config if is_residual or model_folder.contents is Contents.RELEASED else {}
-    ours.dtype = ours.dtype or base.get("dtype") or base.get("torch_dtype") or "float32"
+    ours.dtype = ours.dtype or _own_dtype(model_folder)
     if ours.resume:
         check_same_run(out, ours, training, mixture)
     elif training.process_index == 0:
@@ -148,13 +179,28 @@ def _complete_options(ours: Any, training: Any, mixture: Any) -> tuple[pissa.Pis
     return config, model_folder.contents
 
 
+def _new_folder(name: str) -> str:
+    """A name that nothing in this directory has yet."""
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    return next(free for free in names if not os.path.lexists(free))
+
+
+def _own_dtype(folder: ModelFolder) -> str:
+    """The dtype to train in: the checkpoint's. In float16, gradients would underflow; float32 holds its weights."""
+    dtype = str(folder.config.get("dtype") or folder.config.get("torch_dtype") or "float32")
+    is_dense = folder.contents not in (Contents.RESIDUAL, Contents.RELEASED)
+    return "float32" if is_dense and dtype == "float16" else dtype
+
+
 def _data(ours: Any, training: Any, mixture: Any, rows: Callable[..., Any], tokenizer: Any) -> tuple[Any, Any]:
     """The training data and the held-out data, in TRL's form."""
 
     def source(label: str, name: str, split: str) -> Any:
         if is_records(name):
             examples, note = rows(name, tokenizer, training.max_length)
-            print_row(label, f"{name}, {len(examples):,} examples{note}")
+            lengths = [len(row["input_ids"]) for row in examples if "input_ids" in row]
+            size = f", {sum(lengths):,} tokens, the longest has {max(lengths):,}" if lengths else ""
+            print_row(label, f"{name}, {len(examples):,} examples{size}{note}")
             return datasets.Dataset.from_list(examples)
         print_row(label, f"{name}, split {split}")
         before = f"{name}: cannot be loaded as a data set: "
@@ -164,11 +210,36 @@ def _data(ours: Any, training: Any, mixture: Any, rows: Callable[..., Any], toke
 
     if mixture.datasets:
         both = trl.get_dataset(mixture)
-        return both["train"], both.get("test")
-    asked = training.eval_strategy != "no" and not is_records(ours.dataset_name)
-    held_out = ours.eval_data or (ours.dataset_name if asked else None)
-    train = source("data", ours.dataset_name, ours.dataset_train_split)
-    return train, source("held out", held_out, ours.dataset_test_split) if held_out else None
+        train, held_out = both["train"], both.get("test")
+    else:
+        asked = training.eval_strategy != "no" and not is_records(ours.dataset_name)
+        name = ours.eval_data or (ours.dataset_name if asked else None)
+        train = source("data", ours.dataset_name, ours.dataset_train_split)
+        held_out = source("held out", name, ours.dataset_test_split) if name else None
+        if name is None and is_records(ours.dataset_name):
+            train, held_out = _hold_out(train, ours.held_out, training.seed)
+    if held_out is None:
+        training.eval_strategy = IntervalStrategy.NO
+    elif training.eval_strategy == IntervalStrategy.NO:
+        training.eval_strategy, training.eval_steps = IntervalStrategy.STEPS, training.eval_steps or _EVALUATE
+    return train, held_out
+
+
+def _hold_out(examples: Any, count: int | None, seed: int) -> tuple[Any, Any]:
+    """Divides examples into those that are trained on and those that are held out, if any."""
+    if count is None:
+        count = min(max(len(examples) // 20, 8), 200) if len(examples) >= 32 else 0
+    if count >= len(examples):
+        raise UserError(f"--held-out {count}: there are {len(examples)} examples; allowed: fewer than that")
+    if count == 0:
+        return examples, None
+    parts = examples.train_test_split(test_size=count, seed=seed)
+    print_row("held out", f"{count} of them, chosen at random: --held-out, or a file by --eval-data, changes that")
+    return parts["train"], parts["test"]
+
+
+_EVALUATE = 0.2
+"""The held-out data are evaluated after each fifth of the steps."""
 
 
 def _load(ours: Any, load: Callable[..., Any], **options: Any) -> Any:
@@ -201,21 +272,25 @@ def _model(ours: Any, training: Any, config: pissa.PissaConfig, contents: Conten
             options["device_map"] = {"": training.device} if is_whole else None
         options |= training.model_init_kwargs or {}
         model = _load(ours, create_model_from_path, **options)
+        set_seed(training.seed)  # LoRA's A in PEFT is random
         # Raised for a rank above a layer's size or a NaN in a weight. The message names the layer.
         with user_errors(TypeError, ValueError, before=f"--model {name}: "):
-            batches = _calibration(train, ours.calibration) if config.needs_calibration else None
-            model = pissa.wrap(model, config, calibration=batches, progressbar=not training.process_index)
+            if ours.method == "peft":
+                model = get_peft_model(model, replace(config.as_lora(times=1), inference_mode=False))
+            else:
+                batches = _calibration(train, ours.calibration) if config.needs_calibration else None
+                model = pissa.wrap(model, config, calibration=batches, progressbar=not training.process_index)
     trainable, total = model.get_nb_trainable_parameters()
     cores = f"{torch.get_num_threads()} threads" if training.device.type == "cpu" else f"{training.device}"
     print_row("model", f"{name}, {(total - trainable) / 1e6:,.1f} M parameters, {ours.dtype}, {cores}")
     share = f"{trainable:,} trainable parameters ({trainable / total:.2%})"
-    print_row("method", f"{_method_name(ours)}, rank {ours.r}: {share}")
+    print_row("method", f"{method_name(ours, config)}, rank {ours.r}: {share}")
     return model
 
 
 def _calibration(train: Any, count: int) -> list[torch.Tensor]:
     """The first rows of the training data, as tokens."""
-    rows = list(islice(iter(train), count))
+    rows = list(itertools.islice(iter(train), count))
     if not rows or "input_ids" not in rows[0]:
         raise UserError(
             f"--calibration {count}: needed is --data of records (.jsonl, .json) to finetune on, of which at least one "
@@ -224,9 +299,13 @@ def _calibration(train: Any, count: int) -> list[torch.Tensor]:
     return [torch.tensor([row["input_ids"]]) for row in rows]
 
 
-def _method_name(ours: Any) -> str:
-    name = "LoRA" if ours.init == "lora" else "QPiSSA" if ours.quant else "PiSSA"
-    return f"{name} ({ours.quant})" if ours.quant else name
+def _needs_checkpointing(training: Any, model: Any, train: Any) -> bool:
+    """Whether the activations of the longest batch are too large for this machine's memory."""
+    if training.world_size > 1 or training.device.type != "cpu":
+        return False
+    rows = train if isinstance(train, datasets.Dataset) and "input_ids" in train.column_names else ()
+    longest = max((len(row["input_ids"]) for row in rows), default=training.max_length or 0)
+    return needs_checkpointing(model.base_model.model, training.train_batch_size * longest)
 
 
 def _fuse(model: Any) -> None:
@@ -243,7 +322,7 @@ def _fuse(model: Any) -> None:
 def _batches(trainer: Any, count: int) -> list[Any]:
     """At most `count` batches of the training data, in random order."""
     rows, size = iter(trainer.train_dataset.shuffle(seed=trainer.args.seed)), trainer.args.per_device_train_batch_size
-    batches = islice(iter(lambda: list(islice(rows, size)), []), count)
+    batches = itertools.islice(iter(lambda: list(itertools.islice(rows, size)), []), count)
     return [send_to_device(trainer.data_collator(batch), trainer.model.device) for batch in batches]
 
 
@@ -261,10 +340,38 @@ def _check(trainer: Any) -> dict[str, Any]:
 # ---- Training, and after ---------------------------------------------------------------------------------------------
 
 
-def _train(trainer: Any, ours: Any, watch: Watch, command: str) -> None:
-    """Trains, from a checkpoint if asked to resume, evaluates before and after, and saves."""
+def _checkpoint(ours: Any, training: Any) -> Path | None:
+    """The checkpoint from which the training goes on, if any."""
+    given = training.resume_from_checkpoint
+    return Path(given) if given else _last_checkpoint(Path(training.output_dir)) if ours.resume else None
+
+
+def _loss(trainer: Any, model: Any, batch: Any, *, by_trainer: bool) -> torch.Tensor:
+    """The loss of a batch that is not one of the training's: what TRL notes of it, to log it, goes again."""
+    if not by_trainer:
+        return cast(torch.Tensor, model(**batch).loss)
+    loss: torch.Tensor = trainer.compute_loss(model, batch)
+    trainer._metrics["train"].clear()
+    return loss
+
+
+def _plan(trainer: Any, checkpoint: Path | None, loss: Callable[..., torch.Tensor]) -> dict[str, Any] | None:
+    """Measures and prints what the training will take."""
+    done = 0 if checkpoint is None else TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).global_step
+    with user_errors(torch.OutOfMemoryError, MemoryError, before="--batch-size: "):
+        plan = make_plan(trainer, loss, done)
+    if plan is None:
+        return None
+    print_row("plan", plan.text(trainer.args.device))
+    print_row("", "Ctrl-C keeps what is learnt by then, and --resume goes on from there")
+    for note in plan.notes(free_memory() / 2**20):
+        print_row("note", note)
+    return plan._asdict()
+
+
+def _train(trainer: Any, ours: Any, watch: Watch, checkpoint: Path | None, command: str) -> None:
+    """Trains, evaluates before and after, and saves."""
     args, out = trainer.args, Path(trainer.args.output_dir)
-    checkpoint = args.resume_from_checkpoint or (_last_checkpoint(out) if ours.resume else None)
     if checkpoint:
         print_row("resume", f"from {checkpoint}")
     args.eval_on_start = trainer.eval_dataset is not None and not checkpoint
@@ -279,7 +386,8 @@ def _train(trainer: Any, ours: Any, watch: Watch, command: str) -> None:
             raise KeyboardInterrupt(
                 f"saved after step {trainer.state.global_step}; go on by: {command} --config {out / RUN_FILE} --resume"
             )
-        if trainer.eval_dataset is not None:
+        evaluated = [row["step"] for row in trainer.state.log_history if "eval_loss" in row]
+        if trainer.eval_dataset is not None and evaluated[-1:] != [trainer.state.global_step]:
             trainer.evaluate()
         trainer.save_model()
         trainer.save_state()
@@ -291,121 +399,13 @@ def _last_checkpoint(out: Path) -> Path | None:
     return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
-def _report(trainer: Any, ours: Any, contents: Contents, unit: str) -> dict[str, Any]:
-    """Draws the losses, in nats per `unit`, if matplotlib is installed, prints how the run went, and returns the
-    report."""
-    out, model, history = trainer.args.output_dir, ours.model_name_or_path, trainer.state.log_history
-    steps = [row for row in history if "loss" in row]
-    losses, held_out = [row["loss"] for row in steps], [row["eval_loss"] for row in history if "eval_loss" in row]
-    if not steps:  # none was logged
-        return {}
-    seconds, memory = statistics.median(row["seconds"] for row in steps), steps[-1]["peak_memory_mib"]
-    has_picture = find_spec("matplotlib") is not None
-    if has_picture and trainer.is_world_process_zero():
-        from pissa.cli.pictures import draw_losses
-
-        curves = {_method_name(ours): ([row["step"] for row in steps], losses)}
-        title = f"{Path(model).name}, rank {ours.r}, learning rate {trainer.args.learning_rate:g}"
-        draw_losses(curves, Path(out) / PICTURE_FILE, title, unit)
-    first, last = (statistics.mean(part) for part in (losses[:5], losses[-5:]))
-    print_row("loss", f"{first:.4f} in the first 5 steps, {last:.4f} in the last 5")
-    if held_out:
-        print_row("held out", f"loss {held_out[0]:.4f} before, {held_out[-1]:.4f} after")
-    speed = f", {rate:,.0f} tokens a second" if (rate := _rate(history)) else ""
-    print_row("cost", f"{seconds:.2f} s per step (median){speed}, peak memory {memory:,.0f} MiB")
-    print_row("saved", f"{out}: the adapter, {RUN_FILE}, {f'{PICTURE_FILE}, ' if has_picture else ''}checkpoints")
-    if not has_picture:
-        print_row("note", "no picture of the losses: run `pip install matplotlib`")
-    print_row("next", f"pissa merge {out} NEW_FOLDER --base {model}")
-    if ours.quant:
-        print_row("note", inexact_lora([ours.quant]))
-    if contents is Contents.RESIDUAL:
-        print_row("note", f'pissa.load("{model}", adapter="{out}") has it exactly')
-    costs = {"seconds_per_step": seconds, "peak_memory_mib": memory}
-    return {"learning_rate": trainer.args.learning_rate, "losses": losses, "held_out": held_out, **costs}
-
-
-# ---- While it trains -------------------------------------------------------------------------------------------------
-
-
-def _rate(history: Sequence[Mapping[str, Any]]) -> float:
-    """Tokens per second, without padding, of the logged steps; 0 where TRL does not count tokens."""
-    steps = [row for row in history if "loss" in row and "num_tokens" in row and "seconds" in row]
-    if len(steps) < 2:  # a single one contains only the sum, with everything before it
-        return 0.0
-    seconds = sum(row["seconds"] * (row["step"] - before["step"]) for before, row in pairwise(steps))
-    return float(steps[-1]["num_tokens"] - steps[0]["num_tokens"]) / seconds if seconds else 0.0
-
-
-class LossBar(ProgressCallback):  # type: ignore[misc]
-    """A progress bar with the loss and tokens per second. ProgressCallback prints a line for each step."""
-
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        super().on_train_begin(*args, **kwargs)
-        if self.training_bar is not None:
-            self.training_bar.set_description("training", refresh=False)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
-        if self.training_bar is not None and "loss" in logs:
-            speed = f", {rate:,.0f} tokens/s" if (rate := _rate(state.log_history)) else ""
-            self.training_bar.set_postfix_str(f"loss {logs['loss']:.3f}{speed}", refresh=False)
-
-
-class CompleteError(Exception):
-    """All steps of a run are done."""
-
-
-class Watch(TrainerCallback):  # type: ignore[misc]
-    """Records the `seconds` per step and `peak_memory_mib` with each logged loss, in trainer_state.json. At Ctrl-C, the
-    step is finished, a checkpoint is written, and the training ends. A second Ctrl-C ends it at once.
-
-    Raises:
-        CompleteError: from `train`, after the checkpoint has been loaded, if the run is resumed after its last step.
-            Trainer would make one more step in an epoch that has more batches.
-    """
-
-    requested = False
-    started = seconds = 0.0
-
-    @contextlib.contextmanager
-    def listen(self) -> Iterator[None]:
-        """Handles Ctrl-C for the duration of the block."""
-        before = signal.signal(signal.SIGINT, self._request)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, before)
-
-    def _request(self, *_: Any) -> None:
-        self.requested = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        print("\nending after this step, with a checkpoint; Ctrl-C again ends at once", file=sys.stderr)
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step >= state.max_steps:
-            raise CompleteError
-
-    def on_step_begin(self, *_: Any, **__: Any) -> None:
-        self.started = time.perf_counter()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.seconds = time.perf_counter() - self.started
-        if self.requested:
-            control.should_save = control.should_training_stop = True
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
-        if "loss" in logs:
-            costs = {"seconds": round(self.seconds, 4), "peak_memory_mib": round(peak_memory_mib(), 1)}
-            state.log_history[-1].update(costs)
-
-
 # ---- The two commands ------------------------------------------------------------------------------------------------
 
 
 def _answers(source: str, tokenizer: Any, max_length: int) -> tuple[list[dict[str, Any]], str]:
     rows, cut, left_out = encode(read_chats(source), tokenizer, max_length)
-    note = f", {cut:,} answers cut at {max_length} tokens" if cut else ""
-    return rows, note + (f", {left_out:,} left out (their prompt alone is longer)" if left_out else "")
+    note = f", {cut:,} cut there by --max-length" if cut else ""
+    return rows, note + (f", {left_out:,} left out whose prompt alone is longer" if left_out else "")
 
 
 def _preferences(source: str, tokenizer: Any, max_length: int) -> tuple[list[dict[str, Any]], str]:

@@ -1,0 +1,135 @@
+"""What a training has given: an answer before and after, the picture of the losses, the report."""
+
+from __future__ import annotations
+
+import statistics
+import textwrap
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+
+import pissa
+from pissa.adapters.peft_layout import inexact_lora
+from pissa.cli.data import IGNORED
+from pissa.cli.options import RUN_FILE
+from pissa.cli.progress import tokens_per_second
+from pissa.cli.templates import end_of_answer
+from pissa.cli.terminal import print_row
+from pissa.containers.checkpoint import Contents
+
+PICTURE_FILE = "loss.png"
+
+
+def method_name(ours: Any, config: pissa.PissaConfig) -> str:
+    name = "LoRA" if config.init == "lora" else "PiSSA"
+    if ours.method == "peft":
+        return "LoRA (PEFT)"
+    return f"Q{name} ({ours.quant})" if ours.quant else name
+
+
+def answer(trainer: Any, tokenizer: Any) -> str | None:
+    """The model's answer to the first held-out question; None if there is none, or if several processes train."""
+    question = _question(trainer)
+    if question is None:
+        return None
+    model, prompt = trainer.model.eval(), torch.tensor([question[0]], device=trainer.model.device)
+    with torch.no_grad(), torch.random.fork_rng([]):
+        answered = model.generate(
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            do_sample=False,
+            max_new_tokens=_ANSWER,
+            max_time=_PATIENCE,
+            eos_token_id=end_of_answer(tokenizer),
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    return _text(tokenizer, answered[0, prompt.shape[1] :].tolist())
+
+
+_ANSWER, _PATIENCE = 96, 30.0
+"""The most tokens of an answer that is shown, and the most seconds that it takes."""
+
+
+def _question(trainer: Any) -> tuple[list[int], list[int]] | None:
+    """The tokens of the first held-out question, and those of its answer."""
+    rows = trainer.eval_dataset
+    if trainer.args.world_size > 1 or not isinstance(rows, datasets.Dataset) or "labels" not in rows.column_names:
+        return None
+    row = rows[0]
+    start = sum(label == IGNORED for label in row["labels"])
+    return (row["input_ids"][:start], row["input_ids"][start:]) if start else None
+
+
+def show_answers(trainer: Any, tokenizer: Any, before: str | None) -> None:
+    """Prints a held-out question, its answer, and the model's answers before and after training."""
+    question = _question(trainer)
+    if question is None or before is None:
+        return
+    after = answer(trainer, tokenizer)
+    texts = {"asked": _last_text(tokenizer, question[0]), "expected": _text(tokenizer, question[1])}
+    for label, text in (texts | {"before": before, "after": str(after)}).items():
+        lines = textwrap.wrap(" ".join(text.split()), 100, max_lines=3, placeholder=" ...") or ["(nothing)"]
+        for number, line in enumerate(lines):
+            print_row("" if number else label, line)
+
+
+def _last_text(tokenizer: Any, tokens: list[int]) -> str:
+    """The last text of a prompt that is more than a word: what stands between two of its special tokens."""
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    parts = [
+        _text(tokenizer, list(part)) for is_special, part in groupby(tokens, special.__contains__) if not is_special
+    ]
+    return next((text for text in reversed(parts) if len(text.split()) > 1), _text(tokenizer, tokens))
+
+
+def _text(tokenizer: Any, tokens: list[int]) -> str:
+    return str(tokenizer.decode(tokens, skip_special_tokens=True))
+
+
+def draw(ours: Any, training: Any, config: pissa.PissaConfig, unit: str, history: Sequence[Mapping[str, Any]]) -> None:
+    """Draws the losses so far, in nats per `unit`, if matplotlib is installed."""
+    curves = {name: [(row["step"], row[key]) for row in history if key in row] for name, key in _CURVES.items()}
+    if not curves["training"] or training.process_index or find_spec("matplotlib") is None:
+        return
+    from pissa.cli.pictures import draw_losses
+
+    trained, held_out = (([step for step, _ in points], [loss for _, loss in points]) for points in curves.values())
+    title = f"{Path(ours.model_name_or_path).name}, rank {ours.r}, learning rate {training.learning_rate:g}"
+    path = Path(training.output_dir) / PICTURE_FILE
+    draw_losses({method_name(ours, config): trained}, path, title, unit, held_out)
+
+
+_CURVES = {"training": "loss", "held out": "eval_loss"}
+
+
+def report(trainer: Any, ours: Any, config: pissa.PissaConfig, contents: Contents) -> dict[str, Any]:
+    """Prints how the run went, and returns the report."""
+    out, model, history = trainer.args.output_dir, ours.model_name_or_path, trainer.state.log_history
+    steps = [row for row in history if "loss" in row]
+    losses, held_out = [row["loss"] for row in steps], [row["eval_loss"] for row in history if "eval_loss" in row]
+    if not steps:  # none was logged
+        return {}
+    seconds, memory = statistics.median(row["seconds"] for row in steps), steps[-1]["peak_memory_mib"]
+    has_picture = find_spec("matplotlib") is not None
+    first, last = (statistics.mean(part) for part in (losses[:5], losses[-5:]))
+    print_row("loss", f"{first:.4f} in the first 5 steps, {last:.4f} in the last 5")
+    if held_out:
+        print_row("held out", f"loss {held_out[0]:.4f} before, {held_out[-1]:.4f} after")
+    speed = f", {rate:,.0f} tokens a second" if (rate := tokens_per_second(history)) else ""
+    print_row("cost", f"{seconds:.2f} s per step (median){speed}, peak memory {memory:,.0f} MiB")
+    print_row("saved", f"{out}: the adapter, {RUN_FILE}, {f'{PICTURE_FILE}, ' if has_picture else ''}checkpoints")
+    if not has_picture:
+        print_row("note", "no picture of the losses: run `pip install matplotlib`")
+    if ours.quant:
+        print_row("note", inexact_lora([ours.quant]))
+    if contents is Contents.RESIDUAL:
+        print_row("note", f'pissa.load("{model}", adapter="{out}") has it exactly')
+    print_row("next", f"pissa chat {out}")
+    print_row("", f"pissa merge {out} NEW_FOLDER --base {model}")
+    costs = {"seconds_per_step": seconds, "peak_memory_mib": memory}
+    return {"learning_rate": trainer.args.learning_rate, "losses": losses, "held_out": held_out, **costs}

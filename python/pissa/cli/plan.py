@@ -1,0 +1,212 @@
+"""What a training will take, before its first step: steps, time and memory, measured with a batch that is trained on
+and forgotten."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import psutil
+import torch
+from accelerate.utils import send_to_device
+from datasets import Dataset
+from torch import Tensor, nn
+
+from pissa.checkpoints.training_memory import training_memory
+from pissa.cli.memory import free_memory, peak_memory_mib
+from pissa.layers.layer import pissa_layers
+
+_LOOKED_AT = 4096
+"""The rows whose lengths are looked at."""
+
+_COUNTED = 64
+"""The batches whose padding is counted."""
+
+_ADAM = 8
+"""Bytes of AdamW's two averages for each trained element, which exist from the first step on."""
+
+
+class Plan(NamedTuple):
+    """What a training will take."""
+
+    steps: int
+    """The optimiser steps that are left."""
+    examples: int
+    """Examples in a step, on all processes together."""
+    passes: float
+    """How often the steps see each example."""
+    padding: float
+    """The share of padding in the batches."""
+    seconds: float
+    memory_mib: float
+    """The peak memory of this process."""
+    others: float
+    """The cores that other programs used while the batch was measured, if they left none idle; else 0."""
+
+    def text(self, device: torch.device) -> str:
+        """The plan in one line."""
+        threads = torch.get_num_threads()
+        where = f"{threads} thread{'s'[: threads > 1]}" if device.type == "cpu" else str(device)
+        return (
+            f"{self.steps:,} steps of {self.examples} examples, {self.passes:.2g} times the data, with "
+            f"{self.padding:.0%} padding: about {as_duration(self.seconds)} on {where}, {as_memory(self.memory_mib)}"
+        )
+
+    def notes(self, free_mib: float) -> list[str]:
+        """What to change, where that is advisable. `free_mib` is how much more memory the process can get."""
+        notes = []
+        if self.seconds > 86_400:
+            notes.append(
+                "that is more than a day. Fewer --steps, a smaller --max-length or a smaller model take less time"
+            )
+        if self.memory_mib > peak_memory_mib() + free_mib:
+            notes.append(
+                f"only {as_memory(free_mib)} of memory are free. --gradient-checkpointing, a smaller --batch-size or "
+                "--max-length, or --quant nf4 take less"
+            )
+        if self.others:
+            cores = psutil.cpu_count() or 1
+            left = max(1, round(cores - self.others))
+            fewer = f", or set OMP_NUM_THREADS={left}" if left < torch.get_num_threads() else ""
+            notes.append(
+                f"other programs use {self.others:.1f} of {cores} cores, and threads that wait for each other take "
+                f"several times as long then: end them{fewer}"
+            )
+        return notes
+
+
+def as_duration(seconds: float) -> str:
+    """A duration with about two digits: "40 s", "9 minutes", "1.7 hours"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.2g} hours"
+
+
+def as_memory(mib: float) -> str:
+    """MiB with about two digits: "810 MiB", "5.4 GiB"."""
+    return f"{mib:,.0f} MiB" if mib < 1000 else f"{mib / 1024:.1f} GiB"
+
+
+# ---- Memory, by the model's shapes -----------------------------------------------------------------------------------
+
+
+def needs_checkpointing(model: Any, tokens: int) -> bool:
+    """Whether the activations of a batch with so many tokens would fill more than half of the free memory, so that
+    blocks should rather compute theirs again. Of a model without layers of ours, nothing is known: False."""
+    layers = {name: layer.matrix_shape for name, layer in pissa_layers(model).items()}
+    if not layers:
+        return False
+    hidden = model.config.get_text_config().hidden_size
+    memory = training_memory(layers, 1, weights=0, dtype=model.dtype, hidden=hidden, tokens=tokens)
+    return memory["plain"]["activations"] > free_memory() / 2
+
+
+# ---- Time, by one batch ----------------------------------------------------------------------------------------------
+
+
+def make_plan(trainer: Any, loss: Callable[[nn.Module, Any], Tensor], done: int = 0) -> Plan | None:
+    """Measures what a training by a TRL trainer will take.
+
+    The longest examples make one batch, on which the model is trained without a step of the optimiser. So what runs out
+    of memory does so now. Its time for each token, padding included, is that of the whole training.
+
+    Args:
+        trainer: the trainer, before `train`. Its model has no gradients afterwards.
+        loss: computes the loss of the model for a batch.
+        done: the steps that a resumed run has made already.
+
+    Returns:
+        The plan; None if the data have no known length, or if the model is spread over several processes.
+    """
+    args, rows = trainer.args, trainer.train_dataset
+    if not isinstance(rows, Dataset) or args.world_size > 1:
+        return None
+    a_step = args.train_batch_size * args.gradient_accumulation_steps
+    a_pass = max(1, math.ceil(len(rows) / args.train_batch_size / args.gradient_accumulation_steps))
+    total = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * a_pass)
+    steps = max(total - done, 0)
+
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(args.seed)).tolist()
+    sizes = {index: _size(rows[index]) for index in order[:_LOOKED_AT]}
+    longest = sorted(sizes, key=lambda index: -sizes[index])
+
+    def batch(indices: Sequence[int]) -> dict[str, Any]:
+        collated: dict[str, Any] = send_to_device(
+            trainer.data_collator([rows[index] for index in indices]), trainer.model.device
+        )
+        return collated
+
+    size = args.train_batch_size
+    starts = range(0, min(len(order), _COUNTED * size), size)
+    counts = [_count(batch(order[start : start + size])) for start in starts]
+    places, tokens = (sum(column) for column in zip(*counts, strict=True))
+
+    _try(trainer, loss, batch(longest[-1:]))  # the first backward is slower
+    trial, before = batch(longest[:size]), _Cores()
+    peak = peak_memory_mib()
+    _try(trainer, loss, trial)
+    seconds, others = before.elapsed()
+    memory = peak_memory_mib()
+    if memory > peak:
+        trained = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
+        memory += _ADAM * trained / 2**20
+    a_token = seconds / _count(trial)[0]
+    a_place = places / sum(min(size, len(order) - start) for start in starts)  # of one example, with its padding
+    work = steps * min(a_step, len(rows)) * a_place
+    if trainer.eval_dataset is not None:
+        # Without a backward pass, which takes as long as the forward pass, and twice as long with checkpointing.
+        forward = 1 / 3 if args.gradient_checkpointing else 1 / 2
+        work += len(trainer.eval_dataset) * a_place * _evaluations(args, steps) * forward
+    return Plan(steps, a_step, steps * a_step / len(rows), 1 - tokens / places, a_token * work, memory, others)
+
+
+def _size(row: Mapping[str, Any]) -> int:
+    """The length of a row's sequences of tokens, as far as there are any before the collator."""
+    return sum(len(value) for value in row.values() if isinstance(value, list))
+
+
+def _count(batch: Mapping[str, Any]) -> tuple[int, int]:
+    """The places of a batch, and the tokens in them that are not padding."""
+    places = batch["input_ids"].numel()
+    return places, int(batch["attention_mask"].sum()) if "attention_mask" in batch else places
+
+
+def _evaluations(args: Any, steps: int) -> float:
+    """How often the held-out data are evaluated: before, during and after training."""
+    if args.eval_strategy != "steps" or not args.eval_steps:
+        return 2
+    between: float = args.eval_steps
+    return 1 + (steps / between if between >= 1 else 1 / between)
+
+
+def _try(trainer: Any, loss: Callable[[nn.Module, Any], Tensor], batch: Any) -> None:
+    """A forward and a backward pass as in the training. The model and the generators are as before."""
+    model = trainer.model
+    if trainer.args.gradient_checkpointing:
+        # transformers renames the method; `train` calls it again, with the user's options.
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    model.train()
+    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
+        loss(model, batch).backward()  # type: ignore[no-untyped-call]
+    model.zero_grad()
+
+
+class _Cores:
+    """The time, and the cores that other programs use, from now on."""
+
+    def __init__(self) -> None:
+        self._now = self._read()
+
+    @staticmethod
+    def _read() -> tuple[float, float, float]:
+        """Seconds: the clock's, those of all cores at work, and those of this process."""
+        times = psutil.cpu_times()
+        return time.perf_counter(), sum(times[:10]) - times.idle - getattr(times, "iowait", 0.0), time.process_time()
+
+    def elapsed(self) -> tuple[float, float]:
+        """The seconds, and the cores that others used, if fewer than half a core was idle; else 0."""
+        seconds, busy, own = (now - then for now, then in zip(self._read(), self._now, strict=True))
+        others, cores = (busy - own) / seconds, psutil.cpu_count() or 1
+        return seconds, others if others > 0.5 and cores - busy / seconds < 0.5 else 0.0

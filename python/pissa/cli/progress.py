@@ -1,0 +1,100 @@
+"""What `pissa finetune` and `pissa dpo` do while they train: the bar, the picture, the costs of each step, Ctrl-C."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+from transformers import TrainerCallback
+from transformers.trainer_callback import ProgressCallback
+
+from pissa.cli.memory import peak_memory_mib
+
+
+def tokens_per_second(history: Sequence[Mapping[str, Any]]) -> float:
+    """Tokens per second, without padding, of the logged steps; 0 where TRL does not count tokens."""
+    steps = [row for row in history if "loss" in row and "num_tokens" in row and "seconds" in row]
+    if len(steps) < 2:  # a single one contains only the sum, with everything before it
+        return 0.0
+    seconds = sum(row["seconds"] * (row["step"] - before["step"]) for before, row in pairwise(steps))
+    return float(steps[-1]["num_tokens"] - steps[0]["num_tokens"]) / seconds if seconds else 0.0
+
+
+class LossBar(ProgressCallback):  # type: ignore[misc]
+    """A progress bar with the loss, the latest held-out loss and tokens per second. ProgressCallback prints a line for
+    each step."""
+
+    _held_out = ""
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        super().on_train_begin(*args, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.set_description("training", refresh=False)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
+        if "eval_loss" in logs:
+            self._held_out = f", held out {logs['eval_loss']:.3f}"
+        if self.training_bar is not None and "loss" in logs:
+            speed = f", {rate:,.0f} tokens/s" if (rate := tokens_per_second(state.log_history)) else ""
+            self.training_bar.set_postfix_str(f"loss {logs['loss']:.3f}{self._held_out}{speed}", refresh=False)
+
+
+class CompleteError(Exception):
+    """All steps of a run are done."""
+
+
+class Watch(TrainerCallback):  # type: ignore[misc]
+    """Records the `seconds` per step and `peak_memory_mib` with each logged loss, in trainer_state.json, and calls
+    `draw` with the history after each evaluation. At Ctrl-C, the step is finished, a checkpoint is written, and the
+    training ends. A second Ctrl-C ends it at once.
+
+    Raises:
+        CompleteError: from `train`, after the checkpoint has been loaded, if the run is resumed after its last step.
+            Trainer would make one more step in an epoch that has more batches.
+    """
+
+    requested = False
+    started = seconds = 0.0
+
+    def __init__(self, draw: Callable[[Sequence[Mapping[str, Any]]], None]) -> None:
+        self._draw = draw
+
+    @contextlib.contextmanager
+    def listen(self) -> Iterator[None]:
+        """Handles Ctrl-C for the duration of the block."""
+        before = signal.signal(signal.SIGINT, self._request)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def _request(self, *_: Any) -> None:
+        self.requested = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        print("\nending after this step, with a checkpoint; Ctrl-C again ends at once", file=sys.stderr)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step >= state.max_steps:
+            raise CompleteError
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self.started = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.seconds = time.perf_counter() - self.started
+        if self.requested:
+            control.should_save = control.should_training_stop = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
+        if "loss" in logs:
+            costs = {"seconds": round(self.seconds, 4), "peak_memory_mib": round(peak_memory_mib(), 1)}
+            state.log_history[-1].update(costs)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.is_world_process_zero:
+            self._draw(state.log_history)
