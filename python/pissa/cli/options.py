@@ -144,6 +144,8 @@ def adapter_config(ours: Any, seed: int, split: pissa.PissaConfig | None = None)
             raise UserError(f"--method lora: got --init {ours.init} as well; leave one of them out")
         ours.init = "lora"
     if ours.calibrate:
+        if not ours.quant and split is None:
+            raise UserError("--calibrate: nothing is quantised, so nothing is fitted to data; give --quant nf4 with it")
         ours.repair, ours.error_feedback = ours.repair or "activations", True
     # A switch that has its default is not given.
     values = {name: getattr(ours, name) for name, default in _METHOD.items() if getattr(ours, name) is not default}

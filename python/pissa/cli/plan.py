@@ -47,11 +47,12 @@ class Plan(NamedTuple):
 
     def text(self, device: torch.device) -> str:
         """The plan in one line."""
-        threads = torch.get_num_threads()
+        threads, passes = torch.get_num_threads(), f"{self.passes:.2g}"
         where = f"{threads} thread{'s'[: threads > 1]}" if device.type == "cpu" else str(device)
         return (
-            f"{self.steps:,} steps of {self.examples} examples, {self.passes:.2g} times the data, with "
-            f"{self.padding:.0%} padding: about {as_duration(self.seconds)} on {where}, {as_memory(self.memory_mib)}"
+            f"{self.steps:,} steps of {self.examples} examples ({passes} pass{'es' if passes != '1' else ''} over the "
+            f"data, {self.padding:.0%} padding): about {as_duration(self.seconds)} on {where}, "
+            f"{as_memory(self.memory_mib)}"
         )
 
     def notes(self, free_mib: float) -> list[str]:

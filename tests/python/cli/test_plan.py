@@ -1,0 +1,270 @@
+"""The plan of a training: what it counts and measures, and what it advises."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import pissa
+from pissa.cli import main, plan, training
+from pissa.cli.plan import Plan, as_duration, as_memory, make_plan, needs_checkpointing
+from runs import command, history, logged, refused
+
+LENGTHS = [2, 9, 4, 4, 6, 1, 3, 8, 5, 7]
+
+
+class Row(nn.Module):
+    """A model that notes the batches that it is trained on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+        self.device = torch.device("cpu")
+        self.batches: list[Tensor] = []
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        assert self.training
+        self.batches.append(batch["input_ids"])
+        return self.weight.sum() * torch.rand(())
+
+
+def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+    longest = max(len(row["input_ids"]) for row in rows)
+    ids, mask = torch.zeros(len(rows), longest), torch.zeros(len(rows), longest)
+    for index, row in enumerate(rows):
+        mask[index, : len(row["input_ids"])] = 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def trainer(**options: Any) -> Any:
+    """As much of a TRL trainer as a plan looks at: ten rows, in batches of four, twice a step."""
+    args = {"world_size": 1, "train_batch_size": 4, "gradient_accumulation_steps": 2, "max_steps": -1, "seed": 0}
+    args |= {"num_train_epochs": 3.0, "gradient_checkpointing": False, "eval_strategy": "steps", "eval_steps": 0.2}
+    rows = Dataset.from_list([{"input_ids": [7] * length} for length in LENGTHS])
+    return SimpleNamespace(
+        args=SimpleNamespace(**args | options),
+        train_dataset=rows,
+        eval_dataset=None,
+        data_collator=collate,
+        model=Row(),
+    )
+
+
+def planned(of: Any, done: int = 0) -> Plan:
+    result = make_plan(of, lambda model, batch: model(batch), done)
+    assert result is not None
+    return result
+
+
+def test_a_plan_counts_steps_passes_and_padding() -> None:
+    plan = planned(trainer())
+    assert (plan.steps, plan.examples) == (6, 8)  # ten rows are two steps of at most eight
+    assert plan.passes == pytest.approx(6 * 8 / 10)
+    order = torch.randperm(10, generator=torch.Generator().manual_seed(0)).tolist()
+    batches = [[LENGTHS[index] for index in order[start : start + 4]] for start in (0, 4, 8)]
+    places = sum(len(batch) * max(batch) for batch in batches)
+    assert plan.padding == pytest.approx(1 - sum(LENGTHS) / places)
+    assert planned(trainer(max_steps=5)).steps == 5
+    assert planned(trainer(max_steps=5), done=3).steps == 2
+    assert planned(trainer(), done=9).steps == 0
+
+
+def test_a_batch_of_the_longest_examples_is_trained_on_and_forgotten() -> None:
+    of, state = trainer(), torch.get_rng_state()
+    planned(of)
+    assert [tuple(batch.shape) for batch in of.model.batches] == [(1, 1), (4, 9)]
+    assert of.model.weight.grad is None
+    assert torch.equal(of.model.weight, torch.ones(3))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_time_is_that_of_every_place_of_the_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan._Cores, "elapsed", lambda self: (36.0, 0.0))  # 4 x 9 places: a second for each
+    padded = 10 * LENGTHS_PADDED / 10
+    assert planned(trainer()).seconds == pytest.approx(6 * 8 * padded / 10)
+    of = trainer()
+    of.eval_dataset = Dataset.from_list([{"input_ids": [7]}] * 20)
+    # Six evaluations of twenty rows: a forward pass is half of forward and backward.
+    assert planned(of).seconds == pytest.approx((6 * 8 + 6 * 20 / 2) * padded / 10)
+    of.args.gradient_checkpointing = True
+    of.model.gradient_checkpointing_enable = lambda: None
+    assert planned(of).seconds == pytest.approx((6 * 8 + 6 * 20 / 3) * padded / 10)
+
+
+def _padded() -> int:
+    order = torch.randperm(10, generator=torch.Generator().manual_seed(0)).tolist()
+    batches = [[LENGTHS[index] for index in order[start : start + 4]] for start in (0, 4, 8)]
+    return sum(len(batch) * max(batch) for batch in batches)
+
+
+LENGTHS_PADDED = _padded()
+"""The places of one pass over the rows, in batches of four."""
+
+
+def test_memory_is_the_peak_with_the_averages_of_adam(monkeypatch: pytest.MonkeyPatch) -> None:
+    for peaks, expected in (([100.0, 300.0], 300 + 8 * 3 / 2**20), ([300.0, 300.0], 300)):
+        values = iter(peaks)
+        monkeypatch.setattr(plan, "peak_memory_mib", lambda values=values: next(values))
+        assert planned(trainer()).memory_mib == expected  # if loading took more, the averages fit below its peak
+
+
+def test_nothing_is_planned_where_nothing_can_be_measured() -> None:
+    of = trainer()
+    of.train_dataset = iter(())
+    assert make_plan(of, lambda model, batch: model(batch)) is None
+    assert make_plan(trainer(world_size=2), lambda model, batch: model(batch)) is None
+
+
+def test_a_plan_advises_what_to_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "peak_memory_mib", lambda: 500.0)
+    monkeypatch.setattr(plan.psutil, "cpu_count", lambda: 8)
+    calm = Plan(10, 8, 1.0, 0.1, 600.0, 900.0, 0.0)
+    assert calm.notes(1000.0) == []
+    assert "10 steps of 8 examples (1 pass over the data, 10% padding): about 10 minutes" in calm.text(
+        torch.device("cpu")
+    )
+    [note] = calm._replace(seconds=90_000.0).notes(999.0)
+    assert note.startswith("that is more than a day. Fewer --steps")
+    [note] = calm._replace(memory_mib=1600.0).notes(999.0)
+    assert note.startswith("only 999 MiB of memory are free. --gradient-checkpointing")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    [note] = calm._replace(others=2.6).notes(999.0)
+    assert "other programs use 2.6 of 8 cores" in note
+    assert note.endswith("or set OMP_NUM_THREADS=5")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    [note] = calm._replace(others=2.6).notes(999.0)
+    assert note.endswith("end them")
+
+
+def test_durations_and_memory_are_read_at_a_glance() -> None:
+    assert [as_duration(seconds) for seconds in (7.4, 89, 91, 2400, 6000, 40_000)] == [
+        *("7 s", "89 s", "2 minutes", "40 minutes", "1.7 hours", "11 hours")
+    ]
+    assert [as_memory(mib) for mib in (810.2, 5530.0)] == ["810 MiB", "5.4 GiB"]
+
+
+def test_cores_of_other_programs_count_only_if_none_is_idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan.psutil, "cpu_count", lambda: 4)
+    for busy, expected in ((3.9, 1.9), (3.0, 0.0), (2.1, 0.0)):  # of which two are ours
+        readings = iter([(0.0, 0.0, 0.0), (10.0, 10 * busy, 20.0)])
+        monkeypatch.setattr(plan._Cores, "_read", staticmethod(lambda readings=readings: next(readings)))
+        assert plan._Cores().elapsed() == (10.0, pytest.approx(expected))
+
+
+def test_checkpointing_begins_where_activations_fill_half_of_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
+    )
+    model: Any = pissa.wrap(LlamaForCausalLM(config), r=2)
+    # q, k, v, o keep 16 + 16 elements for each token, gate, up, down 16 + 32; in float32, in two blocks.
+    a_token = 2 * (4 * 32 + 3 * 48) * 4
+    for free, expected in ((2 * 100 * a_token, False), (2 * 100 * a_token - 2, True)):
+        monkeypatch.setattr(plan, "free_memory", lambda free=free: free)
+        assert needs_checkpointing(model.base_model.model, 100) is expected
+    assert needs_checkpointing(nn.Linear(2, 2), 10**12) is False
+
+
+# ---- The command -----------------------------------------------------------------------------------------------------
+
+
+def test_a_run_says_what_it_will_take(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """README's command: 500 records, one pass over them, batches of eight without accumulation."""
+    rows = "".join(f'{{"question": "{i}+1", "answer": "{i + 1}"}}\n' for i in range(500))
+    (tmp_path / "sums.jsonl").write_text(rows)
+    monkeypatch.chdir(tmp_path)
+    assert main(["finetune", "--model", str(base), "--data", "sums.jsonl", "--lr", "2e-4"]) == 0
+    said, out = capsys.readouterr().out, tmp_path / f"{base.name}-sums"
+    assert "sums.jsonl, 500 examples, " in said
+    assert re.search(r"\nheld out  25 of them, chosen at random", said)
+    assert re.search(
+        r"\nplan      60 steps of 8 examples \(1 pass over the data, \d+% padding\): about \d+ s on \d", said
+    )
+    assert "Ctrl-C keeps what is learnt by then, and --resume goes on" in said
+    assert "float32" in said.partition("model ")[2].partition("\n")[0]  # the checkpoint's
+    assert f"next      pissa chat {out.name}" in said
+    assert len(logged(out)) == 60 == math.ceil(475 / 8)
+    assert [row["step"] for row in history(out) if "eval_loss" in row] == [0, 12, 24, 36, 48, 60]
+    for label in ("asked", "expected", "before", "after"):
+        assert re.search(rf"\n{label:<9} \S", said)
+
+    assert main(["finetune", "--model", str(base), "--data", "sums.jsonl", "--steps", "1", "--held-out", "0"]) == 0
+    said = capsys.readouterr().out
+    assert "held out" not in said
+    assert (tmp_path / f"{base.name}-sums-2" / "adapter_model.safetensors").is_file()
+
+
+def test_what_is_held_out(base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    examples = Dataset.from_list([{"n": n} for n in range(1000)])
+    train, held_out = training._hold_out(examples, None, seed=0)
+    assert (len(train), len(held_out)) == (950, 50)
+    assert sorted([*train["n"], *held_out["n"]]) == list(range(1000))
+    assert training._hold_out(examples, None, seed=0)[1]["n"] == held_out["n"]
+    for number, expected in ((31, 0), (32, 8), (300, 15), (10_000, 200)):
+        rows = Dataset.from_list([{"n": n} for n in range(number)])
+        _, some = training._hold_out(rows, None, seed=0)
+        assert (0 if some is None else len(some)) == expected
+    message = refused([*command("finetune", base, data, tmp_path / "run"), "--held-out", "24"], capsys)
+    assert "--held-out 24: there are 24 examples; allowed: fewer than that" in message
+
+
+def test_a_gpu_trains_once_the_self_test_has_passed_there(
+    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from pissa.cli import selftest
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert not selftest.has_passed_on_gpu()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Card A")
+    assert not selftest.has_passed_on_gpu()
+    on_cpu, on_gpu = (SimpleNamespace(device=torch.device(kind)) for kind in ("cpu", "cuda"))
+    training._check_device(on_cpu)
+    expected = "the CPU: Card A trains unless --use_cpu is given, once `pissa selftest --device cuda` has passed here"
+    assert expected in capsys.readouterr().out
+    with pytest.raises(training.UserError, match="--use_cpu false: Card A has not been tested; allowed once"):
+        training._check_device(on_gpu)
+    selftest._remember_gpu()
+    assert selftest.has_passed_on_gpu()
+    training._check_device(on_gpu)
+    assert "device    Card A: `pissa selftest --device cuda` has passed here" in capsys.readouterr().out
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Card B")
+    assert not selftest.has_passed_on_gpu()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--method", "lora", "--init", "pissa"], "--method lora: got --init pissa as well; leave one of them out"),
+        (
+            ["--method", "peft", "--quant", "nf4"],
+            "--method peft: --quant nf4 was given, and PEFT's layers train on dense",
+        ),
+        (["--calibrate"], "--calibrate: nothing is quantised"),
+        (["--resume"], "holds no run"),
+    ],
+)
+def test_options_that_contradict_each_other(
+    options: list[str], message: str, base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run").mkdir()
+    assert message in refused([*command("finetune", base, data, tmp_path / "run"), *options], capsys)
+
+
+def test_the_dtype_is_the_checkpoints(tmp_path: Path) -> None:
+    def own(dtype: str, contents: str = "DENSE") -> str:
+        folder: Any = SimpleNamespace(config={"dtype": dtype}, contents=getattr(training.Contents, contents))
+        return training._own_dtype(folder)
+
+    assert (own("bfloat16"), own("float32"), own("float16")) == ("bfloat16", "float32", "float32")
+    assert own("float16", "RELEASED") == "float16"
