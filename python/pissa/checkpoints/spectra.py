@@ -27,20 +27,12 @@ _ROWS = 256
 
 
 class LayerReport(NamedTuple):
-    """The results for the weight [out, in] of one layer."""
+    """The results for the weight of one layer."""
 
-    name: str
-    shape: tuple[int, int]
     values: Tensor
     """The leading singular values, float64 [k], descending."""
     total: float
     """The squared Frobenius norm, which is the sum of the squares of all singular values."""
-
-    @property
-    def stable_rank(self) -> float:
-        """`total` divided by the square of the largest singular value. It is small if few directions dominate."""
-        largest = float(self.values[0]) ** 2
-        return self.total / largest if largest else 0.0
 
 
 def layer_report(name: str, weight: Tensor, known: int) -> LayerReport:
@@ -53,7 +45,7 @@ def layer_report(name: str, weight: Tensor, known: int) -> LayerReport:
     with of_layer(name):
         _, values, _ = ops.svd_lowrank(weight, min(known, *weight.shape))
     total = float(sum(rows.double().square_().sum() for rows in torch.split(weight, _ROWS)))
-    return LayerReport(name, (weight.shape[0], weight.shape[1]), values.double().cpu(), total)
+    return LayerReport(values.double().cpu(), total)
 
 
 def energy(layers: Iterable[LayerReport], rank: int) -> float:
@@ -115,9 +107,8 @@ def report(
             reports[layer.name] = layer_report(layer.name, source.matrix(layer.parts), ranks[-1])
             source.release(layer.tensors)
             bar.update(math.prod(layer.shape))
-    # In the order of the model.
-    names = [name for factors in plan.factors for name in factors.layers]
-    held = {name: energy([reports[name]], ranks[0]) for name in names}
+    names = [name for factors in plan.factors for name in factors.layers]  # in the order of the model
+    kinds = kinds_of(names) | {"all": names}
     return {
         "model": os.fspath(model),
         "quant": quant,
@@ -125,23 +116,14 @@ def report(
         "seconds": time.perf_counter() - started,
         "parameters": total,
         "kinds": {
-            kind: _summary([reports[name] for name in of_kind], ranks)
-            for kind, of_kind in (kinds_of(names) | {"all": names}).items()
+            kind: {
+                "layers": len(of_kind),
+                "energy": {str(rank): energy([reports[name] for name in of_kind], rank) for rank in ranks},
+            }
+            for kind, of_kind in kinds.items()
         },
-        "least": {name: held[name] for name in sorted(held, key=held.__getitem__)[:5]},
         "formats": _formats(source),
         "memory": {"batch": batch, "length": length, "rank": ranks[0], **memory},
-    }
-
-
-def _summary(layers: Sequence[LayerReport], ranks: Iterable[int]) -> dict[str, Any]:
-    """What the layers of a kind have in common."""
-    stable = [layer.stable_rank for layer in layers]
-    return {
-        "layers": len(layers),
-        "shapes": sorted({layer.shape for layer in layers}),
-        "stable_rank": [min(stable), max(stable)],
-        "energy": {str(rank): energy(layers, rank) for rank in ranks},
     }
 
 

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterator
 from typing import Any
 
-from pissa.cli.folders import FolderCommand, as_range
+from pissa.cli.folders import FolderCommand
 from pissa.cli.terminal import as_size, format_table, positive_int, print_row
 
 
@@ -34,17 +34,11 @@ def _report(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     print_row("files", "; ".join(files))
     how = "as PiSSA's own decomposition finds them: never above the true ones"
     print_row("spectrum", f"up to {ranks[-1]} singular values of each layer, {how}")
-    header = ("energy held by rank", "layers", "shape", "stable\nrank", *(f"\n{rank}" for rank in ranks))
-    rows = []
-    for kind, summary in kinds.items():
-        shapes = summary["shapes"]
-        shape = " x ".join(map(str, shapes[0])) if len(shapes) == 1 else f"{len(shapes)} shapes"
-        stable = as_range([round(bound) for bound in summary["stable_rank"]])
-        held = (f"{share:.1%}" for share in summary["energy"].values())
-        rows.append([kind, str(summary["layers"]), shape, stable, *held])
-    print(f"\n{format_table(header, rows)}\n")
-    rows = [[name, f"{share:.1%}"] for name, share in found["least"].items()]
-    print(format_table((f"least energy held by rank {ranks[0]}", ""), rows) + "\n")
+    rows = [
+        [kind, str(summary["layers"]), *(f"{share:.1%}" for share in summary["energy"].values())]
+        for kind, summary in kinds.items()
+    ]
+    print(f"\n{format_table(('energy held by rank', 'layers', *map(str, ranks)), rows)}\n")
     step = f"a step at rank {memory['rank']}, {memory['batch']} x {memory['length']} tokens"
     for part, label in (("plain", step), ("checkpointing", "with gradient checkpointing")):
         sizes = {name: as_size(size) for name, size in memory[part].items()}

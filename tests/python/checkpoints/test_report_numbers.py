@@ -27,12 +27,11 @@ def test_leading_values_are_never_above_the_true_ones() -> None:
         assert (found.values <= true[:16] * (1 + 1e-6)).all()
         assert energy([found], 16) >= 0.99 * float(true[:16].square().sum() / true.square().sum())
         assert found.total == pytest.approx(float(true.square().sum()), rel=1e-6)
-        assert found.stable_rank == pytest.approx(float(true.square().sum() / true[0] ** 2), rel=1e-3)
 
 
 def test_a_weight_of_zeros_loses_nothing() -> None:
     found = layer_report("layer", torch.zeros(8, 8), 2)
-    assert (energy([found], 2), found.stable_rank) == (1.0, 0.0)
+    assert energy([found], 2) == 1.0
 
 
 def layers(count: int) -> Iterator[tuple[str, torch.Tensor]]:
@@ -44,9 +43,8 @@ def layers(count: int) -> Iterator[tuple[str, torch.Tensor]]:
 def test_summaries_weigh_layers_by_their_squares() -> None:
     matrices = dict(layers(3))
     found = [layer_report(name, matrix, 30) for name, matrix in matrices.items()]
-    assert [layer.name for layer in found] == list(matrices)
-    for some in (found[::2], found[1::2], found):
-        mine = [matrices[layer.name].double() for layer in some]
+    for part in (slice(0, None, 2), slice(1, None, 2), slice(None)):
+        some, mine = found[part], [matrix.double() for matrix in matrices.values()][part]
         for rank in (2, 30):
             kept = sum(float(torch.linalg.svdvals(w)[:rank].square().sum()) for w in mine)
             assert energy(some, rank) == pytest.approx(kept / sum(float(w.square().sum()) for w in mine), abs=1e-3)

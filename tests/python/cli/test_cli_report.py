@@ -26,11 +26,10 @@ def test_tables(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ups = [w.double() for name, w in weights.items() if "up_proj" in name]
     kept = sum(float(torch.linalg.svdvals(w)[:4].square().sum()) for w in ups)
     energy = 100 * kept / sum(float(w.square().sum()) for w in ups)
-    row = re.search(r"^up_proj +2 +\d+ x \d+ +\S+(?: to \S+)? +([\d.]+)% +([\d.]+)%$", out, flags=re.MULTILINE)
+    row = re.search(r"^up_proj +2 +([\d.]+)% +([\d.]+)%$", out, flags=re.MULTILINE)
     assert row is not None
     assert float(row[1]) == pytest.approx(energy, abs=0.2)
     assert float(row[2]) > float(row[1])
-    assert re.search(r"^least energy held by rank 4", out, flags=re.MULTILINE)
     for step in (r"a step at rank 4, 1 x 512 tokens", "with gradient checkpointing"):
         sizes = r": about \d\S* .B \(weights \d\S* .B, adapter and AdamW \d\S* .B, activations \d\S* .B\)$"
         assert re.search(rf"^memory    {step}{sizes}", out, flags=re.MULTILINE)
@@ -46,7 +45,6 @@ EXPECTED: dict[str, Any] = {
     "seconds": float,
     "parameters": int,
     "kinds": dict,
-    "least": dict,
     "formats": {"float32": {"tensors": int, "bytes": int, "bits": float}},
     "memory": {
         "batch": int,
@@ -58,7 +56,7 @@ EXPECTED: dict[str, Any] = {
         },
     },
 }
-KIND = {"layers": int, "shapes": list, "stable_rank": list, "energy": {"4": float, "8": float}}
+KIND = {"layers": int, "energy": {"4": float, "8": float}}
 
 
 def check(value: Any, expected: Any, where: str = "report") -> None:
@@ -81,9 +79,6 @@ def test_json(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert {kind: some["layers"] for kind, some in found["kinds"].items()} == dict.fromkeys(
         ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], 2
     ) | {"all": 14}
-    least = list(found["least"].values())
-    assert len(least) == 5
-    assert least == sorted(least)
 
 
 @pytest.mark.parametrize("quant", ["int8", "nf3"])
@@ -95,7 +90,7 @@ def test_the_format_changes_the_memory_only(quant: str, base: Path, capsys: pyte
     dense, coded = found
     assert coded["memory"]["plain"]["weights"] < dense["memory"]["plain"]["weights"]
     assert coded["memory"]["plain"]["activations"] == dense["memory"]["plain"]["activations"]
-    assert (coded["kinds"], coded["least"]) == (dense["kinds"], dense["least"])
+    assert coded["kinds"] == dense["kinds"]
 
 
 def test_a_model_of_the_hub(base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
