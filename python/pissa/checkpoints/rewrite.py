@@ -227,16 +227,11 @@ def add_up(results: Iterable[Result]) -> Result:
     return dict(sums)
 
 
-def _squares(results: Iterable[Result]) -> tuple[float, float]:
-    """The sums of the squared errors and of the squared norms."""
-    pairs = [(result.get("error_squared", 0.0), result.get("norm_squared", 0.0)) for result in results]
-    return sum(error for error, _ in pairs), sum(norm for _, norm in pairs)
-
-
 def relative_error(results: Iterable[Result]) -> float:
     """‖Q - W‖ / ‖W‖ over the layers that are not written unchanged, where Q is written instead of W."""
-    error_squared, norm_squared = _squares(results)
-    return math.sqrt(error_squared / norm_squared) if norm_squared else 0.0
+    pairs = [(result.get("error_squared", 0.0), result.get("norm_squared", 0.0)) for result in results]
+    norm_squared = sum(norm for _, norm in pairs)
+    return math.sqrt(sum(error for error, _ in pairs) / norm_squared) if norm_squared else 0.0
 
 
 @dataclass(frozen=True)
@@ -337,7 +332,6 @@ class Rewrite(ABC):
 
     def _work(self, out: Output, batches: Mapping[str, Sequence[Unit]], bar: Any) -> None:
         groups = [(name, group) for name, units in batches.items() for group in self.groups(units)]
-        error_squared, norm_squared = _squares(self.results.values())
         for number, (name, group) in enumerate(groups):
             next_group = groups[number + 1] if number + 1 < len(groups) else None
             if next_group is not None:
@@ -352,11 +346,7 @@ class Rewrite(ABC):
             self.results |= finished
             if next_group is None or next_group[0] != name:
                 out.add(name, {unit.name: self.results[unit.name] for unit in batches[name]})
-            more_error, more_norm = _squares(finished.values())
-            error_squared, norm_squared = error_squared + more_error, norm_squared + more_norm
             bar.update(sum(self._sizes[unit] for unit in finished))
-            if norm_squared:
-                bar.set_postfix_str(f"error {math.sqrt(error_squared / norm_squared):.3%}", refresh=False)
 
     def _batches(self) -> dict[str, list[Unit]]:
         """The units by the names of the batches, which are numbers in the order of the files."""
