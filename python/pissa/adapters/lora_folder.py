@@ -111,10 +111,15 @@ class LoraFolder:
         return list(factors.unpack(a, b).values())
 
 
+def has_adapter(folder: Path) -> bool:
+    """Whether the folder contains an adapter that `open_adapter` reads."""
+    return (folder / ADAPTER_CONFIG).is_file()
+
+
 def is_plain_lora(folder: Path) -> bool:
     """Whether the folder contains a PEFT adapter and none of ours, not even a damaged part of one; or one of ours whose
     plain LoRA another program has replaced."""
-    return (folder / ADAPTER_CONFIG).is_file() and not is_ours(folder)
+    return has_adapter(folder) and not is_ours(folder)
 
 
 def is_ours(folder: Path) -> bool:
@@ -128,7 +133,7 @@ def open_adapter(folder: Path) -> LoraFolder:
     replaced is that plain LoRA, with a warning."""
     if not folder.is_dir():
         raise ValueError(f"{folder} is {'not a folder' if folder.exists() else 'missing'}; needed: an adapter's folder")
-    if not (folder / ADAPTER_CONFIG).is_file():
+    if not has_adapter(folder):
         raise ValueError(f"{folder} holds no adapter: there is no {ADAPTER_CONFIG}")
     config, weights = read_lora_config(folder / ADAPTER_CONFIG), TensorFile(folder / ADAPTER_WEIGHTS)
     factors = _factors(config, folder / ADAPTER_CONFIG, weights)

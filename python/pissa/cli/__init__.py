@@ -17,6 +17,7 @@ from pissa.containers.staged import CompletedError
 COMMANDS = {
     "finetune": "fine-tune a causal language model on your data",
     "dpo": "train a causal language model on your preferences",
+    "chat": "ask a trained model, and compare it with its base",
     "init": "split a checkpoint on disk into residuals and a LoRA, using little memory",
     "merge": "merge an adapter into a checkpoint on disk, using little memory",
     "export": "write an adapter for another runtime: bitsandbytes, vLLM, llama.cpp",
@@ -37,6 +38,7 @@ _HOMES = {
 _INTERRUPTED = {
     "finetune": "a run that has begun goes on with --resume",
     "dpo": "a run that has begun goes on with --resume",
+    "chat": "the conversation is not kept",
     "init": "the same command goes on with it",
     "merge": "the same command goes on with it",
     "export": "to bnb4, the same command goes on with it; else nothing is written",

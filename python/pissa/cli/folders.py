@@ -7,7 +7,6 @@ import json
 import os
 import re
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -18,6 +17,7 @@ from pissa.cli.terminal import (
     UserError,
     add_calibration,
     as_size,
+    collect_notes,
     number,
     passes,
     positive_int,
@@ -45,30 +45,13 @@ class FolderCommand(NamedTuple):
 
         work = self.work(args)
         is_first = os.environ.get("RANK", "0") == "0"  # one of the processes that torchrun started
-        with _collect_notes(prints=is_first and not args.json) as notes, user_errors(OSError, ValueError, RankError):
+        with collect_notes(prints=is_first and not args.json) as notes, user_errors(OSError, ValueError, RankError):
             done = next(work)
         if is_first and args.json:
             print(json.dumps({**done, "notes": notes}, indent=2))
         elif is_first:
             next(work, None)
         return 0
-
-
-@contextmanager
-def _collect_notes(prints: bool) -> Iterator[list[str]]:
-    """Collects the warnings of the block, and prints each at once, because it may call hours of work into question."""
-    texts: list[str] = []
-
-    def note(message: Warning | str, *_: Any, **__: Any) -> None:
-        if (text := str(message)) not in texts:
-            texts.append(text)
-            if prints:
-                print_row("note", text)
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("always", UserWarning)
-        warnings.showwarning = note
-        yield texts
 
 
 _BASE = "model that the adapter was trained on: a folder, or a name on the Hugging Face Hub"

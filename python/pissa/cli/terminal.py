@@ -32,6 +32,23 @@ def print_row(label: str, text: str) -> None:
     print(f"{label:<9} {text}", flush=True)
 
 
+@contextmanager
+def collect_notes(prints: bool) -> Iterator[list[str]]:
+    """Collects the warnings of the block, and prints each at once, because it may call hours of work into question."""
+    texts: list[str] = []
+
+    def note(message: Warning | str, *_: Any, **__: Any) -> None:
+        if (text := str(message)) not in texts:
+            texts.append(text)
+            if prints:
+                print_row("note", text)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = note
+        yield texts
+
+
 def as_size(count: int) -> str:
     """A number of bytes with three digits, such as "1.23 GB"."""
     for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):

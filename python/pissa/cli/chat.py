@@ -1,0 +1,239 @@
+"""`pissa chat`: a conversation with a trained model. transformers generates the answers and streams them."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from pissa.cli.templates import end_of_answer, prompt_text
+from pissa.cli.terminal import (
+    UserError,
+    collect_notes,
+    number,
+    positive_int,
+    print_row,
+    silence_third_parties,
+    user_errors,
+)
+
+_BASE = "base"  # the side of the conversation without the adapter
+_temperature = number(float, "a number from 0 on", lambda value: 0 <= value < float("inf"))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("source", metavar="RUN", help="folder of a run, an adapter or a model, or its name on the Hugging Face Hub")
+    add("--base", metavar="DIR_OR_NAME", help="model of the adapter (default: the one that the adapter names)")
+    add("--compare", action="store_true", help="show the base's answer too: the adapter is disabled for it")
+    add("--prompt", metavar="TEXT", help="answer this and end, as is done with all that comes from a pipe")
+    add("--system", metavar="TEXT", help="system prompt")
+    add("--max-tokens", type=positive_int, default=512, metavar="N", help="most tokens of an answer")
+    sampling = (
+        "0: the likeliest token each time; above: sampled (default: what the model's generation_config.json says)"
+    )
+    add("--temperature", type=_temperature, metavar="T", help=sampling)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Answers one prompt, or holds a conversation. Only answers go to stdout. Returns the exit code."""
+    silence_third_parties()
+    logging.getLogger("transformers.generation").setLevel(logging.ERROR)  # options that others make superfluous
+    is_conversation = args.prompt is None and sys.stdin.isatty()
+    prompt = sys.stdin.read() if args.prompt is None and not is_conversation else args.prompt
+    if not is_conversation and not prompt.strip():
+        raise UserError("the prompt is empty; give --prompt TEXT or a text through a pipe, or start it in a terminal")
+    with contextlib.redirect_stdout(sys.stderr), collect_notes(prints=True):
+        chat = Conversation(args, *_load(args))
+    if is_conversation:
+        return _converse(chat)
+    chat.ask(prompt.strip())
+    return 0
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+# ---- The model -------------------------------------------------------------------------------------------------------
+
+
+def _load(args: argparse.Namespace) -> tuple[Any, Any]:
+    """The model that RUN is, or its adapter on its base, and the tokenizer."""
+    from peft import PeftModel
+    from transformers import AutoTokenizer
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+    import pissa
+    from pissa.adapters.lora_folder import has_adapter, open_adapter
+    from pissa.adapters.pissa_layout import ADAPTER_FILES
+    from pissa.containers.checkpoint import Contents, ModelFolder
+    from pissa.containers.hub import adapter_folder
+    from pissa.containers.model_folder import class_of, model_config
+
+    with user_errors(OSError, ValueError):
+        folder = adapter_folder(args.source, ADAPTER_FILES)
+        lora = open_adapter(folder) if has_adapter(folder) else None
+    if lora is None and (args.compare or args.base):
+        option = "--compare" if args.compare else "--base"
+        raise UserError(f"{option}: {args.source} has no adapter; give a run or an adapter, or leave {option} out")
+    base = args.source if lora is None else args.base or lora.named_base
+    if base is None:
+        raise UserError(f"{args.source} names no base; give the model that it was trained on: --base DIR_OR_NAME")
+    hint = "; give the model that the adapter was trained on: --base DIR_OR_NAME" if lora else ""
+    with user_errors(OSError, ValueError, after=hint):
+        opened = ModelFolder.open(base)
+        if lora is None:
+            opened.require(*(contents for contents in Contents if contents is not Contents.PEFT_RESIDUAL))
+    is_residual = opened.contents in (Contents.RESIDUAL, Contents.PEFT_RESIDUAL)
+    is_ours = lora is not None and lora.ours is not None
+    if args.compare and lora and not is_ours and (is_residual or not lora.leaves_base):
+        raise UserError(
+            f"--compare: {args.source} was trained on a residual, which is not the base; run pissa convert first"
+        )
+    with user_errors(OSError, ValueError, KeyError, TypeError, RuntimeError, before=f"{args.source}: "):
+        if is_ours:
+            model: Any = pissa.load(base, adapter=folder, is_trainable=False)
+        elif opened.contents is Contents.RELEASED:  # which transformers would expand
+            model = pissa.load(base, init="lora", r=1, is_trainable=False)
+            if lora:
+                model.load_adapter(folder, "trained")
+                model.set_adapter("trained")
+        elif opened.contents is Contents.RESIDUAL and lora is None:
+            model = pissa.load(base, is_trainable=False)
+        else:
+            model = class_of(model_config(opened.folder)).from_pretrained(base, dtype="auto")
+            model = PeftModel.from_pretrained(model, folder) if lora else model
+        tokenizer = AutoTokenizer.from_pretrained(args.source if get_tokenizer_config(args.source) else base)
+    print_row("model", f"{base}, {model.dtype}".replace("torch.", "") + (f", with {args.source}" if lora else ""))
+    return model, tokenizer
+
+
+# ---- The conversation ------------------------------------------------------------------------------------------------
+
+
+class Conversation:
+    """A model, its tokenizer, and the messages so far. With --compare, the base has a conversation of its own."""
+
+    def __init__(self, args: argparse.Namespace, model: Any, tokenizer: Any) -> None:
+        self.args, self.model, self.tokenizer = args, model, tokenizer
+        self.context: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        ends = model.generation_config.eos_token_id
+        self.ends = {*([ends] if isinstance(ends, int) else ends or ())}
+        self.stopped = False
+        self.begin()
+        if tokenizer.chat_template is not None:
+            self.ends.update(end_of_answer(tokenizer))
+        elif args.system is not None:
+            raise UserError("--system: the tokenizer has no chat template, which would place it; leave it out")
+        else:
+            print_row("note", "the tokenizer has no chat template: each text is continued as it is, without the others")
+
+    def begin(self) -> None:
+        """Forgets all messages but the system prompt."""
+        system = [] if self.args.system is None else [{"role": "system", "content": self.args.system}]
+        self.messages = dict.fromkeys([_BASE, self.args.source] if self.args.compare else [""], system)
+
+    def ask(self, prompt: str) -> None:
+        """Prints the answer to the next message, and with --compare before it that of the base.
+
+        Raises:
+            UserError: the model's context has no room for an answer.
+        """
+        self.stopped, answered = False, {}
+        for side, before in self.messages.items():
+            messages = [*before, {"role": "user", "content": prompt}]
+            tokens = self._encode(messages)
+            if side:
+                print(f"--- {side}", flush=True)
+            with self.model.disable_adapter() if side == _BASE else contextlib.nullcontext():
+                answer = self._answer(tokens)
+            answered[side] = [*messages, {"role": "assistant", "content": answer}]
+            if self.stopped:
+                break
+        if len(answered) == len(self.messages):
+            self.messages = answered
+
+    def _encode(self, messages: list[dict[str, str]]) -> list[int]:
+        if self.tokenizer.chat_template is None:
+            tokens = self.tokenizer(messages[-1]["content"]).input_ids
+        else:
+            tokens = self.tokenizer(prompt_text(messages, self.tokenizer), add_special_tokens=False).input_ids
+        if self.context is not None and len(tokens) >= self.context:
+            raise UserError(
+                f"the conversation has {len(tokens):,} tokens, and the model reads at most {self.context:,}, with the "
+                "answer; begin a new one with /new, or ask for less"
+            )
+        return list(tokens)
+
+    def _answer(self, tokens: list[int]) -> str:
+        import torch
+        from transformers import TextStreamer
+
+        most, temperature = self.args.max_tokens, self.args.temperature
+        if self.context is not None:
+            most = min(most, self.context - len(tokens))
+        sampling = {} if temperature is None else {"do_sample": temperature > 0, "temperature": temperature or None}
+        prompt = torch.tensor([tokens], device=self.model.device)
+        began = time.perf_counter()
+        found = self.model.generate(
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=most,
+            eos_token_id=sorted(self.ends) or None,
+            pad_token_id=self.tokenizer.pad_token_id,
+            streamer=TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True),
+            stopping_criteria=[lambda ids, _, **__: torch.full((len(ids),), self.stopped, device=ids.device)],
+            **sampling,
+        )[0, len(tokens) :].tolist()
+        speed = f"{len(found)} tokens, {len(found) / (time.perf_counter() - began):.1f} a second"
+        if self.stopped:
+            speed += "; stopped"
+        elif len(found) == most and found[-1] not in self.ends:
+            limit = "--max-tokens" if most == self.args.max_tokens else "the model's context is full; /new begins anew"
+            speed += f"; cut: {limit}"
+        _say(f"({speed})")
+        answer: str = self.tokenizer.decode(found, skip_special_tokens=True)
+        return answer
+
+    @contextlib.contextmanager
+    def stoppable(self) -> Iterator[None]:
+        """In the block, the first Ctrl-C ends the answer after its next token, and a second one ends the command."""
+
+        def stop(*_: object) -> None:
+            self.stopped = True
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+        before = signal.signal(signal.SIGINT, stop)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+
+def _converse(chat: Conversation) -> int:
+    with contextlib.suppress(ImportError):  # a Python without it only lacks editing and history of lines
+        import readline  # noqa: F401
+    _say("Ctrl-C stops an answer, /new begins a new conversation, /quit or Ctrl-D ends.")
+    while True:
+        try:
+            with contextlib.redirect_stdout(sys.stdout if sys.stdout.isatty() else sys.stderr):
+                prompt = input("> ").strip()
+        except EOFError:
+            _say("")
+            return 0
+        if prompt == "/quit":
+            return 0
+        if prompt == "/new":
+            chat.begin()
+        elif prompt:
+            try:
+                with chat.stoppable():
+                    chat.ask(prompt)
+            except UserError as error:
+                _say(str(error))
