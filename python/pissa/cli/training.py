@@ -31,6 +31,7 @@ from trl.trainer.utils import create_model_from_path
 
 import pissa
 from pissa.adapters.pissa_layout import AdapterRecord
+from pissa.cli.card import write_card
 from pissa.cli.data import encode, is_records, read_chats, read_preferences
 from pissa.cli.memory import free_memory, return_freed_blocks
 from pissa.cli.options import AUTO, RUN_FILE, adapter_config, check_same_run, parse, record
@@ -83,6 +84,7 @@ class Training(NamedTuple):
                 made = getattr(trl, f"{self.trainer}Trainer")
                 trainer: Any = made(model, args=training, callbacks=[watch], **names)
             training.model_init_kwargs = recorded
+            trainer.create_model_card = partial(_card, training, ours.model_name_or_path, args.command)
             if "ref" in model.peft_config:  # TRL's copy of the adapter, which computes what the base does
                 model.delete_adapter("ref")
             _fuse(trainer.model)
@@ -337,6 +339,13 @@ def _check(trainer: Any) -> dict[str, Any]:
     return {"difference": difference, "bound": bound, "passed": passed}
 
 
+def _card(training: Any, base: str, command: str, **_: Any) -> None:
+    """Writes the model card, in place of TRL's, whenever the trainer would."""
+    if training.process_index == 0:
+        out = training.output_dir
+        write_card(Path(out), (training.push_to_hub and training.hub_model_id) or out, base, command)
+
+
 # ---- Training, and after ---------------------------------------------------------------------------------------------
 
 
@@ -390,6 +399,7 @@ def _train(trainer: Any, ours: Any, watch: Watch, checkpoint: Path | None, comma
         if trainer.eval_dataset is not None and evaluated[-1:] != [trainer.state.global_step]:
             trainer.evaluate()
         trainer.save_model()
+        trainer.create_model_card()  # PEFT has added a folder's path to the metadata
         trainer.save_state()
 
 
