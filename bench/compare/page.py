@@ -1,4 +1,4 @@
-"""The tables of README.md, docs/speed.md and docs/what-fits.md, from the committed results.
+"""The tables of README.md and of docs/speed.md, what-fits.md and your-data.md, from the committed results.
 
     python -m bench.compare.page    # writes them; a test fails if they differ from the results
 
@@ -8,14 +8,19 @@ A table is written between `<!-- table: NAME -->` and `<!-- end -->`.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy
+
+from bench.compare.models import EXAMPLES, MODELS, TOKENS
+
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "bench" / "results"
-PAGES = ROOT / "README.md", ROOT / "docs" / "speed.md", ROOT / "docs" / "what-fits.md"
+PAGES = ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("speed", "what-fits", "your-data"))
 
 _GB = 1e9
 _TABLE = re.compile(r"(?<=<!-- table: )(\w+)( -->\n).*?(?=<!-- end -->)", re.DOTALL)
@@ -107,6 +112,26 @@ def fits() -> str:
     own, together, start = large["private_gb"], large["together_gb"], f"{large['load']:.0f} s"
     lines.append(["gpt-oss-20b's shapes, mxfp4", f"{own:.1f} GB", f"{together:.1f} GB", start, _tokens(large)])
     return _table("model, in nf4 | own memory | with the file's pages | start | tokens a second", lines)
+
+
+def models() -> str:
+    """Minutes and memory of 500 examples, for models to choose from. A model's rate times its parameters lies between
+    those of the two measured models next to it in size."""
+    found = [_load(STEPS)[name]["result"] for name, (_, format) in RATES.items() if format == "nf4"]
+    known = [(row["parameters"], row["tokens_per_second"] * row["parameters"]) for row in found]
+    sizes, growths = ([math.log(size) for size, _ in known], [growth for _, growth in known])
+    lines = []
+    for model in MODELS:
+        growth = float(numpy.interp(math.log(model.parameters), sizes, growths))
+        minutes = EXAMPLES * TOKENS * model.parameters / growth / 60
+        memory = [f"{model.memory(quant) / _GB:.1f}" for quant in (None, "nf4")]
+        name = f"[{model.name.partition('/')[2]}](https://huggingface.co/{model.name})"
+        lines.append([name, model.licence, *map(_duration, (minutes, minutes / 4)), *memory])
+    return _table("model | licence | two cores | eight cores | memory, GB | in nf4, GB", lines)
+
+
+def _duration(minutes: float) -> str:
+    return f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"
 
 
 def _largest(released: str = "released_models.json") -> dict[str, Any]:
@@ -214,7 +239,7 @@ def _sides(row: dict[str, Any]) -> list[str]:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    table.__name__: table for table in (rates, fits, layers, zen4_rates, zen4_layers, avx2, int8, readme)
+    table.__name__: table for table in (rates, fits, models, layers, zen4_rates, zen4_layers, avx2, int8, readme)
 }
 
 

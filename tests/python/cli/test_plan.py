@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import pages
 import pissa
 from pissa.cli import main, plan, training
 from pissa.cli.plan import Plan, as_duration, as_memory, make_plan, needs_checkpointing
@@ -179,13 +181,15 @@ def test_checkpointing_begins_where_activations_fill_half_of_the_free_memory(mon
 def test_a_run_says_what_it_will_take(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """README's command: 500 records, one pass over them, batches of eight without accumulation."""
+    """README's command, as it stands there, on 500 records: one pass in steps of eight, a twentieth held out."""
     rows = "".join(f'{{"question": "{i}+1", "answer": "{i + 1}"}}\n' for i in range(500))
-    (tmp_path / "sums.jsonl").write_text(rows)
+    (tmp_path / "train.jsonl").write_text(rows)
+    (tmp_path / "base").symlink_to(base)
     monkeypatch.chdir(tmp_path)
-    assert main(["finetune", "--model", str(base), "--data", "sums.jsonl", "--lr", "2e-4"]) == 0
-    said, out = capsys.readouterr().out, tmp_path / f"{base.name}-sums"
-    assert "sums.jsonl, 500 examples, " in said
+    [line] = re.findall(r"^pissa finetune .*$", (pages.ROOT / "README.md").read_text(), flags=re.MULTILINE)
+    assert main(shlex.split(line)[1:]) == 0
+    said, out = capsys.readouterr().out, tmp_path / "trained"
+    assert "train.jsonl, 500 examples, " in said
     assert re.search(r"\nheld out  25 of them, chosen at random", said)
     assert re.search(
         r"\nplan      60 steps of 8 examples \(1 pass over the data, \d+% padding\): about \d+ s on \d", said
@@ -198,10 +202,10 @@ def test_a_run_says_what_it_will_take(
     for label in ("asked", "expected", "before", "after"):
         assert re.search(rf"\n{label:<9} \S", said)
 
-    assert main(["finetune", "--model", str(base), "--data", "sums.jsonl", "--steps", "1", "--held-out", "0"]) == 0
-    said = capsys.readouterr().out
-    assert "held out" not in said
-    assert (tmp_path / f"{base.name}-sums-2" / "adapter_model.safetensors").is_file()
+    for name in ("base-train", "base-train-2"):
+        assert main(["finetune", "--model", "base", "--data", "train.jsonl", "--steps", "1", "--held-out", "0"]) == 0
+        assert "held out" not in capsys.readouterr().out
+        assert (tmp_path / name / "adapter_model.safetensors").is_file()
 
 
 def test_what_is_held_out(base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,6 @@ from pissa.cli import main
 from tiny_model import save_tiny_model, tiny_tokenizer
 
 NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"  # of the hub: a folder stands for it
-SHORT = ["--batch-size", "2", "--grad-accum", "1"]
 NIGHTLY = ("trainers", "troubleshooting", "large-checkpoints", "choices")
 """Pages that take half of the time, in trainings and checkpoints that other tests have, too."""
 DAILY = [page for page in pages.PAGES if page.stem not in NIGHTLY]
@@ -43,7 +42,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     command = ["finetune", "--model", str(folder / "base"), "--data", str(folder / "train.jsonl"), "--steps", "2"]
     for out, more in {"run": [], "run4bit": ["--quant", "nf4"]}.items():
-        assert main([*command, *SHORT, *more, "--rank", "4", "--out", str(folder / out)]) == 0
+        assert main([*command, *more, "--rank", "4", "--out", str(folder / out)]) == 0
     shutil.copytree(folder / "run", folder / "adapter")
     return folder
 
@@ -96,12 +95,11 @@ def _command(line: str, here: Path) -> None:
     if not words:
         return
     if words[0] == "pissa":
-        arguments = [{"200": "2"}.get(word, word) for word in words[1:]]  # steps
+        arguments = words[1:]
         if "--out" in arguments and "--resume" not in arguments:
             # A run of the page's own, in the place of the one that was made before.
             shutil.rmtree(here / arguments[arguments.index("--out") + 1], ignore_errors=True)
-        shorter = SHORT if arguments[0] in ("finetune", "dpo") and "--config" not in arguments else []
-        assert main([*arguments, *shorter]) == 0, line
+        assert main(arguments) == 0, line
     elif words[0] == "make":
         targets = re.findall(r"^([\w-]+):", (pages.ROOT / "Makefile").read_text(), flags=re.MULTILINE)
         assert set(words[1:]) <= set(targets) | {word for word in words if "=" in word}, line
