@@ -15,6 +15,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from pissa.checkpoints.training_memory import training_memory
+from pissa.cli.data import IGNORED
 from pissa.cli.memory import free_memory, peak_memory_mib
 from pissa.layers.layer import pissa_layers
 
@@ -44,6 +45,8 @@ class Plan(NamedTuple):
     """The peak memory of this process."""
     others: float
     """The cores that other programs used while the batch was measured, if they left none idle; else 0."""
+    empty: float = 0.0
+    """The share of the batches in which no token is learnt."""
 
     def text(self, device: torch.device) -> str:
         """The plan in one line."""
@@ -66,6 +69,11 @@ class Plan(NamedTuple):
             notes.append(
                 f"only {as_memory(free_mib)} of memory are free. --gradient-checkpointing, a smaller --batch-size or "
                 "--max-length, or --quant nf4 take less"
+            )
+        if self.empty:
+            notes.append(
+                f"{self.empty:.0%} of the batches have no token to learn, and teach nothing: the answers are cut away, "
+                "or have no labels. A larger --max-length keeps more of them"
             )
         if self.others:
             cores = psutil.cpu_count() or 1
@@ -142,7 +150,8 @@ def make_plan(trainer: Any, loss: Callable[[nn.Module, Any], Tensor], done: int 
     size = args.train_batch_size
     starts = range(0, min(len(order), _COUNTED * size), size)
     counts = [_count(batch(order[start : start + size])) for start in starts]
-    places, tokens = (sum(column) for column in zip(*counts, strict=True))
+    places, tokens, learnt = zip(*counts, strict=True)
+    empty = learnt.count(0) / len(learnt)
 
     _try(trainer, loss, batch(longest[-1:]))  # the first backward is slower
     trial, before = batch(longest[:size]), _Cores()
@@ -154,13 +163,15 @@ def make_plan(trainer: Any, loss: Callable[[nn.Module, Any], Tensor], done: int 
         trained = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
         memory += _ADAM * trained / 2**20
     a_token = seconds / _count(trial)[0]
-    a_place = places / sum(min(size, len(order) - start) for start in starts)  # of one example, with its padding
+    a_place = sum(places) / sum(min(size, len(order) - start) for start in starts)  # of one example, with its padding
     work = steps * min(a_step, len(rows)) * a_place
     if trainer.eval_dataset is not None:
         # Without a backward pass, which takes as long as the forward pass, and twice as long with checkpointing.
         forward = 1 / 3 if args.gradient_checkpointing else 1 / 2
         work += len(trainer.eval_dataset) * a_place * _evaluations(args, steps) * forward
-    return Plan(steps, a_step, steps * a_step / len(rows), 1 - tokens / places, a_token * work, memory, others)
+    return Plan(
+        steps, a_step, steps * a_step / len(rows), 1 - sum(tokens) / sum(places), a_token * work, memory, others, empty
+    )
 
 
 def _size(row: Mapping[str, Any]) -> int:
@@ -168,10 +179,11 @@ def _size(row: Mapping[str, Any]) -> int:
     return sum(len(value) for value in row.values() if isinstance(value, list))
 
 
-def _count(batch: Mapping[str, Any]) -> tuple[int, int]:
-    """The places of a batch, and the tokens in them that are not padding."""
-    places = batch["input_ids"].numel()
-    return places, int(batch["attention_mask"].sum()) if "attention_mask" in batch else places
+def _count(batch: Mapping[str, Any]) -> tuple[int, int, int]:
+    """The places of a batch, the tokens in them that are not padding, and those that are learnt."""
+    places: int = batch["input_ids"].numel()
+    tokens = int(batch["attention_mask"].sum()) if "attention_mask" in batch else places
+    return places, tokens, int((batch["labels"] != IGNORED).sum()) if "labels" in batch else tokens
 
 
 def _evaluations(args: Any, steps: int) -> float:

@@ -119,6 +119,20 @@ def test_memory_is_the_peak_with_the_averages_of_adam(monkeypatch: pytest.Monkey
         assert planned(trainer()).memory_mib == expected  # if loading took more, the averages fit below its peak
 
 
+def test_batches_without_a_label_are_named() -> None:
+    of = trainer()
+
+    def labelled(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        batch = collate(rows)
+        return batch | {"labels": torch.full_like(batch["input_ids"], 7 if len(rows) == 2 else -100)}
+
+    of.data_collator = labelled  # of three batches, the last has two rows
+    plan = planned(of)
+    assert plan.empty == pytest.approx(2 / 3)
+    assert plan.notes(math.inf)[0].startswith("67% of the batches have no token to learn, and teach nothing: ")
+    assert planned(trainer()).empty == 0
+
+
 def test_nothing_is_planned_where_nothing_can_be_measured() -> None:
     of = trainer()
     of.train_dataset = iter(())
