@@ -13,6 +13,7 @@ from bench.compare.weights import smollm2
 from bench.experiments.experiment import Options
 from bench.packages import required_package
 from pissa.cli.data import encode, read_chats
+from pissa.cli.sources import records
 from pissa.cli.templates import Chat
 
 Row = dict[str, list[int]]
@@ -111,7 +112,7 @@ def load_task(name: str, options: Options) -> LanguageTask:
 
 def _gsm8k(folder: Path) -> tuple[list[Chat], list[Chat]]:
     """Grade-school problems with worked answers (openai/grade-school-math, MIT): train.jsonl and test.jsonl."""
-    train, test = (read_chats(str(folder / f"{part}.jsonl")) for part in ("train", "test"))
+    train, test = (read_chats(records(str(folder / f"{part}.jsonl"))) for part in ("train", "test"))
     return train, test
 
 

@@ -1,13 +1,14 @@
-"""Training data: reads records as chats and encodes chats as tokens. Only the tokens of the answer enter the loss."""
+"""Training data: reads records of any form as chats, and encodes chats as tokens. Only the tokens of answers enter the
+loss."""
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pissa.cli.sources import Records, records
 from pissa.cli.templates import Chat, give_template, prompt_and_answer
 from pissa.cli.terminal import UserError, user_errors
 from pissa.containers.messages import quote
@@ -18,103 +19,115 @@ if TYPE_CHECKING:
 IGNORED = -100
 """The label of a token that does not enter the loss, as in torch's cross_entropy."""
 
-_CHATS = (("messages",), ("question", "answer"), ("prompt", "completion"))
-_PREFERENCES = (("prompt", "chosen", "rejected"),)
+# The columns of a record, by form. The first form that a record has counts.
+_CHATS = (
+    *(("messages",), ("conversations",), ("instruction", "output"), ("question", "answer")),
+    *(("prompt", "completion"), ("text",)),
+)
+# Other names of columns, which an error message suggests to map.
+_ALIKE = {
+    "question": ("question", "query", "prompt", "instruction", "problem", "input", "user", "frage"),
+    "answer": ("answer", "response", "completion", "output", "solution", "reply", "assistant", "antwort"),
+    "text": ("text", "content", "document", "article", "body"),
+    "chosen": ("chosen", "preferred", "accepted", "better"),
+    "rejected": ("rejected", "dispreferred", "worse"),
+}
+_ALIKE["prompt"] = _ALIKE["question"]
 _ROLES = ("system", "user", "assistant")
+_SPEAKERS = {"human": "user", "gpt": "assistant"}
+"""ShareGPT's names of roles."""
 _HALF = re.compile("[\ud800-\udfff]")
 """Half of a surrogate pair: JSON can contain one, but no tokenizer accepts it."""
 
 
-# ---- Records ---------------------------------------------------------------------------------------------------------
+# ---- Forms -----------------------------------------------------------------------------------------------------------
 
 
-def is_records(source: str) -> bool:
-    """Whether `source` is a file of records. Otherwise it is a data set."""
-    return Path(source).suffix in (".json", ".jsonl")
+def read_chats(records: Records) -> list[Chat]:
+    """Reads records of any form. Errors name the record, what was found and what is allowed."""
+    return [_chat(where, _messages(where, *_form(where, record, _CHATS))) for where, record in records]
 
 
-def read_chats(source: str) -> list[Chat]:
-    """Reads a .jsonl or .json file. Errors name the file and line, what was found and what is allowed."""
-    return [_chat(where, record, *_keys(where, record, _CHATS)) for where, record in _records(source)]
-
-
-def read_preferences(source: str) -> list[tuple[Chat, Chat]]:
-    """Reads a file of preferences: pairs of chats that differ in their answers, the chosen one first."""
+def read_preferences(records: Records) -> list[tuple[Chat, Chat]]:
+    """Reads records of preferences: pairs of chats that differ in their answers, the chosen one first."""
     pairs = []
-    for where, record in _records(source):
-        prompt, chosen, rejected = _keys(where, record, _PREFERENCES)
-        pairs.append((_chat(where, record, prompt, chosen), _chat(where, record, prompt, rejected)))
+    for where, record in records:
+        answer = record.get("chosen") if isinstance(record, dict) else None
+        prompt = () if isinstance(answer, list) and len(answer) > 1 else ("prompt",)  # whole chats contain it
+        values, _ = _form(where, record, [(*prompt, "chosen", "rejected")])
+        chosen, rejected = (_chat(where, _messages(where, values, (*prompt, name))) for name in ("chosen", "rejected"))
+        if chosen.messages[:-1] != rejected.messages[:-1]:
+            raise UserError(f"{where}: chosen and rejected answer different messages; needed: the same before both")
+        pairs.append((chosen, rejected))
     return pairs
 
 
-def _records(source: str) -> Iterator[tuple[str, Any]]:
-    """Yields each JSON value with its place in the file."""
-    path = Path(source)
-    if not path.is_file():
-        problem = "is a folder" if path.is_dir() else "no such file"
-        raise UserError(f"{source}: {problem}; allowed: a .jsonl or .json file")
-    with user_errors(OSError, ValueError, before=f"{path}: cannot be read: ", after="; allowed: a text file in UTF-8"):
-        text = path.read_text(encoding="utf-8-sig")
-    if not text.strip():
-        raise UserError(f"{path}: is empty; needed: at least one record")
-    is_list = path.suffix == ".json"
-    # Not splitlines(): a JSON string may contain U+2028, where splitlines() would end the line.
-    lines = {f"{path}:{number}": line for number, line in enumerate(text.split("\n"), 1) if line.strip()}
-    for where, part in {str(path): text}.items() if is_list else lines.items():
-        needed = f"; found {quote(part.strip())}; needed: records in JSON"
-        with user_errors(ValueError, RecursionError, before=f"{where}: not JSON: ", after=needed):
-            value = json.loads(part)
-        if not is_list:
-            yield where, value
-        elif not isinstance(value, list) or not value:
-            raise UserError(f"{path}: found {quote(value)}; needed in a .json file: a list of records")
-        else:
-            yield from ((f"{path}: record {number}", record) for number, record in enumerate(value, 1))
-
-
-def _keys(where: str, record: Any, forms: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
-    """The keys of the first form that the record matches."""
-    given = quote(record)
+def _form(where: str, record: Any, forms: Sequence[tuple[str, ...]]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The record, with whole numbers as texts, and the first form that it has."""
+    given, suggested = quote(record), None
     if isinstance(record, dict):
         for form in forms:
             if {*form} <= record.keys():
-                return form
+                return {key: str(value) if type(value) is int else value for key, value in record.items()}, form
         given = f"an object with the keys {', '.join(map(quote, record)) or 'none'}"
+        suggested = _suggested(record, forms)
     allowed = ", or ".join(" and ".join(f'"{key}"' for key in form) for form in forms)
+    mapped = suggested or ",".join(f"{name}=COLUMN" for name in forms[min(3, len(forms) - 1)])
     raise UserError(
         f'{where}: found {given}; allowed: an object with {allowed}, which are texts, or messages: [{{"role": "user", '
-        '"content": "..."}, {"role": "assistant", "content": "..."}]'
+        f'"content": "..."}}, {{"role": "assistant", "content": "..."}}]; other columns are named by --columns {mapped}'
     )
 
 
-def _chat(where: str, record: dict[str, Any], *keys: str) -> Chat:
-    """Returns the chat that a record contains, either as messages or as a prompt and an answer."""
+def _suggested(record: dict[str, Any], forms: Sequence[tuple[str, ...]]) -> str | None:
+    """What --columns could be for this record, as the names of its columns suggest."""
+    for form in (form for form in forms if {*form} <= _ALIKE.keys()):
+        columns = [next((name for name in record if str(name).lower() in _ALIKE[key]), None) for key in form]
+        if all(columns):
+            return ",".join(f"{key}={column}" for key, column in zip(form, columns, strict=True))
+    return None
+
+
+def _messages(where: str, record: dict[str, Any], form: tuple[str, ...]) -> list[Any]:
+    """The messages of a record of this form. A plain text is the only message, the assistant's."""
     if image := next((key for key in ("image", "images") if record.get(key)), None):
         raise UserError(
             f'{where}: found "{image}"; a file of records contains only text; allowed: as --data a folder of the '
             'images with metadata.jsonl, whose rows name theirs in "file_name" or "images_file_names", or another data '
             f'set with a column "{image}"'
         )
+    parts = [record[key] for key in form]
+    more = record.get("input")
+    if "instruction" in form and isinstance(parts[0], str) and isinstance(more, str) and more.strip():
+        parts[0] = f"{parts[0]}\n\n{more}"
+    roles = ("assistant",) if form == ("text",) else ("user", "assistant")
     messages: list[Any] = []
-    for key, role in zip(keys, ("user", "assistant"), strict=False):
-        part = record[key]
+    for part, role in zip(parts, roles, strict=False):
         messages += part if isinstance(part, list) else [{"role": role, "content": part}]
+    return messages
+
+
+def _chat(where: str, messages: list[Any]) -> Chat:
+    chat = Chat(where, [])
     for message in messages:
-        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+        names = ("from", "value") if isinstance(message, dict) and "from" in message else ("role", "content")
+        if not isinstance(message, dict) or not {*names} <= message.keys():
             raise UserError(f'{where}: found the message {quote(message)}; needed: "role" and "content"')
-        if message["role"] not in _ROLES:
-            raise UserError(f"{where}: found the role {quote(message['role'])}; allowed: {', '.join(_ROLES)}")
-        text = message["content"]
+        role, text = (message[name] for name in names)
+        role = _SPEAKERS.get(role, role) if isinstance(role, str) else role
+        if role not in _ROLES:
+            raise UserError(f"{where}: found the role {quote(role)}; allowed: {', '.join(_ROLES)}")
         if not isinstance(text, str) or not text.strip() or _HALF.search(text):
             raise UserError(
-                f"{where}: the {message['role']}'s content is {quote(text)}; needed: a text that is not empty, without "
-                "half of a surrogate pair, such as \\ud83d alone"
+                f"{where}: the {role}'s content is {quote(text)}; needed: a text that is not empty, without half of a "
+                "surrogate pair, such as \\ud83d alone"
             )
-    roles = [message["role"] for message in messages]
-    if roles[-2:] != ["user", "assistant"]:
+        chat.messages.append({"role": role, "content": text})
+    roles = [message["role"] for message in chat.messages]
+    if roles[-2:] != ["user", "assistant"] and not chat.is_text:
         given = ", ".join(roles) or "none"
         raise UserError(f"{where}: the messages' roles are: {given}; needed: the last two are user, assistant")
-    return Chat(where, [{"role": message["role"], "content": message["content"]} for message in messages])
+    return chat
 
 
 # ---- Tokens ----------------------------------------------------------------------------------------------------------
@@ -123,7 +136,8 @@ def _chat(where: str, record: dict[str, Any], *keys: str) -> Chat:
 def encode(
     chats: Sequence[Chat], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> tuple[list[dict[str, list[int]]], int, int]:
-    """Tokenizes chats and cuts each after `max_length` tokens. A tokenizer without a chat template gets one.
+    """Tokenizes chats and cuts each after `max_length` tokens, but a plain text into parts. A tokenizer without a chat
+    template gets one for chats.
 
     TRL's own tokenisation would include in the loss the line break that a template puts after an answer.
 
@@ -131,22 +145,30 @@ def encode(
         Rows of input_ids and labels of equal length, which TRL takes as they are; the number of answers that were cut;
         the number of chats that were left out because their prompt leaves no room for an answer.
     """
-    give_template(tokenizer)
-    rows, cut = [], 0
+    if not all(chat.is_text for chat in chats):
+        give_template(tokenizer)
+    rows, cut, left_out = [], 0, 0
     for chat in chats:
         prompt, answer = (
             tokenizer(text, add_special_tokens=False).input_ids for text in prompt_and_answer(chat, tokenizer)
         )
-        room = max_length - len(prompt)
-        if room > 0:
-            cut += len(answer) > room
-            rows.append({"input_ids": prompt + answer[:room], "labels": [IGNORED] * len(prompt) + answer[:room]})
+        ids, labels = prompt + answer, [IGNORED] * len(prompt) + answer
+        # Parts of a text share a token, which is predicted in one and the first of the next.
+        starts = range(0, len(ids) - 1, max(max_length - 1, 1)) if chat.is_text else (0,)
+        if len(prompt) >= max_length:
+            left_out += 1
+            continue
+        cut += not chat.is_text and len(ids) > max_length
+        rows += [
+            {"input_ids": ids[start : start + max_length], "labels": labels[start : start + max_length]}
+            for start in starts
+        ]
     if not rows:
         raise UserError(f"no prompt of {len(chats)} is shorter than --max-length {max_length} tokens; raise it")
-    return rows, cut, len(chats) - len(rows)
+    return rows, cut, left_out
 
 
-def batches_of(file: str, examples: int, model: str | Path) -> list[Any]:
+def batches_of(file: str, examples: int, model: str | Path, columns: Mapping[str, str] | None = None) -> list[Any]:
     """The first chats of a file as a model reads them, for a calibration: input_ids [1, tokens] each."""
     import torch
     from transformers import AutoTokenizer
@@ -154,7 +176,7 @@ def batches_of(file: str, examples: int, model: str | Path) -> list[Any]:
     with user_errors(OSError, ValueError, before=f"{model} has no tokenizer, which a calibration needs: "):
         tokenizer = AutoTokenizer.from_pretrained(model)
     give_template(tokenizer)
-    texts = ["".join(prompt_and_answer(chat, tokenizer)) for chat in read_chats(file)[:examples]]
+    texts = ["".join(prompt_and_answer(chat, tokenizer)) for chat in read_chats(records(file, columns))[:examples]]
     longest = min(tokenizer.model_max_length, 2048)
     tokens = [tokenizer(text, add_special_tokens=False).input_ids[:longest] for text in texts]
     return [torch.tensor([row]) for row in tokens]

@@ -115,7 +115,7 @@ def _add_init(parser: argparse.ArgumentParser) -> None:
     add("--init", default="pissa", metavar="METHOD", help=init)
     add_calibration(
         parser,
-        "with --quant: records (.jsonl, .json) like what the model will read. Error feedback then chooses the "
+        "with --quant: records like what the model will read. Error feedback then chooses the "
         "codes, and the outputs lose less; with --init lora this makes a better checkpoint for any QLoRA program",
     )
     add("--quant-iters", type=positive_int, default=1, metavar="T", help="alternations of SVD and quantisation")
@@ -161,7 +161,9 @@ def _init(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         raise UserError("--init activations: got no --calibration; give --calibration FILE, or another --init")
     with user_errors(TypeError), _processes():  # raised for a layer of a kind that cannot be adapted
         method = _options(args, *_METHOD)
-        batches = None if args.calibration is None else batches_of(args.calibration, args.examples, args.source)
+        batches = (
+            None if args.calibration is None else batches_of(args.calibration, args.examples, args.source, args.columns)
+        )
         done = init(
             args.source,
             args.target,

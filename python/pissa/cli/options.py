@@ -17,7 +17,7 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
 import pissa
 from pissa.cli.selftest import has_passed_on_gpu
-from pissa.cli.terminal import UserError, number, passes, positive_int, user_errors
+from pissa.cli.terminal import COLUMNS_HELP, UserError, columns, number, passes, positive_int, user_errors
 from pissa.config import default_of
 from pissa.containers.messages import file_errors
 from pissa.containers.staged import staged
@@ -66,7 +66,7 @@ _TYPES: dict[str, Any] = {
 }
 _HELP = {
     "model_name_or_path": "folder of a model, its name on the hub, or a folder that pissa init has written",
-    "dataset_name": "file of records (.jsonl, .json), or folder or name of a data set in a TRL format",
+    "dataset_name": "file of records (.jsonl, .json, .csv, .tsv, .parquet), text or folder of texts (.txt), data set",
     "learning_rate": f"peak learning rate, or {AUTO}: the one that pissa.suggest_lr finds",
     "r": f"rank of the adapters (default: {_RANK})",
     "output_dir": "new folder of the run: adapter, checkpoints, options, picture (default: model and data in its name)",
@@ -75,6 +75,7 @@ _HELP = {
 _CHOICES = {"quant": tuple(FORMATS), "repair": tuple(pissa.INIT_METHODS), "method": ("pissa", "lora", "peft")}
 _OWN = (
     ("eval_data", str, None, "held-out data: the loss is computed before and after training"),
+    ("columns", columns, None, COLUMNS_HELP),
     ("held_out", int, None, "examples to hold out of --data (default: a twentieth, at least 8, at most 200; 0: none)"),
     ("method", str, "pissa", "start of the adapter, pissa or lora; or peft: LoRA by PEFT's own layers, to compare"),
     ("calibrate", bool, False, "with --quant: fit the codes to the data (--repair activations, --error-feedback)"),

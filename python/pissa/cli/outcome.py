@@ -62,7 +62,8 @@ def _question(trainer: Any) -> tuple[list[int], list[int]] | None:
         return None
     row = rows[0]
     start = sum(label == IGNORED for label in row["labels"])
-    return (row["input_ids"][:start], row["input_ids"][start:]) if start else None
+    # A plain text has no question, at most a start token.
+    return (row["input_ids"][:start], row["input_ids"][start:]) if start > 1 else None
 
 
 def show_answers(trainer: Any, tokenizer: Any, before: str | None) -> None:

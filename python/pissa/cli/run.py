@@ -7,6 +7,7 @@ Python that it starts, finds `startup/peft.py` when it imports peft.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import sys
@@ -18,12 +19,14 @@ _ALLOWED = "give a command, a .py file, or -m MODULE, and its arguments: pissa r
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.usage = "pissa run [--init pissa] [--calibration FILE [--examples N]] [--] PROGRAM [ARGUMENT ...]"
+    parser.usage = (
+        "pissa run [--init pissa] [--calibration FILE [--columns ...] [--examples N]] [--] PROGRAM [ARGUMENT ...]"
+    )
     start = "how adapters start if the program does not choose; TRL's scripts cannot choose"
     parser.add_argument("--init", choices=["pissa"], help=start)
     add_calibration(
         parser,
-        "records (.jsonl, .json) like what the model will read: the error of a model loaded with load_in_4bit is "
+        "records like what the model will read: the error of a model loaded with load_in_4bit is "
         "repaired beneath its LoRA, from the 16-bit checkpoint that it was loaded from",
     )
     program = "a command, a .py file, or -m MODULE; and its arguments"
@@ -48,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     if args.init is not None:
         environment[peft.INIT] = args.init
     if args.calibration is not None:
-        environment[peft.CALIBRATION] = f"{args.examples} {os.path.abspath(args.calibration)}"
+        environment[peft.CALIBRATION] = json.dumps([os.path.abspath(args.calibration), args.examples, args.columns])
     shown = " ".join(program[:2] if program[0] == "-m" else program[:1])
     print(f"pissa run: PEFT's PiSSA and LoRA on 4-bit layers are pissa's in {shown}", file=sys.stderr, flush=True)
     with user_errors(OSError, before=f"{shown}: "):

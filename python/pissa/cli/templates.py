@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jinja2 import TemplateError
@@ -32,19 +33,21 @@ _INSEPARABLE = (
 
 class Chat(NamedTuple):
     """Messages, each {"role", "content"}, of which the last is the assistant's, and `where` they are, for error
-    messages."""
+    messages. A single message is a plain text, which no template surrounds."""
 
     where: str
     messages: list[dict[str, str]]
+
+    @property
+    def is_text(self) -> bool:
+        return [message["role"] for message in self.messages] == ["assistant"]
 
 
 def give_template(tokenizer: PreTrainedTokenizerBase) -> None:
     """Gives a tokenizer without a chat template the Alpaca prompt, which is then saved with it: every program that
     reads it gives the model the prompt with which it was trained."""
     if tokenizer.chat_template is None:
-        # A template includes the start token, if the tokenizer starts texts with it.
-        starts = tokenizer.bos_token_id is not None and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
-        tokenizer.chat_template = ("{{ bos_token }}" if starts else "") + ALPACA
+        tokenizer.chat_template = ("{{ bos_token }}" if _starts(tokenizer) else "") + ALPACA
 
 
 def prompt_text(messages: Sequence[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> str:
@@ -55,10 +58,14 @@ def prompt_text(messages: Sequence[dict[str, str]], tokenizer: PreTrainedTokeniz
 def prompt_and_answer(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     """Returns the text that the model is given, and the text that it should produce: the last message and its end
     token."""
+    if chat.is_text:
+        start = tokenizer.bos_token if _starts(tokenizer) else ""
+        return start, chat.messages[0]["content"] + (tokenizer.eos_token or "")
     turn = chat.messages[-2:]  # of the whole chat, some templates move the system message once the answer follows
     with user_errors(UserError, before=f"{chat.where}: "):
         prompt = prompt_text(chat.messages[:-1], tokenizer)
-        answer = _answer(prompt_text(turn[:-1], tokenizer), _text(turn, tokenizer), turn[-1]["content"])
+        begun = prompt if len(turn) == len(chat.messages) else prompt_text(turn[:-1], tokenizer)
+        answer = _answer(begun, _text(turn, tokenizer), turn[-1]["content"])
     # A template ends a turn with a line break, which is not part of the answer.
     ended = answer.rstrip()
     if ended.endswith(tuple(_special_tokens(tokenizer))):
@@ -94,6 +101,8 @@ def _answer(prompt: str, text: str, content: str) -> str:
 
 def end_of_answer(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Returns the tokens at which an answer ends: the one that ends answers in training, and the tokenizer's own."""
+    if tokenizer.chat_template is None:
+        return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello"}]
     _, answer = prompt_and_answer(Chat(tokenizer.name_or_path, turns), tokenizer)
     special = _special_tokens(tokenizer)
@@ -107,6 +116,12 @@ def _text(messages: Sequence[dict[str, str]], tokenizer: PreTrainedTokenizerBase
         return str(tokenizer.apply_chat_template(list(messages), tokenize=False, **options))
 
 
+def _starts(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer begins texts with its start token. Templates include it."""
+    return tokenizer.bos_token_id is not None and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
+
+
+@lru_cache(maxsize=1)  # takes milliseconds for thousands of tokens
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     """The tokens that are not text. `all_special_tokens` lacks those without a role, such as Gemma's end of a turn."""
     return {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}

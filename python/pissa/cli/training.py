@@ -32,13 +32,14 @@ from trl.trainer.utils import create_model_from_path
 import pissa
 from pissa.adapters.pissa_layout import AdapterRecord
 from pissa.cli.card import write_card
-from pissa.cli.data import encode, is_records, read_chats, read_preferences
+from pissa.cli.data import encode, read_chats, read_preferences
 from pissa.cli.memory import free_memory, return_freed_blocks
 from pissa.cli.options import AUTO, RUN_FILE, adapter_config, check_same_run, parse, record
 from pissa.cli.outcome import answer, draw, method_name, report, show_answers
 from pissa.cli.plan import make_plan, needs_checkpointing
 from pissa.cli.progress import CompleteError, LossBar, Watch
 from pissa.cli.selftest import has_passed_on_gpu
+from pissa.cli.sources import ALLOWED, Records, is_records, records
 from pissa.cli.templates import check_continues, give_template
 from pissa.cli.terminal import UserError, print_row, user_errors
 from pissa.cli.verification import step0_check
@@ -55,8 +56,8 @@ class Training(NamedTuple):
     """The name of the trainer without "Trainer"."""
     unit: str
     """What the loss is averaged over."""
-    rows: Callable[[str, Any, int], tuple[list[dict[str, Any]], str]]
-    """Rows of a file (its name, tokenizer, most tokens), and a note on what was cut."""
+    rows: Callable[[Records, Any, int], tuple[list[dict[str, Any]], str]]
+    """Rows of records (these, tokenizer, most tokens), and a note on what was cut."""
 
     def run(self, args: argparse.Namespace) -> int:
         """Runs one training. Returns the exit code."""
@@ -194,21 +195,30 @@ def _own_dtype(folder: ModelFolder) -> str:
     return "float32" if is_dense and dtype == "float16" else dtype
 
 
+# Columns of data sets that TRL reads itself: of images, of tools, of what is encoded.
+_ONLY_TRL = {"image", "images", "tools", "input_ids"}
+
+
 def _data(ours: Any, training: Any, mixture: Any, rows: Callable[..., Any], tokenizer: Any) -> tuple[Any, Any]:
     """The training data and the held-out data, in TRL's form."""
 
     def source(label: str, name: str, split: str) -> Any:
-        if is_records(name):
-            examples, note = rows(name, tokenizer, training.max_length)
-            lengths = [len(row["input_ids"]) for row in examples if "input_ids" in row]
-            size = f", {sum(lengths):,} tokens, the longest has {max(lengths):,}" if lengths else ""
-            print_row(label, f"{name}, {len(examples):,} examples{size}{note}")
-            return datasets.Dataset.from_list(examples)
-        print_row(label, f"{name}, split {split}")
-        before = f"{name}: cannot be loaded as a data set: "
-        allowed = f"; allowed: a .jsonl or .json file, or the folder or name of a data set with the split {split}"
-        with user_errors(OSError, ValueError, datasets.exceptions.DatasetsError, before=before, after=allowed):
-            return datasets.load_dataset(name, ours.dataset_config, split=split, streaming=ours.dataset_streaming)
+        data = None
+        if not is_records(name):
+            before = f"{name}: cannot be loaded as a data set: "
+            allowed = f"; {ALLOWED}, or the folder or name of a data set with the split {split}"
+            with user_errors(OSError, ValueError, datasets.exceptions.DatasetsError, before=before, after=allowed):
+                data = datasets.load_dataset(name, ours.dataset_config, split=split, streaming=ours.dataset_streaming)
+            name = f"{name}, split {split}"
+            columns = {*data.column_names} if not ours.dataset_streaming else _ONLY_TRL
+            if columns & _ONLY_TRL or columns == {"chosen", "rejected"}:  # texts that begin alike
+                print_row(label, name)
+                return data
+        examples, note = rows(records(name, ours.columns, data), tokenizer, training.max_length)
+        lengths = [len(row["input_ids"]) for row in examples if "input_ids" in row]
+        size = f", {sum(lengths):,} tokens, the longest has {max(lengths):,}" if lengths else ""
+        print_row(label, f"{name}, {len(examples):,} examples{size}{note}")
+        return datasets.Dataset.from_list(examples)
 
     if mixture.datasets:
         both = trl.get_dataset(mixture)
@@ -295,7 +305,7 @@ def _calibration(train: Any, count: int) -> list[torch.Tensor]:
     rows = list(itertools.islice(iter(train), count))
     if not rows or "input_ids" not in rows[0]:
         raise UserError(
-            f"--calibration {count}: needed is --data of records (.jsonl, .json) to finetune on, of which at least one "
+            f"--calibration {count}: needed is --data of records to finetune on, of which at least one "
             "is read; leave --repair activations and --error-feedback out, or calibrate with pissa init --calibration"
         )
     return [torch.tensor([row["input_ids"]]) for row in rows]
@@ -412,13 +422,13 @@ def _last_checkpoint(out: Path) -> Path | None:
 # ---- The two commands ------------------------------------------------------------------------------------------------
 
 
-def _answers(source: str, tokenizer: Any, max_length: int) -> tuple[list[dict[str, Any]], str]:
+def _answers(source: Records, tokenizer: Any, max_length: int) -> tuple[list[dict[str, Any]], str]:
     rows, cut, left_out = encode(read_chats(source), tokenizer, max_length)
     note = f", {cut:,} cut there by --max-length" if cut else ""
     return rows, note + (f", {left_out:,} left out whose prompt alone is longer" if left_out else "")
 
 
-def _preferences(source: str, tokenizer: Any, max_length: int) -> tuple[list[dict[str, Any]], str]:
+def _preferences(source: Records, tokenizer: Any, max_length: int) -> tuple[list[dict[str, Any]], str]:
     """Messages, as TRL takes them."""
     give_template(tokenizer)
     rows = []

@@ -1,10 +1,11 @@
-"""Training data: records of questions and answers, of messages, and of preferences."""
+"""Training data: records of questions and answers, of messages, and of preferences, in JSON and in tables."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from pissa.cli.data import read_chats, read_preferences
+from pissa.cli.sources import records
 from pissa.cli.templates import Chat
 from pissa.cli.terminal import UserError
 
@@ -13,12 +14,13 @@ FILE = "data.jsonl"
 
 def parse(folder: Path) -> None:
     content = (folder / FILE).read_bytes()
-    (folder / "data.json").write_bytes(content)
+    for suffix in (".json", ".csv"):
+        (folder / "data").with_suffix(suffix).write_bytes(content)
     refused = []
-    for path in (folder / FILE, folder / "data.json"):
+    for path in (folder / FILE, folder / "data.json", folder / "data.csv"):
         for read in (read_chats, read_preferences):
             try:
-                chats = read(str(path))
+                chats = read(records(str(path)))
             except UserError as error:
                 refused.append((path, str(error)))
             else:
@@ -28,5 +30,5 @@ def parse(folder: Path) -> None:
     for path, message in refused:
         assert str(path) in message
         message.encode()
-    if len(refused) == 4:
+    if len(refused) == 6:
         raise ValueError(f"{FILE}: {refused[0]}")

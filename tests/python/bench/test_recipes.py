@@ -11,6 +11,7 @@ import pytest
 
 from pissa.cli.data import read_chats
 from pissa.cli.options import adapter_config, parse
+from pissa.cli.sources import records
 
 RECIPES = Path(__file__).parents[3] / "bench" / "recipes"
 
@@ -41,5 +42,5 @@ def test_data_become_what_finetune_reads(
     (tmp_path / "data.json").write_text(json.dumps([row] * 5))
     main = runpy.run_path(str(RECIPES / "data.py"))["main"]
     main([name, str(tmp_path / "out.jsonl"), "--rows", "3", "--source", str(tmp_path / "data.json")])
-    chats = read_chats(str(tmp_path / "out.jsonl"))
+    chats = read_chats(records(str(tmp_path / "out.jsonl")))
     assert [[message["content"] for message in chat.messages] for chat in chats] == [["1+1?", "2"]] * 3

@@ -84,14 +84,15 @@ def test_bad_preferences_are_refused(
 def test_a_tokenizer_without_a_template_has_the_alpaca_prompt(base: Path, data: Path) -> None:
     from transformers import AutoTokenizer
 
+    from pissa.cli.sources import records
     from pissa.cli.templates import prompt_text
     from pissa.cli.training import DPO
 
     tokenizer = AutoTokenizer.from_pretrained(base)
-    rows, _ = DPO.rows(str(data), tokenizer, 100)
+    rows, _ = DPO.rows(records(str(data)), tokenizer, 100)
     assert rows[0]["prompt"] == [{"role": "user", "content": "0+1"}]
     tokenizer.chat_template = None
-    assert DPO.rows(str(data), tokenizer, 100)[0] == rows
+    assert DPO.rows(records(str(data)), tokenizer, 100)[0] == rows
     assert prompt_text(rows[0]["prompt"], tokenizer).endswith("### Instruction:\n0+1\n\n### Response:")
 
 

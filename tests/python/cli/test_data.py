@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from pissa.cli.data import IGNORED, encode, read_chats, read_preferences
+from pissa.cli.sources import records
 from pissa.cli.templates import Chat, end_of_answer, give_template, prompt_and_answer, prompt_text
 from pissa.cli.terminal import UserError
 
@@ -64,13 +65,13 @@ def chat_tokenizer(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_every_form_of_a_record_is_the_same_chat(record: dict[str, Any], tmp_path: Path) -> None:
     lines = file(tmp_path, "\n" + json.dumps(record) + "\n\n" + json.dumps(record))
     listed = file(tmp_path, json.dumps([record, record], indent=1), "data.json")
-    assert read_chats(lines) == [Chat(f"{lines}:2", TURNS), Chat(f"{lines}:4", TURNS)]
-    assert read_chats(listed) == [Chat(f"{listed}: record 1", TURNS), Chat(f"{listed}: record 2", TURNS)]
+    assert read_chats(records(lines)) == [Chat(f"{lines}:2", TURNS), Chat(f"{lines}:4", TURNS)]
+    assert read_chats(records(listed)) == [Chat(f"{listed}: record 1", TURNS), Chat(f"{listed}: record 2", TURNS)]
 
 
 def test_a_line_ends_at_a_line_feed_only(tmp_path: Path) -> None:
     lines = file(tmp_path, '{"question": "a\u2028b", "answer": "c\u0085d"}\r\n')
-    assert read_chats(lines)[0].messages[0]["content"] == "a\u2028b"
+    assert read_chats(records(lines))[0].messages[0]["content"] == "a\u2028b"
 
 
 GOOD = '{"question": "q", "answer": "a"}\n'
@@ -81,7 +82,7 @@ GOOD = '{"question": "q", "answer": "a"}\n'
     [
         ('{"question": "q", "reply": "a"}', "an object with the keys 'question', 'reply'", '"prompt" and "completion"'),
         ("{}", "the keys none", '"messages"'),
-        ('{"question": "q", "answer": 5}', "the assistant's content is 5", "needed: a text"),
+        ('{"question": "q", "answer": 5.0}', "the assistant's content is 5.0", "needed: a text"),
         ('{"question": " ", "answer": "a"}', "the user's content is ' '", "not empty"),
         ('["q", "a"]', "found ['q', 'a']", "an object"),
         ("null", "found None", "an object"),
@@ -98,7 +99,7 @@ GOOD = '{"question": "q", "answer": "a"}\n'
 def test_a_bad_line_is_refused_by_file_and_number(line: str, found: str, allowed: str, tmp_path: Path) -> None:
     path = file(tmp_path, GOOD + GOOD + line + "\n" + GOOD)
     with pytest.raises(UserError) as refusal:
-        read_chats(path)
+        read_chats(records(path))
     message = str(refusal.value)
     assert message.startswith(f"{path}:3: ")
     assert found in message
@@ -119,7 +120,7 @@ def test_a_bad_line_is_refused_by_file_and_number(line: str, found: str, allowed
 )
 def test_a_bad_file_is_refused(name: str, text: str, found: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"needed|allowed") as refusal:
-        read_chats(file(tmp_path, text, name))
+        read_chats(records(file(tmp_path, text, name)))
     assert found in str(refusal.value)
 
 
@@ -131,7 +132,7 @@ def test_what_is_no_text_file_is_refused(tmp_path: Path) -> None:
         (tmp_path / "x", "no such file"),
     ):
         with pytest.raises(UserError, match="allowed") as refusal:
-            read_chats(str(source))
+            read_chats(records(str(source)))
         assert found in str(refusal.value)
 
 
@@ -251,7 +252,7 @@ def test_long_records_lose_their_end_or_are_left_out(chat_tokenizer: Any) -> Non
 def test_preferences_are_two_chats(record: dict[str, Any], tmp_path: Path) -> None:
     path = file(tmp_path, json.dumps(record))
     where, other = f"{path}:1", {"role": "assistant", "content": "6"}
-    assert read_preferences(path) == [(Chat(where, TURNS), Chat(where, [TURNS[0], other]))]
+    assert read_preferences(records(path)) == [(Chat(where, TURNS), Chat(where, [TURNS[0], other]))]
 
 
 @pytest.mark.parametrize(
@@ -260,7 +261,7 @@ def test_preferences_are_two_chats(record: dict[str, Any], tmp_path: Path) -> No
         (GOOD, "an object with the keys 'question', 'answer'", '"chosen" and "rejected"'),
         ("[1]", "found [1]", "an object"),
         ("{", "not JSON", "in JSON"),
-        ('{"prompt": "q", "chosen": "a", "rejected": 3}', "the assistant's content is 3", "needed: a text"),
+        ('{"prompt": "q", "chosen": "a", "rejected": null}', "the assistant's content is None", "needed: a text"),
         ('{"prompt": "q", "chosen": " ", "rejected": "b"}', "the assistant's content is ' '", "not empty"),
         (
             '{"prompt": "q", "chosen": [{"role": "user", "content": "x"}], "rejected": "b"}',
@@ -273,10 +274,10 @@ def test_a_bad_preference_is_refused_by_file_and_number(line: str, found: str, a
     good = '{"prompt": "q", "chosen": "a", "rejected": "b"}\n'
     path = file(tmp_path, good + line.strip() + "\n")
     with pytest.raises(UserError) as refusal:
-        read_preferences(path)
+        read_preferences(records(path))
     message = str(refusal.value)
     assert message.startswith(f"{path}:2: ")
     assert found in message
     assert allowed in message
     with pytest.raises(UserError, match=r"no\.jsonl: no such file"):
-        read_preferences(str(tmp_path / "no.jsonl"))
+        read_preferences(records(str(tmp_path / "no.jsonl")))

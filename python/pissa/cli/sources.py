@@ -1,0 +1,143 @@
+"""Where records of training data come from: files, folders of texts, data sets. Each record is given with its place,
+for error messages."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from pissa.cli.terminal import UserError, user_errors
+from pissa.containers.messages import quote
+
+ALLOWED = "allowed: a .jsonl, .json, .csv, .tsv, .parquet or .txt file, or a folder of .txt files"
+
+Records = Iterator[tuple[str, Any]]
+
+
+def is_records(source: str) -> bool:
+    """Whether `source` is a file, a folder of texts, or looks like a path. Otherwise it is a data set."""
+    path = Path(source)
+    if path.is_dir():
+        return bool(_texts(path))
+    has_extension = re.fullmatch(r"\.[a-z]{2,7}", path.suffix.lower())  # names on the Hub may end in .1
+    return path.is_file() or bool(has_extension) or source.startswith((".", "/", "~")) or source.count("/") > 1
+
+
+def records(source: str, columns: Mapping[str, str] | None = None, rows: Iterable[Any] | None = None) -> Records:
+    """Yields the records of a file, of a folder of texts, or of the data set with these rows.
+
+    Args:
+        columns: for each name that a record is to have, the column that it is read from. None: all, as they are named.
+    """
+    found = _read(source) if rows is None else _numbered(source, rows)
+    is_empty = True
+    for where, record in found:
+        is_empty = False
+        if columns and isinstance(record, dict):
+            if missing := [column for column in columns.values() if column not in record]:
+                names = ", ".join(map(quote, record))
+                raise UserError(f"{where}: --columns names {quote(missing[0])}; allowed: {names}")
+            record = {name: record[column] for name, column in columns.items()}
+        yield where, record
+    if is_empty:
+        raise UserError(f"{source}: is empty; needed: at least one record")
+
+
+def _read(source: str) -> Records:
+    path = Path(source)
+    if path.is_dir():
+        texts = _texts(path)
+        if not texts:
+            raise UserError(f"{source}: is a folder with other files than texts; {ALLOWED}")
+        for text in texts:
+            yield from _text(text)
+        return
+    if not path.is_file():
+        names = os.listdir(path.parent) if path.parent.is_dir() else []
+        near = " or ".join(str(path.parent / name) for name in get_close_matches(path.name, names))
+        raise UserError(f"{source}: no such file{near and f'; did you mean {near}?'}; {ALLOWED}")
+    if path.suffix.lower() not in _KINDS:
+        raise UserError(f"{source}: is of an unknown kind; {ALLOWED}")
+    yield from _KINDS[path.suffix.lower()](path)
+
+
+def _texts(folder: Path) -> list[Path]:
+    """The files of a folder, if all are texts."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+    return files if all(path.suffix.lower() == ".txt" for path in files) else []
+
+
+def _content(path: Path) -> str:
+    with user_errors(OSError, ValueError, before=f"{path}: cannot be read: ", after="; allowed: a text file in UTF-8"):
+        text = path.read_bytes().decode("utf-8-sig")
+    if not text.strip():
+        raise UserError(f"{path}: is empty; needed: at least one record")
+    return text
+
+
+def _text(path: Path) -> Records:
+    yield str(path), {"text": _content(path)}
+
+
+def _json(path: Path) -> Records:
+    value = _value(str(path), _content(path))
+    if not isinstance(value, list) or not value:
+        raise UserError(f"{path}: found {quote(value)}; needed in a .json file: a list of records")
+    yield from ((f"{path}: record {number}", record) for number, record in enumerate(value, 1))
+
+
+def _json_lines(path: Path) -> Records:
+    # Not splitlines(): a JSON string may contain U+2028, where splitlines() would end the line.
+    for number, line in enumerate(_content(path).split("\n"), 1):
+        if line.strip():
+            yield f"{path}:{number}", _value(f"{path}:{number}", line)
+
+
+def _value(where: str, text: str) -> Any:
+    needed = f"; found {quote(text.strip())}; needed: records in JSON"
+    with user_errors(ValueError, RecursionError, before=f"{where}: not JSON: ", after=needed):
+        return json.loads(text)
+
+
+def _table(path: Path) -> Records:
+    """Rows of texts. Spreadsheets write semicolons where the comma separates decimals."""
+    content = _content(path)
+    separator = max(",;\t", key=content.partition("\n")[0].count)
+    needed = f"; needed: cells between {separator!r}, and in double quotes those with {separator!r} or a line break"
+    csv.field_size_limit(2**31 - 1)
+    reader = csv.reader(io.StringIO(content, newline=""), delimiter=separator, strict=True)
+    with user_errors(csv.Error, before=f"{path}: not a table: ", after=needed):
+        names = [name.strip() for name in next(reader)]
+        line = reader.line_num + 1
+        for cells in reader:
+            where, line = f"{path}:{line}", reader.line_num + 1
+            if cells and len(cells) != len(names):
+                raise UserError(f"{where}: found {len(cells)} cells; the first line has {len(names)}{needed}")
+            if cells:
+                yield where, dict(zip(names, cells, strict=True))
+
+
+def _parquet(path: Path) -> Records:
+    import datasets
+
+    errors = (OSError, ValueError, datasets.exceptions.DatasetsError)
+    with user_errors(*errors, before=f"{path}: cannot be read: ", after="; allowed: a table in Parquet"):
+        rows = datasets.Dataset.from_parquet(str(path))
+    yield from _numbered(str(path), rows)
+
+
+def _numbered(source: str, rows: Iterable[Any]) -> Records:
+    return ((f"{source}: row {number}", row) for number, row in enumerate(rows, 1))
+
+
+_KINDS: dict[str, Callable[[Path], Records]] = {
+    **{".jsonl": _json_lines, ".json": _json, ".parquet": _parquet, ".txt": _text},
+    **{".csv": _table, ".tsv": _table},
+}
