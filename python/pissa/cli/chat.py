@@ -85,11 +85,11 @@ def _load(args: argparse.Namespace) -> tuple[Any, Any]:
     base = args.source if lora is None else args.base or lora.named_base
     if base is None:
         raise UserError(f"{args.source} names no base; give the model that it was trained on: --base DIR_OR_NAME")
-    hint = "; give the model that the adapter was trained on: --base DIR_OR_NAME" if lora else ""
+    hint = "; give the model that the adapter was trained on: --base DIR_OR_NAME"
+    if lora is None:
+        hint = "; there is no adapter either: a run that has not ended has it in its last checkpoint-N"
     with user_errors(OSError, ValueError, after=hint):
         opened = ModelFolder.open(base)
-        if lora is None:
-            opened.require(*(contents for contents in Contents if contents is not Contents.PEFT_RESIDUAL))
     is_residual = opened.contents in (Contents.RESIDUAL, Contents.PEFT_RESIDUAL)
     is_ours = lora is not None and lora.ours is not None
     if args.compare and lora and not is_ours and (is_residual or not lora.leaves_base):
@@ -97,6 +97,8 @@ def _load(args: argparse.Namespace) -> tuple[Any, Any]:
             f"--compare: {args.source} was trained on a residual, which is not the base; run pissa convert first"
         )
     with user_errors(OSError, ValueError, KeyError, TypeError, RuntimeError, before=f"{args.source}: "):
+        if lora is None:
+            opened.require(*(contents for contents in Contents if contents is not Contents.PEFT_RESIDUAL))
         if is_ours:
             model: Any = pissa.load(base, adapter=folder, is_trainable=False)
         elif opened.contents is Contents.RELEASED:  # which transformers would expand

@@ -331,7 +331,12 @@ def test_what_cannot_be_asked_is_refused(
 ) -> None:
     asked = ["--prompt", "1"]
     assert "there is no such folder" in refused(["chat", str(tmp_path / "no"), *asked], capsys)
-    assert "config.json" in refused(["chat", str(tmp_path), *asked], capsys)
+    message = refused(["chat", str(tmp_path), *asked], capsys)
+    assert message.endswith("; there is no adapter either: a run that has not ended has it in its last checkpoint-N")
+    initial = shutil.copytree(base, tmp_path / "residual") / "pissa_init"
+    initial.mkdir()
+    (initial / "adapter_config.json").write_text("{}")
+    assert "it lacks that adapter" in refused(["chat", str(initial.parent), *asked], capsys)
     assert f"--compare: {base} has no adapter" in refused(["chat", str(base), *asked, "--compare"], capsys)
     assert f"--base: {base} has no adapter" in refused(["chat", str(base), *asked, "--base", str(base)], capsys)
     message = refused(["chat", str(ran), *asked, "--base", str(tmp_path / "no")], capsys)
