@@ -180,3 +180,27 @@ def batches_of(file: str, examples: int, model: str | Path, columns: Mapping[str
     longest = min(tokenizer.model_max_length, 2048)
     tokens = [tokenizer(text, add_special_tokens=False).input_ids[:longest] for text in texts]
     return [torch.tensor([row]) for row in tokens]
+
+
+_LINES, _WIDTH = 12, 100
+"""The most lines and columns that `shown` prints."""
+
+
+def shown(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
+    """An encoded chat, or the messages of a preference, as the model reads it: what it is given, and what it learns."""
+    if "labels" in row:
+        given = row["labels"].count(IGNORED)
+        tokens = {"given": row["input_ids"][:given], "learned": row["input_ids"][given:]}
+        parts = {label: tokenizer.decode(ids) for label, ids in tokens.items()}
+    else:
+        parts = {}
+        for label in ("chosen", "rejected"):
+            parts["given"], parts[label] = prompt_and_answer(Chat("", row["prompt"] + row[label]), tokenizer)
+    lines = []
+    for label, text in filter(all, parts.items()):
+        whole = text.removesuffix("\n").split("\n")
+        part = [line if len(line) <= _WIDTH else f"{line[:69]}…{line[-30:]}" for line in whole]
+        if (more := len(part) - _LINES // len(parts)) > 0:  # the last lines of a prompt are next to the answer
+            part[1 : more + 2] = ["…"]
+        lines += [f"{label:<9} {part[0]}", *(f"{'':<9} {line}".rstrip() for line in part[1:])]
+    return "\n".join(lines)

@@ -32,7 +32,7 @@ from trl.trainer.utils import create_model_from_path
 import pissa
 from pissa.adapters.pissa_layout import AdapterRecord
 from pissa.cli.card import write_card
-from pissa.cli.data import encode, read_chats, read_preferences
+from pissa.cli.data import encode, read_chats, read_preferences, shown
 from pissa.cli.memory import free_memory, return_freed_blocks
 from pissa.cli.options import AUTO, RUN_FILE, adapter_config, check_same_run, parse, record
 from pissa.cli.outcome import answer, draw, method_name, report, show_answers
@@ -218,6 +218,8 @@ def _data(ours: Any, training: Any, mixture: Any, rows: Callable[..., Any], toke
         lengths = [len(row["input_ids"]) for row in examples if "input_ids" in row]
         size = f", {sum(lengths):,} tokens, the longest has {max(lengths):,}" if lengths else ""
         print_row(label, f"{name}, {len(examples):,} examples{size}{note}")
+        if label == "data":
+            print(shown(examples[0], tokenizer))
         return datasets.Dataset.from_list(examples)
 
     if mixture.datasets:

@@ -34,6 +34,8 @@ def test_a_table_is_trained_by_named_columns_and_again_from_run_yaml(
     assert main(command("finetune", base, table, out, *SHORT, *names, "--eval-data", str(table))) == 0
     said = capsys.readouterr().out
     assert f"data      {table}, 16 examples, " in said
+    assert "\ngiven     u:0+1?</s>a:\nlearned   1</s>\n" in said
+    assert said.count("given  ") == 1
     assert yaml.safe_load((out / "run.yaml").read_text())["columns"] == {"question": "frage", "answer": "antwort"}
     assert main(["finetune", "--config", str(out / "run.yaml"), "--out", str(tmp_path / "again")]) == 0
     assert exact(tmp_path / "again") == exact(out)
@@ -76,9 +78,10 @@ def test_a_data_set_is_read_as_a_file_is(base: Path, tmp_path: Path, capsys: pyt
     assert message.endswith("--columns question=query,answer=response")
 
 
-def test_a_table_of_preferences_is_trained(base: Path, tmp_path: Path) -> None:
+def test_a_table_of_preferences_is_trained(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     table = tmp_path / "pairs.tsv"
     table.write_text("question\tchosen\trejected\n" + "".join(f"{i}+1\t{i + 1}\tno\n" for i in range(16)))
     names = ["--columns", "prompt=question,chosen=chosen,rejected=rejected"]
     assert main(command("dpo", base, table, tmp_path / "run", *SHORT, *names, steps=2)) == 0
     assert len(logged(tmp_path / "run")) == 2
+    assert "given     u:0+1</s>a:\nchosen    1</s>\nrejected  no</s>\n" in capsys.readouterr().out

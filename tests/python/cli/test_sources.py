@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
-from pissa.cli.data import encode, read_chats, read_preferences
+from pissa.cli.data import encode, read_chats, read_preferences, shown
 from pissa.cli.sources import is_records, records
 from pissa.cli.templates import Chat, end_of_answer
 from pissa.cli.terminal import UserError, columns
@@ -217,3 +217,22 @@ def test_all_of_a_text_is_learned_in_parts() -> None:
 
     rows, _, _ = encode([Chat("", [{"role": "assistant", "content": "abcd"}])], tokenizer, 5)
     assert [tokenizer.decode(row["input_ids"]) for row in rows] == ["abcd</s>"]
+
+
+def test_the_first_example_is_shown_as_it_is_read() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}:\n{{ m.content }}</s>\n{% endfor %}"
+    rows, _, _ = encode([Chat("", [Q, A])], tokenizer, 100)
+    assert shown(rows[0], tokenizer) == "given     user:\n          1+1?</s>\nlearned   assistant:\n          2</s>"
+    preference = {"prompt": [Q], "chosen": [A], "rejected": turns("", "3")[1:]}
+    assert shown(preference, tokenizer).endswith(
+        "chosen    assistant:\n          2</s>\nrejected  assistant:\n          3</s>"
+    )
+    long = [{"role": "user", "content": "\n".join(map(str, range(99)))}, {"role": "assistant", "content": "a" * 200}]
+    rows, _, _ = encode([Chat("", long)], tokenizer, 1000)
+    lines = shown(rows[0], tokenizer).splitlines()
+    assert lines[:3] == ["given     user:", "          …", "          95"]
+    assert lines[-1] == f"          {'a' * 69}…{'a' * 26}</s>"
+    assert len(lines) <= 12
+    text = {"input_ids": [5, 6], "labels": [5, 6]}
+    assert shown(text, tokenizer) == f"learned   {tokenizer.decode([5, 6])}"
