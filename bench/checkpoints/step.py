@@ -76,8 +76,6 @@ def main() -> None:
     model = pissa.load(options.folder, is_trainable=True, **fields)
     loaded = time.perf_counter() - begun
     model.config.use_cache = False
-    pissa.fuse_head(model)
-    pissa.fuse_layers(model)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
     base = model.get_base_model()

@@ -151,8 +151,6 @@ def step_case(base: nn.Module, quant: str | None, dtype: torch.dtype, peer_dtype
     same residual and factors. Only then their gradients are equal. The peer has adapters in `dtype` and computes in
     `peer_dtype`."""
     model = pissa.wrap(copy.deepcopy(base), r=R, quant=quant, task_type="CAUSAL_LM", progressbar=False).train()
-    pissa.fuse_head(model)
-    pissa.fuse_layers(model)
     if quant and (lacking := missing("bitsandbytes")):
         ours = Trainer(model)
         return Case(ours.step, None, lambda: f"first loss {ours.first()[0]:.4f}", no_peer=lacking)

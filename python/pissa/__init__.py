@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from pissa.integrations.export import export as export
     from pissa.model.calibrate import calibrate as calibrate
     from pissa.model.calibration import Calibration as Calibration
-    from pissa.model.fused_head import fuse_head as fuse_head
-    from pissa.model.fused_layers import fuse_layers as fuse_layers
     from pissa.model.pissa_model import PissaModel as PissaModel
     from pissa.model.wrap import wrap as wrap
     from pissa.ops import build_info as build_info
@@ -60,8 +58,6 @@ _HOMES = {
     "build_info": "pissa.ops:build_info",
     "convert": "pissa.conversion.convert:convert",
     "export": "pissa.integrations.export:export",
-    "fuse_layers": "pissa.model.fused_layers:fuse_layers",
-    "fuse_head": "pissa.model.fused_head:fuse_head",
     "layers": "pissa.layers:",
     "load": "pissa.checkpoints.load:load",
     "lora_config": "pissa.training.lora_state:lora_config",

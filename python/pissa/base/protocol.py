@@ -121,8 +121,8 @@ class Base(ABC):
         return ops.linear(x, self.matrix().detach())
 
     def fuse_product(self) -> None:  # noqa: B027  most bases leave it
-        """Makes a dense module in memory compute in one product with its adapter on a CPU, where that is faster. The
-        output is the same within rounding, and a change of zero leaves its bits."""
+        """Makes a dense module in memory compute training steps in one product with its adapter on a CPU, where that is
+        faster. The output is the same within rounding, and a change of zero leaves its bits."""
 
     def operand_for(self, start: StartFactors, scaling: float, x: Tensor) -> Operand | None:
         """The weight that `ops.linear` takes together with an adapter of that start and scaling, for an input like `x`.

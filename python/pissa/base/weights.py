@@ -16,9 +16,9 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from pissa import ops
-from pissa.base.forwards import replace_forward
+from pissa.base.forwards import computes_steps, replace_forward
+from pissa.base.lazy_tensor import LazyTensor
 from pissa.base.protocol import Base, Operand, as_matrix, as_weight
-from pissa.base.shown_weight import ShownWeight
 from pissa.base.start import KeepsDtype, StartFactors
 from pissa.distributed import is_sharded, whole_tensor
 from pissa.ops.checks import FLOATS
@@ -85,9 +85,9 @@ _product.__name__ = "forward"  # pickle finds it by this name, so a loaded model
 def _takes(module: Any, x: Tensor) -> bool:
     """Whether a module whose product is fused computes that of `x` with `ops.linear`."""
     few_rows = x.numel() <= _FEW_ROWS * x.shape[-1]
-    return (
-        module.weight.dtype == x.dtype and not few_rows and not torch.is_autocast_enabled("cpu") and _is_ready(module)
-    )
+    if few_rows or module.weight.dtype != x.dtype or torch.is_autocast_enabled("cpu"):
+        return False
+    return computes_steps(module) and _is_ready(module)
 
 
 def _is_ready(module: Any) -> bool:
@@ -144,7 +144,7 @@ class Dense(Base):
         module, is_measured = self.module, ops.build_info()["isa"] != "amxbf16"  # torch multiplies by tiles there
         is_free = type(module) is nn.Linear and "forward" not in vars(module)
         if is_free and is_measured and _is_ready(module) and module.weight.is_contiguous():
-            replace_forward(module, _product)
+            replace_forward(module, _product, "dense layers")
 
     def operand_for(self, start: StartFactors, scaling: float, x: Tensor) -> Operand | None:
         """The weight, after `fuse_product`, unless the module has hooks, which would not be called."""
@@ -168,7 +168,7 @@ class OwnBase(KeepsDtype, Base):
         return self
 
     def shown_weight(self, dtype: torch.dtype) -> Tensor:
-        return ShownWeight.of((self.out_features, self.in_features), dtype, self.device, self.matrix)
+        return LazyTensor.of((self.out_features, self.in_features), dtype, self.device, self.matrix)
 
     def dense_module(self, matrix: Tensor) -> nn.Module:
         return dense_linear(self.dense_type, matrix, self.bias, self.training)

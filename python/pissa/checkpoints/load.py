@@ -42,7 +42,7 @@ from pissa.layers.layer import PissaLayer, pissa_layers
 from pissa.model.calibrate import check_wanted
 from pissa.model.decompose import decompose
 from pissa.model.inject import check_adapter_name, materialise, own_config, warn_of_dropout
-from pissa.model.pissa_model import PissaModel, model_class
+from pissa.model.pissa_model import PissaModel, fuse_steps, model_class
 from pissa.model.store import store
 
 
@@ -139,6 +139,7 @@ def load(
     dtype: torch.dtype | None = None,
     adapter_name: str = "default",
     progressbar: bool = False,
+    fuse: bool = True,
     **config_fields: Any,
 ) -> PissaModel:
     """Returns a PissaModel over the mapped files of a folder. Weights that are packed there are never dense in memory::
@@ -167,6 +168,7 @@ def load(
         dtype: dtype of the tensors that are not packed (default: the folder's own).
         adapter_name: name of the adapter.
         progressbar: show a bar on stderr while weights are decomposed.
+        fuse: see `wrap`.
         config_fields: fields of `PissaConfig`, instead of `config`.
 
     Raises:
@@ -213,6 +215,8 @@ def load(
             with blame():
                 restore(saved, wrapped, adapter_name)
     store(model, adapter_name, config, left)  # it reports its errors to the other processes itself
+    if fuse:
+        fuse_steps(wrapped)
     return wrapped if is_trainable else wrapped.eval()
 
 

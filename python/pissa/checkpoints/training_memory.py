@@ -27,7 +27,7 @@ def training_memory(
 
     Activations are an estimate: for each token, an adapted layer keeps its input and its output. With gradient
     checkpointing, each block keeps only its input, and one block at a time keeps the rest. Logits are not counted,
-    because `fuse_head` does without them. Nor is what attention stores for each pair of tokens, because the usual
+    because the loss does without them. Nor is what attention stores for each pair of tokens, because the usual
     implementations do not store it. Every expert of a mixture counts as if it saw every token, which is an upper bound.
 
     Args:

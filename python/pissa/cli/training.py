@@ -88,7 +88,6 @@ class Training(NamedTuple):
             trainer.create_model_card = partial(_card, training, ours.model_name_or_path, args.command)
             if "ref" in model.peft_config:  # TRL's copy of the adapter, which computes what the base does
                 model.delete_adapter("ref")
-            _fuse(trainer.model)
             if not training.disable_tqdm:
                 trainer.remove_callback(ProgressCallback)
                 trainer.add_callback(LossBar)
@@ -320,17 +319,6 @@ def _needs_checkpointing(training: Any, model: Any, train: Any) -> bool:
     rows = train if isinstance(train, datasets.Dataset) and "input_ids" in train.column_names else ()
     longest = max((len(row["input_ids"]) for row in rows), default=training.max_length or 0)
     return needs_checkpointing(model.base_model.model, training.train_batch_size * longest)
-
-
-def _fuse(model: Any) -> None:
-    """Makes the model compute its loss without logits where it can, and on a CPU applies `pissa.fuse_layers`."""
-    try:
-        pissa.fuse_layers(model)
-        if not hasattr(trl.trainer.utils, "add_fused_lm_head"):
-            return  # TRL 1.14, the last for Python 3.10, asks the head for other sums
-        pissa.fuse_head(model)
-    except (TypeError, ValueError) as error:
-        print_row("loss", f"of logits in memory, since {error}")
 
 
 def _batches(trainer: Any, count: int) -> list[Any]:

@@ -1,7 +1,8 @@
-"""fuse_head: a causal language model's loss from its hidden states, without logits in memory."""
+"""Training steps on a CPU: a causal language model's loss from its hidden states, without logits in memory."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Mapping
@@ -9,26 +10,26 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
-from transformers.utils import ModelOutput
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from pissa import ops
 from pissa.base.classes import evaluation_mode, frozen_product
-from pissa.base.forwards import replace_forward
-from pissa.distributed import is_partitioned
+from pissa.base.forwards import computes_steps, replace_forward
+from pissa.base.lazy_tensor import LazyTensor
+from pissa.distributed import is_sharded
 from pissa.ops import TokenScores
 from pissa.ops._scores import IGNORED
 
 
 @dataclass
-class ScoredOutput(ModelOutput):  # type: ignore[misc]
-    """The output for labels of a model with a fused head. The fields between `loss` and `label_mask` are those of
-    `ops.TokenScores` for the next tokens, [batch, length - 1], or, for shift_labels, [batch, length]."""
+class ScoredOutput(CausalLMOutputWithPast):  # type: ignore[misc]
+    """The output for labels in training mode. `logits` are computed when they are read. The fields between `log_probs`
+    and `label_mask` are those of `ops.TokenScores` for the next tokens, [batch, length - 1], or, for shift_labels,
+    [batch, length]."""
 
-    loss: Tensor | None = None
     log_probs: Tensor | None = None
     entropy: Tensor | None = None
     log_sum_sq_probs: Tensor | None = None
@@ -36,71 +37,49 @@ class ScoredOutput(ModelOutput):  # type: ignore[misc]
     is_top1: Tensor | None = None
     label_mask: Tensor | None = None
     """Whether a label is counted, that is, not -100."""
-    logits: Tensor | None = None
-    """None: no logits are computed."""
     aux_loss: Tensor | None = None
     """None, as TRL's trainers require."""
 
 
-def fuse_head(model: nn.Module) -> None:
-    """Makes the model compute its loss from labels without logits in memory, and without work for tokens whose label is
-    -100::
+def fuse_head(model: Any) -> None:
+    """Makes an (unwrapped) causal language model of transformers compute its loss on a CPU, in training mode, without
+    logits in memory, and without work for tokens whose label is -100. The loss is transformers' own, including
+    `num_items_in_batch`. Its last digits differ, because logits are float32 sums and are not rounded to the model's
+    dtype. `ops.token_scores` computes the loss; entropies have no gradient. `restore_forwards` undoes it.
 
-        model = pissa.wrap(model, r=16)
-        pissa.fuse_head(model)
-        loss = model(input_ids=ids, labels=labels).loss  # model(...).logits is None then
-
-        trainer = SFTTrainer(model, ...)  # or DPOTrainer, KTOTrainer, from TRL 1.15 on: each has a head of its own
-        pissa.fuse_head(trainer.model)
-
-    Calls without labels, generation, and evaluation without gradients work as before. The same holds, including logits,
-    for a call that needs more than a product with a frozen head: if the head has an adapter, is trained, has hooks, is
-    offloaded or is partitioned by DeepSpeed, or if more than the loss is requested. The loss is transformers' own,
-    including `num_items_in_batch`. Its last digits differ, because logits are float32 sums and are not rounded to the
-    model's dtype. `ops.token_scores` computes the loss; entropies have no gradient.
-
-    Call this before FSDP shards the model, or in a trainer. The model computes a loss of nine tokens in both ways, to
-    check that they agree. `unload` and `merge_and_unload` undo it.
-
-    Args:
-        model: a causal language model of transformers, or a PeftModel of one.
-
-    Raises:
-        TypeError: another kind of model.
-        ValueError: the model computes its loss or its logits in another way, or TRL's head, which replaces its own, has
-            a temperature.
+    A call that needs more than a product with a frozen head is left to the model: if the head has an adapter, is
+    trained, has hooks, is offloaded or is partitioned by DeepSpeed, or if more than loss and logits is requested. So
+    are models that compute their loss or their logits in another way, for which a loss of nine tokens is computed in
+    both ways at the first step, and models whose forward pass another library has replaced. TRL's head is the
+    exception: `over_trls_head` puts this one over it.
     """
-    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    head = getattr(inner, "get_output_embeddings", lambda: None)()
-    if head is None or not hasattr(inner, "loss_function") or inner.config.is_encoder_decoder:
-        raise TypeError(f"model: got a {type(inner).__name__}; needed: a causal language model of transformers")
-    name = type(inner).__name__
-    if any(map(is_partitioned, inner.parameters())):
-        raise ValueError(f"model: the weights of {name} are partitioned by DeepSpeed; needed: whole ones")
-    if inner.loss_function is not ForCausalLMLoss:
-        raise ValueError(f"model: {name} has a loss of its own; needed: transformers' for causal language models")
-    replaced: Any = inner.forward
-    own: Any = getattr(replaced, "__func__", None)  # a copy of the model calls it on itself
-    own = own or (lambda _, *args, **kwargs: replaced(*args, **kwargs))
-    trl = inspect.getclosurevars(own).nonlocals  # of the head of a trainer of TRL
-    if trl.get("temperature", 1.0) != 1.0 or trl.get("cast_lm_head_to_fp32", False):
-        raise ValueError("model: TRL's head of this trainer has a temperature, or casts to float32; needed: neither")
-    shape = _LogitsShape.of(inner)
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if head is None or getattr(model, "loss_function", None) is not ForCausalLMLoss or model.config.is_encoder_decoder:
+        return
+    if "forward" in vars(model) and not _is_trls(model):
+        return
+    replaced: Any = model.forward
+    own: Any = replaced.__func__  # a copy of the model calls it on itself
 
-    @functools.wraps(type(inner).forward)
+    @functools.wraps(type(model).forward)
     def forward(self: Any, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
         """`fused_lm_head` is the argument that TRL's trainers use."""
+        find: Callable[[Tensor, Tensor], TokenScores]
         labels, shifted, items = (kwargs.get(key) for key in _OF_THE_LOSS)
         others = {key: value for key, value in kwargs.items() if key not in _OF_THE_LOSS}
+        head: Any = self.get_output_embeddings()
         loss_alone = (labels is not None or shifted is not None) and not _asks_for_more(self, others)
-        head = frozen_product(self.get_output_embeddings())
-        if not loss_alone or not (fused_lm_head or (head and (self.training or torch.is_grad_enabled()))):
-            return own(self, *args, **kwargs, **({"fused_lm_head": True} if fused_lm_head else {}))
-        if head is None:  # TRL's own way ignores an adapter of the head
-            rows, find = own(self, *args, **others).logits, _scores_of_logits
+        product = frozen_product(head) if loss_alone else None
+        shape = None
+        if product is not None and head.weight.device.type == "cpu" and computes_steps(self):
+            shape = _tried_shape(self, product)
+        if product is not None and shape is not None:
+            rows = _backbone(self)(*args, **(others | {"use_cache": False, "return_dict": True})).last_hidden_state
+            logits, find = shape.logits(head, rows), functools.partial(shape.scores, product)
+        elif loss_alone and fused_lm_head and product is None:  # TRL's own way ignores an adapter of the head
+            rows, logits, find = own(self, *args, **others).logits, None, _scores_of_logits
         else:
-            hidden = _backbone(self)(*args, **(others | {"use_cache": False, "return_dict": True})).last_hidden_state
-            rows, find = hidden.to(self.get_output_embeddings().weight.device), functools.partial(shape.scores, *head)
+            return own(self, *args, **kwargs, **({"fused_lm_head": True} if fused_lm_head else {}))
         if shifted is None:
             rows, labels = rows[:, :-1], kwargs["labels"][:, 1:]
         else:
@@ -108,20 +87,37 @@ def fuse_head(model: nn.Module) -> None:
         labels = labels.to(rows.device)
         scores, mask = find(rows, labels), labels != IGNORED
         count = mask.sum() if items is None else torch.as_tensor(items, device=rows.device)
-        return ScoredOutput(loss=-scores.log_probs.sum() / count, label_mask=mask, **scores._asdict())
+        return ScoredOutput(-scores.log_probs.sum() / count, logits, label_mask=mask, **scores._asdict())
 
-    try:
-        difference = max(shape.difference(inner, head), _difference(inner, forward))
-    except Exception as error:  # a model that is not run as intended may raise anything
-        raise ValueError(f"model: {name} cannot be tried with nine tokens: {type(error).__name__}: {error}") from error
-    if not difference <= 0:
-        raise ValueError(
-            f"model: {name} computes its logits or its loss in a way that its configuration does not "
-            f"describe: they differ by {difference:.1e}"
-        )
-    replace_forward(inner, forward)
+    forward.__dict__[_OURS] = True
+    replace_forward(model, forward, "head")
 
 
+def over_trls_head(peft_model: Any, _: Any) -> None:
+    """A hook of a PissaModel: puts its head over one that a trainer of TRL has put over it."""
+    if torch.compiler.is_compiling():
+        return
+    model = peft_model.get_base_model()
+    if _is_trls(model):
+        fuse_head(model)
+
+
+_OURS = "_pissas_head"
+
+
+def _is_trls(model: Any) -> bool:
+    """Whether a model's forward pass is TRL's, without a temperature, over ours or the model's own."""
+    trls = getattr(model.forward, "__func__", None)
+    if trls is None or hasattr(trls, _OURS):
+        return False
+    names = inspect.getclosurevars(trls).nonlocals
+    former = getattr(names.get("original_forward"), "__func__", None)
+    plain = names.get("temperature") == 1.0 and not names.get("cast_lm_head_to_fp32", False)
+    return plain and (hasattr(former, _OURS) or former is type(model).forward)
+
+
+_Product = tuple[Tensor | ops.QuantizedWeight, Tensor | None]
+"""Weight and bias of a head."""
 _OF_THE_LOSS = ("labels", "shift_labels", "num_items_in_batch")
 
 
@@ -146,21 +142,31 @@ def _backbone(model: Any) -> nn.Module:
     return backbone
 
 
-def _difference(model: Any, fused: Callable[..., Any]) -> float:
-    """The difference of the two losses of nine tokens beyond the rounding of logits."""
-    device = model.get_input_embeddings().weight.device
-    ids = torch.arange(1, 10, device=device)[None] % model.get_input_embeddings().weight.shape[0]
+def _tried_shape(model: Any, product: _Product) -> _LogitsShape | None:
+    """How a model computes logits; None if it computes them, or its loss, as its configuration does not describe, or
+    holds only parts of its weights. It is tried once."""
+    if "_fused_shape" not in vars(model):
+        model._fused_shape = None
+        with contextlib.suppress(Exception):  # a model that is not run as intended may raise anything
+            if not any(map(is_sharded, model.parameters())):
+                model._fused_shape = _try_shape(model, product)
+    shape: _LogitsShape | None = model._fused_shape
+    return shape
+
+
+def _try_shape(model: Any, product: _Product) -> _LogitsShape | None:
+    shape, embeddings = _LogitsShape.of(model), model.get_input_embeddings().weight
+    ids = torch.arange(1, 10, device=embeddings.device)[None] % embeddings.shape[0]
     labels = ids.clone()
     labels[0, 4] = IGNORED
     with evaluation_mode(model), torch.no_grad(), torch.random.fork_rng():
         expected = model(input_ids=ids, labels=labels)
-        with torch.enable_grad():
-            loss = fused(model, input_ids=ids, labels=labels).loss.detach()
-    if frozen_product(model.get_output_embeddings()) is None:
-        return 0.0  # the model's own way
-    size = 1 + float(expected.logits.abs().max())
-    rounding = 2 * torch.finfo(expected.logits.dtype).eps + 1e-5  # of logits; and of sums, which have different orders
-    return float((loss - expected.loss).abs()) - size * rounding
+        hidden = _backbone(model)(input_ids=ids, use_cache=False, return_dict=True).last_hidden_state[:, :-1]
+        loss = -shape.scores(product, hidden, labels[:, 1:]).log_probs.sum() / 7
+        size = 1 + float(expected.logits.abs().max())
+        rounding = 2 * torch.finfo(expected.logits.dtype).eps + 1e-5  # of logits; and of sums, in different orders
+        agrees = float((loss - expected.loss).abs()) <= size * rounding and shape.difference(model) <= 0
+    return shape if agrees else None
 
 
 def _scores_of_logits(logits: Tensor, labels: Tensor) -> TokenScores:
@@ -193,7 +199,7 @@ class _LogitsShape(NamedTuple):
         scale = next((value for value in (*scales, divisor) if value is not None), 1.0)
         return cls(float(scale), getattr(config, "final_logit_softcapping", None))
 
-    def difference(self, model: Any, head: nn.Module) -> float:
+    def difference(self, model: Any) -> float:
         """The difference between the model's logits and this, beyond rounding, for numbers from -60 to 60 instead of
         its head's output."""
         outputs: list[Tensor] = []
@@ -203,11 +209,10 @@ class _LogitsShape(NamedTuple):
             return outputs[0].expand_as(output)
 
         device = model.get_input_embeddings().weight.device
-        handle = head.register_forward_hook(replace_output)
+        handle = model.get_output_embeddings().register_forward_hook(replace_output)
         try:
-            with evaluation_mode(model), torch.no_grad(), torch.random.fork_rng():
-                ids = torch.zeros(1, 1, dtype=torch.long, device=device)
-                logits = model(input_ids=ids, use_cache=False, return_dict=True).logits
+            ids = torch.zeros(1, 1, dtype=torch.long, device=device)
+            logits = model(input_ids=ids, use_cache=False, return_dict=True).logits
         finally:
             handle.remove()
         numbers = outputs[0].double() * self.scale
@@ -215,7 +220,21 @@ class _LogitsShape(NamedTuple):
         rounding = 4 * torch.finfo(outputs[0].dtype).eps * expected.abs().clamp(min=1)
         return max(0.0, float(((logits[0, -1].double() - expected).abs() - rounding).max()))
 
-    def scores(
-        self, weight: Tensor | ops.QuantizedWeight, bias: Tensor | None, hidden: Tensor, labels: Tensor
-    ) -> TokenScores:
+    def logits(self, head: Any, hidden: Tensor) -> Tensor:
+        """The logits of hidden states, which are computed when they are read, for a gradient or without one."""
+        autocast, dtype = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+
+        @functools.cache
+        def compute(with_gradient: bool) -> Tensor:
+            with torch.set_grad_enabled(with_gradient), torch.autocast("cpu", dtype, autocast):
+                logits: Tensor = self.scale * head(hidden)
+                return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+        # accelerate's autocast casts a model's outputs to float32, which would read the logits.
+        shown = torch.float32 if autocast else hidden.dtype
+        shape = (*hidden.shape[:-1], head.weight.shape[0])
+        return LazyTensor.of(shape, shown, hidden.device, lambda: compute(torch.is_grad_enabled()))
+
+    def scores(self, product: _Product, hidden: Tensor, labels: Tensor) -> TokenScores:
+        weight, bias = product
         return ops.token_scores(hidden, weight, labels, bias=bias, scale=self.scale, softcap=self.softcap)

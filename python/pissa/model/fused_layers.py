@@ -1,5 +1,5 @@
-"""fuse_layers: attention, norms and gates between a model's linear layers, and dense layers with their adapters,
-computed by our CPU kernels."""
+"""Training steps on a CPU: attention, norms and gates between a model's linear layers, and dense layers with their
+adapters, computed by our kernels."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from pissa import ops
-from pissa.base.forwards import replace_forward
+from pissa.base.forwards import computes_steps, replace_forward
 from pissa.base.weights import has_hooks
 from pissa.distributed import is_sharded
 from pissa.layers import PissaLinear
@@ -23,40 +22,28 @@ from pissa.ops.checks import FLOATS
 
 
 def fuse_layers(model: nn.Module) -> None:
-    """Makes a model compute its attention with `ops.attention`, its frozen RMSNorms with `ops.rms_norm`, the gates of
-    its SwiGLU and GeGLU with `ops.gated`, and its dense adapted layers with `ops.linear`, on a CPU. Results are the
-    same within rounding. Until the first step the model still equals its base, which computes alike, bit for bit::
+    """Makes an (unwrapped) model compute training steps on a CPU with `ops.attention`, `ops.rms_norm`, `ops.gated` and,
+    for dense adapted layers, `ops.linear`. Results are the same within rounding, and until the first step the model
+    still equals its base, which computes alike, bit for bit.
 
-        model = pissa.wrap(model, r=16)
-        pissa.fuse_layers(model)
-
-    Up to 16 rows of a dense layer, autocast, and machines with AMX, where it was not measured, keep torch's product.
-    Attention is replaced where it is torch's `scaled_dot_product_attention` ("sdpa", the default of most models), which
-    takes 1.3 to 2 times as long. Cases that our kernel does not support stay with torch's: dropout, a bias in the mask,
-    one query at a time as in generation, and other devices. Other models keep torch's attention. Norms and gates are
-    recognised by testing what each module computes. `unload` and `merge_and_unload` undo all of it.
-
-    Args:
-        model: a model of transformers, or a PeftModel of one.
-
-    Raises:
-        TypeError: another kind of model.
+    Attention is replaced where it is torch's `scaled_dot_product_attention` ("sdpa", the default of most models).
+    Dropout, a bias in the mask, and one query at a time stay with torch's. Frozen RMSNorms, and the gates of SwiGLU and
+    GeGLU, are recognised by testing what each module computes. Up to 16 rows of a dense layer, autocast, and machines
+    with AMX, where it was not measured, keep torch's product. `restore_forwards` undoes all of it.
     """
-    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    if not hasattr(inner, "set_attn_implementation"):
-        raise TypeError(f"model: got a {type(inner).__name__}; needed: a model of transformers")
     AttentionInterface.register("sdpa", _attention)  # transformers' own, except for the marked modules
-    for module in inner.modules():
+    module: Any
+    for module in model.modules():
         module._fused_attention = True
         if isinstance(module, PissaLinear):
             module.base.fuse_product()
         if (form := _norm_form(module)) is not None:
             module._fused_norm = form
-            replace_forward(module, _norm)
+            replace_forward(module, _norm, "norms")
         if (activation := _gate_activation(module)) is not None:
             module._fused_gate = activation
             module.__dict__["_fused_act"] = module.act_fn  # the same object, and not a second submodule
-            replace_forward(module, _gated)
+            replace_forward(module, _gated, "gates")
 
 
 # ---- Attention -------------------------------------------------------------------------------------------------------
@@ -76,7 +63,7 @@ def _attention(
     """Called by transformers: takes heads [batch, heads, length, dim] and returns [batch, length, heads, dim]. Models
     choose masks by the name of their attention, so it stays "sdpa"."""
     causal = attention_mask is None and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    marked = getattr(module, "_fused_attention", False) and query.device.type == "cpu"
+    marked = getattr(module, "_fused_attention", False) and query.device.type == "cpu" and computes_steps(module)
     plain = others.get("position_bias") is None and others.get("softcap") is None and not dropout
     masked = attention_mask is None or attention_mask.dtype == torch.bool
     queries, keys = query.shape[2], key.shape[2]
@@ -117,7 +104,8 @@ def _norm_form(module: Any) -> tuple[float, float] | None:
 
 def _norm(module: Any, x: Tensor) -> Tensor:
     weight = module.weight
-    if x.device.type != "cpu" or weight.requires_grad or weight.dtype != x.dtype or is_sharded(weight):
+    is_ready = x.device.type == "cpu" and weight.dtype == x.dtype and not weight.requires_grad
+    if not is_ready or is_sharded(weight) or not computes_steps(module):
         y: Tensor = type(module).forward(module, x)
         return y
     eps, offset = module._fused_norm
@@ -160,7 +148,8 @@ def _gate_activation(module: Any) -> str | None:
 def _gated(module: Any, *inputs: Any, **named: Any) -> Tensor:
     (x,) = (*inputs, *named.values())
     y: Tensor
-    if type(x) is Tensor and x.device.type == "cpu" and x.dtype in FLOATS and module.act_fn is module._fused_act:
+    is_ours = type(x) is Tensor and x.device.type == "cpu" and x.dtype in FLOATS and computes_steps(module)
+    if is_ours and module.act_fn is module._fused_act and not has_hooks(module.act_fn):
         gate, up = module.gate_proj(x), module.up_proj(x)
         same = gate.dtype == up.dtype and gate.dtype in FLOATS
         y = module.down_proj(ops.gated(gate, up, module._fused_gate) if same else module.act_fn(gate) * up)

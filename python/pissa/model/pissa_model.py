@@ -21,7 +21,7 @@ from pissa.adapters.pissa_layout import ADAPTER_FILES, PissaFolder
 from pissa.adapters.rest import Rest
 from pissa.adapters.restore import as_pissa, load_factors, read_plain_lora, restore
 from pissa.adapters.save import save_adapter, save_card, warn_of_plain_lora
-from pissa.base.forwards import restore_forwards
+from pissa.base.forwards import replaced_parts, restore_forwards
 from pissa.config import PissaConfig
 from pissa.containers.hub import adapter_folder
 from pissa.distributed import failing_together, is_of_an_engine, is_partitioned, is_sharded
@@ -30,6 +30,8 @@ from pissa.layers.layer import PissaLayer, pissa_layers
 from pissa.layers.tokens import TrainableTokensWrapper, check_tokens_can_be_merged
 from pissa.model.combination import Combination
 from pissa.model.decompose import decompose
+from pissa.model.fused_head import fuse_head, over_trls_head
+from pissa.model.fused_layers import fuse_layers
 from pissa.model.inject import (
     check_adapter_name,
     check_plain,
@@ -107,6 +109,19 @@ class PissaModel(MendedPeftModel):
         prepare(self.base_model.model, config)
         super().add_adapter(adapter_name, config, autocast_adapter_dtype=autocast_adapter_dtype)
         complete(self.base_model.model, config, adapter_name)
+        if self.fused:
+            fuse_layers(self.base_model.model)
+
+    @property
+    def fused(self) -> set[str]:
+        """The parts of the model that pissa's kernels compute in training mode on a CPU, see `wrap`: of "attention",
+        "norms", "gates", "dense layers" and "head". Whether the head is one of them is found at the first step."""
+        base: Any = self.base_model.model
+        parts = replaced_parts(base)
+        attention = getattr(getattr(base, "config", None), "_attn_implementation", None)
+        if "_fused_attention" in vars(base) and attention == "sdpa":
+            parts.add("attention")
+        return parts if getattr(base, "_fused_shape", True) else parts - {"head"}
 
     def add_weighted_adapter(
         self,
@@ -313,10 +328,10 @@ class PissaModel(MendedPeftModel):
                 do not change the function, such as `lora_dropout`; see `PissaConfig.from_pretrained`.
             ephemeral_gpu_offload, low_cpu_mem_usage: accepted for compatibility with PEFT; without effect.
             key_mapping: must be empty, because the layers have the names under which they were saved.
-            kwargs: `subfolder`; for the Hub `revision`, `token`, `cache_dir`, `local_files_only` and similar options.
-                Unknown options are ignored, as in PEFT. `torch_device` is ignored because the adapter is put on the
-                device of its layer. `device_map`, `max_memory` and similar options are ignored because a dispatched
-                base stays as it is.
+            kwargs: `fuse`, see `pissa.wrap`; `subfolder`; for the Hub `revision`, `token`, `cache_dir`,
+                `local_files_only` and similar options. Unknown options are ignored, as in PEFT. `torch_device` is
+                ignored because the adapter is put on the device of its layer. `device_map`, `max_memory` and similar
+                options are ignored because a dispatched base stays as it is.
 
         Raises:
             ValueError: the folder contains no PiSSA adapter, or another program has replaced the plain LoRA in it; a
@@ -334,6 +349,8 @@ class PissaModel(MendedPeftModel):
             )
             restore(saved, wrapped, adapter_name)
         drop_gguf_mark(model)
+        if kwargs.get("fuse", True):
+            fuse_steps(wrapped)
         return wrapped if is_trainable else wrapped.eval()
 
     def load_adapter(
@@ -408,6 +425,13 @@ for _task, _peft_class in MODEL_TYPE_TO_PEFT_MODEL_MAPPING.items():
 def model_class(config: PissaConfig) -> type[PissaModel]:
     """The model class for the configuration's task type."""
     return _CLASSES.get(config.task_type, PissaModel)
+
+
+def fuse_steps(model: PissaModel) -> None:
+    """Makes a model compute training steps with our kernels, as far as they compute what it does."""
+    fuse_layers(model.base_model.model)
+    fuse_head(model.base_model.model)
+    model.register_forward_pre_hook(over_trls_head)
 
 
 def _as_given(model: nn.Module) -> nn.Module:

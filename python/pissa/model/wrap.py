@@ -24,7 +24,7 @@ from pissa.model.calibration import Calibration
 from pissa.model.decompose import decompose
 from pissa.model.inject import check_plain, drop_gguf_mark, own_config, restored_on_error, warn_of_dropout
 from pissa.model.original import OriginalWeights
-from pissa.model.pissa_model import PissaModel, model_class
+from pissa.model.pissa_model import PissaModel, fuse_steps, model_class
 from pissa.model.store import store
 from pissa.model.tuner import BUILDING, PissaTuner
 from pissa.ops.formats import DEFAULT
@@ -41,6 +41,7 @@ def wrap(
     autocast_adapter_dtype: bool = True,
     low_cpu_mem_usage: bool = False,
     progressbar: bool = False,
+    fuse: bool = True,
     **config_fields: Any,
 ) -> PissaModel:
     """Puts a PiSSA adapter on a model, in place, and returns the model that trains it::
@@ -48,8 +49,8 @@ def wrap(
         model = pissa.wrap(model, r=16, target_modules=["q_proj", "v_proj"])
         model = pissa.wrap(model, pissa.PissaConfig(r=16, quant="nf4"))
 
-    The wrapped model computes the same as the base until the first training step. With `quant`, the base is the
-    quantised residual plus its principal part; with `weights`, it is the repaired model.
+    Until the first training step, the wrapped model computes the same as the base, in evaluation mode bit for bit. With
+    `quant`, the base is the quantised residual plus its principal part; with `weights`, it is the repaired model.
 
     With several processes (torch.distributed), all of them must call this function with the same model and
     configuration. They share the work, and an error in one is raised in all.
@@ -85,6 +86,11 @@ def wrap(
         autocast_adapter_dtype: keep the trained parameters in float32 on a 16-bit base.
         low_cpu_mem_usage: accepted for compatibility with PEFT; without effect: nothing is drawn or allocated twice.
         progressbar: show one bar on stderr. The environment variable TQDM_DISABLE hides it.
+        fuse: on a CPU and in training mode (`model.train()`), compute attention, norms, gates, dense layers and the
+            loss with pissa's kernels, as far as they compute what the model does; `model.fused` names these parts. They
+            are the same within rounding. The loss needs no logits: a call with labels computes `logits` only if they
+            are read, and returns no `past_key_values` unless `use_cache=True` is passed. In evaluation mode, under
+            torch.compile and on other devices, the model computes its own. `unload` and `merge_and_unload` undo it.
         config_fields: fields of `PissaConfig`, instead of `config`.
 
     Raises:
@@ -135,6 +141,8 @@ def wrap(
                 replacements = find(calibration=moments)
     drop_gguf_mark(model)
     store(model, adapter_name, config, replacements)
+    if fuse:
+        fuse_steps(wrapped)
     return wrapped
 
 

@@ -1,19 +1,24 @@
-"""fuse_head: transformers' own loss and gradients for every causal language model, and what is left to the model."""
+"""A head that is fused: transformers' own loss, logits and gradients for every causal language model, and what is left
+to the model."""
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from peft import LoraConfig, get_peft_model
+from accelerate.utils.operations import convert_to_fp32
 from torch import Tensor, nn
 
 import pissa
+from architecture_checks import without_dropout
 from architectures import ARCHITECTURES, TEXT
 from daily import each
 from pissa import ops
+from pissa.base import lazy_tensor
 from pissa.base.weights import CodedLinear
 from pissa.model import fused_head
 
@@ -22,8 +27,14 @@ DAILY = ["llama3", "gemma2", "gpt_oss", "mamba2", "gpt2"]
 pytestmark = pytest.mark.filterwarnings("ignore::pissa.notices.PissaWarning")
 
 
-def wrapped(name: str, **fields: Any) -> Any:
-    return pissa.wrap(ARCHITECTURES[name].make(), **ARCHITECTURES[name].config(**fields))
+def wrapped(name: str, fuse: bool = True, **fields: Any) -> Any:
+    """In training mode, without dropout."""
+    return without_dropout(pissa.wrap(ARCHITECTURES[name].make(), fuse=fuse, **ARCHITECTURES[name].config(**fields)))
+
+
+def fused(model: Any) -> Any:
+    fused_head.fuse_head(model)
+    return without_dropout(model)
 
 
 def half_masked(name: str) -> dict[str, Tensor]:
@@ -42,22 +53,23 @@ def loss_and_gradients(model: Any, batch: dict[str, Any]) -> tuple[Any, list[Ten
 
 @pytest.mark.parametrize("name", each(CAUSAL, DAILY))
 def test_the_models_own_loss(name: str) -> None:
-    model = wrapped(name)
+    model = wrapped(name, fuse=False)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.02)
     batch = half_masked(name)
     own, gradients = loss_and_gradients(model, batch)
-    pissa.fuse_head(model)
+    fused_head.fuse_head(model.get_base_model())
     for items in ({}, {"num_items_in_batch": torch.tensor(50)}):
-        fused, found = loss_and_gradients(model, batch | items)
+        found, found_gradients = loss_and_gradients(model, batch | items)
         times = (batch["labels"][:, 1:] != -100).sum() / 50 if items else 1
-        torch.testing.assert_close(fused.loss, own.loss * times, rtol=2e-5, atol=1e-6)
-        for one, other in zip(found, gradients, strict=True):
+        torch.testing.assert_close(found.loss, own.loss * times, rtol=2e-5, atol=1e-6)
+        for one, other in zip(found_gradients, gradients, strict=True):
             torch.testing.assert_close(one, other * times, rtol=1e-3, atol=1e-5 * float(other.abs().max()) + 1e-9)
-    assert isinstance(fused, fused_head.ScoredOutput)
-    assert fused.logits is None
+    assert isinstance(found, fused_head.ScoredOutput)
+    assert found.logits.shape == own.logits.shape
+    torch.testing.assert_close(found.logits, own.logits, rtol=1e-5, atol=1e-5)
     assert torch.equal(model(**{**batch, "labels": None}).logits, own.logits)
 
 
@@ -74,18 +86,17 @@ def test_scaled_logits(kind: str, fields: dict[str, float]) -> None:
     config = getattr(transformers, f"{kind}Config")(**TEXT, **fields, num_key_value_heads=4, pad_token_id=0)
     model = getattr(transformers, f"{kind}ForCausalLM")(config).eval().requires_grad_(False)
     batch = half_masked("llama3")
-    own = model(**batch).loss
-    pissa.fuse_head(model)
-    fused = model(**batch)
-    assert fused.logits is None
-    torch.testing.assert_close(fused.loss, own, rtol=2e-5, atol=1e-6)
+    own = model(**batch)
+    found = fused(model)(**batch)
+    assert isinstance(found, fused_head.ScoredOutput)
+    torch.testing.assert_close(found.loss, own.loss, rtol=2e-5, atol=1e-6)
+    torch.testing.assert_close(found.logits, own.logits, rtol=2e-5, atol=1e-6)
 
 
 def test_scores_are_those_of_the_logits() -> None:
     model, batch = wrapped("llama3"), half_masked("llama3")
-    logits, labels = model(**batch).logits[:, :-1], batch["labels"][:, 1:]
-    pissa.fuse_head(model)
-    found = model(**batch)
+    logits, labels = model.eval()(**batch).logits[:, :-1], batch["labels"][:, 1:]
+    found = model.train()(**batch)
     expected = fused_head._scores_of_logits(logits, labels)
     for name, value in expected._asdict().items():
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
@@ -102,10 +113,9 @@ def test_a_head_in_codes() -> None:
     model.lm_head = CodedLinear(ops.quantize(head.weight.detach(), blocksize=64), None)
     batch = half_masked("llama3")
     own = model(**batch).loss
-    pissa.fuse_head(model)
-    fused = model(**batch)
-    assert fused.logits is None
-    torch.testing.assert_close(fused.loss, own, rtol=1e-5, atol=1e-6)
+    found = fused(model.requires_grad_(False))(**batch)
+    assert isinstance(found, fused_head.ScoredOutput)
+    torch.testing.assert_close(found.loss, own, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("flagged", [False, True])
@@ -116,9 +126,8 @@ def test_a_head_with_an_adapter_computes_its_logits(flagged: bool) -> None:
             if "lm_head" in name and parameter.requires_grad:
                 parameter.add_(0.1)
     batch = half_masked("llama3")
-    own, gradients = loss_and_gradients(model, batch)
-    pissa.fuse_head(model)
-    output, found = loss_and_gradients(model, batch | ({"fused_lm_head": True} if flagged else {}))
+    own, gradients = loss_and_gradients(model.eval(), batch)
+    output, found = loss_and_gradients(model.train(), batch | ({"fused_lm_head": True} if flagged else {}))
     torch.testing.assert_close(output.loss, own.loss)
     assert (output.logits is None) == flagged
     for one, other in zip(found, gradients, strict=True):
@@ -127,66 +136,102 @@ def test_a_head_with_an_adapter_computes_its_logits(flagged: bool) -> None:
 
 def test_a_trained_head_computes_its_logits() -> None:
     model = ARCHITECTURES["llama3"].make()
-    pissa.fuse_head(model)
-    assert model(**half_masked("llama3")).logits is not None
+    assert not isinstance(fused(model)(**half_masked("llama3")), fused_head.ScoredOutput)
 
 
 def test_a_head_that_a_router_reports_beside_keeps_its_loss() -> None:
     model, batch = wrapped("mixtral"), half_masked("mixtral") | {"output_router_logits": True}
-    own = model(**batch).loss
-    pissa.fuse_head(model)
-    output = model(**batch)
-    assert torch.equal(output.loss, own)
+    own = model.eval()(**batch).loss
+    output = model.train()(**batch)
+    torch.testing.assert_close(output.loss, own)
     assert output.aux_loss is not None
-
-
-def test_peft_models_too() -> None:
-    model = get_peft_model(ARCHITECTURES["llama3"].make(), LoraConfig(r=4, task_type="CAUSAL_LM"))
-    batch = half_masked("llama3")
-    own = model(**batch).loss
-    pissa.fuse_head(model)
-    fused = model(**batch)
-    assert fused.logits is None
-    torch.testing.assert_close(fused.loss, own, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("asked", ["output_hidden_states", "output_attentions", "use_cache"])
 def test_what_asks_for_more_than_a_loss_gets_it(asked: str) -> None:
     model, batch = wrapped("llama3"), half_masked("llama3")
-    pissa.fuse_head(model)
     output = model(**batch, **{asked: True})
-    assert output.logits is not None
+    assert not isinstance(output, fused_head.ScoredOutput)
     name = {"output_hidden_states": "hidden_states", "output_attentions": "attentions", "use_cache": "past_key_values"}
     assert output[name[asked]] is not None
 
 
 def test_tuples_and_evaluation_are_the_models_own() -> None:
     model, batch = wrapped("llama3"), half_masked("llama3")
-    own = model(**batch)
-    pissa.fuse_head(model)
+    own = ARCHITECTURES["llama3"].make()(**batch)
     loss, logits, *_ = model(**batch, return_dict=False)
-    assert torch.equal(loss, own.loss)
-    assert torch.equal(logits, own.logits)
-    with torch.no_grad():
-        assert torch.equal(model(**batch).logits, own.logits)
-        assert model.train()(**batch).logits is None
-        assert model.eval()(**batch, fused_lm_head=True).logits is None
+    torch.testing.assert_close(loss, own.loss)
+    torch.testing.assert_close(logits, own.logits)
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients):
+            output = model.eval()(**batch)
+            assert torch.equal(output.loss, own.loss)
+            assert type(output) is type(own)
+            assert isinstance(model.train()(**batch), fused_head.ScoredOutput)
+
+
+def test_who_reads_logits_gets_them() -> None:
+    """By name, by key and by position, with a gradient and without one, in the dtypes of the model's own."""
+    model, batch = wrapped("llama3"), half_masked("llama3")
+    plain = wrapped("llama3", fuse=False)
+    own, output = plain(**batch), model(**batch)
+    wanted = torch.autograd.grad(own.logits.square().sum(), [p for p in plain.parameters() if p.requires_grad])
+    for logits in (output.logits, output["logits"], output[1], output.to_tuple()[1]):
+        assert (logits.shape, logits.dtype) == (own.logits.shape, own.logits.dtype)
+        with torch.no_grad():
+            torch.testing.assert_close(logits.float(), own.logits)
+            assert not (logits + 0).requires_grad
+        trained = [p for p in model.parameters() if p.requires_grad]
+        found = torch.autograd.grad(logits.square().sum(), trained, retain_graph=True)
+        for one, other in zip(found, wanted, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        output, expected = model(**batch), plain(**batch).logits
+    torch.testing.assert_close(output.logits + 0, expected.float(), rtol=5e-2, atol=5e-2)
+
+
+def test_logits_that_nobody_reads_are_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = wrapped("llama3"), half_masked("llama3")
+    model(**batch)  # the head is tried once
+    monkeypatch.setattr(lazy_tensor, "_values", lambda _: pytest.fail("the head"))
+    model(**batch).loss.backward()
+    with torch.autocast("cpu", torch.bfloat16):  # as accelerate's, which casts outputs to float32
+        output = model(**batch)
+    assert convert_to_fp32(output).logits.shape == output.logits.shape
+
+
+def test_copies_and_pickles() -> None:
+    model, batch = wrapped("llama3"), half_masked("llama3")
+    loss = model(**batch).loss
+    assert torch.equal(copy.deepcopy(model)(**batch).loss, loss)
+    loaded = pickle.loads(pickle.dumps(model))
+    torch.testing.assert_close(loaded(**batch).loss, loss)
+
+
+def test_a_forward_pass_of_others_stays() -> None:
+    """What has replaced it before, or replaces it after."""
+    batch = half_masked("llama3")
+    for before in (True, False):
+        inner = ARCHITECTURES["llama3"].make()
+        model = None if before else pissa.wrap(inner, r=2)
+        inner.forward = lambda **_: "theirs"
+        model = model or pissa.wrap(inner, r=2)
+        assert model.train()(**batch) == "theirs"
 
 
 def test_an_auxiliary_loss_that_the_text_configuration_asks_for() -> None:
     model, batch = wrapped("mixtral"), half_masked("mixtral")
     model.config.get_text_config().output_router_logits = True
-    own = model(**batch).loss
-    pissa.fuse_head(model)
-    assert torch.equal(model(**batch, output_router_logits=None).loss, own)
+    own = model.eval()(**batch).loss
+    torch.testing.assert_close(model.train()(**batch, output_router_logits=None).loss, own)
+    assert not isinstance(model(**batch), fused_head.ScoredOutput)
 
 
 def test_a_head_with_hooks_computes_its_logits() -> None:
     model, batch = wrapped("llama3"), half_masked("llama3")
     model.base_model.model.lm_head.register_forward_pre_hook(lambda _, given: (given[0] * 0.5,))
-    own = model(**batch).loss
-    pissa.fuse_head(model)
-    assert torch.equal(model(**batch).loss, own)
+    own = model.eval()(**batch).loss
+    torch.testing.assert_close(model.train()(**batch).loss, own)
 
 
 @pytest.mark.parametrize(
@@ -201,40 +246,42 @@ def test_other_heads_are_found_out(kind: str, fields: dict[str, Any]) -> None:
     config = getattr(transformers, f"{kind}Config")(**(TEXT | fields))
     config.is_encoder_decoder = False
     model = getattr(transformers, f"{kind}ForCausalLM")(config).eval().requires_grad_(False)
-    forward = model.forward
-    with pytest.raises(ValueError, match=r"its configuration does not describe|has a loss of its own|cannot be tried"):
-        pissa.fuse_head(model)
-    assert model.forward == forward
+    assert not isinstance(fused(model)(**half_masked("llama3")), fused_head.ScoredOutput)
+    assert not vars(model).get("_fused_shape")
 
 
 def test_the_generators_and_modes_are_left_as_they_were() -> None:
     model = wrapped("gpt2").train()
     modes, state = [module.training for module in model.modules()], torch.get_rng_state()
-    pissa.fuse_head(model)
+    assert isinstance(model(**half_masked("gpt2")), fused_head.ScoredOutput)
     assert [module.training for module in model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_a_temperature_of_trls_is_refused() -> None:
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("before", [True, False])
+def test_a_head_of_trls_is_replaced_unless_it_has_a_temperature(before: bool, temperature: float) -> None:
     utils = pytest.importorskip("trl.trainer.utils")
     if not hasattr(utils, "add_fused_lm_head"):
-        pytest.skip("TRL before 1.15 has no temperature there")
-    model = wrapped("llama3")
-    utils.add_fused_lm_head(model.get_base_model(), temperature=0.7)
-    with pytest.raises(ValueError, match="TRL's head of this trainer has a temperature"):
-        pissa.fuse_head(model)
+        pytest.skip("TRL before 1.15 has none")
+    inner, batch = ARCHITECTURES["llama3"].make(), half_masked("llama3")
+    model = None if before else pissa.wrap(inner, r=2)
+    utils.add_fused_lm_head(inner, temperature=temperature)
+    model = model or pissa.wrap(inner, r=2)
+    output = model.train()(**batch, fused_lm_head=True)
+    assert isinstance(output, fused_head.ScoredOutput) == (temperature == 1.0)
+    own = ARCHITECTURES["llama3"].make()(**batch).loss
+    assert (abs(output.loss - own) < 1e-5) == (temperature == 1.0)
 
 
-def test_what_is_refused() -> None:
-    with pytest.raises(TypeError, match="model: got a Linear; needed: a causal language model"):
-        pissa.fuse_head(nn.Linear(2, 2))
-    model = ARCHITECTURES["llama3"].make()
+def test_which_models_are_left_to_themselves() -> None:
+    model = ARCHITECTURES["llama3"].make().requires_grad_(False)
     model.config.logit_scale = 0.5  # which a Llama does not heed
-    with pytest.raises(ValueError, match="in a way that its configuration does not describe: they differ by"):
-        pissa.fuse_head(model)
-    model.config.logit_scale = None
-    with pytest.raises(TypeError, match="model: got a T5ForConditionalGeneration"):
-        pissa.fuse_head(ARCHITECTURES["t5"].make())
+    assert not isinstance(fused(model)(**half_masked("llama3")), fused_head.ScoredOutput)
+    for other in (nn.Linear(2, 2), ARCHITECTURES["t5"].make(), ARCHITECTURES["roberta"].make()):
+        fused_head.fuse_head(other)
+        assert "forward" not in vars(other)
+    model = ARCHITECTURES["llama3"].make()
     model.loss_function = lambda *_, **__: None
-    with pytest.raises(ValueError, match="has a loss of its own"):
-        pissa.fuse_head(model)
+    fused_head.fuse_head(model)
+    assert "forward" not in vars(model)

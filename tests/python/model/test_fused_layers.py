@@ -1,18 +1,20 @@
-"""ops.attention and ops.rms_norm beside torch's, and fuse_layers in models of transformers."""
+"""ops.attention and ops.rms_norm beside torch's, and layers that are fused in models of transformers."""
 
 from __future__ import annotations
 
 import copy
 import pickle
-from types import MethodType
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import get_peft_model
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 import pissa
+from architecture_checks import without_dropout
 from architectures import ARCHITECTURES
 from daily import each
 from one_layer import adapted, filled, wrap
@@ -22,8 +24,8 @@ from pissa.model import fused_layers
 pytestmark = [pytest.mark.cpu_only, pytest.mark.filterwarnings("ignore::pissa.notices.PissaWarning")]
 
 
-def wrapped_llama() -> Any:
-    return pissa.wrap(ARCHITECTURES["llama3"].make(), r=4, task_type="CAUSAL_LM")
+def wrapped_llama(**options: Any) -> Any:
+    return pissa.wrap(ARCHITECTURES["llama3"].make(), r=4, task_type="CAUSAL_LM", **options).train()
 
 
 def drawn(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -175,9 +177,9 @@ GATES = {"llama3": "silu", "gemma3": "gelu_tanh", "gpt_oss": None, "t5": None, "
 @pytest.mark.parametrize(("name", "activation"), GATES.items())
 def test_which_gates_are_fused(name: str, activation: str | None) -> None:
     model = pissa.wrap(ARCHITECTURES[name].make(), **ARCHITECTURES[name].config())
-    pissa.fuse_layers(model)
     found = {module._fused_gate for module in model.modules() if hasattr(module, "_fused_gate")}
     assert found == (set() if activation is None else {activation})
+    assert ("gates" in model.fused) == (activation is not None)
 
 
 class Block(nn.Module):
@@ -243,8 +245,8 @@ def test_defaults_of_torch_do_not_change_what_is_found(setting: dict[str, Any]) 
 
 
 def test_a_fused_block_is_called_as_it_was() -> None:
-    model = ARCHITECTURES["llama3"].make()
-    pissa.fuse_layers(model)
+    model = ARCHITECTURES["llama3"].make().train()
+    fused_layers.fuse_layers(model)
     block = model.model.layers[0].mlp
     hidden = torch.randn(2, 3, model.config.hidden_size)
     assert torch.equal(block(x=hidden), block(hidden))
@@ -260,7 +262,7 @@ NAMES = [name for name, one in ARCHITECTURES.items() if one.make().config._attn_
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("name", each(NAMES, ["llama3", "gemma3", "deepseek_v3", "roberta"]))
 def test_a_models_outputs_and_gradients(name: str, padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = pissa.wrap(ARCHITECTURES[name].make(), **ARCHITECTURES[name].config())
+    model = without_dropout(pissa.wrap(ARCHITECTURES[name].make(), fuse=False, **ARCHITECTURES[name].config()))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -277,7 +279,7 @@ def test_a_models_outputs_and_gradients(name: str, padded: bool, monkeypatch: py
         return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
 
     expected = run()
-    pissa.fuse_layers(model)
+    fused_layers.fuse_layers(model.get_base_model())
     if name != "t5":  # which has a bias for each distance
         monkeypatch.setattr(fused_layers, "sdpa_attention_forward", lambda *_, **__: pytest.fail("torch's"))
     for found, wanted in zip(run(), expected, strict=True):
@@ -287,7 +289,7 @@ def test_a_models_outputs_and_gradients(name: str, padded: bool, monkeypatch: py
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_dense_layer_is_one_product_with_its_adapter(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """For more than 16 rows. Hooks of the base are called, a change of zero leaves its bits, and copies are torch's."""
-    model = wrap(filled(nn.Linear(64, 48)).to(dtype), r=3)
+    model = wrap(filled(nn.Linear(64, 48)).to(dtype), r=3, fuse=False).train()
     layer: Any = adapted(model)
     x, few = torch.randn(20, 64, dtype=dtype), torch.randn(16, 64, dtype=dtype)
     expected, of_few = layer(x), layer(few)
@@ -328,11 +330,10 @@ def test_a_dense_layer_is_one_product_with_its_adapter(dtype: torch.dtype, monke
 
 
 def test_generation_is_torchs() -> None:
-    model = pissa.wrap(ARCHITECTURES["llama3"].make(), r=4, task_type="CAUSAL_LM")
-    ids = torch.arange(12).view(2, 6)
-    expected = model.generate(input_ids=ids, max_new_tokens=5, do_sample=False)
-    pissa.fuse_layers(model)
-    assert torch.equal(model.generate(input_ids=ids, max_new_tokens=5, do_sample=False), expected)
+    ids, options = torch.arange(12).view(2, 6), {"max_new_tokens": 5, "do_sample": False}
+    expected = ARCHITECTURES["llama3"].make().generate(input_ids=ids, **options)
+    for model in (wrapped_llama(), wrapped_llama().eval()):
+        assert torch.equal(model.generate(input_ids=ids, **options), expected)
 
 
 NORMS = {"llama3": 0.0, "gemma3": 1.0, "qwen3": 0.0, "olmoe": 0.0, "gpt_oss": 0.0, "t5": None, "roberta": None}
@@ -342,18 +343,17 @@ NORMS = {"llama3": 0.0, "gemma3": 1.0, "qwen3": 0.0, "olmoe": 0.0, "gpt_oss": 0.
 def test_which_norms_are_fused(name: str, offset: float | None) -> None:
     model = pissa.wrap(ARCHITECTURES[name].make(), **ARCHITECTURES[name].config())
     norms = [module for module in model.modules() if type(module).__name__.endswith("RMSNorm")]
-    pissa.fuse_layers(model)
     found = {module._fused_norm[1] for module in norms if "forward" in vars(module)}
     assert found == (set() if offset is None else {offset})
     assert offset is None or all("forward" in vars(module) for module in norms)
 
 
 def test_a_norm_that_is_trained_stays_torchs() -> None:
-    model = ARCHITECTURES["llama3"].make()
-    pissa.fuse_layers(model)
+    model = ARCHITECTURES["llama3"].make().train()
+    fused_layers.fuse_layers(model)
     assert "forward" not in vars(model.model.norm)
     model.requires_grad_(False)
-    pissa.fuse_layers(model)
+    fused_layers.fuse_layers(model)
     model.model.norm.requires_grad_(True)
     batch = ARCHITECTURES["llama3"].batch()
     model(**batch).loss.backward()
@@ -361,9 +361,7 @@ def test_a_norm_that_is_trained_stays_torchs() -> None:
 
 
 def test_a_copy_of_a_fused_model_is_its_own() -> None:
-    model = pissa.wrap(ARCHITECTURES["llama3"].make(), r=4, task_type="CAUSAL_LM")
-    pissa.fuse_layers(model)
-    pissa.fuse_head(model)
+    model = wrapped_llama()
     other, batch = copy.deepcopy(model), ARCHITECTURES["llama3"].batch()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -376,33 +374,93 @@ def test_a_copy_of_a_fused_model_is_its_own() -> None:
 
 
 @pytest.mark.parametrize("unload", ["unload", "merge_and_unload"])
-def test_an_unloaded_model_is_as_it_was(unload: str) -> None:
-    """Also where another library had replaced a forward pass."""
-    inner = ARCHITECTURES["llama3"].make()
-    inner.forward = MethodType(type(inner).forward, inner)
-    before = {name: set(vars(module)) for name, module in inner.named_modules()}
-    forward = inner.forward
+@pytest.mark.parametrize("steps", [0, 1])
+def test_an_unloaded_model_is_as_it_was(steps: int, unload: str) -> None:
+    inner, batch = ARCHITECTURES["llama3"].make(), ARCHITECTURES["llama3"].batch()
+    before = {name: (set(vars(module)), type(module)) for name, module in inner.named_modules()}
     model = pissa.wrap(inner, r=4, task_type="CAUSAL_LM")
-    for _ in range(2):
-        pissa.fuse_layers(model)
-        pissa.fuse_head(model)
-    assert inner.forward is not forward
+    for _ in range(steps):
+        model.train()(**batch).loss.backward()
+    assert "forward" in vars(inner)
     assert getattr(model, unload)() is inner
-    assert {name: set(vars(module)) for name, module in inner.named_modules()} == before
-    assert inner.forward is forward
+    assert {name: (set(vars(module)), type(module)) for name, module in inner.named_modules()} == before
+    inner.train()
+    plain = ARCHITECTURES["llama3"].make().train()
+    assert torch.equal(inner(**batch).loss, plain(**batch).loss)
+
+
+ALL = {"attention", "norms", "gates", "dense layers", "head"}
+
+
+def test_every_way_to_a_model_fuses_unless_told_not_to(tmp_path: Path) -> None:
+    make = ARCHITECTURES["llama3"].make
+    make().save_pretrained(tmp_path / "base")
+    dense, config = ALL, pissa.PissaConfig(r=2)
+    if ops.build_info()["isa"] == "amxbf16":
+        dense = ALL - {"dense layers"}
+    model = pissa.wrap(make(), config)
+    assert model.fused == get_peft_model(make(), config).fused == dense
+    model.save_pretrained(tmp_path / "adapter")
+    assert pissa.PissaModel.from_pretrained(make(), tmp_path / "adapter").fused == dense
+    assert pissa.load(tmp_path / "base", config).fused == dense
+    assert pissa.wrap(make(), r=2, quant="nf4").fused == ALL - {"dense layers"}
+    assert pissa.wrap(make(), config, fuse=False).fused == set()
+    assert pissa.PissaModel.from_pretrained(make(), tmp_path / "adapter", fuse=False).fused == set()
+    plain = pissa.load(tmp_path / "base", config, fuse=False)
+    assert plain.fused == set()
+    plain.add_adapter("other", pissa.PissaConfig(r=2, target_modules=["lm_head"]))
+    assert plain.fused == set()
+
+
+def test_evaluation_and_disabled_adapters_are_the_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In evaluation mode bit for bit transformers' own, with a gradient or without one; in training mode, what the
+    adapted model computes before its first step."""
+    own, batch = ARCHITECTURES["llama3"].make(), ARCHITECTURES["llama3"].batch()
+    expected, model = own(**batch), wrapped_llama()
+    for parameter in (trained := [p for p in model.parameters() if p.requires_grad]):
+        parameter.data += 0.01
+    with model.disable_adapter():
+        of_steps = model(**batch).loss
+        assert torch.equal(model.eval()(**batch).loss, expected.loss)
+    for parameter in trained:
+        parameter.data -= 0.01
+    assert torch.equal(model(**batch).logits, expected.logits)
+    assert torch.equal(model.train()(**batch).loss, of_steps)
+    monkeypatch.setattr(ops, "attention", lambda *_, **__: pytest.fail("ours"))
+    model.eval()(**batch)
+
+
+def test_another_adapters_layers_are_fused() -> None:
+    model = wrapped_llama(target_modules=["q_proj"])
+    model.add_adapter("other", pissa.PissaConfig(r=2, target_modules=["k_proj"]))
+    projection: Any = model.base_model.model.model.layers[0].self_attn.k_proj
+    assert "forward" in vars(projection.base_layer)
+
+
+def test_torch_compile_traces_the_models_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = wrapped_llama(), ARCHITECTURES["llama3"].batch()
+    expected = wrapped_llama(fuse=False)(**batch).loss
+    monkeypatch.setattr(ops, "attention", lambda *_, **__: pytest.fail("ours"))
+    monkeypatch.setattr(ops, "token_scores", lambda *_, **__: pytest.fail("ours"))
+    torch.testing.assert_close(torch.compile(model, backend="eager")(**batch).loss, expected)
+
+
+def test_a_model_on_another_device_is_left_to_itself() -> None:
+    model = wrapped_llama().to("meta").get_base_model()
+    hidden = torch.empty(2, 20, model.config.hidden_size, device="meta")
+    for module in (model.model.norm, model.model.layers[0].mlp, model.model.layers[0].self_attn.q_proj):
+        assert module(hidden).is_meta
 
 
 def test_another_attention_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(TypeError, match="model: got a Linear"):
-        pissa.fuse_layers(nn.Linear(2, 2))
-    model = ARCHITECTURES["llama3"].make().requires_grad_(False)
+    model = ARCHITECTURES["llama3"].make().requires_grad_(False).train()
     model.set_attn_implementation("eager")
     batch = ARCHITECTURES["llama3"].batch()
     own = model(**batch).logits
-    pissa.fuse_layers(model)
+    fused_layers.fuse_layers(model)
     monkeypatch.setattr(ops, "attention", lambda *_, **__: pytest.fail("ours"))
     torch.testing.assert_close(model(**batch).logits, own)
-    other = ARCHITECTURES["llama3"].make()
+    other = ARCHITECTURES["llama3"].make().train()
     torch.testing.assert_close(other(**batch).logits, own)  # torch's, as before
 
 
@@ -410,8 +468,7 @@ def test_autocast() -> None:
     """RoPE leaves q and k in float32 beside a v of bfloat16, as torch's attention takes them."""
     model, batch = wrapped_llama(), ARCHITECTURES["llama3"].batch()
     with torch.autocast("cpu", torch.bfloat16):
-        own = model(**batch).loss
-        pissa.fuse_layers(model)
+        own = wrapped_llama(fuse=False)(**batch).loss
         found = model(**batch).loss
     found.backward()
     torch.testing.assert_close(found, own, rtol=2e-2, atol=2e-2)
@@ -424,7 +481,7 @@ def test_masks_that_follow_the_attentions_name() -> None:
     """Gemma 4 cuts its queries for logits_to_keep, where it knows the attention."""
     model, batch = ARCHITECTURES["gemma4"].make(), ARCHITECTURES["gemma4"].batch()
     expected = model(input_ids=batch["input_ids"], logits_to_keep=4).logits
-    pissa.fuse_layers(model)
+    fused_layers.fuse_layers(model.train())
     torch.testing.assert_close(model(input_ids=batch["input_ids"], logits_to_keep=4).logits, expected)
 
 

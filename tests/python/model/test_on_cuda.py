@@ -51,7 +51,7 @@ def assert_same_bits(life: Callable[[str, Put], dict[str, Tensor]]) -> None:
 
 
 def adapted(model: nn.Module, form: str, **fields: Any) -> PissaModel:
-    return pissa.wrap(model, r=4, task_type="CAUSAL_LM", **EVERY_FORM[form], **fields)
+    return pissa.wrap(model, r=4, task_type="CAUSAL_LM", fuse=False, **EVERY_FORM[form], **fields)
 
 
 def train(model: nn.Module, tokens: Tensor, steps: int = 2) -> Tensor:
@@ -140,7 +140,8 @@ VARIANTS: list[dict[str, Any]] = [
 @pytest.mark.filterwarnings("ignore::pissa.notices.DropoutWarning")
 def test_variants(fields: dict[str, Any], small_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
     def life(name: str, put: Put) -> dict[str, Tensor]:
-        model, ids = pissa.wrap(put(small_llama()), r=4, task_type="CAUSAL_LM", **fields), put(tokens)
+        model = pissa.wrap(put(small_llama()), r=4, task_type="CAUSAL_LM", fuse=False, **fields)
+        ids = put(tokens)
         torch.manual_seed(0)  # for dropout
         found = {"losses": train(model.train(), ids), "trained": logits(model.eval(), ids)}
         model.save_pretrained(tmp_path / name)

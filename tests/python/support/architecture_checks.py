@@ -174,6 +174,15 @@ def output(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return logits
 
 
+def without_dropout(model: nn.Module) -> Any:
+    """The model in training mode, where it computes what it does in evaluation mode."""
+    for module in model.train().modules():
+        for name in ("p", "dropout", "attention_dropout", "dropout_p"):
+            if isinstance(vars(module).get(name), float):
+                setattr(module, name, 0.0)
+    return model
+
+
 def training_loss(model: PissaModel, batch: dict[str, Tensor]) -> Tensor:
     """In training mode, dropout the same each time."""
     with torch.random.fork_rng():

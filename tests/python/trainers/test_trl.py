@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import pissa
 from daily import each
 from language_models import logits
-from pissa import PissaModel
+from pissa import PissaModel, ops
 from trainers import FORMS, PREFERENCES, assert_equal, forms, logged, quiet, state, trainable, trl_trainer, unchanged
 
 pytestmark = quiet
@@ -77,12 +77,13 @@ def test_a_fused_head_has_their_losses(method: str, base: Base, tokenizer: Any, 
     """And their metrics, with accumulated gradients. Losses are of two sums of float32 in orders of their own."""
 
     def run(fused: bool) -> Any:
-        found = trl_trainer(
-            method, wrapped(base(), "implicit"), tmp_path, tokenizer, bf16=False, gradient_accumulation_steps=2
-        )
-        if fused:
-            pissa.fuse_head(found.model)
-        found.train()
+        model = wrapped(base(), "implicit", fuse=fused)
+        found = trl_trainer(method, model, tmp_path, tokenizer, bf16=False, gradient_accumulation_steps=2)
+        with pytest.MonkeyPatch.context() as patch:
+            scores, calls = ops.token_scores, []
+            patch.setattr(ops, "token_scores", lambda *args, **of: calls.append(1) or scores(*args, **of))
+            found.train()
+        assert bool(calls) == fused
         return found
 
     ours, theirs = run(True), run(False)
@@ -107,7 +108,7 @@ def batch_of(run: Any) -> dict[str, Tensor]:
 
 def reference_of(run: Any) -> Tensor:
     """Log-probabilities of the chosen and the rejected answers, under the reference that TRL finds in the model."""
-    return torch.stack(run.compute_ref_log_probs(run.model, batch_of(run)))
+    return torch.stack(run.compute_ref_log_probs(run.model.eval(), batch_of(run)))
 
 
 @resumes_both
