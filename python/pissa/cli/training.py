@@ -85,7 +85,8 @@ class Training(NamedTuple):
                 made = getattr(trl, f"{self.trainer}Trainer")
                 trainer: Any = made(model, args=training, callbacks=[watch], **names)
             training.model_init_kwargs = recorded
-            trainer.create_model_card = partial(_card, training, ours.model_name_or_path, args.command)
+            base = model.peft_config["default"].base_model_name_or_path or ours.model_name_or_path
+            trainer.create_model_card = partial(_card, training, base, args.command)
             if "ref" in model.peft_config:  # TRL's copy of the adapter, which computes what the base does
                 model.delete_adapter("ref")
             if not training.disable_tqdm:
