@@ -230,7 +230,7 @@ def _data(ours: Any, training: Any, mixture: Any, rows: Callable[..., Any], toke
         name = ours.eval_data or (ours.dataset_name if asked else None)
         train = source("data", ours.dataset_name, ours.dataset_train_split)
         held_out = source("held out", name, ours.dataset_test_split) if name else None
-        if name is None and is_records(ours.dataset_name):
+        if name is None and isinstance(train, datasets.Dataset):
             train, held_out = _hold_out(train, ours.held_out, training.seed)
     if held_out is None:
         training.eval_strategy = IntervalStrategy.NO
