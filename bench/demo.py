@@ -82,6 +82,7 @@ def _finetune(name: str, out: Path) -> dict[str, Any]:
     arguments = ["finetune", "--model", str(out / "base"), "--data", str(out / "train.jsonl")]
     arguments += ["--eval-data", str(out / "held-out.jsonl"), "--out", str(out / name.lower()), *METHODS[name].split()]
     arguments += ["--rank", str(RANK), "--steps", str(STEPS), "--lr", str(LEARNING_RATE)]
+    arguments += ["--eval-steps", str(STEPS + 1)]  # only before and after
     arguments += ["--batch-size", str(BATCH), "--grad-accum", "1", "--max-length", str(MAX_TOKENS), "--seed", str(SEED)]
     print(f"\n$ pissa {shlex.join(arguments)}", flush=True)
     done = subprocess.run([sys.executable, "-m", "pissa", *arguments, "--json"], stdout=subprocess.PIPE, text=True)

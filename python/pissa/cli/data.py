@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pissa.cli.sources import Records, records
 from pissa.cli.templates import Chat, give_template, prompt_and_answer
-from pissa.cli.terminal import UserError, user_errors
+from pissa.cli.terminal import UserError, as_rows, user_errors
 from pissa.containers.messages import quote
 
 if TYPE_CHECKING:
@@ -182,8 +182,8 @@ def batches_of(file: str, examples: int, model: str | Path, columns: Mapping[str
     return [torch.tensor([row]) for row in tokens]
 
 
-_LINES, _WIDTH = 12, 100
-"""The most lines and columns that `shown` prints."""
+_LINES = 12
+"""The most lines that `shown` returns."""
 
 
 def shown(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
@@ -196,11 +196,5 @@ def shown(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
         parts = {}
         for label in ("chosen", "rejected"):
             parts["given"], parts[label] = prompt_and_answer(Chat("", row["prompt"] + row[label]), tokenizer)
-    lines = []
-    for label, text in filter(all, parts.items()):
-        whole = text.removesuffix("\n").split("\n")
-        part = [line if len(line) <= _WIDTH else f"{line[:69]}…{line[-30:]}" for line in whole]
-        if (more := len(part) - _LINES // len(parts)) > 0:  # the last lines of a prompt are next to the answer
-            part[1 : more + 2] = ["…"]
-        lines += [f"{label:<9} {part[0]}", *(f"{'':<9} {line}".rstrip() for line in part[1:])]
-    return "\n".join(lines)
+    parts = {label: text for label, text in parts.items() if text}
+    return "\n".join(as_rows(label, text, _LINES // len(parts)) for label, text in parts.items())

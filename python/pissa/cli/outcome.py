@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import statistics
-import textwrap
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ from pissa.cli.data import IGNORED
 from pissa.cli.options import RUN_FILE
 from pissa.cli.progress import tokens_per_second
 from pissa.cli.templates import end_of_answer
-from pissa.cli.terminal import print_row
+from pissa.cli.terminal import as_rows, print_row
 from pissa.containers.checkpoint import Contents
 
 PICTURE_FILE = "loss.png"
@@ -48,11 +46,11 @@ def answer(trainer: Any, tokenizer: Any) -> str | None:
             eos_token_id=end_of_answer(tokenizer),
             pad_token_id=tokenizer.pad_token_id,
         )
-    return _text(tokenizer, answered[0, prompt.shape[1] :].tolist())
+    return str(tokenizer.decode(answered[0, prompt.shape[1] :], skip_special_tokens=True))
 
 
-_ANSWER, _PATIENCE = 96, 30.0
-"""The most tokens of an answer that is shown, and the most seconds that it takes."""
+_ANSWER, _PATIENCE, _LINES = 96, 30.0, 4
+"""The most tokens of an answer that is shown, the most seconds that it takes, and the most lines."""
 
 
 def _question(trainer: Any) -> tuple[list[int], list[int]] | None:
@@ -71,25 +69,10 @@ def show_answers(trainer: Any, tokenizer: Any, before: str | None) -> None:
     question = _question(trainer)
     if question is None or before is None:
         return
-    after = answer(trainer, tokenizer)
-    texts = {"asked": _last_text(tokenizer, question[0]), "expected": _text(tokenizer, question[1])}
-    for label, text in (texts | {"before": before, "after": str(after)}).items():
-        lines = textwrap.wrap(" ".join(text.split()), 100, max_lines=3, placeholder=" ...") or ["(nothing)"]
-        for number, line in enumerate(lines):
-            print_row("" if number else label, line)
-
-
-def _last_text(tokenizer: Any, tokens: list[int]) -> str:
-    """The last text of a prompt that is more than a word: what stands between two of its special tokens."""
-    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    parts = [
-        _text(tokenizer, list(part)) for is_special, part in groupby(tokens, special.__contains__) if not is_special
-    ]
-    return next((text for text in reversed(parts) if len(text.split()) > 1), _text(tokenizer, tokens))
-
-
-def _text(tokenizer: Any, tokens: list[int]) -> str:
-    return str(tokenizer.decode(tokens, skip_special_tokens=True))
+    asked, expected = map(tokenizer.decode, question)
+    texts = {"asked": asked, "expected": expected, "before": before, "after": answer(trainer, tokenizer)}
+    for label, text in texts.items():
+        print(as_rows(label, str(text), _LINES))
 
 
 def draw(ours: Any, training: Any, config: pissa.PissaConfig, unit: str, history: Sequence[Mapping[str, Any]]) -> None:

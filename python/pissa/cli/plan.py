@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from pissa.checkpoints.training_memory import training_memory
 from pissa.cli.data import IGNORED
 from pissa.cli.memory import free_memory, peak_memory_mib
+from pissa.cli.terminal import as_size
 from pissa.layers.layer import pissa_layers
 
 _LOOKED_AT = 4096
@@ -41,8 +42,8 @@ class Plan(NamedTuple):
     padding: float
     """The share of padding in the batches."""
     seconds: float
-    memory_mib: float
-    """The peak memory of this process."""
+    memory: int
+    """The peak memory of this process, in bytes."""
     others: float
     """The cores that other programs used while the batch was measured, if they left none idle; else 0."""
     empty: float = 0.0
@@ -55,19 +56,19 @@ class Plan(NamedTuple):
         return (
             f"{self.steps:,} steps of {self.examples} examples ({passes} pass{'es' if passes != '1' else ''} over the "
             f"data, {self.padding:.0%} padding): about {as_duration(self.seconds)} on {where}, "
-            f"{as_memory(self.memory_mib)}"
+            f"{as_size(self.memory)}"
         )
 
-    def notes(self, free_mib: float) -> list[str]:
-        """What to change, where that is advisable. `free_mib` is how much more memory the process can get."""
+    def notes(self, free: int) -> list[str]:
+        """What to change, where that is advisable. `free` is how many more bytes the process can get."""
         notes = []
         if self.seconds > 86_400:
             notes.append(
                 "that is more than a day. Fewer --steps, a smaller --max-length or a smaller model take less time"
             )
-        if self.memory_mib > peak_memory_mib() + free_mib:
+        if self.memory > _peak() + free:
             notes.append(
-                f"only {as_memory(free_mib)} of memory are free. --gradient-checkpointing, a smaller --batch-size or "
+                f"only {as_size(free)} of memory are free. --gradient-checkpointing, a smaller --batch-size or "
                 "--max-length, or --quant nf4 take less"
             )
         if self.empty:
@@ -91,11 +92,6 @@ def as_duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.2g} hours"
-
-
-def as_memory(mib: float) -> str:
-    """MiB with about two digits: "810 MiB", "5.4 GiB"."""
-    return f"{mib:,.0f} MiB" if mib < 1000 else f"{mib / 1024:.1f} GiB"
 
 
 # ---- Memory, by the model's shapes -----------------------------------------------------------------------------------
@@ -155,13 +151,13 @@ def make_plan(trainer: Any, loss: Callable[[nn.Module, Any], Tensor], done: int 
 
     _try(trainer, loss, batch(longest[-1:]))  # the first backward is slower
     trial, before = batch(longest[:size]), _Cores()
-    peak = peak_memory_mib()
+    peak = _peak()
     _try(trainer, loss, trial)
     seconds, others = before.elapsed()
-    memory = peak_memory_mib()
+    memory = _peak()
     if memory > peak:
         trained = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
-        memory += _ADAM * trained / 2**20
+        memory += _ADAM * trained
     a_token = seconds / _count(trial)[0]
     a_place = sum(places) / sum(min(size, len(order) - start) for start in starts)  # of one example, with its padding
     work = steps * min(a_step, len(rows)) * a_place
@@ -172,6 +168,10 @@ def make_plan(trainer: Any, loss: Callable[[nn.Module, Any], Tensor], done: int 
     return Plan(
         steps, a_step, steps * a_step / len(rows), 1 - sum(tokens) / sum(places), a_token * work, memory, others, empty
     )
+
+
+def _peak() -> int:
+    return int(peak_memory_mib() * 2**20)
 
 
 def _size(row: Mapping[str, Any]) -> int:

@@ -12,6 +12,9 @@ from typing import Any
 
 from pissa.containers.messages import first_line
 
+_WIDTH = 100
+"""The most columns of a line of a text that is shown."""
+
 
 class UserError(Exception):
     """An error that the user can correct. The message says what is wrong, what is allowed and how to fix it. Any
@@ -47,6 +50,15 @@ def collect_notes(prints: bool) -> Iterator[list[str]]:
         warnings.simplefilter("always", UserWarning)
         warnings.showwarning = note
         yield texts
+
+
+def as_rows(label: str, text: str, lines: int) -> str:
+    """A label and a text of at most so many lines of 100 columns, without what is in the middle of longer ones."""
+    whole = text.removesuffix("\n").split("\n")
+    part = [line if len(line) <= _WIDTH else f"{line[:69]}…{line[-30:]}" for line in whole]
+    if (more := len(part) - lines) > 0:  # the last lines of a prompt are next to the answer
+        part[1 : more + 2] = ["…"]
+    return "\n".join([f"{label:<9} {part[0]}", *(f"{'':<9} {line}".rstrip() for line in part[1:])])
 
 
 def as_size(count: int) -> str:

@@ -374,7 +374,7 @@ def _plan(trainer: Any, checkpoint: Path | None, loss: Callable[..., torch.Tenso
         return None
     print_row("plan", plan.text(trainer.args.device))
     print_row("", "Ctrl-C keeps what is learnt by then, and --resume goes on from there")
-    for note in plan.notes(free_memory() / 2**20):
+    for note in plan.notes(free_memory()):
         print_row("note", note)
     return plan._asdict()
 
