@@ -115,7 +115,7 @@ def make_plan(trainer: Any, loss: Callable[[nn.Module, Any], Tensor], done: int 
     """Measures what a training by a TRL trainer will take.
 
     The longest examples make one batch, on which the model is trained without a step of the optimiser. So what runs out
-    of memory does so now. Its time for each token, padding included, is that of the whole training.
+    of memory does so now. Its time is that of as many tokens in the whole training.
 
     Args:
         trainer: the trainer, before `train`. Its model has no gradients afterwards.
@@ -158,16 +158,19 @@ def make_plan(trainer: Any, loss: Callable[[nn.Module, Any], Tensor], done: int 
     if memory > peak:
         trained = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
         memory += _ADAM * trained
-    a_token = seconds / _count(trial)[0]
-    a_place = sum(places) / sum(min(size, len(order) - start) for start in starts)  # of one example, with its padding
-    work = steps * min(a_step, len(rows)) * a_place
+    # The backward pass takes as long as the forward pass, which checkpointing repeats; but on a CPU it skips padding.
+    forward = 2 / 3 if args.gradient_checkpointing else 1 / 2
+
+    def work(places: int, tokens: int) -> float:
+        return forward * places + (1 - forward) * tokens
+
+    counted = sum(min(size, len(order) - start) for start in starts)
+    examples = steps * min(a_step, len(rows)) * work(sum(places), sum(tokens))
     if trainer.eval_dataset is not None:
-        # Without a backward pass, which takes as long as the forward pass, and twice as long with checkpointing.
-        forward = 1 / 3 if args.gradient_checkpointing else 1 / 2
-        work += len(trainer.eval_dataset) * a_place * _evaluations(args, steps) * forward
-    return Plan(
-        steps, a_step, steps * a_step / len(rows), 1 - sum(tokens) / sum(places), a_token * work, memory, others, empty
-    )
+        examples += len(trainer.eval_dataset) * _evaluations(args, steps) * (1 - forward) * sum(places)
+    seconds *= examples / counted / work(*_count(trial)[:2])
+    passes, padding = steps * a_step / len(rows), 1 - sum(tokens) / sum(places)
+    return Plan(steps, a_step, passes, padding, seconds, memory, others, empty)
 
 
 def _peak() -> int:

@@ -89,27 +89,24 @@ def test_a_batch_of_the_longest_examples_is_trained_on_and_forgotten() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_time_is_that_of_every_place_of_the_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan._Cores, "elapsed", lambda self: (36.0, 0.0))  # 4 x 9 places: a second for each
-    padded = 10 * LENGTHS_PADDED / 10
-    assert planned(trainer()).seconds == pytest.approx(6 * 8 * padded / 10)
-    of = trainer()
-    of.eval_dataset = Dataset.from_list([{"input_ids": [7]}] * 20)
-    # Six evaluations of twenty rows: a forward pass is half of forward and backward.
-    assert planned(of).seconds == pytest.approx((6 * 8 + 6 * 20 / 2) * padded / 10)
-    of.args.gradient_checkpointing = True
-    of.model.gradient_checkpointing_enable = lambda: None
-    assert planned(of).seconds == pytest.approx((6 * 8 + 6 * 20 / 3) * padded / 10)
-
-
-def _padded() -> int:
+def test_time_is_that_of_the_places_forward_and_the_tokens_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The longest rows have 9, 8, 7 and 6 tokens: 4 x 9 places and 30 tokens in 33 s.
+    monkeypatch.setattr(plan._Cores, "elapsed", lambda self: (33.0, 0.0))
     order = torch.randperm(10, generator=torch.Generator().manual_seed(0)).tolist()
     batches = [[LENGTHS[index] for index in order[start : start + 4]] for start in (0, 4, 8)]
-    return sum(len(batch) * max(batch) for batch in batches)
-
-
-LENGTHS_PADDED = _padded()
-"""The places of one pass over the rows, in batches of four."""
+    places, tokens = sum(len(batch) * max(batch) for batch in batches), sum(LENGTHS)
+    a_row = (places + tokens) / 2 / 10  # seconds
+    assert planned(trainer()).seconds == pytest.approx(6 * 8 * a_row)
+    of = trainer()
+    of.eval_dataset = Dataset.from_list([{"input_ids": [7]}] * 20)
+    assert planned(of).seconds == pytest.approx(
+        6 * 8 * a_row + 6 * 20 * places / 10 / 2
+    )  # six evaluations, forward only
+    of.args.gradient_checkpointing = True
+    of.model.gradient_checkpointing_enable = lambda: None
+    once = 33 / (2 / 3 * 36 + 1 / 3 * 30)
+    expected = 6 * 8 * (2 / 3 * places + 1 / 3 * tokens) / 10 + 6 * 20 * places / 10 / 3
+    assert planned(of).seconds == pytest.approx(expected * once)
 
 
 def test_memory_is_the_peak_with_the_averages_of_adam(monkeypatch: pytest.MonkeyPatch) -> None:

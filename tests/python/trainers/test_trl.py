@@ -56,7 +56,8 @@ def test_supervised_fine_tuning(form: str, packing: bool, base: Base, tokenizer:
     assert run.args.gradient_checkpointing
     start = loss_of(run)
     if form == "implicit":
-        assert start == loss_of(sft(base(), tmp_path, tokenizer, packing=packing))
+        # Up to the rounding of its logits to bfloat16, and of the sums of both heads.
+        assert start == pytest.approx(loss_of(sft(base(), tmp_path, tokenizer, packing=packing)), rel=2**-8)
     with unchanged(run.model):
         run.train()
     assert loss_of(run) < start
@@ -124,7 +125,8 @@ def test_preferences_start_from_the_base_and_go_on(form: str, base: Base, tokeni
         assert torch.equal(reference, reference_of(run))
     if form == "implicit":
         alone = dpo(base(), tmp_path, tokenizer, ref_model=base())
-        assert torch.equal(reference, torch.stack(alone.compute_ref_log_probs(alone.ref_model, batch_of(alone))))
+        theirs = torch.stack(alone.compute_ref_log_probs(alone.ref_model, batch_of(alone)))
+        torch.testing.assert_close(reference, theirs, rtol=1e-6, atol=0)  # sums of float32 in two orders
 
     with unchanged(run.model):
         run.train()
