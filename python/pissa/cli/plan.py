@@ -26,6 +26,10 @@ _LOOKED_AT = 4096
 _COUNTED = 64
 """The batches whose padding is counted."""
 
+_GAPS = 0.25
+"""What batches of many lengths leave unused between their activations, as a share of those of the longest batch:
+SmolLM2-135M, 60 steps of GSM8K, grew by 0.6 GiB, and 2.2 GiB are activations."""
+
 _ADAM = 8
 """Bytes of AdamW's two averages for each trained element, which exist from the first step on."""
 
@@ -151,13 +155,13 @@ def make_plan(trainer: Any, loss: Callable[[nn.Module, Any], Tensor], done: int 
 
     _try(trainer, loss, batch(longest[-1:]))  # the first backward is slower
     trial, before = batch(longest[:size]), _Cores()
-    peak = _peak()
+    peak, now = _peak(), psutil.Process().memory_info().rss
     _try(trainer, loss, trial)
     seconds, others = before.elapsed()
     memory = _peak()
     if memory > peak:
         trained = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
-        memory += _ADAM * trained
+        memory += _ADAM * trained + int(_GAPS * (memory - now))
     # The backward pass takes as long as the forward pass, which checkpointing repeats; but on a CPU it skips padding.
     forward = 2 / 3 if args.gradient_checkpointing else 1 / 2
 
