@@ -58,10 +58,16 @@ class Plan(NamedTuple):
         threads, passes = torch.get_num_threads(), f"{self.passes:.2g}"
         where = f"{threads} thread{'s'[: threads > 1]}" if device.type == "cpu" else str(device)
         return (
-            f"{self.steps:,} steps of {self.examples} examples ({passes} pass{'es' if passes != '1' else ''} over the "
+            f"{self.steps:,} step{'s' if self.steps != 1 else ''} of {self.examples} examples ({passes} pass{'es' if passes != '1' else ''} over the "
             f"data, {self.padding:.0%} padding): about {as_duration(self.seconds)} on {where}, "
             f"{as_size(self.memory)}"
         )
+
+    def within(self, minutes: float) -> Plan:
+        """The plan with as many steps as fit into these minutes, at least one, and not more than now."""
+        share = min(1.0, 60 * minutes / self.seconds)
+        steps = max(1, int(share * self.steps))
+        return self._replace(steps=steps, passes=self.passes * steps / self.steps, seconds=share * self.seconds)
 
     def notes(self, free: int) -> list[str]:
         """What to change, where that is advisable. `free` is how many more bytes the process can get."""

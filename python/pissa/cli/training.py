@@ -104,7 +104,7 @@ class Training(NamedTuple):
                 if trainer.is_world_process_zero() and not ours.resume:
                     record(Path(training.output_dir), ours, training, mixture)
                 checkpoint = _checkpoint(ours, training)
-                result["plan"] = _plan(trainer, checkpoint, loss)
+                result["plan"] = _plan(trainer, ours, checkpoint, loss)
                 before = answer(trainer, tokenizer)
                 _train(trainer, ours, watch, checkpoint, f"pissa {args.command}")
                 show_answers(trainer, tokenizer, before)
@@ -365,13 +365,18 @@ def _loss(trainer: Any, model: Any, batch: Any, *, by_trainer: bool) -> torch.Te
     return loss
 
 
-def _plan(trainer: Any, checkpoint: Path | None, loss: Callable[..., torch.Tensor]) -> dict[str, Any] | None:
+def _plan(trainer: Any, ours: Any, checkpoint: Path | None, loss: Callable[..., torch.Tensor]) -> dict[str, Any] | None:
     """Measures and prints what the training will take."""
-    done = 0 if checkpoint is None else TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).global_step
+    state = TrainerState() if checkpoint is None else TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+    if ours.minutes and state.max_steps:  # as many as before
+        trainer.args.max_steps = state.max_steps
     with user_errors(torch.OutOfMemoryError, MemoryError, before="--batch-size: "):
-        plan = make_plan(trainer, loss, done)
+        plan = make_plan(trainer, loss, state.global_step)
     if plan is None:
         return None
+    if ours.minutes and not state.max_steps:
+        plan = plan.within(ours.minutes)
+        trainer.args.max_steps = plan.steps
     print_row("plan", plan.text(trainer.args.device))
     print_row("", "Ctrl-C keeps what is learnt by then, and --resume goes on from there")
     for note in plan.notes(free_memory()):

@@ -5,15 +5,11 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from pissa.cli import guide, main, memory
-from pissa.cli.guide import Model, proposal
 from runs import logged, refused
-
-SMALL = Model(10**8, 2 * 10**8, True, None)
 
 
 @pytest.fixture
@@ -45,7 +41,7 @@ def test_three_answers_make_a_training(
     monkeypatch.chdir(tmp_path)
     assert asked(["no-model", str(base), "", "no.csv", str(data), "soon", "0", "5", "maybe", "yes"]) == 0
     said = capsys.readouterr().out
-    assert f"\npissa finetune --model {base} --data {data} --rank 16 --epochs 3\n" in said
+    assert f"\npissa finetune --model {base} --data {data} --minutes 5 --rank 16 --epochs 3\n" in said
     for problem in (
         "no-model",
         "a file is needed",
@@ -71,31 +67,15 @@ def test_it_needs_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     assert "without it: pissa finetune --model MODEL --data FILE" in refused(["start"], capsys)
 
 
-@pytest.mark.parametrize(
-    ("examples", "minutes", "expected"),
-    [
-        (1000, 40, ["--epochs", "1"]),
-        (300, 40, ["--epochs", "2"]),
-        (100, 40, ["--epochs", "3"]),
-        (300, 8, ["--epochs", "1"]),
-        (1000, 8, ["--steps", "60"]),
-    ],
-)
-def test_the_proposal_fits_the_time(
-    examples: int, minutes: float, expected: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """At 160 G operations a second, 0.1 G parameters train 200 tokens a second: one example."""
-    monkeypatch.setattr(memory, "free_memory", lambda: 10**9)
-    options = proposal(SMALL, [200] * examples, minutes, 160e9)
-    assert options == ["--rank", "16", *expected]
+@pytest.mark.parametrize(("examples", "passes"), [(500, "1"), (200, "2"), (199, "3")])
+def test_few_examples_are_seen_more_often(examples: int, passes: str, tmp_path: Path) -> None:
+    path = tmp_path / "sums.csv"
+    path.write_text("question,answer\n" + "1+1,2\n" * examples)
+    assert guide._read(str(path)) == ["--rank", "16", "--epochs", passes]
 
 
-def test_large_weights_are_proposed_in_4_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "free_memory", lambda: 10**9)
-    large: Any = SMALL._replace(nbytes=6 * 10**8)
-    assert proposal(large, [200] * 1000, 60, 1e12)[-3:] == ["--quant", "nf4", "--calibrate"]
-    assert "--quant" not in proposal(large._replace(is_dense=False), [200] * 1000, 60, 1e12)
-
-
-def test_the_rate_is_that_of_this_machine() -> None:
-    assert 1e8 < guide._rate() < 1e14
+def test_large_weights_are_proposed_in_4_bits(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = (base / "model.safetensors").stat().st_size
+    for free, expected in ((10 * size, []), (size, ["--quant", "nf4", "--calibrate"])):
+        monkeypatch.setattr(memory, "free_memory", lambda free=free: free)
+        assert guide._open_model(str(base)) == expected

@@ -19,7 +19,7 @@ import pages
 import pissa
 from pissa.cli import main, plan, training
 from pissa.cli.plan import Plan, as_duration, make_plan, needs_checkpointing
-from runs import command, history, logged, refused
+from runs import command, cut_last_step, history, logged, refused
 
 LENGTHS = [2, 9, 4, 4, 6, 1, 3, 8, 5, 7]
 
@@ -141,6 +141,13 @@ def test_nothing_is_planned_where_nothing_can_be_measured() -> None:
     assert make_plan(trainer(world_size=2), lambda model, batch: model(batch)) is None
 
 
+def test_a_plan_fits_the_minutes() -> None:
+    plan = Plan(60, 8, 1.0, 0.1, 600.0, 10**9, 0.0)
+    assert plan.within(20) == plan
+    assert plan.within(5) == plan._replace(steps=30, passes=0.5, seconds=300.0)
+    assert plan.within(0.01).steps == 1
+
+
 def test_a_plan_advises_what_to_change(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "peak_memory_mib", lambda: 500.0)
     monkeypatch.setattr(plan.psutil, "cpu_count", lambda: 8)
@@ -220,6 +227,21 @@ def test_a_run_says_what_it_will_take(
         assert main(["finetune", "--model", "base", "--data", "train.jsonl", "--steps", "1", "--held-out", "0"]) == 0
         assert "held out" not in capsys.readouterr().out
         assert (tmp_path / name / "adapter_model.safetensors").is_file()
+
+
+def test_minutes_end_a_run_and_what_resumes_it(
+    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Plan, "within", lambda self, minutes: self._replace(steps=3))
+    arguments = command("finetune", base, data, tmp_path / "run", "--minutes", "5", "--epochs", "2", steps=-1)
+    assert main(arguments) == 0
+    assert "plan      3 steps of 4 examples" in capsys.readouterr().out
+    assert len(logged(tmp_path / "run")) == 3
+    cut_last_step(tmp_path / "run", last=3)
+    monkeypatch.setattr(Plan, "within", lambda self, minutes: self._replace(steps=9))
+    assert main([*arguments, "--resume"]) == 0
+    assert "plan      1 step of 4 examples" in capsys.readouterr().out
+    assert logged(tmp_path / "run", "step")[:3] == [1, 2, 3]
 
 
 def test_what_is_held_out(base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
