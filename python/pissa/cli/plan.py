@@ -55,12 +55,11 @@ class Plan(NamedTuple):
 
     def text(self, device: torch.device) -> str:
         """The plan in one line."""
-        threads, passes = torch.get_num_threads(), f"{self.passes:.2g}"
-        where = f"{threads} thread{'s'[: threads > 1]}" if device.type == "cpu" else str(device)
+        passes, threads = f"{self.passes:.2g}", torch.get_num_threads()
+        where = _count_of(threads, "thread") if device.type == "cpu" else str(device)
         return (
-            f"{self.steps:,} step{'s' if self.steps != 1 else ''} of {self.examples} examples ({passes} pass{'es' if passes != '1' else ''} over the "
-            f"data, {self.padding:.0%} padding): about {as_duration(self.seconds)} on {where}, "
-            f"{as_size(self.memory)}"
+            f"{_count_of(self.steps, 'step')} of {self.examples} examples ({passes} x the data, "
+            f"{self.padding:.0%} padding): about {as_duration(self.seconds)} on {where}, {as_size(self.memory)}"
         )
 
     def within(self, minutes: float) -> Plan:
@@ -95,6 +94,10 @@ class Plan(NamedTuple):
                 f"several times as long then: end them{fewer}"
             )
         return notes
+
+
+def _count_of(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def as_duration(seconds: float) -> str:

@@ -153,9 +153,7 @@ def test_a_plan_advises_what_to_change(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan.psutil, "cpu_count", lambda: 8)
     calm = Plan(10, 8, 1.0, 0.1, 600.0, 9 * 10**8, 0.0)
     assert calm.notes(10**9) == []
-    assert "10 steps of 8 examples (1 pass over the data, 10% padding): about 10 minutes" in calm.text(
-        torch.device("cpu")
-    )
+    assert "10 steps of 8 examples (1 x the data, 10% padding): about 10 minutes" in calm.text(torch.device("cpu"))
     [note] = calm._replace(seconds=90_000.0).notes(10**9)
     assert note.startswith("that is more than a day. Fewer --steps")
     [note] = calm._replace(memory=2 * 10**9).notes(10**9)
@@ -212,9 +210,7 @@ def test_a_run_says_what_it_will_take(
     said, out = capsys.readouterr().out, tmp_path / "trained"
     assert "train.jsonl, 500 examples, " in said
     assert re.search(r"\nheld out  25 of them, chosen at random", said)
-    assert re.search(
-        r"\nplan      60 steps of 8 examples \(1 pass over the data, \d+% padding\): about \d+ s on \d", said
-    )
+    assert re.search(r"\nplan      60 steps of 8 examples \(1 x the data, \d+% padding\): about \d+ s on \d", said)
     assert "Ctrl-C keeps what is learnt by then, and --resume goes on" in said
     assert "float32" in said.partition("model ")[2].partition("\n")[0]  # the checkpoint's
     assert f"next      pissa chat {out.name}" in said
