@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Collection, Sequence
 from pkgutil import resolve_name
@@ -50,13 +51,15 @@ _INTERRUPTED = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the `pissa` command with the given arguments. Without any, it takes the arguments of the process, and the
     process then belongs to the command (`args.is_process`). Returns 0 when the work is done, now or by an earlier run;
-    1 when the environment or a check is broken; 2 for wrong input; 130 when interrupted."""
+    1 when the environment or a check is broken; 2 for wrong input; 130 when interrupted; 141 when its output is no longer
+    read."""
     is_process = argv is None
     argv = sys.argv[1:] if argv is None else argv
     command = next(iter(argv), "")
     try:
         args = parser_for([command]).parse_args(argv, argparse.Namespace(is_process=is_process, argv=argv[1:]))
         code: int = args.run(args)
+        sys.stdout.flush()
         return code
     except UserError as error:
         message, code = str(error), 2
@@ -71,6 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             message = f"needs {error.name}, which is not installed: {how}"
         elif "pip install" not in message:
             raise
+    except BrokenPipeError:  # what read the output, such as `head`, has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it at the end
+        return 141
     except KeyboardInterrupt as stop:
         left = str(stop) or _INTERRUPTED.get(command, "nothing is written")
         message, code = f"interrupted; {left}", 130

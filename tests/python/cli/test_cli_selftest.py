@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -188,3 +190,13 @@ def test_a_wrong_save_is_found(reader: Any, words: str, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(reader, "from_pretrained", classmethod(forgetful))
     assert [words in text for text in wrong_in_model("implicit", CPU)] == [True]
+
+
+def test_a_pipe_that_ends_ends_the_command() -> None:
+    """As in `pissa env | head -1`."""
+    program = "import sys; from pissa.cli import main; sys.exit(main())"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", program, "env"], **pipes) as run:
+        run.stdout.close()
+        assert run.stderr.read() == b""
+    assert run.returncode == 141
