@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
@@ -36,12 +37,13 @@ def answer(trainer: Any, tokenizer: Any) -> str | None:
     if question is None:
         return None
     model, prompt = trainer.model.eval(), torch.tensor([question[0]], device=trainer.model.device)
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     with torch.no_grad(), torch.random.fork_rng([]):
         answered = model.generate(
             input_ids=prompt,
             attention_mask=torch.ones_like(prompt),
             do_sample=False,
-            max_new_tokens=_ANSWER,
+            max_new_tokens=max(1, min(_ANSWER, context - prompt.shape[1])),
             max_time=_PATIENCE,
             eos_token_id=end_of_answer(tokenizer),
             pad_token_id=tokenizer.pad_token_id,

@@ -237,7 +237,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen3_moe": _causal("Qwen3Moe", **GROUPED, **ROUTED, head_dim=16, moe_intermediate_size=24),
     "olmoe": _causal("Olmoe", **GROUPED, **ROUTED),
     # TRL asks for the model below the head, which transformers does not find in its Llama4ForCausalLM.
-    "llama4": _causal("Llama4", {"FSDP2": NOT_CONTIGUOUS, "DPO": "has no attribute 'last_hidden_state'"}, **LLAMA4),
+    "llama4": _causal("Llama4", {"FSDP2": NOT_CONTIGUOUS}, **LLAMA4),
     "qwen3_5": _causal("Qwen3_5", **QWEN3_5),
     "qwen3_5_moe": _causal(
         "Qwen3_5Moe", **QWEN3_5, **ROUTED, moe_intermediate_size=24, shared_expert_intermediate_size=24

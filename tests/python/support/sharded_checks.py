@@ -29,6 +29,9 @@ from pissa.distributed import is_sharded, rank, world_size
 from pissa.layers.layer import pissa_layers
 from pissa.model import decompose as decomposition
 
+wrap = partial(pissa.wrap, fuse=False)
+"""The head of a sharded model is its own, so that of a whole one has to be too, if their bits are compared."""
+
 WHOLE = StateDictOptions(full_state_dict=True)
 """What every process is given."""
 
@@ -54,7 +57,7 @@ def trained(folder: Path) -> dict[str, list[Any]]:
     sharded first."""
     found = {}
     for way, fields in WAYS.items():
-        first, model = pissa.wrap(llama(), r=4, **fields), pissa.wrap(shard(llama()), r=4, **fields)
+        first, model = wrap(llama(), r=4, **fields), wrap(shard(llama()), r=4, **fields)
         assert all(is_sharded(value) != (".lora_" in name) for name, value in model.named_parameters())
         layers = pissa_layers(model.get_base_model())
         for name, layer in pissa_layers(first.get_base_model()).items():
@@ -75,7 +78,7 @@ def tied_llama() -> nn.Module:
 
 def saved(folder: Path) -> None:
     """Rank 0 writes the adapter, of which it has all. The others are not asked for anything."""
-    first, model = shard(pissa.wrap(tied_llama(), r=4)), pissa.wrap(shard(tied_llama()), r=4)
+    first, model = shard(wrap(tied_llama(), r=4)), wrap(shard(tied_llama()), r=4)
     train(first, tokens()), train(model, tokens())
     state = get_model_state_dict(first, options=WHOLE)
     if rank() == 0:
@@ -87,9 +90,9 @@ def saved(folder: Path) -> None:
 def loaded(folder: Path) -> dict[str, list[float]]:
     """Losses of a folder that is loaded onto a whole model, a sharded one, and one that is made to be trained later."""
     target = folder / "sharded_first"
-    whole = PissaModel.from_pretrained(tied_llama(), target, is_trainable=True).train()
-    model = PissaModel.from_pretrained(shard(tied_llama()), target, is_trainable=True).train()
-    later = PissaModel.from_pretrained(shard(tied_llama()), target).train()
+    whole = PissaModel.from_pretrained(tied_llama(), target, is_trainable=True, fuse=False).train()
+    model = PissaModel.from_pretrained(shard(tied_llama()), target, is_trainable=True, fuse=False).train()
+    later = PissaModel.from_pretrained(shard(tied_llama()), target, fuse=False).train()
     for name, parameter in later.named_parameters():
         parameter.requires_grad_(".lora_" in name)
     found = {
@@ -105,7 +108,7 @@ def more_adapters(folder: Path) -> list[list[float]]:
     """Losses of a second adapter."""
     found = []
     for build in (llama, lambda: shard(llama())):
-        model = pissa.wrap(build(), r=4)
+        model = wrap(build(), r=4)
         model.add_adapter("second", pissa.PissaConfig(r=2))
         model.set_adapter("second")
         found.append(train(model if found else DistributedDataParallel(model), tokens()))
@@ -114,7 +117,7 @@ def more_adapters(folder: Path) -> list[list[float]]:
 
 def accumulated(folder: Path) -> dict[str, list[float]]:
     """Norms of the gradients of two batches together, which are clipped, and losses then: of one process, and here."""
-    whole, model = pissa.wrap(llama(), r=4), pissa.wrap(shard(llama()), r=4)
+    whole, model = wrap(llama(), r=4), wrap(shard(llama()), r=4)
     for batch in (tokens(), tokens().flip(1)):
         for rows in batch.chunk(world_size()):
             (whole(input_ids=rows, labels=rows).loss / world_size()).backward()
@@ -135,7 +138,7 @@ def meshes(folder: Path) -> dict[str, list[float]]:
         "replicas": {"mesh": init_device_mesh("cpu", (size, 1), mesh_dim_names=("dp_replicate", "dp_shard"))},
         "offloaded": {"offload_policy": CPUOffloadPolicy(pin_memory=False)},
     }
-    return {name: train(pissa.wrap(shard(llama(), **some), r=4), tokens()) for name, some in options.items()}
+    return {name: train(wrap(shard(llama(), **some), r=4), tokens()) for name, some in options.items()}
 
 
 def after_a_forward_pass(folder: Path) -> list[float]:
@@ -144,14 +147,14 @@ def after_a_forward_pass(folder: Path) -> list[float]:
     model = fully_shard(llama())
     model(input_ids=tokens())
     assert not any(is_sharded(parameter) for parameter in model.parameters())
-    return train(pissa.wrap(model, r=4), tokens())
+    return train(wrap(model, r=4), tokens())
 
 
 def merged(folder: Path) -> list[float]:
     """A loss before, while and after the adapter is merged. A layer has a bias."""
     model = llama()
     model.model.layers[0].self_attn.q_proj.bias = nn.Parameter(torch.linspace(-1, 1, 34))
-    model, found = pissa.wrap(shard(model), r=4), []
+    model, found = wrap(shard(model), r=4), []
     train(model, tokens())
     for change in (lambda: None, model.merge_adapter, model.unmerge_adapter):
         change()
@@ -167,7 +170,7 @@ def peak(folder: Path) -> int:
     distributed.whole_tensor = weights.whole_tensor = counted(alive, most)
     decomposition._GROUP = 1
     try:
-        pissa.wrap(shard(llama()), r=4, use_dora=True)
+        wrap(shard(llama()), r=4, use_dora=True)
     finally:
         distributed.whole_tensor = weights.whole_tensor = whole_tensor
         decomposition._GROUP = limit
@@ -186,7 +189,7 @@ def nan(folder: Path) -> list[Any]:
     found: list[Any] = [message(partial(pissa.wrap, model, r=4))]
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight.to_local().nan_to_num_(value)
-    return [*found, train(pissa.wrap(model, r=4), tokens())]
+    return [*found, train(wrap(model, r=4), tokens())]
 
 
 def refused(folder: Path) -> dict[str, list[str]]:
@@ -199,7 +202,7 @@ def refused(folder: Path) -> dict[str, list[str]]:
     computed = fully_shard(llama())
     computed(input_ids=tokens())
     stored = folder / "stored"
-    model = pissa.wrap(llama(), r=4, quant="nf4")
+    model = wrap(llama(), r=4, quant="nf4")
     if rank() == 0:
         model.save_pretrained(stored)
     dist.barrier()
@@ -236,7 +239,7 @@ def loaded_by_transformers(folder: Path) -> list[list[float]]:
     dist.barrier()
     found = []
     for options in ({}, {"distributed_config": DistributedConfig(fsdp_size=world_size())}):
-        model = pissa.wrap(LlamaForCausalLM.from_pretrained(base, **options), r=4)
+        model = wrap(LlamaForCausalLM.from_pretrained(base, **options), r=4)
         assert any(is_sharded(parameter) for parameter in model.parameters()) == bool(options)
         target = folder / f"trainer-{len(found)}"
         fields = trainers.options(target, per_device_train_batch_size=ROWS // world_size(), save_only_model=True)
