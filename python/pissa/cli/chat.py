@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from pissa.cli.cores import note_on_cores
 from pissa.cli.templates import end_of_answer, prompt_text
 from pissa.cli.terminal import (
     UserError,
@@ -22,6 +23,7 @@ from pissa.cli.terminal import (
     user_errors,
 )
 
+_COMMANDS = "Ctrl-C stops an answer, /new begins a new conversation, /quit or Ctrl-D ends."
 _BASE = "base"  # the side of the conversation without the adapter
 _temperature = number(float, "a number from 0 on", lambda value: 0 <= value < float("inf"))
 
@@ -50,6 +52,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("the prompt is empty; give --prompt TEXT or a text through a pipe, or start it in a terminal")
     with contextlib.redirect_stdout(sys.stderr), collect_notes(prints=True):
         chat = Conversation(args, *_load(args))
+    if busy := note_on_cores():
+        _say(f"note: {busy}")
     if is_conversation:
         return _converse(chat)
     chat.ask(prompt.strip())
@@ -221,7 +225,7 @@ class Conversation:
 def _converse(chat: Conversation) -> int:
     with contextlib.suppress(ImportError):  # a Python without it only lacks editing and history of lines
         import readline  # noqa: F401
-    _say("Ctrl-C stops an answer, /new begins a new conversation, /quit or Ctrl-D ends.")
+    _say(_COMMANDS)
     while True:
         try:
             with contextlib.redirect_stdout(sys.stdout if sys.stdout.isatty() else sys.stderr):
@@ -233,6 +237,9 @@ def _converse(chat: Conversation) -> int:
             return 0
         if prompt == "/new":
             chat.begin()
+            _say("a new conversation")
+        elif prompt.startswith("/"):
+            _say(_COMMANDS)
         elif prompt:
             try:
                 with chat.stoppable():

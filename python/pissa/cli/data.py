@@ -63,16 +63,18 @@ def read_preferences(records: Records) -> list[tuple[Chat, Chat]]:
 
 
 def _form(where: str, record: Any, forms: Sequence[tuple[str, ...]]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The record, with whole numbers as texts, and the first form that it has."""
-    given, suggested = quote(record), None
+    """The record, with names in lower case and whole numbers as texts, and the first form that it has."""
+    given = quote(record)
     if isinstance(record, dict):
+        lower = {str(key).strip().lower(): str(value) if type(value) is int else value for key, value in record.items()}
         for form in forms:
-            if {*form} <= record.keys():
-                return {key: str(value) if type(value) is int else value for key, value in record.items()}, form
-        given = f"an object with the keys {', '.join(map(quote, record)) or 'none'}"
-        suggested = _suggested(record, forms)
+            if {*form} <= lower.keys():
+                return lower, form
+        given = f"the columns {', '.join(map(quote, record)) or 'none'}"
+        if suggested := _suggested(record, forms):
+            raise UserError(f"{where}: found {given}; tell what they are: --columns {suggested}")
     allowed = ", or ".join(" and ".join(f'"{key}"' for key in form) for form in forms)
-    mapped = suggested or ",".join(f"{name}=COLUMN" for name in forms[min(3, len(forms) - 1)])
+    mapped = ",".join(f"{name}=COLUMN" for name in forms[min(3, len(forms) - 1)])
     raise UserError(
         f'{where}: found {given}; allowed: an object with {allowed}, which are texts, or messages: [{{"role": "user", '
         f'"content": "..."}}, {{"role": "assistant", "content": "..."}}]; other columns are named by --columns {mapped}'
@@ -99,7 +101,7 @@ def _messages(where: str, record: dict[str, Any], form: tuple[str, ...]) -> list
     parts = [record[key] for key in form]
     more = record.get("input")
     if "instruction" in form and isinstance(parts[0], str) and isinstance(more, str) and more.strip():
-        parts[0] = f"{parts[0]}\n\n{more}"
+        parts[0] += f"\n\n{more}"
     roles = ("assistant",) if form == ("text",) else ("user", "assistant")
     messages: list[Any] = []
     for part, role in zip(parts, roles, strict=False):

@@ -10,6 +10,8 @@ import re
 from importlib import metadata
 from typing import Any
 
+from pissa.cli.cores import note_on_cores
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="report as one JSON object")
@@ -43,7 +45,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         **{name: version or "not installed" for name, version in versions.items()},
         "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
-        "cores": _cores(torch.get_num_threads()),
+        "cores": "; ".join(filter(None, [str(os.cpu_count()), note_on_cores()])),
         **{f"build: {key}": value for key, value in info.items() if key not in ("version", "cuda")},
         "cuda": _cuda(info["cuda"]),
     }
@@ -58,18 +60,6 @@ def environment() -> dict[str, Any]:
     elif missing:
         verdict = f"pissa.ops works; for models also run `pip install {' '.join(missing)}`, or install pissa[cli]"
     return report | {"works": not old and not wrong, "verdict": verdict}
-
-
-def _cores(threads: int) -> str:
-    """The number of cores, and what to do if other programs hold some of them: threads that wait for each other then
-    take several times as long (7 times, measured with two threads beside one busy program on two cores)."""
-    cores, load = os.cpu_count() or 1, os.getloadavg()[0]
-    if load + threads <= cores + 0.5:
-        return f"{cores}"
-    fewer = max(1, round(cores - load))
-    remedy = f"end them, or set OMP_NUM_THREADS={fewer}" if fewer < threads else "end them"
-    held = f"{cores}, of which other programs held {load:.1f} in the last minute"
-    return f"{held}, which slows training several times: {remedy}"
 
 
 def _cuda(build: dict[str, Any] | None) -> str:

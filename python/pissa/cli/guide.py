@@ -8,10 +8,10 @@ import sys
 from collections.abc import Callable
 from typing import TypeVar
 
-from pissa.cli.terminal import UserError, minutes_of, number, silence_third_parties, user_errors
+from pissa.cli.terminal import UserError, columns, minutes_of, number, silence_third_parties, user_errors
 
 _MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-_yes = number(str.lower, "yes or no", lambda text: text in ("yes", "no"))
+_yes = number(lambda text: text.lower()[:1], "yes or no", lambda letter: letter in ("y", "n"))
 
 Value = TypeVar("Value")
 
@@ -29,12 +29,12 @@ def run(args: argparse.Namespace) -> int:
     silence_third_parties()
     print("Three questions; an empty answer takes what is in brackets, and Ctrl-C ends.")
     name, of_model = _ask(f"Model: a folder, or a name on the Hugging Face Hub [{_MODEL}]", _open_model, _MODEL)
-    data, of_data = _ask("Your data: a file of questions and answers, or of texts", _read)
+    _, of_data = _ask("Your data: a file of questions and answers, or of texts", _read)
     minutes, _ = _ask("Minutes that the training may take [30]", minutes_of, "30")
-    command = ["finetune", "--model", name, "--data", data, "--minutes", minutes, *of_data, *of_model]
+    command = ["finetune", "--model", name, "--minutes", minutes, *of_data, *of_model]
     print(f"\npissa {shlex.join(command)}\n")
     _, is_wanted = _ask("Start it? yes or no [yes]", _yes, "yes")
-    if is_wanted == "no":
+    if is_wanted == "n":
         return 0
     from pissa.cli import main
 
@@ -69,12 +69,15 @@ def _open_model(name: str) -> list[str]:
     return ["--quant", "nf4", "--calibrate"] if is_large else []
 
 
-def _read(file: str) -> list[str]:
-    """The options for a file: one pass over 500 examples or more, up to three over fewer."""
+def _read(answer: str) -> list[str]:
+    """The options for a file, which may be followed by --columns: one pass over 500 examples or more, up to three over
+    fewer."""
     from pissa.cli.data import read_chats
     from pissa.cli.sources import records
 
+    file, _, mapping = answer.partition(" --columns ")
     if not file:
         raise UserError("a file is needed: .jsonl, .json, .csv, .tsv, .parquet or .txt")
-    count = len(read_chats(records(file)))
-    return ["--rank", "16", "--epochs", "1" if count >= 500 else "2" if count >= 200 else "3"]
+    count = len(read_chats(records(file, columns(mapping) if mapping else None)))
+    epochs = "1" if count >= 500 else "2" if count >= 200 else "3"
+    return ["--data", file, *(["--columns", mapping] if mapping else []), "--rank", "16", "--epochs", epochs]

@@ -15,14 +15,14 @@ _LIMITS = {-3: 8 * _MIB, -1: 64 * _MIB}  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD
 _SET_BY = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "malloc.mmap_threshold", "malloc.trim_threshold")
 
 
-def peak_memory_mib() -> float:
-    """Peak memory so far, in MiB: the memory allocated on a GPU or, without one, the resident memory of this
+def peak_memory() -> int:
+    """Peak memory so far, in bytes: the memory allocated on a GPU or, without one, the resident memory of this
     process."""
     if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / _MIB
+        return torch.cuda.max_memory_allocated()
     # Not getrusage: its maximum survives exec, so a child would start with the maximum of its parent.
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(lines["VmHWM"].split()[0]) / 2**10
+    return 1024 * int(lines["VmHWM"].split()[0])
 
 
 def free_memory() -> int:

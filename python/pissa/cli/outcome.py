@@ -18,7 +18,7 @@ from pissa.cli.data import IGNORED
 from pissa.cli.options import RUN_FILE
 from pissa.cli.progress import tokens_per_second
 from pissa.cli.templates import end_of_answer
-from pissa.cli.terminal import as_rows, print_row
+from pissa.cli.terminal import as_rows, as_size, print_row
 from pissa.containers.checkpoint import Contents
 
 PICTURE_FILE = "loss.png"
@@ -79,18 +79,17 @@ def show_answers(trainer: Any, tokenizer: Any, before: str | None) -> None:
 
 def draw(ours: Any, training: Any, config: pissa.PissaConfig, unit: str, history: Sequence[Mapping[str, Any]]) -> None:
     """Draws the losses so far, in nats per `unit`, if matplotlib is installed."""
-    curves = {name: [(row["step"], row[key]) for row in history if key in row] for name, key in _CURVES.items()}
-    if not curves["training"] or training.process_index or find_spec("matplotlib") is None:
+    trained, held_out = (
+        ([row["step"] for row in history if key in row], [row[key] for row in history if key in row])
+        for key in ("loss", "eval_loss")
+    )
+    if not trained[0] or training.process_index or find_spec("matplotlib") is None:
         return
     from pissa.cli.pictures import draw_losses
 
-    trained, held_out = (([step for step, _ in points], [loss for _, loss in points]) for points in curves.values())
     title = f"{Path(ours.model_name_or_path).name}, rank {ours.r}, learning rate {training.learning_rate:g}"
     path = Path(training.output_dir) / PICTURE_FILE
     draw_losses({method_name(ours, config): trained}, path, title, unit, held_out)
-
-
-_CURVES = {"training": "loss", "held out": "eval_loss"}
 
 
 def report(trainer: Any, ours: Any, config: pissa.PissaConfig, contents: Contents) -> dict[str, Any]:
@@ -107,8 +106,9 @@ def report(trainer: Any, ours: Any, config: pissa.PissaConfig, contents: Content
     if held_out:
         print_row("held out", f"loss {held_out[0]:.4f} before, {held_out[-1]:.4f} after")
     speed = f", {rate:,.0f} tokens a second" if (rate := tokens_per_second(history)) else ""
-    print_row("cost", f"{seconds:.2f} s per step (median){speed}, peak memory {memory:,.0f} MiB")
-    print_row("saved", f"{out}: the adapter, {RUN_FILE}, {f'{PICTURE_FILE}, ' if has_picture else ''}checkpoints")
+    print_row("cost", f"{seconds:.2f} s per step (median){speed}, peak memory {as_size(int(memory * 2**20))}")
+    picture = f"{PICTURE_FILE}, " if has_picture else ""
+    print_row("saved", f"{out}: the adapter, {RUN_FILE}, {picture}checkpoints (only --resume needs them)")
     if not has_picture:
         print_row("note", "no picture of the losses: run `pip install matplotlib`")
     if ours.quant:

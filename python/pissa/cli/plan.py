@@ -15,8 +15,9 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from pissa.checkpoints.training_memory import training_memory
+from pissa.cli.cores import note_on_cores
 from pissa.cli.data import IGNORED
-from pissa.cli.memory import free_memory, peak_memory_mib
+from pissa.cli.memory import free_memory, peak_memory
 from pissa.cli.terminal import as_size
 from pissa.layers.layer import pissa_layers
 
@@ -55,10 +56,9 @@ class Plan(NamedTuple):
 
     def text(self, device: torch.device) -> str:
         """The plan in one line."""
-        passes, threads = f"{self.passes:.2g}", torch.get_num_threads()
-        where = _count_of(threads, "thread") if device.type == "cpu" else str(device)
+        where = count_of(torch.get_num_threads(), "thread") if device.type == "cpu" else str(device)
         return (
-            f"{_count_of(self.steps, 'step')} of {self.examples} examples ({passes} x the data, "
+            f"{count_of(self.steps, 'step')} of {self.examples} examples ({self.passes:.2g} x the data, "
             f"{self.padding:.0%} padding): about {as_duration(self.seconds)} on {where}, {as_size(self.memory)}"
         )
 
@@ -75,7 +75,7 @@ class Plan(NamedTuple):
             notes.append(
                 "that is more than a day. Fewer --steps, a smaller --max-length or a smaller model take less time"
             )
-        if self.memory > _peak() + free:
+        if self.memory > peak_memory() + free:
             notes.append(
                 f"only {as_size(free)} of memory are free. --gradient-checkpointing, a smaller --batch-size or "
                 "--max-length, or --quant nf4 take less"
@@ -85,18 +85,12 @@ class Plan(NamedTuple):
                 f"{self.empty:.0%} of the batches have no token to learn, and teach nothing: the answers are cut away, "
                 "or have no labels. A larger --max-length keeps more of them"
             )
-        if self.others:
-            cores = psutil.cpu_count() or 1
-            left = max(1, round(cores - self.others))
-            fewer = f", or set OMP_NUM_THREADS={left}" if left < torch.get_num_threads() else ""
-            notes.append(
-                f"other programs use {self.others:.1f} of {cores} cores, and threads that wait for each other take "
-                f"several times as long then: end them{fewer}"
-            )
+        if self.others and (busy := note_on_cores(self.others)):
+            notes.append(busy)
         return notes
 
 
-def _count_of(number: int, what: str) -> str:
+def count_of(number: int, what: str) -> str:
     return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
@@ -110,14 +104,24 @@ def as_duration(seconds: float) -> str:
 # ---- Memory, by the model's shapes -----------------------------------------------------------------------------------
 
 
-def needs_checkpointing(model: Any, tokens: int) -> bool:
-    """Whether the activations of a batch with so many tokens would fill more than half of the free memory, so that
-    blocks should rather compute theirs again. Of a model without layers of ours, nothing is known: False."""
-    layers = {name: layer.matrix_shape for name, layer in pissa_layers(model).items()}
-    if not layers:
+def needs_checkpointing(args: Any, model: Any, rows: Any) -> bool:
+    """Whether the activations of the longest batch would fill more than half of the free memory, so that blocks should
+    rather compute theirs again. False on a GPU, for several processes, and for a model without layers of ours, of which
+    nothing is known.
+
+    Args:
+        args: the trainer's.
+        model: a PeftModel.
+        rows: the training data. Rows without tokens yet may become as long as allowed.
+    """
+    base = model.base_model.model
+    layers = {name: layer.matrix_shape for name, layer in pissa_layers(base).items()}
+    if not layers or args.world_size > 1 or args.device.type != "cpu":
         return False
-    hidden = model.config.get_text_config().hidden_size
-    memory = training_memory(layers, 1, weights=0, dtype=model.dtype, hidden=hidden, tokens=tokens)
+    is_encoded = isinstance(rows, Dataset) and "input_ids" in rows.column_names
+    longest = max(map(len, rows["input_ids"])) if is_encoded else args.max_length or 0
+    hidden, tokens = base.config.get_text_config().hidden_size, args.train_batch_size * longest
+    memory = training_memory(layers, 1, weights=0, dtype=base.dtype, hidden=hidden, tokens=tokens)
     return memory["plain"]["activations"] > free_memory() / 2
 
 
@@ -164,10 +168,10 @@ def make_plan(trainer: Any, loss: Callable[[nn.Module, Any], Tensor], done: int 
 
     _try(trainer, loss, batch(longest[-1:]))  # the first backward is slower
     trial, before = batch(longest[:size]), _Cores()
-    peak, now = _peak(), psutil.Process().memory_info().rss
+    peak, now = peak_memory(), psutil.Process().memory_info().rss
     _try(trainer, loss, trial)
     seconds, others = before.elapsed()
-    memory = _peak()
+    memory = peak_memory()
     if memory > peak:
         trained = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
         memory += _ADAM * trained + int(_GAPS * (memory - now))
@@ -184,10 +188,6 @@ def make_plan(trainer: Any, loss: Callable[[nn.Module, Any], Tensor], done: int 
     seconds *= examples / counted / work(*_count(trial)[:2])
     passes, padding = steps * a_step / len(rows), 1 - sum(tokens) / sum(places)
     return Plan(steps, a_step, passes, padding, seconds, memory, others, empty)
-
-
-def _peak() -> int:
-    return int(peak_memory_mib() * 2**20)
 
 
 def _size(row: Mapping[str, Any]) -> int:

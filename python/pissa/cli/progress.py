@@ -13,7 +13,7 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
-from pissa.cli.memory import peak_memory_mib
+from pissa.cli.memory import peak_memory
 
 
 def tokens_per_second(history: Sequence[Mapping[str, Any]]) -> float:
@@ -92,7 +92,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
         if "loss" in logs:
-            costs = {"seconds": round(self.seconds, 4), "peak_memory_mib": round(peak_memory_mib(), 1)}
+            costs = {"seconds": round(self.seconds, 4), "peak_memory_mib": round(peak_memory() / 2**20, 1)}
             state.log_history[-1].update(costs)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:

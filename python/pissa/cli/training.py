@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -36,7 +37,7 @@ from pissa.cli.data import encode, read_chats, read_preferences, shown
 from pissa.cli.memory import free_memory, return_freed_blocks
 from pissa.cli.options import AUTO, RUN_FILE, adapter_config, check_same_run, parse, record
 from pissa.cli.outcome import answer, draw, method_name, report, show_answers
-from pissa.cli.plan import make_plan, needs_checkpointing
+from pissa.cli.plan import count_of, make_plan, needs_checkpointing
 from pissa.cli.progress import CompleteError, LossBar, Watch
 from pissa.cli.selftest import has_passed_on_gpu
 from pissa.cli.sources import ALLOWED, Records, is_records, records
@@ -66,15 +67,15 @@ class Training(NamedTuple):
         with contextlib.redirect_stdout(screen), _explain_cut_images(training):
             _check_device(training)
             config, contents = _complete_options(ours, training, mixture)
-            if args.is_process and training.device.type == "cpu" and return_freed_blocks():
-                print_row("memory", "freed blocks of 8 MiB and more go back to the system (malloc's limits are set)")
+            if args.is_process and training.device.type == "cpu":
+                return_freed_blocks()
             code = {"revision": ours.model_revision, "trust_remote_code": training.trust_remote_code}
             processor = _load(ours, AutoProcessor.from_pretrained, **code)
             tokenizer = getattr(processor, "tokenizer", processor)
             train, held_out = _data(ours, training, mixture, self.rows, tokenizer)
             model = _model(ours, training, config, contents, train, **code)
             if training.gradient_checkpointing is None:
-                training.gradient_checkpointing = _needs_checkpointing(training, model, train)
+                training.gradient_checkpointing = needs_checkpointing(training, model, train)
                 training.activation_checkpointing = training.gradient_checkpointing  # its name in later versions
             datasets.disable_progress_bars()
             watch = Watch(partial(draw, ours, training, config, self.unit))
@@ -104,8 +105,9 @@ class Training(NamedTuple):
                 if trainer.is_world_process_zero() and not ours.resume:
                     record(Path(training.output_dir), ours, training, mixture)
                 checkpoint = _checkpoint(ours, training)
-                result["plan"] = _plan(trainer, ours, checkpoint, loss)
+                began = time.perf_counter()
                 before = answer(trainer, tokenizer)
+                result["plan"] = _plan(trainer, ours, checkpoint, loss, time.perf_counter() - began)
                 _train(trainer, ours, watch, checkpoint, f"pissa {args.command}")
                 show_answers(trainer, tokenizer, before)
                 result |= report(trainer, ours, config, contents)
@@ -295,7 +297,7 @@ def _model(ours: Any, training: Any, config: pissa.PissaConfig, contents: Conten
                 batches = _calibration(train, ours.calibration) if config.needs_calibration else None
                 model = pissa.wrap(model, config, calibration=batches, progressbar=not training.process_index)
     trainable, total = model.get_nb_trainable_parameters()
-    cores = f"{torch.get_num_threads()} threads" if training.device.type == "cpu" else f"{training.device}"
+    cores = count_of(torch.get_num_threads(), "thread") if training.device.type == "cpu" else str(training.device)
     print_row("model", f"{name}, {(total - trainable) / 1e6:,.1f} M parameters, {ours.dtype}, {cores}")
     share = f"{trainable:,} trainable parameters ({trainable / total:.2%})"
     print_row("method", f"{method_name(ours, config)}, rank {ours.r}: {share}")
@@ -313,15 +315,6 @@ def _calibration(train: Any, count: int) -> list[torch.Tensor]:
     return [torch.tensor([row["input_ids"]]) for row in rows]
 
 
-def _needs_checkpointing(training: Any, model: Any, train: Any) -> bool:
-    """Whether the activations of the longest batch are too large for this machine's memory."""
-    if training.world_size > 1 or training.device.type != "cpu":
-        return False
-    rows = train if isinstance(train, datasets.Dataset) and "input_ids" in train.column_names else ()
-    longest = max((len(row["input_ids"]) for row in rows), default=training.max_length or 0)
-    return needs_checkpointing(model.base_model.model, training.train_batch_size * longest)
-
-
 def _batches(trainer: Any, count: int) -> list[Any]:
     """At most `count` batches of the training data, in random order."""
     rows, size = iter(trainer.train_dataset.shuffle(seed=trainer.args.seed)), trainer.args.per_device_train_batch_size
@@ -331,8 +324,8 @@ def _batches(trainer: Any, count: int) -> list[Any]:
 
 def _check(trainer: Any) -> dict[str, Any]:
     difference, bound = step0_check(trainer.model, _batches(trainer, 1)[0])
-    print_row("check", f"logits at step 0 differ by {difference:.1e} from the base's (bound {bound:.1e})")
     passed = difference <= bound  # False for NaN
+    print_row("check", f"logits at step 0 differ by {difference:.1e} from the base's (allowed: up to {bound:.1e})")
     if not passed:
         print_row(
             "check", "FAILED: the adapter changes the model before it is trained; report it with `pissa selftest`"
@@ -365,8 +358,10 @@ def _loss(trainer: Any, model: Any, batch: Any, *, by_trainer: bool) -> torch.Te
     return loss
 
 
-def _plan(trainer: Any, ours: Any, checkpoint: Path | None, loss: Callable[..., torch.Tensor]) -> dict[str, Any] | None:
-    """Measures and prints what the training will take."""
+def _plan(
+    trainer: Any, ours: Any, checkpoint: Path | None, loss: Callable[..., torch.Tensor], rest: float
+) -> dict[str, Any] | None:
+    """Measures and prints what the training will take, with so many seconds for all that is not training."""
     state = TrainerState() if checkpoint is None else TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
     if ours.minutes and state.max_steps:  # as many as before
         trainer.args.max_steps = state.max_steps
@@ -374,6 +369,7 @@ def _plan(trainer: Any, ours: Any, checkpoint: Path | None, loss: Callable[..., 
         plan = make_plan(trainer, loss, state.global_step)
     if plan is None:
         return None
+    plan = plan._replace(seconds=plan.seconds + rest)
     if ours.minutes and not state.max_steps:
         plan = plan.within(ours.minutes)
         trainer.args.max_steps = plan.steps

@@ -74,7 +74,7 @@ def test_a_data_set_is_read_as_a_file_is(base: Path, tmp_path: Path, capsys: pyt
     assert f"data      {tmp_path / 'set'}, split train, 16 examples, " in capsys.readouterr().out
     Dataset.from_list([{"query": "q", "response": "a"}]).to_parquet(tmp_path / "set" / "train.parquet")
     message = refused(command("finetune", base, tmp_path / "set", tmp_path / "c", *SHORT), capsys)
-    assert f"{tmp_path / 'set'}, split train: row 1: found an object with the keys 'query', 'response'; " in message
+    assert f"{tmp_path / 'set'}, split train: row 1: found the columns 'query', 'response'; " in message
     assert message.endswith("--columns question=query,answer=response")
 
 

@@ -77,7 +77,7 @@ def test_bad_preferences_are_refused(
     bad.write_text(data.read_text() + '{"prompt": "q", "chosen": "a"}\n')
     assert main(command(base, bad, tmp_path / "run")) == 2
     message = capsys.readouterr().err.strip().splitlines()[-1]
-    assert message.startswith(f"pissa dpo: {bad}:17: found an object with the keys 'prompt', 'chosen'; allowed: ")
+    assert message.startswith(f"pissa dpo: {bad}:17: found the columns 'prompt', 'chosen'; allowed: ")
     assert not (tmp_path / "run").exists()
 
 

@@ -429,28 +429,6 @@ def test_the_environment_report(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(reason in text for reason in report["build: isas_unused"])
 
 
-HELD = "8, of which other programs held {} in the last minute, which slows training several times: "
-
-
-@pytest.mark.parametrize(
-    ("load", "threads", "text"),
-    [
-        (0.3, 8, "8"),
-        (4.2, 4, "8"),
-        (2.9, 8, HELD.format(2.9) + "end them, or set OMP_NUM_THREADS=5"),
-        (7.6, 1, HELD.format(7.6) + "end them"),
-    ],
-)
-def test_the_environment_report_says_that_cores_are_held(
-    load: float, threads: int, text: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from pissa.cli import env
-
-    monkeypatch.setattr(os, "cpu_count", lambda: 8)
-    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
-    assert env._cores(threads) == text
-
-
 def test_the_environment_report_asks_for_what_the_package_asks_for() -> None:
     from pissa.cli import env
 

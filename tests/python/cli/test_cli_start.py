@@ -41,7 +41,7 @@ def test_three_answers_make_a_training(
     monkeypatch.chdir(tmp_path)
     assert asked(["no-model", str(base), "", "no.csv", str(data), "soon", "0", "5", "maybe", "yes"]) == 0
     said = capsys.readouterr().out
-    assert f"\npissa finetune --model {base} --data {data} --minutes 5 --rank 16 --epochs 3\n" in said
+    assert f"\npissa finetune --model {base} --minutes 5 --data {data} --rank 16 --epochs 3\n" in said
     for problem in (
         "no-model",
         "a file is needed",
@@ -71,7 +71,11 @@ def test_it_needs_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
 def test_few_examples_are_seen_more_often(examples: int, passes: str, tmp_path: Path) -> None:
     path = tmp_path / "sums.csv"
     path.write_text("question,answer\n" + "1+1,2\n" * examples)
-    assert guide._read(str(path)) == ["--rank", "16", "--epochs", passes]
+    rest = ["--rank", "16", "--epochs", passes]
+    assert guide._read(str(path)) == ["--data", str(path), *rest]
+    path.write_text("frage;antwort\n" + "1+1;2\n" * examples)
+    mapping = "question=frage,answer=antwort"
+    assert guide._read(f"{path} --columns {mapping}") == ["--data", str(path), "--columns", mapping, *rest]
 
 
 def test_large_weights_are_proposed_in_4_bits(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:

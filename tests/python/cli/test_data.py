@@ -80,8 +80,12 @@ GOOD = '{"question": "q", "answer": "a"}\n'
 @pytest.mark.parametrize(
     ("line", "found", "allowed"),
     [
-        ('{"question": "q", "reply": "a"}', "an object with the keys 'question', 'reply'", '"prompt" and "completion"'),
-        ("{}", "the keys none", '"messages"'),
+        (
+            '{"question": "q", "reply": "a"}',
+            "the columns 'question', 'reply'",
+            "--columns question=question,answer=reply",
+        ),
+        ("{}", "the columns none", '"messages"'),
         ('{"question": "q", "answer": 5.0}', "the assistant's content is 5.0", "needed: a text"),
         ('{"question": " ", "answer": "a"}', "the user's content is ' '", "not empty"),
         ('["q", "a"]', "found ['q', 'a']", "an object"),
@@ -258,7 +262,7 @@ def test_preferences_are_two_chats(record: dict[str, Any], tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("line", "found", "allowed"),
     [
-        (GOOD, "an object with the keys 'question', 'answer'", '"chosen" and "rejected"'),
+        (GOOD, "the columns 'question', 'answer'", '"chosen" and "rejected"'),
         ("[1]", "found [1]", "an object"),
         ("{", "not JSON", "in JSON"),
         ('{"prompt": "q", "chosen": "a", "rejected": null}', "the assistant's content is None", "needed: a text"),

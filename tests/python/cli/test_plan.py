@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import shlex
 from pathlib import Path
@@ -18,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import pages
 import pissa
 from pissa.cli import main, plan, training
+from pissa.cli.cores import note_on_cores
 from pissa.cli.plan import Plan, as_duration, make_plan, needs_checkpointing
 from runs import command, cut_last_step, history, logged, refused
 
@@ -114,9 +116,9 @@ def test_memory_is_the_peak_with_the_averages_of_adam(monkeypatch: pytest.Monkey
     process = SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=60 * mib))
     monkeypatch.setattr(plan.psutil, "Process", lambda: process)
     # Of 240 MiB of activations, a quarter is added for gaps; three parameters have 8 bytes each.
-    for peaks, expected in (([100.0, 300.0], 360 * mib + 8 * 3), ([300.0, 300.0], 300 * mib)):
+    for peaks, expected in (([100 * mib, 300 * mib], 360 * mib + 8 * 3), ([300 * mib, 300 * mib], 300 * mib)):
         values = iter(peaks)
-        monkeypatch.setattr(plan, "peak_memory_mib", lambda values=values: next(values))
+        monkeypatch.setattr(plan, "peak_memory", lambda values=values: next(values))
         assert planned(trainer()).memory == expected  # if loading took more, the rest fits below its peak
 
 
@@ -149,7 +151,7 @@ def test_a_plan_fits_the_minutes() -> None:
 
 
 def test_a_plan_advises_what_to_change(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "peak_memory_mib", lambda: 500.0)
+    monkeypatch.setattr(plan, "peak_memory", lambda: 5 * 10**8)
     monkeypatch.setattr(plan.psutil, "cpu_count", lambda: 8)
     calm = Plan(10, 8, 1.0, 0.1, 600.0, 9 * 10**8, 0.0)
     assert calm.notes(10**9) == []
@@ -158,13 +160,33 @@ def test_a_plan_advises_what_to_change(monkeypatch: pytest.MonkeyPatch) -> None:
     assert note.startswith("that is more than a day. Fewer --steps")
     [note] = calm._replace(memory=2 * 10**9).notes(10**9)
     assert note.startswith("only 1 GB of memory are free. --gradient-checkpointing")
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
-    [note] = calm._replace(others=2.6).notes(10**9)
-    assert "other programs use 2.6 of 8 cores" in note
-    assert note.endswith("or set OMP_NUM_THREADS=5")
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
-    [note] = calm._replace(others=2.6).notes(10**9)
-    assert note.endswith("end them")
+    assert calm._replace(others=2.6).notes(10**9) == [note_on_cores(2.6)]
+
+
+@pytest.mark.parametrize(
+    ("others", "threads", "remedy"),
+    [
+        (0.3, 8, ""),
+        (4.2, 4, ""),
+        (2.9, 8, "end them, or write OMP_NUM_THREADS=5 before the command"),
+        (7.6, 1, "end them"),
+    ],
+)
+def test_cores_that_others_use_are_noted(
+    others: float, threads: int, remedy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(os, "getloadavg", lambda: (others, 0.0, 0.0))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    note = note_on_cores(others)
+    assert note == note_on_cores()  # by the load
+    assert (
+        note
+        == (f"other programs use {others} of 8 cores, which slows threads down several times: " if remedy else "")
+        + remedy
+    )
 
 
 def test_durations_are_read_at_a_glance() -> None:
@@ -182,16 +204,20 @@ def test_cores_of_other_programs_count_only_if_none_is_idle(monkeypatch: pytest.
 
 
 def test_checkpointing_begins_where_activations_fill_half_of_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = LlamaConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
-    )
-    model: Any = pissa.wrap(LlamaForCausalLM(config), r=2)
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    model: Any = pissa.wrap(LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2)), r=2)
     # q, k, v, o keep 16 + 16 elements for each token, gate, up, down 16 + 32; in float32, in two blocks.
     a_token = 2 * (4 * 32 + 3 * 48) * 4
+    rows = Dataset.from_list([{"input_ids": [7] * length} for length in (3, 25, 10)])
+    args = SimpleNamespace(world_size=1, device=torch.device("cpu"), train_batch_size=4, max_length=25)
     for free, expected in ((2 * 100 * a_token, False), (2 * 100 * a_token - 2, True)):
         monkeypatch.setattr(plan, "free_memory", lambda free=free: free)
-        assert needs_checkpointing(model.base_model.model, 100) is expected
-    assert needs_checkpointing(nn.Linear(2, 2), 10**12) is False
+        for data in (rows, None):
+            assert needs_checkpointing(args, model, data) is expected
+    assert not needs_checkpointing(SimpleNamespace(**vars(args) | {"world_size": 2}), model, rows)
+    assert not needs_checkpointing(SimpleNamespace(**vars(args) | {"device": torch.device("cuda")}), model, rows)
+    unknown: Any = SimpleNamespace(base_model=SimpleNamespace(model=nn.Linear(2, 2)))
+    assert not needs_checkpointing(args, unknown, rows)
 
 
 # ---- The command -----------------------------------------------------------------------------------------------------

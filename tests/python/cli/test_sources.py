@@ -88,10 +88,15 @@ def test_an_unknown_form_is_refused_with_names_to_map(record: dict[str, str], su
     path = written(tmp_path / "data.jsonl", json.dumps(record))
     with pytest.raises(UserError, match=f"--columns {suggested}$") as refusal:
         chats(path)
-    message = str(refusal.value)
-    assert message.startswith(f"{path}:1: found an object with the keys {', '.join(map(repr, record))}; allowed: ")
+    found = f"{path}:1: found the columns {', '.join(map(repr, record))}; "
+    assert str(refusal.value).startswith(found + ("allowed: " if "COLUMN" in suggested else "tell what they are: "))
     if "COLUMN" not in suggested:
         assert len(chats(path, suggested)[0]) == (1 if suggested.startswith("text") else 2)
+
+
+def test_names_of_columns_may_have_capitals(tmp_path: Path) -> None:
+    path = written(tmp_path / "data.csv", "Question, ANSWER\n1+1?,2\n")
+    assert chats(path) == [[Q, A]]
 
 
 def test_columns_are_read_by_other_names(tmp_path: Path) -> None:
@@ -147,10 +152,10 @@ def test_a_table_is_read_as_texts(name: str, text: str, encoding: str, tmp_path:
         ("question,answer\nq,a\na, b,c\n", r"csv:3: found 3 cells; the first line has 2; needed: cells between ','"),
         ("question,answer\nq\n", r"csv:2: found 1 cells; the first line has 2; needed"),
         ('question,answer\nq,"a\n', r"csv: not a table: .*; needed: cells between ',', and in double quotes"),
-        ("question|answer\nq|a\n", r"csv:2: found an object with the keys 'question\|answer'; allowed"),
+        ("question|answer\nq|a\n", r"csv:2: found the columns 'question\|answer'; allowed"),
         ("question,answer\nq,a\nb,\n", r"csv:3: the assistant's content is ''; needed: a text that is not empty"),
         ("question,answer\n", "csv: is empty; needed: at least one record"),
-        ("1+1?,2\n1+2?,3\n", r"csv:2: found an object with the keys '1\+1\?', '2'; allowed"),
+        ("1+1?,2\n1+2?,3\n", r"csv:2: found the columns '1\+1\?', '2'; allowed"),
     ],
 )
 def test_a_wrong_table_is_refused(text: str, found: str, tmp_path: Path) -> None:
