@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from pissa.cli.cores import note_on_cores
 from pissa.cli.templates import end_of_answer, prompt_text
 from pissa.cli.terminal import (
     UserError,
@@ -50,9 +49,12 @@ def run(args: argparse.Namespace) -> int:
     prompt = sys.stdin.read() if args.prompt is None and not is_conversation else args.prompt
     if not is_conversation and not prompt.strip():
         raise UserError("the prompt is empty; give --prompt TEXT or a text through a pipe, or start it in a terminal")
+    from pissa.cli.cores import Cores, note_on_cores
+
+    meanwhile = Cores()
     with contextlib.redirect_stdout(sys.stderr), collect_notes(prints=True):
         chat = Conversation(args, *_load(args))
-    if busy := note_on_cores():
+    if busy := note_on_cores(meanwhile.elapsed()[1]):
         _say(f"note: {busy}")
     if is_conversation:
         return _converse(chat)

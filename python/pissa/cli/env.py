@@ -10,8 +10,6 @@ import re
 from importlib import metadata
 from typing import Any
 
-from pissa.cli.cores import note_on_cores
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="report as one JSON object")
@@ -45,7 +43,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         **{name: version or "not installed" for name, version in versions.items()},
         "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
-        "cores": "; ".join(filter(None, [str(os.cpu_count()), note_on_cores()])),
+        "cores": f"{os.cpu_count()}; in the last minute programs kept {os.getloadavg()[0]:.1f} of them busy",
         **{f"build: {key}": value for key, value in info.items() if key not in ("version", "cuda")},
         "cuda": _cuda(info["cuda"]),
     }

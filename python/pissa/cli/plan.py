@@ -4,7 +4,6 @@ and forgotten."""
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from pissa.checkpoints.training_memory import training_memory
-from pissa.cli.cores import note_on_cores
+from pissa.cli.cores import Cores, note_on_cores
 from pissa.cli.data import IGNORED
 from pissa.cli.memory import free_memory, peak_memory
 from pissa.cli.terminal import as_size
@@ -50,7 +49,7 @@ class Plan(NamedTuple):
     memory: int
     """The peak memory of this process, in bytes."""
     others: float
-    """The cores that other programs used while the batch was measured, if they left none idle; else 0."""
+    """The cores that other programs used while the batch was measured."""
     empty: float = 0.0
     """The share of the batches in which no token is learnt."""
 
@@ -85,7 +84,7 @@ class Plan(NamedTuple):
                 f"{self.empty:.0%} of the batches have no token to learn, and teach nothing: the answers are cut away, "
                 "or have no labels. A larger --max-length keeps more of them"
             )
-        if self.others and (busy := note_on_cores(self.others)):
+        if busy := note_on_cores(self.others):
             notes.append(busy)
         return notes
 
@@ -167,7 +166,7 @@ def make_plan(trainer: Any, loss: Callable[[nn.Module, Any], Tensor], done: int 
     empty = learnt.count(0) / len(learnt)
 
     _try(trainer, loss, batch(longest[-1:]))  # the first backward is slower
-    trial, before = batch(longest[:size]), _Cores()
+    trial, before = batch(longest[:size]), Cores()
     peak, now = peak_memory(), psutil.Process().memory_info().rss
     _try(trainer, loss, trial)
     seconds, others = before.elapsed()
@@ -220,22 +219,3 @@ def _try(trainer: Any, loss: Callable[[nn.Module, Any], Tensor], batch: Any) -> 
     with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
         loss(model, batch).backward()  # type: ignore[no-untyped-call]
     model.zero_grad()
-
-
-class _Cores:
-    """The time, and the cores that other programs use, from now on."""
-
-    def __init__(self) -> None:
-        self._now = self._read()
-
-    @staticmethod
-    def _read() -> tuple[float, float, float]:
-        """Seconds: the clock's, those of all cores at work, and those of this process."""
-        times = psutil.cpu_times()
-        return time.perf_counter(), sum(times[:10]) - times.idle - getattr(times, "iowait", 0.0), time.process_time()
-
-    def elapsed(self) -> tuple[float, float]:
-        """The seconds, and the cores that others used, if fewer than half a core was idle; else 0."""
-        seconds, busy, own = (now - then for now, then in zip(self._read(), self._now, strict=True))
-        others, cores = (busy - own) / seconds, psutil.cpu_count() or 1
-        return seconds, others if others > 0.5 and cores - busy / seconds < 0.5 else 0.0
