@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
@@ -106,34 +107,40 @@ def _factors(place: str, layers: Mapping[str, PissaLayer], mirrored: bool = Fals
     return FactorTensors((key_a, key_b), tuple(layers), tuple(a.shape[1:]), out)
 
 
-def pack_factors(
-    model: nn.Module,
-    adapter_name: str,
-    layers: Mapping[str, PissaLayer],
-    served: Mapping[str, Served],
-    times: int,
-    state: Mapping[str, Tensor],
-) -> dict[str, Tensor]:
-    """The factors of all layers of an adapter, served as given, of `times` the adapter's rank, float32, under their
-    names in PEFT's file. The differences are those in `state`, a state dict of the PissaModel."""
-    matrices = {}
-    for name, layer in layers.items():
-        deltas = layer.deltas_in(state, f"{PREFIX}{name}.", adapter_name)
-        matrices[name] = pad_rank(*served[name].factors(deltas), times * layer.r[adapter_name])
-    packed: dict[str, Tensor] = {}
-    for factors in factors_of(model, layers):
-        packed |= factors.pack([matrices[name] for name in factors.layers])
-    return packed
+class PlainLora(NamedTuple):
+    """An adapter as a plain LoRA."""
 
+    adapter_name: str
+    layers: Mapping[str, PissaLayer]
+    """The layers by their names in the (unwrapped) model, as in `served`."""
+    served: Mapping[str, Served]
 
-def serve(layers: Mapping[str, PissaLayer], adapter_name: str) -> dict[str, Served]:
-    """The layers' adapter as a plain LoRA on the unmodified base."""
-    return {n: Served.of(layer.start_of(adapter_name), layer.scaling[adapter_name]) for n, layer in layers.items()}
+    @staticmethod
+    def of(layers: Mapping[str, PissaLayer], adapter_name: str, *, on_residual: bool = False) -> PlainLora:
+        """The adapter on the unmodified weights or, with `on_residual`, on what the layers store of them."""
+        served = {}
+        for name, layer in layers.items():
+            lacking = layer.base.start if on_residual else None
+            served[name] = Served.of(layer.start_of(adapter_name), layer.scaling[adapter_name], lacking)
+        return PlainLora(adapter_name, layers, served)
 
+    @property
+    def times(self) -> int:
+        """The rank of all factors in multiples of the adapter's: 1 if that holds all of them, otherwise 2."""
+        ranks = {name: layer.r[self.adapter_name] for name, layer in self.layers.items()}
+        return 1 if all(self.served[name].rank <= rank for name, rank in ranks.items()) else 2
 
-def lora_times(layers: Mapping[str, PissaLayer], adapter_name: str) -> int:
-    """The rank of an adapter's plain LoRA in multiples of the adapter's: 1 if all of its B0 are zero, otherwise 2."""
-    return 1 if all(layer.start_of(adapter_name).changes_nothing for layer in layers.values()) else 2
+    def factors(self, model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The factors of all layers, float32, under their names in PEFT's file. The differences dA and dB are those in
+        `state`, a state dict of the PissaModel; `model` is the (unwrapped) model."""
+        matrices, times = {}, self.times
+        for name, layer in self.layers.items():
+            deltas = layer.deltas_in(state, f"{PREFIX}{name}.", self.adapter_name)
+            matrices[name] = pad_rank(*self.served[name].factors(deltas), times * layer.r[self.adapter_name])
+        packed: dict[str, Tensor] = {}
+        for tensors in factors_of(model, self.layers):
+            packed |= tensors.pack([matrices[name] for name in tensors.layers])
+        return packed
 
 
 def magnitude_key(layer: str) -> str:

@@ -23,15 +23,13 @@ from pissa import notices
 from pissa.adapters.peft_layout import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    PlainLora,
     base_weight_key,
     inexact_lora,
-    lora_times,
     magnitude_key,
-    pack_factors,
     plain_config,
     plain_config_text,
     select_trained_beside,
-    serve,
 )
 from pissa.adapters.pissa_layout import MARK, PISSA_WEIGHTS, AdapterRecord, LayerRecord, layer_tensors
 from pissa.adapters.vocabulary import vocabulary
@@ -64,8 +62,8 @@ def save_adapter(
     table = vocabulary(model, adapter_name) if with_vocabulary else {}
     tensors |= {key: tensor.value(state_dict or {}) for key, tensor in table.items()}
     check_whole(tensors)
-    times = lora_times(layers, adapter_name)
-    lora = tensors | pack_factors(base, adapter_name, layers, serve(layers, adapter_name), times, state)
+    plain_lora = PlainLora.of(layers, adapter_name)
+    lora = tensors | plain_lora.factors(base, state)
     for name, layer in layers.items():
         tensors |= (parts := layer_tensors(name, layer, adapter_name, config, state))
         if config.use_dora:
@@ -87,7 +85,7 @@ def save_adapter(
         text = AdapterRecord(config, records, rest, digest).text()
         digest = write_tensors(new(PISSA_WEIGHTS), _on_cpu(tensors), {MARK: text})
         new(PISSA_RECORD).write_text(text)
-        plain = plain_config(base, config, adapter_name, layers, times)
+        plain = plain_config(base, config, adapter_name, layers, plain_lora.times)
         new(ADAPTER_CONFIG).write_text(plain_config_text(plain, _class_of(base)))
         write_tensors(new(ADAPTER_WEIGHTS), _on_cpu(lora), {MARK: digest})
 

@@ -21,12 +21,10 @@ from pissa.adapters.peft_layout import (
     PREFIX,
     FactorTensors,
     Matrices,
+    PlainLora,
     factors_of,
     is_of_a_layer,
-    lora_times,
     magnitude_key,
-    pack_factors,
-    serve,
 )
 from pissa.base.start import StartFactors
 from pissa.config import IMPLICIT, PissaConfig, PissaType
@@ -60,8 +58,7 @@ class PissaTuner(LoraTuner):
             key, magnitude = magnitude_key(name), layer.magnitude(adapter_name)
             weight = state[f"{key}.{adapter_name}.weight"].detach()
             tensors[key] = magnitude.lengths(weight.to(magnitude.base_lengths.device)).clone()
-        served, times = serve(layers, adapter_name), lora_times(layers, adapter_name)
-        return tensors | pack_factors(inner, adapter_name, layers, served, times, state)
+        return tensors | PlainLora.of(layers, adapter_name).factors(inner, state)
 
     @classmethod
     def take_in(
@@ -80,7 +77,7 @@ class PissaTuner(LoraTuner):
             return state_dict, {}
         is_any_lora = _is_of_rank({name: layer.r[adapter_name] for name, layer in layers.items()}, parts, state_dict)
         has_start = all(adapter_name in layer.lora_start for layer in layers.values())
-        starts_at_zero = is_any_lora and not (has_start and lora_times(layers, adapter_name) == 1)
+        starts_at_zero = is_any_lora and not (has_start and PlainLora.of(layers, adapter_name).times == 1)
         deltas: dict[str, Matrices] = {}  # for an adapter that starts at zero, the factors themselves
         for part in parts:
             deltas |= part.unpack(*(state_dict[key].detach() for key in part.keys))

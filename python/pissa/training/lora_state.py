@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor
 
-from pissa.adapters.peft_layout import pack_factors, plain_config
+from pissa.adapters.peft_layout import PlainLora, plain_config
 from pissa.adapters.save import warn_of_plain_lora
-from pissa.base.start import Served
 from pissa.config import IMPLICIT
 from pissa.distributed import is_partitioned, is_sharded, whole_tensor
-from pissa.layers.layer import PissaLayer, pissa_layers
+from pissa.layers.layer import pissa_layers
 from pissa.model.pissa_model import PissaModel
 from pissa.ops.checks import check_choice
 
@@ -49,12 +48,12 @@ def lora_state_dict(
         ValueError: there is no such adapter; DeepSpeed has partitioned a parameter; with base="residual", the base is
             not stored, or lacks a start that does not fit into rank 2r together with the adapter.
     """
-    adapter = _adapter(model, adapter_name, base)
-    state = _gather_state(model, adapter.name)
+    lora = _plain_lora(model, adapter_name, base)
+    state = _gather_state(model, lora.adapter_name)
     tensors: dict[str, Tensor] = get_peft_model_state_dict(
-        model, state_dict=state, adapter_name=adapter.name, save_embedding_layers=False
+        model, state_dict=state, adapter_name=lora.adapter_name, save_embedding_layers=False
     )
-    tensors |= pack_factors(model.base_model.model, adapter.name, adapter.layers, adapter.served, adapter.times, state)
+    tensors |= lora.factors(model.base_model.model, state)
     if base == "original":
         warn_of_plain_lora(model)
     return tensors
@@ -63,22 +62,12 @@ def lora_state_dict(
 def lora_config(model: PissaModel, adapter_name: str | None = None, base: ServedBase = "original") -> LoraConfig:
     """Returns the configuration for the result of `lora_state_dict` with the same arguments, and raises the same
     errors. An engine's limit on ranks must allow its `r`."""
-    name, layers, _, times = _adapter(model, adapter_name, base)
-    return plain_config(model.base_model.model, model.peft_config[name], name, layers, times)
+    lora = _plain_lora(model, adapter_name, base)
+    name = lora.adapter_name
+    return plain_config(model.base_model.model, model.peft_config[name], name, lora.layers, lora.times)
 
 
-class _Adapter(NamedTuple):
-    """An adapter as a plain LoRA."""
-
-    name: str
-    layers: dict[str, PissaLayer]
-    """The layers by their names in the (unwrapped) model, as in `served`."""
-    served: dict[str, Served]
-    times: int
-    """The rank of all factors in multiples of the adapter's: 1 or 2."""
-
-
-def _adapter(model: Any, adapter_name: str | None, base: ServedBase) -> _Adapter:
+def _plain_lora(model: Any, adapter_name: str | None, base: ServedBase) -> PlainLora:
     if not isinstance(model, PissaModel):
         raise TypeError(
             f"model must be a pissa.PissaModel, got {type(model).__name__}; accelerator.unwrap_model(model) takes off "
@@ -93,20 +82,16 @@ def _adapter(model: Any, adapter_name: str | None, base: ServedBase) -> _Adapter
     layers = pissa_layers(model.base_model.model, name)
     if base == "residual" and all(layer.base.form == IMPLICIT for layer in layers.values()):
         raise ValueError('base: got "residual", but the base is not stored: it is the unmodified model; leave base out')
-    served = {
-        key: Served.of(layer.start_of(name), layer.scaling[name], layer.base.start if base == "residual" else None)
-        for key, layer in layers.items()
-    }
+    lora = PlainLora.of(layers, name, on_residual=base == "residual")
     for key, layer in layers.items():
-        other, limit = served[key].other, 2 * layer.r[name]
-        if other is not None and served[key].rank > limit:
+        other, limit = lora.served[key].other, 2 * layer.r[name]
+        if other is not None and lora.served[key].rank > limit:
             raise ValueError(
                 f'base: got "residual", but the base of layer {key} lacks another start than that of adapter {name!r}, '
-                f"of rank {other.origin.r}; both together have rank {served[key].rank}, and at most {limit} is "
+                f"of rank {other.origin.r}; both together have rank {lora.served[key].rank}, and at most {limit} is "
                 'possible: take base="original", or give the adapter LoRA\'s start and that rank'
             )
-    times = 1 if all(served[key].rank <= layer.r[name] for key, layer in layers.items()) else 2
-    return _Adapter(name, layers, served, times)
+    return lora
 
 
 def _gather_state(model: PissaModel, adapter_name: str) -> dict[str, Tensor]:
