@@ -54,8 +54,8 @@ def run(args: argparse.Namespace) -> int:
     meanwhile = Cores()
     with contextlib.redirect_stdout(sys.stderr), collect_notes(prints=True):
         chat = Conversation(args, *_load(args))
-    if busy := note_on_cores(meanwhile.elapsed()[1]):
-        _say(f"note: {busy}")
+        if busy := note_on_cores(meanwhile.elapsed()[1]):
+            print_row("note", busy)
     if is_conversation:
         return _converse(chat)
     chat.ask(prompt.strip())
@@ -129,8 +129,10 @@ class Conversation:
     """A model, its tokenizer, and the messages so far. With --compare, the base has a conversation of its own."""
 
     def __init__(self, args: argparse.Namespace, model: Any, tokenizer: Any) -> None:
+        from pissa.cli.generation import context_of
+
         self.args, self.model, self.tokenizer = args, model, tokenizer
-        self.context: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self.context = context_of(model)
         ends = model.generation_config.eos_token_id
         self.ends = {*([ends] if isinstance(ends, int) else ends or ())}
         self.stopped = False
@@ -172,7 +174,7 @@ class Conversation:
             tokens = self.tokenizer(messages[-1]["content"]).input_ids
         else:
             tokens = self.tokenizer(prompt_text(messages, self.tokenizer), add_special_tokens=False).input_ids
-        if self.context is not None and len(tokens) >= self.context:
+        if len(tokens) >= self.context:
             raise UserError(
                 f"the conversation has {len(tokens):,} tokens, and the model reads at most {self.context:,}, with the "
                 "answer; begin a new one with /new, or ask for less"
@@ -183,27 +185,22 @@ class Conversation:
         import torch
         from transformers import TextStreamer
 
+        from pissa.cli.generation import generate
+
         most, temperature = self.args.max_tokens, self.args.temperature
-        if self.context is not None:
-            most = min(most, self.context - len(tokens))
-        sampling = {} if temperature is None else {"do_sample": temperature > 0, "temperature": temperature or None}
-        prompt = torch.tensor([tokens], device=self.model.device)
+        options: dict[str, Any] = {
+            "streamer": TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True),
+            "stopping_criteria": [lambda ids, _, **__: torch.full((len(ids),), self.stopped, device=ids.device)],
+        }
+        if temperature is not None:
+            options |= {"do_sample": temperature > 0, "temperature": temperature or None}
         began = time.perf_counter()
-        found = self.model.generate(
-            input_ids=prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=most,
-            eos_token_id=sorted(self.ends) or None,
-            pad_token_id=self.tokenizer.pad_token_id,
-            streamer=TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True),
-            stopping_criteria=[lambda ids, _, **__: torch.full((len(ids),), self.stopped, device=ids.device)],
-            **sampling,
-        )[0, len(tokens) :].tolist()
+        found = generate(self.model, self.tokenizer, tokens, most, self.ends, **options)
         speed = f"{len(found)} tokens, {len(found) / (time.perf_counter() - began):.1f} a second"
         if self.stopped:
             speed += "; stopped"
-        elif len(found) == most and found[-1] not in self.ends:
-            limit = "--max-tokens" if most == self.args.max_tokens else "the model's context is full; /new begins anew"
+        elif found[-1] not in self.ends:
+            limit = "--max-tokens" if len(found) == most else "the model's context is full; /new begins anew"
             speed += f"; cut: {limit}"
         _say(f"({speed})")
         answer: str = self.tokenizer.decode(found, skip_special_tokens=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
@@ -15,6 +14,7 @@ import torch
 import pissa
 from pissa.adapters.peft_layout import inexact_lora
 from pissa.cli.data import IGNORED
+from pissa.cli.generation import generate
 from pissa.cli.options import RUN_FILE
 from pissa.cli.progress import tokens_per_second
 from pissa.cli.templates import end_of_answer
@@ -36,19 +36,10 @@ def answer(trainer: Any, tokenizer: Any) -> str | None:
     question = _question(trainer)
     if question is None:
         return None
-    model, prompt = trainer.model.eval(), torch.tensor([question[0]], device=trainer.model.device)
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    model, ends = trainer.model.eval(), end_of_answer(tokenizer)
     with torch.no_grad(), torch.random.fork_rng([]):
-        answered = model.generate(
-            input_ids=prompt,
-            attention_mask=torch.ones_like(prompt),
-            do_sample=False,
-            max_new_tokens=max(1, min(_ANSWER, context - prompt.shape[1])),
-            max_time=_PATIENCE,
-            eos_token_id=end_of_answer(tokenizer),
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    return str(tokenizer.decode(answered[0, prompt.shape[1] :], skip_special_tokens=True))
+        found = generate(model, tokenizer, question[0], _ANSWER, ends, do_sample=False, max_time=_PATIENCE)
+    return str(tokenizer.decode(found, skip_special_tokens=True))
 
 
 _ANSWER, _PATIENCE, _LINES = 96, 30.0, 4

@@ -67,7 +67,7 @@ def test_other_programs_are_noted(
     ran: Path, ask: Callable[..., tuple[str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Cores, "elapsed", lambda self: (1.0, 1000.0))
-    assert "note: other programs use 1000.0 of " in ask(ran)[1]
+    assert "note      other programs use 1000.0 of " in ask(ran)[1]
 
 
 @pytest.fixture
@@ -334,7 +334,7 @@ def test_a_pipe_brings_one_prompt_and_gets_the_answer_only(ran: Path, ask: Calla
     done = subprocess.run(started(str(ran), *options), input="17\n+1\n", capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, expected)
     assert "Warning" not in done.stderr
-    said = [line for line in done.stderr.splitlines() if not line.startswith("note: other programs")]
+    said = [line for line in done.stderr.splitlines() if not line.startswith("note      other programs")]
     assert len(said) == 2  # the model, and the speed
 
 
