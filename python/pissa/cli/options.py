@@ -17,7 +17,17 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
 import pissa
 from pissa.cli.selftest import has_passed_on_gpu
-from pissa.cli.terminal import COLUMNS_HELP, UserError, columns, minutes_of, number, passes, positive_int, user_errors
+from pissa.cli.terminal import (
+    COLUMNS_HELP,
+    UserError,
+    columns,
+    count,
+    minutes_of,
+    number,
+    passes,
+    positive_int,
+    user_errors,
+)
 from pissa.config import default_of
 from pissa.containers.messages import file_errors
 from pissa.containers.staged import staged
@@ -76,7 +86,12 @@ _CHOICES = {"quant": tuple(FORMATS), "repair": tuple(pissa.INIT_METHODS), "metho
 _OWN = (
     ("eval_data", str, None, "held-out data: the loss is computed before and after training"),
     ("columns", columns, None, COLUMNS_HELP),
-    ("held_out", int, None, "examples to hold out of --data (default: a twentieth, at least 8, at most 200; 0: none)"),
+    (
+        "held_out",
+        count,
+        None,
+        "examples to hold out of --data (default: a twentieth, at least 8, at most 200; 0: none)",
+    ),
     ("minutes", minutes_of, None, "most minutes that the training may take: it gets so many steps, or fewer"),
     ("method", str, "pissa", "start of the adapter, pissa or lora; or peft: LoRA by PEFT's own layers, to compare"),
     ("calibrate", bool, False, "with --quant: fit the codes to the data (--repair activations, --error-feedback)"),

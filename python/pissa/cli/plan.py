@@ -4,7 +4,7 @@ and forgotten."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import psutil
@@ -17,7 +17,7 @@ from pissa.checkpoints.training_memory import training_memory
 from pissa.cli.cores import Cores, note_on_cores
 from pissa.cli.data import IGNORED
 from pissa.cli.memory import free_memory, peak_memory
-from pissa.cli.terminal import as_size
+from pissa.cli.terminal import as_duration, as_size, count_of
 from pissa.layers.layer import pissa_layers
 
 _LOOKED_AT = 4096
@@ -45,13 +45,20 @@ class Plan(NamedTuple):
     """How often the steps see each example."""
     padding: float
     """The share of padding in the batches."""
-    seconds: float
+    a_step: float
+    """The seconds of a step."""
+    besides: float
+    """The seconds of all evaluations, and of what else is not a step."""
     memory: int
     """The peak memory of this process, in bytes."""
     others: float
     """The cores that other programs used while the batch was measured."""
     empty: float = 0.0
-    """The share of the batches in which no token is learnt."""
+    """The share of the batches in which no token is learned."""
+
+    @property
+    def seconds(self) -> float:
+        return self.steps * self.a_step + self.besides
 
     def text(self, device: torch.device) -> str:
         """The plan in one line."""
@@ -63,41 +70,21 @@ class Plan(NamedTuple):
 
     def within(self, minutes: float) -> Plan:
         """The plan with as many steps as fit into these minutes, at least one, and not more than now."""
-        share = min(1.0, 60 * minutes / self.seconds)
-        steps = max(1, int(share * self.steps))
-        return self._replace(steps=steps, passes=self.passes * steps / self.steps, seconds=share * self.seconds)
+        steps = max(1, min(self.steps, int((60 * minutes - self.besides) / self.a_step)))
+        return self._replace(steps=steps, passes=self.passes * steps / self.steps)
 
-    def notes(self, free: int) -> list[str]:
-        """What to change, where that is advisable. `free` is how many more bytes the process can get."""
-        notes = []
+    def notes(self, free: int) -> Iterator[str]:
+        """Yields what to change, where that is advisable. `free` is how many more bytes the process can get."""
         if self.seconds > 86_400:
-            notes.append(
-                "that is more than a day. Fewer --steps, a smaller --max-length or a smaller model take less time"
-            )
+            yield "that is more than a day. Fewer --steps, a smaller --max-length or a smaller model take less time"
         if self.memory > peak_memory() + free:
-            notes.append(
-                f"only {as_size(free)} of memory are free. --gradient-checkpointing, a smaller --batch-size or "
-                "--max-length, or --quant nf4 take less"
-            )
+            how = "--gradient-checkpointing, a smaller --batch-size or --max-length, or --quant nf4 take less"
+            yield f"only {as_size(free)} of memory are free. {how}"
         if self.empty:
-            notes.append(
-                f"{self.empty:.0%} of the batches have no token to learn, and teach nothing: the answers are cut away, "
-                "or have no labels. A larger --max-length keeps more of them"
-            )
+            why = "the answers are cut away, or have no labels. A larger --max-length keeps more of them"
+            yield f"{self.empty:.0%} of the batches have no token to learn, and teach nothing: {why}"
         if busy := note_on_cores(self.others):
-            notes.append(busy)
-        return notes
-
-
-def count_of(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
-
-
-def as_duration(seconds: float) -> str:
-    """A duration with about two digits: "40 s", "9 minutes", "1.7 hours"."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.2g} hours"
+            yield busy
 
 
 # ---- Memory, by the model's shapes -----------------------------------------------------------------------------------
@@ -144,7 +131,7 @@ def make_plan(trainer: Any, loss: Callable[[nn.Module, Any], Tensor], done: int 
     args, rows = trainer.args, trainer.train_dataset
     if not isinstance(rows, Dataset) or args.world_size > 1:
         return None
-    a_step = args.train_batch_size * args.gradient_accumulation_steps
+    examples = args.train_batch_size * args.gradient_accumulation_steps
     a_pass = max(1, math.ceil(len(rows) / args.train_batch_size / args.gradient_accumulation_steps))
     total = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * a_pass)
     steps = max(total - done, 0)
@@ -154,16 +141,13 @@ def make_plan(trainer: Any, loss: Callable[[nn.Module, Any], Tensor], done: int 
     longest = sorted(sizes, key=lambda index: -sizes[index])
 
     def batch(indices: Sequence[int]) -> dict[str, Any]:
-        collated: dict[str, Any] = send_to_device(
-            trainer.data_collator([rows[index] for index in indices]), trainer.model.device
-        )
-        return collated
+        return collate(trainer, [rows[index] for index in indices])
 
     size = args.train_batch_size
     starts = range(0, min(len(order), _COUNTED * size), size)
     counts = [_count(batch(order[start : start + size])) for start in starts]
-    places, tokens, learnt = zip(*counts, strict=True)
-    empty = learnt.count(0) / len(learnt)
+    places, tokens, learned = zip(*counts, strict=True)
+    empty = learned.count(0) / len(learned)
 
     _try(trainer, loss, batch(longest[-1:]))  # the first backward is slower
     trial, before = batch(longest[:size]), Cores()
@@ -180,13 +164,19 @@ def make_plan(trainer: Any, loss: Callable[[nn.Module, Any], Tensor], done: int 
     def work(places: int, tokens: int) -> float:
         return forward * places + (1 - forward) * tokens
 
+    # Seconds of an example: one that is trained on, and one that is evaluated.
     counted = sum(min(size, len(order) - start) for start in starts)
-    examples = steps * min(a_step, len(rows)) * work(sum(places), sum(tokens))
-    if trainer.eval_dataset is not None:
-        examples += len(trainer.eval_dataset) * _evaluations(args, steps) * (1 - forward) * sum(places)
-    seconds *= examples / counted / work(*_count(trial)[:2])
-    passes, padding = steps * a_step / len(rows), 1 - sum(tokens) / sum(places)
-    return Plan(steps, a_step, passes, padding, seconds, memory, others, empty)
+    a_unit = seconds / work(*_count(trial)[:2]) / counted
+    trained, evaluated = a_unit * work(sum(places), sum(tokens)), a_unit * (1 - forward) * sum(places)
+    passes, padding = steps * examples / len(rows), 1 - sum(tokens) / sum(places)
+    besides = len(trainer.eval_dataset or ()) * _evaluations(args, steps) * evaluated
+    return Plan(steps, examples, passes, padding, min(examples, len(rows)) * trained, besides, memory, others, empty)
+
+
+def collate(trainer: Any, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A batch of these rows, as the trainer collates it, on the model's device."""
+    batch: dict[str, Any] = send_to_device(trainer.data_collator(list(rows)), trainer.model.device)
+    return batch
 
 
 def _size(row: Mapping[str, Any]) -> int:
@@ -195,7 +185,7 @@ def _size(row: Mapping[str, Any]) -> int:
 
 
 def _count(batch: Mapping[str, Any]) -> tuple[int, int, int]:
-    """The places of a batch, the tokens in them that are not padding, and those that are learnt."""
+    """The places of a batch, the tokens in them that are not padding, and those that are learned."""
     places: int = batch["input_ids"].numel()
     tokens = int(batch["attention_mask"].sum()) if "attention_mask" in batch else places
     return places, tokens, int((batch["labels"] != IGNORED).sum()) if "labels" in batch else tokens

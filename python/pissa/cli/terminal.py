@@ -69,6 +69,18 @@ def as_size(count: int) -> str:
     return f"{count} bytes"
 
 
+def count_of(number: int, what: str) -> str:
+    """A number of things: "1 step", "2,000 steps"."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def as_duration(seconds: float) -> str:
+    """A duration with about two digits: "40 s", "9 minutes", "1.7 hours"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.2g} hours"
+
+
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Formats a table with aligned columns. The first column is aligned to the left. The others contain numbers and are
     aligned to the right.
@@ -119,6 +131,7 @@ def number(convert: Callable[[str], Any], allowed: str, valid: Callable[[Any], b
     return parse
 
 
+count = number(int, "a whole number of at least 0", lambda value: value >= 0)
 positive_int = number(int, "a whole number above 0", lambda value: value > 0)
 minutes_of = number(float, "a number of minutes, 1 or more", lambda minutes: 1 <= minutes < float("inf"))
 passes = number(

@@ -16,13 +16,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import datasets
 import torch
 import trl
 from accelerate import DistributedType
-from accelerate.utils import send_to_device
 from peft import get_peft_model
 from transformers import AutoProcessor, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
@@ -37,17 +36,18 @@ from pissa.cli.data import encode, read_chats, read_preferences, shown
 from pissa.cli.memory import free_memory, return_freed_blocks
 from pissa.cli.options import AUTO, RUN_FILE, adapter_config, check_same_run, parse, record
 from pissa.cli.outcome import answer, draw, method_name, report, show_answers
-from pissa.cli.plan import count_of, make_plan, needs_checkpointing
+from pissa.cli.plan import collate, make_plan, needs_checkpointing
 from pissa.cli.progress import CompleteError, LossBar, Watch
 from pissa.cli.selftest import has_passed_on_gpu
 from pissa.cli.sources import ALLOWED, Records, is_records, records
 from pissa.cli.templates import check_continues, give_template
-from pissa.cli.terminal import UserError, print_row, user_errors
+from pissa.cli.terminal import UserError, count_of, print_row, user_errors
 from pissa.cli.verification import step0_check
 from pissa.containers.checkpoint import PISSA_RECORD, Contents, ModelFolder
 from pissa.containers.messages import first_line
 from pissa.containers.staged import check_unused
 from pissa.notices import InexactLoraWarning
+from pissa.training.suggest_lr import own_loss
 
 
 class Training(NamedTuple):
@@ -96,7 +96,7 @@ class Training(NamedTuple):
             result = {"out": training.output_dir, "trainable_parameters": model.get_nb_trainable_parameters()[0]}
             result["check"] = _check(trainer)
             if passed := result["check"]["passed"]:
-                loss = partial(_loss, trainer, by_trainer=self is not FINETUNE)
+                loss = own_loss if self is FINETUNE else partial(_trainers_loss, trainer)
                 if training.learning_rate == AUTO:
                     with user_errors(ValueError, before=f"--lr {AUTO}: "):
                         suggestion = pissa.suggest_lr(trainer.model, _batches(trainer, 30), loss=loss)
@@ -164,7 +164,8 @@ def _complete_options(ours: Any, training: Any, mixture: Any) -> tuple[pissa.Pis
     if not training.output_dir:
         if ours.resume:
             raise UserError("--resume: --out is missing; needed: the folder of the run, or its run.yaml as --config")
-        training.output_dir = _new_folder(f"{Path(name).name}-{Path(ours.dataset_name or 'mixture').stem}")
+        model, file = (Path(os.path.abspath(given)) for given in (name, ours.dataset_name or "mixture"))
+        training.output_dir = _new_folder(f"{model.name}-{file.stem}")
     out = Path(training.output_dir)
     with user_errors(OSError, ValueError, before=f"--model {name}: "):
         model_folder = ModelFolder.open(name, ours.model_revision)
@@ -319,7 +320,7 @@ def _batches(trainer: Any, count: int) -> list[Any]:
     """At most `count` batches of the training data, in random order."""
     rows, size = iter(trainer.train_dataset.shuffle(seed=trainer.args.seed)), trainer.args.per_device_train_batch_size
     batches = itertools.islice(iter(lambda: list(itertools.islice(rows, size)), []), count)
-    return [send_to_device(trainer.data_collator(batch), trainer.model.device) for batch in batches]
+    return [collate(trainer, batch) for batch in batches]
 
 
 def _check(trainer: Any) -> dict[str, Any]:
@@ -327,9 +328,7 @@ def _check(trainer: Any) -> dict[str, Any]:
     passed = difference <= bound  # False for NaN
     print_row("check", f"logits at step 0 differ by {difference:.1e} from the base's (allowed: up to {bound:.1e})")
     if not passed:
-        print_row(
-            "check", "FAILED: the adapter changes the model before it is trained; report it with `pissa selftest`"
-        )
+        print_row("check", "FAILED: the untrained adapter changes the model; report it with `pissa selftest`")
     return {"difference": difference, "bound": bound, "passed": passed}
 
 
@@ -349,10 +348,8 @@ def _checkpoint(ours: Any, training: Any) -> Path | None:
     return Path(given) if given else _last_checkpoint(Path(training.output_dir)) if ours.resume else None
 
 
-def _loss(trainer: Any, model: Any, batch: Any, *, by_trainer: bool) -> torch.Tensor:
+def _trainers_loss(trainer: Any, model: Any, batch: Any) -> torch.Tensor:
     """The loss of a batch that is not one of the training's: what TRL notes of it, to log it, goes again."""
-    if not by_trainer:
-        return cast(torch.Tensor, model(**batch).loss)
     loss: torch.Tensor = trainer.compute_loss(model, batch)
     trainer._metrics["train"].clear()
     return loss
@@ -365,19 +362,20 @@ def _plan(
     state = TrainerState() if checkpoint is None else TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
     if ours.minutes and state.max_steps:  # as many as before
         trainer.args.max_steps = state.max_steps
-    with user_errors(torch.OutOfMemoryError, MemoryError, before="--batch-size: "):
+    needs_less = "; a smaller --batch-size or --max-length, or --gradient-checkpointing, needs less"
+    with user_errors(torch.OutOfMemoryError, MemoryError, after=needs_less):
         plan = make_plan(trainer, loss, state.global_step)
     if plan is None:
         return None
-    plan = plan._replace(seconds=plan.seconds + rest)
+    plan = plan._replace(besides=plan.besides + rest)
     if ours.minutes and not state.max_steps:
         plan = plan.within(ours.minutes)
         trainer.args.max_steps = plan.steps
     print_row("plan", plan.text(trainer.args.device))
-    print_row("", "Ctrl-C keeps what is learnt by then, and --resume goes on from there")
+    print_row("", "Ctrl-C keeps what is learned by then, and --resume goes on from there")
     for note in plan.notes(free_memory()):
         print_row("note", note)
-    return plan._asdict()
+    return plan._asdict() | {"seconds": plan.seconds}
 
 
 def _train(trainer: Any, ours: Any, watch: Watch, checkpoint: Path | None, command: str) -> None:

@@ -71,7 +71,7 @@ def suggest_lr(
         pissa.RankError: another process has failed.
     """
     with failing_together():
-        trial = _Trial(model, list(batches), loss or _own_loss)
+        trial = _Trial(model, list(batches), loss or own_loss)
         with _restore_afterwards(model, trial):
             losses = _bracket(trial, 2 * trial.unit_step())
     rate = float(f"{_vertex(losses):.1e}")
@@ -185,7 +185,8 @@ def _format_loss(loss: float) -> str:
     return f"{loss:.3f}" if math.isfinite(loss) else "no number"
 
 
-def _own_loss(model: nn.Module, batch: Any) -> Tensor:
+def own_loss(model: nn.Module, batch: Any) -> Tensor:
+    """The loss that a model computes for a batch, a mapping of its keyword arguments."""
     if not isinstance(batch, Mapping):
         raise TypeError(
             f"batches: got one of type {type(batch).__name__}; allowed: mappings of keyword arguments of the model, or "

@@ -334,6 +334,7 @@ def test_wrong_arguments_are_refused(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--held-out", "-1"], "got '-1'; allowed: a whole number of at least 0"),
         (["--rank", "0"], "got '0'; allowed: a whole number above 0"),
         (["--lr", "nan"], "got 'nan'; allowed: a number above 0, or auto"),
         (["--rank_pattern", "q_proj=8"], "got 'q_proj=8'; allowed: JSON, such as"),

@@ -20,7 +20,8 @@ import pages
 import pissa
 from pissa.cli import main, plan, training
 from pissa.cli.cores import Cores, note_on_cores
-from pissa.cli.plan import Plan, as_duration, make_plan, needs_checkpointing
+from pissa.cli.plan import Plan, make_plan, needs_checkpointing
+from pissa.cli.terminal import as_duration
 from runs import command, cut_last_step, history, logged, refused
 
 LENGTHS = [2, 9, 4, 4, 6, 1, 3, 8, 5, 7]
@@ -132,7 +133,7 @@ def test_batches_without_a_label_are_named() -> None:
     of.data_collator = labelled  # of three batches, the last has two rows
     plan = planned(of)
     assert plan.empty == pytest.approx(2 / 3)
-    assert plan.notes(10**12)[0].startswith("67% of the batches have no token to learn, and teach nothing: ")
+    assert next(plan.notes(10**12)).startswith("67% of the batches have no token to learn, and teach nothing: ")
     assert planned(trainer()).empty == 0
 
 
@@ -143,26 +144,30 @@ def test_nothing_is_planned_where_nothing_can_be_measured() -> None:
     assert make_plan(trainer(world_size=2), lambda model, batch: model(batch)) is None
 
 
+CALM = Plan(60, 8, 1.0, 0.1, a_step=9.0, besides=60.0, memory=9 * 10**8, others=0.0)
+"""Ten minutes, of which one is for what is not a step."""
+
+
 def test_a_plan_fits_the_minutes() -> None:
-    plan = Plan(60, 8, 1.0, 0.1, 600.0, 10**9, 0.0)
-    assert plan.within(20) == plan
-    assert plan.within(5) == plan._replace(steps=30, passes=0.5, seconds=300.0)
-    assert plan.within(0.01).steps == 1
+    assert CALM.seconds == 600
+    assert CALM.within(20) == CALM
+    assert CALM.within(5.5) == CALM._replace(steps=30, passes=0.5)
+    assert CALM.within(5.5).seconds == 5.5 * 60
+    assert CALM.within(0.5).steps == 1
 
 
 def test_a_plan_advises_what_to_change(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "peak_memory", lambda: 5 * 10**8)
     monkeypatch.setattr(plan.psutil, "cpu_count", lambda: 8)
-    calm = Plan(10, 8, 1.0, 0.1, 600.0, 9 * 10**8, 0.0)
-    assert calm.notes(10**9) == []
-    assert "10 steps of 8 examples (1 x the data, 10% padding): about 10 minutes" in calm.text(torch.device("cpu"))
-    [note] = calm._replace(seconds=90_000.0).notes(10**9)
+    assert list(CALM.notes(10**9)) == []
+    assert "60 steps of 8 examples (1 x the data, 10% padding): about 10 minutes" in CALM.text(torch.device("cpu"))
+    [note] = CALM._replace(besides=90_000.0).notes(10**9)
     assert note.startswith("that is more than a day. Fewer --steps")
-    [note] = calm._replace(memory=2 * 10**9).notes(10**9)
+    [note] = CALM._replace(memory=2 * 10**9).notes(10**9)
     assert note.startswith("only 1 GB of memory are free. --gradient-checkpointing")
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
-    assert calm._replace(others=2.6).notes(10**9) == [note_on_cores(2.6)]
+    assert list(CALM._replace(others=2.6).notes(10**9)) == [note_on_cores(2.6)]
 
 
 @pytest.mark.parametrize(
@@ -234,7 +239,7 @@ def test_a_run_says_what_it_will_take(
     assert "train.jsonl, 500 examples, " in said
     assert re.search(r"\nheld out  25 of them, chosen at random", said)
     assert re.search(r"\nplan      60 steps of 8 examples \(1 x the data, \d+% padding\): about \d+ s on \d", said)
-    assert "Ctrl-C keeps what is learnt by then, and --resume goes on" in said
+    assert "Ctrl-C keeps what is learned by then, and --resume goes on" in said
     assert "float32" in said.partition("model ")[2].partition("\n")[0]  # the checkpoint's
     assert f"next      pissa chat {out.name}" in said
     assert len(logged(out)) == 60 == math.ceil(475 / 8)
