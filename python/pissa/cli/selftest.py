@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
+import re
 import textwrap
 import time
 import traceback
@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pissa.cli.terminal import UserError, silence_third_parties
-from pissa.containers.staged import staged
 
 if TYPE_CHECKING:
     import torch
@@ -110,26 +109,21 @@ def has_passed_on_gpu() -> bool:
     """Whether all checks have passed on this machine's GPU, if it has one, with these versions of pissa and torch."""
     import torch
 
-    if not torch.cuda.is_available():
-        return False
-    try:
-        return bool(json.loads(_record().read_text()) == _gpu())
-    except (OSError, ValueError):
-        return False
+    return torch.cuda.is_available() and _passed_file().is_file()
 
 
 def _remember_gpu() -> None:
-    with staged(_record().parent) as new:
-        new(_record().name).write_text(json.dumps(_gpu()))
+    _passed_file().parent.mkdir(parents=True, exist_ok=True)
+    _passed_file().touch()
 
 
-def _gpu() -> dict[str, str]:
+def _passed_file() -> Path:
+    """A file that exists once all checks have passed. Its name says with what."""
     import torch
 
     import pissa
 
-    return {"gpu": torch.cuda.get_device_name(), "pissa": pissa.__version__, "torch": torch.__version__}
-
-
-def _record() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pissa" / "selftest.json"
+    name = re.sub(
+        r"[^\w.+]+", "_", f"{torch.cuda.get_device_name()} pissa {pissa.__version__} torch {torch.__version__}"
+    )
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pissa" / f"selftest_{name}"
