@@ -17,10 +17,10 @@ from pissa.adapters.lora_folder import LoraFolder, check_same_layers, open_adapt
 from pissa.adapters.peft_layout import select_trained_beside
 from pissa.adapters.pissa_layout import PissaFolder
 from pissa.adapters.vocabulary import VocabularyTensor, vocabulary
-from pissa.base.digest import Match, dtype_of, holds, is_fingerprint, match
-from pissa.base.stored import Expected, residual_tensors, residuals_of
+from pissa.base.digest import Match, dtype_of, holds, match
+from pissa.base.stored import Expected, residuals_of
 from pissa.base.weights import is_offloaded
-from pissa.config import IMPLICIT, Form, PissaConfig
+from pissa.config import IMPLICIT, PissaConfig
 from pissa.containers.messages import quote
 from pissa.containers.tensor_file import SAVED_FLOATS
 from pissa.distributed import is_dtensor, is_of_an_engine, is_partitioned, shard_as
@@ -56,12 +56,10 @@ class _Restoration:
 
         tensors = folder.tensors
         self.others = {key: tensors.read(key) for key in tensors.entries if key in self.modules or key in tables}
-        self.kept = {name: codes for name, layer in self.layers.items() if (codes := self._kept_codes(name, layer))}
-        """bitsandbytes' codes that are the residuals."""
-        self.residuals: dict[str, Tensor | QuantizedWeight] = {**self.kept}
+        self.residuals: dict[str, Tensor | QuantizedWeight] = {}
         """The residuals that are to replace bases, as far as they exist."""
         for name, layer in self.layers.items():
-            if folder.layers[name].form != layer.base.form and name not in self.kept:
+            if folder.layers[name].form != layer.base.form:
                 residual = folder.read_stored(name, layer.matrix_shape, layer.base.device)
                 if residual is not None:
                     self.residuals[name] = residual
@@ -121,13 +119,6 @@ class _Restoration:
             delta.copy_(shard_as(delta, saved))
         if tensors.magnitude is not None:
             layer.magnitude(self.adapter_name).set(*tensors.magnitude)
-
-    def _kept_codes(self, name: str, layer: PissaLayer) -> QuantizedWeight | None:
-        """bitsandbytes' codes for a layer, if they are the residual that was saved."""
-        record, codes = self.folder.layers[name], layer.base.bnb_codes
-        if codes is None or record.stored is None:
-            return None
-        return codes if is_fingerprint(record.stored, *residual_tensors(codes).values()) else None
 
     # -- whether it fits
 
@@ -217,7 +208,7 @@ class _Restoration:
         folder, record = self.folder, self.folder.layers[name]
         own = layer.weight_fingerprint
         if name in self.residuals:
-            if name in self.kept or not folder.is_fed_back(name):
+            if not folder.is_fed_back(name):
                 return Match.SAME
             if own.match(layer.base, record.weight) is not Match.OTHER:
                 return Match.SAME  # also with other roundings: the codes are those of the training
@@ -233,14 +224,6 @@ class _Restoration:
             return result
         if (result := own.match(layer.base, record.weight)) is not Match.OTHER:
             return result
-        codes = layer.base.bnb_codes
-        if codes is not None and record.stored is not None:
-            form = Form.quantised(codes.format, codes.blocksize, codes.nested)
-            raise ValueError(
-                f"{folder.path} was trained on codes in {record.form.describe()}, and bitsandbytes has others for "
-                f"layer {name}, in {form.describe()}. Load the model with the same "
-                "bitsandbytes options, or the checkpoint in 16 bits, from which the codes are made again"
-            )
         raise self._another_base(f"the first layer that differs is {name}: its weight", record.weight)
 
     def _match_rest(self, base: Any) -> dict[str, tuple[torch.dtype, torch.dtype]]:

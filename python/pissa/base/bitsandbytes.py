@@ -18,10 +18,6 @@ from pissa.base.start import StartFactors
 from pissa.base.weights import CodedLinear, Dense, copy_without_hooks, dense_linear, in_memory
 from pissa.distributed import is_sharded
 
-_OTHER_CODES = 0.01
-"""The share of bytes in which two codings of one weight may differ, because bitsandbytes divides by scales at another
-point than our kernels. For Gaussian weights that differ by 2% of their norm, the share is 0.12."""
-
 
 def is_bitsandbytes(module: nn.Module, *names: str) -> bool:
     """Whether `module` is one of bitsandbytes' classes with these names. Does not import bitsandbytes."""
@@ -54,18 +50,6 @@ class BnbLinear4bit(CodedLinear):
             rest = copy_without_hooks(linear)
             rest._parameters, rest.quant_state = {}, None
             self._rest.append(rest)
-
-    @property
-    def bnb_codes(self) -> ops.QuantizedWeight:
-        return self.quantized
-
-    def original(self, weight: Tensor) -> Tensor | None:
-        quantised = self.quantized
-        if tuple(weight.shape) != quantised.shape:
-            return None
-        weight = weight.to(quantised.device, self.decoded_dtype).contiguous()
-        codes = ops.quantize(weight, quantised.format, blocksize=quantised.blocksize).codes
-        return weight if (codes != quantised.codes).float().mean() <= _OTHER_CODES else None
 
     def operand_for(self, start: StartFactors, scaling: float, x: Tensor) -> Operand | None:
         """The codes, for an input that bitsandbytes' layer would not cast."""

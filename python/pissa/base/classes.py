@@ -95,12 +95,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def fields_of_4_bits(model: nn.Module) -> dict[str, Any] | None:
-    """The fields of a `PissaConfig` that describe how bitsandbytes stores weights of a model in 4 bits; None if it
-    stores none in 4 bits."""
-    for module in model.modules():
-        if is_bitsandbytes(module, "Linear4bit") and (state := getattr(module.weight, "quant_state", None)):
-            storage = str(module.weight.dtype).removeprefix("torch.")
-            options = {"blocksize": state.blocksize, "double_quant": state.nested, "quant_storage": storage}
-            return {"quant": state.quant_type, **options}
-    return None
+def has_4_bits(model: nn.Module) -> bool:
+    """Whether bitsandbytes stores weights of a model in 4 bits."""
+    layers = (module for module in model.modules() if is_bitsandbytes(module, "Linear4bit"))
+    return any(getattr(layer.weight, "quant_state", None) for layer in layers)

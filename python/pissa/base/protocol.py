@@ -92,16 +92,6 @@ class Base(ABC):
         return None
 
     @property
-    def bnb_codes(self) -> ops.QuantizedWeight | None:
-        """bitsandbytes' 4-bit codes, if they are the whole weight; None for any other base."""
-        return None
-
-    def original(self, weight: Tensor) -> Tensor | None:
-        """Returns a dense weight [out, in] as bitsandbytes has quantised it, in the dtype of decoded codes, on the
-        codes' device. Returns None if the base has no `bnb_codes`, or has those of another weight."""
-        return None
-
-    @property
     def dtype(self) -> torch.dtype | None:
         """The dtype of a dense weight; None for codes, which do not show it."""
         return self.parameter.dtype

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pissa.cli.terminal import (
+    COLUMNS_HELP,
     UserError,
-    add_calibration,
     as_size,
     collect_notes,
+    columns,
     number,
     passes,
     positive_int,
@@ -113,11 +114,14 @@ def _add_init(parser: argparse.ArgumentParser) -> None:
     add("--exclude-modules", nargs="+", metavar="NAME", help="layers not to adapt")
     init = "start of the adapter: pissa, lora (plain QLoRA), loftq, activations (calibrated)"
     add("--init", default="pissa", metavar="METHOD", help=init)
-    add_calibration(
-        parser,
+    calibration = (
         "with --quant: records like what the model will read. Error feedback then chooses the "
-        "codes, and the outputs lose less; with --init lora this makes a better checkpoint for any QLoRA program",
+        "codes, and the outputs lose less; with --init lora this makes a better checkpoint for any QLoRA program"
     )
+    add("--calibration", metavar="FILE", help=calibration)
+    add("--columns", type=columns, metavar="NAME=COLUMN,...", help=COLUMNS_HELP)
+    # About ten thousand tokens. bench/experiments, `repairs`, compares other numbers.
+    add("--examples", type=positive_int, default=64, metavar="N", help="examples for the calibration")
     add("--quant-iters", type=positive_int, default=1, metavar="T", help="alternations of SVD and quantisation")
     add("--svd-passes", type=passes, default="auto", metavar="N", help="passes over each matrix (even)")
     add("--seed", type=int, default=0, metavar="N", help="seed of the random sketch")

@@ -7,28 +7,20 @@ Python that it starts, finds `startup/peft.py` when it imports peft.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import sys
 
 from pissa.cli.startup import peft
-from pissa.cli.terminal import UserError, add_calibration, user_errors
+from pissa.cli.terminal import UserError, user_errors
 
 _ALLOWED = "give a command, a .py file, or -m MODULE, and its arguments: pissa run -- trl sft --config run.yaml"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.usage = (
-        "pissa run [--init pissa] [--calibration FILE [--columns ...] [--examples N]] [--] PROGRAM [ARGUMENT ...]"
-    )
+    parser.usage = "pissa run [--init pissa] [--] PROGRAM [ARGUMENT ...]"
     start = "how adapters start if the program does not choose; TRL's scripts cannot choose"
     parser.add_argument("--init", choices=["pissa"], help=start)
-    add_calibration(
-        parser,
-        "records like what the model will read: the error of a model loaded with load_in_4bit is "
-        "repaired beneath its LoRA, from the 16-bit checkpoint that it was loaded from",
-    )
     program = "a command, a .py file, or -m MODULE; and its arguments"
     parser.add_argument("program", nargs=argparse.REMAINDER, metavar="PROGRAM", help=program)
 
@@ -50,8 +42,6 @@ def run(args: argparse.Namespace) -> int:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(folders)}
     if args.init is not None:
         environment[peft.INIT] = args.init
-    if args.calibration is not None:
-        environment[peft.CALIBRATION] = json.dumps([os.path.abspath(args.calibration), args.examples, args.columns])
     shown = " ".join(program[:2] if program[0] == "-m" else program[:1])
     print(f"pissa run: PEFT's PiSSA and LoRA on 4-bit layers are pissa's in {shown}", file=sys.stderr, flush=True)
     with user_errors(OSError, before=f"{shown}: "):

@@ -147,11 +147,3 @@ columns = number(
     lambda value: all(value) and all(value.values()),
 )
 COLUMNS_HELP = "columns of the data by the names that they should have, such as question=frage,answer=antwort"
-
-
-def add_calibration(parser: argparse.ArgumentParser, help: str) -> None:
-    """Adds the option --calibration with this help text, and the options --columns and --examples."""
-    parser.add_argument("--calibration", metavar="FILE", help=help)
-    parser.add_argument("--columns", type=columns, metavar="NAME=COLUMN,...", help=COLUMNS_HELP)
-    # About ten thousand tokens. bench/experiments, `repairs`, compares other numbers.
-    parser.add_argument("--examples", type=positive_int, default=64, metavar="N", help="examples for the calibration")

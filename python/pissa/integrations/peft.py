@@ -35,17 +35,15 @@ from torch import nn
 from pissa.ops.checks import check_choice
 
 Notify = Callable[[str], None]
-Batches = Callable[[str], list[Any]]
 Start = Literal["pissa"]
 
 _undo: ExitStack | None = None
 """What `disable` has to undo; None if the integration is off."""
 _notify: Notify | None = None
 _init: Start | None = None
-_batches: Batches | None = None
 
 
-def enable(notify: Notify | None = None, init: Start | None = None, batches: Batches | None = None) -> None:
+def enable(notify: Notify | None = None, init: Start | None = None) -> None:
     """Turns the integration on, for all threads. Call it while no other thread calls PEFT. If it is already on, only
     the arguments are replaced.
 
@@ -53,17 +51,13 @@ def enable(notify: Notify | None = None, init: Start | None = None, batches: Bat
         notify: is called with one sentence for each adapter that is taken over.
         init: "pissa" also applies PiSSA to a LoraConfig that does not choose its start (init_lora_weights=True). If
             that fails, `get_peft_model` raises ValueError.
-        batches: a calibration. A function of the folder or the name on the Hub from which a model was loaded, which
-            returns batches of what it will read, as `pissa.calibrate` takes them. The error of bitsandbytes' 4 bits is
-            then repaired beneath a LoraConfig that starts as LoRA, as by `pissa.wrap(weights=...,
-            repair="activations")`, or `get_peft_model` raises its error.
     """
     import_module("peft")  # first, because under `pissa run` importing it enables this module, too
     from pissa.peft_private import take_over
 
     check_choice("init", init, (None, *get_args(Start)))
-    global _undo, _notify, _init, _batches
-    _notify, _init, _batches = notify, init, batches
+    global _undo, _notify, _init
+    _notify, _init = notify, init
     if _undo is None:
         _undo = ExitStack()
         _undo.enter_context(take_over(_make, _load))
@@ -85,7 +79,7 @@ def is_enabled() -> bool:
 def _make(peft_class: type[nn.Module], model: nn.Module, config: Any, **kwargs: Any) -> nn.Module:
     from pissa.integrations.takeover import make
 
-    return make(peft_class, model, config, _init, _notify, _batches, **kwargs)
+    return make(peft_class, model, config, _init, _notify, **kwargs)
 
 
 def _load(plain: Callable[..., nn.Module], *args: Any, **kwargs: Any) -> nn.Module:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pissa.adapters.lora_folder import is_ours
 from pissa.adapters.peft_layout import ADAPTER_WEIGHTS
-from pissa.base.classes import fields_of_4_bits
+from pissa.base.classes import has_4_bits
 from pissa.config import PissaConfig, default_of
 from pissa.containers.checkpoint import PISSA_RECORD
 from pissa.containers.hub import adapter_folder
@@ -41,63 +41,43 @@ def make(
     config: Any,
     start: str | None,
     tell: Callable[[str], None] | None,
-    batches: Callable[[str], list[Any]] | None,
     **kwargs: Any,
 ) -> nn.Module:
-    """Returns the result of `peft.get_peft_model`, which has chosen PEFT's class `kind` and its arguments. `start`,
-    `tell` and `batches` are those of `peft.enable`."""
+    """Returns the result of `peft.get_peft_model`, which has chosen PEFT's class `kind` and its arguments. `start` and
+    `tell` are those of `peft.enable`."""
     if not isinstance(config, LoraConfig) or config.peft_type != PeftType.LORA:
         return peft_class(model, config, **kwargs)
     init = config.init_lora_weights
     is_pissa = isinstance(init, str) and _PISSA.fullmatch(init) is not None
-    in_4_bits = fields_of_4_bits(model)
-    repair = {} if batches is None or in_4_bits is None else {"repair": "activations", **in_4_bits}
-    if batches is not None and not repair:
-        _warn(config, "no calibration repairs: bitsandbytes has not loaded the model in 4 bits")
     if is_pissa or (init is True and start is not None):
         try:
-            ours = _configuration(config, model, **repair)
+            ours = _configuration(config, model)
         except (TypeError, ValueError) as error:
             if is_pissa:
                 _warn(config, f"changes the base: {error}")
                 return peft_class(model, config, **kwargs)
             raise ValueError(f"a LoraConfig without a start of its own was to start as PiSSA, but {error}") from None
-        method, wrapped = "PiSSA", _wrap(model, ours, batches, **kwargs)
+        method, wrapped = "PiSSA", wrap(model, ours, **kwargs)
         refuse_fused_kernels(wrapped)
-    elif in_4_bits:
+    elif has_4_bits(model):
         try:
-            method, wrapped = "LoRA with our kernels", _as_lora(peft_class, model, config, repair, batches, **kwargs)
+            method, wrapped = "LoRA with our kernels", _as_lora(peft_class, model, config, **kwargs)
         except (TypeError, ValueError, KeyError, RankError) as error:  # on all ranks, if on one
-            if repair:
-                raise ValueError(
-                    f"the error of 4 bits cannot be repaired beneath LoraConfig(init_lora_weights={init!r}): "
-                    f"{error}. Fix that, or run the program without the calibration"
-                ) from error
             _warn(config, f"computes 4-bit layers slower: {error}")
             return peft_class(model, config, **kwargs)
     else:
         return peft_class(model, config, **kwargs)
     if tell is not None:
         layers = pissa_layers(wrapped.base_model.model).values()
-        base = "the base unchanged"
-        if any(layer.base.is_quantised for layer in layers):
-            base = "the quantised base as it is"
-        elif wrapped.peft_config[wrapped.active_adapter].repair is not None:
-            base = "the base in bitsandbytes' 4 bits, repaired"
+        is_quantised = any(layer.base.is_quantised for layer in layers)
+        base = "the quantised base as it is" if is_quantised else "the base unchanged"
         tell(f"LoraConfig(init_lora_weights={init!r}) became {method}: rank {config.r}, {len(layers)} layers, {base}")
     return wrapped
 
 
-def _as_lora(
-    peft_class: type[nn.Module],
-    model: nn.Module,
-    config: LoraConfig,
-    repair: dict[str, Any],
-    batches: Callable[[str], list[Any]] | None,
-    **kwargs: Any,
-) -> PissaModel:
-    """LoRA from the factors that PEFT draws, in the places that PEFT chooses; on a repaired base if `repair` contains
-    its fields. On an error, the model and torch's generator are restored."""
+def _as_lora(peft_class: type[nn.Module], model: nn.Module, config: LoraConfig, **kwargs: Any) -> PissaModel:
+    """LoRA from the factors that PEFT draws, in the places that PEFT chooses. On an error, the model and torch's
+    generator are restored."""
     init = config.init_lora_weights
     if init not in _DRAWN:
         raise ValueError(f"init_lora_weights={init!r} starts from the weights")
@@ -115,22 +95,12 @@ def _as_lora(
         # PEFT's factors are always float32 unless the codes are in a parameter of a float dtype.
         in_float32 = all(value.dtype == torch.float32 for key, value in state.items() if ".lora_" in key)
         with restored_on_error(model):
-            ours = _configuration(chosen, model, init="lora", **repair)
-            wrapped = _wrap(model, ours, batches, **{**kwargs, "autocast_adapter_dtype": in_float32})
+            ours = _configuration(chosen, model, init="lora")
+            wrapped = wrap(model, ours, **{**kwargs, "autocast_adapter_dtype": in_float32})
             start_at_zero(wrapped, name)
             peft.set_peft_model_state_dict(wrapped, state, adapter_name=name)
     torch.set_rng_state(drawn)
     return wrapped
-
-
-def _wrap(
-    model: nn.Module, config: PissaConfig, batches: Callable[[str], list[Any]] | None, **kwargs: Any
-) -> PissaModel:
-    """Returns the wrapped model, with its base repaired if the configuration says so."""
-    if batches is not None and config.repair is not None:
-        weights = str(getattr(model, "name_or_path", ""))
-        kwargs |= {"weights": weights, "calibration": batches(weights)}
-    return wrap(model, config, **kwargs)
 
 
 def _configuration(config: LoraConfig, model: nn.Module, **fields: Any) -> PissaConfig:

@@ -28,7 +28,6 @@ from pissa.layers.factory import check_values, leave_out
 from pissa.layers.layer import PissaLayer, pissa_layers
 from pissa.layers.modules import PissaLinear
 from pissa.model.calibration import Calibration, SecondMoments
-from pissa.model.original import OriginalWeights
 from pissa.notices import RequantizedWarning, TiedWeightWarning
 from pissa.ops import QuantizedWeight
 
@@ -50,7 +49,7 @@ class Replacement(NamedTuple):
     start: StartFactors
     """The adapter's start."""
     codes: QuantizedWeight | None = None
-    """The residual if it does not follow from weight and start: bitsandbytes' codes, or those of error feedback."""
+    """The residual if it does not follow from weight and start: the codes of error feedback."""
 
 
 def decompose(
@@ -61,7 +60,6 @@ def decompose(
     progressbar: bool,
     keep_bases: bool = False,
     calibration: SecondMoments | None = None,
-    originals: OriginalWeights | None = None,
 ) -> dict[str, Replacement]:
     """Starts an adapter that has just been injected: computes the start factors that `config` asks for from the base of
     each of its layers, and gives them to the layers that keep their bases. `store` replaces the other bases.
@@ -74,7 +72,6 @@ def decompose(
         model: the (unwrapped) model.
         keep_bases: whether the layers keep their bases, whatever their form. The bases have been set already.
         calibration: second moments of the layers' inputs, if the configuration needs them.
-        originals: the weights that bitsandbytes has quantised. Their codes stay. Other layers keep their bases.
 
     Returns:
         The work left for `store`, by layer name. From here on, no weight can make it fail.
@@ -91,11 +88,8 @@ def decompose(
         )
     check_values(model, adapter_name)
     layers = pissa_layers(model, adapter_name)
-    if originals is not None:
-        stored = {name: layer for name, layer in layers.items() if layer.base.bnb_codes is not None}
-    else:
-        stored = {} if keep_bases else _to_store(model, adapter_name, layers, config)
-        _warn_of_requantising(layers, config)
+    stored = {} if keep_bases else _to_store(model, adapter_name, layers, config)
+    _warn_of_requantising(layers, config)
     check_uniform(model, {name: (layer.r[adapter_name], layer.scaling[adapter_name]) for name, layer in layers.items()})
     origins = {name: layer.origin(adapter_name, config) for name, layer in layers.items()}
     starts = {name: start for name, layer in layers.items() if (start := layer.known_start(origins[name])) is not None}
@@ -110,20 +104,14 @@ def decompose(
     hidden = {} if progressbar else {"disable": True}  # tqdm reads TQDM_DISABLE only if `disable` is not given
     with tqdm(total=total, desc="PiSSA init", unit="layer", **hidden) as bar:
         find = partial(_find_starts, layers, adapter_name, bar=bar, calibration=calibration)
-        base_starts, codes = find(of_bases, config.of_base(), check=ResidualCheck(config.form), originals=originals)
+        base_starts, codes = find(of_bases, config.of_base(), check=ResidualCheck(config.form))
         starts |= base_starts if config.starts_as_base else {}
         starts |= find(others, config.of_adapter())[0]
-    if originals is not None:
-        for share in distributed.agree(originals.fingerprints):
-            for name, value in share.items():
-                layers[name].weight_fingerprint.remember(layers[name].base, value)
     for name, layer in layers.items():
         if name not in stored:
             layer.start_from(adapter_name, starts[name])
     residuals = {name: layer for name, layer in layers.items() if layer.base.form != IMPLICIT}
     share_fingerprints(residuals, lambda layer: layer.residual_fingerprint)
-    if originals is not None:
-        codes = {name: kept for name, layer in stored.items() if (kept := layer.base.bnb_codes)}
     return {
         name: Replacement(layer, base_starts[name], starts[name], codes.get(name)) for name, layer in stored.items()
     }
@@ -138,7 +126,6 @@ def _find_starts(
     bar: tqdm[Any],
     calibration: SecondMoments | None,
     check: ResidualCheck | None = None,
-    originals: OriginalWeights | None = None,
 ) -> tuple[dict[str, StartFactors], dict[str, QuantizedWeight]]:
     """Returns the starts for these origins and this configuration, by layer name, and the residuals whose codes error
     feedback has found. Each rank computes some of them and sends them to the others. `check` checks whether residuals
@@ -146,7 +133,7 @@ def _find_starts(
     starts: dict[str, StartFactors] = {}
     residuals: dict[str, QuantizedWeight] = {}
     for group in own_groups({name: layers[name] for name in origins}):
-        task = _task(group, origins, config, calibration, originals)
+        task = _task(group, origins, config, calibration)
         computed, codes = start_with_codes(task)
         starts |= zip(group, computed, strict=True)
         residuals |= zip(group, codes or (), strict=codes is not None)
@@ -177,17 +164,12 @@ def _task(
     origins: Mapping[str, Origin],
     config: PissaConfig,
     calibration: SecondMoments | None,
-    originals: OriginalWeights | None,
 ) -> StartTask:
-    kept, device = None, next((base.device for base in group.values()), None)  # a process may have no share
-    if originals is None:
-        # Decode codes only for a method that reads weights: 16 million of them take 20 ms and load pages of the files.
-        reads = INIT_METHODS[config.init].reads_weights or config.form != IMPLICIT
-        weights = [base.matrix() if reads or not base.is_quantised else _unread(base) for base in group.values()]
-    else:
-        pairs = [originals.weight(name, base) for name, base in group.items()]
-        weights, kept = [weight for weight, _ in pairs], [codes for _, codes in pairs]
-    task = StartTask(weights, [origins[name] for name in group], config, list(group), codes=kept, device=device)
+    device = next((base.device for base in group.values()), None)  # a process may have no share
+    # Decode codes only for a method that reads weights: 16 million of them take 20 ms and load pages of the files.
+    reads = INIT_METHODS[config.init].reads_weights or config.form != IMPLICIT
+    weights = [base.matrix() if reads or not base.is_quantised else _unread(base) for base in group.values()]
+    task = StartTask(weights, [origins[name] for name in group], config, list(group), device=device)
     if not config.needs_calibration or calibration is None:
         return task
     return task._replace(moments=[] if device is None else calibration.of(group, device))

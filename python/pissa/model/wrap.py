@@ -13,9 +13,8 @@ from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from pissa.base.classes import fields_of_4_bits
 from pissa.config import PissaConfig, PissaType
-from pissa.containers.hub import Name, absolute
+from pissa.containers.hub import absolute
 from pissa.distributed import failing_together, world_size
 from pissa.layers.layer import pissa_layers
 from pissa.model.batches import Batch
@@ -23,11 +22,9 @@ from pissa.model.calibrate import BlockMoments, check_wanted, observe
 from pissa.model.calibration import Calibration
 from pissa.model.decompose import decompose
 from pissa.model.inject import check_plain, drop_gguf_mark, own_config, restored_on_error, warn_of_dropout
-from pissa.model.original import OriginalWeights
 from pissa.model.pissa_model import PissaModel, fuse_steps, model_class
 from pissa.model.store import store
 from pissa.model.tuner import BUILDING, PissaTuner
-from pissa.ops.formats import DEFAULT
 from pissa.peft_private import let_peft_start
 
 
@@ -36,7 +33,6 @@ def wrap(
     config: PissaConfig | None = None,
     *,
     calibration: Calibration | Iterable[Batch] | None = None,
-    weights: Name | None = None,
     adapter_name: str = "default",
     autocast_adapter_dtype: bool = True,
     low_cpu_mem_usage: bool = False,
@@ -50,7 +46,7 @@ def wrap(
         model = pissa.wrap(model, pissa.PissaConfig(r=16, quant="nf4"))
 
     Until the first training step, the wrapped model computes the same as the base, in evaluation mode bit for bit. With
-    `quant`, the base is the quantised residual plus its principal part; with `weights`, it is the repaired model.
+    `quant`, the base is the quantised residual plus its principal part.
 
     With several processes (torch.distributed), all of them must call this function with the same model and
     configuration. They share the work, and an error in one is raised in all.
@@ -76,12 +72,6 @@ def wrap(
             used. If batches are given, a single process on a CPU keeps the second moments of one block in memory at a
             time. Several processes keep those of the whole model. So does one if layers outside of the blocks are
             adapted, such as lm_head, or if the model does more between its blocks than to pass on what they return.
-        weights: for a model that was loaded with load_in_4bit=True: the folder, or the name on the Hub, of the 16-bit
-            checkpoint that it was loaded from. With repair="activations" and a calibration, or with repair="loftq",
-            factors that repair the error of bitsandbytes' codes are added to them; the codes do not change. `quant` and
-            its options must match the codes. They may be left out as keywords, but not in a `config`. One group of
-            matrices is read at a time. Layers that bitsandbytes has not quantised keep their bases. Any start other
-            than the repair's is computed from the codes.
         adapter_name: name of the adapter.
         autocast_adapter_dtype: keep the trained parameters in float32 on a 16-bit base.
         low_cpu_mem_usage: accepted for compatibility with PEFT; without effect: nothing is drawn or allocated twice.
@@ -96,7 +86,7 @@ def wrap(
     Raises:
         TypeError: `model` is not a module, both config and fields are given, or a layer cannot be adapted.
         ValueError: no layer was found, the rank is too large for a layer (the message names it), a weight contains NaN
-            or Inf, the model is already wrapped, or `weights` belong to another model or do not match the codes.
+            or Inf, or the model is already wrapped.
         pissa.RankError: another process has failed.
     """
     if not isinstance(model, nn.Module):
@@ -106,32 +96,17 @@ def wrap(
     with restored_on_error(model), failing_together():
         if config is not None and config_fields:
             raise TypeError(f"give either config or its fields, got config and {', '.join(sorted(config_fields))}")
-        bnb = {} if weights is None else fields_of_4_bits(model)
-        if bnb is None or bnb.get("quant", DEFAULT) != DEFAULT:
-            problem = "keeps no layer of the model in 4 bits" if bnb is None else f"has quantised it as {bnb['quant']}"
-            raise ValueError(
-                f"weights: got a checkpoint, but bitsandbytes {problem}; load the model with load_in_4bit=True, "
-                'bnb_4bit_quant_type="nf4", or leave weights out'
-            )
-        config = own_config(PissaConfig(**bnb | config_fields) if config is None else config)
-        for name, value in bnb.items():
-            if name != "quant_storage" and getattr(config, name) != value:
-                raise ValueError(
-                    f"{name}: got {getattr(config, name)!r}, but bitsandbytes has quantised the model with {value!r}; "
-                    "give that"
-                )
-        config.quant_storage = bnb.get("quant_storage", config.quant_storage)
+        config = own_config(PissaConfig(**config_fields) if config is None else config)
         repairs = config.repair is not None or config.init == "loftq"
         if calibration is not None and config.quant is not None and not (config.needs_calibration or repairs):
             config.repair = "activations"  # recovers three quarters of what QLoRA loses to 16 bits (bench/experiments)
         check_plain(model, adapter_name)
-        originals = None if weights is None else OriginalWeights(weights, config)
         loaded_from = model.__dict__.get("name_or_path")
         config.base_model_name_or_path = absolute(loaded_from) if loaded_from else None
         warn_of_dropout(config)
         check_wanted(config, calibration)
         wrapped = model_class(config)(model, config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
-        find = partial(decompose, model, adapter_name, config, progressbar=progressbar, originals=originals)
+        find = partial(decompose, model, adapter_name, config, progressbar=progressbar)
         if calibration is None or isinstance(calibration, Calibration):
             replacements = find(calibration=calibration)
         elif world_size() > 1 or (config.init == "activations" and not config.starts_as_base):  # are asked for twice

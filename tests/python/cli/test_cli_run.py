@@ -11,15 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM
 
 import pissa
 from daily import each
 from language_models import train
 from pissa.cli import main
-from pissa.cli.data import batches_of
 from pissa.cli.startup import peft as startup
-from tiny_model import save_tiny_model, tiny_tokenizer
+from tiny_model import save_tiny_model
 
 PROGRAM = Path(__file__).parents[1] / "support" / "peft_program.py"
 
@@ -99,43 +98,6 @@ def test_no_program(arguments: list[str], message: str, capsys: pytest.CaptureFi
     error = capsys.readouterr().err
     assert error.startswith(f"pissa run: {message}; give a command, a .py file, or -m MODULE")
     assert error.count("\n") == 1
-
-
-IN_4_BITS = """
-import sys
-import torch
-from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], quantization_config=quantization)
-model = get_peft_model(prepare_model_for_kbit_training(model), LoraConfig(r=4, target_modules="all-linear"))
-print(model(input_ids=torch.arange(12)[None], labels=torch.arange(12)[None]).loss.item())
-"""
-
-
-def test_a_program_s_4_bits_are_repaired(tmp_path: Path) -> None:
-    folder, data, program = tmp_path / "base", tmp_path / "train.jsonl", tmp_path / "program.py"
-    save_tiny_model(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    data.write_text("".join(json.dumps({"question": f"{i}+1", "answer": f"{i + 1}"}) + "\n" for i in range(9)))
-    program.write_text(IN_4_BITS)
-    done = run("--calibration", data, "--examples", "8", "--", program, folder)
-    assert done.returncode == 0, done.stderr
-    [took] = [line for line in lines(done.stderr) if "became" in line]
-    assert took.endswith("LoRA with our kernels: rank 4, 14 layers, the base in bitsandbytes' 4 bits, repaired")
-
-    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization)
-    batches = batches_of(str(data), 8, folder)
-    repaired = {"weights": folder, "repair": "activations", "calibration": batches}
-    model = pissa.wrap(model, r=4, lora_alpha=8, init="lora", target_modules="all-linear", **repaired)
-    tokens = torch.arange(12)[None]
-    assert float(done.stdout) == model.eval()(input_ids=tokens, labels=tokens).loss.item()
-
-    done = run("--calibration", tmp_path / "none.jsonl", "--", program, folder)
-    assert done.returncode == 1
-    assert "none.jsonl" in done.stderr.splitlines()[-1]
 
 
 def test_a_program_may_enable_it_itself(tmp_path: Path) -> None:

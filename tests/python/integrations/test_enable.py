@@ -13,7 +13,6 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model  # before enable(), as programs do
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import pissa
 from bnb_layers import bnb
@@ -335,38 +334,3 @@ def test_dora_and_dropout_on_4_bits(tiny_llama: Make, tokens: Tensor) -> None:
     assert isinstance(get_peft_model(in_4_bits(tiny_llama), LoraConfig(lora_dropout=0.5)), PissaModel)
     assert isinstance(get_peft_model(in_4_bits(tiny_llama), LoraConfig(init_lora_weights="pissa")), PissaModel)
     assert said[-1].endswith("the quantised base as it is")
-
-
-# -- what 4 bits have lost
-
-
-@pytest.mark.parametrize("init", ["pissa", True])
-def test_what_4_bits_lose_is_repaired_beneath_either_start(init: str | bool, tiny_llama: Make, tmp_path: Path) -> None:
-    tiny_llama().bfloat16().save_pretrained(tmp_path)
-    asked: list[str] = []
-
-    def batches(name: str) -> list[Tensor]:
-        asked.append(name)
-        return [torch.arange(12).view(2, 6)]
-
-    def in_4_bits() -> nn.Module:
-        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-        return AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config, dtype=torch.bfloat16)
-
-    enable(said.append, batches=batches)
-    given = {"r": 4, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": init}
-    model = get_peft_model(in_4_bits(), LoraConfig(**given))
-    fields = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "repair": "activations"}
-    expected = pissa.wrap(in_4_bits(), **fields, weights=tmp_path, calibration=batches(""))
-    layer, other = (each.base_model.model.model.layers[1].self_attn.v_proj.base for each in (model, expected))
-    assert torch.equal(layer.start.a0, other.start.a0)
-    assert asked[0] == str(tmp_path)
-    assert said[-1].endswith("the base in bitsandbytes' 4 bits, repaired")
-    with pytest.warns(
-        notices.NotTakenOverWarning, match="no calibration repairs: bitsandbytes has not loaded the model"
-    ):
-        get_peft_model(tiny_llama(), LoraConfig(**given))
-    with pytest.raises(
-        ValueError, match=r"cannot be repaired beneath LoraConfig.*olora.*starts from the weights\. Fix that"
-    ):
-        get_peft_model(in_4_bits(), LoraConfig(r=4, init_lora_weights="olora"))

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from transformers import (
     AlbertConfig,
     AlbertModel,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     Gemma4ForCausalLM,
@@ -318,6 +320,19 @@ def test_a_calibration_changes_nothing_else() -> None:
 def outputs(model: nn.Module, given: list[dict[str, Tensor]]) -> Tensor:
     with torch.no_grad():
         return torch.cat([model(input_ids=batch["input_ids"]).logits for batch in given])
+
+
+def test_layers_of_bitsandbytes_are_not_repacked(tmp_path: Path) -> None:
+    """By bitsandbytes in evaluation mode, on a CPU: they would return no gradient."""
+    llama().bfloat16().save_pretrained(tmp_path)
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config, dtype=torch.bfloat16)
+    layer = model.model.layers[1].mlp.up_proj
+    before = layer.weight.data.clone()
+    moments = pissa.calibrate(model, batches(), quant="nf4", repair="activations", target_modules=["q_proj"]).moments
+    assert len(moments) == 2
+    assert torch.equal(layer.weight.data, before)
+    assert not layer.training
 
 
 @pytest.mark.parametrize("format", ["nf4", "int8", "nf3"])

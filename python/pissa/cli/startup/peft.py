@@ -3,7 +3,6 @@ peft, this module loads the real one, which replaces it, and enables `pissa.inte
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from functools import partial
@@ -13,8 +12,6 @@ from typing import Any
 INIT = "PISSA_RUN_INIT"
 """The environment variable that holds the start of adapters for which the program chooses none; see
 `integrations.peft.enable`."""
-CALIBRATION = "PISSA_RUN_CALIBRATION"
-"""The environment variable that holds the file of a calibration, the number of examples, and its columns."""
 FOLDER = os.path.dirname(os.path.abspath(__file__))
 
 
@@ -29,17 +26,10 @@ def _give_way() -> None:
     from pissa.integrations import peft
 
     init: Any = os.environ.get(INIT)
-    calibration = json.loads(os.environ.get(CALIBRATION, "null"))
     say = partial(print, "pissa run:", file=sys.stderr, flush=True)
     # Only the first of several processes reports what it takes over.
     notify = say if os.environ.get("RANK", "0") == "0" else None
-    peft.enable(notify, init, partial(_batches, *calibration) if calibration else None)
-
-
-def _batches(file: str, examples: int, columns: dict[str, str] | None, model: str) -> list[Any]:
-    from pissa.cli.data import batches_of
-
-    return batches_of(file, examples, model, columns)
+    peft.enable(notify, init)
 
 
 if __name__ == "peft":
