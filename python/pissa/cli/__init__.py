@@ -26,7 +26,7 @@ COMMANDS = {
     "convert": "turn a PiSSA adapter of any layout into a plain LoRA",
     "report": "report spectra, and the memory of a training before it starts",
     "run": "run a PEFT training program with pissa's PiSSA and 4-bit LoRA",
-    "env": "report versions and whether everything works",
+    "env": "report what is installed, and whether its versions fit",
     "selftest": "check this installation; run it before you report a problem",
 }
 

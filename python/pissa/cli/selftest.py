@@ -91,12 +91,11 @@ def _devices(asked: str | None) -> Iterator[torch.device]:
     problem = cuda_problem if has_gpu else "torch finds no GPU here"
     if asked == "cuda" and problem is not None:
         raise UserError(f"--device cuda: {problem}; without --device all is tested that can be used")
-    versions = f"pissa {pissa.__version__}, torch {torch.__version__}"
     if asked != "cuda":
-        print(f"\ncpu: {versions}, {pissa.build_info()['isa']}")
+        print(f"\ncpu: {pissa.build_info()['isa']}")
         yield torch.device("cpu")
     if asked != "cpu" and problem is None:
-        print(f"\ncuda: {versions}, {torch.cuda.get_device_name()}")
+        print(f"\ncuda: {torch.cuda.get_device_name()}")
         yield torch.device("cuda")
     elif asked is None and has_gpu:
         print(f"\nThe GPU was not tested: {problem}")

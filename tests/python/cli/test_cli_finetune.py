@@ -422,7 +422,7 @@ def test_the_environment_report(capsys: pytest.CaptureFixture[str]) -> None:
     assert text.strip().split("\n")[-1].startswith("verdict")
     assert main(["env", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert report["works"] is True
+    assert report["fits"] is True
     assert report["pissa"] == pissa.__version__
     assert report["torch"].startswith(torch.__version__)
     assert report["build: isa"] == pissa.build_info()["isa"]
@@ -452,14 +452,6 @@ def test_the_environment_report_says_what_is_wrong(
     monkeypatch.setattr(env, "_version", lambda name: None if name == "xxhash" else version(name))
     assert main(["env"]) == 0
     assert "also run `pip install xxhash`, or install pissa[cli]" in capsys.readouterr().out.split("\n")[-2]
-    monkeypatch.setattr(env, "_version", version)
-
-    from pissa import ops
-
-    linear = ops.linear
-    monkeypatch.setattr(ops, "linear", lambda *args, **kwargs: linear(*args, **kwargs) * 1.001)
-    assert main(["env"]) == 1
-    assert "computes wrongly" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("init", ["lora", "pissa"])

@@ -72,7 +72,7 @@ def test_without_peft_the_ops_are_tested_and_a_gpu_after_the_cpu(
         code, out = run(capsys)
         assert list(wrong_in_linear("nf4", torch.bfloat16, DEVICE)) == []
     assert (code, failed(out)) == (0, set())
-    assert out.index("\ncpu: ") < out.index("\ncuda: ") < out.index(", some GPU\n")
+    assert out.index("\ncpu: ") < out.index("\ncuda: ") < out.index(": some GPU\n")
     assert "Models were not tested: PEFT is not installed; run `pip install peft`" in out
 
 
