@@ -12,7 +12,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -64,7 +64,7 @@ class Training(NamedTuple):
         """Runs one training. Returns the exit code."""
         ours, training, mixture = parse(args, self.trainer)
         screen = io.StringIO() if training.process_index else sys.stderr if ours.json else sys.stdout
-        with contextlib.redirect_stdout(screen), _explain_cut_images(training):
+        with contextlib.redirect_stdout(screen):
             _check_device(training)
             config, contents = _complete_options(ours, training, mixture)
             if args.is_process and training.device.type == "cpu":
@@ -121,21 +121,6 @@ class Training(NamedTuple):
         if ours.json and not training.process_index:
             print(json.dumps(result, indent=2))
         return 0 if passed else 1
-
-
-@contextlib.contextmanager
-def _explain_cut_images(training: Any) -> Iterator[None]:
-    """Explains how to handle an image whose tokens --max-length cuts. Collator and model find one only batch by
-    batch."""
-    try:
-        yield
-    except ValueError as error:
-        if "image" not in str(error).lower() or "token" not in str(error):
-            raise
-        raise UserError(
-            f"--max-length {training.max_length}: {first_line(error)}; a row that is cut must keep all tokens of its "
-            "images: raise --max-length, or give smaller images"
-        ) from error
 
 
 # ---- Before ----------------------------------------------------------------------------------------------------------
@@ -324,7 +309,8 @@ def _batches(trainer: Any, count: int) -> list[Any]:
 
 
 def _check(trainer: Any) -> dict[str, Any]:
-    difference, bound = step0_check(trainer.model, _batches(trainer, 1)[0])
+    with user_errors(ValueError, before="the first batch: ", after="; if --max-length cuts images, raise it"):
+        difference, bound = step0_check(trainer.model, _batches(trainer, 1)[0])
     passed = difference <= bound  # False for NaN
     print_row("check", f"logits at step 0 differ by {difference:.1e} from the base's (allowed: up to {bound:.1e})")
     if not passed:

@@ -149,8 +149,8 @@ def test_an_image_that_is_cut_is_refused(
 ) -> None:
     data = save_images(tmp_path, **ANSWERS[name])
     message = refused(command(base, data, tmp_path / "run", "--max-length", "4", name=name), capsys)
-    assert message.startswith(f"pissa {name}: --max-length 4: Image features and image tokens do not match")
-    assert "raise --max-length" in message
+    assert message.startswith(f"pissa {name}: the first batch: Image features and image tokens do not match")
+    assert message.endswith("; if --max-length cuts images, raise it")
     assert not any((tmp_path / "run").iterdir())
 
 
