@@ -5,16 +5,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
-import signal
 import sys
 import time
-from collections.abc import Iterator
 from typing import Any
 
 from pissa.cli.templates import end_of_answer, prompt_text
 from pissa.cli.terminal import (
     UserError,
     collect_notes,
+    first_interrupt,
     number,
     positive_int,
     print_row,
@@ -206,19 +205,9 @@ class Conversation:
         answer: str = self.tokenizer.decode(found, skip_special_tokens=True)
         return answer
 
-    @contextlib.contextmanager
-    def stoppable(self) -> Iterator[None]:
-        """In the block, the first Ctrl-C ends the answer after its next token, and a second one ends the command."""
-
-        def stop(*_: object) -> None:
-            self.stopped = True
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-        before = signal.signal(signal.SIGINT, stop)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, before)
+    def stop(self) -> None:
+        """Ends the answer after its next token."""
+        self.stopped = True
 
 
 def _converse(chat: Conversation) -> int:
@@ -241,7 +230,7 @@ def _converse(chat: Conversation) -> int:
             _say(_COMMANDS)
         elif prompt:
             try:
-                with chat.stoppable():
+                with first_interrupt(chat.stop):
                     chat.ask(prompt)
             except UserError as error:
                 _say(str(error))

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -50,8 +48,8 @@ class CompleteError(Exception):
 
 class Watch(TrainerCallback):  # type: ignore[misc]
     """Records the `seconds` per step and `peak_memory_mib` with each logged loss, in trainer_state.json, and calls
-    `draw` with the history after each evaluation. At Ctrl-C, the step is finished, a checkpoint is written, and the
-    training ends. A second Ctrl-C ends it at once.
+    `draw` with the history after each evaluation. After a call of `stop`, the step is finished, a checkpoint is
+    written, and the training ends.
 
     Raises:
         CompleteError: from `train`, after the checkpoint has been loaded, if the run is resumed after its last step.
@@ -64,18 +62,9 @@ class Watch(TrainerCallback):  # type: ignore[misc]
     def __init__(self, draw: Callable[[Sequence[Mapping[str, Any]]], None]) -> None:
         self._draw = draw
 
-    @contextlib.contextmanager
-    def listen(self) -> Iterator[None]:
-        """Handles Ctrl-C for the duration of the block."""
-        before = signal.signal(signal.SIGINT, self._request)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, before)
-
-    def _request(self, *_: Any) -> None:
+    def stop(self) -> None:
+        """Ends the training after this step."""
         self.requested = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
         print("\nending after this step, with a checkpoint; Ctrl-C again ends at once", file=sys.stderr)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import signal
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -50,6 +51,21 @@ def collect_notes(prints: bool) -> Iterator[list[str]]:
         warnings.simplefilter("always", UserWarning)
         warnings.showwarning = note
         yield texts
+
+
+@contextmanager
+def first_interrupt(act: Callable[[], None]) -> Iterator[None]:
+    """In the block, the first Ctrl-C calls `act`, and a second one ends the command."""
+
+    def handle(*_: object) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        act()
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def as_rows(label: str, text: str, lines: int) -> str:

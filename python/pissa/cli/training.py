@@ -41,7 +41,7 @@ from pissa.cli.progress import CompleteError, LossBar, Watch
 from pissa.cli.selftest import has_passed_on_gpu
 from pissa.cli.sources import ALLOWED, Records, is_records, records
 from pissa.cli.templates import check_continues, give_template
-from pissa.cli.terminal import UserError, count_of, print_row, user_errors
+from pissa.cli.terminal import UserError, count_of, first_interrupt, print_row, user_errors
 from pissa.cli.verification import step0_check
 from pissa.containers.checkpoint import PISSA_RECORD, Contents, ModelFolder
 from pissa.containers.messages import first_line
@@ -374,7 +374,7 @@ def _train(trainer: Any, ours: Any, watch: Watch, checkpoint: Path | None, comma
         # Reported once at the end instead of across the progress bar at the first checkpoint.
         warnings.simplefilter("ignore", InexactLoraWarning)
         # Several processes would not all receive the signal in the same step.
-        interruptible = watch.listen() if args.world_size == 1 else contextlib.nullcontext()
+        interruptible = first_interrupt(watch.stop) if args.world_size == 1 else contextlib.nullcontext()
         with interruptible, contextlib.suppress(CompleteError):
             trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         if watch.requested:
