@@ -10,8 +10,8 @@ def isa_failure() -> str:
     """The self-test of an instruction set that failed and what follows from it, or an empty string."""
 
 def formats() -> dict[str, dict[str, Any]]:
-    """The quantised formats by name: bits of a code, blocksizes (none: a block is a row), usual_blocksize, and what
-    its scales may be (nested: also float32)."""
+    """The quantised formats by name: bits of a code, blocksizes (none: a block is a row), usual_blocksize, what its
+    scales may be (nested: also float32), and the bytes of a block with its scales within (others: 0)."""
 
 def limits() -> dict[str, int]:
     """Rows of x up to which factors are not summed (few_tokens), scales that are quantised together

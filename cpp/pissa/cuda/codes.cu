@@ -4,6 +4,7 @@
 #include <cstring>
 #include <optional>
 
+#include "pissa/core/gguf.h"
 #include "pissa/cuda/formats_device.h"
 #include "pissa/cuda/reduce_device.h"
 
@@ -66,6 +67,20 @@ __global__ void decode_any_kernel(Matrix weight, int shift, const std::int64_t* 
   const BlockScales<Codes> scales(weight.scales, shift);
   const float scale = scales.value(scales.load(from, first_col + col, at));
   store(out.data, out.format, row * out.ld + col, Codes::element(Codes::level_at(weight.data, at), scale));
+}
+
+// The same for blocks of GGUF. Elements of neighbours are in a block, so a warp's loads hit L1.
+template <Format format>
+__global__ void decode_gguf_kernel(Matrix weight, const std::int64_t* rows, std::int64_t first_row,
+                                   std::int64_t first_col, MutableMatrix out) {
+  const std::int64_t index = static_cast<std::int64_t>(blockIdx.x) * kDecodeThreads + threadIdx.x;
+  if (index >= out.rows * out.cols) return;
+  std::int64_t col;
+  const std::int64_t row = divide(index, out.cols, col);
+  const std::int64_t given = rows ? rows[row] : first_row + row;
+  const std::int64_t from = given >= 0 && given < weight.rows ? given : 0;
+  const std::uint8_t* blocks = static_cast<const std::uint8_t*>(weight.data) + code_bytes(format, from * weight.cols);
+  store(out.data, out.format, row * out.ld + col, gguf_element<format>(blocks, first_col + col));
 }
 
 // ---- Quantisation ------------------------------------------------------------------------------------------------
@@ -346,11 +361,21 @@ void decode_any(const Context& context, const Matrix& weight, const std::int64_t
          shift_of(weight.scales.blocksize), rows, row, col, out);
 }
 
+void decode_gguf(const Context& context, const Matrix& weight, const std::int64_t* rows, std::int64_t row,
+                 std::int64_t col, const MutableMatrix& out) {
+  const std::int64_t blocks = ceil_div(out.rows * out.cols, kDecodeThreads);
+  with_gguf(weight.format, [&](auto kind) {
+    launch(context, "decode", decode_gguf_kernel<decltype(kind)::kFormat>, dim3(static_cast<unsigned>(blocks)),
+           kDecodeThreads, weight, rows, row, col, out);
+  });
+}
+
 }  // namespace
 
 void decode_codes(const Context& context, const Matrix& weight, std::int64_t row, std::int64_t col,
                   const MutableMatrix& out) {
   if (out.rows == 0 || out.cols == 0) return;
+  if (is_read_only(weight.format)) return decode_gguf(context, weight, nullptr, row, col, out);
   const auto fits = [](std::int64_t n) { return n % kOctet == 0; };
   const int shift = shift_of(weight.scales.blocksize);
   with_codes(weight.format, [&](auto codes) {
@@ -367,6 +392,7 @@ void decode_codes(const Context& context, const Matrix& weight, std::int64_t row
 }
 
 void decode_rows(const Context& context, const Matrix& weight, const std::int64_t* rows, const MutableMatrix& out) {
+  if (is_read_only(weight.format)) return decode_gguf(context, weight, rows, 0, 0, out);
   with_codes(weight.format, [&](auto codes) { decode_any<decltype(codes)>(context, weight, rows, 0, 0, out); });
 }
 

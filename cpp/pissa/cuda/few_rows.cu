@@ -578,7 +578,7 @@ void few_rows_gemm(const Context& context, std::span<const Term> terms, const Ma
 
 bool few_rows_quantized_fits(const Matrix& x, const Matrix& weight, std::span<const Term> tail) {
   return x.rows <= kFewRowsQuantized && (x.format == Format::bf16 || x.format == Format::f16) &&
-         is_quantized(weight.format) && weight.cols % kLine == 0 &&
+         is_quantized(weight.format) && !is_read_only(weight.format) && weight.cols % kLine == 0 &&
          weight.scales.blocksize % (kLine / scales_of_line(weight.format)) == 0 && x.ld % 8 == 0 &&
          aligned_to_16(x.data) && aligned_to_16(weight.data) && are_rows_by_rows(tail) &&
          std::ranges::all_of(tail, [&](const Term& term) { return term.precision == precision_of(x.format); });

@@ -23,7 +23,8 @@
 namespace pissa::cuda {
 namespace {
 
-/// f of the codes of a quantised format, on the host.
+/// f of the codes of a quantised format with scales beside them, on the host. The blocks of GGUF are decoded by
+/// core/gguf.h.
 template <class F>
 auto with_codes(Format format, F f) {
   switch (format) {

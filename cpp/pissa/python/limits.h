@@ -15,7 +15,7 @@
 namespace pissa::python {
 
 inline const char* name(ScaleKind kind) {
-  constexpr const char* kNames[] = {"float32", "nested", "e8m0", "e4m3", "bfloat16", "tiles"};
+  constexpr const char* kNames[] = {"float32", "nested", "e8m0", "e4m3", "bfloat16", "tiles", "within"};
   return kNames[static_cast<int>(kind)];
 }
 
@@ -34,6 +34,7 @@ inline pybind11::dict formats() {
     entry["blocksizes"] = blocksizes;
     entry["usual_blocksize"] = row.blocks.usual;
     entry["scales"] = name(row.scales);
+    entry["block_bytes"] = row.block_bytes;
     table[row.name] = entry;
   }
   return table;
@@ -51,8 +52,8 @@ inline pybind11::dict limits() {
 inline void define_limits(pybind11::module_& m) {
   m.def(
       "formats", formats,
-      "The quantised formats by name: bits of a code, blocksizes (none: a block is a row), usual_blocksize, and what\n"
-      "its scales may be (nested: also float32).");
+      "The quantised formats by name: bits of a code, blocksizes (none: a block is a row), usual_blocksize, what its\n"
+      "scales may be (nested: also float32), and the bytes of a block with its scales within (others: 0).");
   m.def(
       "limits", limits,
       "Rows of x up to which factors are not summed (few_tokens), scales that are quantised together\n"

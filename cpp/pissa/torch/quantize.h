@@ -20,10 +20,16 @@ inline Format quantized_format(const std::string& name) {
   return Format::nf4;
 }
 
+inline Format written_format(const std::string& name) {
+  const Format format = quantized_format(name);
+  PISSA_CHECK(!is_read_only(format), "format: got '", name, "', which is read but not written");
+  return format;
+}
+
 // A quantised weight as it crosses the op boundary.
 struct QuantizedTensors {
   Tensor codes;
-  Tensor absmax;                 // float32, uint8 or bfloat16, as the format stores its scales
+  Tensor absmax;                 // float32, uint8 or bfloat16, as the format stores its scales; empty if within
   OptionalTensor nested_absmax;  // for nested scales; or the values of 256 bytes
   OptionalTensor offset;
   Format format;
@@ -52,6 +58,7 @@ struct QuantizedTensors {
     Scales result = info(format).scales == ScaleKind::tiles ? tiles(rows, cols) : in_blocks(rows, cols);
     const ScalarType dtype = absmax.scalar_type();
     const ScaleKind kind = info(format).scales;
+    if (kind == ScaleKind::within) return result;
     PISSA_CHECK(!nested_absmax || kind == ScaleKind::nested || kind == ScaleKind::e4m3, info(format).name,
                 ": has no nested scales; got nested_absmax");
     PISSA_CHECK(has_dtype(dtype), "absmax: got another dtype than scales of ", info(format).name, " have");
@@ -78,6 +85,8 @@ struct QuantizedTensors {
         return dtype == ScalarType::BFloat16 || dtype == ScalarType::Float;
       case ScaleKind::tiles:
         return dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Byte;
+      case ScaleKind::within:
+        return true;  // it is empty
     }
     return false;
   }
@@ -96,7 +105,7 @@ struct QuantizedTensors {
 
   Scales in_blocks(std::int64_t rows, std::int64_t cols) const {
     check_blocksize(format, blocksize, cols);
-    const std::int64_t blocks = ceil_div(rows * cols, blocksize);
+    const std::int64_t blocks = is_read_only(format) ? 0 : ceil_div(rows * cols, blocksize);
     PISSA_CHECK(absmax.numel() == blocks, "absmax: got ", absmax.numel(), " elements; needed: ", blocks);
     return {blocksize};
   }
@@ -123,7 +132,7 @@ struct NewQuantized {
   // The global scale is that of NVFP4, float32 [].
   NewQuantized(const Tensor& like, const Matrix& shape, const std::string& format, std::int64_t blocksize,
                const OptionalTensor& global)
-      : NewQuantized(like, shape, quantized_format(format), blocksize) {
+      : NewQuantized(like, shape, written_format(format), blocksize) {
     PISSA_CHECK(global.has_value() == (output.format == Format::nvfp4) &&
                     (!global || (global->scalar_type() == ScalarType::Float && global->numel() == 1)),
                 "global_scale: needed by nvfp4, float32 [], and by no other format");
@@ -162,7 +171,7 @@ Tensor feedback_codes(const Tensor& weight, const Tensor& lower, const Tensor& a
   const Tensor w_tensor = torch::stable::contiguous(weight);
   const Tensor l_tensor = torch::stable::contiguous(lower);
   const Matrix w = matrix(w_tensor);
-  const Tensor codes = new_tensor(weight, {code_bytes(quantized_format(format), w.rows * w.cols)}, ScalarType::Byte);
+  const Tensor codes = new_tensor(weight, {code_bytes(written_format(format), w.rows * w.cols)}, ScalarType::Byte);
   const QuantizedTensors quantized(codes, absmax, nested_absmax, offset, format, blocksize);
   const Matrix stored = quantized.view(w.rows, w.cols);
   quantize_with_feedback(device.backend(), w, matrix(l_tensor), stored.format, stored.scales,

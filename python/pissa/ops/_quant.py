@@ -12,7 +12,7 @@ from torch import Tensor
 from pissa.ops import _autograd  # noqa: F401  registers fakes and gradients
 from pissa.ops._second_moment import check_moments, feedback_factors
 from pissa.ops.checks import FLOATS, check_choice, check_devices, check_finite, check_matrix, check_tensor
-from pissa.ops.formats import DEFAULT, FORMATS
+from pissa.ops.formats import DEFAULT, FORMATS, READ
 
 _OPS = torch.ops.pissa
 
@@ -53,6 +53,10 @@ class QuantizedWeight(NamedTuple):
     "fp8", E4M3: `codes`: uint8 [out * in]. `absmax`: float32, bfloat16 or uint8 (E8M0), one for each tile of
     `blocksize` columns and as many rows, or one row: [out, in / blocksize] scales or [out / blocksize, in / blocksize],
     rounded up. `blocksize` is 128 for DeepSeek-V3, 32 for MXFP8, and `in` for one scale per row. 8 bits per weight.
+
+    The blocks of GGUF files, which are read but never written: "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "iq4_nl" and
+    "mxfp4_gguf" of 32 elements, "q2_k", "q3_k", "q4_k", "q5_k", "q6_k" and "iq4_xs" of 256 (cpp/pissa/core/gguf.h).
+    `codes`: uint8, the bytes of the file, with the scales inside each block. `absmax`: uint8 [0].
     """
 
     codes: Tensor
@@ -60,7 +64,7 @@ class QuantizedWeight(NamedTuple):
     nested_absmax: Tensor | None
     offset: Tensor | None
     format: str
-    """One of `formats.FORMATS`."""
+    """One of `formats.READ`."""
     shape: tuple[int, int]
     blocksize: int
     """Elements in a block."""
@@ -237,8 +241,8 @@ def check_quantized(weight: object) -> QuantizedWeight:
     if not isinstance(weight, QuantizedWeight):
         raise TypeError(f"weight: got {type(weight).__name__}; needed: QuantizedWeight")
     codes, absmax, nested_absmax, offset, name, shape, blocksize = weight
-    check_choice("weight.format", name, FORMATS)
-    format, (rows, cols) = FORMATS[name], shape
+    check_choice("weight.format", name, READ)
+    format, (rows, cols) = READ[name], shape
     has_table = nested_absmax is not None
     if has_table not in _HAS_TABLE.get(format.scales, (False,)):
         got = "a tensor" if has_table else None
@@ -253,7 +257,7 @@ def check_quantized(weight: object) -> QuantizedWeight:
         format.options(blocksize if format.blocksizes else None, nested, cols)
         if not format.blocksizes and blocksize != cols:
             raise ValueError(f"weight.blocksize: got {blocksize}; needed: {cols}, a row")
-        scales = (-(-rows * cols // blocksize),)
+        scales = (0 if format.is_read_only else -(-rows * cols // blocksize),)
     expected = format.tensors(shape, blocksize, nested)
     dtypes = _DTYPES.get(format.scales, (expected["absmax"][1],))
     if check_tensor("weight.absmax", absmax, SCALES).dtype not in dtypes or nested != (offset is not None):

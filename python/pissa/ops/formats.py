@@ -29,7 +29,14 @@ class QuantFormat:
     usual_blocksize: int
     scales: str
     """The kind of its scales, one of "float32", "nested" (quantised too, or float32), "e8m0", "e4m3" (one byte each),
-    "bfloat16" and "tiles" (float32, bfloat16 or E8M0)."""
+    "bfloat16", "tiles" (float32, bfloat16 or E8M0) and "within" (inside the blocks of codes)."""
+    block_bytes: int = 0
+    """Bytes of a block whose scales are within."""
+
+    @property
+    def is_read_only(self) -> bool:
+        """Whether weights are read in the format but not quantised to it: GGUF's blocks."""
+        return self.scales == "within"
 
     @property
     def has_double_quant(self) -> bool:
@@ -70,6 +77,8 @@ class QuantFormat:
         `QuantizedWeight`."""
         elements = math.prod(shape)
         blocks = _ceil_div(elements, blocksize)
+        if self.is_read_only:
+            return {"codes": ((blocks * self.block_bytes,), torch.uint8), "absmax": ((0,), torch.uint8)}
         parts: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             "codes": ((_ceil_div(elements * self.bits, 8),), torch.uint8),
             "absmax": ((blocks,), torch.uint8 if double_quant else _SCALE_DTYPES.get(self.scales, torch.float32)),
@@ -83,15 +92,20 @@ class QuantFormat:
 
 
 _SCALE_DTYPES = {"e8m0": torch.uint8, "e4m3": torch.uint8, "bfloat16": torch.bfloat16}
-_WITHIN_ROWS = tuple(_SCALE_DTYPES)
+_WITHIN_ROWS = (*_SCALE_DTYPES, "within")
 
 
 def _ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-FORMATS: dict[str, QuantFormat] = {
-    name: QuantFormat(name, row["bits"], tuple(row["blocksizes"]), row["usual_blocksize"], row["scales"])
+READ: dict[str, QuantFormat] = {
+    name: QuantFormat(
+        name, row["bits"], tuple(row["blocksizes"]), row["usual_blocksize"], row["scales"], row["block_bytes"]
+    )
     for name, row in _C.formats().items()
 }
-"""The formats by name."""
+"""The formats with which ops compute, by name."""
+
+FORMATS = {name: format for name, format in READ.items() if not format.is_read_only}
+"""Those to which a weight can be quantised."""

@@ -50,7 +50,7 @@ class TermList {
   const std::vector<Term>& terms() const { return terms_; }
   const Bounded& expected() const { return expected_; }
   /// For up to four rows bf16 rounds an NF4 weight's level, not level * absmax as the reference does, and neither
-  /// operand beside an INT8 weight; for up to 16 rows not an INT8 weight's elements.
+  /// operand beside an INT8 weight or blocks of GGUF; for up to 16 rows not an INT8 weight's elements.
   std::int64_t bf16_roundings() const {
     const std::int64_t rows = expected_.value.rows;
     return !rounds_ ? 0 : rows <= 4 ? 2 : rows <= 16 && int8_ ? 1 : 0;

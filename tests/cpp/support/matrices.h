@@ -10,6 +10,7 @@
 #include <cstring>
 #include <numbers>
 #include <random>
+#include <stdexcept>
 #include <utility>
 #include <variant>
 #include <vector>
@@ -313,20 +314,168 @@ class StoredInt8 {
   std::vector<float> scales_;
 };
 
+/// The element of a block of GGUF, as llama.cpp's dequantize_row functions have it, byte by byte, and exact.
+inline double gguf_element(Format format, const std::uint8_t* block, int i) {
+  const auto half = [&](int at) { return kF16.decode(block[at] | block[at + 1] << 8); };
+  const auto nibble = [&](int codes) { return i < 16 ? block[codes + i] & 15 : block[codes + i - 16] >> 4; };
+  const auto fifth = [&](int bits) { return (block[bits + i / 8] >> (i % 8) & 1) << 4; };
+  constexpr int kIq4[] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+  const int half_block = i / 128, quarter = i % 128 / 32, l = i % 32;
+  switch (format) {
+    case Format::q4_0:
+      return half(0) * (nibble(2) - 8);
+    case Format::q4_1:
+      return half(0) * nibble(4) + half(2);
+    case Format::q5_0:
+      return half(0) * ((nibble(6) | fifth(2)) - 16);
+    case Format::q5_1:
+      return half(0) * (nibble(8) | fifth(4)) + half(2);
+    case Format::q8_0:
+      return half(0) * static_cast<std::int8_t>(block[2 + i]);
+    case Format::iq4_nl:
+      return half(0) * kIq4[nibble(2)];
+    case Format::mxfp4_gguf:
+      return std::ldexp(kE2m1.decode(nibble(1)), block[0] - 127);
+    case Format::q2_k: {
+      const int scale = block[i / 16], code = block[16 + 32 * half_block + l] >> (2 * quarter) & 3;
+      return half(80) * (scale & 15) * code - half(82) * (scale >> 4);
+    }
+    case Format::q3_k: {
+      const int group = i / 16;
+      const int low = group < 8 ? block[96 + group] & 15 : block[96 + group - 8] >> 4;
+      const int scale = low | (block[104 + group % 4] >> (2 * (group / 4)) & 3) << 4;
+      const int code = block[32 + 32 * half_block + l] >> (2 * quarter) & 3;
+      const bool has_bit = (block[l] >> (4 * half_block + quarter) & 1) != 0;
+      return half(108) * (scale - 32) * (code - (has_bit ? 0 : 4));
+    }
+    case Format::q4_k:
+    case Format::q5_k: {
+      const std::uint8_t* q = block + 4;  // get_scale_min_k4
+      const int j = i / 32;
+      const int scale = j < 4 ? q[j] & 63 : (q[j + 4] & 15) | (q[j - 4] >> 6) << 4;
+      const int minimum = j < 4 ? q[j + 4] & 63 : q[j + 4] >> 4 | (q[j] >> 6) << 4;
+      const int byte = block[(format == Format::q4_k ? 16 : 48) + 32 * (j / 2) + l];
+      int code = j % 2 == 0 ? byte & 15 : byte >> 4;
+      if (format == Format::q5_k) code += block[16 + l] >> j & 1 ? 16 : 0;
+      return half(0) * scale * code - half(2) * minimum;
+    }
+    case Format::q6_k: {
+      const int byte = block[64 * half_block + 32 * (quarter % 2) + l];
+      const int high = block[128 + 32 * half_block + l] >> (2 * quarter) & 3;
+      const int code = (quarter < 2 ? byte & 15 : byte >> 4) | high << 4;
+      return half(208) * static_cast<std::int8_t>(block[192 + i / 16]) * (code - 32);
+    }
+    case Format::iq4_xs: {
+      const int group = i / 32, byte = block[8 + 16 * group + i % 16];
+      const int low = block[4 + group / 2] >> (4 * (group % 2)) & 15;
+      const int high = (block[2] | block[3] << 8) >> (2 * group) & 3;
+      return half(0) * ((low | high << 4) - 32) * kIq4[l < 16 ? byte & 15 : byte >> 4];
+    }
+    default:
+      throw std::logic_error("no blocks of GGUF");
+  }
+}
+
+/// A matrix of random blocks of GGUF with scales of ordinary size.
+class StoredGguf {
+ public:
+  StoredGguf(Random& random, Format format, std::int64_t rows, std::int64_t cols)
+      : format_(format), rows_(rows), cols_(cols), bytes_(code_bytes(format, rows * cols)) {
+    for (std::uint8_t& byte : bytes_) byte = static_cast<std::uint8_t>(random.below(256));
+    for (std::size_t block = 0; block < bytes_.size(); block += info(format).block_bytes) {
+      if (format == Format::mxfp4_gguf) bytes_[block] = static_cast<std::uint8_t>(124 + random.below(4));
+      for (const int at : halves(format)) {
+        const auto bits = kF16.encode((random.coin() ? 1 : -1) * (0.5 + random.uniform()) / 32);
+        std::memcpy(&bytes_[block + at], &bits, 2);
+      }
+    }
+  }
+
+  Matrix view() const {
+    Matrix matrix{bytes_.data(), rows_, cols_, 0, format_};  // ld is ignored
+    matrix.scales.blocksize = info(format_).blocks.usual;
+    return matrix;
+  }
+  Dense values() const {
+    Dense result(rows_, cols_);
+    const std::int64_t elements = info(format_).blocks.usual;
+    for (std::int64_t i = 0; i < rows_ * cols_; ++i) {
+      const std::uint8_t* block = bytes_.data() + i / elements * info(format_).block_bytes;
+      result.values[i] = static_cast<float>(gguf_element(format_, block, static_cast<int>(i % elements)));
+    }
+    return result;
+  }
+
+ private:
+  /// Where blocks have numbers of 16 bits.
+  static std::vector<int> halves(Format format) {
+    switch (format) {
+      case Format::mxfp4_gguf:
+        return {};
+      case Format::q4_1:
+      case Format::q5_1:
+      case Format::q4_k:
+      case Format::q5_k:
+        return {0, 2};
+      case Format::q2_k:
+        return {80, 82};
+      case Format::q3_k:
+        return {108};
+      case Format::q6_k:
+        return {208};
+      default:
+        return {0};
+    }
+  }
+
+  Format format_;
+  std::int64_t rows_, cols_;
+  std::vector<std::uint8_t> bytes_;
+};
+
 /// The forms in which a GEMM reads an operand, and a random normal matrix in one of them. The first are those of
 /// Format, in its order.
-enum class Form { f32, bf16, f16, nf4, int8, nf3, nf2, mxfp4, nvfp4, int4, fp8, nf4_nested };
+enum class Form {
+  f32,
+  bf16,
+  f16,
+  nf4,
+  int8,
+  nf3,
+  nf2,
+  mxfp4,
+  nvfp4,
+  int4,
+  fp8,
+  q4_0,
+  q4_1,
+  q5_0,
+  q5_1,
+  q8_0,
+  q2_k,
+  q3_k,
+  q4_k,
+  q5_k,
+  q6_k,
+  iq4_nl,
+  iq4_xs,
+  mxfp4_gguf,
+  nf4_nested
+};
+/// Those of matrices of any size.
 inline constexpr std::initializer_list<Form> kForms = {Form::f32,   Form::bf16, Form::f16, Form::nf4,
                                                        Form::int8,  Form::nf3,  Form::nf2, Form::mxfp4,
                                                        Form::nvfp4, Form::int4, Form::fp8, Form::nf4_nested};
+/// Those whose rows are whole blocks.
+inline constexpr std::initializer_list<Form> kGgufForms = {
+    Form::q4_0, Form::q4_1, Form::q5_0, Form::q5_1,   Form::q8_0,   Form::q2_k,      Form::q3_k,
+    Form::q4_k, Form::q5_k, Form::q6_k, Form::iq4_nl, Form::iq4_xs, Form::mxfp4_gguf};
 inline constexpr std::initializer_list<Format> kFloatFormats = {Format::f32, Format::bf16, Format::f16};
 
+inline const char* name(Format format) { return info(format).name; }
 inline const char* name(Form form) {
-  return std::vector<const char*>{"f32", "bf16",  "f16",   "nf4",  "int8", "nf3",
-                                  "nf2", "mxfp4", "nvfp4", "int4", "fp8",  "nf4_nested"}[static_cast<std::size_t>(
-      form)];
+  return form == Form::nf4_nested ? "nf4_nested" : name(static_cast<Format>(form));
 }
-inline const char* name(Format format) { return name(static_cast<Form>(format)); }
 
 class Operand {
  public:
@@ -341,7 +490,7 @@ class Operand {
   }
 
  private:
-  using Any = std::variant<Stored, StoredLevels, StoredInt8, StoredFp8>;
+  using Any = std::variant<Stored, StoredLevels, StoredInt8, StoredFp8, StoredGguf>;
 
   static Any make(Random& random, std::int64_t rows, std::int64_t cols, Form form) {
     if (form == Form::int8) return StoredInt8(random, rows, cols);
@@ -352,6 +501,7 @@ class Operand {
       const std::int64_t width = random.pick({std::int64_t{32}, std::int64_t{128}, std::max<std::int64_t>(cols, 1)});
       return StoredFp8(random, rows, cols, width == 128 ? 128 : 1, width, kind);
     }
+    if (is_read_only(static_cast<Format>(form))) return StoredGguf(random, static_cast<Format>(form), rows, cols);
     if (is_quantized(static_cast<Format>(form))) {
       const BlockRule rule = info(static_cast<Format>(form)).blocks;
       const int blocksize = rule.in_row ? random.pick({static_cast<int>(rule.least), static_cast<int>(rule.most)})

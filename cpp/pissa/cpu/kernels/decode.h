@@ -41,14 +41,14 @@ void encode(const float* values, std::int64_t count, Format format, void* to) {
 
 void quantize(Format format, const float* values, std::int64_t count, std::int64_t blocksize, float global,
               std::uint8_t* codes, float* scales) {
-  with_codes(format, [&](auto kind) { kind.quantize(values, count, blocksize, global, codes, scales); });
+  with_written_codes(format, [&](auto kind) { kind.quantize(values, count, blocksize, global, codes, scales); });
 }
 
 // The columns of a row depend on those after them, so one row is processed at a time. Its sums stay in L1.
 void quantize_columns(const Matrix& w, const Matrix& lower, const float* reciprocals, Format format,
                       const Scales& scales, std::int64_t row, std::int64_t rows, std::int64_t first,
                       const MutableMatrix& errors, std::uint8_t* codes) {
-  with_codes(format, [&](auto kind) {
+  with_written_codes(format, [&](auto kind) {
     using Codes = decltype(kind);
     const std::int64_t count = errors.cols;
     const float* factor = static_cast<const float*>(lower.data) + first * lower.ld + first;

@@ -2,15 +2,17 @@
 // kernels.cc.
 //
 //   decode<Product>     part of a row as elements of the product, each rounded once
+//   dots<Product>       whether to use `dot` for a term with that many rows; false is always valid
+//   dot<Product>        c = or += the term, directly from the codes
+// and, unless the format is read-only:
 //   quantize            whole blocks, the last of which may be short where blocks may cross rows
 //   nearest             the element nearest to a value, given its block's scale, and its code
 //   pack                codes, a byte each, as they are stored
 //   block               the block of an element
-//   dots<Product>       whether to use `dot` for a term with that many rows; false is always valid
-//   dot<Product>        c = or += the term, directly from the codes
 #pragma once
 
 #include "pissa/cpu/kernels/fp8.h"
+#include "pissa/cpu/kernels/gguf.h"
 #include "pissa/cpu/kernels/int8.h"
 #include "pissa/cpu/kernels/nf4.h"
 #include "pissa/cpu/kernels/normal_float.h"
@@ -18,9 +20,9 @@
 namespace pissa::cpu::PISSA_ISA {
 namespace {
 
-// Calls f with the codes of a quantised format.
+// Calls f with the codes of a format that is also written.
 template <class F>
-PISSA_INLINE auto with_codes(Format format, F f) {
+PISSA_INLINE auto with_written_codes(Format format, F f) {
   switch (format) {
     case Format::nf4:
       return f(Nf4{});
@@ -41,6 +43,13 @@ PISSA_INLINE auto with_codes(Format format, F f) {
     default:
       __builtin_unreachable();
   }
+}
+
+// Calls f with the codes of a quantised format.
+template <class F>
+PISSA_INLINE auto with_codes(Format format, F f) {
+  if (!is_read_only(format)) return with_written_codes(format, f);
+  return with_gguf(format, [&](auto kind) { return f(GgufCodes<decltype(kind)::kFormat>{}); });
 }
 
 }  // namespace

@@ -38,9 +38,12 @@ PISSA_INLINE void prefetch(const Matrix& matrix, std::int64_t row, std::int64_t 
     if (row >= matrix.rows) return;
     const std::int64_t first = row * matrix.cols + col;
     with_codes(matrix.format, [&](auto codes) {
-      constexpr int kBits = info(codes.kFormat).bits;
-      for (std::int64_t i = first * kBits / 8; i < (first + count) * kBits / 8; i += 64) __builtin_prefetch(data + i);
-      prefetch_scale(matrix.scales, codes.block(matrix.scales, row, col, matrix.cols));
+      constexpr Format kFormat = decltype(codes)::kFormat;
+      const std::int64_t end = code_bytes(kFormat, first + count);
+      for (std::int64_t i = code_bytes(kFormat, first); i < end; i += 64) __builtin_prefetch(data + i);
+      if constexpr (!is_read_only(kFormat)) {
+        prefetch_scale(matrix.scales, codes.block(matrix.scales, row, col, matrix.cols));
+      }
     });
   } else {
     row += 14;

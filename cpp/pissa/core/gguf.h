@@ -1,0 +1,281 @@
+// The blocks of GGUF files (ggml-common.h of llama.cpp), byte for byte: codes with their scales inside the block. They
+// run along the rows of a weight. Everything is little-endian. They are read but never written.
+//
+// A block consists of groups of 16 or 32 elements. An element is scale * code, or scale * code + minimum where the
+// format has minima, each computed in f32. scale * code is exact, so a fused multiply-add gives the same bits.
+//
+// The codes of a run of elements are bits of consecutive bytes: element j of run r has bits of byte `low(r).byte + j`
+// and, from five bits on, one or two high bits of another byte. A backend either asks for one code (gguf_code) or
+// vectorises the runs.
+#pragma once
+
+#include <cstdint>
+
+#include "pissa/core/format.h"
+
+namespace pissa {
+
+/// Bits of the bytes from `byte` of a block on: (block[byte + j] >> shift) & mask. Without a mask there are none.
+struct BlockBits {
+  int byte = 0;
+  int shift = 0;
+  int mask = 0;
+};
+
+/// The number in two bytes of a block, an IEEE half.
+PISSA_INLINE constexpr float half_at(const std::uint8_t* block, int byte) {
+  const std::uint32_t bits = block[byte] | static_cast<std::uint32_t>(block[byte + 1]) << 8;
+  const std::uint32_t sign = (bits & 0x8000u) << 16, size = bits & 0x7fffu;
+  if (size < 0x400u) return float_of(bits_of(static_cast<float>(size) * 0x1p-24f) | sign);
+  return float_of((size >= 0x7c00u ? 0x7f800000u | (size & 0x3ffu) << 13 : (size << 13) + (112u << 23)) | sign);
+}
+
+/// The levels of IQ4_NL and IQ4_XS, and twice those of E2M1.
+inline constexpr std::int8_t kIq4Levels[16] = {-127, -104, -83, -65, -49, -35, -22, -10,
+                                               1,    13,   25,  38,  53,  69,  89,  113};
+inline constexpr std::int8_t kTwiceE2m1Levels[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+
+/// What the layouts have in common unless they say otherwise.
+struct GgufDefaults {
+  static constexpr bool kHasMinimum = false;
+  static constexpr int kBias = 0;             ///< subtracted from a code
+  static constexpr int kHighBits = 0;         ///< how far the high bits of a code are shifted to the left
+  static constexpr int kFifthBits = 0;        ///< the byte from which on bit i is the fifth of element i; 0: none
+  static constexpr bool kSixBits = false;     ///< scales and minima are GgufSixBits
+  static constexpr const std::int8_t* kLevels = nullptr;  ///< of four bits; null: codes are numbers
+  static PISSA_INLINE constexpr BlockBits high(int) { return {}; }
+};
+
+/// Blocks of 32 elements: one group, whose codes of four bits begin at `codes`, 16 low nibbles before 16 high ones.
+template <int codes>
+struct Gguf32 : GgufDefaults {
+  static constexpr int kGroup = 32;
+  static constexpr int kRun = 16;
+  static PISSA_INLINE constexpr BlockBits low(int run) { return {codes, 4 * run, 15}; }
+};
+
+template <Format format>
+struct Gguf;
+
+template <>
+struct Gguf<Format::q4_0> : Gguf32<2> {
+  static constexpr int kBias = 8;
+  static PISSA_INLINE constexpr float scale(const std::uint8_t* block, int) { return half_at(block, 0); }
+};
+
+template <>
+struct Gguf<Format::q4_1> : Gguf32<4> {
+  static constexpr bool kHasMinimum = true;
+  static PISSA_INLINE constexpr float scale(const std::uint8_t* block, int) { return half_at(block, 0); }
+  static PISSA_INLINE constexpr float minimum(const std::uint8_t* block, int) { return half_at(block, 2); }
+};
+
+template <>
+struct Gguf<Format::q5_0> : Gguf32<6> {
+  static constexpr int kBias = 16;
+  static constexpr int kFifthBits = 2;
+  static PISSA_INLINE constexpr float scale(const std::uint8_t* block, int) { return half_at(block, 0); }
+};
+
+template <>
+struct Gguf<Format::q5_1> : Gguf32<8> {
+  static constexpr bool kHasMinimum = true;
+  static constexpr int kFifthBits = 4;
+  static PISSA_INLINE constexpr float scale(const std::uint8_t* block, int) { return half_at(block, 0); }
+  static PISSA_INLINE constexpr float minimum(const std::uint8_t* block, int) { return half_at(block, 2); }
+};
+
+template <>
+struct Gguf<Format::q8_0> : GgufDefaults {
+  static constexpr int kGroup = 32;
+  static constexpr int kRun = 32;
+  static PISSA_INLINE constexpr BlockBits low(int) { return {2, 0, 255}; }  // signed
+  static PISSA_INLINE constexpr float scale(const std::uint8_t* block, int) { return half_at(block, 0); }
+};
+
+template <>
+struct Gguf<Format::iq4_nl> : Gguf32<2> {
+  static constexpr auto& kLevels = kIq4Levels;
+  static PISSA_INLINE constexpr float scale(const std::uint8_t* block, int) { return half_at(block, 0); }
+};
+
+template <>
+struct Gguf<Format::mxfp4_gguf> : Gguf32<1> {
+  static constexpr auto& kLevels = kTwiceE2m1Levels;
+  /// 2^(byte - 128), half of E8M0's value. For 255, which is NaN there, llama.cpp has 2^127.
+  static PISSA_INLINE constexpr float scale(const std::uint8_t* block, int) {
+    const std::uint32_t exponent = block[0];
+    return float_of(exponent < 2 ? 0x00200000u << exponent : (exponent - 1) << 23);
+  }
+};
+
+/// Blocks of 256 elements: eight runs of 32.
+struct Gguf256 : GgufDefaults {
+  static constexpr int kRun = 32;
+};
+
+template <>
+struct Gguf<Format::q2_k> : Gguf256 {
+  static constexpr bool kHasMinimum = true;
+  static constexpr int kGroup = 16;
+  static PISSA_INLINE constexpr BlockBits low(int run) { return {16 + run / 4 * 32, run % 4 * 2, 3}; }
+  static PISSA_INLINE constexpr float scale(const std::uint8_t* block, int group) {
+    return half_at(block, 80) * static_cast<float>(block[group] & 15);
+  }
+  static PISSA_INLINE constexpr float minimum(const std::uint8_t* block, int group) {
+    return -(half_at(block, 82) * static_cast<float>(block[group] >> 4));
+  }
+};
+
+template <>
+struct Gguf<Format::q3_k> : Gguf256 {
+  static constexpr int kGroup = 16;
+  static constexpr int kBias = 4;
+  static constexpr int kHighBits = 2;
+  static PISSA_INLINE constexpr BlockBits low(int run) { return {32 + run / 4 * 32, run % 4 * 2, 3}; }
+  static PISSA_INLINE constexpr BlockBits high(int run) { return {0, run, 1}; }
+  static PISSA_INLINE constexpr float scale(const std::uint8_t* block, int group) {
+    const int low = block[96 + group % 8] >> (group / 8 * 4) & 15;
+    const int high = block[104 + group % 4] >> (group / 4 * 2) & 3;
+    return half_at(block, 108) * static_cast<float>((low | high << 4) - 32);
+  }
+};
+
+/// Eight scales and eight minima of six bits each, in twelve bytes from the fifth on.
+struct GgufSixBits : Gguf256 {
+  static constexpr bool kSixBits = true;
+  static constexpr bool kHasMinimum = true;
+  static constexpr int kGroup = 32;
+  static PISSA_INLINE constexpr float scale(const std::uint8_t* block, int group) {
+    const std::uint8_t* bytes = block + 4;
+    const int code = group < 4 ? bytes[group] & 63 : (bytes[group + 4] & 15) | bytes[group - 4] >> 6 << 4;
+    return half_at(block, 0) * static_cast<float>(code);
+  }
+  static PISSA_INLINE constexpr float minimum(const std::uint8_t* block, int group) {
+    const std::uint8_t* bytes = block + 4;
+    const int code = group < 4 ? bytes[group + 4] & 63 : bytes[group + 4] >> 4 | bytes[group] >> 6 << 4;
+    return -(half_at(block, 2) * static_cast<float>(code));
+  }
+};
+
+template <>
+struct Gguf<Format::q4_k> : GgufSixBits {
+  static PISSA_INLINE constexpr BlockBits low(int run) { return {16 + run / 2 * 32, run % 2 * 4, 15}; }
+};
+
+template <>
+struct Gguf<Format::q5_k> : GgufSixBits {
+  static constexpr int kHighBits = 4;
+  static PISSA_INLINE constexpr BlockBits low(int run) { return {48 + run / 2 * 32, run % 2 * 4, 15}; }
+  static PISSA_INLINE constexpr BlockBits high(int run) { return {16, run, 1}; }
+};
+
+template <>
+struct Gguf<Format::q6_k> : Gguf256 {
+  static constexpr int kGroup = 16;
+  static constexpr int kBias = 32;
+  static constexpr int kHighBits = 4;
+  static PISSA_INLINE constexpr BlockBits low(int run) {
+    return {run / 4 * 64 + run % 2 * 32, run % 4 / 2 * 4, 15};
+  }
+  static PISSA_INLINE constexpr BlockBits high(int run) { return {128 + run / 4 * 32, run % 4 * 2, 3}; }
+  static PISSA_INLINE constexpr float scale(const std::uint8_t* block, int group) {
+    return half_at(block, 208) * static_cast<float>(static_cast<std::int8_t>(block[192 + group]));
+  }
+};
+
+template <>
+struct Gguf<Format::iq4_xs> : GgufDefaults {
+  static constexpr auto& kLevels = kIq4Levels;
+  static constexpr int kGroup = 32;
+  static constexpr int kRun = 16;
+  static PISSA_INLINE constexpr BlockBits low(int run) { return {8 + run / 2 * 16, run % 2 * 4, 15}; }
+  static PISSA_INLINE constexpr float scale(const std::uint8_t* block, int group) {
+    const int low = block[4 + group / 2] >> (group % 2 * 4) & 15;
+    const int high = block[2 + group / 4] >> (group % 4 * 2) & 3;
+    return half_at(block, 0) * static_cast<float>((low | high << 4) - 32);
+  }
+};
+
+/// The level of a code. Kernels of a GPU cannot index a table of the host, so it is two constants.
+template <Format format>
+PISSA_INLINE constexpr int gguf_level(int code) {
+  constexpr auto packed = [](int first) {
+    std::uint64_t word = 0;
+    for (int i = 0; i < 8; ++i) {
+      word |= std::uint64_t{static_cast<std::uint8_t>(Gguf<format>::kLevels[first + i])} << (8 * i);
+    }
+    return word;
+  };
+  constexpr std::uint64_t kLow = packed(0), kHigh = packed(8);
+  return static_cast<std::int8_t>((code < 8 ? kLow : kHigh) >> (code % 8 * 8));
+}
+
+/// The code of element i of a block as a number that its group's scale multiplies.
+template <Format format>
+PISSA_INLINE constexpr int gguf_code(const std::uint8_t* block, int i) {
+  using Layout = Gguf<format>;
+  const int run = i / Layout::kRun, j = i % Layout::kRun;
+  const BlockBits low = Layout::low(run), high = Layout::high(run);
+  int code = block[low.byte + j] >> low.shift & low.mask;
+  if constexpr (Layout::kHighBits > 0) code |= (block[high.byte + j] >> high.shift & high.mask) << Layout::kHighBits;
+  if constexpr (Layout::kFifthBits > 0) code |= (block[Layout::kFifthBits + i / 8] >> i % 8 & 1) << 4;
+  if constexpr (Layout::kLevels != nullptr) return gguf_level<format>(code);
+  else if constexpr (info(format).bits == 8) return static_cast<std::int8_t>(code);
+  else return code - Layout::kBias;
+}
+
+/// A format as a type.
+template <Format format>
+struct GgufFormat {
+  static constexpr Format kFormat = format;
+};
+
+/// Calls f with the GgufFormat of a read-only format.
+template <class F>
+PISSA_INLINE auto with_gguf(Format format, F f) {
+  switch (format) {
+    case Format::q4_0:
+      return f(GgufFormat<Format::q4_0>{});
+    case Format::q4_1:
+      return f(GgufFormat<Format::q4_1>{});
+    case Format::q5_0:
+      return f(GgufFormat<Format::q5_0>{});
+    case Format::q5_1:
+      return f(GgufFormat<Format::q5_1>{});
+    case Format::q8_0:
+      return f(GgufFormat<Format::q8_0>{});
+    case Format::q2_k:
+      return f(GgufFormat<Format::q2_k>{});
+    case Format::q3_k:
+      return f(GgufFormat<Format::q3_k>{});
+    case Format::q4_k:
+      return f(GgufFormat<Format::q4_k>{});
+    case Format::q5_k:
+      return f(GgufFormat<Format::q5_k>{});
+    case Format::q6_k:
+      return f(GgufFormat<Format::q6_k>{});
+    case Format::iq4_nl:
+      return f(GgufFormat<Format::iq4_nl>{});
+    case Format::iq4_xs:
+      return f(GgufFormat<Format::iq4_xs>{});
+    case Format::mxfp4_gguf:
+      return f(GgufFormat<Format::mxfp4_gguf>{});
+    default:
+      __builtin_unreachable();
+  }
+}
+
+/// Element `col` of a row of blocks.
+template <Format format>
+PISSA_INLINE constexpr float gguf_element(const std::uint8_t* row, std::int64_t col) {
+  using Layout = Gguf<format>;
+  constexpr int kElements = static_cast<int>(info(format).blocks.usual);
+  const std::uint8_t* block = row + col / kElements * info(format).block_bytes;
+  const int i = static_cast<int>(col % kElements);
+  const float product = Layout::scale(block, i / Layout::kGroup) * static_cast<float>(gguf_code<format>(block, i));
+  if constexpr (Layout::kHasMinimum) return product + Layout::minimum(block, i / Layout::kGroup);
+  else return product;
+}
+
+}  // namespace pissa
