@@ -35,15 +35,19 @@ inline constexpr std::int8_t kIq4Levels[16] = {-127, -104, -83, -65, -49, -35, -
                                                1,    13,   25,  38,  53,  69,  89,  113};
 inline constexpr std::int8_t kTwiceE2m1Levels[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
 
-/// What the layouts have in common unless they say otherwise.
+/// What the layouts have in common unless they say otherwise. A group's scale is the half at byte kScale times
+/// `scale_code`; its minimum is the half at byte kMinimum or, if it has codes, minus that half times `minimum_code`.
 struct GgufDefaults {
-  static constexpr bool kHasMinimum = false;
+  static constexpr int kScale = 0;
+  static constexpr int kMinimum = -1;         ///< -1: the format has no minima
+  static constexpr bool kMinimumHasCodes = false;
   static constexpr int kBias = 0;             ///< subtracted from a code
   static constexpr int kHighBits = 0;         ///< how far the high bits of a code are shifted to the left
   static constexpr int kFifthBits = 0;        ///< the byte from which on bit i is the fifth of element i; 0: none
-  static constexpr bool kSixBits = false;     ///< scales and minima are GgufSixBits
+  static constexpr bool kSixBits = false;     ///< codes of scales and minima are GgufSixBits'
   static constexpr const std::int8_t* kLevels = nullptr;  ///< of four bits; null: codes are numbers
   static PISSA_INLINE constexpr BlockBits high(int) { return {}; }
+  static PISSA_INLINE constexpr int scale_code(const std::uint8_t*, int) { return 1; }
 };
 
 /// Blocks of 32 elements: one group, whose codes of four bits begin at `codes`, 16 low nibbles before 16 high ones.
@@ -60,29 +64,23 @@ struct Gguf;
 template <>
 struct Gguf<Format::q4_0> : Gguf32<2> {
   static constexpr int kBias = 8;
-  static PISSA_INLINE constexpr float scale(const std::uint8_t* block, int) { return half_at(block, 0); }
 };
 
 template <>
 struct Gguf<Format::q4_1> : Gguf32<4> {
-  static constexpr bool kHasMinimum = true;
-  static PISSA_INLINE constexpr float scale(const std::uint8_t* block, int) { return half_at(block, 0); }
-  static PISSA_INLINE constexpr float minimum(const std::uint8_t* block, int) { return half_at(block, 2); }
+  static constexpr int kMinimum = 2;
 };
 
 template <>
 struct Gguf<Format::q5_0> : Gguf32<6> {
   static constexpr int kBias = 16;
   static constexpr int kFifthBits = 2;
-  static PISSA_INLINE constexpr float scale(const std::uint8_t* block, int) { return half_at(block, 0); }
 };
 
 template <>
 struct Gguf<Format::q5_1> : Gguf32<8> {
-  static constexpr bool kHasMinimum = true;
+  static constexpr int kMinimum = 2;
   static constexpr int kFifthBits = 4;
-  static PISSA_INLINE constexpr float scale(const std::uint8_t* block, int) { return half_at(block, 0); }
-  static PISSA_INLINE constexpr float minimum(const std::uint8_t* block, int) { return half_at(block, 2); }
 };
 
 template <>
@@ -90,23 +88,17 @@ struct Gguf<Format::q8_0> : GgufDefaults {
   static constexpr int kGroup = 32;
   static constexpr int kRun = 32;
   static PISSA_INLINE constexpr BlockBits low(int) { return {2, 0, 255}; }  // signed
-  static PISSA_INLINE constexpr float scale(const std::uint8_t* block, int) { return half_at(block, 0); }
 };
 
 template <>
 struct Gguf<Format::iq4_nl> : Gguf32<2> {
   static constexpr auto& kLevels = kIq4Levels;
-  static PISSA_INLINE constexpr float scale(const std::uint8_t* block, int) { return half_at(block, 0); }
 };
 
+/// The scale is a byte (`half_e8m0`).
 template <>
 struct Gguf<Format::mxfp4_gguf> : Gguf32<1> {
   static constexpr auto& kLevels = kTwiceE2m1Levels;
-  /// 2^(byte - 128), half of E8M0's value. For 255, which is NaN there, llama.cpp has 2^127.
-  static PISSA_INLINE constexpr float scale(const std::uint8_t* block, int) {
-    const std::uint32_t exponent = block[0];
-    return float_of(exponent < 2 ? 0x00200000u << exponent : (exponent - 1) << 23);
-  }
 };
 
 /// Blocks of 256 elements: eight runs of 32.
@@ -116,45 +108,43 @@ struct Gguf256 : GgufDefaults {
 
 template <>
 struct Gguf<Format::q2_k> : Gguf256 {
-  static constexpr bool kHasMinimum = true;
+  static constexpr int kScale = 80;
+  static constexpr int kMinimum = 82;
+  static constexpr bool kMinimumHasCodes = true;
   static constexpr int kGroup = 16;
   static PISSA_INLINE constexpr BlockBits low(int run) { return {16 + run / 4 * 32, run % 4 * 2, 3}; }
-  static PISSA_INLINE constexpr float scale(const std::uint8_t* block, int group) {
-    return half_at(block, 80) * static_cast<float>(block[group] & 15);
-  }
-  static PISSA_INLINE constexpr float minimum(const std::uint8_t* block, int group) {
-    return -(half_at(block, 82) * static_cast<float>(block[group] >> 4));
-  }
+  static PISSA_INLINE constexpr int scale_code(const std::uint8_t* block, int group) { return block[group] & 15; }
+  static PISSA_INLINE constexpr int minimum_code(const std::uint8_t* block, int group) { return block[group] >> 4; }
 };
 
 template <>
 struct Gguf<Format::q3_k> : Gguf256 {
+  static constexpr int kScale = 108;
   static constexpr int kGroup = 16;
   static constexpr int kBias = 4;
   static constexpr int kHighBits = 2;
   static PISSA_INLINE constexpr BlockBits low(int run) { return {32 + run / 4 * 32, run % 4 * 2, 3}; }
   static PISSA_INLINE constexpr BlockBits high(int run) { return {0, run, 1}; }
-  static PISSA_INLINE constexpr float scale(const std::uint8_t* block, int group) {
+  static PISSA_INLINE constexpr int scale_code(const std::uint8_t* block, int group) {
     const int low = block[96 + group % 8] >> (group / 8 * 4) & 15;
     const int high = block[104 + group % 4] >> (group / 4 * 2) & 3;
-    return half_at(block, 108) * static_cast<float>((low | high << 4) - 32);
+    return (low | high << 4) - 32;
   }
 };
 
-/// Eight scales and eight minima of six bits each, in twelve bytes from the fifth on.
+/// Eight codes of scales and eight of minima, six bits each, in twelve bytes from the fifth on.
 struct GgufSixBits : Gguf256 {
+  static constexpr int kMinimum = 2;
+  static constexpr bool kMinimumHasCodes = true;
   static constexpr bool kSixBits = true;
-  static constexpr bool kHasMinimum = true;
   static constexpr int kGroup = 32;
-  static PISSA_INLINE constexpr float scale(const std::uint8_t* block, int group) {
+  static PISSA_INLINE constexpr int scale_code(const std::uint8_t* block, int group) {
     const std::uint8_t* bytes = block + 4;
-    const int code = group < 4 ? bytes[group] & 63 : (bytes[group + 4] & 15) | bytes[group - 4] >> 6 << 4;
-    return half_at(block, 0) * static_cast<float>(code);
+    return group < 4 ? bytes[group] & 63 : (bytes[group + 4] & 15) | bytes[group - 4] >> 6 << 4;
   }
-  static PISSA_INLINE constexpr float minimum(const std::uint8_t* block, int group) {
+  static PISSA_INLINE constexpr int minimum_code(const std::uint8_t* block, int group) {
     const std::uint8_t* bytes = block + 4;
-    const int code = group < 4 ? bytes[group + 4] & 63 : bytes[group + 4] >> 4 | bytes[group] >> 6 << 4;
-    return -(half_at(block, 2) * static_cast<float>(code));
+    return group < 4 ? bytes[group + 4] & 63 : bytes[group + 4] >> 4 | bytes[group] >> 6 << 4;
   }
 };
 
@@ -172,15 +162,15 @@ struct Gguf<Format::q5_k> : GgufSixBits {
 
 template <>
 struct Gguf<Format::q6_k> : Gguf256 {
+  static constexpr int kScale = 208;
   static constexpr int kGroup = 16;
   static constexpr int kBias = 32;
   static constexpr int kHighBits = 4;
-  static PISSA_INLINE constexpr BlockBits low(int run) {
-    return {run / 4 * 64 + run % 2 * 32, run % 4 / 2 * 4, 15};
-  }
+  static PISSA_INLINE constexpr BlockBits low(int run) { return {run / 4 * 64 + run % 2 * 32, run % 4 / 2 * 4, 15}; }
   static PISSA_INLINE constexpr BlockBits high(int run) { return {128 + run / 4 * 32, run % 4 * 2, 3}; }
-  static PISSA_INLINE constexpr float scale(const std::uint8_t* block, int group) {
-    return half_at(block, 208) * static_cast<float>(static_cast<std::int8_t>(block[192 + group]));
+  static constexpr int kScaleCodes = 192;
+  static PISSA_INLINE constexpr int scale_code(const std::uint8_t* block, int group) {
+    return static_cast<std::int8_t>(block[kScaleCodes + group]);
   }
 };
 
@@ -190,12 +180,18 @@ struct Gguf<Format::iq4_xs> : GgufDefaults {
   static constexpr int kGroup = 32;
   static constexpr int kRun = 16;
   static PISSA_INLINE constexpr BlockBits low(int run) { return {8 + run / 2 * 16, run % 2 * 4, 15}; }
-  static PISSA_INLINE constexpr float scale(const std::uint8_t* block, int group) {
+  static PISSA_INLINE constexpr int scale_code(const std::uint8_t* block, int group) {
     const int low = block[4 + group / 2] >> (group % 2 * 4) & 15;
     const int high = block[2 + group / 4] >> (group % 4 * 2) & 3;
-    return half_at(block, 0) * static_cast<float>((low | high << 4) - 32);
+    return (low | high << 4) - 32;
   }
 };
+
+/// 2^(byte - 128), half the value of E8M0. For 255, which is NaN there, llama.cpp has 2^127.
+PISSA_INLINE constexpr float half_e8m0(std::uint8_t byte) {
+  const std::uint32_t exponent = byte;
+  return float_of(exponent < 2 ? 0x00200000u << exponent : (exponent - 1) << 23);
+}
 
 /// The level of a code. Kernels of a GPU cannot index a table of the host, so it is two constants.
 template <Format format>
@@ -273,9 +269,17 @@ PISSA_INLINE constexpr float gguf_element(const std::uint8_t* row, std::int64_t 
   constexpr int kElements = static_cast<int>(info(format).blocks.usual);
   const std::uint8_t* block = row + col / kElements * info(format).block_bytes;
   const int i = static_cast<int>(col % kElements);
-  const float product = Layout::scale(block, i / Layout::kGroup) * static_cast<float>(gguf_code<format>(block, i));
-  if constexpr (Layout::kHasMinimum) return product + Layout::minimum(block, i / Layout::kGroup);
-  else return product;
+  const int group = i / Layout::kGroup;
+  const float code = static_cast<float>(gguf_code<format>(block, i));
+  if constexpr (format == Format::mxfp4_gguf) return half_e8m0(block[0]) * code;
+  const float product = half_at(block, Layout::kScale) * static_cast<float>(Layout::scale_code(block, group)) * code;
+  if constexpr (Layout::kMinimumHasCodes) {
+    return product - half_at(block, Layout::kMinimum) * static_cast<float>(Layout::minimum_code(block, group));
+  } else if constexpr (Layout::kMinimum >= 0) {
+    return product + half_at(block, Layout::kMinimum);
+  } else {
+    return product;
+  }
 }
 
 }  // namespace pissa

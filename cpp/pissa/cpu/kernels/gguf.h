@@ -1,5 +1,10 @@
 // Blocks of GGUF files. Included only by kernels.cc.
+//
+// Codes of four bits are looked up in tables, as in four_bits.h: low nibbles are the elements of a run, high nibbles
+// those of the next. Other codes are first made bytes.
 #pragma once
+
+#include <type_traits>
 
 #include "pissa/core/gguf.h"
 #include "pissa/cpu/kernels/any_format.h"
@@ -8,106 +13,79 @@
 namespace pissa::cpu::PISSA_ISA {
 namespace {
 
-// Sixteen codes of six bits in twelve bytes: the eight scales of a block, then its eight minima.
-PISSA_INLINE void unpack_six_bits(const std::uint8_t* bytes, std::uint8_t (&codes)[16]) {
-  std::uint32_t words[3];
-  __builtin_memcpy(words, bytes, sizeof words);
-  const std::uint32_t six = 0x3f3f3f3fu, four = 0x0f0f0f0fu, two = 0x03030303u;
-  const std::uint32_t unpacked[4] = {words[0] & six, (words[2] & four) | (words[0] >> 6 & two) << 4, words[1] & six,
-                                     (words[2] >> 4 & four) | (words[1] >> 6 & two) << 4};
-  __builtin_memcpy(codes, unpacked, sizeof unpacked);
-}
-
 template <Format format>
 struct GgufCodes {
   using Layout = Gguf<format>;
   static constexpr Format kFormat = format;
   static constexpr int kElements = static_cast<int>(info(format).blocks.usual);
   static constexpr int kBytes = info(format).block_bytes;
-  static constexpr int kGroups = kElements / Layout::kGroup;
-  static constexpr int kRuns = kElements / Layout::kRun;
-
-  // A block whose codes are bytes.
-  struct Unpacked {
-    alignas(64) std::int8_t codes[kElements];
-    float scales[kGroups];
-    float minima[kGroups];
-
-    // Elements [i, i + kWidth), which are of one group.
-    PISSA_INLINE Vec::Reg elements(int i) const {
-      const Vec::Reg code = Vec::load_i8(codes + i), scale = Vec::broadcast(scales[i / Layout::kGroup]);
-      if constexpr (Layout::kHasMinimum) return Vec::fma(code, scale, Vec::broadcast(minima[i / Layout::kGroup]));
-      else return Vec::mul(code, scale);
-    }
-    PISSA_INLINE float element(int i) const {
-      const float product = scales[i / Layout::kGroup] * static_cast<float>(codes[i]);
-      if constexpr (Layout::kHasMinimum) return product + minima[i / Layout::kGroup];
-      else return product;
-    }
-  };
+  static constexpr int kRun = Layout::kRun;
+  static constexpr int kGroup = Layout::kGroup;
+  static constexpr int kGroups = kElements / kGroup;
+  static constexpr int kPair = 2 * kRun;  // elements whose codes of four bits share bytes
+  static constexpr bool kHasMinimum = Layout::kMinimum >= 0;
+  static constexpr bool kIsNibbles = info(format).bits == 4;
 
   static PISSA_INLINE const std::uint8_t* block_at(const Matrix& matrix, std::int64_t row, std::int64_t col) {
     const std::int64_t blocks = row * (matrix.cols / kElements) + col / kElements;
     return static_cast<const std::uint8_t*>(matrix.data) + blocks * kBytes;
   }
 
-  static PISSA_INLINE void unpack_scales(const std::uint8_t* block, Unpacked& to) {
-    if constexpr (Layout::kSixBits) {
-      std::uint8_t codes[16];
-      unpack_six_bits(block + 4, codes);
-      const float scale = half_at(block, 0), minimum = -half_at(block, 2);
-      for (int i = 0; i < kGroups; ++i) to.scales[i] = scale * static_cast<float>(codes[i]);
-      for (int i = 0; i < kGroups; ++i) to.minima[i] = minimum * static_cast<float>(codes[8 + i]);
-    } else {
-      for (int i = 0; i < kGroups; ++i) to.scales[i] = Layout::scale(block, i);
-      if constexpr (Layout::kHasMinimum) {
-        for (int i = 0; i < kGroups; ++i) to.minima[i] = Layout::minimum(block, i);
-      }
-    }
-  }
+  // The scales and minima of a block, one after the other.
+  struct Groups {
+    float scales[kHasMinimum ? 2 * kGroups : kGroups];
 
-  // Runs [first, end) of a block, as the core's gguf_code has them. The loops over a run are vectorised.
-  static PISSA_INLINE void unpack_runs(const std::uint8_t* block, int first, int end, Unpacked& to) {
-    std::uint8_t fifth[Layout::kFifthBits > 0 ? kElements : 1];
-    if constexpr (Layout::kFifthBits > 0) {
-      std::uint32_t bits;
-      __builtin_memcpy(&bits, block + Layout::kFifthBits, sizeof bits);
-      for (int i = 0; i < kElements; ++i) fifth[i] = static_cast<std::uint8_t>((bits >> i & 1u) << 4);
-    }
-    for (int run = first; run < end; ++run) {
-      std::int8_t* codes = to.codes + run * Layout::kRun;
-      const BlockBits low = Layout::low(run), high = Layout::high(run);
-      for (int i = 0; i < Layout::kRun; ++i) {
-        int code = block[low.byte + i] >> low.shift & low.mask;
-        if constexpr (Layout::kHighBits > 0) code |= (block[high.byte + i] >> high.shift & high.mask) << Layout::kHighBits;
-        if constexpr (Layout::kFifthBits > 0) code |= fifth[run * Layout::kRun + i];
-        if constexpr (Layout::kLevels != nullptr) codes[i] = Layout::kLevels[code];
-        else codes[i] = static_cast<std::int8_t>(code - Layout::kBias);
+    PISSA_INLINE void read(const std::uint8_t* block) {
+      if constexpr (format == Format::mxfp4_gguf) {
+        scales[0] = half_e8m0(block[0]);
+      } else if constexpr (Layout::kSixBits) {
+        std::uint32_t words[3];
+        __builtin_memcpy(words, block + 4, sizeof words);
+        const std::uint32_t six = 0x3f3f3f3fu, four = 0x0f0f0f0fu, two = 0x03030303u;
+        const std::uint32_t codes[4] = {words[0] & six, (words[2] & four) | (words[0] >> 6 & two) << 4, words[1] & six,
+                                        (words[2] >> 4 & four) | (words[1] >> 6 & two) << 4};
+        Vec::store_scaled(scales, codes, Vec::load_half(block + Layout::kScale), -Vec::load_half(block + Layout::kMinimum));
+      } else if constexpr (format == Format::q6_k) {
+        const Vec::Reg scale = Vec::broadcast(Vec::load_half(block + Layout::kScale));
+        const auto* codes = reinterpret_cast<const std::int8_t*>(block + Layout::kScaleCodes);
+        for (int i = 0; i < kGroups; i += kWidth) Vec::store(scales + i, Vec::mul(Vec::load_i8(codes + i), scale));
+      } else {
+        const float scale = Vec::load_half(block + Layout::kScale);
+        for (int i = 0; i < kGroups; ++i) scales[i] = scale * static_cast<float>(Layout::scale_code(block, i));
+        if constexpr (kHasMinimum) {
+          const float half = Vec::load_half(block + Layout::kMinimum);
+          for (int i = 0; i < kGroups; ++i) {
+            if constexpr (Layout::kMinimumHasCodes) {
+              scales[kGroups + i] = -half * static_cast<float>(Layout::minimum_code(block, i));
+            } else {
+              scales[kGroups + i] = half;
+            }
+          }
+        }
       }
     }
-  }
+    PISSA_INLINE float minimum(int group) const { return scales[kGroups + group]; }
+    PISSA_INLINE float element(float code, int i) const {
+      const float product = scales[i / kGroup] * code;
+      if constexpr (kHasMinimum) return product + minimum(i / kGroup);
+      else return product;
+    }
+  };
 
   // Both ends may be inside a block or a run. Each element is rounded once to the product's elements.
   template <class Product>
   static void decode(const Matrix& matrix, std::int64_t row, std::int64_t col, std::int64_t count,
                      typename Product::Element* to) {
-    constexpr int kStep = 2 * kWidth;
     const std::uint8_t* block = block_at(matrix, row, col);
     int i = static_cast<int>(col % kElements);
     for (; count > 0; block += kBytes, i = 0) {
       const int end = static_cast<int>(smaller(kElements, i + count));
-      Unpacked unpacked;
-      unpack_scales(block, unpacked);
-      unpack_runs(block, i / Layout::kRun, (end - 1) / Layout::kRun + 1, unpacked);
+      Groups groups;
+      groups.read(block);
+      if constexpr (kIsNibbles) decode_nibbles<Product>(block, groups, i, end, to);
+      else decode_bytes<Product>(block, groups, i, end, to);
       count -= end - i;
-      while (i < end) {
-        if (i % kStep == 0 && i + kStep <= end) {
-          Product::store(to, {unpacked.elements(i), unpacked.elements(i + kWidth)});
-          i += kStep, to += kStep;
-        } else {
-          *to++ = Product::round(unpacked.element(i++));
-        }
-      }
+      to += end - i;
     }
   }
 
@@ -117,72 +95,288 @@ struct GgufCodes {
   }
   template <class Product>
   static void dot(const Term& term, const Block& block, const Panels& panels, bool accumulate);
-};
 
-// ---- x W^T for one to four rows of x -----------------------------------------------------------------------------
-// Dot products of decoded elements, which stay in registers, in f32 on every instruction set.
+  // ---- Four bits
 
-constexpr int kGgufCols = Vec::kRegisters == 32 ? 4 : 2;
-
-// c[i, j] = or += x[i, 0 : count] . W[j, 0 : count], where rows of W are `ld` bytes apart.
-template <Format format, int rows, int cols>
-void gguf_tile(const std::uint8_t* weight, std::int64_t ld, std::int64_t count, const float* x, float* c,
-               bool accumulate) {
-  using Codes = GgufCodes<format>;
-  Vec::Reg sum[rows][cols];
-  for (int i = 0; i < rows; ++i) {
-    for (int j = 0; j < cols; ++j) sum[i][j] = Vec::zero();
-  }
-  for (std::int64_t k = 0; k < count; k += Codes::kElements, weight += Codes::kBytes, x += Codes::kElements) {
-    typename Codes::Unpacked blocks[cols];
-    for (int j = 0; j < cols; ++j) {
-      __builtin_prefetch(weight + j * ld + 2048);
-      Codes::unpack_scales(weight + j * ld, blocks[j]);
-      Codes::unpack_runs(weight + j * ld, 0, Codes::kRuns, blocks[j]);
+  struct Levels {
+    float value[16];
+  };
+  static constexpr Levels levels() {
+    Levels result{};
+    for (int code = 0; code < 16; ++code) {
+      if constexpr (Layout::kLevels != nullptr) result.value[code] = Layout::kLevels[code];
+      else result.value[code] = static_cast<float>(code - Layout::kBias);
     }
-    for (int at = 0; at < Codes::kElements; at += kWidth) {
-      Vec::Reg values[cols];
-      for (int j = 0; j < cols; ++j) values[j] = blocks[j].elements(at);
-      for (int i = 0; i < rows; ++i) {
-        const Vec::Reg x_k = Vec::load(x + i * kInt8Run + at);
-        for (int j = 0; j < cols; ++j) sum[i][j] = Vec::fma(x_k, values[j], sum[i][j]);
+    return result;
+  }
+  static constexpr Levels kValues = levels();
+
+  // The elements of the levels in a group.
+  template <class Product>
+  static PISSA_INLINE auto table_of(const Groups& groups, int group) {
+    if constexpr (kHasMinimum) return Product::table_from(kValues.value, groups.scales[group], groups.minimum(group));
+    else return Product::template table<1>(kValues.value, groups.scales + group);
+  }
+
+  // Calls f(i, register) for the elements from i on of the kPair elements of kRun bytes, each looked up in the table of
+  // its run.
+  template <class Product, class Table, class F>
+  static PISSA_INLINE void look_up_pair(const Table& low, const Table& high, const std::uint8_t* bytes, F f) {
+    if constexpr (Product::kDecodeBytes > kRun) {
+      f(0, Product::decode_halves(low, bytes));
+    } else {
+      for (int i = 0; i < kRun; i += Product::kDecodeBytes) {
+        f(i, Product::decode_split(low, bytes + i).b);
+        f(kRun + i, Product::decode_split(high, bytes + i).a);
       }
     }
   }
+
+  template <class Product>
+  static PISSA_INLINE void decode_nibbles(const std::uint8_t* block, const Groups& groups, int i, int end,
+                                          typename Product::Element* to) {
+    while (i < end) {
+      if (i % kPair == 0 && i + kPair <= end) {
+        const auto low = table_of<Product>(groups, i / kGroup), high = table_of<Product>(groups, (i + kRun) / kGroup);
+        look_up_pair<Product>(low, high, block + Layout::low(i / kRun).byte, [&](int at, Vec::Reg elements) {
+          Vec::store(reinterpret_cast<float*>(to + at), elements);
+        });
+        i += kPair, to += kPair;
+      } else {
+        *to++ = Product::round(groups.element(static_cast<float>(gguf_code<format>(block, i)), i));
+        ++i;
+      }
+    }
+  }
+
+  // ---- Other codes
+
+  // The bytes of a run, 32 of them, for GCC and clang to map to the instruction set's registers.
+  using Words = std::uint64_t __attribute__((vector_size(32)));
+  using Codes = std::int8_t __attribute__((vector_size(32)));
+
+  // The codes of a block, as the core's gguf_code has them, in runs [first, end): in `codes`, or where they are.
+  static PISSA_INLINE const std::int8_t* unpack(const std::uint8_t* block, int first, int end,
+                                                std::int8_t (&codes)[kElements]) {
+    if constexpr (info(format).bits == 8) {
+      return reinterpret_cast<const std::int8_t*>(block + Layout::low(0).byte);
+    } else if constexpr (Layout::kFifthBits > 0) {
+      std::uint32_t fifth;
+      __builtin_memcpy(&fifth, block + Layout::kFifthBits, sizeof fifth);
+      Vec::store_fives(codes, block + Layout::low(0).byte, fifth, Layout::kBias);
+    } else {
+      static_assert(kRun == sizeof(Words));
+      const auto read = [&](BlockBits of, Words& words) {
+        __builtin_memcpy(&words, block + of.byte, sizeof words);
+        words = (words >> of.shift) & (0x0101010101010101u * static_cast<std::uint64_t>(of.mask));
+      };
+#pragma GCC unroll 8
+      for (int run = first; run < end; ++run) {
+        Words code, high;
+        read(Layout::low(run), code);
+        if constexpr (Layout::kHighBits > 0) {
+          read(Layout::high(run), high);
+          code |= high << Layout::kHighBits;
+        }
+        Codes numbers = reinterpret_cast<Codes>(code) - static_cast<std::int8_t>(Layout::kBias);
+        __builtin_memcpy(codes + run * kRun, &numbers, sizeof numbers);
+      }
+    }
+    return codes;
+  }
+
+  // Elements [i, i + kWidth), which are of one group.
+  static PISSA_INLINE Vec::Reg elements(const std::int8_t* codes, const Groups& groups, int i) {
+    const Vec::Reg code = Vec::load_i8(codes + i), scale = Vec::broadcast(groups.scales[i / kGroup]);
+    if constexpr (kHasMinimum) return Vec::fma(code, scale, Vec::broadcast(groups.minimum(i / kGroup)));
+    else return Vec::mul(code, scale);
+  }
+
+  template <class Product>
+  static PISSA_INLINE void decode_bytes(const std::uint8_t* block, const Groups& groups, int i, int end,
+                                        typename Product::Element* to) {
+    constexpr int kStep = 2 * kWidth;
+    alignas(64) std::int8_t unpacked[kElements];
+    const std::int8_t* codes = unpack(block, i / kRun, (end - 1) / kRun + 1, unpacked);
+    while (i < end) {
+      if (i % kStep == 0 && i + kStep <= end) {
+        Product::store(to, {elements(codes, groups, i), elements(codes, groups, i + kWidth)});
+        i += kStep, to += kStep;
+      } else {
+        *to++ = Product::round(groups.element(codes[i], i));
+        ++i;
+      }
+    }
+  }
+};
+
+// ---- x W^T for one to four rows of x -----------------------------------------------------------------------------
+// Dot products of the codes' numbers: a group's scale multiplies its sum, and its minimum the sum of x over the group.
+// Levels of four bits are multiplied as the product's elements, other codes in f32.
+
+constexpr int kGgufCols = Vec::kRegisters == 32 ? 4 : 2;
+
+// Rows of x, `kInt8Run` elements apart, and their sums over groups.
+template <class Element>
+struct GgufRows {
+  const Element* x;
+  const float* sums;
+
+  PISSA_INLINE GgufRows from(std::int64_t k, std::int64_t group) const { return {x + k, sums + k / group}; }
+};
+
+// least[i][j] += the minima of block j, each times the sum of x[i] over its group.
+template <Format format, class Groups, class Element, int rows, int cols>
+PISSA_INLINE void add_minima(const Groups (&groups)[cols], const GgufRows<Element>& x,
+                             float (&least)[rows][cols][GgufCodes<format>::kGroups]) {
+  using Codes = GgufCodes<format>;
+  if constexpr (Codes::kHasMinimum) {
+    for (int i = 0; i < rows; ++i) {
+      const float* sums = x.sums + i * (kInt8Run / Codes::kGroup);
+      for (int j = 0; j < cols; ++j) {
+        for (int k = 0; k < Codes::kGroups; ++k) least[i][j][k] += groups[j].minimum(k) * sums[k];
+      }
+    }
+  }
+}
+
+// sum[i][j], with least, += x[i] . block j.
+template <Format format, class Product, int rows, int cols>
+PISSA_INLINE void add_nibbles(const std::uint8_t* const (&blocks)[cols], const GgufRows<typename Product::Element>& x,
+                              Vec::Reg (&sum)[rows][cols], float (&least)[rows][cols][GgufCodes<format>::kGroups]) {
+  using Codes = GgufCodes<format>;
+  constexpr int kRegisters = Codes::kPair / Product::kDecodeBytes;
+  constexpr int kPairGroups = Codes::kPair / Codes::kGroup;
+  constexpr float kOne = 1.0f;
+  const auto levels = Product::template table<1>(Codes::kValues.value, &kOne);
+  typename Codes::Groups groups[cols];
+  for (int j = 0; j < cols; ++j) groups[j].read(blocks[j]);
+  for (int pair = 0; pair < Codes::kElements; pair += Codes::kPair) {
+    Vec::Reg values[cols][kRegisters];
+    for (int j = 0; j < cols; ++j) {
+      Codes::template look_up_pair<Product>(
+          levels, levels, blocks[j] + Codes::Layout::low(pair / Codes::kRun).byte,
+          [&](int at, Vec::Reg elements) { values[j][at / Product::kDecodeBytes] = elements; });
+    }
+    for (int i = 0; i < rows; ++i) {
+      for (int group = 0; group < kPairGroups; ++group) {
+        constexpr int kOfGroup = kRegisters / kPairGroups;
+        Vec::Reg x_k[kOfGroup];
+        for (int n = 0; n < kOfGroup; ++n) {
+          const auto* from = x.x + i * kInt8Run + pair + (group * kOfGroup + n) * Product::kDecodeBytes;
+          x_k[n] = Vec::load(reinterpret_cast<const float*>(from));
+        }
+        for (int j = 0; j < cols; ++j) {
+          Vec::Reg part = Vec::zero();
+          for (int n = 0; n < kOfGroup; ++n) part = Product::mac(values[j][group * kOfGroup + n], x_k[n], part);
+          sum[i][j] = Vec::fma(part, Vec::broadcast(groups[j].scales[pair / Codes::kGroup + group]), sum[i][j]);
+        }
+      }
+    }
+  }
+  add_minima<format>(groups, x, least);
+}
+
+template <Format format, int rows, int cols>
+PISSA_INLINE void add_bytes(const std::uint8_t* const (&blocks)[cols], const GgufRows<float>& x,
+                            Vec::Reg (&sum)[rows][cols], float (&least)[rows][cols][GgufCodes<format>::kGroups]) {
+  using Codes = GgufCodes<format>;
+  alignas(64) std::int8_t unpacked[cols][Codes::kElements];
+  const std::int8_t* codes[cols];
+  typename Codes::Groups groups[cols];
+  for (int j = 0; j < cols; ++j) {
+    groups[j].read(blocks[j]);
+    codes[j] = Codes::unpack(blocks[j], 0, Codes::kElements / Codes::kRun, unpacked[j]);
+  }
+  for (int group = 0; group < Codes::kGroups; ++group) {
+    Vec::Reg part[rows][cols];
+    for (int i = 0; i < rows; ++i) {
+      for (int j = 0; j < cols; ++j) part[i][j] = Vec::zero();
+    }
+    for (int k = group * Codes::kGroup; k < (group + 1) * Codes::kGroup; k += kWidth) {
+      Vec::Reg values[cols];
+      for (int j = 0; j < cols; ++j) values[j] = Vec::load_i8(codes[j] + k);
+      for (int i = 0; i < rows; ++i) {
+        const Vec::Reg x_k = Vec::load(x.x + i * kInt8Run + k);
+        for (int j = 0; j < cols; ++j) part[i][j] = Vec::fma(x_k, values[j], part[i][j]);
+      }
+    }
+    for (int i = 0; i < rows; ++i) {
+      for (int j = 0; j < cols; ++j) {
+        sum[i][j] = Vec::fma(part[i][j], Vec::broadcast(groups[j].scales[group]), sum[i][j]);
+      }
+    }
+  }
+  add_minima<format>(groups, x, least);
+}
+
+// c[i, j] = or += x[i, 0 : count] . W[j, 0 : count], where rows of W are `ld` bytes apart.
+template <Format format, class Product, int rows, int cols>
+void gguf_tile(const std::uint8_t* weight, std::int64_t ld, std::int64_t count,
+               const GgufRows<typename Product::Element>& x, float* c, bool accumulate) {
+  using Codes = GgufCodes<format>;
+  Vec::Reg sum[rows][cols];
+  float least[rows][cols][Codes::kGroups] = {};
+  for (int i = 0; i < rows; ++i) {
+    for (int j = 0; j < cols; ++j) sum[i][j] = Vec::zero();
+  }
+  for (std::int64_t k = 0; k < count; k += Codes::kElements, weight += Codes::kBytes) {
+    const std::uint8_t* blocks[cols];
+    for (int j = 0; j < cols; ++j) {
+      blocks[j] = weight + j * ld;
+      __builtin_prefetch(blocks[j] + 2048);
+    }
+    if constexpr (Codes::kIsNibbles) add_nibbles<format, Product>(blocks, x.from(k, Codes::kGroup), sum, least);
+    else add_bytes<format>(blocks, x.from(k, Codes::kGroup), sum, least);
+  }
   for (int i = 0; i < rows; ++i) {
     for (int j = 0; j < cols; ++j) {
-      const float total = Vec::reduce_add(sum[i][j]);
+      float total = Vec::reduce_add(sum[i][j]);
+      if constexpr (Codes::kHasMinimum) {
+        for (const float part : least[i][j]) total += part;
+      }
       c[i * kNc + j] = accumulate ? c[i * kNc + j] + total : total;
     }
   }
 }
 
-template <Format format, int rows = kCodeDotRows>
+template <Format format, class Product, int rows = kCodeDotRows>
 PISSA_INLINE void gguf_rows(std::int64_t wanted, const Matrix& weight, const Block& block, std::int64_t k0,
-                            std::int64_t count, const float* x, float* c, bool accumulate) {
+                            std::int64_t count, const GgufRows<typename Product::Element>& x, float* c,
+                            bool accumulate) {
   if constexpr (rows > 1) {
-    if (wanted < rows) return gguf_rows<format, rows - 1>(wanted, weight, block, k0, count, x, c, accumulate);
+    if (wanted < rows) return gguf_rows<format, Product, rows - 1>(wanted, weight, block, k0, count, x, c, accumulate);
   }
   const std::int64_t ld = code_bytes(format, weight.cols);
   const std::uint8_t* first = GgufCodes<format>::block_at(weight, block.col, k0);
   std::int64_t j = 0;
   for (; j + kGgufCols <= block.cols; j += kGgufCols) {
-    gguf_tile<format, rows, kGgufCols>(first + j * ld, ld, count, x, c + j, accumulate);
+    gguf_tile<format, Product, rows, kGgufCols>(first + j * ld, ld, count, x, c + j, accumulate);
   }
-  for (; j < block.cols; ++j) gguf_tile<format, rows, 1>(first + j * ld, ld, count, x, c + j, accumulate);
+  for (; j < block.cols; ++j) gguf_tile<format, Product, rows, 1>(first + j * ld, ld, count, x, c + j, accumulate);
 }
 
 // c = or += the term
 template <Format format>
 template <class Product>
 void GgufCodes<format>::dot(const Term& term, const Block& block, const Panels& panels, bool accumulate) {
+  using Factor = std::conditional_t<kIsNibbles, Product, F32>;
+  using Element = typename Factor::Element;
+  static_assert(kInt8Run % 256 == 0);
   const std::int64_t inner = term.inner();
+  auto* const x = reinterpret_cast<Element*>(panels.b);
+  float* const sums = panels.b + kCodeDotRows * kInt8Run;
   for (std::int64_t k0 = 0; k0 < inner; k0 += kInt8Run) {
     const std::int64_t count = smaller(kInt8Run, inner - k0);
     for (std::int64_t i = 0; i < block.rows; ++i) {
-      decode_elements(term.a, block.row + i, k0, count, term.scale, F32{}, panels.b + i * kInt8Run);
+      decode_elements(term.a, block.row + i, k0, count, term.scale, Factor{}, x + i * kInt8Run);
+      for (std::int64_t k = 0; kHasMinimum && k < count; k += kGroup) {
+        float sum = 0.0f;
+        for (int at = 0; at < kGroup; ++at) sum += Factor::widen(x[i * kInt8Run + k + at]);
+        sums[(i * kInt8Run + k) / kGroup] = sum;
+      }
     }
-    gguf_rows<format>(block.rows, term.b, block, k0, count, panels.b, panels.c, accumulate);
+    gguf_rows<format, Factor>(block.rows, term.b, block, k0, count, {x, sums}, panels.c, accumulate);
     accumulate = true;
   }
 }

@@ -55,6 +55,26 @@ struct Vec {
   static PISSA_INLINE Reg load_i8(const std::int8_t* from) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
   }
+  static PISSA_INLINE void store_fives(std::int8_t* to, const std::uint8_t* nibbles, std::uint32_t fifth, int bias) {
+    const __m128i low = _mm_loadu_si128(reinterpret_cast<const __m128i*>(nibbles));
+    const __m256i both = _mm256_inserti128_si256(_mm256_castsi128_si256(low), _mm_srli_epi16(low, 4), 1);
+    const __m256i four = _mm256_and_si256(both, _mm256_set1_epi8(15));
+    const __m256i byte_of_lane = _mm256_set_epi64x(0x0303030303030303, 0x0202020202020202, 0x0101010101010101, 0);
+    const __m256i mask = _mm256_set1_epi64x(static_cast<std::int64_t>(0x8040201008040201u));
+    const __m256i bytes = _mm256_shuffle_epi8(_mm256_set1_epi32(static_cast<int>(fifth)), byte_of_lane);
+    const __m256i is_set = _mm256_cmpeq_epi8(_mm256_and_si256(bytes, mask), mask);
+    const __m256i codes = _mm256_or_si256(four, _mm256_and_si256(is_set, _mm256_set1_epi8(16)));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                        _mm256_sub_epi8(codes, _mm256_set1_epi8(static_cast<char>(bias))));
+  }
+  static PISSA_INLINE void store_scaled(float* to, const std::uint32_t (&bytes)[4], float first, float second) {
+    const auto values = [&](int i) {
+      const __m128i eight = _mm_set_epi32(0, 0, static_cast<int>(bytes[i + 1]), static_cast<int>(bytes[i]));
+      return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(eight));
+    };
+    store(to, mul(values(0), broadcast(first)));
+    store(to + 8, mul(values(2), broadcast(second)));
+  }
   // Places sign, exponent and fraction as in f16: the number divided by the ratio of biases, 2^(15 - 7). Not NaN.
   static PISSA_INLINE Reg load_f8(const std::uint8_t* from) {
     const __m128i codes = _mm_cvtepi8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
@@ -62,6 +82,11 @@ struct Vec {
   }
   static PISSA_INLINE Reg load_f16(const std::uint16_t* from) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  }
+  static PISSA_INLINE float load_half(const void* from) {
+    std::uint16_t bits;
+    __builtin_memcpy(&bits, from, sizeof bits);
+    return _cvtsh_ss(bits);
   }
   static PISSA_INLINE void store_f16(std::uint16_t* to, Reg value) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
@@ -88,6 +113,10 @@ struct Vec {
   template <int blocks>
   static PISSA_INLINE Table table(const float* levels, const float* scales) {
     return {mul(load(levels), broadcast(*scales)), mul(load(levels + 8), broadcast(*scales))};
+  }
+  static PISSA_INLINE Table table_from(const float* levels, float scale, float minimum) {
+    const Reg factor = broadcast(scale), least = broadcast(minimum);
+    return {fma(load(levels), factor, least), fma(load(levels + 8), factor, least)};
   }
   static PISSA_INLINE Reg look_up(const Table& table, __m256i codes) {         // by the low four bits of each lane
     const Reg upper_half = _mm256_castsi256_ps(_mm256_slli_epi32(codes, 28));  // bit 3 becomes the sign

@@ -47,6 +47,20 @@ struct Vec {
   static PISSA_INLINE Reg load_i8(const std::int8_t* from) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
   }
+  static PISSA_INLINE void store_fives(std::int8_t* to, const std::uint8_t* nibbles, std::uint32_t fifth, int bias) {
+    const __m128i low = _mm_loadu_si128(reinterpret_cast<const __m128i*>(nibbles));
+    const __m256i both = _mm256_inserti128_si256(_mm256_castsi128_si256(low), _mm_srli_epi16(low, 4), 1);
+    const __m256i four = _mm256_and_si256(both, _mm256_set1_epi8(15));
+    const __m256i codes = _mm256_or_si256(four, _mm256_maskz_set1_epi8(fifth, 16));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                        _mm256_sub_epi8(codes, _mm256_set1_epi8(static_cast<char>(bias))));
+  }
+  static PISSA_INLINE void store_scaled(float* to, const std::uint32_t (&bytes)[4], float first, float second) {
+    const __m128i all = _mm_set_epi32(static_cast<int>(bytes[3]), static_cast<int>(bytes[2]),
+                                      static_cast<int>(bytes[1]), static_cast<int>(bytes[0]));
+    const Reg factors = _mm512_insertf32x8(broadcast(first), _mm256_set1_ps(second), 1);
+    store(to, mul(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(all)), factors));
+  }
   // Places sign, exponent and fraction as in f16: the number divided by the ratio of biases, 2^(15 - 7). Not NaN.
   static PISSA_INLINE Reg load_f8(const std::uint8_t* from) {
     const __m256i codes = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
@@ -54,6 +68,11 @@ struct Vec {
   }
   static PISSA_INLINE Reg load_f16(const std::uint16_t* from) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  }
+  static PISSA_INLINE float load_half(const void* from) {
+    std::uint16_t bits;
+    __builtin_memcpy(&bits, from, sizeof bits);
+    return _cvtsh_ss(bits);
   }
   static PISSA_INLINE void store_f16(std::uint16_t* to, Reg value) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
@@ -83,6 +102,9 @@ struct Vec {
     Table<blocks> scaled;
     for (int i = 0; i < blocks; ++i) scaled.levels[i] = mul(load(levels), broadcast(scales[i]));
     return scaled;
+  }
+  static PISSA_INLINE Table<1> table_from(const float* levels, float scale, float minimum) {
+    return {{fma(load(levels), broadcast(scale), broadcast(minimum))}};
   }
   static PISSA_INLINE Reg2 decode_split(const Table<1>& table, const std::uint8_t* bytes) {
     const __m512i codes = load_codes(bytes);

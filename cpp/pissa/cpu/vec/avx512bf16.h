@@ -40,6 +40,16 @@ struct Pairs {
       return scaled;
     }
   }
+  static PISSA_INLINE Table<1> table_from(const float* levels, float scale, float minimum) {
+    const Vec::Reg shifted = Vec::fma(Vec::load(levels), Vec::broadcast(scale), Vec::broadcast(minimum));
+    return {{_mm512_broadcast_i64x4(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(shifted)))}};
+  }
+  // The elements of 16 bytes: those in the low nibbles, then those in the high ones.
+  static PISSA_INLINE Vec::Reg decode_halves(const Table<1>& table, const std::uint8_t* bytes) {
+    const __m128i low = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes));
+    const __m256i both = _mm256_inserti128_si256(_mm256_castsi128_si256(low), _mm_srli_epi16(low, 4), 1);
+    return _mm512_castsi512_ps(_mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(both), table.levels[0]));
+  }
   template <int blocks>
   static PISSA_INLINE Vec::Reg2 decode_split(const Table<blocks>& table, const std::uint8_t* bytes) {
     const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes));

@@ -51,6 +51,18 @@ struct Vec {
   static PISSA_INLINE Reg load_i8(const std::int8_t* from) {
     return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_u8(load_4_bytes(from))))));
   }
+  static PISSA_INLINE void store_fives(std::int8_t* to, const std::uint8_t* nibbles, std::uint32_t fifth, int bias) {
+    for (int i = 0; i < 32; ++i) {
+      const int four = i < 16 ? nibbles[i] & 15 : nibbles[i - 16] >> 4;
+      to[i] = static_cast<std::int8_t>((four | (fifth >> i & 1u) << 4) - static_cast<unsigned>(bias));
+    }
+  }
+  static PISSA_INLINE void store_scaled(float* to, const std::uint32_t (&bytes)[4], float first, float second) {
+    for (int i = 0; i < 4; ++i) {
+      const uint16x4_t four = vget_low_u16(vmovl_u8(vcreate_u8(bytes[i])));
+      store(to + 4 * i, mul(vcvtq_f32_u32(vmovl_u16(four)), broadcast(i < 2 ? first : second)));
+    }
+  }
   // Places sign, exponent and fraction as in f16: the number divided by the ratio of biases, 2^(15 - 7). Not NaN.
   static PISSA_INLINE Reg load_f8(const std::uint8_t* from) {
     const int16x4_t codes = vget_low_s16(vmovl_s8(vreinterpret_s8_u8(load_4_bytes(from))));
@@ -59,6 +71,11 @@ struct Vec {
   }
   static PISSA_INLINE Reg load_f16(const std::uint16_t* from) {
     return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from)));
+  }
+  static PISSA_INLINE float load_half(const void* from) {
+    std::uint16_t bits;
+    __builtin_memcpy(&bits, from, sizeof bits);
+    return vgetq_lane_f32(vcvt_f32_f16(vreinterpret_f16_u16(vdup_n_u16(bits))), 0);
   }
   static PISSA_INLINE void store_f16(std::uint16_t* to, Reg value) {
     vst1_u16(to, vreinterpret_u16_f16(vcvt_f16_f32(value)));
@@ -87,6 +104,13 @@ struct Vec {
       scaled.levels.val[i] = vreinterpretq_u8_f32(mul(load(levels + 4 * i), broadcast(*scales)));
     }
     return scaled;
+  }
+  static PISSA_INLINE Table table_from(const float* levels, float scale, float minimum) {
+    Table shifted;
+    for (int i = 0; i < 4; ++i) {
+      shifted.levels.val[i] = vreinterpretq_u8_f32(fma(load(levels + 4 * i), broadcast(scale), broadcast(minimum)));
+    }
+    return shifted;
   }
   static PISSA_INLINE Reg2 decode_split(const Table& table, const std::uint8_t* bytes) {
     const uint8x16_t four_times = {0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3};

@@ -30,13 +30,10 @@ struct Pairs {
   }
   template <int blocks>
   static PISSA_INLINE Table table(const float* levels, const float* scales) {
-    uint8x16_t eight[2];
-    for (int i = 0; i < 2; ++i) {
-      const Vec::Reg first = Vec::mul(Vec::load(levels + 8 * i), Vec::broadcast(*scales));
-      const Vec::Reg second = Vec::mul(Vec::load(levels + 8 * i + 4), Vec::broadcast(*scales));
-      eight[i] = vreinterpretq_u8_bf16(vcvtq_high_bf16_f32(vcvtq_low_bf16_f32(first), second));
-    }
-    return {vuzp1q_u8(eight[0], eight[1]), vuzp2q_u8(eight[0], eight[1])};
+    return rounded(Vec::template table<blocks>(levels, scales));
+  }
+  static PISSA_INLINE Table table_from(const float* levels, float scale, float minimum) {
+    return rounded(Vec::table_from(levels, scale, minimum));
   }
   static PISSA_INLINE Vec::Reg2 decode_split(const Table& table, const std::uint8_t* bytes) {
     const uint8x8_t codes = vld1_u8(bytes);
@@ -63,6 +60,17 @@ struct Pairs {
     const uint8x16_t low = vqtbl1q_u8(table.low, codes);
     const uint8x16_t high = vqtbl1q_u8(table.high, codes);
     return {vreinterpretq_f32_u8(vzip1q_u8(low, high)), vreinterpretq_f32_u8(vzip2q_u8(low, high))};
+  }
+
+ private:
+  static PISSA_INLINE Table rounded(const Vec::Table& table) {
+    uint8x16_t eight[2];
+    for (int i = 0; i < 2; ++i) {
+      const Vec::Reg first = vreinterpretq_f32_u8(table.levels.val[2 * i]);
+      const Vec::Reg second = vreinterpretq_f32_u8(table.levels.val[2 * i + 1]);
+      eight[i] = vreinterpretq_u8_bf16(vcvtq_high_bf16_f32(vcvtq_low_bf16_f32(first), second));
+    }
+    return {vuzp1q_u8(eight[0], eight[1]), vuzp2q_u8(eight[0], eight[1])};
   }
 };
 

@@ -73,8 +73,24 @@ struct Vec {
   static PISSA_INLINE Reg load_f8(const std::uint8_t* from) {
     return each([&](int i) { return e4m3_value(from[i]) / 256.0f; });
   }
+  static PISSA_INLINE void store_fives(std::int8_t* to, const std::uint8_t* nibbles, std::uint32_t fifth, int bias) {
+    for (int i = 0; i < 32; ++i) {
+      const int four = i < 16 ? nibbles[i] & 15 : nibbles[i - 16] >> 4;
+      to[i] = static_cast<std::int8_t>((four | (fifth >> i & 1u) << 4) - static_cast<unsigned>(bias));
+    }
+  }
+  static PISSA_INLINE void store_scaled(float* to, const std::uint32_t (&bytes)[4], float first, float second) {
+    for (int i = 0; i < 16; ++i) {
+      to[i] = static_cast<float>(bytes[i / 4] >> (i % 4 * 8) & 255u) * (i < 8 ? first : second);
+    }
+  }
   static PISSA_INLINE Reg load_f16(const std::uint16_t* from) {
     return each([&](int i) { return widen_f16(from[i]); });
+  }
+  static PISSA_INLINE float load_half(const void* from) {
+    std::uint16_t bits;
+    __builtin_memcpy(&bits, from, sizeof bits);
+    return widen_f16(bits);
   }
   static PISSA_INLINE void store_f16(std::uint16_t* to, Reg value) {
     for (int i = 0; i < kWidth; ++i) to[i] = round_to_f16(value.lane[i]);
@@ -96,6 +112,11 @@ struct Vec {
     Table scaled;
     for (int i = 0; i < 16; ++i) scaled.levels[i] = levels[i] * *scales;
     return scaled;
+  }
+  static PISSA_INLINE Table table_from(const float* levels, float scale, float minimum) {
+    Table shifted;
+    for (int i = 0; i < 16; ++i) shifted.levels[i] = levels[i] * scale + minimum;
+    return shifted;
   }
   static PISSA_INLINE Reg2 decode_split(const Table& table, const std::uint8_t* bytes) {
     return {each([&](int i) { return table.levels[bytes[i] >> 4]; }),

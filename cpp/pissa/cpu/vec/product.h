@@ -38,9 +38,13 @@ struct F32 {
     Vec::store(to + Vec::kWidth, values.b);
   }
   static PISSA_INLINE float exact(std::int8_t value) { return value; }
+  static PISSA_INLINE float widen(float element) { return element; }
   template <int blocks>
   static PISSA_INLINE auto table(const float* levels, const float* scales) {
     return Vec::template table<blocks>(levels, scales);
+  }
+  static PISSA_INLINE auto table_from(const float* levels, float scale, float minimum) {
+    return Vec::table_from(levels, scale, minimum);
   }
   template <class Table>
   static PISSA_INLINE Vec::Reg2 decode_split(const Table& table, const std::uint8_t* bytes) {
@@ -58,9 +62,10 @@ struct F32 {
 // A word is a pair of bf16, with the element of the lower index in the lower half. Products are exact, sums are f32.
 // Pairs is the instruction set's part:
 // - mac: c + the two products of every lane; if Vec::kByLane, also mac_lane, with one lane of a for all of b
-// - kMostBlocks and table: as in Vec, rounded once, so that a dequantisation to bf16 gives the same
+// - kMostBlocks, table and table_from: as in Vec, rounded once, so that a dequantisation to bf16 gives the same
 // - decode_split: the elements of kDecodeBytes bytes, those in the high nibbles and those in the low ones, in 16-bit
 //   lanes; interleave: 32-bit lanes of pairs from 16-bit lanes of each; decode<low_first>: the elements in order
+// - decode_halves, if a register has the elements of more than 16 bytes' nibbles: those of 16 bytes, the low ones first
 // - store: two registers of f32, rounded
 struct Bf16 : Pairs {
   using Element = Half;
@@ -70,6 +75,7 @@ struct Bf16 : Pairs {
 
   static PISSA_INLINE Half round(float value) { return round_to_bf16(value); }
   static PISSA_INLINE Half exact(std::int8_t value) { return exact_bf16(value); }
+  static PISSA_INLINE float widen(Half element) { return widen_bf16(element); }
 };
 
 #endif

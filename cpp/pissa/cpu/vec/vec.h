@@ -11,10 +11,14 @@
 // - zero, broadcast, load, store, add, mul, fma (a * b + c), abs, reduce_add; max_bits, reduce_max_bits: the largest as
 //   an unsigned integer; of absolute values, NaN is the largest
 // - zero64, load64 (from f32), fma64, store64
-// - load_f16, store_f16 (to nearest, ties to even); load_i8: kWidth signed bytes; load_f8: E4M3 / 256, not NaN
+// - load_f16, store_f16 (to nearest, ties to even); load_half: one f16, at any address; load_i8: kWidth signed bytes; load_f8: E4M3 / 256, not NaN
+// - store_fives: 32 codes of five bits, less a bias: of 16 bytes the low nibbles, then the high ones, and a fifth bit
+//   for each
+// - store_scaled: 16 unsigned bytes, given in words, as numbers times a factor, the first or that of the last eight
 // - gather: map[index] for kWidth indices of a byte
 // - store_codes: the NF4 codes of kWidth values, two a byte; each is the number of thresholds below its value
-// - table<blocks>: 16 levels times each of the scales of that many blocks, at most kMostBlocks; decode_split: the
+// - table<blocks>: 16 levels times each of the scales of that many blocks, at most kMostBlocks; table_from: 16 levels
+//   times one scale plus a minimum, where the product is exact; decode_split: the
 //   elements of kWidth bytes in these blocks, of one size, those in the high nibbles and those in the low ones;
 //   interleave: the two as a0 b0 a1 b1 ...
 // - kLoadsLanes: whether it has load_lanes, 16 bytes of kWidth rows as four registers of 32-bit words, a lane for each
