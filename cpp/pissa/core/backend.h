@@ -44,6 +44,9 @@ concept Backend = requires(B backend, Matrix matrix, MutableMatrix out, std::spa
   // out = a, converted between formats. This also dequantises a quantised matrix.
   { backend.copy(matrix, out) };
 
+  // out[i, :] = row labels[i] of a quantised matrix; its first row for one that it does not have.
+  { backend.decode_rows(matrix, labels, out) };
+
   // out = a + b, elementwise, computed in f32. `out` may be `a`.
   { backend.add(matrix, matrix, out) };
 

@@ -44,6 +44,7 @@ class CpuBackend {
   // The Backend concept; pissa/core/backend.h describes each operation.
   Buffer alloc(std::int64_t rows, std::int64_t cols, Format format) const { return {rows, cols, format}; }
   void copy(const Matrix& a, const MutableMatrix& out) const;
+  void decode_rows(const Matrix& a, const std::int64_t* rows, const MutableMatrix& out) const;
   void add(const Matrix& a, const Matrix& b, const MutableMatrix& out) const;
   void subtract(const Matrix& a, const Matrix& b, const MutableMatrix& out, double* squares) const;
   void fill_signs(const MutableMatrix& out, std::uint64_t seed, float scale) const;

@@ -23,6 +23,14 @@ void CpuBackend::copy(const Matrix& a, const MutableMatrix& out) const {
   });
 }
 
+void CpuBackend::decode_rows(const Matrix& a, const std::int64_t* rows, const MutableMatrix& out) const {
+  for_each_run(executor_, out, [&](std::int64_t row, std::int64_t col, std::int64_t count) {
+    float values[kRun];
+    kernels_.decode(a, rows[row] >= 0 && rows[row] < a.rows ? rows[row] : 0, col, count, values);
+    kernels_.encode(values, count, out.format, element(out, row, col));
+  });
+}
+
 void CpuBackend::add(const Matrix& a, const Matrix& b, const MutableMatrix& out) const {
   const bool dense = !is_quantized(a.format) && !is_quantized(b.format);
   if (dense && out.rows > 1 && a.ld == out.cols && b.ld == out.cols && out.ld == out.cols) {

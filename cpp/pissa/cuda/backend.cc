@@ -78,6 +78,10 @@ void normalize(const Context& context, const Buffer& normalization, const Matrix
 
 void CudaBackend::copy(const Matrix& a, const MutableMatrix& out) const { convert_any(context_, a, out, count()); }
 
+void CudaBackend::decode_rows(const Matrix& a, const std::int64_t* rows, const MutableMatrix& out) const {
+  if (out.rows > 0 && out.cols > 0) cuda::decode_rows(context_, a, rows, out);
+}
+
 void CudaBackend::add(const Matrix& a, const Matrix& b, const MutableMatrix& out) const {
   if (!is_quantized(a.format)) return cuda::add(context_, {a, b, out}, {}, count());
   const Buffer decoded(context_, a.rows, a.cols, Format::f32);

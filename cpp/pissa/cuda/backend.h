@@ -40,6 +40,7 @@ class CudaBackend {
     return {context_, rows, cols, format, count()};
   }
   void copy(const Matrix& a, const MutableMatrix& out) const;
+  void decode_rows(const Matrix& a, const std::int64_t* rows, const MutableMatrix& out) const;  // of a quantised one
   void add(const Matrix& a, const Matrix& b, const MutableMatrix& out) const;
   void subtract(const Matrix& a, const Matrix& b, const MutableMatrix& out, double* squares) const;  // of one problem
   void add_both(const Sum& first, const Sum& second) const;

@@ -29,6 +29,7 @@ void implement(Library& m) {
   m.impl("feedback_codes", TORCH_BOX(&feedback_codes<Device>));
   m.impl("quantize_absmax", TORCH_BOX(&quantize_absmax<Device>));
   m.impl("dequantize", TORCH_BOX(&dequantize<Device>));
+  m.impl("dequantize_rows", TORCH_BOX(&dequantize_rows<Device>));
   m.impl("quantization_error", TORCH_BOX(&quantization_error<Device>));
   m.impl("residual_quantized", TORCH_BOX(&residual_quantized<Device>));
   m.impl("linear", TORCH_BOX(&linear<Device>));

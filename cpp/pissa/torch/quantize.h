@@ -208,6 +208,23 @@ Tensor dequantize(const Tensor& codes, const Tensor& absmax, const OptionalTenso
   return out;
 }
 
+// Rows of the weight, for indices of any shape: [..., cols].
+template <class Device>
+Tensor dequantize_rows(const Tensor& codes, const Tensor& absmax, const OptionalTensor& nested_absmax,
+                       const OptionalTensor& offset, const std::string& format, std::int64_t blocksize,
+                       std::int64_t rows, std::int64_t cols, const Tensor& indices, ScalarType dtype) {
+  Device device(codes, absmax, nested_absmax, offset, indices);
+  PISSA_CHECK(indices.scalar_type() == ScalarType::Long, "indices: needed int64");
+  const QuantizedTensors weight(codes, absmax, nested_absmax, offset, format, blocksize);
+  const Tensor wanted = torch::stable::contiguous(indices);
+  std::vector<std::int64_t> sizes(indices.sizes().begin(), indices.sizes().end());
+  sizes.push_back(cols);
+  const Tensor out = new_tensor(codes, sizes, dtype);
+  device.backend().decode_rows(weight.view(rows, cols), static_cast<const std::int64_t*>(wanted.const_data_ptr()),
+                               mutable_matrix(out));
+  return out;
+}
+
 // error = weight - quantised weight, in any dtype. The memory is reused, because touching 32 MB for the first time
 // takes longer than computing them. Returns the sum of the squares, float64 [].
 template <class Device>

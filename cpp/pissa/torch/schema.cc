@@ -28,6 +28,9 @@ STABLE_TORCH_LIBRARY(pissa, m) {
       "dequantize(Tensor codes, Tensor absmax, Tensor? nested_absmax, Tensor? offset, str format, int blocksize, "
       "int rows, int cols, ScalarType dtype) -> Tensor");
   m.def(
+      "dequantize_rows(Tensor codes, Tensor absmax, Tensor? nested_absmax, Tensor? offset, str format, int blocksize, "
+      "int rows, int cols, Tensor indices, ScalarType dtype) -> Tensor");
+  m.def(
       "quantization_error(Tensor weight, Tensor codes, Tensor absmax, Tensor? nested_absmax, Tensor? offset, "
       "str format, int blocksize, Tensor(a!) error) -> Tensor squares");
   m.def(

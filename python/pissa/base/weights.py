@@ -264,3 +264,54 @@ class CodedLinear(HoldsCodes):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.format}, blocksize={self.blocksize}"
+
+
+class CodedEmbedding(HoldsCodes):
+    """An embedding whose whole weight [vocabulary, dim] is codes. Rows are decoded when they are looked up, to the
+    dtype that the dense weight would have. `template` is the dense module without its weight."""
+
+    start = None
+    is_quantised = True
+    fingerprint_dtype: torch.dtype | None = torch.bfloat16
+    template: Any
+
+    def __init__(self, weight: ops.QuantizedWeight, module: Any) -> None:
+        super().__init__()
+        self.register_parameter("bias", None)
+        self.num_embeddings, self.embedding_dim = weight.shape
+        self.in_features, self.out_features = weight.shape
+        self.padding_idx, self.looked_up_dtype = module.padding_idx, module.weight.dtype
+        self.store_codes(weight, torch.uint8)
+        template = copy_without_hooks(module)
+        template._parameters = {"weight": None}
+        vars(self)["template"] = template  # hidden from those who look for embeddings among the modules
+
+    @property
+    def embed_scale(self) -> Any:
+        """The factor of what is looked up; only some models have one."""
+        return self.template.embed_scale
+
+    @property
+    def dense_type(self) -> type[nn.Module]:  # type: ignore[override]
+        return type(self.template)
+
+    def matrix(self) -> Tensor:
+        """The weight in float32, transposed: [dim, vocabulary]."""
+        return ops.dequantize(self.quantized).mT
+
+    def shown_weight(self, dtype: torch.dtype) -> Tensor:
+        return LazyTensor.of(self.quantized.shape, dtype, self.device, lambda: ops.dequantize(self.quantized))
+
+    def dense_module(self, matrix: Tensor) -> nn.Module:
+        return cast(nn.Module, with_weight(self.template, matrix.mT.contiguous()).train(self.training))
+
+    def forward(self, input: Tensor) -> Tensor:
+        rows = ops.embedding(input, self.quantized, self.looked_up_dtype)
+        return rows * torch.as_tensor(self.embed_scale).to(rows) if hasattr(self.template, "embed_scale") else rows
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        self.looked_up_dtype = fn(torch.empty(0, dtype=self.looked_up_dtype)).dtype
+        return super()._apply(fn, recurse)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, {self.format}, blocksize={self.blocksize}"

@@ -26,15 +26,16 @@ from pissa.adapters.restore import base_doubts, restore
 from pissa.base.bitsandbytes import linear4bit
 from pissa.base.classes import base_of, is_linear
 from pissa.base.digest import Match, dtype_of, is_fingerprint, match
+from pissa.base.protocol import Base
 from pissa.base.start import StartFactors
 from pissa.base.stored import residual_tensors
-from pissa.base.weights import CodedLinear
+from pissa.base.weights import CodedEmbedding, CodedLinear
 from pissa.config import IMPLICIT, PissaConfig
 from pissa.containers.checkpoint import EXPERT, PISSA_RECORD, RESIDUAL_KEY, Checkpoint, Contents
 from pissa.containers.coded_weights import BitsandbytesWeight
 from pissa.containers.hub import Name, adapter_folder
 from pissa.containers.messages import first_line, quote
-from pissa.containers.model_folder import class_of, model_config
+from pissa.containers.model_folder import Part, class_of, model_config
 from pissa.containers.tensor_file import TensorFile
 from pissa.distributed import failing_together
 from pissa.layers.experts import UnfusedExperts
@@ -249,8 +250,7 @@ def _config(
 
 
 def _fill_packed(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
-    """Gives an adapted, unwrapped model the weights that are stored in codes. Only linear layers compute from codes;
-    others get the decoded weight."""
+    """Gives an adapted, unwrapped model the weights that are stored in codes."""
     name = str(checkpoint.quantization.get("bnb_4bit_compute_dtype") or "float32")
     compute_dtype = getattr(torch, name, None)
     if not isinstance(compute_dtype, torch.dtype) or not compute_dtype.is_floating_point:
@@ -260,31 +260,45 @@ def _fill_packed(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
         if getattr(fused := model.get_submodule(path), name, None) is not None:
             model.set_submodule(path, UnfusedExperts(fused))  # nothing adapts them, but they can compute only so
     for layer, parts in coded.items():
-        module = model.get_submodule(layer)
-        adapted = module if isinstance(module, PissaLayer) else None
-        dense = base_of(module) if adapted is None else adapted.base
-        # DeepSeek-V4 has a grouped one, and an embedding may also be in codes.
-        if dense.module_class is not nn.Linear or (adapted is None and not is_linear(module)):
-            decoded = ops.dequantize(checkpoint.codes(parts), dense.parameter.dtype)
-            dense.module.register_parameter("weight", nn.Parameter(decoded, requires_grad=False))
-            model.tie_weights()
-            continue
-        coded_weight = checkpoint.coded[parts[0].tensor]
-        if isinstance(coded_weight, BitsandbytesWeight):
-            with of_layer(layer):
-                if "SCB" in (entries := coded_weight.entries()):
-                    raise ValueError(
-                        "its weight is in 8 bits, with which only bitsandbytes computes: "
-                        "pissa.wrap(AutoModelForCausalLM.from_pretrained(folder), ...)"
-                    )
-                base: CodedLinear = linear4bit(entries, dense.bias, compute_dtype)
-        else:
-            base = CodedLinear(checkpoint.codes(parts), dense.bias)
-        base.train(dense.module.training)
-        if adapted is not None:
-            adapted.base_layer = base
-        else:
-            model.set_submodule(layer, base)
+        parameter, weight = f"{layer}.weight", None
+        tied = checkpoint.tied(parameter) if parameter in checkpoint.tensors else []
+        for path in (layer, *(name.removesuffix(".weight") for name in tied)):
+            module = model.get_submodule(path)
+            adapted = module if isinstance(module, PissaLayer) else None
+            dense = base_of(module) if adapted is None else adapted.base
+            base = _packed_base(dense, checkpoint, parts, compute_dtype, path)
+            if base is None:
+                continue
+            if weight is not None:
+                base.weight = weight
+            weight = base.weight
+            base.train(dense.module.training)
+            if adapted is not None:
+                adapted.base_layer = base
+            else:
+                model.set_submodule(path, base)
+
+
+def _packed_base(
+    dense: Base, checkpoint: Checkpoint, parts: Sequence[Part], compute_dtype: torch.dtype, name: str
+) -> CodedLinear | CodedEmbedding | None:
+    """The base over the codes of a layer; None for a module that only computes from a dense weight, which it gets."""
+    coded = checkpoint.coded[parts[0].tensor]
+    if dense.module_class is nn.Embedding:
+        return CodedEmbedding(checkpoint.codes(parts), dense.module)
+    if dense.module_class is not nn.Linear or not is_linear(dense.module):  # DeepSeek-V4 has a grouped one
+        decoded = ops.dequantize(checkpoint.codes(parts), dense.parameter.dtype)
+        dense.module.register_parameter("weight", nn.Parameter(decoded, requires_grad=False))
+        return None
+    if not isinstance(coded, BitsandbytesWeight):
+        return CodedLinear(checkpoint.codes(parts), dense.bias)
+    with of_layer(name):
+        if "SCB" in (entries := coded.entries()):
+            raise ValueError(
+                "its weight is in 8 bits, with which only bitsandbytes computes: "
+                "pissa.wrap(AutoModelForCausalLM.from_pretrained(folder), ...)"
+            )
+        return linear4bit(entries, dense.bias, compute_dtype)
 
 
 def _fill_split(model: nn.Module, checkpoint: Checkpoint, split: AdapterRecord, config: PissaConfig) -> None:

@@ -158,8 +158,8 @@ def _tried_shape(model: Any, product: _Product) -> _LogitsShape | None:
 
 
 def _try_shape(model: Any, product: _Product) -> _LogitsShape | None:
-    shape, embeddings = _LogitsShape.of(model), model.get_input_embeddings().weight
-    ids = torch.arange(1, 10, device=embeddings.device)[None] % embeddings.shape[0]
+    shape, (weight, _) = _LogitsShape.of(model), product
+    ids = torch.arange(1, 10, device=weight.device)[None] % weight.shape[0]
     labels = ids.clone()
     labels[0, 4] = IGNORED
     with evaluation_mode(model), torch.no_grad(), torch.random.fork_rng():

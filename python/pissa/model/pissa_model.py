@@ -21,6 +21,7 @@ from pissa.adapters.pissa_layout import ADAPTER_FILES, PissaFolder
 from pissa.adapters.rest import Rest
 from pissa.adapters.restore import as_pissa, load_factors, read_plain_lora, restore
 from pissa.adapters.save import save_adapter, save_card, warn_of_plain_lora
+from pissa.base.classes import base_of
 from pissa.base.forwards import replaced_parts, restore_forwards
 from pissa.config import PissaConfig
 from pissa.containers.hub import adapter_folder
@@ -211,10 +212,11 @@ class PissaModel(MendedPeftModel):
         """
         base: Any = self.base_model.model
         embeddings: Any = base.get_input_embeddings()
-        size = len(embeddings.weight) if new_num_tokens is None else new_num_tokens
+        rows = base_of(embeddings).shown_weight(torch.float32).shape[0]
+        size = rows if new_num_tokens is None else new_num_tokens
         if pad_to_multiple_of is not None:
             size = -(-size // pad_to_multiple_of) * pad_to_multiple_of
-        if size == len(embeddings.weight):
+        if size == rows:
             return cast(nn.Module, embeddings)
         _check_can_be_resized(base)
         self.vocabulary_was_resized = True
@@ -449,6 +451,8 @@ def _check_can_be_resized(base: Any) -> None:
     transformers would replace these layers without knowing about the adapter."""
     names = {module: name for name, module in base.named_modules()}
     for module in (base.get_input_embeddings(), base.get_output_embeddings()):
+        if module is not None and base_of(module).is_quantised:
+            raise ValueError(f"the vocabulary cannot be resized: the weight of {names[module]} is in codes")
         if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
             field = "target_modules" if isinstance(module, PissaLayer) else "modules_to_save"
             field = "trainable_token_indices" if isinstance(module, TrainableTokensWrapper) else field

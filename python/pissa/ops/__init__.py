@@ -19,7 +19,7 @@ from pissa.ops._linear import add_low_rank, linear
 from pissa.ops._load import _C
 from pissa.ops._norm import rms_norm
 from pissa.ops._principal import residual, residual_many, svd_lowrank
-from pissa.ops._quant import QuantizedWeight, dequantize, quantize
+from pissa.ops._quant import QuantizedWeight, dequantize, embedding, quantize
 from pissa.ops._scores import TokenScores, token_scores
 from pissa.ops._second_moment import add_second_moment
 from pissa.ops._split import Split, split, split_many
@@ -33,6 +33,7 @@ __all__ = [
     "attention",
     "build_info",
     "dequantize",
+    "embedding",
     "formats",
     "gated",
     "grouped_linear",

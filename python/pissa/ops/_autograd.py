@@ -96,6 +96,12 @@ def _(codes: Tensor, *others: Any) -> Tensor:
     return codes.new_empty((rows, cols), dtype=dtype)
 
 
+@register_fake("pissa::dequantize_rows")
+def _(codes: Tensor, *others: Any) -> Tensor:
+    *_, cols, indices, dtype = others
+    return codes.new_empty((*indices.shape, cols), dtype=dtype)
+
+
 # The ops that multiply have the same arguments except for the weight: either a dense weight, or four tensors, the
 # format, the block size and out_features of a quantised one. The last of these gives the number of rows.
 

@@ -236,6 +236,37 @@ def dequantize(weight: QuantizedWeight, dtype: torch.dtype = torch.float32) -> T
     return dense
 
 
+def embedding(indices: Tensor, weight: QuantizedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Looks up rows of a quantised weight, as torch.nn.functional.embedding does in a dense one.
+
+    Args:
+        indices: int64 or int32 of any shape.
+        weight: the codes and scales of a matrix [vocabulary, dim].
+        dtype: float32, bfloat16 or float16.
+
+    Returns:
+        [*indices.shape, dim] in `dtype`, rounded once from float32. It has no gradient.
+
+    Raises:
+        TypeError, ValueError: an argument, or a part of the weight, is invalid; the message names it.
+        IndexError: an index is not in the vocabulary. On a GPU this is not checked, and such a row is the first.
+    """
+    check_quantized(weight)
+    if dtype not in FLOATS:
+        raise TypeError(f"dtype: got {dtype}; allowed: float32, bfloat16, float16")
+    indices = check_tensor("indices", indices, (torch.int64, torch.int32)).long()
+    check_devices({"indices": indices, "weight.codes": weight.codes})
+    codes, absmax, nested_absmax, offset, format, (rows, cols), blocksize = weight
+    if indices.device.type == "cpu" and indices.numel() and not torch.compiler.is_compiling():
+        least, most = indices.aminmax()
+        if least < 0 or most >= rows:
+            raise IndexError(f"indices: got {least if least < 0 else most}; allowed: from 0 to {rows - 1}")
+    looked_up: Tensor = _OPS.dequantize_rows(
+        codes, absmax, nested_absmax, offset, format, blocksize, rows, cols, indices, dtype
+    )
+    return looked_up
+
+
 def check_quantized(weight: object) -> QuantizedWeight:
     """Called before each product, so it must be fast: what the compiled ops also check is left to them."""
     if not isinstance(weight, QuantizedWeight):

@@ -48,6 +48,30 @@ TEST_P(ElementwiseTest, CopyConvertsExactlyOrRounds) {
   });
 }
 
+TEST_P(ElementwiseTest, DecodesRowsOfAnyQuantizedFormat) {
+  Random random(2);
+  const std::int64_t rows[] = {5, 0, 5, 8, -1, 9};  // of nine: for the last two the first
+  std::vector<Form> forms(kForms);
+  forms.insert(forms.end(), kGgufForms);
+  for (const Form form : forms) {
+    for (const std::int64_t cols : {37, 256, 1280}) {
+      if (cols == 37 && is_read_only(static_cast<Format>(form))) continue;  // no whole block
+      const Operand a(random, 9, cols, form);
+      if (!is_quantized(a.view().format)) continue;
+      SCOPED_TRACE(::testing::Message() << name(form) << ", " << cols);
+      Stored out = Stored::poisoned(6, cols, Format::bf16);
+      backend().decode_rows(a.view(), rows, out.mutable_view());
+      Dense expected(6, cols);
+      const Dense values = a.values();
+      for (int i = 0; i < 6; ++i) {
+        for (std::int64_t j = 0; j < cols; ++j) expected(i, j) = values(i < 4 ? rows[i] : 0, j);
+      }
+      EXPECT_EQ(out.values().values, Stored(expected, Format::bf16).values().values);
+      EXPECT_TRUE(out.padding_intact());
+    }
+  }
+}
+
 // Every code of E4M3, and every byte of E8M0, NaN among them.
 TEST_P(ElementwiseTest, CopiesEveryFp8Code) {
   std::vector<std::uint8_t> codes(256 * 256), scales(256);

@@ -137,6 +137,9 @@ class TransferringBackend {
     return cuda_.alloc(rows, cols, format);
   }
   void copy(const Matrix& a, const MutableMatrix& out) const { call(&Cuda::copy, a, out); }
+  void decode_rows(const Matrix& a, const std::int64_t* rows, const MutableMatrix& out) const {
+    staged([&](Staging& at) { cuda_.decode_rows(at(a), at.upload(rows, out.rows), at(out)); });
+  }
   void add(const Matrix& a, const Matrix& b, const MutableMatrix& out) const { call(&Cuda::add, a, b, out); }
   void subtract(const Matrix& a, const Matrix& b, const MutableMatrix& out, double* squares) const {
     staged([&](Staging& at) {

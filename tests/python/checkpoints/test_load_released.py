@@ -155,7 +155,7 @@ def test_an_architecture_in_the_format_that_it_comes_in(name: str, tmp_path: Pat
     assert torch.equal(checks.output(again, batch), trained)
 
 
-def test_codes_of_what_is_no_linear_layer_are_decoded(tokens: Tensor, tmp_path: Path) -> None:
+def test_embeddings_compute_from_their_codes(tokens: Tensor, tmp_path: Path) -> None:
     dense = released("llama", "fp8-tiles", tmp_path / "model")
 
     def change(state: dict[str, Tensor]) -> None:
@@ -164,7 +164,11 @@ def test_codes_of_what_is_no_linear_layer_are_decoded(tokens: Tensor, tmp_path: 
 
     values = dense.model.embed_tokens.weight.to(torch.float8_e4m3fn).float() / 2
     model = pissa.load(changed(tmp_path / "model", change), init="lora", dtype=torch.float32, **FIELDS)
-    assert torch.equal(model.get_input_embeddings().weight, values)
+    embeddings = model.get_input_embeddings()
+    assert embeddings.weight.dtype == torch.uint8
+    assert torch.equal(embeddings.matrix().mT, values)
+    with pytest.raises(ValueError, match=r"the weight of model\.embed_tokens is in codes"):
+        model.resize_token_embeddings(100)
     dense.model.embed_tokens.weight.data = values
     assert (logits(model, tokens) - logits(dense, tokens)).norm() <= 2.0**-8 * logits(dense, tokens).norm()
 

@@ -60,6 +60,7 @@ def calls(tokens: int = 5) -> dict[str, list[tuple[Any, ...]]]:
         "add_second_moment": [(ones(COLS, COLS, dtype=torch.float32), x)],
         "quantize_absmax": [(ones(300, dtype=torch.float32), offset) for offset in (ones(dtype=torch.float32), None)],
         "dequantize": [(*parts, COLS, torch.float16) for parts in stored],
+        "dequantize_rows": [(*parts, COLS, ones(2, 3, dtype=torch.int64), torch.float16) for parts in stored],
         "linear": [(leaf_x, weight, bias, *leaves, 0.5, True), (x, weight, None, *none, 1.0, False)],
         "linear_backward": [(dy, x, weight, *factors, kept, 0.5, True, need) for need in (True, False)],
         "quantized_linear": [
