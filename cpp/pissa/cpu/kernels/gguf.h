@@ -39,12 +39,7 @@ struct GgufCodes {
       if constexpr (format == Format::mxfp4_gguf) {
         scales[0] = half_e8m0(block[0]);
       } else if constexpr (Layout::kSixBits) {
-        std::uint32_t words[3];
-        __builtin_memcpy(words, block + 4, sizeof words);
-        const std::uint32_t six = 0x3f3f3f3fu, four = 0x0f0f0f0fu, two = 0x03030303u;
-        const std::uint32_t codes[4] = {words[0] & six, (words[2] & four) | (words[0] >> 6 & two) << 4, words[1] & six,
-                                        (words[2] >> 4 & four) | (words[1] >> 6 & two) << 4};
-        Vec::store_scaled(scales, codes, Vec::load_half(block + Layout::kScale), -Vec::load_half(block + Layout::kMinimum));
+        Vec::store_six_bits(scales, block);
       } else if constexpr (format == Format::q6_k) {
         const Vec::Reg scale = Vec::broadcast(Vec::load_half(block + Layout::kScale));
         const auto* codes = reinterpret_cast<const std::int8_t*>(block + Layout::kScaleCodes);
@@ -216,35 +211,56 @@ struct GgufCodes {
 
 constexpr int kGgufCols = Vec::kRegisters == 32 ? 4 : 2;
 
-// Rows of x, `kInt8Run` elements apart, and their sums over groups.
-template <class Element>
+// Rows of x, `kInt8Run` elements apart. For each block, the sums of x over its groups are laid out as Groups has the
+// minima, with zeros in place of the scales.
+template <class Codes, class Product>
 struct GgufRows {
-  const Element* x;
+  const typename Product::Element* x;
   const float* sums;
 
-  PISSA_INLINE GgufRows from(std::int64_t k, std::int64_t group) const { return {x + k, sums + k / group}; }
+  static constexpr std::int64_t kSums = kInt8Run / Codes::kElements * 2 * Codes::kGroups;  // of a row
+
+  PISSA_INLINE GgufRows from(std::int64_t k) const { return {x + k, sums + k / Codes::kElements * 2 * Codes::kGroups}; }
 };
 
-// least[i][j] += the minima of block j, each times the sum of x[i] over its group.
-template <Format format, class Groups, class Element, int rows, int cols>
-PISSA_INLINE void add_minima(const Groups (&groups)[cols], const GgufRows<Element>& x,
-                             float (&least)[rows][cols][GgufCodes<format>::kGroups]) {
-  using Codes = GgufCodes<format>;
-  if constexpr (Codes::kHasMinimum) {
+// The part of sums that minima make.
+template <class Codes, int rows, int cols>
+struct LeastSums {
+  static constexpr int kFrom = Codes::kGroups % kWidth == 0 ? Codes::kGroups : 0;
+  Vec::Reg lanes[rows][cols];
+  float one[rows][cols] = {};  // of blocks that are a group
+
+  PISSA_INLINE LeastSums() {
     for (int i = 0; i < rows; ++i) {
-      const float* sums = x.sums + i * (kInt8Run / Codes::kGroup);
+      for (int j = 0; j < cols; ++j) lanes[i][j] = Vec::zero();
+    }
+  }
+  // The minima of block j, each times the sum of x[i] over its group.
+  template <class Product>
+  PISSA_INLINE void add(const typename Codes::Groups (&groups)[cols], const GgufRows<Codes, Product>& x) {
+    if constexpr (!Codes::kHasMinimum) return;
+    for (int i = 0; i < rows; ++i) {
+      const float* sums = x.sums + i * x.kSums;
       for (int j = 0; j < cols; ++j) {
-        for (int k = 0; k < Codes::kGroups; ++k) least[i][j][k] += groups[j].minimum(k) * sums[k];
+        if constexpr (Codes::kGroups == 1) {
+          one[i][j] += groups[j].minimum(0) * sums[1];
+        } else {
+          for (int k = kFrom; k < 2 * Codes::kGroups; k += kWidth) {
+            lanes[i][j] = Vec::fma(Vec::load(groups[j].scales + k), Vec::load(sums + k), lanes[i][j]);
+          }
+        }
       }
     }
   }
-}
+  PISSA_INLINE float total(int i, int j) const {
+    return Codes::kGroups == 1 ? one[i][j] : Vec::reduce_add(lanes[i][j]);
+  }
+};
 
 // sum[i][j], with least, += x[i] . block j.
-template <Format format, class Product, int rows, int cols>
-PISSA_INLINE void add_nibbles(const std::uint8_t* const (&blocks)[cols], const GgufRows<typename Product::Element>& x,
-                              Vec::Reg (&sum)[rows][cols], float (&least)[rows][cols][GgufCodes<format>::kGroups]) {
-  using Codes = GgufCodes<format>;
+template <class Codes, class Product, int rows, int cols>
+PISSA_INLINE void add_nibbles(const std::uint8_t* const (&blocks)[cols], const GgufRows<Codes, Product>& x,
+                              Vec::Reg (&sum)[rows][cols], LeastSums<Codes, rows, cols>& least) {
   constexpr int kRegisters = Codes::kPair / Product::kDecodeBytes;
   constexpr int kPairGroups = Codes::kPair / Codes::kGroup;
   constexpr float kOne = 1.0f;
@@ -274,13 +290,12 @@ PISSA_INLINE void add_nibbles(const std::uint8_t* const (&blocks)[cols], const G
       }
     }
   }
-  add_minima<format>(groups, x, least);
+  least.add(groups, x);
 }
 
-template <Format format, int rows, int cols>
-PISSA_INLINE void add_bytes(const std::uint8_t* const (&blocks)[cols], const GgufRows<float>& x,
-                            Vec::Reg (&sum)[rows][cols], float (&least)[rows][cols][GgufCodes<format>::kGroups]) {
-  using Codes = GgufCodes<format>;
+template <class Codes, int rows, int cols>
+PISSA_INLINE void add_bytes(const std::uint8_t* const (&blocks)[cols], const GgufRows<Codes, F32>& x,
+                            Vec::Reg (&sum)[rows][cols], LeastSums<Codes, rows, cols>& least) {
   alignas(64) std::int8_t unpacked[cols][Codes::kElements];
   const std::int8_t* codes[cols];
   typename Codes::Groups groups[cols];
@@ -307,16 +322,15 @@ PISSA_INLINE void add_bytes(const std::uint8_t* const (&blocks)[cols], const Ggu
       }
     }
   }
-  add_minima<format>(groups, x, least);
+  least.add(groups, x);
 }
 
 // c[i, j] = or += x[i, 0 : count] . W[j, 0 : count], where rows of W are `ld` bytes apart.
-template <Format format, class Product, int rows, int cols>
-void gguf_tile(const std::uint8_t* weight, std::int64_t ld, std::int64_t count,
-               const GgufRows<typename Product::Element>& x, float* c, bool accumulate) {
-  using Codes = GgufCodes<format>;
+template <class Codes, class Product, int rows, int cols>
+void gguf_tile(const std::uint8_t* weight, std::int64_t ld, std::int64_t count, const GgufRows<Codes, Product>& x,
+               float* c, bool accumulate) {
   Vec::Reg sum[rows][cols];
-  float least[rows][cols][Codes::kGroups] = {};
+  LeastSums<Codes, rows, cols> least;
   for (int i = 0; i < rows; ++i) {
     for (int j = 0; j < cols; ++j) sum[i][j] = Vec::zero();
   }
@@ -326,34 +340,31 @@ void gguf_tile(const std::uint8_t* weight, std::int64_t ld, std::int64_t count,
       blocks[j] = weight + j * ld;
       __builtin_prefetch(blocks[j] + 2048);
     }
-    if constexpr (Codes::kIsNibbles) add_nibbles<format, Product>(blocks, x.from(k, Codes::kGroup), sum, least);
-    else add_bytes<format>(blocks, x.from(k, Codes::kGroup), sum, least);
+    if constexpr (Codes::kIsNibbles) add_nibbles<Codes, Product>(blocks, x.from(k), sum, least);
+    else add_bytes<Codes>(blocks, x.from(k), sum, least);
   }
   for (int i = 0; i < rows; ++i) {
     for (int j = 0; j < cols; ++j) {
       float total = Vec::reduce_add(sum[i][j]);
-      if constexpr (Codes::kHasMinimum) {
-        for (const float part : least[i][j]) total += part;
-      }
+      if constexpr (Codes::kHasMinimum) total += least.total(i, j);
       c[i * kNc + j] = accumulate ? c[i * kNc + j] + total : total;
     }
   }
 }
 
-template <Format format, class Product, int rows = kCodeDotRows>
+template <class Codes, class Product, int rows = kCodeDotRows>
 PISSA_INLINE void gguf_rows(std::int64_t wanted, const Matrix& weight, const Block& block, std::int64_t k0,
-                            std::int64_t count, const GgufRows<typename Product::Element>& x, float* c,
-                            bool accumulate) {
+                            std::int64_t count, const GgufRows<Codes, Product>& x, float* c, bool accumulate) {
   if constexpr (rows > 1) {
-    if (wanted < rows) return gguf_rows<format, Product, rows - 1>(wanted, weight, block, k0, count, x, c, accumulate);
+    if (wanted < rows) return gguf_rows<Codes, Product, rows - 1>(wanted, weight, block, k0, count, x, c, accumulate);
   }
-  const std::int64_t ld = code_bytes(format, weight.cols);
-  const std::uint8_t* first = GgufCodes<format>::block_at(weight, block.col, k0);
+  const std::int64_t ld = code_bytes(Codes::kFormat, weight.cols);
+  const std::uint8_t* first = Codes::block_at(weight, block.col, k0);
   std::int64_t j = 0;
   for (; j + kGgufCols <= block.cols; j += kGgufCols) {
-    gguf_tile<format, Product, rows, kGgufCols>(first + j * ld, ld, count, x, c + j, accumulate);
+    gguf_tile<Codes, Product, rows, kGgufCols>(first + j * ld, ld, count, x, c + j, accumulate);
   }
-  for (; j < block.cols; ++j) gguf_tile<format, Product, rows, 1>(first + j * ld, ld, count, x, c + j, accumulate);
+  for (; j < block.cols; ++j) gguf_tile<Codes, Product, rows, 1>(first + j * ld, ld, count, x, c + j, accumulate);
 }
 
 // c = or += the term
@@ -361,10 +372,10 @@ template <Format format>
 template <class Product>
 void GgufCodes<format>::dot(const Term& term, const Block& block, const Panels& panels, bool accumulate) {
   using Factor = std::conditional_t<kIsNibbles, Product, F32>;
-  using Element = typename Factor::Element;
+  using Rows = GgufRows<GgufCodes, Factor>;
   static_assert(kInt8Run % 256 == 0);
   const std::int64_t inner = term.inner();
-  auto* const x = reinterpret_cast<Element*>(panels.b);
+  auto* const x = reinterpret_cast<typename Factor::Element*>(panels.b);
   float* const sums = panels.b + kCodeDotRows * kInt8Run;
   for (std::int64_t k0 = 0; k0 < inner; k0 += kInt8Run) {
     const std::int64_t count = smaller(kInt8Run, inner - k0);
@@ -373,10 +384,12 @@ void GgufCodes<format>::dot(const Term& term, const Block& block, const Panels& 
       for (std::int64_t k = 0; kHasMinimum && k < count; k += kGroup) {
         float sum = 0.0f;
         for (int at = 0; at < kGroup; ++at) sum += Factor::widen(x[i * kInt8Run + k + at]);
-        sums[(i * kInt8Run + k) / kGroup] = sum;
+        float* const of_block = sums + i * Rows::kSums + k / kElements * 2 * kGroups;
+        of_block[k % kElements / kGroup] = 0.0f;
+        of_block[kGroups + k % kElements / kGroup] = sum;
       }
     }
-    gguf_rows<format, Factor>(block.rows, term.b, block, k0, count, {x, sums}, panels.c, accumulate);
+    gguf_rows<GgufCodes, Factor>(block.rows, term.b, block, k0, count, Rows{x, sums}, panels.c, accumulate);
     accumulate = true;
   }
 }

@@ -67,13 +67,17 @@ struct Vec {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
                         _mm256_sub_epi8(codes, _mm256_set1_epi8(static_cast<char>(bias))));
   }
-  static PISSA_INLINE void store_scaled(float* to, const std::uint32_t (&bytes)[4], float first, float second) {
-    const auto values = [&](int i) {
-      const __m128i eight = _mm_set_epi32(0, 0, static_cast<int>(bytes[i + 1]), static_cast<int>(bytes[i]));
-      return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(eight));
-    };
-    store(to, mul(values(0), broadcast(first)));
-    store(to + 8, mul(values(2), broadcast(second)));
+  static PISSA_INLINE void store_six_bits(float* to, const std::uint8_t* block) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(block));
+    const __m128i own = _mm_shuffle_epi8(bytes, _mm_set_epi32(0x0f0e0d0c, 0x0b0a0908, 0x0f0e0d0c, 0x07060504));
+    const __m128i others = _mm_shuffle_epi8(bytes, _mm_set_epi32(0x0b0a0908, -1, 0x07060504, -1));
+    const __m128i low = _mm_and_si128(_mm_srlv_epi32(own, _mm_set_epi32(4, 0, 0, 0)),
+                                      _mm_set_epi32(0x0f0f0f0f, 0x3f3f3f3f, 0x0f0f0f0f, 0x3f3f3f3f));
+    const __m128i high = _mm_and_si128(_mm_srli_epi32(others, 2), _mm_set1_epi8(0x30));
+    const __m128i codes = _mm_or_si128(low, high);
+    const auto numbers = [](__m128i eight) { return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(eight)); };
+    store(to, mul(numbers(codes), broadcast(load_half(block))));
+    store(to + 8, mul(numbers(_mm_srli_si128(codes, 8)), broadcast(-load_half(block + 2))));
   }
   // Places sign, exponent and fraction as in f16: the number divided by the ratio of biases, 2^(15 - 7). Not NaN.
   static PISSA_INLINE Reg load_f8(const std::uint8_t* from) {

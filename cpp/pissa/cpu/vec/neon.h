@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "pissa/core/gguf.h"
 #include "pissa/core/nf4.h"
 #include "pissa/core/types.h"
 
@@ -57,10 +58,11 @@ struct Vec {
       to[i] = static_cast<std::int8_t>((four | (fifth >> i & 1u) << 4) - static_cast<unsigned>(bias));
     }
   }
-  static PISSA_INLINE void store_scaled(float* to, const std::uint32_t (&bytes)[4], float first, float second) {
-    for (int i = 0; i < 4; ++i) {
-      const uint16x4_t four = vget_low_u16(vmovl_u8(vcreate_u8(bytes[i])));
-      store(to + 4 * i, mul(vcvtq_f32_u32(vmovl_u16(four)), broadcast(i < 2 ? first : second)));
+  static PISSA_INLINE void store_six_bits(float* to, const std::uint8_t* block) {
+    const float scale = load_half(block), minimum = -load_half(block + 2);
+    for (int i = 0; i < 8; ++i) {
+      to[i] = scale * static_cast<float>(GgufSixBits::scale_code(block, i));
+      to[8 + i] = minimum * static_cast<float>(GgufSixBits::minimum_code(block, i));
     }
   }
   // Places sign, exponent and fraction as in f16: the number divided by the ratio of biases, 2^(15 - 7). Not NaN.

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "pissa/core/fp8.h"
+#include "pissa/core/gguf.h"
 #include "pissa/core/nf4.h"
 #include "pissa/core/types.h"
 
@@ -79,9 +80,11 @@ struct Vec {
       to[i] = static_cast<std::int8_t>((four | (fifth >> i & 1u) << 4) - static_cast<unsigned>(bias));
     }
   }
-  static PISSA_INLINE void store_scaled(float* to, const std::uint32_t (&bytes)[4], float first, float second) {
-    for (int i = 0; i < 16; ++i) {
-      to[i] = static_cast<float>(bytes[i / 4] >> (i % 4 * 8) & 255u) * (i < 8 ? first : second);
+  static PISSA_INLINE void store_six_bits(float* to, const std::uint8_t* block) {
+    const float scale = load_half(block), minimum = -load_half(block + 2);
+    for (int i = 0; i < 8; ++i) {
+      to[i] = scale * static_cast<float>(GgufSixBits::scale_code(block, i));
+      to[8 + i] = minimum * static_cast<float>(GgufSixBits::minimum_code(block, i));
     }
   }
   static PISSA_INLINE Reg load_f16(const std::uint16_t* from) {
