@@ -146,6 +146,34 @@ struct GgufCodes {
 
   // ---- Other codes
 
+  // Whether a code is a sum of bits of one or two bytes, each looked up in a table of the product.
+  template <class Product>
+  static constexpr bool looks_up_bits() {
+    return requires { Product::look_up_bits(nullptr, nullptr, 0); } && !kIsNibbles && kRun == 32;
+  }
+  struct BitTables {
+    std::uint16_t low[32], high[32];
+  };
+  static constexpr BitTables bit_tables() {
+    constexpr bool kSigned = info(format).bits == 8;
+    BitTables tables{};
+    for (int i = 0; i < 32; ++i) {
+      const int low = i & low_bits(0).mask, high = i & high_bits(0).mask;
+      const int shifted = kSigned ? (high < 8 ? high : high - 16) * 16 : high << Layout::kHighBits;
+      tables.low[i] = exact_bf16(low);
+      tables.high[i] = exact_bf16(shifted - Layout::kBias);
+    }
+    return tables;
+  }
+  static constexpr BlockBits low_bits(int run) {
+    const BlockBits bits = Layout::low(run);
+    return info(format).bits == 8 ? BlockBits{bits.byte, 0, 15} : bits;
+  }
+  static constexpr BlockBits high_bits(int run) {
+    return info(format).bits == 8 ? BlockBits{Layout::low(run).byte, 4, 15} : Layout::high(run);
+  }
+  static constexpr bool kHasHighBits = info(format).bits == 8 || Layout::kHighBits > 0;
+
   // The bytes of a run, 32 of them, for GCC and clang to map to the instruction set's registers.
   using Words = std::uint64_t __attribute__((vector_size(32)));
   using Codes = std::int8_t __attribute__((vector_size(32)));
@@ -207,7 +235,8 @@ struct GgufCodes {
 
 // ---- x W^T for one to four rows of x -----------------------------------------------------------------------------
 // Dot products of the codes' numbers: a group's scale multiplies its sum, and its minimum the sum of x over the group.
-// Levels of four bits are multiplied as the product's elements, other codes in f32.
+// Levels of four bits are multiplied as the product's elements; so are other codes, if they can be looked up, or they
+// are multiplied in f32.
 
 constexpr int kGgufCols = Vec::kRegisters == 32 ? 4 : 2;
 
@@ -325,6 +354,37 @@ PISSA_INLINE void add_bytes(const std::uint8_t* const (&blocks)[cols], const Ggu
   least.add(groups, x);
 }
 
+template <class Codes, class Product, int rows, int cols>
+PISSA_INLINE void add_bits(const std::uint8_t* const (&blocks)[cols], const GgufRows<Codes, Product>& x,
+                           Vec::Reg (&sum)[rows][cols], LeastSums<Codes, rows, cols>& least) {
+  static constexpr auto kTables = Codes::bit_tables();
+  typename Codes::Groups groups[cols];
+  for (int j = 0; j < cols; ++j) groups[j].read(blocks[j]);
+#pragma GCC unroll 8
+  for (int run = 0; run < Codes::kElements / Codes::kRun; ++run) {
+    const BlockBits low = Codes::low_bits(run), high = Codes::high_bits(run);
+    const int group = run * Codes::kRun / Codes::kGroup;
+    Vec::Reg x_k[rows];
+    for (int i = 0; i < rows; ++i) {
+      x_k[i] = Vec::load(reinterpret_cast<const float*>(x.x + i * kInt8Run + run * Codes::kRun));
+    }
+    for (int j = 0; j < cols; ++j) {
+      const Vec::Reg values = Product::look_up_bits(kTables.low, blocks[j] + low.byte, low.shift);
+      Vec::Reg more = Vec::zero();
+      if constexpr (Codes::kHasHighBits) more = Product::look_up_bits(kTables.high, blocks[j] + high.byte, high.shift);
+      const float* of_run = groups[j].scales + group;
+      const Vec::Reg scale =
+          Codes::kGroup == 16 ? Product::broadcast_halves(of_run[0], of_run[1]) : Vec::broadcast(of_run[0]);
+      for (int i = 0; i < rows; ++i) {
+        Vec::Reg part = Product::mac(values, x_k[i], Vec::zero());
+        if constexpr (Codes::kHasHighBits) part = Product::mac(more, x_k[i], part);
+        sum[i][j] = Vec::fma(part, scale, sum[i][j]);
+      }
+    }
+  }
+  least.add(groups, x);
+}
+
 // c[i, j] = or += x[i, 0 : count] . W[j, 0 : count], where rows of W are `ld` bytes apart.
 template <class Codes, class Product, int rows, int cols>
 void gguf_tile(const std::uint8_t* weight, std::int64_t ld, std::int64_t count, const GgufRows<Codes, Product>& x,
@@ -338,9 +398,10 @@ void gguf_tile(const std::uint8_t* weight, std::int64_t ld, std::int64_t count, 
     const std::uint8_t* blocks[cols];
     for (int j = 0; j < cols; ++j) {
       blocks[j] = weight + j * ld;
-      __builtin_prefetch(blocks[j] + 2048);
+      for (int byte = 0; byte < Codes::kBytes; byte += 64) __builtin_prefetch(blocks[j] + 512 + byte);
     }
     if constexpr (Codes::kIsNibbles) add_nibbles<Codes, Product>(blocks, x.from(k), sum, least);
+    else if constexpr (Codes::template looks_up_bits<Product>()) add_bits<Codes, Product>(blocks, x.from(k), sum, least);
     else add_bytes<Codes>(blocks, x.from(k), sum, least);
   }
   for (int i = 0; i < rows; ++i) {
@@ -371,7 +432,7 @@ PISSA_INLINE void gguf_rows(std::int64_t wanted, const Matrix& weight, const Blo
 template <Format format>
 template <class Product>
 void GgufCodes<format>::dot(const Term& term, const Block& block, const Panels& panels, bool accumulate) {
-  using Factor = std::conditional_t<kIsNibbles, Product, F32>;
+  using Factor = std::conditional_t<kIsNibbles || looks_up_bits<Product>(), Product, F32>;
   using Rows = GgufRows<GgufCodes, Factor>;
   static_assert(kInt8Run % 256 == 0);
   const std::int64_t inner = term.inner();

@@ -50,6 +50,15 @@ struct Pairs {
     const __m256i both = _mm256_inserti128_si256(_mm256_castsi128_si256(low), _mm_srli_epi16(low, 4), 1);
     return _mm512_castsi512_ps(_mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(both), table.levels[0]));
   }
+  // 32 numbers of few bits: table[(byte >> shift) % 32] for 32 bytes. A table for fewer bits repeats.
+  static PISSA_INLINE Vec::Reg look_up_bits(const Half* table, const std::uint8_t* bytes, int shift) {
+    const __m512i wide = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes)));
+    return _mm512_castsi512_ps(
+        _mm512_permutexvar_epi16(_mm512_srli_epi16(wide, static_cast<unsigned>(shift)), _mm512_loadu_si512(table)));
+  }
+  static PISSA_INLINE Vec::Reg broadcast_halves(float low, float high) {
+    return _mm512_mask_blend_ps(0xff00, Vec::broadcast(low), Vec::broadcast(high));
+  }
   template <int blocks>
   static PISSA_INLINE Vec::Reg2 decode_split(const Table<blocks>& table, const std::uint8_t* bytes) {
     const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes));

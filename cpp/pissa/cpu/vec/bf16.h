@@ -25,12 +25,9 @@ PISSA_INLINE std::uint16_t round_to_bf16(float value) {
   return static_cast<std::uint16_t>(nan ? (bits >> 16) | 0x40u : rounded);
 }
 
-// A byte has no more bits than a bf16's significand, so there is nothing to round.
-PISSA_INLINE std::uint16_t exact_bf16(std::int8_t value) {
-  const float wide = value;
-  std::uint32_t bits;
-  __builtin_memcpy(&bits, &wide, sizeof bits);
-  return static_cast<std::uint16_t>(bits >> 16);
+// An integer of up to eight bits, as many as a bf16's significand has, so that there is nothing to round.
+PISSA_INLINE constexpr std::uint16_t exact_bf16(int value) {
+  return static_cast<std::uint16_t>(bits_of(static_cast<float>(value)) >> 16);
 }
 
 }  // namespace pissa::cpu::PISSA_ISA

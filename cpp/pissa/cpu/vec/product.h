@@ -66,6 +66,8 @@ struct F32 {
 // - decode_split: the elements of kDecodeBytes bytes, those in the high nibbles and those in the low ones, in 16-bit
 //   lanes; interleave: 32-bit lanes of pairs from 16-bit lanes of each; decode<low_first>: the elements in order
 // - decode_halves, if a register has the elements of more than 16 bytes' nibbles: those of 16 bytes, the low ones first
+// - look_up_bits and broadcast_halves, if a register has 32 elements: numbers of up to five bits of 32 bytes; and two
+//   factors, one for the first 16 elements and one for the others
 // - store: two registers of f32, rounded
 struct Bf16 : Pairs {
   using Element = Half;
