@@ -5,8 +5,8 @@
 
 #include <cstdint>
 
-// Functions used by the per-ISA kernels must be inlined. A shared out-of-line copy could be the AVX-512 one, which would
-// be an illegal instruction on a machine without it.
+// Functions used by the per-ISA kernels must be inlined. A shared out-of-line copy could be the AVX-512 one, which
+// would be an illegal instruction on a machine without it.
 #if defined(__GNUC__) || defined(__clang__)  // clang-cl defines only the latter
 #define PISSA_INLINE inline __attribute__((always_inline))
 #elif defined(_MSC_VER)
@@ -64,8 +64,8 @@ struct BlockRule {
 
 /// The kind of a quantised format's scales. `nested`: a byte each (nested_scales.h), or f32. `e8m0`: a byte each,
 /// 2^(byte - 127), NaN for 255. `e4m3`: a byte each, and a table with the values of 256 bytes. `bf16`: bf16, or f32.
-/// `tiles`: f32, bf16 or e8m0, for blocks that may have several rows. `within`: inside each block of codes; nothing beside
-/// them.
+/// `tiles`: f32, bf16 or e8m0, for blocks that may have several rows. `within`: inside each block of codes; nothing
+/// beside them.
 enum class ScaleKind : std::uint8_t { f32, nested, e8m0, e4m3, bf16, tiles, within };
 
 /// The properties of a format.
@@ -139,11 +139,10 @@ PISSA_INLINE constexpr FormatInfo info(Format format) {
 }
 
 /// The rows of the table.
-inline constexpr Format kFormats[] = {Format::f32,   Format::bf16, Format::f16, Format::nf4,
-                                      Format::int8,  Format::nf3,  Format::nf2, Format::mxfp4,
-                                      Format::nvfp4, Format::int4, Format::fp8, Format::q4_0,
-                                      Format::q4_1, Format::q5_0, Format::q5_1, Format::q8_0,
-                                      Format::q2_k, Format::q3_k, Format::q4_k, Format::q5_k,
+inline constexpr Format kFormats[] = {Format::f32,  Format::bf16,   Format::f16,    Format::nf4,       Format::int8,
+                                      Format::nf3,  Format::nf2,    Format::mxfp4,  Format::nvfp4,     Format::int4,
+                                      Format::fp8,  Format::q4_0,   Format::q4_1,   Format::q5_0,      Format::q5_1,
+                                      Format::q8_0, Format::q2_k,   Format::q3_k,   Format::q4_k,      Format::q5_k,
                                       Format::q6_k, Format::iq4_nl, Format::iq4_xs, Format::mxfp4_gguf};
 
 /// Whether the format is one of codes and scales.

@@ -39,12 +39,12 @@ inline constexpr std::int8_t kTwiceE2m1Levels[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0,
 /// `scale_code`; its minimum is the half at byte kMinimum or, if it has codes, minus that half times `minimum_code`.
 struct GgufDefaults {
   static constexpr int kScale = 0;
-  static constexpr int kMinimum = -1;         ///< -1: the format has no minima
+  static constexpr int kMinimum = -1;  ///< -1: the format has no minima
   static constexpr bool kMinimumHasCodes = false;
-  static constexpr int kBias = 0;             ///< subtracted from a code
-  static constexpr int kHighBits = 0;         ///< how far the high bits of a code are shifted to the left
-  static constexpr int kFifthBits = 0;        ///< the byte from which on bit i is the fifth of element i; 0: none
-  static constexpr bool kSixBits = false;     ///< codes of scales and minima are GgufSixBits'
+  static constexpr int kBias = 0;          ///< subtracted from a code
+  static constexpr int kHighBits = 0;      ///< how far the high bits of a code are shifted to the left
+  static constexpr int kFifthBits = 0;     ///< the byte from which on bit i is the fifth of element i; 0: none
+  static constexpr bool kSixBits = false;  ///< codes of scales and minima are GgufSixBits'
   static constexpr const std::int8_t* kLevels = nullptr;  ///< of four bits; null: codes are numbers
   static PISSA_INLINE constexpr BlockBits high(int) { return {}; }
   static PISSA_INLINE constexpr int scale_code(const std::uint8_t*, int) { return 1; }

@@ -27,8 +27,8 @@ void few_rows_gemm(const Context& context, std::span<const Term> terms, const Ma
                    const MutableMatrix& out);
 
 /// Whether few_rows_quantized is to compute x W^T: at most kFewRowsQuantized rows of x, in half precision, at 16-byte
-/// addresses, W quantised with scales beside its codes, its rows whole lines, and its blocks, unless all of the format divide one, the tail rounded
-/// to x's format.
+/// addresses, W quantised with scales beside its codes, its rows whole lines, and its blocks, unless all of the format
+/// divide one, the tail rounded to x's format.
 bool few_rows_quantized_fits(const Matrix& x, const Matrix& weight, std::span<const Term> tail);
 
 /// y = x W^T + tail + bias, in one kernel: W is decoded in registers, to x's format, and the tail's factors are rounded

@@ -473,9 +473,7 @@ inline constexpr std::initializer_list<Form> kGgufForms = {
 inline constexpr std::initializer_list<Format> kFloatFormats = {Format::f32, Format::bf16, Format::f16};
 
 inline const char* name(Format format) { return info(format).name; }
-inline const char* name(Form form) {
-  return form == Form::nf4_nested ? "nf4_nested" : name(static_cast<Format>(form));
-}
+inline const char* name(Form form) { return form == Form::nf4_nested ? "nf4_nested" : name(static_cast<Format>(form)); }
 
 class Operand {
  public:

@@ -401,7 +401,8 @@ void gguf_tile(const std::uint8_t* weight, std::int64_t ld, std::int64_t count, 
       for (int byte = 0; byte < Codes::kBytes; byte += 64) __builtin_prefetch(blocks[j] + 512 + byte);
     }
     if constexpr (Codes::kIsNibbles) add_nibbles<Codes, Product>(blocks, x.from(k), sum, least);
-    else if constexpr (Codes::template looks_up_bits<Product>()) add_bits<Codes, Product>(blocks, x.from(k), sum, least);
+    else if constexpr (Codes::template looks_up_bits<Product>())
+      add_bits<Codes, Product>(blocks, x.from(k), sum, least);
     else add_bytes<Codes>(blocks, x.from(k), sum, least);
   }
   for (int i = 0; i < rows; ++i) {

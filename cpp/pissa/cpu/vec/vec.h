@@ -11,7 +11,8 @@
 // - zero, broadcast, load, store, add, mul, fma (a * b + c), abs, reduce_add; max_bits, reduce_max_bits: the largest as
 //   an unsigned integer; of absolute values, NaN is the largest
 // - zero64, load64 (from f32), fma64, store64
-// - load_f16, store_f16 (to nearest, ties to even); load_half: one f16, at any address; load_i8: kWidth signed bytes; load_f8: E4M3 / 256, not NaN
+// - load_f16, store_f16 (to nearest, ties to even); load_half: one f16, at any address; load_i8: kWidth signed bytes;
+// load_f8: E4M3 / 256, not NaN
 // - store_fives: 32 codes of five bits, less a bias: of 16 bytes the low nibbles, then the high ones, and a fifth bit
 //   for each
 // - store_six_bits: the eight scales of a block of GGUF (GgufSixBits), then its eight minima
