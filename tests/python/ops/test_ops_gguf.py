@@ -10,10 +10,17 @@ import torch
 from gguf.quants import dequantize
 from torch import Tensor
 
+from bench.compare.gguf_blocks import random_blocks, weight_of
 from devices import fetch, put
-from gguf_blocks import TYPES, random_blocks, weight_of
 from pissa import ops
 from pissa.ops.formats import FORMATS, READ
+
+TYPES = {
+    name: getattr(gguf.GGMLQuantizationType, name.removesuffix("_gguf").upper())
+    for name, format in READ.items()
+    if format.is_read_only
+}
+"""gguf-py's types, by the names of our formats."""
 
 FORMAT = pytest.mark.parametrize("format", TYPES)
 

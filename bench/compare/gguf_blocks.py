@@ -1,20 +1,12 @@
-"""Weights in the blocks of GGUF files, with the bytes of which they are made."""
+"""Weights in random blocks of GGUF files."""
 
 from __future__ import annotations
 
-import gguf
 import numpy
 import torch
 
 from pissa import ops
 from pissa.ops.formats import READ
-
-TYPES = {
-    name: getattr(gguf.GGMLQuantizationType, name.removesuffix("_gguf").upper())
-    for name, format in READ.items()
-    if format.is_read_only
-}
-"""gguf-py's types, by the names of our formats."""
 
 _HALVES = {"q4_1": (0, 2), "q5_1": (0, 2), "q4_k": (0, 2), "q5_k": (0, 2), "q2_k": (80, 82), "q3_k": (108,)}
 _HALVES |= {"q6_k": (208,), "mxfp4_gguf": ()}
