@@ -3,7 +3,7 @@
     python -m bench.compare.merge_share --gsm8k FOLDER --json bench/results/merge_share.json
 
 SmolLM2-135M-Instruct is quantised to each format and trained as in `bench.compare.plain_nf4`. Then base and change are
-added and rounded as `pissa merge --quant same` does it, and the adapter is removed. The share of a change D that
+added, rounded to the nearest codes under the base's scales, and the adapter is removed. The share of a change D that
 survives is <Q - W, D> / <D, D>, where W is before and Q after, over all layers. "noise" is the rest of the difference,
 relative to D: |Q - W - share D| / |D|.
 """
@@ -27,7 +27,6 @@ from bench.experiments.experiment import Options
 from bench.experiments.language_tasks import load_task
 from pissa import ops
 from pissa.layers.layer import pissa_layers
-from pissa.ops._quant import nearest_codes
 
 FORMATS = ("mxfp4", "nvfp4", "int4", "fp8")
 
@@ -42,6 +41,22 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=FORMATS)
     parser.add_argument("--json", type=Path, metavar="PATH", help="write every number there")
     return parser.parse_args()
+
+
+def nearest_codes(weight: torch.Tensor, held: ops.QuantizedWeight) -> ops.QuantizedWeight:
+    """Returns a weight [out, in] in the codes nearest to it under the scales of `held`, which has a format of released
+    models. It is error feedback that passes no error on, 128 columns at a time."""
+    columns, blocksize = held.shape[1], held.blocksize
+    scales = held.absmax.view(-1, -(-columns // blocksize))
+    codes = []
+    for first in range(0, columns, 128):
+        part = weight[:, first : first + 128]
+        width = part.shape[1]
+        own = scales[:, first // blocksize : -(-(first + width) // blocksize)].reshape(-1)
+        apart = torch.eye(width, device=weight.device)
+        size = blocksize if blocksize <= 128 else width  # otherwise each row has one scale
+        codes.append(torch.ops.pissa.feedback_codes(part, apart, own, *held[2:5], size).view(len(weight), -1))
+    return held._replace(codes=torch.cat(codes, 1).view(-1))
 
 
 @torch.no_grad()

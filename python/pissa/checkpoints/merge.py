@@ -1,12 +1,10 @@
 """Merges an adapter into a checkpoint on disk, a matrix at a time. The trained model becomes a checkpoint of its own:
-dense, in bitsandbytes' formats, or in that of a released base. What cannot be merged is refused before anything is
-written."""
+dense, or in bitsandbytes' formats. What cannot be merged is refused before anything is written."""
 
 from __future__ import annotations
 
 import math
 import os
-import shutil
 import warnings
 from collections import Counter
 from collections.abc import Collection
@@ -24,31 +22,19 @@ from pissa.adapters.peft_layout import MAGNITUDE, PREFIX, base_weight_key, is_mi
 from pissa.base.classes import adopt, is_linear
 from pissa.checkpoints.load import of_layer
 from pissa.checkpoints.output import Output
-from pissa.checkpoints.rewrite import (
-    MODELOPT_CONFIG,
-    LayerPlan,
-    Plan,
-    Result,
-    Rewrite,
-    Unit,
-    Written,
-    add_up,
-    matrix_shape,
-    square,
-)
+from pissa.checkpoints.rewrite import LayerPlan, Plan, Result, Rewrite, Unit, Written, add_up, matrix_shape, square
 from pissa.checkpoints.trained import TrainedWeights, read_adapter
 from pissa.config import IMPLICIT, Form
-from pissa.containers.checkpoint import READ, Checkpoint, Contents
+from pissa.containers.checkpoint import READ, Checkpoint
 from pissa.containers.messages import quote
-from pissa.containers.model_folder import CONFIG, Part
-from pissa.ops._quant import nearest_codes
+from pissa.containers.model_folder import Part
 from pissa.ops.checks import check_choice
 from pissa.ops.formats import FORMATS
 
 
-def plan_merge(source: Checkpoint, adapter: LoraFolder, form: Form = IMPLICIT, kept: Collection[str] = ()) -> Plan:
+def plan_merge(source: Checkpoint, adapter: LoraFolder, form: Form = IMPLICIT) -> Plan:
     """The plan of a merge. The linear layers, except the output layer, are written in `form`, where IMPLICIT means
-    dense. `kept`: see `Plan`. Raises ValueError for anything that cannot be merged, which is named."""
+    dense. Raises ValueError for anything that cannot be merged, which is named."""
     planner = UnitPlanner(source, adapter)
     units = [planner.unit_of(factors) for factors in adapter.factors.values()]
     adapted, forms = {layer.name for unit in units for layer in unit.layers}, dict[str, Form]()
@@ -70,7 +56,7 @@ def plan_merge(source: Checkpoint, adapter: LoraFolder, form: Form = IMPLICIT, k
             f"{source.path_of(left[0])}: tensor {quote(left[0])} is a part of codes that only pissa.load reads; "
             f"{_IN_MEMORY}"
         )
-    return Plan(source, units, kept=kept)
+    return Plan(source, units)
 
 
 class UnitPlanner:
@@ -229,13 +215,6 @@ class Merged(Written):
     """The number of layers that are written in codes."""
     error_of_change: float
     """‖Q - W'‖ / ‖change‖ over the layers that the adapter changes."""
-    survives: float | None
-    """The share of the change that survives in codes of a released format: <Q - W, D> / ‖D‖² for the old weight W and
-    the change D. None without such codes."""
-
-
-SAME = "same"
-"""The value of `quant` for the format of a released base."""
 
 
 def merge(
@@ -263,9 +242,7 @@ def merge(
 
     Args:
         quant: a format, "nf4" or "int8": all linear layers except the output layer are written in it, as transformers
-            with bitsandbytes would quantise the merged weights. "same": in the layout of a checkpoint released in
-            codes, with the codes nearest to the sums under the existing scales. The base is on their grid, so most of a
-            small change is rounded away. None: dense.
+            with bitsandbytes would quantise the merged weights. None: dense.
         initial: the adapter before training, or the residual model that contains it; see `pissa.convert`.
         progressbar: show one bar over the bytes of the checkpoint on stderr.
 
@@ -274,28 +251,24 @@ def merge(
         ValueError: something cannot be read or merged; the message names file and layer. `target` is not a model then.
         OSError: the disk is full or fails.
     """
-    check_choice("quant", quant, (None, *FORMATS, SAME))
-    form = IMPLICIT if quant in (None, SAME) else Form.quantised(quant, *FORMATS[quant].options(None, None, 0))
+    check_choice("quant", quant, (None, *FORMATS))
+    form = IMPLICIT if quant is None else Form.quantised(quant, *FORMATS[quant].options(None, None, 0))
     with torch.no_grad():
         checkpoint = Checkpoint.open(source)
         checkpoint.require(*READ)
         weights = read_adapter(open_adapter(Path(adapter)), checkpoint, initial)
-        plan = plan_merge(checkpoint, weights.folder, form, checkpoint.coded if quant == SAME else ())
-        run = (_MergeSame if quant == SAME else _Merge)(plan, weights, form, Path(target))
+        run = _Merge(plan_merge(checkpoint, weights.folder, form), weights, form, Path(target))
         written = run.run(progressbar)
         for doubt in weights.doubts():
             warnings.warn(doubt, stacklevel=2)
         adapted = [unit for unit in run.plan.units if unit.factors is not None]
         changed = add_up(run.results[unit.name] for unit in adapted)
-        coded = [unit for unit in adapted if "kept" in run.results[unit.name]]
-        in_codes = add_up(run.results[unit.name] for unit in coded)
         return Merged(
             **vars(written),
             what=weights.what,
             layers=sum(len(unit.layers) for unit in adapted),
-            quantised=len(run.plan.packed) or sum(len(unit.layers) for unit in coded),
+            quantised=len(run.plan.packed),
             error_of_change=math.sqrt(changed["error_squared"] / changed["change"]) if changed["change"] else 0.0,
-            survives=in_codes["kept"] / in_codes["change"] if in_codes.get("change") else None,
         )
 
 
@@ -317,10 +290,10 @@ class _Merge(Rewrite):
                 out.write(self.file_of(unit.tensor), unit.tensor, self._trained_tensor(unit.tensor, unit.key, unit))
             return {unit.name: {}}
         layers = self.adapter.read_trained(unit)
-        sums = ({"change": change, **self.write_sum(out, layer, weight)} for layer, weight, change in layers)
+        sums = ({"change": change, **self._write_sum(out, layer, weight)} for layer, weight, change in layers)
         return {unit.name: add_up(sums)}
 
-    def write_sum(self, out: Output, layer: LayerPlan, weight: Tensor) -> dict[str, float]:
+    def _write_sum(self, out: Output, layer: LayerPlan, weight: Tensor) -> dict[str, float]:
         """Writes a layer. "error_squared" is ‖Q - W'‖², and "norm_squared" is ‖W'‖²."""
         dense, form = weight.to(layer.dtype), layer.form
         new: Tensor | ops.QuantizedWeight = dense
@@ -343,49 +316,3 @@ class _Merge(Rewrite):
         if unit.rows is None:
             return value.to(tensor.dtype)
         return tensor.index_copy(0, torch.tensor(unit.rows), value.to(tensor.dtype))
-
-
-class _MergeSame(_Merge):
-    """Merges into the layout of a checkpoint that was released in codes: new codes, under the existing scales."""
-
-    def __init__(self, plan: Plan, adapter: TrainedWeights, form: Form, target: Path) -> None:
-        if plan.source.contents is not Contents.RELEASED:
-            raise ValueError(
-                f'quant: got "same", and {plan.source.folder} is not in codes of a released model: leave it out'
-            )
-        trained = [unit for unit in plan.units if unit.key is not None and unit.tensor in plan.kept]
-        if trained:
-            raise ValueError(
-                f'quant: got "same", and {trained[0].tensor}, which is in codes, was trained whole; {_IN_MEMORY}'
-            )
-        super().__init__(plan, adapter, form, target)
-
-    def identity(self) -> dict[str, Any]:
-        return super().identity() | {"form": SAME}
-
-    def write_sum(self, out: Output, layer: LayerPlan, weight: Tensor) -> dict[str, float]:
-        """As for a dense base. "kept" is <Q - W, change>."""
-        if layer.parts[0].tensor not in self.plan.kept:
-            return super().write_sum(out, layer, weight)
-        if not bool(torch.isfinite(weight).all()):
-            raise ValueError(f"layer {layer.name}: its merged weight is not finite")
-        before, after = [], []
-        for name, part, member in self.source.divide(weight, layer.parts):
-            coded = self.source.coded[name]
-            codes = coded.read(member)
-            merged = nearest_codes(part.mT if coded.is_stack else part, codes)
-            before.append(ops.dequantize(codes))
-            after.append(ops.dequantize(merged))
-            for tensor in coded.tensors.values():
-                stored = self.source.stored.read(tensor, member)
-                values = merged.codes.view(stored.dtype).view(stored.shape) if tensor == coded.codes else stored
-                out.write(self.file_of(name), tensor, values, member)
-        old, new = torch.cat(before), torch.cat(after)
-        change = weight - self.source.matrix(layer.parts).float()
-        kept = float(torch.sum((new - old).double() * change))
-        return {"error_squared": square(new - weight), "norm_squared": square(weight), "kept": kept}
-
-    def write_config(self, out: Output) -> None:
-        for name in (CONFIG, MODELOPT_CONFIG):
-            if (path := self.source.folder / name).is_file():
-                shutil.copyfile(path, out.path(name))

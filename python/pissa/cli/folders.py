@@ -203,7 +203,7 @@ INIT = FolderCommand(_add_init, _init)
 def _add_merge(parser: argparse.ArgumentParser) -> None:
     base = f"{_BASE}; or a folder that pissa init has written"
     _add_adapter(parser, "new folder, or the folder of an interrupted run", base, base_is_required=True)
-    quant = "form of the linear layers: dense, nf4 or int8 (as of bitsandbytes), same: that of a released base"
+    quant = "form of the linear layers: dense, nf4 or int8 (as of bitsandbytes)"
     parser.add_argument("--quant", metavar="FORMAT", help=f"{quant} (default: dense)")
 
 
@@ -214,10 +214,7 @@ def _merge(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     yield vars(done)
     print_row("adapter", f"{args.adapter}: {done.what}, {done.layers} layers")
     print_row("read", _describe_reading(done))
-    if done.survives is not None:
-        print_row("survives", f"{done.survives:.1%} of the change; an adapter that is not merged loses nothing")
-    where = "the base's format" if args.quant == "same" else args.quant
-    written = f"{done.quantised} layers in {where}" if args.quant else "dense, rounded once"
+    written = f"{done.quantised} layers in {args.quant}" if args.quant else "dense, rounded once"
     print_row("error", f"{written}: {done.error:.3%} of the weights' norm, {done.error_of_change:.3%} of the change's")
     print_row("saved", f"{args.target}: {as_size(done.bytes_written)}")
 

@@ -187,22 +187,6 @@ def with_feedback(weight: Tensor, nearest: QuantizedWeight, factor: Tensor) -> Q
     return nearest._replace(codes=_OPS.feedback_codes(weight, factor, *nearest[1:5], nearest.blocksize))
 
 
-def nearest_codes(weight: Tensor, held: QuantizedWeight) -> QuantizedWeight:
-    """Returns a weight [out, in] in the codes nearest to it under the scales of `held`, which has a format of released
-    models. It is error feedback that passes no error on, 128 columns at a time."""
-    columns, blocksize = held.shape[1], held.blocksize
-    scales = held.absmax.view(-1, -(-columns // blocksize))
-    codes = []
-    for first in range(0, columns, 128):
-        part = weight[:, first : first + 128]
-        width = part.shape[1]
-        own = scales[:, first // blocksize : -(-(first + width) // blocksize)].reshape(-1)
-        apart = torch.eye(width, device=weight.device)
-        size = blocksize if blocksize <= 128 else width  # otherwise each row has one scale
-        codes.append(_OPS.feedback_codes(part, apart, own, *held[2:5], size).view(len(weight), -1))
-    return held._replace(codes=torch.cat(codes, 1).view(-1))
-
-
 def check_feedback(form: str, weights: Sequence[Tensor], names: Sequence[str]) -> None:
     """Checks that the named weights can have codes by error feedback in this form: each row must end with a whole
     byte."""

@@ -25,16 +25,12 @@ from daily import each
 from language_models import logits, moved, train
 from oracle import change_all
 from pissa import ops
-from pissa.base.digest import bytes_of
 from pissa.base.weights import CodedLinear
 from pissa.checkpoints.init import init
 from pissa.checkpoints.merge import merge
 from pissa.checkpoints.spectra import report
-from pissa.containers.checkpoint import Checkpoint
-from pissa.containers.tensor_file import Source
 from pissa.integrations.export import export
 from pissa.layers.experts import UnfusedExperts
-from pissa.ops.formats import FORMATS
 from released_folders import METHODS, release
 
 DENSE_LAYOUTS = [layout for layout in METHODS if layout != "mxfp4-gpt-oss"]
@@ -327,6 +323,7 @@ def test_init_merge_and_export_read_it_as_the_dense_checkpoint(
     model = moved(pissa.load(tmp_path / "model", init="lora", **FIELDS))
     model.warned_of_plain_lora = True
     model.save_pretrained(tmp_path / "run")
+    (tmp_path / "model" / "hf_quant_config.json").write_text("{}")  # ModelOpt's; the merged model is dense
     for name in ("model", "dense"):
         merge(tmp_path / "run", tmp_path / name, tmp_path / f"{name}-merged")
         export(tmp_path / "run", tmp_path / f"{name}-vllm", "vllm", base=tmp_path / name)
@@ -335,61 +332,10 @@ def test_init_merge_and_export_read_it_as_the_dense_checkpoint(
     assert all(torch.equal(value, files[1][name]) for name, value in files[0].items())
     ours, expected = (AutoModelForCausalLM.from_pretrained(tmp_path / f"{name}-merged") for name in ("model", "dense"))
     assert ours.dtype == torch.bfloat16
+    assert not (tmp_path / "model-merged" / "hf_quant_config.json").exists()
     for name, value in expected.state_dict().items():
         assert torch.equal(ours.state_dict()[name], value), name
     assert dense.is_dir()
-
-
-SAME = [("llama", layout) for layout in DENSE_LAYOUTS] + [("gpt_oss", "mxfp4-gpt-oss"), ("qwen3_moe", "nvfp4-modelopt")]
-
-
-def every_code(weight: ops.QuantizedWeight) -> Tensor:
-    """What each of its codes could stand for in each place, [codes, out, in]."""
-    bits = FORMATS[weight.format].bits
-    codes = [code * (1 if bits == 8 else 17) for code in range(1 << bits)]
-    return torch.stack([ops.dequantize(weight._replace(codes=torch.full_like(weight.codes, code))) for code in codes])
-
-
-@pytest.mark.parametrize(("kind", "layout"), each(SAME, SAME[-2:]))
-def test_merge_into_the_same_format(kind: str, layout: str, tokens: Tensor, tmp_path: Path) -> None:
-    """Only codes change: each into the one nearest to the sum, under its scale."""
-    released(kind, layout, tmp_path / "model")
-    with (tmp_path / "model" / "hf_quant_config.json").open("w") as file:
-        file.write("{}")
-    model = moved(pissa.load(tmp_path / "model", init="lora", dtype=torch.float32, **FIELDS))
-    model.warned_of_plain_lora = True
-    model.save_pretrained(tmp_path / "run")
-    done = merge(tmp_path / "run", tmp_path / "model", tmp_path / "merged", quant="same")
-    for name in ("config.json", "hf_quant_config.json"):
-        assert (tmp_path / "merged" / name).read_bytes() == (tmp_path / "model" / name).read_bytes()
-    dense = merge(tmp_path / "run", tmp_path / "model", tmp_path / "dense")
-    assert dense.survives is None
-    assert not (tmp_path / "dense" / "hf_quant_config.json").exists()
-    old, new = (Checkpoint(tmp_path / name) for name in ("model", "merged"))
-    codes = {weight.codes for weight in old.coded.values()}
-    for name in old.stored.names:
-        same = bytes_of(old.stored.read(name)) == bytes_of(new.stored.read(name))
-        is_dense = kind == "gpt_oss" and name.endswith("_proj.weight")
-        assert same != (name in codes or is_dense), name
-    kept = changes = 0.0
-    for name, weight in old.coded.items():
-        for member in range(weight.shape[0]) if weight.is_stack else [None]:
-            held, found = ops.dequantize(weight.read(member)), ops.dequantize(new.coded[name].read(member))
-            merged = Source(tmp_path / "dense").read(name, member).float()
-            merged = merged.mT if weight.is_stack else merged
-            levels = every_code(weight.read(member)).nan_to_num(torch.inf)
-            least = (levels - merged).abs().amin(0)
-            # The dense merge is rounded to bfloat16, which may turn a tie.
-            assert bool(((found - merged).abs() <= least + 2.0**-7 * merged.abs()).all())
-            kept += ((found - held).double() * (merged - held)).sum().item()
-            changes += (merged - held).double().square().sum().item()
-    assert done.survives == pytest.approx(kept / changes, rel=0.05)
-    assert 0.2 < done.survives < 1.2
-    assert done.quantised == (16 if kind == "gpt_oss" else done.layers)
-    again = logits(pissa.load(tmp_path / "merged", init="lora", dtype=torch.float32, **FIELDS), tokens)
-    with model.disable_adapter():
-        start = logits(model, tokens)
-    assert (again - logits(model, tokens)).norm() < (start - logits(model, tokens)).norm()
 
 
 def test_a_report_says_what_the_files_are(tmp_path: Path) -> None:
@@ -403,16 +349,6 @@ def test_a_report_says_what_the_files_are(tmp_path: Path) -> None:
     assert found["formats"]["bfloat16"]["bits"] == 16
     total = sum(one["bytes"] for one in found["formats"].values())
     assert found["memory"]["plain"]["weights"] == total
-
-
-def test_what_cannot_be_merged_into_the_same_format(tmp_path: Path) -> None:
-    model = moved(pissa.wrap(checkpoint_folders.llama(), init="lora", **FIELDS))
-    model.warned_of_plain_lora = True
-    model.save_pretrained(tmp_path / "run")
-    checkpoint_folders.llama().save_pretrained(tmp_path / "model")
-    with pytest.raises(ValueError, match=r'got "same", and .* is not in codes of a released model'):
-        merge(tmp_path / "run", tmp_path / "model", tmp_path / "merged", quant="same")
-    assert not (tmp_path / "merged").exists()
 
 
 def test_a_format_whose_blocks_do_not_divide_rows_is_refused_before_anything_is_replaced() -> None:
