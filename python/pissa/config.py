@@ -152,7 +152,7 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
 
     # LoraConfig's default is 8, whatever the rank is.
     lora_alpha: float | None = field(default=None, metadata={"help": "LoRA alpha (default: the rank)"})
-    init: str = field(default="pissa", metadata={"help": "How the adapter starts"})
+    init: str = field(default="pissa", metadata={"help": "Start of the adapter: pissa, lora, loftq or activations"})
     repair: str | None = field(default=None, metadata={"help": "The start that a stored base lacks (None: init's)"})
     start_norm: StartNorm = field(
         default="singular", metadata={"help": "Length of the singular vectors to start from: singular or unit"}

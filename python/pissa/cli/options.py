@@ -82,7 +82,7 @@ _HELP = {
     "output_dir": "new folder of the run: adapter, checkpoints, options, picture (default: model and data in its name)",
     "num_train_epochs": "passes over the data, unless --steps says how many steps",
 }
-_CHOICES = {"quant": tuple(FORMATS), "repair": tuple(pissa.INIT_METHODS), "method": ("pissa", "lora", "peft")}
+_CHOICES = {"quant": tuple(FORMATS), "repair": tuple(pissa.INIT_METHODS)}
 _OWN = (
     ("eval_data", str, None, "held-out data: the loss is computed before and after training"),
     ("columns", columns, None, COLUMNS_HELP),
@@ -93,7 +93,6 @@ _OWN = (
         "examples to hold out of --data (default: a twentieth, at least 8, at most 200; 0: none)",
     ),
     ("minutes", minutes_of, None, "most minutes that the training may take: it gets so many steps, or fewer"),
-    ("method", str, "pissa", "start of the adapter, pissa or lora; or peft: LoRA by PEFT's own layers, to compare"),
     ("calibrate", bool, False, "with --quant: fit the codes to the data (--repair activations, --error-feedback)"),
     ("calibration", int, 64, "number of training examples for --repair activations and --error-feedback"),
     ("resume", bool, False, "continue from the last checkpoint in the folder"),
@@ -122,10 +121,7 @@ def trl_parser(trainer: str, **options: Any) -> TrlParser:
     ours = [
         *_fields(ModelConfig, ("model_name_or_path", "model_revision", "attn_implementation", "dtype")),
         *_fields(ScriptArguments, {f.name for f in fields(ScriptArguments)} - {"ignore_bias_buffers"}),
-        *(
-            (name, type, field(default=default, metadata={"help": text, "choices": _CHOICES.get(name)}))
-            for name, type, default, text in _OWN
-        ),
+        *((name, type, field(default=default, metadata={"help": text})) for name, type, default, text in _OWN),
         *_fields(pissa.PissaConfig, _METHOD),
     ]
     first = make_dataclass("Options", ours, namespace={"_argument_group_name": "model, data and method"})
@@ -156,10 +152,6 @@ def flag(name: str) -> str:
 def adapter_config(ours: Any, seed: int, split: pissa.PissaConfig | None = None) -> pissa.PissaConfig:
     """Returns the configuration that the options ask for. If the model is already split, its configuration applies: an
     option that contradicts it is refused, and the options are completed from it."""
-    if ours.method == "lora":
-        if ours.init not in (None, "lora"):
-            raise UserError(f"--method lora: got --init {ours.init} as well; leave one of them out")
-        ours.init = "lora"
     if ours.calibrate:
         if not ours.quant and split is None:
             raise UserError("--calibrate: nothing is quantised, so nothing is fitted to data; give --quant nf4 with it")

@@ -26,8 +26,6 @@ PICTURE_FILE = "loss.png"
 
 def method_name(ours: Any, config: pissa.PissaConfig) -> str:
     name = "LoRA" if config.init == "lora" else "PiSSA"
-    if ours.method == "peft":
-        return "LoRA (PEFT)"
     return f"Q{name} ({ours.quant})" if ours.quant else name
 
 

@@ -13,7 +13,6 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,8 +21,7 @@ import datasets
 import torch
 import trl
 from accelerate import DistributedType
-from peft import get_peft_model
-from transformers import AutoProcessor, set_seed
+from transformers import AutoProcessor
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ProgressCallback, TrainerState
 from transformers.trainer_utils import IntervalStrategy
@@ -157,9 +155,6 @@ def _complete_options(ours: Any, training: Any, mixture: Any) -> tuple[pissa.Pis
         model_folder.require(*(contents for contents in Contents if contents is not Contents.PEFT_RESIDUAL))
         is_residual = model_folder.contents is Contents.RESIDUAL
         split = AdapterRecord.read(model_folder.folder / PISSA_RECORD).config if is_residual else None
-    if ours.method == "peft" and (is_residual or ours.quant):
-        given = f"{name} is stored as residuals" if is_residual else f"--quant {ours.quant} was given"
-        raise UserError(f"--method peft: {given}, and PEFT's layers train on dense weights; allowed: --method lora")
     config = adapter_config(ours, training.seed, split)
     ours.dtype = ours.dtype or _own_dtype(model_folder)
     if ours.resume:
@@ -274,14 +269,10 @@ def _model(ours: Any, training: Any, config: pissa.PissaConfig, contents: Conten
             options["device_map"] = {"": training.device} if is_whole else None
         options |= training.model_init_kwargs or {}
         model = _load(ours, create_model_from_path, **options)
-        set_seed(training.seed)  # LoRA's A in PEFT is random
         # Raised for a rank above a layer's size or a NaN in a weight. The message names the layer.
         with user_errors(TypeError, ValueError, before=f"--model {name}: "):
-            if ours.method == "peft":
-                model = get_peft_model(model, replace(config.as_lora(times=1), inference_mode=False))
-            else:
-                batches = _calibration(train, ours.calibration) if config.needs_calibration else None
-                model = pissa.wrap(model, config, calibration=batches, progressbar=not training.process_index)
+            batches = _calibration(train, ours.calibration) if config.needs_calibration else None
+            model = pissa.wrap(model, config, calibration=batches, progressbar=not training.process_index)
     trainable, total = model.get_nb_trainable_parameters()
     cores = count_of(torch.get_num_threads(), "thread") if training.device.type == "cpu" else str(training.device)
     print_row("model", f"{name}, {(total - trainable) / 1e6:,.1f} M parameters, {ours.dtype}, {cores}")

@@ -309,11 +309,6 @@ def test_a_gpu_trains_once_the_self_test_has_passed_there(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--method", "lora", "--init", "pissa"], "--method lora: got --init pissa as well; leave one of them out"),
-        (
-            ["--method", "peft", "--quant", "nf4"],
-            "--method peft: --quant nf4 was given, and PEFT's layers train on dense",
-        ),
         (["--calibrate"], "--calibrate: nothing is quantised"),
         (["--resume"], "holds no run"),
     ],
