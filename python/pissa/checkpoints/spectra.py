@@ -5,10 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 import os
-import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,35 +25,25 @@ from pissa.containers.model_folder import model_config
 _ROWS = 256
 
 
-class LayerReport(NamedTuple):
-    """The results for the weight of one layer."""
-
-    values: Tensor
-    """The leading singular values, float64 [k], descending."""
-    total: float
-    """The squared Frobenius norm, which is the sum of the squares of all singular values."""
-
-
-def layer_report(name: str, weight: Tensor, known: int) -> LayerReport:
-    """Examines the weight [out, in] of a layer, float32, bfloat16 or float16. The `known` leading values are those of
-    `ops.svd_lowrank`: never above the true ones, and what PiSSA's factors really hold.
+def energies(name: str, weight: Tensor, ranks: Sequence[int]) -> Tensor:
+    """The squared Frobenius norm of a layer's weight [out, in], float32, bfloat16 or float16, and the part of it that
+    its leading directions hold, as many as each of the ascending ranks says: float64 [1 + ranks]. The directions are
+    those of `ops.svd_lowrank`: they never hold more than the true ones, and are what PiSSA's factors really hold.
 
     Raises:
         ValueError: the weight contains NaN or Inf. The message names the layer.
     """
     with of_layer(name):
-        _, values, _ = ops.svd_lowrank(weight, min(known, *weight.shape))
-    total = float(sum(rows.double().square_().sum() for rows in torch.split(weight, _ROWS)))
-    return LayerReport(values.double().cpu(), total)
+        _, values, _ = ops.svd_lowrank(weight, min(ranks[-1], *weight.shape))
+    total = sum((rows.double().square_().sum() for rows in torch.split(weight, _ROWS)), torch.zeros(()))
+    held = values.double().square().cumsum(0)
+    return torch.stack([total, *(held[min(rank, len(held)) - 1] for rank in ranks)])
 
 
-def energy(layers: Iterable[LayerReport], rank: int) -> float:
-    """The share of the layers' squared norm that `rank` directions in each hold; 1 for weights of zeros."""
-    total = lost = 0.0
-    for layer in layers:
-        total += layer.total
-        lost += max(layer.total - float(layer.values[:rank].square().sum()), 0.0)
-    return 1 - lost / total if total else 1.0
+def shares(layers: Iterable[Tensor]) -> list[float]:
+    """The shares of the layers' squared norms together that they hold at each rank; 1 for weights of zeros."""
+    total, *held = torch.stack(list(layers)).sum(0).tolist()
+    return [min(one / total, 1.0) if total else 1.0 for one in held]
 
 
 def kinds_of(names: Iterable[str]) -> dict[str, list[str]]:
@@ -83,7 +72,6 @@ def report(
     Raises:
         OSError, ValueError: an error that names file, tensor or argument.
     """
-    started = time.perf_counter()
     ranks = sorted(set(ranks))
     source = Checkpoint.open(model)
     plan = SplitPlan(source, PissaConfig(r=1))
@@ -98,13 +86,13 @@ def report(
         hidden=model_config(source.folder).get_text_config().hidden_size,
         tokens=batch * length,
     )
-    reports: dict[str, LayerReport] = {}
+    found: dict[str, Tensor] = {}
     total = sum(math.prod(layer.shape) for layer in planned)
     with tqdm(total=total, desc="report", unit="parameters", unit_scale=True) as bar:
         for layer, following in itertools.zip_longest(planned, planned[1:]):
             if following is not None:
                 source.ahead(following.tensors)
-            reports[layer.name] = layer_report(layer.name, source.matrix(layer.parts), ranks[-1])
+            found[layer.name] = energies(layer.name, source.matrix(layer.parts), ranks)
             source.release(layer.tensors)
             bar.update(math.prod(layer.shape))
     names = [name for factors in plan.factors for name in factors.layers]  # in the order of the model
@@ -113,28 +101,13 @@ def report(
         "model": os.fspath(model),
         "quant": quant,
         "ranks": ranks,
-        "seconds": time.perf_counter() - started,
         "parameters": total,
         "kinds": {
             kind: {
                 "layers": len(of_kind),
-                "energy": {str(rank): energy([reports[name] for name in of_kind], rank) for rank in ranks},
+                "energy": dict(zip(map(str, ranks), shares(found[name] for name in of_kind), strict=True)),
             }
             for kind, of_kind in kinds.items()
         },
-        "formats": _formats(source),
         "memory": {"batch": batch, "length": length, "rank": ranks[0], **memory},
-    }
-
-
-def _formats(source: Checkpoint) -> dict[str, dict[str, float]]:
-    """The formats of the tensors of a checkpoint: the number of tensors, their bytes, the bits per element."""
-    sums = defaultdict[str, list[int]](lambda: [0, 0, 0])
-    for name in source.names:
-        counts = sums[source.format(name)]
-        for index, value in enumerate((1, source.nbytes(name), math.prod(source.entry(name).shape))):
-            counts[index] += value
-    return {
-        format: {"tensors": count, "bytes": size, "bits": 8 * size / elements if elements else 0.0}
-        for format, (count, size, elements) in sorted(sums.items(), key=lambda item: -item[1][1])
     }

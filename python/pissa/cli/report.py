@@ -26,12 +26,7 @@ def _report(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     found = report(args.model, args.rank, quant=args.quant, batch=args.batch, length=args.length)
     yield found
     kinds, ranks, memory = found["kinds"], found["ranks"], found["memory"]
-    files = (
-        f"{name}: {tensors['bits']:.3g} bits a weight, {as_size(tensors['bytes'])}"
-        for name, tensors in found["formats"].items()
-    )
     print_row("model", f"{args.model}: {kinds['all']['layers']} layers of {found['parameters']:,} parameters to adapt")
-    print_row("files", "; ".join(files))
     how = "as PiSSA's own decomposition finds them: never above the true ones"
     print_row("spectrum", f"up to {ranks[-1]} singular values of each layer, {how}")
     rows = [
@@ -45,7 +40,6 @@ def _report(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         adapter = as_size(sum(memory[part][name] for name in ("start", "trained", "gradients", "optimizer")))
         parts = f"weights {sizes['weights']}, adapter and AdamW {adapter}, activations {sizes['activations']}"
         print_row("memory", f"{label}: about {sizes['total']} ({parts})")
-    print_row("time", f"{found['seconds']:.0f} s")
 
 
 REPORT = FolderCommand(_add_arguments, _report)

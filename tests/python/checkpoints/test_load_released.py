@@ -338,17 +338,11 @@ def test_init_merge_and_export_read_it_as_the_dense_checkpoint(
     assert dense.is_dir()
 
 
-def test_a_report_says_what_the_files_are(tmp_path: Path) -> None:
+def test_a_report_counts_the_bytes_of_the_files(tmp_path: Path) -> None:
     released("gpt_oss", "mxfp4-gpt-oss", tmp_path / "model")
     found = report(tmp_path / "model", [4], length=8)
-    stacks = [
-        tensor for name, tensor in load_file(tmp_path / "model" / "model.safetensors").items() if "experts" in name
-    ]
-    codes = sum(tensor.nbytes for tensor in stacks if tensor.dtype == torch.uint8)
-    assert found["formats"]["mxfp4"] == {"tensors": 4, "bytes": codes, "bits": 4.25}
-    assert found["formats"]["bfloat16"]["bits"] == 16
-    total = sum(one["bytes"] for one in found["formats"].values())
-    assert found["memory"]["plain"]["weights"] == total
+    tensors = load_file(tmp_path / "model" / "model.safetensors").values()
+    assert found["memory"]["plain"]["weights"] == sum(tensor.nbytes for tensor in tensors)
 
 
 def test_a_format_whose_blocks_do_not_divide_rows_is_refused_before_anything_is_replaced() -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from pissa.checkpoints.spectra import energy, kinds_of, layer_report
+from pissa.checkpoints.spectra import energies, kinds_of, shares
 
 
 def power_law(rows: int, columns: int, exponent: float, seed: int = 0) -> torch.Tensor:
@@ -19,19 +19,18 @@ def power_law(rows: int, columns: int, exponent: float, seed: int = 0) -> torch.
     return ((u * torch.arange(1, len(s) + 1) ** -exponent) @ vh).float()
 
 
-def test_leading_values_are_never_above_the_true_ones() -> None:
+def test_leading_directions_never_hold_more_than_the_true_ones() -> None:
     for exponent in (0.0, 0.3, 1.0):
         weight = power_law(96, 160, exponent)
-        found, true = layer_report("layer", weight, 16), torch.linalg.svdvals(weight.double())
-        assert found.values.shape == (16,)
-        assert (found.values <= true[:16] * (1 + 1e-6)).all()
-        assert energy([found], 16) >= 0.99 * float(true[:16].square().sum() / true.square().sum())
-        assert found.total == pytest.approx(float(true.square().sum()), rel=1e-6)
+        true = torch.linalg.svdvals(weight.double()).square()
+        total, *held = energies("layer", weight, [4, 16]).tolist()
+        for rank, one in zip((4, 16), held, strict=True):
+            assert 0.99 * true[:rank].sum() <= one <= true[:rank].sum() * (1 + 1e-6)
+        assert total == pytest.approx(float(true.sum()), rel=1e-6)
 
 
 def test_a_weight_of_zeros_loses_nothing() -> None:
-    found = layer_report("layer", torch.zeros(8, 8), 2)
-    assert energy([found], 2) == 1.0
+    assert shares([energies("layer", torch.zeros(8, 8), [2])]) == [1.0]
 
 
 def layers(count: int) -> Iterator[tuple[str, torch.Tensor]]:
@@ -42,12 +41,12 @@ def layers(count: int) -> Iterator[tuple[str, torch.Tensor]]:
 
 def test_summaries_weigh_layers_by_their_squares() -> None:
     matrices = dict(layers(3))
-    found = [layer_report(name, matrix, 30) for name, matrix in matrices.items()]
+    found = [energies(name, matrix, [2, 30]) for name, matrix in matrices.items()]
     for part in (slice(0, None, 2), slice(1, None, 2), slice(None)):
         some, mine = found[part], [matrix.double() for matrix in matrices.values()][part]
-        for rank in (2, 30):
+        for rank, share in zip((2, 30), shares(some), strict=True):
             kept = sum(float(torch.linalg.svdvals(w)[:rank].square().sum()) for w in mine)
-            assert energy(some, rank) == pytest.approx(kept / sum(float(w.square().sum()) for w in mine), abs=1e-3)
+            assert share == pytest.approx(kept / sum(float(w.square().sum()) for w in mine), abs=1e-3)
 
 
 def test_kinds() -> None:
@@ -60,14 +59,14 @@ def test_kinds() -> None:
 def test_nothing_of_a_matrix_is_kept() -> None:
     weight = power_law(24, 32, 0.3)
     alive = weakref.ref(weight)
-    found = layer_report("layer", weight, 2)
+    found = energies("layer", weight, [2])
     del weight
     assert alive() is None
-    assert found.total
+    assert found.all()
 
 
 def test_nan_is_named() -> None:
     bad = power_law(8, 8, 0.5)
     bad[1, 2] = math.nan
     with pytest.raises(ValueError, match=r"layer 'b': weight: .*(NaN|finite)"):
-        layer_report("b", bad, 2)
+        energies("b", bad, [2])

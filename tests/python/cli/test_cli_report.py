@@ -33,7 +33,6 @@ def test_tables(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for step in (r"a step at rank 4, 1 x 512 tokens", "with gradient checkpointing"):
         sizes = r": about \d\S* .B \(weights \d\S* .B, adapter and AdamW \d\S* .B, activations \d\S* .B\)$"
         assert re.search(rf"^memory    {step}{sizes}", out, flags=re.MULTILINE)
-    assert re.search(r"^files     float32: 32 bits a weight, \d", out, flags=re.MULTILINE)
     assert "Traceback" not in captured.err
     assert "100%" in captured.err
 
@@ -42,10 +41,8 @@ EXPECTED: dict[str, Any] = {
     "model": str,
     "quant": str,
     "ranks": list,
-    "seconds": float,
     "parameters": int,
     "kinds": dict,
-    "formats": {"float32": {"tensors": int, "bytes": int, "bits": float}},
     "memory": {
         "batch": int,
         "length": int,
