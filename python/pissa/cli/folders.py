@@ -7,7 +7,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -258,19 +258,16 @@ def _convert(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     from pissa.conversion.convert import convert
 
     done = convert(args.adapter, args.target, **_options(args, "base", "initial", "rank"), progressbar=True)
-    numbers = {name: {**layer._asdict(), "kept": layer.kept} for name, layer in done.layers.items()}
-    yield {"layout": done.layout, "kept": done.kept, "layers": numbers}
+    yield vars(done)
     print_row("source", f"{args.adapter}: {done.layout}")
-    before = as_range([layer.rank_before for layer in done.layers.values()])
-    after = as_range([layer.rank for layer in done.layers.values()])
-    print_row("rank", f"{before} in {len(done.layers)} layers, now {after}")
+    before, after = map(as_range, zip(*done.ranks.values(), strict=True))
+    print_row("rank", f"{before} in {len(done.ranks)} layers, now {after}")
     if args.rank is not None:
-        name, least = min(done.layers.items(), key=lambda item: item[1].kept)
-        print_row("energy", f"{done.kept:.4%} of the change of all layers; least, {least.kept:.4%}, in {name}")
+        print_row("energy", f"{done.kept:.4%} of the change of all layers")
     print_row("saved", f"{args.target}: a plain LoRA for the unmodified base")
 
 
-def as_range(numbers: list[int]) -> str:
+def as_range(numbers: Sequence[int]) -> str:
     """The smallest and the largest of the numbers, as text."""
     low, high = min(numbers), max(numbers)
     return str(low) if low == high else f"{low} to {high}"

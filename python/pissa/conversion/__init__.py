@@ -1,6 +1,6 @@
 """Converts any adapter to a plain LoRA: `plain_lora` finds where it started and computes its factors, and `convert`
 writes them. Errors are those of `containers`."""
 
-from pissa.conversion.convert import Conversion, ConvertedLayer
+from pissa.conversion.convert import Conversion
 
-__all__ = ["Conversion", "ConvertedLayer"]
+__all__ = ["Conversion"]

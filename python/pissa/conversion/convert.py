@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from tqdm import tqdm
 
@@ -21,38 +20,16 @@ from pissa.notices import KeptMagnitudesWarning
 from pissa.ops.low_rank import Spectrum
 
 
-class ConvertedLayer(NamedTuple):
-    """The result for one layer, or for one weight of all experts in a module."""
-
-    rank_before: int
-    """The rank in the source."""
-    rank: int
-    """The rank that was written."""
-    energy: float
-    """‖s (B A - B0 A0)‖², Frobenius."""
-    lost: float
-    """The part of the energy that was left out."""
-
-    @property
-    def kept(self) -> float:
-        """The share of the energy that was kept."""
-        return 1 - self.lost / self.energy if self.energy else 1.0
-
-
 @dataclass(frozen=True)
 class Conversion:
     """The result of `convert`."""
 
     layout: str
     """The layout of the source, in words."""
-    layers: dict[str, ConvertedLayer]
-    """The results by layer name."""
-
-    @property
-    def kept(self) -> float:
-        """The share of the energy of all layers that was kept."""
-        energy = sum(layer.energy for layer in self.layers.values())
-        return 1 - sum(layer.lost for layer in self.layers.values()) / energy if energy else 1.0
+    ranks: dict[str, tuple[int, int]]
+    """By layer, or by the weight of all experts in a module: the rank in the source, and the rank that was written."""
+    kept: float
+    """The share of the energy ‖s (B A - B0 A0)‖² (Frobenius) of all layers that was kept."""
 
 
 def convert(
@@ -111,31 +88,32 @@ def convert(
             f"{source} is a plain LoRA already. Give rank to lower its rank, or initial if it was trained on a residual"
         )
 
-    layers, sizes, others = {}, {}, set(folder.other_keys)
+    ranks, others, energy, lost = {}, set(folder.other_keys), 0.0, 0.0
     with staged(target) as new, Scratch(target) as tensors:
         targets = folder.factors.items()
         for name, factors in tqdm(targets, desc="converting", unit="layer") if progressbar else targets:
             starts = lora.starts(name)
             exact = lora.matrices(name, starts)
-            pairs, norm_squared, error_squared = approximate(exact, factors.scaling, rank)
+            pairs, energy_of_target, lost_of_target = approximate(exact, factors.scaling, rank)
+            energy, lost = energy + energy_of_target, lost + lost_of_target
             tensors.put(factors.pack(pairs))
             if (key := base_weight_key(name)) in others:
                 tensors.put({key: lora.own_weight(name, starts)})
-            layers[name] = ConvertedLayer(factors.rank, len(pairs[0][0]), norm_squared, error_squared)
-            sizes[name] = layers[name].rank, factors.scaling
+            ranks[name] = factors.rank, len(pairs[0][0])
         for key in others - tensors.keys():
             tensors.put({key: folder.weights.read(key)})
+        sizes = {name: (now, folder.factors[name].scaling) for name, (_, now) in ranks.items()}
         config = with_sizes(folder.config, sizes) | {"base_model_name_or_path": lora.base_name(base)}
         new(ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True))
         write_tensors(new(ADAPTER_WEIGHTS), tensors)
-    if folder.config["use_dora"] and any(layer.lost for layer in layers.values()):
+    if folder.config["use_dora"] and lost:
         warnings.warn(
             f"{source} has DoRA's magnitudes, which were trained with the change that is now approximated: they are "
             "kept, and the function differs by more than the energy that is left out says",
             KeptMagnitudesWarning,
             stacklevel=2,
         )
-    return Conversion(lora.what, layers)
+    return Conversion(lora.what, ranks, 1 - lost / energy if energy else 1.0)
 
 
 def approximate(exact: Sequence[Matrices], scaling: float, rank: int | None) -> tuple[Sequence[Matrices], float, float]:

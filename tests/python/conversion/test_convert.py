@@ -98,7 +98,7 @@ def test_pefts_pissa_on_the_unmodified_base(
     trained = train_pissa(tiny_llama(), tokens, tmp_path, **fields)
     done = pissa.convert(trained.adapter, tmp_path / "lora", initial=trained.initial)
     assert files(tmp_path / "lora") == NAMES
-    assert all(layer.rank == 2 * layer.rank_before for layer in done.layers.values())
+    assert all(written == 2 * before for before, written in done.ranks.values())
     check_difference(tmp_path / "lora", trained.adapter, trained.initial)
     assert config_of(tmp_path / "lora")["init_lora_weights"] is True
     # PEFT's residual is rounded to float32
@@ -126,8 +126,8 @@ def test_embeddings_which_peft_starts_as_lora_and_gpt2(tmp_path: Path) -> None:
     base.lm_head.weight = nn.Parameter(base.lm_head.weight.clone())
     trained = train_pissa(base, tokens, tmp_path, **fields)
     done = pissa.convert(trained.adapter, tmp_path / "lora", initial=trained.initial)
-    assert done.layers["transformer.wte"].rank == 4
-    assert done.layers["transformer.h.0.attn.c_attn"].rank == 8
+    assert done.ranks["transformer.wte"][1] == 4
+    assert done.ranks["transformer.h.0.attn.c_attn"][1] == 8
     base = architecture.make()
     base.lm_head.weight = nn.Parameter(base.lm_head.weight.clone())
     assert error(plain_logits(base, tmp_path / "lora", tokens), trained.logits) < CLOSE
