@@ -58,8 +58,6 @@ _METADATA = "__metadata__"
 _CHECKSUMS = "xxh3"
 """The entry in a file's metadata with the XXH3-128 of each tensor, in the order of their names."""
 
-_REMEDY = "It is damaged, incomplete or no safetensors file: download or copy it again"
-
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
@@ -83,13 +81,18 @@ class Entry(NamedTuple):
 # ---- A file ----------------------------------------------------------------------------------------------------------
 
 
-class TensorFile:
-    """A mapped safetensors file. The mapping is private to this process, so writing to a tensor by mistake changes a
-    copy, never the file.
+class MappedFile:
+    """A mapped file of tensors, of which a class derived from this one reads the header. The mapping is private to this
+    process, so writing to a tensor by mistake changes a copy, never the file.
 
     The file must not become shorter, because the system kills a process (SIGBUS) that reads a page which no longer
     exists. `view` checks the file immediately before. Nothing can check it afterwards.
     """
+
+    remedy: str
+    """The end of errors about the file: how to continue."""
+    entries: dict[str, Entry]
+    """The tensors, in the order of their positions in the file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -100,27 +103,18 @@ class TensorFile:
             pickle = path.with_suffix(".bin")
             beside = f" ({pickle.name} next to it is a pickle, which is never read)" if os.path.lexists(pickle) else ""
             raise ValueError(f"{path} is {what}: download or copy it again{beside}")
-        with file_errors(path, _REMEDY):
-            # safetensors checks that offsets, shapes and dtypes fit each other and the file.
-            cast(Any, safe_open)(path, "numpy").__exit__(None, None, None)
+        with file_errors(path, self.remedy):
+            self._check()
             self._state = file_state(path)
         self._map = _map_file(path, self._state[0])
-        with file_errors(path, _REMEDY):
-            start = 8 + int.from_bytes(self._map[:8], "little")
-            self._header = self._map[8:start].decode()
-            header = json.loads(self._header)
-            self.metadata: dict[str, str] = header.pop(_METADATA, None) or {}
-            """What the file says in addition to its tensors."""
-            checksums = self.metadata.get(_CHECKSUMS, "").split()
-            self.entries = _entries(header, start)
-            """The tensors, in the order of their positions in the file."""
-        is_complete = len(checksums) == len(self.entries)
-        self._checksums = dict(zip(sorted(self.entries), checksums, strict=True)) if is_complete else None
+
+    def _check(self) -> None:
+        """Checks the file before it is mapped. The caller's block is one of `file_errors`."""
 
     @property
     def digest(self) -> str:
-        """The XXH3-128 of the header and so, where that has checksums, of all that the file says."""
-        return xxh3_of_text(self._header)
+        """The XXH3-128 of the header."""
+        raise NotImplementedError
 
     @property
     def identity(self) -> str:
@@ -134,16 +128,70 @@ class TensorFile:
 
         It must not be written to. It keeps the mapping alive.
         """
-        with file_errors(self.path, _REMEDY):
+        with file_errors(self.path, self.remedy):
             state = file_state(self.path)
         if state != self._state:
             raise OSError(f"{self.path} has changed since its header was read: start again when nobody writes to it")
         dtype, shape, offset, nbytes = self.entries[name]
-        with file_errors(self.path, _REMEDY):
+        with file_errors(self.path, self.remedy):
             if nbytes == 0:
                 return torch.empty(shape, dtype=dtype)
             content = torch.frombuffer(self._map, dtype=torch.uint8, count=nbytes, offset=offset)
             return (content.clone() if offset % dtype.itemsize else content).view(dtype).view(shape)
+
+    def release(self, names: Sequence[str]) -> None:
+        """Releases the memory of these tensors' pages. They are read again when they are next used. A page that also
+        belongs to a tensor not named stays."""
+        for begin, end in self._ranges(names):
+            begin += -begin % mmap.PAGESIZE
+            end -= end % mmap.PAGESIZE if end < len(self._map) else 0
+            if begin < end:
+                self._map.madvise(mmap.MADV_DONTNEED, begin, end - begin)
+
+    def ahead(self, names: Sequence[str]) -> None:
+        """Asks the system to read these tensors from the disk now. Returns at once."""
+        # madvise would do the same but block Python's other threads.
+        with suppress(OSError), open(self.path, "rb") as file:
+            for begin, end in self._ranges(names):
+                os.posix_fadvise(file.fileno(), begin, end - begin, os.POSIX_FADV_WILLNEED)
+
+    def _ranges(self, names: Sequence[str]) -> list[tuple[int, int]]:
+        """The bytes of these tensors, in as few ranges as possible."""
+        ranges: list[tuple[int, int]] = []
+        for entry in sorted((self.entries[name] for name in names), key=lambda entry: entry.offset):
+            begin, end = entry.offset, entry.offset + entry.nbytes
+            if ranges and ranges[-1][1] == begin:
+                begin, _ = ranges.pop()
+            ranges.append((begin, end))
+        return ranges
+
+
+class TensorFile(MappedFile):
+    """A mapped safetensors file."""
+
+    remedy = "It is damaged, incomplete or no safetensors file: download or copy it again"
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        with file_errors(path, self.remedy):
+            start = 8 + int.from_bytes(self._map[:8], "little")
+            self._header = self._map[8:start].decode()
+            header = json.loads(self._header)
+            self.metadata: dict[str, str] = header.pop(_METADATA, None) or {}
+            """What the file says in addition to its tensors."""
+            checksums = self.metadata.get(_CHECKSUMS, "").split()
+            self.entries = _entries(header, start)
+        is_complete = len(checksums) == len(self.entries)
+        self._checksums = dict(zip(sorted(self.entries), checksums, strict=True)) if is_complete else None
+
+    def _check(self) -> None:
+        # safetensors checks that offsets, shapes and dtypes fit each other and the file.
+        cast(Any, safe_open)(self.path, "numpy").__exit__(None, None, None)
+
+    @property
+    def digest(self) -> str:
+        """The XXH3-128 of the header and so, where that has checksums, of all that the file says."""
+        return xxh3_of_text(self._header)
 
     def expect(self, name: str, shape: Sequence[int], dtypes: Sequence[torch.dtype], demand: str) -> None:
         """Checks that the file has a tensor with that shape and one of these dtypes. `demand` is the part of the model
@@ -177,32 +225,6 @@ class TensorFile:
         if tensor.is_floating_point() and not torch.isfinite(values).all():
             raise ValueError(f"{self.path}: tensor {quote(name)} holds NaN or Inf")
         return tensor
-
-    def release(self, names: Sequence[str]) -> None:
-        """Releases the memory of these tensors' pages. They are read again when they are next used. A page that also
-        belongs to a tensor not named stays."""
-        for begin, end in self._ranges(names):
-            begin += -begin % mmap.PAGESIZE
-            end -= end % mmap.PAGESIZE if end < len(self._map) else 0
-            if begin < end:
-                self._map.madvise(mmap.MADV_DONTNEED, begin, end - begin)
-
-    def ahead(self, names: Sequence[str]) -> None:
-        """Asks the system to read these tensors from the disk now. Returns at once."""
-        # madvise would do the same but block Python's other threads.
-        with suppress(OSError), open(self.path, "rb") as file:
-            for begin, end in self._ranges(names):
-                os.posix_fadvise(file.fileno(), begin, end - begin, os.POSIX_FADV_WILLNEED)
-
-    def _ranges(self, names: Sequence[str]) -> list[tuple[int, int]]:
-        """The bytes of these tensors, in as few ranges as possible."""
-        ranges: list[tuple[int, int]] = []
-        for entry in sorted((self.entries[name] for name in names), key=lambda entry: entry.offset):
-            begin, end = entry.offset, entry.offset + entry.nbytes
-            if ranges and ranges[-1][1] == begin:
-                begin, _ = ranges.pop()
-            ranges.append((begin, end))
-        return ranges
 
 
 def file_state(path: Path) -> tuple[int, int, int]:
@@ -252,8 +274,8 @@ class Source:
         self.folder = Path(folder)
         self.index = _index(self.folder)
         """The path of the index, if the checkpoint has one."""
-        self._files: dict[Path, TensorFile] = {}
-        self._holders: dict[str, TensorFile] = {}
+        self._files: dict[Path, MappedFile] = {}
+        self._holders: dict[str, MappedFile] = {}
         promises = {WEIGHTS: set[str]()} if self.index is None else shards(self.index)
         for name, promised in sorted(promises.items()):
             file = TensorFile(self.folder / name)
@@ -284,6 +306,10 @@ class Source:
     def path_of(self, name: str) -> Path:
         return self._holder(name).path
 
+    def written_as(self, path: Path) -> str:
+        """The name of the safetensors file that has the tensors of one of the files in a new checkpoint."""
+        return path.name
+
     def entry(self, name: str) -> Entry:
         """The tensor's place, its dtype and its shape."""
         return self._holder(name).entries[name]
@@ -293,12 +319,12 @@ class Source:
         return {path.name: file.identity for path, file in self._files.items()}
 
     def read(self, name: str, member: int | None = None) -> Tensor:
-        """The tensor, or the one with that number in a stack; see `TensorFile.view`."""
+        """The tensor, or the one with that number in a stack; see `MappedFile.view`."""
         tensor = self._holder(name).view(name)
         return tensor if member is None else tensor[member]
 
     def release(self, names: Sequence[str]) -> None:
-        """Releases the memory of these tensors' pages; see `TensorFile.release`."""
+        """Releases the memory of these tensors' pages; see `MappedFile.release`."""
         for file in self._holding(names):
             file.release([name for name in names if name in file.entries])
 
@@ -307,12 +333,12 @@ class Source:
         for file in self._holding(names):
             file.ahead([name for name in names if name in file.entries])
 
-    def _holder(self, name: str) -> TensorFile:
+    def _holder(self, name: str) -> MappedFile:
         if name not in self._holders:
             raise ValueError(f"{self.folder} has no tensor {quote(name)}")
         return self._holders[name]
 
-    def _holding(self, names: Sequence[str]) -> set[TensorFile]:
+    def _holding(self, names: Sequence[str]) -> set[MappedFile]:
         return {self._holder(name) for name in names}
 
 
