@@ -81,9 +81,9 @@ def main() -> None:
     base = model.get_base_model()
     shapes = Counter(layer.matrix_shape for layer in pissa_layers(base).values())
     blocks = base.config.num_hidden_layers
-    head = base.get_output_embeddings().weight
+    head = (base.config.vocab_size, base.config.hidden_size)
     per_block = Counter({shape: count // blocks for shape, count in shapes.items()})
-    dense = DenseProducts(per_block, blocks, (head.shape[0], head.shape[1]), options.tokens) if options.dense else None
+    dense = DenseProducts(per_block, blocks, head, options.tokens) if options.dense else None
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)  # as transformers' Trainer
     generator = torch.Generator().manual_seed(0)
