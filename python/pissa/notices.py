@@ -84,3 +84,7 @@ class NotTakenOverWarning(PissaWarning):
 
 class InstructionSetWarning(PissaWarning):
     """The processor supports a fast instruction set that failed its self-test, so a slower one is used."""
+
+
+class NoEndTokenWarning(PissaWarning):
+    """The tokenizer of a GGUF file has no token that ends an answer."""

@@ -112,8 +112,8 @@ def _with_vocabulary(model: PeftModel, adapter_name: str, save_embedding_layers:
         return save_embedding_layers
     if save_embedding_layers != "auto":
         raise ValueError(f'save_embedding_layers must be "auto", True or False, got {save_embedding_layers!r}')
-    if model.vocabulary_was_resized:  # since it was wrapped
-        return True
+    if model.vocabulary_was_resized or model.is_from_files:  # since it was wrapped, which pissa.load does at once
+        return bool(model.vocabulary_was_resized)
     base = model.base_model.model
     name = str(getattr(base, "name_or_path", None) or model.peft_config[adapter_name].base_model_name_or_path or "")
     config = getattr(base, "config", None)

@@ -22,6 +22,7 @@ from pissa.base.protocol import Base, Operand, as_matrix, as_weight
 from pissa.base.start import KeepsDtype, StartFactors
 from pissa.distributed import is_sharded, whole_tensor
 from pissa.ops.checks import FLOATS
+from pissa.ops.formats import READ
 
 # ---- Modules ---------------------------------------------------------------------------------------------------------
 
@@ -233,7 +234,7 @@ class HoldsCodes(OwnBase):
 
 class CodedLinear(HoldsCodes):
     """A linear base whose whole weight is codes; y = x Qᵀ + b is computed from them directly. Its fingerprint is that
-    of the bfloat16 weight into which libraries decode released codes."""
+    of the weight into which libraries decode the codes: bfloat16, or float32 for GGUF's."""
 
     start = None
     is_quantised = True
@@ -246,6 +247,8 @@ class CodedLinear(HoldsCodes):
         self.out_features, self.in_features = weight.shape
         self.store_codes(weight, quant_storage)
         self.bias = bias
+        if READ[weight.format].is_read_only:
+            self.fingerprint_dtype = torch.float32
 
     def matrix(self) -> Tensor:
         """The weight in float32 [out, in]."""

@@ -38,9 +38,9 @@ from pissa.checkpoints.load import mapped_model
 from pissa.checkpoints.output import Output
 from pissa.checkpoints.rewrite import LayerPlan, Plan, Result, Rewrite, Unit, Written, add_up, matrix_shape, square
 from pissa.config import PissaConfig
-from pissa.containers.checkpoint import INITIAL_FOLDER, PISSA_RECORD, Checkpoint, Contents
+from pissa.containers.checkpoint import AS_STORED, INITIAL_FOLDER, PISSA_RECORD, Checkpoint, Contents
 from pissa.containers.hub import Name
-from pissa.containers.model_folder import Part, meta_model
+from pissa.containers.model_folder import Part
 from pissa.containers.tensor_file import Layout
 from pissa.layers.experts import UnfusedExperts, unfused_experts
 from pissa.layers.factory import leave_out
@@ -84,10 +84,10 @@ class SplitPlan(Plan):
         if config.quant is None and config.residual is None:
             config.residual = "explicit"
         _check_config(config, experts)
-        source.require(Contents.DENSE, Contents.RELEASED)
+        source.require(Contents.DENSE, *AS_STORED)
         if config.task_type is None and type(source.model).__name__.endswith("ForCausalLM"):
             config.task_type = "CAUSAL_LM"
-        base = model_class(config)(meta_model(source.folder), config, "default").base_model.model
+        base = model_class(config)(source.meta_model(), config, "default").base_model.model
         if config.modules_to_save:
             raise ValueError(
                 f"modules_to_save={config.modules_to_save}, given or by task_type={config.task_type!r}, is trained "
@@ -251,7 +251,7 @@ def init(
     must call this function. They share the work, and write into the same files.
 
     Args:
-        source: a checkpoint in safetensors with config.json: its folder, or its name on the Hub.
+        source: a checkpoint in safetensors with config.json or in GGUF: its folder or file, or its name on the Hub.
         target: a new folder, or the folder of an unfinished run.
         config: `quant` says how the residual is kept; None keeps it dense.
         memory: limit in bytes for matrices and what is computed from them at one time. A matrix that needs more gets

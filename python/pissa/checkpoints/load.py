@@ -31,11 +31,11 @@ from pissa.base.start import StartFactors
 from pissa.base.stored import residual_tensors
 from pissa.base.weights import CodedEmbedding, CodedLinear
 from pissa.config import IMPLICIT, PissaConfig
-from pissa.containers.checkpoint import EXPERT, PISSA_RECORD, RESIDUAL_KEY, Checkpoint, Contents
+from pissa.containers.checkpoint import AS_STORED, EXPERT, PISSA_RECORD, RESIDUAL_KEY, Checkpoint, Contents
 from pissa.containers.coded_weights import BitsandbytesWeight
 from pissa.containers.hub import Name, adapter_folder
 from pissa.containers.messages import first_line, quote
-from pissa.containers.model_folder import Part, class_of, model_config
+from pissa.containers.model_folder import Part, class_of
 from pissa.containers.tensor_file import TensorFile
 from pissa.distributed import failing_together
 from pissa.layers.experts import UnfusedExperts
@@ -63,7 +63,7 @@ def mapped_model(checkpoint: Checkpoint, dtype: torch.dtype | None) -> PreTraine
     are copies. Parameters that are stored in codes stay on the meta device; see `Checkpoint.coded_parameters`."""
     folder = checkpoint.folder
     state: dict[str, Any] = {name: checkpoint.read(name) for name in checkpoint.names if name not in checkpoint.coded}
-    config = model_config(folder)
+    config = checkpoint.built_config()
     transformers_class = class_of(config)
     vars(config).pop("quantization_config", None)
     vars(config).pop(RESIDUAL_KEY, None)  # of a base that is complete once it has its start
@@ -72,7 +72,9 @@ def mapped_model(checkpoint: Checkpoint, dtype: torch.dtype | None) -> PreTraine
         is_one = list(layers) == [name.removesuffix(".weight")]
         state[name] = _LeftPacked(shapes[0] if is_one else checkpoint.tensors[name].shape)
     try:
-        generation = GenerationConfig.from_pretrained(folder) if (folder / GENERATION_CONFIG_NAME).is_file() else None
+        described = checkpoint.described
+        has_own = (described / GENERATION_CONFIG_NAME).is_file()
+        generation = GenerationConfig.from_pretrained(described) if has_own else None
         with _unpartitioned() if checkpoint.coded else nullcontext():
             model, info = transformers_class.from_pretrained(
                 None,
@@ -141,6 +143,7 @@ def load(
     adapter_name: str = "default",
     progressbar: bool = False,
     fuse: bool = True,
+    config_from: Name | None = None,
     **config_fields: Any,
 ) -> PissaModel:
     """Returns a PissaModel over the mapped files of a folder. Weights that are packed there are never dense in memory::
@@ -149,6 +152,7 @@ def load(
         model = pissa.load("out", adapter="run")  # with an adapter trained on it
         model = pissa.load("4bit", r=16, task_type="CAUSAL_LM")  # nf4, saved by transformers
         model = pissa.load("openai/gpt-oss-20b", r=16, init="lora")  # as it was released
+        model = pissa.load("model-Q4_K_M.gguf", r=16, init="lora")  # of llama.cpp, Ollama, LM Studio
 
     For a folder of `pissa init`, nothing is decomposed: the model is the one that `pissa.wrap` makes of the dense
     checkpoint, bit for bit. Any other folder is loaded and wrapped: packed weights are decoded, decomposed and freed
@@ -158,7 +162,8 @@ def load(
     can reclaim that memory.
 
     Args:
-        folder: a folder of safetensors with config.json, or the name of one on the Hub, which is downloaded first.
+        folder: a folder of safetensors with config.json, a GGUF file, or the name of one on the Hub, which is
+            downloaded first: org/name, or org/name-GGUF:Q4_K_M as llama.cpp writes it.
         config: the configuration, copied; alternatively its fields as keywords. The default for a folder of `pissa
             init` is its own. Another start or rank may be asked for there, but not another form of the base.
         revision: the branch, tag or commit of a model on the Hub.
@@ -170,6 +175,8 @@ def load(
         adapter_name: name of the adapter.
         progressbar: show a bar on stderr while weights are decomposed.
         fuse: see `wrap`.
+        config_from: the folder or name of a model whose config.json and tokenizer are taken for that in a GGUF file,
+            instead of what its metadata say.
         config_fields: fields of `PissaConfig`, instead of `config`.
 
     Raises:
@@ -179,9 +186,9 @@ def load(
         pissa.RankError: another process has failed.
     """
     with failing_together():
-        checkpoint = Checkpoint.open(folder, revision)
+        checkpoint = Checkpoint.open(folder, revision, config_from=config_from)
         folder = checkpoint.folder
-        checkpoint.require(Contents.DENSE, Contents.RELEASED, Contents.BITSANDBYTES, Contents.RESIDUAL)
+        checkpoint.require(Contents.DENSE, *AS_STORED, Contents.BITSANDBYTES, Contents.RESIDUAL)
         if checkpoint.quantization.get("transform_config"):
             raise ValueError(f"{folder} turns its layers' inputs (transform_config in config.json), which is not read")
         is_residual = checkpoint.contents is Contents.RESIDUAL
@@ -202,6 +209,7 @@ def load(
         model.config._name_or_path = model.name_or_path = config.base_model_name_or_path
         with blame():
             wrapped = model_class(config)(model, config, adapter_name)
+        wrapped.is_from_files = True
         if split is None:
             _fill_packed(model, checkpoint)
         else:

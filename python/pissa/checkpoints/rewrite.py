@@ -175,9 +175,9 @@ class Plan:
         new |= {tensor: {} for layer in self.packed for tensor in layer.tensors}
         for layer in self.packed:  # a stack's layers are at the same tensor
             new[layer.tensors[0]] |= layer.written
-        files: dict[str, _Tensors] = {path.name: {} for path in source.stored.paths}
+        files: dict[str, _Tensors] = {source.stored.written_as(path): {} for path in source.stored.paths}
         for name, tensors in new.items():
-            files[source.path_of(name).name] |= tensors
+            files[source.stored.written_as(source.path_of(name))] |= tensors
         return {name: Layout(tensors) for name, tensors in files.items()}
 
 
@@ -388,21 +388,23 @@ class Rewrite(ABC):
 
     def file_of(self, tensor: str) -> str:
         """The new file that corresponds to a tensor of the checkpoint."""
-        return self.source.path_of(tensor).name
+        return self.source.stored.written_as(self.source.path_of(tensor))
 
     def _copy_small_files(self, out: Output) -> None:
         """Copies the files other than weights and config.json (tokenizer, templates, card), and writes the index."""
-        folder = self.source.folder
-        paths = [path for path in folder.iterdir() if path.name not in (CONFIG, MODELOPT_CONFIG, INDEX, PISSA_RECORD)]
-        paths += [path for name in _FOLDERS for path in folder.glob(f"{name}/**/*")]
-        for path in paths:
-            if path.is_file() and not path.name.startswith(".") and not path.name.endswith(WEIGHT_FILES):
-                shutil.copyfile(path, out.path(path.relative_to(folder).as_posix()))
+        with self.source.small_files() as folder:
+            others = (CONFIG, MODELOPT_CONFIG, INDEX, PISSA_RECORD)
+            paths = [path for path in folder.iterdir() if path.name not in others]
+            paths += [path for name in _FOLDERS for path in folder.glob(f"{name}/**/*")]
+            for path in paths:
+                if path.is_file() and not path.name.startswith(".") and not path.name.endswith(WEIGHT_FILES):
+                    shutil.copyfile(path, out.path(path.relative_to(folder).as_posix()))
         if self.source.stored.index is not None:
             out.path(INDEX).write_text(self._index())
 
     def _index(self) -> str:
-        shards = {path.name: self.plan.files[path.name] for path in self.source.stored.paths}
+        names = [self.source.stored.written_as(path) for path in self.source.stored.paths]
+        shards = {name: self.plan.files[name] for name in names}
         size = sum(layout.size - len(layout.header) for layout in shards.values())
         places = {tensor: name for name, layout in shards.items() for tensor in layout.entries}
         return (
@@ -419,7 +421,7 @@ class Rewrite(ABC):
         if packed:
             form, dtype, experts = packed[0].form, packed[0].dtype, self.plan.has_packed_experts
             config["quantization_config"] = quantization_config(form, dtype, self.plan.dense_linears, experts=experts)
-        if config != self.source.config:
+        if config != self.source.config or self.source.files:
             out.path(CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         else:
             shutil.copyfile(self.source.folder / CONFIG, out.path(CONFIG))

@@ -19,7 +19,6 @@ from pissa.checkpoints.load import of_layer
 from pissa.checkpoints.training_memory import quantised_bytes, training_memory
 from pissa.config import PissaConfig
 from pissa.containers.checkpoint import Checkpoint
-from pissa.containers.model_folder import model_config
 
 # Rows of a weight that are copied to float64 at once.
 _ROWS = 256
@@ -83,7 +82,7 @@ def report(
         weights=sum(source.nbytes(name) for name in (plan.copied if quant else source.names))
         + sum(quantised_bytes(layer.shape, form) for layer in planned if quant),
         dtype=planned[0].dtype,
-        hidden=model_config(source.folder).get_text_config().hidden_size,
+        hidden=source.model.config.get_text_config().hidden_size,
         tokens=batch * length,
     )
     found: dict[str, Tensor] = {}

@@ -7,22 +7,27 @@ import math
 import os
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from enum import Enum
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from pissa import ops
 from pissa.base.released_layouts import join_rows
 from pissa.containers.coded_weights import coded_weights, scales_of_inputs
+from pissa.containers.gguf_config import config_of
+from pissa.containers.gguf_file import model_file, open_gguf
+from pissa.containers.gguf_model import GgufSource
+from pissa.containers.gguf_tokenizer import tokenizer_of
 from pissa.containers.hub import Name, find_file, model_files, weight_files
 from pissa.containers.messages import quote
-from pissa.containers.model_folder import CONFIG, Composition, Part, meta_model, read_config
+from pissa.containers.model_folder import CONFIG, Composition, Part, built_config, meta_model, model_config, read_config
 from pissa.containers.tensor_file import Entry, Source
 from pissa.layers.experts import WEIGHTS, is_transposed
 
@@ -49,11 +54,15 @@ class Contents(Enum):
     BITSANDBYTES = "codes of bitsandbytes"
     RESIDUAL = "a residual of pissa"
     PEFT_RESIDUAL = f"a residual, whose initial adapter is in {INITIAL_FOLDER}"
+    GGUF = "the weights of a GGUF file"
     OTHER = "codes that are not read"
 
 
 READ = tuple(contents for contents in Contents if contents is not Contents.OTHER)
 """What can be read matrix by matrix."""
+
+AS_STORED = (Contents.RELEASED, Contents.GGUF)
+"""What pissa.load leaves as it is, and transformers would expand."""
 
 _INSTEAD = {
     Contents.DENSE: "give the checkpoint in codes",
@@ -63,6 +72,7 @@ _INSTEAD = {
     "was split",
     Contents.PEFT_RESIDUAL: "it lacks that adapter: train that one, with peft.PeftModel.from_pretrained(model, "
     f"FOLDER, subfolder={INITIAL_FOLDER!r}, is_trainable=True), or give the model that was split",
+    Contents.GGUF: "pissa.load reads it as it is",
     Contents.OTHER: f"read are bitsandbytes, {', '.join(RELEASED_METHODS)}",
 }
 
@@ -71,15 +81,26 @@ Opened = TypeVar("Opened", bound="ModelFolder")
 
 
 class ModelFolder:
-    """A model's folder, and what it contains, without its weights."""
+    """A model's folder or GGUF file, and what it contains, without its weights."""
 
-    def __init__(self, folder: Path, name: str | None = None) -> None:
-        self.folder = folder
-        self.name = name or os.path.abspath(folder)
-        """Its name on the Hub, or the absolute path of its folder."""
-        self.config = read_config(folder)
-        """config.json."""
-        entry = self.config.get("quantization_config") or {}
+    def __init__(self, folder: Path, name: str | None = None, described: Path | None = None) -> None:
+        file = model_file(folder)
+        if file is None and described is not None:
+            raise ValueError(f"{folder} is no GGUF file and describes itself: leave config_from out")
+        self.files = [] if file is None else open_gguf(file)
+        """The files of a model in GGUF, the first of which has its metadata."""
+        self.folder = self.files[0].path if self.files else folder
+        """The folder, or the GGUF file."""
+        self.described = described or self.folder
+        """The folder with config.json and the tokenizer, or the GGUF file whose metadata say the same."""
+        self.name = name or os.path.abspath(self.folder)
+        """Its name on the Hub, or the absolute path of its folder or file."""
+        self._by_metadata = bool(self.files) and described is None
+        self.config = {} if self._by_metadata else read_config(self.described)
+        """The content of config.json."""
+        if self.files:
+            self.config = config_of(self.files, self.config)
+        entry = (not self.files and self.config.get("quantization_config")) or {}
         self.quantization: dict[str, Any] = entry if isinstance(entry, dict) else {"quant_method": entry}
         """The `quantization_config` of config.json, empty if there is none."""
         self.quant_method: str | None = self.quantization.get("quant_method")
@@ -89,14 +110,51 @@ class ModelFolder:
     """Downloads the files that are read, and returns their folder."""
 
     @classmethod
-    def open(cls: type[Opened], name: Name, revision: str | None = None) -> Opened:
-        """Opens the model in a folder, or the one of that name on the Hub, whose files are downloaded first.
+    def open(cls: type[Opened], name: Name, revision: str | None = None, *, config_from: Name | None = None) -> Opened:
+        """Opens the model in a folder or a GGUF file, or the one of that name on the Hub, whose files are downloaded
+        first. `config_from` is a model whose config.json and tokenizer are taken for that in a GGUF file.
 
         Raises:
             ValueError: there is none, or a file cannot be read. The message names it.
         """
         folder = cls.files_of(name, revision)
-        return cls(folder, None if folder == Path(name) else str(name))
+        described = None if config_from is None else model_files(config_from)
+        return cls(folder, None if folder == Path(name) else str(name), described)
+
+    def built_config(self) -> Any:
+        """The content of config.json, as transformers takes it."""
+        return built_config(self.config, self._description) if self.files else model_config(self.described)
+
+    def meta_model(self) -> PreTrainedModel:
+        """A new model as config.json describes it, without values."""
+        return meta_model(self.built_config(), self._description)
+
+    @property
+    def _description(self) -> Path:
+        """The file that describes the model, for errors."""
+        return self.described if self._by_metadata else self.described / CONFIG
+
+    def tokenizer(self, **options: Any) -> Any:
+        """The tokenizer. The options are those of transformers, without effect on a GGUF file's own.
+
+        Raises:
+            ValueError, OSError, KeyError, TypeError: there is none that transformers can build.
+        """
+        if self._by_metadata:
+            return tokenizer_of(self.files[0])
+        return AutoTokenizer.from_pretrained(self.described, **options)
+
+    @contextmanager
+    def small_files(self) -> Iterator[Path]:
+        """A folder with all files but the weights, for the block."""
+        if not self.files:
+            yield self.folder
+        elif not self._by_metadata:
+            yield self.described
+        else:
+            with TemporaryDirectory() as folder:
+                self.tokenizer().save_pretrained(folder)
+                yield Path(folder)
 
     def require(self, *allowed: Contents) -> None:
         """Raises ValueError, saying what to do instead, unless the folder contains one of these."""
@@ -108,6 +166,8 @@ class ModelFolder:
             )
 
     def _contents(self) -> Contents:
+        if self.files:
+            return Contents.GGUF
         if self.config.get(RESIDUAL_KEY) or (self.folder / PISSA_RECORD).is_file():
             return Contents.RESIDUAL
         if (self.folder / _INITIAL_CONFIG).is_file():
@@ -123,12 +183,17 @@ class Checkpoint(ModelFolder):
 
     files_of = staticmethod(weight_files)
 
-    def __init__(self, folder: Path, name: str | None = None) -> None:
-        self.stored = Source(folder)
+    def __init__(self, folder: Path, name: str | None = None, described: Path | None = None) -> None:
+        source = None if model_file(folder) else Source(folder)
+        super().__init__(folder, name, described)
+        named = getattr(torch, str(self.config.get("dtype") or self.config.get("torch_dtype")), None)
+        dtype = named if isinstance(named, torch.dtype) else torch.float32
+        self.stored = source or GgufSource(self.files, self.model)
         """The tensors as they are stored."""
-        super().__init__(folder, name)
-        dtype = getattr(torch, str(self.config.get("dtype") or self.config.get("torch_dtype")), None)
-        self.coded = coded_weights(self.stored, dtype if isinstance(dtype, torch.dtype) else torch.float32)
+        if isinstance(self.stored, GgufSource):
+            self.coded = self.stored.coded(dtype)
+        else:
+            self.coded = coded_weights(self.stored, dtype)
         """The weights that are stored in codes, by name."""
         if self.contents is Contents.RELEASED and not self.coded:
             said = f"config.json says {self.quant_method}"
@@ -177,7 +242,7 @@ class Checkpoint(ModelFolder):
         return self.stored.read(name, member) if weight is None else weight.decode(member)
 
     def release(self, names: Sequence[str]) -> None:
-        """Releases the memory of these tensors' pages; see `TensorFile.release`."""
+        """Releases the memory of these tensors' pages; see `MappedFile.release`."""
         self.stored.release([tensor for name in names for tensor in self.stored_as(name)])
 
     def ahead(self, names: Sequence[str]) -> None:
@@ -189,7 +254,7 @@ class Checkpoint(ModelFolder):
     @cached_property
     def model(self) -> PreTrainedModel:
         """The model that config.json describes, on the meta device. It must not be changed."""
-        return meta_model(self.folder)
+        return self.meta_model()
 
     @cached_property
     def composition(self) -> Composition:
@@ -257,7 +322,7 @@ class Checkpoint(ModelFolder):
         weights = []
         for part in parts:
             weight = self.coded[part.tensor]
-            if (part.member is not None) != weight.is_stack or part.transposed != weight.is_stack:
+            if (part.member is not None) != weight.is_stack or part.transposed != weight.is_transposed:
                 raise ValueError(f"{self.folder}: {part.tensor} is codes, which cannot be transposed or cut")
             weights.append(weight.read(part.member))
         return join_rows(weights)

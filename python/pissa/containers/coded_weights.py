@@ -34,8 +34,13 @@ class CodedWeight(ABC):
 
     @property
     def is_stack(self) -> bool:
-        """Whether it is a stack of matrices. They are stored as [out, in], although the dense ones are [in, out]."""
+        """Whether it is a stack of matrices."""
         return False
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether the dense weight is [..., in, out]. The codes are those of [..., out, in]."""
+        return self.is_stack
 
     @property
     @abstractmethod
@@ -62,10 +67,9 @@ class CodedWeight(ABC):
 
     def decode(self, member: int | None = None) -> Tensor:
         """Returns the dense weight, or one matrix of the stack, as the checkpoint of the dense model would have it."""
-        if not self.is_stack:
-            return ops.dequantize(self.read(), self.dtype)
-        if member is not None:
-            return ops.dequantize(self.read(member), self.dtype).mT
+        if member is not None or not self.is_stack:
+            matrix = ops.dequantize(self.read(member), self.dtype)
+            return matrix.mT if self.is_transposed else matrix
         return torch.stack([self.decode(member) for member in range(self.shape[0])])
 
 

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,23 +46,25 @@ def class_of(config: Any) -> Any:
 def model_config(folder: str | os.PathLike[str]) -> Any:
     """The config.json of a model's folder, or of its name on the Hub, as transformers takes it. Code that comes with a
     model is not run."""
-    with _config_of(folder):
+    with file_errors(Path(folder) / CONFIG, _NO_MODEL):
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
-def meta_model(folder: Path) -> PreTrainedModel:
-    """The model that the folder's config.json describes, without values."""
-    config = model_config(folder)
-    with _config_of(folder), torch.device("meta"):
+def built_config(content: Mapping[str, Any], of: Path) -> Any:
+    """The same for the content of a config.json, which is that file, or what its metadata say."""
+    with file_errors(of, _NO_MODEL):
+        return AutoConfig.for_model(**content)
+
+
+def meta_model(config: Any, of: Path) -> PreTrainedModel:
+    """The model of a configuration, without values. `of` is what it describes."""
+    with file_errors(of, _NO_MODEL), torch.device("meta"):
         model: PreTrainedModel = class_of(config)(config)
     return model
 
 
-def _config_of(folder: str | os.PathLike[str]) -> AbstractContextManager[None]:
-    """For errors of transformers, of huggingface_hub, and of Python for values that these have not checked."""
-    return file_errors(
-        Path(folder) / CONFIG, f"It describes no model that transformers {transformers.__version__} can build"
-    )
+_NO_MODEL = f"It describes no model that transformers {transformers.__version__} can build"
+"""For errors of transformers, of huggingface_hub, and of Python for values that these have not checked."""
 
 
 def read_config(folder: Path) -> dict[str, Any]:

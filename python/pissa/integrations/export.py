@@ -13,7 +13,7 @@ from pissa.adapters.lora_folder import open_adapter
 from pissa.base.bitsandbytes_state import KEPT_IN_4_BITS
 from pissa.checkpoints.trained import Ours, TrainedWeights, read_adapter
 from pissa.config import IMPLICIT
-from pissa.containers.checkpoint import READ, Checkpoint, Contents
+from pissa.containers.checkpoint import AS_STORED, READ, Checkpoint
 from pissa.integrations import RUNTIMES
 from pissa.integrations.bnb4 import ResidualExport
 from pissa.integrations.exported import MERGE, Exported, no_base
@@ -91,7 +91,7 @@ def _require_4_bits(adapter: TrainedWeights) -> Ours:
     forms = {record.form for record in adapter.ours.layers.values()} if isinstance(adapter, Ours) else {IMPLICIT}
     if isinstance(adapter, Ours) and KEPT_IN_4_BITS in {form.name for form in forms}:
         return adapter
-    if adapter.source.coded and adapter.source.contents is not Contents.RELEASED:
+    if adapter.source.coded and adapter.source.contents not in AS_STORED:
         raise ValueError(
             f"{path} is a plain LoRA on {adapter.source.folder}, which transformers and PEFT load as they are: there "
             f"is nothing to export; for one dense checkpoint run {MERGE}"

@@ -67,6 +67,7 @@ class PissaModel(MendedPeftModel):
         model.register_state_dict_pre_hook(refuse_residuals)  # type: ignore[no-untyped-call]
         self.warned_of_plain_lora = False
         self.vocabulary_was_resized = False
+        self.is_from_files = False
         self.rest, self.codes_file = Rest(), CodesFile()
 
     def add_adapter(

@@ -40,6 +40,7 @@ ALONE = {
     "cli/templates.py": {"jinja2"},
     "distributed.py": {"deepspeed"},
     "containers/hub.py": {"huggingface_hub"},
+    "containers/gguf_model.py": {"gguf"},
     "integrations/gguf.py": {"gguf"},
 }
 # Modules of no room: the package's face, and what starts the command line.

@@ -1,0 +1,245 @@
+"""The weights of a GGUF file by transformers' names: views of the mapped file, except those of which llama.cpp stores
+other values or another order. Rows can be moved in codes too, because no block of codes crosses them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pissa import ops
+from pissa.containers.coded_weights import CodedWeight
+from pissa.containers.gguf_config import Architecture, architecture_of
+from pissa.containers.gguf_file import GgufFile
+from pissa.containers.messages import file_errors, quote
+from pissa.containers.tensor_file import WEIGHTS, Entry, Source
+from pissa.ops.formats import QuantFormat
+
+Change = Callable[..., Tensor]
+"""Makes a tensor of transformers of those that a file stores, floats or the bytes of codes."""
+
+
+class Origin(NamedTuple):
+    """The stored tensors that make one of transformers', and what is done with them."""
+
+    tensors: tuple[str, ...]
+    change: Change | None = None
+    is_transposed: bool = False
+    """Whether a dense weight is the transposed one. Codes are never transposed."""
+    is_decoded: bool = False
+    """Whether codes are decoded first, because the change crosses their blocks."""
+
+
+class GgufSource(Source):
+    """The tensors of a model in GGUF files by transformers' names, in the shapes of the dense model. Those in codes are
+    uint8 [..., out, bytes of a row]."""
+
+    def __init__(self, files: Sequence[GgufFile], model: PreTrainedModel) -> None:
+        self.folder = files[0].path
+        self.index = None if len(files) == 1 else self.folder
+        self._files = {file.path: file for file in files}
+        self._holders = {name: file for file in files for name in file.entries}
+        self._formats = {name: format for file in files for name, format in file.formats.items()}
+        if len(self._holders) < sum(len(file.entries) for file in files):
+            raise ValueError(f"{self.folder}: its parts have a tensor of the same name: they do not belong together")
+        self._origins = _origins(files[0], model, list(self._holders))
+        expected = model.state_dict()
+        for name in self._origins:
+            with file_errors(self.path_of(name), "Metadata and tensors contradict each other: take another file"):
+                if (shape := self.shape(name)) != expected[name].shape:
+                    tensors = " and ".join(map(quote, self._origins[name].tensors))
+                    needed = f"{name} of the model is {list(expected[name].shape)}"
+                    raise ValueError(f"{tensors} make {list(shape)}, and {needed}")
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._origins)
+
+    def path_of(self, name: str) -> Path:
+        return super().path_of(self._origin(name).tensors[0])
+
+    def written_as(self, path: Path) -> str:
+        number, count = list(self._files).index(path), len(self._files)
+        return WEIGHTS if count == 1 else f"model-{number + 1:05}-of-{count:05}.safetensors"
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of the dense tensor."""
+        stored, format, origin = self.entry(name).shape, self._format(name), self._origin(name)
+        if format is None:
+            return stored
+        *stack, rows, row = stored
+        columns = row // format.block_bytes * format.usual_blocksize
+        return (*stack, columns, rows) if origin.is_transposed else (*stack, rows, columns)
+
+    def entry(self, name: str) -> Entry:
+        entries = [Source.entry(self, stored) for stored in self._origin(name).tensors]
+        made = self._make(name, [torch.empty(entry.shape, dtype=entry.dtype, device="meta") for entry in entries])
+        return Entry(made.dtype, tuple(made.shape), entries[0].offset, sum(entry.nbytes for entry in entries))
+
+    def read(self, name: str, member: int | None = None) -> Tensor:
+        return self._make(name, [Source.read(self, stored, member) for stored in self._origin(name).tensors])
+
+    def release(self, names: Sequence[str]) -> None:
+        super().release([stored for name in names for stored in self._origin(name).tensors])
+
+    def ahead(self, names: Sequence[str]) -> None:
+        super().ahead([stored for name in names for stored in self._origin(name).tensors])
+
+    def coded(self, dtype: torch.dtype) -> dict[str, CodedWeight]:
+        """The weights that are codes. `dtype` is that in which they are decoded."""
+        formats = {name: format for name in self.names if (format := self._format(name)) is not None}
+        return {
+            name: GgufWeight(self, {"codes": name}, dtype, format, self._origin(name).is_transposed)
+            for name, format in formats.items()
+        }
+
+    def _origin(self, name: str) -> Origin:
+        if name not in self._origins:
+            raise ValueError(f"{self.folder} has no tensor {quote(name)}")
+        return self._origins[name]
+
+    def _format(self, name: str) -> QuantFormat | None:
+        """The format of a tensor in codes; None for one that is read dense."""
+        origin = self._origin(name)
+        return None if origin.is_decoded else self._formats.get(origin.tensors[0])
+
+    def _make(self, name: str, tensors: list[Tensor]) -> Tensor:
+        """A tensor of transformers, of the stored ones."""
+        origin = self._origin(name)
+        format, *others = {self._formats.get(stored) for stored in origin.tensors}
+        if others:
+            raise ValueError(f"{' and '.join(map(quote, origin.tensors))}, which make {name}, are of different types")
+        if origin.is_decoded and format is not None:
+            weight = _weight(tensors[0], format)
+            is_meta = tensors[0].is_meta
+            tensors = [torch.empty(weight.shape, device="meta") if is_meta else ops.dequantize(weight)]
+        made = tensors[0] if origin.change is None else origin.change(*tensors)
+        return made.mT if origin.is_transposed and format is None else made
+
+
+def _weight(codes: Tensor, format: QuantFormat) -> ops.QuantizedWeight:
+    rows, row = codes.shape
+    shape = (rows, row // format.block_bytes * format.usual_blocksize)
+    scales = torch.empty(0, dtype=torch.uint8)  # they are among the codes
+    return ops.QuantizedWeight(codes.reshape(-1), scales, None, None, format.name, shape, format.usual_blocksize)
+
+
+@dataclass(frozen=True)
+class GgufWeight(CodedWeight):
+    """A weight, or a stack of them, in blocks of a GGUF file."""
+
+    format: QuantFormat
+    transposes: bool
+
+    @property
+    def is_stack(self) -> bool:
+        return len(self.shape) == 3
+
+    @property
+    def is_transposed(self) -> bool:
+        return self.transposes
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return cast(GgufSource, self.source).shape(self.codes)
+
+    def _quantized(self, parts: Mapping[str, Tensor]) -> ops.QuantizedWeight:
+        return _weight(parts["codes"], self.format)
+
+
+# ---- Which tensors make each of transformers' ------------------------------------------------------------------------
+
+_ROPE = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+"""Tensors that config.json has."""
+
+
+def _origins(file: GgufFile, model: PreTrainedModel, stored: Sequence[str]) -> dict[str, Origin]:
+    """The origins of the model's tensors by name, in the order of the files. A tied tensor is there once.
+
+    Raises:
+        ValueError: the file has a tensor for which the model has no place.
+    """
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+
+    architecture, config = file.metadata["general.architecture"], model.config.get_text_config()
+    number = next(number for number, name in MODEL_ARCH_NAMES.items() if name == architecture)
+    table = get_tensor_name_map(number, config.num_hidden_layers)
+    made, places = architecture_of(file), {name: place for place, name in enumerate(stored)}
+    origins: dict[str, Origin] = {}
+    for name, parameter in model.state_dict().items():
+        if (tensors := _tensors_of(name, table, places)) and tensors[0] in places:
+            change = _change(name, len(tensors), made, config, parameter.shape)
+            is_transposed = made.transposes_experts and name.endswith((".gate_up_proj", ".down_proj"))
+            origins[name] = Origin(tensors, change, is_transposed, change is not None and "out_proj" in name)
+    # Blocks that predict further tokens come after the others, and transformers has none.
+    count = file.metadata.get(f"{architecture}.nextn_predict_layers", 0)
+    further = tuple(f"blk.{config.num_hidden_layers + number}." for number in range(count))
+    used = {tensor for origin in origins.values() for tensor in origin.tensors}
+    if unused := [name for name in stored if name not in (*used, *_ROPE) and not name.startswith(further)]:
+        raise ValueError(
+            f"{file.path}: {len(unused)} tensors, {quote(unused[0])} the first, have no place in a "
+            f"{type(model).__name__} of {config.num_hidden_layers} layers: the model is of another kind than "
+            f"{architecture} as transformers knows it; take a checkpoint of it in safetensors"
+        )
+    return dict(sorted(origins.items(), key=lambda item: places[item[1].tensors[0]]))
+
+
+def _tensors_of(name: str, table: Any, stored: Mapping[str, int]) -> tuple[str, ...]:
+    """The stored tensors of a parameter; empty if there are none."""
+    path, _, leaf = name.replace(".dt_bias", ".dt_proj.bias").rpartition(".")
+    if leaf.endswith("_bias"):  # of experts
+        path, leaf = f"{path}.{leaf.removesuffix('_bias')}", "bias"
+    elif leaf not in ("weight", "bias"):
+        path, leaf = f"{path}.{leaf}", "weight"
+    whole = table.get_name(path)
+    if found := [full for full in (f"{whole}.{leaf}", whole) if full in stored]:
+        return (found[0],)
+    base, has_halves = path.removesuffix("gate_up_proj"), path.endswith("experts.gate_up_proj")
+    halves = [f"{table.get_name(f'{base}{half}_proj')}.{leaf}" for half in ("gate", "up")] if has_halves else []
+    return tuple(halves)
+
+
+def _change(name: str, number: int, made: Architecture, config: Any, shape: torch.Size) -> Change | None:
+    """What makes of `number` tensors that llama.cpp stores the named one of transformers, which has that shape."""
+    *_, module, leaf = name.split(".")
+    if number == 2:  # gate and up of experts
+        rows = -1 if leaf.endswith("_bias") else -2
+        if made.transposes_experts:  # and joins them in turns
+            return lambda gate, up: torch.stack((gate, up), rows).flatten(rows - 1, rows)
+        return lambda gate, up: torch.cat((gate, up), rows)
+    if made.permutes and module in ("q_proj", "k_proj"):
+        heads = config.num_attention_heads if module == "q_proj" else config.num_key_value_heads
+        # The halves of a head are one after the other in transformers, in turns in the file.
+        return lambda rows: rows.reshape(heads, -1, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
+    if ".linear_attn." in name:
+        return _of_linear_attention(f"{module}.{leaf}", config, shape)
+    if made.shifts_norms and name.endswith("norm.weight"):
+        return lambda norm: norm.float() - 1
+    if module in ("conv", "shared_expert_gate"):  # llama.cpp leaves out dimensions of one element
+        return lambda weight: weight.reshape(shape) if weight.dim() < len(shape) else weight
+    return None
+
+
+def _of_linear_attention(name: str, config: Any, shape: torch.Size) -> Change | None:
+    """For Qwen 3.5's linear attention. llama.cpp stores its heads of values in another order: the first one of each
+    key, then the second of each."""
+    keys, values = config.linear_num_key_heads, config.linear_num_value_heads
+    is_one = name.endswith(("A_log", "dt_bias", "in_proj_a.weight", "in_proj_b.weight"))
+    size = values * (1 if is_one else config.linear_value_head_dim)
+
+    def group(rows: Tensor) -> Tensor:
+        others, stored = rows[:-size], rows[-size:]
+        heads = stored.reshape(values // keys, keys, -1, *rows.shape[1:]).transpose(0, 1)
+        grouped = torch.cat((others, heads.reshape(stored.shape)))
+        return grouped.reshape(shape) if name == "conv1d.weight" else grouped
+
+    if name.endswith("A_log"):
+        return lambda decay: group(torch.log(-decay.float()))
+    if name == "out_proj.weight":
+        return None if values == keys else lambda weight: group(weight.mT).mT
+    return None if name == "norm.weight" else group

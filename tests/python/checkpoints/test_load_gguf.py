@@ -1,0 +1,118 @@
+"""pissa.load of GGUF files: the codes stay what they are, mapped, and the model computes what the original does with
+the decoded weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import gguf_fixtures
+import pissa
+from daily import each
+from gguf_fixtures import MODELS, NEED_CONFIG, floats, mixed
+from language_models import error, logits, moved, train
+from pissa.base.weights import CodedLinear
+from pissa.checkpoints.init import init
+from pissa.checkpoints.merge import merge
+from pissa.layers.experts import UnfusedExperts
+from pissa.layers.layer import pissa_layers
+
+FIELDS: dict[str, Any] = {"r": 2, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+TOKENS = torch.arange(3, 51)[None]
+DAILY = {"llama", "llama3", "mixtral", "qwen2", "qwen3_5", "gemma3", "longrope", "gpt_oss", "lfm2", "granite"}
+BOUND = 5e-6
+"""Of logits: sums of 64 products in another order; Qwen 3.5 repeats such differences in its state."""
+
+
+def written(kind: str, folder: Path, types: Any = mixed) -> tuple[Path, nn.Module, dict[str, Any]]:
+    """A file, the model that it has, and options to load it."""
+    model: Any = gguf_fixtures.make(kind)
+    twin = gguf_fixtures.write(model, kind, folder / "x.gguf", types)
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder / "config")
+    return folder / "x.gguf", twin, {"config_from": folder / "config"} if kind in NEED_CONFIG else {}
+
+
+@pytest.mark.parametrize("types", [floats, mixed], ids=["floats", "codes"])
+@pytest.mark.parametrize("kind", each(MODELS, DAILY))
+@pytest.mark.filterwarnings("ignore::pissa.notices.AllLinearWarning")  # a gate of one row
+def test_logits_are_the_originals(kind: str, types: Any, tmp_path: Path) -> None:
+    path, twin, options = written(kind, tmp_path, types)
+    model = pissa.load(path, **FIELDS, init="lora", is_trainable=False, **options)
+    assert error(logits(model, TOKENS), logits(twin, TOKENS)) <= BOUND
+    bases = [type(layer.base_layer) for layer in pissa_layers(model).values()]
+    assert (CodedLinear in bases) == (types is mixed)
+    assert model.peft_config["default"].base_model_name_or_path == str(path)
+    assert model.generation_config.eos_token_id == 2
+
+
+@pytest.mark.parametrize("start", ["lora", "pissa"])
+@pytest.mark.parametrize("kind", each(["llama", "mixtral", "gpt_oss", "gemma3"], {"llama", "mixtral"}))
+def test_a_trained_adapter_is_saved_and_loaded(kind: str, start: str, tmp_path: Path) -> None:
+    path, twin, _ = written(kind, tmp_path)
+    model = pissa.load(path, **FIELDS, init=start)
+    assert error(logits(model.eval(), TOKENS), logits(twin, TOKENS)) <= BOUND
+    losses = train(model.train(), TOKENS, 4)
+    assert losses[-1] < losses[0]
+    expected = logits(model.eval(), TOKENS)
+    model.save_pretrained(tmp_path / "run")
+    again = pissa.load(path, adapter=tmp_path / "run", is_trainable=False)
+    assert error(logits(again, TOKENS), expected) <= BOUND
+    with again.disable_adapter():
+        assert error(logits(again, TOKENS), logits(twin, TOKENS)) <= BOUND
+
+
+def test_a_mixture_computes_from_codes_where_nothing_adapts_it(tmp_path: Path) -> None:
+    path, twin, _ = written("mixtral", tmp_path)
+    model = pissa.load(path, r=2, target_modules=["v_proj"], init="lora")
+    assert any(isinstance(module, UnfusedExperts) for module in model.modules())
+    assert error(logits(model.eval(), TOKENS), logits(twin, TOKENS)) <= BOUND
+
+
+def test_an_adapter_of_another_file_is_refused(tmp_path: Path) -> None:
+    path, _, _ = written("llama", tmp_path)
+    moved(pissa.load(path, **FIELDS)).save_pretrained(tmp_path / "run")
+    model: Any = gguf_fixtures.make("llama")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    gguf_fixtures.write(model, "llama", path, mixed)
+    with pytest.raises(ValueError, match=r"is not the base that .* was trained on"):
+        pissa.load(path, adapter=tmp_path / "run")
+
+
+def test_dtype_of_the_model(tmp_path: Path) -> None:
+    kinds = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "Q8_0": torch.float32}
+    for kind, dtype in kinds.items():
+        path, _, _ = written("qwen3", tmp_path, lambda _, values, kind=kind: kind if values.dim() > 1 else "F32")
+        for asked, found in {None: dtype, torch.bfloat16: torch.bfloat16}.items():
+            model = pissa.load(path, **FIELDS, dtype=asked)
+            assert model.get_base_model().model.norm.weight.dtype == found
+            assert logits(model, TOKENS).dtype == found
+
+
+def test_split_files_are_one_model(tmp_path: Path) -> None:
+    path, twin, _ = written("llama", tmp_path)
+    parts = gguf_fixtures.split(path, 3)
+    model = pissa.load(parts[1], **FIELDS, init="lora", is_trainable=False)
+    assert torch.equal(logits(model, TOKENS), logits(pissa.load(path, **FIELDS, init="lora").eval(), TOKENS))
+    assert error(logits(model, TOKENS), logits(twin, TOKENS)) <= BOUND
+
+
+@pytest.mark.parametrize("kind", each(["llama", "mixtral", "gpt_oss"], {"mixtral"}))
+def test_init_and_merge_read_a_file_decoded(kind: str, tmp_path: Path) -> None:
+    path, twin, _ = written(kind, tmp_path, lambda name, values: mixed(name, values).replace("F16", "F32"))
+    moved(model := pissa.load(path, **FIELDS)).save_pretrained(tmp_path / "run")
+    merge(tmp_path / "run", path, tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert merged.dtype == torch.float32
+    assert error(logits(merged, TOKENS), logits(model.eval(), TOKENS)) <= 1e-5
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged").eos_token == "</s>"
+    init(path, tmp_path / "split", pissa.PissaConfig(**FIELDS))
+    split = pissa.load(tmp_path / "split")
+    assert error(logits(split.eval(), TOKENS), logits(twin, TOKENS)) <= 1e-5
