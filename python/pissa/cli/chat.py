@@ -28,8 +28,10 @@ _temperature = number(float, "a number from 0 on", lambda value: 0 <= value < fl
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("source", metavar="RUN", help="folder of a run, an adapter or a model, or its name on the Hugging Face Hub")
+    source = "folder of a run, an adapter or a model, a GGUF file, or its name on the Hugging Face Hub"
+    add("source", metavar="RUN", help=source)
     add("--base", metavar="DIR_OR_NAME", help="model of the adapter (default: the one that the adapter names)")
+    add("--config-from", metavar="DIR_OR_NAME", help="model whose config.json and tokenizer are taken for a GGUF file")
     add("--compare", action="store_true", help="show the base's answer too: the adapter is disabled for it")
     add("--prompt", metavar="TEXT", help="answer this and end, as is done with all that comes from a pipe")
     add("--system", metavar="TEXT", help="system prompt")
@@ -77,7 +79,7 @@ def _load(args: argparse.Namespace) -> tuple[Any, Any]:
     import pissa
     from pissa.adapters.lora_folder import has_adapter, open_adapter
     from pissa.adapters.pissa_layout import ADAPTER_FILES
-    from pissa.containers.checkpoint import Contents, ModelFolder
+    from pissa.containers.checkpoint import AS_STORED, Contents, ModelFolder
     from pissa.containers.hub import adapter_folder
     from pissa.containers.model_folder import class_of, model_config
 
@@ -94,7 +96,7 @@ def _load(args: argparse.Namespace) -> tuple[Any, Any]:
     if lora is None:
         hint = "; there is no adapter either: a run that has not ended has it in its last checkpoint-N"
     with user_errors(OSError, ValueError, after=hint):
-        opened = ModelFolder.open(base)
+        opened = ModelFolder.open(base, config_from=args.config_from)
     is_residual = opened.contents in (Contents.RESIDUAL, Contents.PEFT_RESIDUAL)
     is_ours = lora is not None and lora.ours is not None
     if args.compare and lora and not is_ours and (is_residual or not lora.leaves_base):
@@ -105,9 +107,9 @@ def _load(args: argparse.Namespace) -> tuple[Any, Any]:
         if lora is None:
             opened.require(*(contents for contents in Contents if contents is not Contents.PEFT_RESIDUAL))
         if is_ours:
-            model: Any = pissa.load(base, adapter=folder, is_trainable=False)
-        elif opened.contents is Contents.RELEASED:  # which transformers would expand
-            model = pissa.load(base, init="lora", r=1, is_trainable=False)
+            model: Any = pissa.load(base, adapter=folder, is_trainable=False, config_from=args.config_from)
+        elif opened.contents in AS_STORED:  # which transformers would expand
+            model = pissa.load(base, init="lora", r=1, is_trainable=False, config_from=args.config_from)
             if lora:
                 model.load_adapter(folder, "trained")
                 model.set_adapter("trained")
@@ -116,7 +118,8 @@ def _load(args: argparse.Namespace) -> tuple[Any, Any]:
         else:
             model = class_of(model_config(opened.folder)).from_pretrained(base, dtype="auto")
             model = PeftModel.from_pretrained(model, folder) if lora else model
-        tokenizer = AutoTokenizer.from_pretrained(args.source if get_tokenizer_config(args.source) else base)
+        has_own = lora is not None and get_tokenizer_config(args.source)
+        tokenizer = AutoTokenizer.from_pretrained(args.source) if has_own else opened.tokenizer()
     print_row("model", f"{base}, {model.dtype}".replace("torch.", "") + (f", with {args.source}" if lora else ""))
     return model, tokenizer
 

@@ -173,10 +173,11 @@ def encode(
 def batches_of(file: str, examples: int, model: str | Path, columns: Mapping[str, str] | None = None) -> list[Any]:
     """The first chats of a file as a model reads them, for a calibration: input_ids [1, tokens] each."""
     import torch
-    from transformers import AutoTokenizer
+
+    from pissa.containers.checkpoint import ModelFolder
 
     with user_errors(OSError, ValueError, before=f"{model} has no tokenizer, which a calibration needs: "):
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        tokenizer = ModelFolder.open(model).tokenizer()
     give_template(tokenizer)
     texts = ["".join(prompt_and_answer(chat, tokenizer)) for chat in read_chats(records(file, columns))[:examples]]
     longest = min(tokenizer.model_max_length, 2048)

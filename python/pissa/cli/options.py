@@ -75,7 +75,7 @@ _TYPES: dict[str, Any] = {
     **dict.fromkeys(_NAMES, list[str]),
 }
 _HELP = {
-    "model_name_or_path": "folder of a model, its name on the hub, or a folder that pissa init has written",
+    "model_name_or_path": "folder of a model, GGUF file, name of one on the hub, or folder that pissa init has written",
     "dataset_name": "file of records (.jsonl, .json, .csv, .tsv, .parquet), text or folder of texts (.txt), data set",
     "learning_rate": f"peak learning rate, or {AUTO}: the one that pissa.suggest_lr finds",
     "r": f"rank of the adapters (default: {_RANK})",
@@ -84,6 +84,7 @@ _HELP = {
 }
 _CHOICES = {"quant": tuple(FORMATS), "repair": tuple(pissa.INIT_METHODS)}
 _OWN = (
+    ("config_from", str, None, "model whose config.json and tokenizer are taken for the GGUF file that is --model"),
     ("eval_data", str, None, "held-out data: the loss is computed before and after training"),
     ("columns", columns, None, COLUMNS_HELP),
     (

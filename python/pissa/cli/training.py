@@ -41,7 +41,7 @@ from pissa.cli.sources import ALLOWED, Records, is_records, records
 from pissa.cli.templates import check_continues, give_template
 from pissa.cli.terminal import UserError, count_of, first_interrupt, print_row, user_errors
 from pissa.cli.verification import step0_check
-from pissa.containers.checkpoint import PISSA_RECORD, Contents, ModelFolder
+from pissa.containers.checkpoint import AS_STORED, PISSA_RECORD, Contents, ModelFolder
 from pissa.containers.messages import first_line
 from pissa.containers.staged import check_unused
 from pissa.notices import InexactLoraWarning
@@ -64,11 +64,13 @@ class Training(NamedTuple):
         screen = io.StringIO() if training.process_index else sys.stderr if ours.json else sys.stdout
         with contextlib.redirect_stdout(screen):
             _check_device(training)
-            config, contents = _complete_options(ours, training, mixture)
+            config, source = _complete_options(ours, training, mixture)
+            contents = source.contents
             if args.is_process and training.device.type == "cpu":
                 return_freed_blocks()
             code = {"revision": ours.model_revision, "trust_remote_code": training.trust_remote_code}
-            processor = _load(ours, AutoProcessor.from_pretrained, **code)
+            is_gguf = contents is Contents.GGUF
+            processor = source.tokenizer() if is_gguf else _load(ours, AutoProcessor.from_pretrained, **code)
             tokenizer = getattr(processor, "tokenizer", processor)
             train, held_out = _data(ours, training, mixture, self.rows, tokenizer)
             model = _model(ours, training, config, contents, train, **code)
@@ -137,8 +139,8 @@ def _check_device(training: Any) -> None:
         raise UserError(f"--use_cpu false: {gpu} has not been tested; allowed once {needed}")
 
 
-def _complete_options(ours: Any, training: Any, mixture: Any) -> tuple[pissa.PissaConfig, Contents]:
-    """Completes and checks the options. Returns the configuration of the method, and what the model is stored as."""
+def _complete_options(ours: Any, training: Any, mixture: Any) -> tuple[pissa.PissaConfig, ModelFolder]:
+    """Completes and checks the options. Returns the configuration of the method, and the model."""
     data = ours.dataset_name or mixture.datasets
     for name, value in {"model": ours.model_name_or_path, "data": data}.items():
         if not value:
@@ -151,7 +153,7 @@ def _complete_options(ours: Any, training: Any, mixture: Any) -> tuple[pissa.Pis
         training.output_dir = _new_folder(f"{model.name}-{file.stem}")
     out = Path(training.output_dir)
     with user_errors(OSError, ValueError, before=f"--model {name}: "):
-        model_folder = ModelFolder.open(name, ours.model_revision)
+        model_folder = ModelFolder.open(name, ours.model_revision, config_from=ours.config_from)
         model_folder.require(*(contents for contents in Contents if contents is not Contents.PEFT_RESIDUAL))
         is_residual = model_folder.contents is Contents.RESIDUAL
         split = AdapterRecord.read(model_folder.folder / PISSA_RECORD).config if is_residual else None
@@ -162,7 +164,7 @@ def _complete_options(ours: Any, training: Any, mixture: Any) -> tuple[pissa.Pis
     elif training.process_index == 0:
         with user_errors(ValueError, before="--out "):
             check_unused(out, "go on with that run by --resume, or " if (out / RUN_FILE).is_file() else "")
-    return config, model_folder.contents
+    return config, model_folder
 
 
 def _new_folder(name: str) -> str:
@@ -254,11 +256,13 @@ def _model(ours: Any, training: Any, config: pissa.PissaConfig, contents: Conten
     """The wrapped model, calibrated on the first examples of the training data if its base asks for a calibration."""
     name, dtype = ours.model_name_or_path, getattr(torch, ours.dtype, None)
     load = partial(pissa.load, revision=ours.model_revision, dtype=dtype, device=training.device)
+    if ours.config_from:
+        load = partial(load, config_from=ours.config_from)
     if contents is Contents.RESIDUAL:
         model = _load(ours, load)
-    elif contents is Contents.RELEASED:  # which transformers would expand
+    elif contents in AS_STORED:  # which transformers would expand
         if config.needs_calibration:
-            raise UserError(f"--model {name}: as released it has nothing to calibrate; leave --quant out")
+            raise UserError(f"--model {name}: its codes stay as they are, with nothing to calibrate; leave --quant out")
         model = _load(ours, load, config=config)
     else:
         options |= {"dtype": ours.dtype, "attn_implementation": ours.attn_implementation}
