@@ -35,6 +35,17 @@ class Origin(NamedTuple):
     """Whether codes are decoded first, because the change crosses their blocks."""
 
 
+class Place(NamedTuple):
+    """Where a file stores a matrix of transformers, or a stack of them."""
+
+    tensors: dict[str, int]
+    """The stored tensors, and the number of rows of each."""
+    rows: Tensor | None
+    """For each row the number of the stored one, counted through all tensors; None if they are in order."""
+    columns: Tensor | None
+    """The same for columns."""
+
+
 class GgufSource(Source):
     """The tensors of a model in GGUF files by transformers' names, in the shapes of the dense model. Those in codes are
     uint8 [..., out, bytes of a row]."""
@@ -60,6 +71,11 @@ class GgufSource(Source):
     def names(self) -> list[str]:
         return list(self._origins)
 
+    @property
+    def stored_names(self) -> list[str]:
+        """llama.cpp's names of all tensors."""
+        return list(self._holders)
+
     def path_of(self, name: str) -> Path:
         return super().path_of(self._origin(name).tensors[0])
 
@@ -76,6 +92,10 @@ class GgufSource(Source):
         columns = row // format.block_bytes * format.usual_blocksize
         return (*stack, columns, rows) if origin.is_transposed else (*stack, rows, columns)
 
+    def columns(self, name: str) -> int:
+        """The columns of the stored matrix, or of each in a stack."""
+        return self.shape(name)[-2 if self._origin(name).is_transposed else -1]
+
     def entry(self, name: str) -> Entry:
         entries = [Source.entry(self, stored) for stored in self._origin(name).tensors]
         made = self._make(name, [torch.empty(entry.shape, dtype=entry.dtype, device="meta") for entry in entries])
@@ -83,6 +103,17 @@ class GgufSource(Source):
 
     def read(self, name: str, member: int | None = None) -> Tensor:
         return self._make(name, [Source.read(self, stored, member) for stored in self._origin(name).tensors])
+
+    def place(self, name: str) -> Place:
+        """Where the named matrix is stored."""
+        origin = self._origin(name)
+        tensors = {stored: (1, *Source.entry(self, stored).shape)[-2] for stored in origin.tensors}
+        if origin.change is None:
+            return Place(tensors, None, None)
+        if origin.is_decoded:
+            return Place(tensors, None, origin.change(torch.arange(self.shape(name)[-1])[None]).flatten())
+        numbers = torch.split(torch.arange(sum(tensors.values()))[:, None], list(tensors.values()))
+        return Place(tensors, origin.change(*numbers).flatten(), None)
 
     def release(self, names: Sequence[str]) -> None:
         super().release([stored for name in names for stored in self._origin(name).tensors])

@@ -1,107 +1,100 @@
-"""A LoRA for llama.cpp, as its own converter writes it: a GGUF file with the names and the row order of the converted
-base."""
+"""A LoRA for llama.cpp, for one GGUF file: the names, the order of rows and the stacks of experts are those of that
+file."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import gguf
+import torch
 from torch import Tensor
 
 from pissa.adapters.lora_folder import LoraFactors, LoraFolder
+from pissa.containers.checkpoint import Checkpoint, Contents
+from pissa.containers.gguf_model import GgufSource, Place
 from pissa.containers.hub import Name
 from pissa.containers.messages import quote
-from pissa.containers.model_folder import class_of, model_config
 from pissa.containers.staged import staged
+from pissa.conversion.plain_lora import PlainLora
 from pissa.integrations.exported import MERGE, Exported, no_base, read_factors
-
-_ARCHITECTURES = {
-    "LlamaForCausalLM": gguf.MODEL_ARCH.LLAMA,
-    "MistralForCausalLM": gguf.MODEL_ARCH.LLAMA,
-    "Qwen2ForCausalLM": gguf.MODEL_ARCH.QWEN2,
-    "Qwen3ForCausalLM": gguf.MODEL_ARCH.QWEN3,
-    "GemmaForCausalLM": gguf.MODEL_ARCH.GEMMA,
-    "Gemma2ForCausalLM": gguf.MODEL_ARCH.GEMMA2,
-    "Gemma3ForCausalLM": gguf.MODEL_ARCH.GEMMA3,
-}
-"""llama.cpp's architectures for the classes of transformers. For LLAMA, the rows of q and k are in the order that its
-rotary embedding uses."""
 
 
 def export_lora(adapter: LoraFolder, base: Name | None, target: Path, initial: Name | None) -> Exported:
-    """Writes the adapter to the new file `target`, float32, a layer at a time. Raises ValueError for a model that is
-    not known here, and for anything that llama.cpp does not take from an adapter, which is named."""
+    """Writes the adapter to the new file `target`, float32, one target at a time. `base` is the GGUF file with which
+    llama.cpp runs it. Raises ValueError for another base, and for anything that llama.cpp does not take from an
+    adapter, which is named."""
     model = base or adapter.named_base
     if model is None:
         raise no_base(adapter)
     if target.exists():
         raise ValueError(f"{target} exists already and nothing is overwritten; choose a new file")
-    lora = read_factors(adapter, base, initial, "llama.cpp")
-    config = model_config(model)
-    arch, places = _places(class_of(config).__name__, config, lora.folder)
-    rank = max(lora.rank(name) for name in lora.folder.factors)
+    checkpoint = Checkpoint.open(model)
+    if checkpoint.contents is not Contents.GGUF:
+        raise ValueError(
+            f"{checkpoint.name} contains {checkpoint.contents.value}; needed: the GGUF file with which llama.cpp runs "
+            f"the adapter, whose names and order of rows it has (base); or run {MERGE}, and convert that"
+        )
+    lora, source = read_factors(adapter, base, initial, "llama.cpp"), cast(GgufSource, checkpoint.stored)
+    places = {name: _place(lora.folder, source, name) for name in lora.folder.factors}
+    rank = max(lora.rank(name) for name in places)
     alpha = rank * lora.scaling
+    architecture = checkpoint.files[0].metadata["general.architecture"]
     with (
         staged(target.parent) as new,
-        closing(gguf.GGUFWriter(new(target.name), arch, use_temp_file=True)) as writer,
+        closing(gguf.GGUFWriter(new(target.name), architecture, use_temp_file=True)) as writer,
     ):
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
-        for name, factors in lora.folder.factors.items():
-            ((a, b),) = lora.matrices(name)
-            place, heads = places[name]
-            b = factors.scaling * len(a) / alpha * b  # llama.cpp scales by alpha / rank
-            for ending, tensor in zip("ab", _arrange(factors, heads, a, b), strict=True):
-                writer.add_tensor(f"{place}.weight.lora_{ending}", tensor.float().contiguous().numpy())
+        for name, place in places.items():
+            for stored, a, b in _arranged(lora, name, place):
+                b = lora.folder.factors[name].scaling * b.shape[-1] / alpha * b  # llama.cpp scales by alpha / rank
+                a = a.mT if lora.folder.factors[name].is_embedding else a
+                for ending, tensor in zip("ab", (a, b), strict=True):
+                    writer.add_tensor(f"{stored}.lora_{ending}", tensor.float().contiguous().numpy())
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
     return Exported(
         what=lora.what,
         layers=lora.layers,
-        written=f"a LoRA of rank {rank} in GGUF, architecture {arch}",
+        written=f"a LoRA of rank {rank} in GGUF, architecture {architecture}",
         bytes_written=target.stat().st_size,
-        load=f"llama-cli -m BASE.gguf --lora {target}",
+        load=f"llama-cli -m {checkpoint.folder} --lora {target}",
     )
 
 
-def _arrange(factors: LoraFactors, heads: int | None, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """The two tensors, from the factors a [rank, in] and b [out, rank]. An embedding's first is transposed."""
-    if heads is not None:
-        b = b.reshape(heads, 2, -1, b.shape[1]).transpose(1, 2).reshape(b.shape)
-    return a.mT if factors.is_embedding else a, b
+def _place(adapter: LoraFolder, source: GgufSource, target: str) -> Place:
+    """Where the file stores the weights that a target changes. Raises the errors of `export_lora`."""
+    factors: LoraFactors = adapter.factors[target]
+    is_stack = len(factors.layers) > 1
+    name = target if factors.is_fused else f"{factors.layers[0]}.weight"
+    if name not in source.names or is_stack != factors.is_fused:
+        reason = "which the file has under no name, or under that of a layer to which its weight is tied"
+    elif factors.is_embedding and "output.weight" not in source.stored_names:
+        reason = "whose weight is also the output layer's in this file"
+    else:
+        place = source.place(name)
+        shape, stored = (factors.out, *factors.row), (sum(place.tensors.values()), source.columns(name))
+        if shape in (stored, stored[::-1] if factors.mirrored or factors.is_embedding else stored):
+            return place
+        reason = f"for a weight {list(shape)}, which is {list(stored)} in the file"
+    raise ValueError(
+        f"{adapter.weights.path} has factors of layer {quote(target)}, {reason}: run {MERGE}, and convert that"
+    )
 
 
-def _places(model_class: str, config: Any, adapter: LoraFolder) -> tuple[str, dict[str, tuple[str, int | None]]]:
-    """The architecture for a model of that class, and for each target its name there and the number of heads in whose
-    rows the halves that are rotated together alternate; None if none do. Raises the errors of `export_lora`."""
-    if model_class not in _ARCHITECTURES:
-        raise ValueError(
-            f"the base is a {model_class}; the architectures of llama.cpp known here are {', '.join(_ARCHITECTURES)}: "
-            f"run {MERGE}, and convert that with llama.cpp's own converter"
-        )
-    arch, queries = _ARCHITECTURES[model_class], config.num_attention_heads
-    keys = getattr(config, "num_key_value_heads", None) or queries
-    permuted = {"attn_q": queries, "attn_k": keys} if arch == gguf.MODEL_ARCH.LLAMA else {}
-    names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
-    places = {}
-    for target, factors in adapter.factors.items():
-        name = names.get_name(factors.layers[0]) or ""
-        places[target] = name, (heads := permuted.get(name.rpartition(".")[2]))
-        if len(factors.layers) > 1 or not name:
-            reason = "which llama.cpp has under no name known here"
-        elif name in ("token_embd", "output") and config.tie_word_embeddings:
-            reason = "whose weight is tied to another's, and llama.cpp has but one"
-        elif len(factors.row) != 1 or factors.is_embedding != (name == "token_embd"):
-            reason = f"{list(factors.row)} in a row of a: llama.cpp has no such layer of that name"
-        elif heads is not None and factors.out % (2 * heads):
-            reason = f"of {factors.out} rows, which are not {heads} heads, as config.json says"
-        else:
-            continue
-        raise ValueError(
-            f"{adapter.weights.path} has factors of layer {quote(target)}, {reason}: run {MERGE}, and convert that"
-        )
-    return gguf.MODEL_ARCH_NAMES[arch], places
+def _arranged(lora: PlainLora, target: str, place: Place) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """The factors a [..., rank, in] and b [..., out, rank] of each stored tensor; those of experts are stacks."""
+    pairs = lora.matrices(target)
+    a, b = (torch.stack(factors) for factors in zip(*pairs, strict=True)) if len(pairs) > 1 else pairs[0]
+    if place.columns is not None:
+        a = torch.empty_like(a).index_copy_(-1, place.columns, a)
+    if place.rows is not None:
+        b = torch.empty_like(b).index_copy_(-2, place.rows, b)
+    parts = torch.split(b, list(place.tensors.values()), -2) if len(place.tensors) > 1 else (b,)
+    for stored, part in zip(place.tensors, parts, strict=True):
+        yield stored, a, part
