@@ -20,10 +20,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 import pissa
 from bench.experiments.riemannion import Riemannion
-from bench.experiments.triplets import EXACT, MEDIUM, MINOR
+from bench.experiments.triplets import EXACT, MEDIUM, MINOR, UNIT
 from pissa import PissaConfig
 
-pissa.INIT_METHODS.update({method.name: method for method in (EXACT, MEDIUM, MINOR)})
+pissa.INIT_METHODS.update({method.name: method for method in (EXACT, MEDIUM, MINOR, UNIT)})
 
 LORAPLUS_RATIO = 16  # of B's rate to A's (arXiv 2402.12354, its authors' choice)
 
@@ -175,7 +175,7 @@ METHODS: dict[str, Method] = {
     "gaussian": Method("LoRA, Gaussian", _peft(init_lora_weights="gaussian")),
     "rslora": Method("rsLoRA", _peft(use_rslora=True)),
     "pissa": Method("PiSSA", _ours()),
-    "unit": Method("orthonormal start", _ours(start_norm="unit")),
+    "unit": Method("orthonormal start", _ours(init=UNIT.name)),
     "dora": Method("DoRA", _peft(use_dora=True)),
     "olora": Method("OLoRA", _peft(init_lora_weights="olora")),
     "pissa_dora": Method("PiSSA + DoRA", _ours(use_dora=True)),
@@ -193,11 +193,11 @@ METHODS: dict[str, Method] = {
     "qpissa_1": Method("QPiSSA, T = 1", _nf4(), dense=False),
     "qpissa_5": Method("QPiSSA, T = 5", _nf4(quant_iters=5), dense=False),
     "pissa_on_nf4": Method("PiSSA's start on nf4(W)", _nf4(repair="lora"), dense=False),
-    "unit_on_nf4": Method("orthonormal start on nf4(W)", _nf4(start_norm="unit", repair="lora"), dense=False),
+    "unit_on_nf4": Method("orthonormal start on nf4(W)", _nf4(init=UNIT.name, repair="lora"), dense=False),
     "lora_on_1": Method("LoRA's start on T = 1", _nf4(init="lora", repair="pissa"), dense=False),
     "lora_on_5": Method("LoRA's start on T = 5", _nf4(init="lora", repair="pissa", quant_iters=5), dense=False),
-    "unit_on_1": Method("orthonormal start on T = 1", _nf4(start_norm="unit"), dense=False),
-    "unit_on_5": Method("orthonormal start on T = 5", _nf4(start_norm="unit", quant_iters=5), dense=False),
+    "unit_on_1": Method("orthonormal start on T = 1", _nf4(init=UNIT.name, repair="pissa"), dense=False),
+    "unit_on_5": Method("orthonormal start on T = 5", _nf4(init=UNIT.name, repair="pissa", quant_iters=5), dense=False),
     "repair_1": _repaired("repair, T = 1", repair="activations"),
     "repair_5": _repaired("repair, T = 5", repair="activations", quant_iters=5),
     "repair_diagonal": _repaired("diagonal repair", Reading(diagonal=True), repair="activations"),

@@ -23,7 +23,6 @@ from pissa.peft_private import build_layers_with
 
 Residual = Literal["implicit", "explicit"]
 Storage = Literal["uint8", "bfloat16", "float16", "float32"]
-StartNorm = Literal["singular", "unit"]
 
 ALTERNATING: tuple[str, ...] = ("pissa", "loftq", "activations")
 """The init methods that can alternate decomposition and quantisation."""
@@ -103,7 +102,8 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
     "lm_head"]`.
 
     Args:
-        init: "pissa" starts from the principal singular components. For comparison: "lora" starts from B = 0, "loftq"
+        init: "pissa" starts from the principal singular components; one whose singular value is 0 starts as with
+            "lora". For comparison: "lora" starts from B = 0, "loftq"
             (with `quant`) from the error of the format, and "activations" (with `quant`) from the part of that error
             which matters most to the outputs, given the layer's inputs (QERA, arXiv 2410.06040). "activations" needs a
             calibration; see `pissa.wrap`. "given" marks an adapter whose factors come from elsewhere: from other
@@ -114,11 +114,6 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
             repair="lora"`, PiSSA trains on the plainly quantised weight, from which LoRA's start takes nothing out.
             With `repair="activations"` and a calibration, the outputs of the base are repaired, not its weights. Only
             with `quant` or residual="explicit".
-        start_norm: the lengths of A0's rows and B0's columns, the singular vectors from which "pissa" starts.
-            "singular": √(S/s), as in the paper, so that s B0 A0 is that part of the weight. "unit": 1, an orthonormal
-            start, for any scaling s. A stored base then lacks the singular start, and the adapter's own, found in the
-            dense weight, is kept in addition, as with `repair`. A component whose singular value is 0 starts as with
-            "lora".
         svd: "krylov" (block Krylov, default) or "subspace" iteration.
         svd_passes: passes over each weight: an even number of at least 2, or "auto", as many as the rank needs; see
             `pissa.ops.svd_lowrank`.
@@ -154,9 +149,6 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
     lora_alpha: float | None = field(default=None, metadata={"help": "LoRA alpha (default: the rank)"})
     init: str = field(default="pissa", metadata={"help": "Start of the adapter: pissa, lora, loftq or activations"})
     repair: str | None = field(default=None, metadata={"help": "The start that a stored base lacks (None: init's)"})
-    start_norm: StartNorm = field(
-        default="singular", metadata={"help": "Length of the singular vectors to start from: singular or unit"}
-    )
     svd: Svd = field(default="krylov", metadata={"help": "Decomposition: krylov or subspace"})
     svd_passes: Passes = field(default="auto", metadata={"help": "Passes over each weight, even, or auto"})
     seed: int = field(default=0, metadata={"help": "Seed of the random sketch"})
@@ -231,7 +223,7 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
     @property
     def starts_as_base(self) -> bool:
         """Whether the adapter's start is the one that a stored residual lacks, including alternations."""
-        return self.repair is None and self.start_norm == "singular"
+        return self.repair is None
 
     @property
     def needs_calibration(self) -> bool:
@@ -239,13 +231,12 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
         return self.error_feedback or "activations" in (self.init, self.repair)
 
     def of_base(self) -> PissaConfig:
-        """The configuration of the start that a stored residual lacks: this one, or one that starts as `repair` says,
-        with the lengths that make it a part of the weight."""
+        """The configuration of the start that a stored residual lacks: this one, or one that starts as `repair`
+        says."""
         if self.starts_as_base:
             return self
-        fields: dict[str, Any] = {"init": self.repair or self.init, "repair": None}
-        fields["start_norm"] = "singular"
-        return dataclasses.replace(self, **fields | {"use_dora": False})
+        fields: dict[str, Any] = {"init": self.repair, "repair": None, "use_dora": False}
+        return dataclasses.replace(self, **fields)
 
     def of_adapter(self) -> PissaConfig:
         """The configuration of a start that no residual lacks, so without alternations and error feedback."""
@@ -302,7 +293,6 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
                     f"{name}: got {getattr(self, name)!r}; allowed: {', '.join(map(repr, methods))}, or a method of "
                     "your own that you add to pissa.INIT_METHODS first"
                 )
-        check_choice("start_norm", self.start_norm, get_args(StartNorm))
         check_svd(self.svd, self.svd_passes, self.seed, "svd_passes")
         check_choice("quant", self.quant, (None, *FORMATS))
         check_choice("quant_storage", self.quant_storage, get_args(Storage))
@@ -359,10 +349,6 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
             raise ValueError(
                 f"quant_iters: got {self.quant_iters}, but the residual lacks the start of {start!r}; allowed: "
                 f"1, or more with {' or '.join(map(repr, ALTERNATING))} as init or repair"
-            )
-        if self.start_norm == "unit" and self.init != "pissa":
-            raise ValueError(
-                f'start_norm="unit" starts only from singular vectors: got init={self.init!r}; allowed with it: "pissa"'
             )
 
     def _check_blocks(self) -> None:

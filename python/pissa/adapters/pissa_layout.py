@@ -94,13 +94,17 @@ def config_as_json(config: PissaConfig) -> dict[str, Any]:
     return fields
 
 
+_FORMER_FIELDS = {"start_norm": "singular"}
+"""Fields that earlier versions had, with the values that mean what every configuration means now."""
+
+
 def config_from_json(fields: dict[str, Any]) -> PissaConfig:
     """The inverse of `config_as_json`."""
     known = {f.name for f in _config_fields()}
     for name, value in fields.items():
-        if name not in known and not (value is None or value is False or value in ("", [], {})):
+        if name not in known and not (value is False or value in (None, "", [], {}, _FORMER_FIELDS.get(name))):
             raise ValueError(
-                f"config has an unknown field {quote(name)}, with the value {quote(value)}: a later version of pissa "
+                f"config has an unknown field {quote(name)}, with the value {quote(value)}: another version of pissa "
                 "or peft may know it"
             )
     return PissaConfig(**{name: value for name, value in fields.items() if name in known})

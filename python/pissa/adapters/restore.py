@@ -90,8 +90,7 @@ class _Restoration:
                 table.put(self.others[key])
         for name, layer in self.layers.items():
             self._put_layer(name, layer)
-        for field in ("init", "start_norm"):  # an existing adapter may have another start
-            setattr(self.model.peft_config[self.adapter_name], field, getattr(self.folder.config, field))
+        self.model.peft_config[self.adapter_name].init = self.folder.config.init  # an existing adapter may differ
         if self.modules:
             trained = {key: shard_as(parameter, self.others[key]) for key, parameter in self.modules.items()}
             set_peft_model_state_dict(self.model, trained, self.adapter_name)

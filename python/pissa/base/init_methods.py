@@ -71,8 +71,6 @@ class InitMethod(ABC):
         names = {*self.fields}
         if config.quant_iters > 1 and config.starts_as_base and self.name in ALTERNATING:
             names |= {"quant", "blocksize", "double_quant", "quant_iters"}
-        if config.start_norm != "singular":  # never for a start that a residual lacks: no pissa.json records it there
-            names.add("start_norm")
         if config.error_feedback and config.starts_as_base:
             names.add("error_feedback")
         return tuple((name, getattr(config, name)) for name in sorted(names))
@@ -172,8 +170,8 @@ def start_factors(task: StartTask) -> list[StartFactors]:
     """Computes the starts of the task's adapters, by the method that `config.init` names, after `config.quant_iters`
     alternations.
 
-    With `config.start_norm` "unit", the rows of a0 and the columns of b0 have length 1. A component that is zero up to
-    roundoff, which could not learn, starts as LoRA's: its row of a0 is random, and its column of b0 is 0.
+    A component that is zero up to roundoff, which could not learn, starts as LoRA's: its row of a0 is random, and its
+    column of b0 is 0.
 
     Raises:
         ValueError: NaN or Inf in a weight, which is named, or no second moments where they are needed.
@@ -186,8 +184,6 @@ def start_factors(task: StartTask) -> list[StartFactors]:
     method = INIT_METHODS[task.config.init]
     starts = method.start(task)
     empty = _find_empty(starts) if method.reads_weights else {}
-    if task.config.start_norm == "unit":
-        starts = [_make_orthonormal(start) for start in starts]
     for number, rows in empty.items():
         start = starts[number]
         rows, random = rows.to(start.a0.device), _draw(task, number).to(start.a0.device)
@@ -285,10 +281,3 @@ def _find_empty(starts: Sequence[StartFactors]) -> dict[int, Tensor]:
         flags.append(torch.stack([length <= bound * length.max() for length in lengths]).all(0))
     rows = torch.split(torch.cat(flags).cpu(), list(map(len, flags))) if flags else ()
     return {number: empty for number, empty in enumerate(rows) if empty.any()}
-
-
-def _make_orthonormal(start: StartFactors) -> StartFactors:
-    """The singular vectors, of length 1 up to one rounding of each element. Vectors of length 0 stay 0."""
-    rows, columns = (torch.linalg.vector_norm(part, dim=1, dtype=torch.float64) for part in (start.a0, start.b0.mT))
-    rows, columns = (length.where(length > 0, 1) for length in (rows, columns))
-    return StartFactors((start.a0 / rows[:, None]).float(), (start.b0 / columns).float(), start.origin)

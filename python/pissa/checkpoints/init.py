@@ -147,12 +147,11 @@ def _check_config(config: PissaConfig, experts: str) -> None:
         raise ValueError(
             f"experts: got {experts!r}; allowed: {DENSE!r}, or the format of the other layers, quant={config.quant!r}"
         )
-    for name in ("modules_to_save", "trainable_token_indices", "use_dora", "repair", "start_norm"):
-        value = getattr(config, name)
-        if value and value != "singular":
+    for name in ("modules_to_save", "trainable_token_indices", "use_dora", "repair"):
+        if value := getattr(config, name):
             raise ValueError(
                 f"{name}={value!r} is not for a checkpoint, whose adapter is a plain LoRA on the residual: leave it "
-                "out, and give it to the trainer (repair and start_norm: to pissa.load, with the folder)"
+                "out, and give it to the trainer (repair: to pissa.load, with the folder)"
             )
     if INIT_METHODS[config.init].is_given:
         raise ValueError(f"init={config.init!r} takes its factors from elsewhere, and cannot start from a checkpoint")

@@ -97,7 +97,6 @@ class Combination:
             "target_modules": set(self.ranks),
             "modules_to_save": list(dict.fromkeys(saved)) or None,
             "init": "given",
-            "start_norm": "singular",
             **dict.fromkeys(["exclude_modules", "layers_to_transform", "layers_pattern"]),
             **dict.fromkeys(["quant", "residual", "repair"]),  # the base stays what it is
             "quant_iters": 1,

@@ -120,7 +120,7 @@ def load_whole(model: Any, state_dict: Mapping[str, Any], load: Callable[[Mappin
 def start_at_zero(model: Any, adapter_name: str) -> None:
     """Sets the start factors of an adapter of a PissaModel to zero, so that its parameters are A and B."""
     config = model.peft_config[adapter_name]
-    config.init, config.start_norm = "given", "singular"
+    config.init = "given"
     for layer in pissa_layers(model.base_model.model, adapter_name).values():
         layer.lora_start[adapter_name] = layer.zero_start(adapter_name, layer.origin(adapter_name, config))
 

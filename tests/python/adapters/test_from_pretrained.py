@@ -146,7 +146,6 @@ def test_a_given_configuration_is_used(folder: Path, tiny_llama: Make, tokens: T
         ({"svd": "subspace"}, "svd is 'subspace'"),
         ({"svd_passes": 12}, "svd_passes is 12"),
         ({"init": "lora"}, "init is 'lora'"),
-        ({"start_norm": "unit"}, "start_norm is 'unit'"),
         (
             {"quant": "nf4"},
             "quant is 'nf4'.*PissaConfig.from_pretrained reads there, in inference_mode or lora_dropout",

@@ -208,8 +208,18 @@ def test_an_unknown_field_of_another_peft_is_refused_where_it_says_something(
 ) -> None:
     pissa.wrap(tiny_llama(), r=4).save_pretrained(tmp_path)
     edit_record(tmp_path, lambda c: c["config"].update(added_later=value))
-    words = f"unknown field 'added_later', with the value {value!r}: a later version of pissa or peft may know it"
+    words = f"unknown field 'added_later', with the value {value!r}: another version of pissa or peft may know it"
     with pytest.raises(ValueError, match=re.escape(words)):
+        PissaModel.from_pretrained(tiny_llama(), tmp_path)
+
+
+def test_the_length_of_a_start_that_a_former_version_had(tiny_llama: Make, tmp_path: Path) -> None:
+    """Every start has the singular values' length now."""
+    pissa.wrap(tiny_llama(), r=4).save_pretrained(tmp_path)
+    edit_record(tmp_path, lambda c: c["config"].update(start_norm="singular"))
+    PissaModel.from_pretrained(tiny_llama(), tmp_path)
+    edit_record(tmp_path, lambda c: c["config"].update(start_norm="unit"))
+    with pytest.raises(ValueError, match="unknown field 'start_norm', with the value 'unit': another version"):
         PissaModel.from_pretrained(tiny_llama(), tmp_path)
 
 

@@ -207,15 +207,11 @@ def test_loads_into_an_adapter_that_is_there(form: str, tiny_llama: Make, tokens
         model.load_adapter(tmp_path, "default")
 
 
-@pytest.mark.parametrize("fields", [{"init": "lora"}, {"start_norm": "unit"}])
-def test_an_adapter_that_is_there_takes_over_the_start(
-    fields: dict[str, str], tiny_llama: Make, tmp_path: Path
-) -> None:
-    pissa.wrap(tiny_llama(), r=4, **fields).save_pretrained(tmp_path / "a")
+def test_an_adapter_that_is_there_takes_over_the_start(tiny_llama: Make, tmp_path: Path) -> None:
+    pissa.wrap(tiny_llama(), r=4, init="lora").save_pretrained(tmp_path / "a")
     model = pissa.wrap(tiny_llama(), r=4)
     model.load_adapter(tmp_path / "a", "default")
-    config = model.peft_config["default"]
-    assert {name: getattr(config, name) for name in fields} == fields
+    assert model.peft_config["default"].init == "lora"
     model.save_pretrained(tmp_path / "b")
     assert (tmp_path / "b" / "pissa.json").read_bytes() == (tmp_path / "a" / "pissa.json").read_bytes()
 

@@ -69,16 +69,16 @@ def test_starts_of_loftq_from_other_block_sizes_are_two(small_llama: Make) -> No
     assert not torch.equal(head.start_of("other").b0, head.start_of("default").b0)
 
 
-def test_alternations_are_no_part_of_an_orthonormal_start(small_llama: Make) -> None:
+def test_alternations_are_no_part_of_a_start_beside_them(small_llama: Make) -> None:
     """They are the residual's, of which it is not a part."""
     fields = {"r": 4, "target_modules": ["q_proj"]}
-    model = pissa.wrap(small_llama(), quant="nf4", quant_iters=2, start_norm="unit", **fields)
-    model.add_adapter("plain", PissaConfig(start_norm="unit", **fields))
-    model.add_adapter("singular", PissaConfig(quant="nf4", quant_iters=2, **fields))
+    model = pissa.wrap(small_llama(), quant="nf4", quant_iters=2, repair="loftq", **fields)
+    model.add_adapter("plain", PissaConfig(**fields))
+    model.add_adapter("loftq", PissaConfig(init="loftq", quant="nf4", quant_iters=2, **fields))
     layer = pissa_layers(model.base_model.model)[Q]
     assert layer.start_of("plain") is layer.start_of("default")
     assert layer.start_of("default").recipe_rank is None
-    assert layer.start_of("singular") is layer.base.start
+    assert layer.start_of("loftq") is layer.base.start
     assert layer.base.start.recipe_rank == 4
 
 

@@ -210,3 +210,24 @@ def test_a_step_does_not_see_how_long_the_factors_are() -> None:
     first, second, *_ = products(1, lr=1e-3)
     norms = torch.linalg.svdvals(second - first)[:8] / (1e-3 * 0.2 * (24 * 32 / 8) ** 0.5)
     assert (norms - 1).abs().max() < 0.3  # of rank 2 r; the cut takes what is not tangential
+
+
+@pytest.mark.parametrize("fields", [{}, {"quant": "nf4", "repair": "pissa"}], ids=str)
+def test_an_orthonormal_start_has_the_vectors_alone(fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the scaling is. What a stored base lacks is PiSSA's start."""
+    import pissa
+    from bench.experiments.triplets import UNIT
+
+    monkeypatch.setitem(pissa.INIT_METHODS, UNIT.name, UNIT)
+    u, _, vh = torch.linalg.svd(torch.randn(20, 24, generator=torch.Generator().manual_seed(0)), full_matrices=False)
+    linear = torch.nn.Linear(24, 20, bias=False)
+    linear.weight.data.copy_((u / torch.arange(1, 21)) @ vh)
+    options = {"r": 4, "lora_alpha": 8, "svd_passes": 32, "target_modules": ["0"]}
+    model = pissa.wrap(torch.nn.Sequential(linear), init=UNIT.name, **options, **fields)
+    layer: Any = model.base_model.model[0]
+    start, lacking = layer.start_of("default"), layer.base.start
+    assert (start.b0 @ start.a0 - u[:, :4] @ vh[:4]).abs().max() < 1e-4
+    for vectors in (start.a0, start.b0.mT):
+        assert (vectors.double().norm(dim=1) - 1).abs().max() <= 2.0**-23  # each element is rounded once
+    assert (lacking is None) == (not fields)
+    assert lacking is None or lacking.origin.init == "pissa"

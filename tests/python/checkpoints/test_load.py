@@ -263,7 +263,7 @@ def test_a_saved_adapter_comes_back(form: str, source: Path, tokens: Tensor, tmp
     assert torch.equal(logits(again.merge_and_unload(), tokens), logits(other.merge_and_unload(), tokens))
 
 
-@pytest.mark.parametrize("start", [{"init": "lora"}, {"start_norm": "unit"}], ids=str)
+@pytest.mark.parametrize("start", [{"init": "lora"}, {"init": "pissa"}], ids=str)
 def test_another_adapter_on_the_same_residuals(
     start: dict[str, str], source: Path, tokens: Tensor, tmp_path: Path
 ) -> None:

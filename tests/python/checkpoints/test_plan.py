@@ -201,7 +201,7 @@ def test_a_missing_expert(tmp_path: Path) -> None:
         ("gpt2", {"quant": "nf4"}, r"layer transformer\.h\.0\.attn\.c_attn is a Conv1D, .*leave quant out"),
         ("llama", {"r": 40, "target_modules": ["k_proj"]}, r"rank 40 is too large for layer .*k_proj"),
         ("llama", {"use_dora": True}, r"use_dora=True is not for a checkpoint"),
-        ("llama", {"start_norm": "unit"}, r"start_norm='unit' is not for a checkpoint.* to pissa\.load"),
+        ("llama", {"repair": "lora", "quant": "nf4"}, r"repair='lora' is not for a checkpoint.* to pissa\.load"),
         ("llama", {"modules_to_save": ["lm_head"]}, r"modules_to_save=\['lm_head'\] is not for a checkpoint"),
         ("llama", {"residual": "implicit"}, r"residual=\"implicit\" leaves the weights as they are"),
         ("llama", {"init": "given"}, r"init='given' takes its factors from elsewhere"),

@@ -169,7 +169,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     shutil.copytree(whole, cut)
     cut_last_step(cut)
     # An earlier version had no such option.
-    options_then = [line for line in (cut / "run.yaml").read_text().splitlines() if "start_norm" not in line]
+    options_then = [line for line in (cut / "run.yaml").read_text().splitlines() if "quant_storage" not in line]
     (cut / "run.yaml").write_text("\n".join(options_then))
 
     assert main(command(base, data, cut, *options)) == 0
@@ -341,7 +341,7 @@ def test_wrong_arguments_are_refused(
         (["--svd-passes", "3"], "got '3'; allowed: auto, or an even number of at least 2"),
         (["--svd-passes", "many"], "got 'many'; allowed: auto, or an even number of at least 2"),
         (["--quant", "int5"], "invalid choice: 'int5' (choose from"),
-        (["--start-norm", "one"], "invalid choice: 'one' (choose from"),
+        (["--quant-storage", "one"], "invalid choice: 'one' (choose from"),
     ],
 )
 def test_wrong_values_are_refused(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

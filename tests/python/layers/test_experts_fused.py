@@ -47,7 +47,6 @@ def test_a_saved_adapter_comes_back_to_the_bit(kind: str, tokens: Tensor, tmp_pa
         {"target_modules": ["gate_up_proj"]},
         {"target_modules": ["down_proj"], "use_rslora": True},
         {"rank_pattern": {"down_proj": 3}, "alpha_pattern": {"gate_up_proj": 5, "o_proj": 4}},
-        {"start_norm": "unit"},
         {"r": 28},  # more than some weights have rows or columns, those of experts too
     ],
     ids=str,

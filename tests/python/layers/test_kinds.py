@@ -51,8 +51,7 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
 LINEAR = ("linear", "conv1d", "4 bits", "8 bits")
 VARIANTS: list[dict[str, Any]] = [
     {"use_dora": True},
-    {"start_norm": "unit"},
-    {"start_norm": "unit", "use_dora": True},
+    {"init": "lora", "use_dora": True},
     {"init": "lora"},
     {"use_rslora": True},
     {"lora_dropout": 0.3},

@@ -70,7 +70,7 @@ def test_the_weight_that_models_ask_for_is_the_bases(form: str, dtype: torch.dty
 
 
 @forms
-@pytest.mark.parametrize("fields", [{}, {"use_rslora": True}, {"start_norm": "unit"}], ids=str)
+@pytest.mark.parametrize("fields", [{}, {"use_rslora": True}], ids=str)
 @pytest.mark.parametrize("bias", [False, True])
 def test_function_and_gradients_are_the_papers(form: str, fields: dict[str, object], bias: bool) -> None:
     model = pissa.wrap(toy(bias=bias), r=R, lora_alpha=3, **fields, **FORMS[form])
@@ -118,12 +118,12 @@ def test_same_rank_and_scaling_share_start_factors(form: str) -> None:
     model.add_adapter("same", pissa.PissaConfig(r=R, target_modules=["proj"]))
     model.add_adapter("rank", pissa.PissaConfig(r=2, target_modules=["proj"]))
     model.add_adapter("scaled", pissa.PissaConfig(r=R, lora_alpha=2 * R, target_modules=["proj"]))
-    for name in ("unit", "same unit"):
-        model.add_adapter(name, pissa.PissaConfig(r=R, start_norm="unit", target_modules=["proj"]))
-    assert layer.start_of("same unit") is layer.start_of("unit")
+    for name in ("zero", "same zero"):
+        model.add_adapter(name, pissa.PissaConfig(r=R, init="lora", target_modules=["proj"]))
+    assert layer.start_of("same zero") is layer.start_of("zero")
     assert layer.start_of("same").a0 is layer.start_of("default").a0
     assert layer.start_of("same").b0 is layer.start_of("default").b0
-    for other in ("rank", "scaled", "unit"):
+    for other in ("rank", "scaled", "zero"):
         assert layer.start_of(other) is not layer.start_of("default")
     # the base function stays, so that another rank decomposes what the base computes
     split = ops.split(base64(layer).float(), 2)

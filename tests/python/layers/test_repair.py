@@ -25,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarnin
 
 IN, OUT, R = 48, 40, 4
 METHODS = [name for name in INIT_METHODS if name not in ("activations", "given")]
-STARTS = {name: {"init": name} for name in METHODS} | {"unit": {"init": "pissa", "start_norm": "unit"}}
+STARTS = {name: {"init": name} for name in METHODS}
 FORMS = {"nf4": {"quant": "nf4"}, "int8": {"quant": "int8"}, "explicit": {"residual": "explicit"}}
 CASES = [(form, repair, 1) for form in FORMS for repair in METHODS if (form, repair) != ("explicit", "loftq")]
 CASES += [(form, repair, 2) for form in ("nf4", "int8") for repair in ("pissa", "loftq")]
@@ -33,9 +33,8 @@ CASES += [(form, repair, 2) for form in ("nf4", "int8") for repair in ("pissa", 
 LIVES = [(form, one, 1, other) for form in FORMS for one, other in zip(METHODS, METHODS[1:] + METHODS[:1], strict=True)]
 LIVES = [life for life in LIVES if life[0] != "explicit" or "loftq" not in life]
 LIVES += [(form, "lora", 1, "pissa") for form in FORMS]
-LIVES += [(form, repair, 1, "unit") for form in FORMS for repair in ("pissa", "lora")]
 ALTERNATED = [case for case in CASES if case[2] > 1]
-LIVES += [(form, repair, iters, start) for form, repair, iters in ALTERNATED for start in (repair, "lora", "unit")]
+LIVES += [(form, repair, iters, start) for form, repair, iters in ALTERNATED for start in (repair, "lora")]
 every_base = pytest.mark.parametrize(("form", "repair", "iters"), CASES)
 
 

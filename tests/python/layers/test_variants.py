@@ -18,11 +18,7 @@ from pissa import PissaModel, ops
 from pissa.layers.layer import Magnitude, pissa_layers
 from reference import EPS, power_law
 
-VARIANTS = {
-    "dora": {"use_dora": True},
-    "orthonormal": {"start_norm": "unit"},
-    "orthonormal, dora": {"start_norm": "unit", "use_dora": True},
-}
+VARIANTS = {"dora": {"use_dora": True}}
 BASES = {
     **FORMS,
     "repaired": {"quant": "nf4", "repair": "loftq"},
@@ -161,33 +157,16 @@ def test_pissa_starts_from_the_principal_components() -> None:
     assert torch.allclose(a0.norm(dim=1), b0.norm(dim=0), rtol=1e-5)
 
 
-@pytest.mark.parametrize("form", ["implicit", "explicit", "nf4"])
-def test_an_orthonormal_start_has_the_vectors_alone(form: str) -> None:
-    """Whatever the scaling is. What a stored base lacks is the singular start."""
-    weight = power_law(20, 24, 1.0).float()
-    fields = {"lora_alpha": 8, "svd_passes": 32}
-    a0, b0, model = start_of(weight, start_norm="unit", **fields, **FORMS[form])
-    u, _, vh = torch.linalg.svd(weight.double(), full_matrices=False)
-    assert error(b0 @ a0, u[:, :4] @ vh[:4]) < 20 * 24 * EPS[torch.float32]
-    for vectors in (a0, b0.mT):
-        assert (vectors.norm(dim=1) - 1).abs().max() <= EPS[torch.float32]  # each element is rounded once
-        assert (vectors @ vectors.mT - torch.eye(4)).abs().max() < 24 * EPS[torch.float32]
-    kept, alone = layer_of(model).base.start, layer_of(start_of(weight, **fields)[2]).start_of("default")
-    assert (kept is None) == (form == "implicit")
-    assert kept is None or all(map(torch.equal, kept.buffers(), alone.buffers()))
-
-
-@pytest.mark.parametrize("start_norm", ["singular", "unit"])
 @pytest.mark.parametrize("svd", ["krylov", "subspace"])
 @pytest.mark.parametrize("rank", [0, 3])
-def test_a_component_that_the_weight_lacks_starts_as_lora_s(rank: int, svd: str, start_norm: str) -> None:
+def test_a_component_that_the_weight_lacks_starts_as_lora_s(rank: int, svd: str) -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(40, rank, generator=generator) @ torch.randn(rank, 30, generator=generator)
-    a0, b0, _ = start_of(weight, svd=svd, start_norm=start_norm, seed=1)
+    a0, b0, _ = start_of(weight, svd=svd, seed=1)
     drawn, _, _ = start_of(weight, init="lora", seed=1)
     assert torch.equal(a0[rank:], drawn[rank:])
     assert not b0[:, rank:].any()
-    if start_norm == "singular" and rank:
+    if rank:
         assert error(b0 @ a0, weight) < 64 * EPS[torch.float32]
 
 

@@ -82,9 +82,6 @@ def test_form(fields: dict[str, object], form: tuple[object, ...]) -> None:
         ({"quant": "nf4", "repair": "given"}, "repair: got 'given'; allowed: None, 'pissa'"),
         ({"residual": "explicit", "repair": "loftq"}, "repair: got 'loftq' without quant"),
         ({"quant": "int8", "blocksize": 128}, "blocksize: got 128; with quant='int8' a block is a row"),
-        ({"start_norm": "one"}, "start_norm: got 'one'; allowed: 'singular', 'unit'"),
-        ({"start_norm": "unit", "init": "lora"}, 'start_norm="unit" .*: got init=\'lora\'.* allowed .*: "pissa"'),
-        ({"start_norm": "unit", "init": "given"}, "start_norm=\"unit\" .*: got init='given'"),
         ({"init": "loftq"}, "init: got 'loftq' without quant"),
         ({"blocksize": 48}, "blocksize: got 48; allowed: 32, 64"),
         ({"blocksize": 8192}, "blocksize: got 8192"),
@@ -116,16 +113,6 @@ def test_repair_names_another_start_than_the_adapters() -> None:
     same = PissaConfig(r=4, init="pissa", repair="pissa", quant="nf4")
     assert same == PissaConfig(r=4, quant="nf4")
     assert same.of_base() is same.of_adapter() is same
-
-
-def test_an_orthonormal_start_stands_beside_the_singular_one() -> None:
-    config = PissaConfig(r=4, start_norm="unit", quant="nf4", quant_iters=3, use_dora=True)
-    base, adapter = config.of_base(), config.of_adapter()
-    assert (base.init, base.start_norm, base.quant_iters, base.use_dora) == ("pissa", "singular", 3, False)
-    assert (adapter.init, adapter.start_norm, adapter.quant_iters, adapter.use_dora) == ("pissa", "unit", 1, True)
-    on_lora = PissaConfig(r=4, start_norm="unit", quant="nf4", repair="lora")
-    assert (on_lora.of_base().init, on_lora.of_base().start_norm) == ("lora", "singular")
-    assert dataclasses.replace(on_lora, repair="pissa") == PissaConfig(r=4, start_norm="unit", quant="nf4")
 
 
 def test_double_quant_must_be_a_bool() -> None:

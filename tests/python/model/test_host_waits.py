@@ -29,7 +29,6 @@ FORMS: dict[str, dict[str, Any]] = {
     "int8": {"quant": "int8"},
     "as LoRA": {"init": "lora"},
     "DoRA": {"use_dora": True},
-    "orthonormal": {"start_norm": "unit"},
 }
 
 

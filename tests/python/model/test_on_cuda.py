@@ -130,7 +130,6 @@ VARIANTS: list[dict[str, Any]] = [
     {"init": "loftq", "quant": "nf4"},
     {"target_modules": ["embed_tokens", "q_proj"], "modules_to_save": ["lm_head"]},
     {"use_dora": True},
-    {"start_norm": "unit"},
     {"target_modules": ["q_proj"], "trainable_token_indices": [3, 5]},
     {"lora_dropout": 0.5},
 ]

@@ -25,7 +25,6 @@ FORMS: dict[str, dict[str, Any]] = {
     **language_models.FORMS,
     "dora": {"use_dora": True},
     "embeddings": {"target_modules": ["embed_tokens", "q_proj"]},
-    "orthonormal": {"start_norm": "unit"},
     "rslora": {"use_rslora": True, "lora_alpha": 3, "rank_pattern": {"q_proj": 2}},
 }
 pytestmark = pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning")
@@ -150,16 +149,13 @@ def plain_lora(base: torch.nn.Module, tokens: Tensor, **fields: Any) -> peft.Pef
     return model.eval()
 
 
-@pytest.mark.parametrize(
-    ("start_norm", "fields"),
-    [("singular", {}), ("unit", {"use_dora": True}), ("singular", {"target_modules": ["embed_tokens", "q_proj"]})],
-)
+@pytest.mark.parametrize("fields", [{}, {"use_dora": True}, {"target_modules": ["embed_tokens", "q_proj"]}])
 def test_a_plain_lora_of_the_same_rank_is_taken_for_what_it_is(
-    start_norm: str, fields: dict[str, Any], small_llama: Make, tokens: Tensor, tmp_path: Path
+    fields: dict[str, Any], small_llama: Make, tokens: Tensor, tmp_path: Path
 ) -> None:
     plain = plain_lora(small_llama(), tokens, **fields)
     state, expected = peft.get_peft_model_state_dict(plain, save_embedding_layers=False), logits(plain, tokens)
-    model = pissa.wrap(small_llama(), r=4, start_norm=start_norm, **fields)
+    model = pissa.wrap(small_llama(), r=4, **fields)
     model.add_adapter("other", PissaConfig(r=4, **fields))
     train(model, tokens)
     assert not peft.set_peft_model_state_dict(model, state).unexpected_keys
@@ -221,7 +217,7 @@ def test_another_state_dict_is_refused_before_anything_is_touched(
 def test_factors_beside_a_tensor_of_another_shape_change_nothing(own: bool, small_llama: Make, tokens: Tensor) -> None:
     """torch loads what fits before it raises. A plain LoRA, which is not the adapter's own, would take its start."""
     fields: dict[str, Any] = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
-    model = pissa.wrap(small_llama(), r=4, start_norm="unit", **fields)
+    model = pissa.wrap(small_llama(), r=4, **fields)
     state = peft.get_peft_model_state_dict(model if own else plain_lora(small_llama(), tokens, **fields))
     train(model, tokens)
     before, config = snapshot(model), model.peft_config["default"].to_dict()

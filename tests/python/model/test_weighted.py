@@ -69,10 +69,9 @@ def total(layer: PissaLayer, weights: list[float], names: tuple[str, str] = ("a"
 
 
 @pytest.mark.parametrize("weights", WEIGHTS, ids=str)
-@pytest.mark.parametrize("start_norm", ["singular", "unit"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_cat_is_the_weighted_sum_of_the_changes(kind: str, start_norm: str, weights: list[float]) -> None:
-    model, layer = adapters(kind, start_norm=start_norm)
+def test_cat_is_the_weighted_sum_of_the_changes(kind: str, weights: list[float]) -> None:
+    model, layer = adapters(kind)
     model.add_weighted_adapter(["a", "b"], weights, "sum", "cat")
     assert layer.r["sum"] == 5
     expected, size = total(layer, weights)

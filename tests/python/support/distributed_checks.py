@@ -80,7 +80,7 @@ def started() -> dict[str, str]:
     for repair, iters in (("pissa", 2), ("loftq", 1)):
         model = pissa.wrap(llama(), r=4, quant="nf4", init="lora", repair=repair, quant_iters=iters)
         found[f"LoRA on {repair}"] = bits(model.state_dict())
-    found["orthonormal"] = bits(pissa.wrap(llama(), r=4, quant="nf4", start_norm="unit").state_dict())
+    found["PiSSA on loftq"] = bits(pissa.wrap(llama(), r=4, quant="nf4", repair="loftq").state_dict())
     for name, fields in {"repaired": {"repair": "activations"}, "fed back": {}}.items():
         fields = {"init": "lora", "quant": "nf4", "error_feedback": True, **fields}
         fields["target_modules"] = ["q_proj", "v_proj", "gate_proj"]  # down_proj has an odd number of columns

@@ -47,7 +47,6 @@ DENSE: dict[str, dict[str, Any]] = {
     "rslora": {"use_rslora": True, "lora_alpha": 3, "rank_pattern": {"q_proj": 2}},
     "lora": {"init": "lora"},
     "rewards": REWARDS,
-    "orthonormal": {"start_norm": "unit"},
     "dora": {"use_dora": True},
     "a head of its own": {"modules_to_save": ["lm_head"]},
     "tokens": {"trainable_token_indices": [1, 5]},
@@ -133,7 +132,7 @@ def test_an_adapter_beside_another(tiny_llama: Make, tokens: Tensor) -> None:
     model = pissa.wrap(tiny_llama(), r=4, quant="nf4")
     model.add_adapter("plain", PissaConfig(r=4, init="lora", lora_alpha=8))
     model.add_adapter("small", PissaConfig(r=2))
-    model.add_adapter("unit", PissaConfig(r=4, start_norm="unit"))
+    model.add_adapter("scaled", PissaConfig(r=4, lora_alpha=8))
     model.set_adapter("plain")
     train(model, tokens)
     trained = logits(model.eval(), tokens)
@@ -141,9 +140,9 @@ def test_an_adapter_beside_another(tiny_llama: Make, tokens: Tensor) -> None:
     assert error(logits(served(base, model, of="residual"), tokens), trained) < BOUND  # the active one
     with pytest.raises(ValueError, match=r"of adapter 'small', of rank 4; both together have rank 8, .* 4 is"):
         pissa.lora_state_dict(model, "small", base="residual")
-    with pytest.raises(ValueError, match=r"of adapter 'unit', of rank 4; both together have rank 12, .* 8 is"):
-        pissa.lora_state_dict(model, "unit", base="residual")
-    with pytest.raises(ValueError, match="adapter_name: got 'other'; allowed: 'default', 'plain', 'small', 'unit'"):
+    with pytest.raises(ValueError, match=r"of adapter 'scaled', of rank 4; both together have rank 12, .* 8 is"):
+        pissa.lora_state_dict(model, "scaled", base="residual")
+    with pytest.raises(ValueError, match="adapter_name: got 'other'; allowed: 'default', 'plain', 'small', 'scaled'"):
         pissa.lora_state_dict(model, "other")
     model.base_model.set_adapter(["default", "plain"])
     with pytest.raises(ValueError, match="several adapters are active; give one of 'default', 'plain'"):
