@@ -59,12 +59,6 @@ ADAPTER_FILES = (*CONFIG_FILES, ADAPTER_WEIGHTS, PISSA_WEIGHTS, PISSA_CODES)
 FORMAT = 2
 """The format of the record that is written and read."""
 
-_FORMER = (
-    ". Only versions before 0.1.0 have written format 1, and no release reads it: load the adapter with pissa's source "
-    "of that time (commit 755c0b4b is the last), or, as a plain LoRA, with peft.PeftModel.from_pretrained"
-)
-"""What to do about the format before this one."""
-
 MARK = "pissa"
 """The entry in a file's metadata: in pissa.safetensors the record, in the plain LoRA the digest of that file."""
 
@@ -232,7 +226,7 @@ class AdapterRecord:
         if (format := fields["format"]) != FORMAT:
             raise ValueError(
                 f"format {quote(format)} of pissa {fields.get('pissa_version')!r} is not {FORMAT}, which pissa "
-                f"{ops.build_info()['version']} reads{_FORMER if format == 1 else ''}"
+                f"{ops.build_info()['version']} reads; peft.PeftModel.from_pretrained reads the folder as a plain LoRA"
             )
         if fields.pop("xxh3") != checksum(fields):
             raise ValueError("xxh3 is not the checksum of the other fields: one of them has been changed")
@@ -302,7 +296,9 @@ class PissaFolder(AdapterRecord):
             raise ValueError(_no_adapter(path))
         tensors = TensorFile(path / PISSA_WEIGHTS)
         if MARK not in tensors.metadata:
-            raise ValueError(f"{tensors.path} is of format 1, or another program has written it{_FORMER}")
+            raise ValueError(
+                f"{tensors.path} has no record: another version or another program has written it. {SAVED}"
+            )
         if not is_export_ours(path):
             raise ValueError(
                 f"{say_replaced(path)} Load that with peft.PeftModel.from_pretrained; or, for the adapter that pissa "

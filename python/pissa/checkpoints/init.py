@@ -50,7 +50,6 @@ from pissa.model.batches import Batch, digest_of
 from pissa.model.calibrate import BlockMoments, check_wanted
 from pissa.model.inject import own_config
 from pissa.model.pissa_model import model_class
-from pissa.ops.formats import FORMATS
 from pissa.ops.low_rank import pad_rank
 
 DENSE = "dense"
@@ -441,15 +440,7 @@ def _sampled_error(weight: Tensor, residual: Tensor | ops.QuantizedWeight, start
     """‖W - Q - s B0 A0‖² and ‖W‖² of the first rows."""
     rows = min(len(weight), max(16, len(weight) // _SAMPLE))
     sample = weight[:rows].float()
-    stored = residual[:rows].float() if isinstance(residual, Tensor) else ops.dequantize(_first_rows(residual, rows))
+    first = torch.arange(rows, device=weight.device)
+    stored = residual[:rows].float() if isinstance(residual, Tensor) else ops.embedding(first, residual)
     error = torch.addmm(sample - stored, start.b0[:rows], start.a0, alpha=-start.origin.scaling)
     return {"error_squared": square(error), "norm_squared": square(sample)}
-
-
-def _first_rows(weight: ops.QuantizedWeight, rows: int) -> ops.QuantizedWeight:
-    shape = (rows, weight.shape[1])
-    tensors = FORMATS[weight.format].tensors(shape, weight.blocksize, weight.nested)
-    count = {name: size[0] for name, (size, _) in tensors.items() if size}
-    nested = None if weight.nested_absmax is None else weight.nested_absmax[: count["nested_absmax"]]
-    codes, absmax = weight.codes[: count["codes"]], weight.absmax[: count["absmax"]]
-    return weight._replace(codes=codes, absmax=absmax, nested_absmax=nested, shape=shape)

@@ -69,8 +69,10 @@ def test_a_folder_of_an_earlier_version_loads(tmp_path: Path) -> None:
 
 
 def test_a_folder_from_before_the_first_release_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"format 1, .* before 0\.1\.0 .* peft\.PeftModel\.from_pretrained"):
+    with pytest.raises(ValueError, match=r"pissa\.safetensors has no record: another version"):
         PissaModel.from_pretrained(kept_base(), FIXTURES / "format_1")
+    with pytest.raises(ValueError, match=r"format 1 of pissa .* is not 2, .* peft\.PeftModel\.from_pretrained"):
+        pissa.PissaConfig.from_pretrained(FIXTURES / "format_1")
 
 
 def test_another_base_is_refused_by_its_first_layer(tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
