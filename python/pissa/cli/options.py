@@ -79,7 +79,7 @@ _HELP = {
     "dataset_name": "file of records (.jsonl, .json, .csv, .tsv, .parquet), text or folder of texts (.txt), data set",
     "learning_rate": f"peak learning rate, or {AUTO}: the one that pissa.suggest_lr finds",
     "r": f"rank of the adapters (default: {_RANK})",
-    "output_dir": "new folder of the run: adapter, checkpoints, options, picture (default: model and data in its name)",
+    "output_dir": "new folder of the run: adapter, checkpoints, options (default: model and data in its name)",
     "num_train_epochs": "passes over the data, unless --steps says how many steps",
 }
 _CHOICES = {"quant": tuple(FORMATS), "repair": tuple(pissa.INIT_METHODS)}

@@ -1,11 +1,9 @@
-"""What a training has given: an answer before and after, the picture of the losses, the report."""
+"""What a training has given: an answer before and after, and the report."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -18,10 +16,8 @@ from pissa.cli.generation import generate
 from pissa.cli.options import RUN_FILE
 from pissa.cli.progress import tokens_per_second
 from pissa.cli.templates import end_of_answer
-from pissa.cli.terminal import as_rows, as_size, print_row
+from pissa.cli.terminal import as_rows, as_size, format_table, print_row
 from pissa.containers.checkpoint import Contents
-
-PICTURE_FILE = "loss.png"
 
 
 def method_name(ours: Any, config: pissa.PissaConfig) -> str:
@@ -66,19 +62,17 @@ def show_answers(trainer: Any, tokenizer: Any, before: str | None) -> None:
         print(as_rows(label, str(text), _LINES))
 
 
-def draw(ours: Any, training: Any, config: pissa.PissaConfig, unit: str, history: Sequence[Mapping[str, Any]]) -> None:
-    """Draws the losses so far, in nats per `unit`, if matplotlib is installed."""
-    trained, held_out = (
-        ([row["step"] for row in history if key in row], [row[key] for row in history if key in row])
-        for key in ("loss", "eval_loss")
-    )
-    if not trained[0] or training.process_index or find_spec("matplotlib") is None:
-        return
-    from pissa.cli.pictures import draw_losses
-
-    title = f"{Path(ours.model_name_or_path).name}, rank {ours.r}, learning rate {training.learning_rate:g}"
-    path = Path(training.output_dir) / PICTURE_FILE
-    draw_losses({method_name(ours, config): trained}, path, title, unit, held_out)
+def loss_table(history: Sequence[Mapping[str, Any]]) -> str:
+    """The losses at each evaluation: the mean over the training since the one before, and that of the held-out data."""
+    rows, losses = [], list[float]()
+    for row in history:
+        if "loss" in row:
+            losses.append(row["loss"])
+        if "eval_loss" in row:
+            trained = f"{statistics.mean(losses):.4f}" if losses else ""
+            rows.append((str(row["step"]), trained, f"{row['eval_loss']:.4f}"))
+            losses.clear()
+    return format_table(("step", "training loss", "held-out loss"), rows)
 
 
 def report(trainer: Any, ours: Any, config: pissa.PissaConfig, contents: Contents) -> dict[str, Any]:
@@ -89,17 +83,14 @@ def report(trainer: Any, ours: Any, config: pissa.PissaConfig, contents: Content
     if not steps:  # none was logged
         return {}
     seconds, memory = statistics.median(row["seconds"] for row in steps), steps[-1]["peak_memory_mib"]
-    has_picture = find_spec("matplotlib") is not None
     first, last = (statistics.mean(part) for part in (losses[:5], losses[-5:]))
     print_row("loss", f"{first:.4f} in the first 5 steps, {last:.4f} in the last 5")
     if held_out:
+        print(f"\n{loss_table(history)}\n")
         print_row("held out", f"loss {held_out[0]:.4f} before, {held_out[-1]:.4f} after")
     speed = f", {rate:,.0f} tokens a second" if (rate := tokens_per_second(history)) else ""
     print_row("cost", f"{seconds:.2f} s per step (median){speed}, peak memory {as_size(int(memory * 2**20))}")
-    picture = f"{PICTURE_FILE}, " if has_picture else ""
-    print_row("saved", f"{out}: the adapter, {RUN_FILE}, {picture}checkpoints (only --resume needs them)")
-    if not has_picture:
-        print_row("note", "no picture of the losses: run `pip install matplotlib`")
+    print_row("saved", f"{out}: the adapter, {RUN_FILE}, checkpoints (only --resume needs them)")
     if ours.quant:
         print_row("note", inexact_lora([ours.quant]))
     if contents is Contents.RESIDUAL:

@@ -1,10 +1,10 @@
-"""What `pissa finetune` and `pissa dpo` do while they train: the bar, the picture, the costs of each step, Ctrl-C."""
+"""What `pissa finetune` and `pissa dpo` do while they train: the bar, the costs of each step, Ctrl-C."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -47,9 +47,8 @@ class CompleteError(Exception):
 
 
 class Watch(TrainerCallback):  # type: ignore[misc]
-    """Records the `seconds` per step and `peak_memory_mib` with each logged loss, in trainer_state.json, and calls
-    `draw` with the history after each evaluation. After a call of `stop`, the step is finished, a checkpoint is
-    written, and the training ends.
+    """Records the `seconds` per step and `peak_memory_mib` with each logged loss, in trainer_state.json. After a call
+    of `stop`, the step is finished, a checkpoint is written, and the training ends.
 
     Raises:
         CompleteError: from `train`, after the checkpoint has been loaded, if the run is resumed after its last step.
@@ -58,9 +57,6 @@ class Watch(TrainerCallback):  # type: ignore[misc]
 
     requested = False
     started = seconds = 0.0
-
-    def __init__(self, draw: Callable[[Sequence[Mapping[str, Any]]], None]) -> None:
-        self._draw = draw
 
     def stop(self) -> None:
         """Ends the training after this step."""
@@ -83,7 +79,3 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         if "loss" in logs:
             costs = {"seconds": round(self.seconds, 4), "peak_memory_mib": round(peak_memory() / 2**20, 1)}
             state.log_history[-1].update(costs)
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.is_world_process_zero:
-            self._draw(state.log_history)

@@ -33,7 +33,7 @@ from pissa.cli.card import write_card
 from pissa.cli.data import encode, read_chats, read_preferences, shown
 from pissa.cli.memory import free_memory, return_freed_blocks
 from pissa.cli.options import AUTO, RUN_FILE, adapter_config, check_same_run, parse, record
-from pissa.cli.outcome import answer, draw, method_name, report, show_answers
+from pissa.cli.outcome import answer, method_name, report, show_answers
 from pissa.cli.plan import collate, make_plan, needs_checkpointing
 from pissa.cli.progress import CompleteError, LossBar, Watch
 from pissa.cli.selftest import has_passed_on_gpu
@@ -53,8 +53,6 @@ class Training(NamedTuple):
 
     trainer: str
     """The name of the trainer without "Trainer"."""
-    unit: str
-    """What the loss is averaged over."""
     rows: Callable[[Records, Any, int], tuple[list[dict[str, Any]], str]]
     """Rows of records (these, tokenizer, most tokens), and a note on what was cut."""
 
@@ -78,7 +76,7 @@ class Training(NamedTuple):
                 training.gradient_checkpointing = needs_checkpointing(training, model, train)
                 training.activation_checkpointing = training.gradient_checkpointing  # its name in later versions
             datasets.disable_progress_bars()
-            watch = Watch(partial(draw, ours, training, config, self.unit))
+            watch = Watch()
             names = {"train_dataset": train, "eval_dataset": held_out, "processing_class": processor}
             recorded = training.model_init_kwargs
             training.model_init_kwargs = None  # TRL would report that it ignores them
@@ -111,7 +109,6 @@ class Training(NamedTuple):
                 _train(trainer, ours, watch, checkpoint, f"pissa {args.command}")
                 show_answers(trainer, tokenizer, before)
                 result |= report(trainer, ours, config, contents)
-                draw(ours, training, config, self.unit, trainer.state.log_history)
             # DDP's reducer must be freed before its process group. If the reducer is the last to hold the group, it
             # holds Python's lock and waits for a gloo thread that waits for the same lock (torch 2.13).
             accelerator = trainer.accelerator
@@ -410,5 +407,5 @@ def _preferences(source: Records, tokenizer: Any, max_length: int) -> tuple[list
     return rows, ""
 
 
-FINETUNE = Training("SFT", "answer token", _answers)
-DPO = Training("DPO", "pair", _preferences)
+FINETUNE = Training("SFT", _answers)
+DPO = Training("DPO", _preferences)

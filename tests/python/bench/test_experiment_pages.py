@@ -102,10 +102,10 @@ def test_two_methods_differ_beyond_two_standard_errors_of_the_differences() -> N
 
 
 def test_a_method_has_one_colour_in_all_pictures() -> None:
-    """In those of the command line too. What a legend calls QPiSSA is it at any number of alternations."""
+    """In those of the demo too. What a legend calls QPiSSA is it at any number of alternations."""
     from bench.experiments.figures import style
     from bench.experiments.methods import METHODS
-    from pissa.cli.pictures import STYLES
+    from bench.pictures import STYLES
 
     for method in ("lora", "pissa", "qpissa_1", "qpissa_5"):
         name = METHODS[method].label.partition(",")[0]

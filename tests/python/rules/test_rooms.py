@@ -32,7 +32,7 @@ ROOMS: dict[str, set[str]] = {
     "conversion": PEFT | {"tqdm"},
     "checkpoints": PEFT | {"safetensors", "tqdm"},
     "integrations": PEFT | {"safetensors", "tqdm"},
-    "cli": PEFT | {"tqdm", "matplotlib", "safetensors", "datasets", "trl", "yaml", "psutil"},
+    "cli": PEFT | {"tqdm", "safetensors", "datasets", "trl", "yaml", "psutil"},
 }
 # Libraries that one module alone uses.
 ALONE = {

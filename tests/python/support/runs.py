@@ -71,7 +71,7 @@ WEIGHTS = "adapter_model.safetensors"
 
 def cut_last_step(out: Path, last: int = 4) -> None:
     """Leaves of a run what a crash in its last step does: the checkpoint before, and one that was not finished."""
-    for name in (WEIGHTS, "loss.png", "trainer_state.json", f"checkpoint-{last}/trainer_state.json"):
+    for name in (WEIGHTS, "trainer_state.json", f"checkpoint-{last}/trainer_state.json"):
         (out / name).unlink()
 
 

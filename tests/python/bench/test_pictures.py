@@ -1,13 +1,18 @@
-"""The picture of the losses and the table of the demo."""
+"""bench.pictures: the picture of the losses."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import numpy as np
+import pytest
 
-from pissa.cli.pictures import LORA, PISSA, QPISSA, draw_losses, smoothed
-from pissa.cli.terminal import format_table
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(autouse=True)
+def _bench_can_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT)
 
 
 def pixels(path: Path) -> np.ndarray:
@@ -17,6 +22,8 @@ def pixels(path: Path) -> np.ndarray:
 
 
 def test_smoothing_is_the_mean_of_the_neighbours() -> None:
+    from bench.pictures import smoothed
+
     assert smoothed([1.0, 2.0, 6.0, 3.0], 3) == [1.5, 3.0, 11 / 3, 4.5]
     assert smoothed([1.0, 2.0], 1) == [1.0, 2.0]
     assert smoothed([4.0], 5) == [4.0]
@@ -30,6 +37,8 @@ def count(picture: np.ndarray, colour: str, opacity: float = 1.0) -> int:
 
 
 def test_every_curve_is_drawn_thick_and_thin_in_its_methods_colour(tmp_path: Path) -> None:
+    from bench.pictures import LORA, PISSA, QPISSA, draw_losses
+
     steps = range(1, 41)
     curves = {
         name: (steps, [1 / step + offset + 0.2 * (step % 2) for step in steps])
@@ -45,19 +54,10 @@ def test_every_curve_is_drawn_thick_and_thin_in_its_methods_colour(tmp_path: Pat
 
 
 def test_a_run_of_one_step_has_a_visible_point(tmp_path: Path) -> None:
+    from bench.pictures import PISSA, draw_losses
+
     for name, loss in (("point.png", 1.0), ("none.png", float("nan"))):
         draw_losses({"PiSSA": ([1], [loss])}, tmp_path / name, "")
     # Both have the label in that colour; a circle of 6 points at 160 dpi covers about 140 pixels.
     point, none = (count(pixels(tmp_path / name), PISSA) for name in ("point.png", "none.png"))
     assert point - none > 100
-
-
-def test_a_table_is_aligned() -> None:
-    table = format_table(["method", "loss\n(nats)", "n"], [["LoRA", "1.0", "1,000"], ["PiSSA-long", "12.5", "7"]])
-    assert table.split("\n") == [
-        "              loss",
-        "method      (nats)      n",
-        "----------  ------  -----",
-        "LoRA           1.0  1,000",
-        "PiSSA-long    12.5      7",
-    ]

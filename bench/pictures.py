@@ -1,4 +1,4 @@
-"""The picture of the losses of runs. `bench` and the documentation use the same colours."""
+"""The picture of the losses of runs, and the colours that all pictures of bench and of the book use."""
 
 from __future__ import annotations
 
