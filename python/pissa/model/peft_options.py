@@ -14,24 +14,17 @@ def refuse_unsupported(
     *,
     key_mapping: dict[str, str] | None = None,
     ignore_mismatched_sizes: bool = False,
-    use_auth_token: bool | str | None = None,
     device_map: str | dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> None:
     """Raises ValueError for a PEFT option that would be ignored. The message says what to do instead."""
-    if key_mapping:
-        raise ValueError(
-            f"key_mapping={quote(key_mapping)} is not supported: an adapter is restored into layers of the names that "
-            "it was saved with. Use peft.PeftModel.from_pretrained with key_mapping, for which the folder is a plain "
-            "LoRA"
-        )
-    if ignore_mismatched_sizes:
-        raise ValueError(
-            "ignore_mismatched_sizes=True is not supported: an adapter is restored as a whole. Load the base that it "
-            "was trained on, or use peft.PeftModel.from_pretrained, for which the folder is a plain LoRA"
-        )
-    if use_auth_token:
-        raise ValueError("use_auth_token is not supported, huggingface_hub has dropped it: use token")
+    for name, value in {"key_mapping": key_mapping, "ignore_mismatched_sizes": ignore_mismatched_sizes}.items():
+        if value:
+            raise ValueError(
+                f"{name}={quote(value)} is not supported: an adapter is restored as a whole, into layers of the names "
+                "that it was saved with. Load the base that it was trained on, or use peft.PeftModel.from_pretrained, "
+                "for which the folder is a plain LoRA"
+            )
     places = getattr(model, "hf_device_map", None) or {}
     if isinstance(device_map, dict) and device_map != places and {"cpu", "disk"} & set(places.values()):
         raise ValueError(

@@ -83,7 +83,6 @@ def test_a_subfolder(folder: Path, tiny_llama: Make, tokens: Tensor) -> None:
     [
         ({"key_mapping": {"^model": "new"}}, "key_mapping={.*peft.PeftModel.from_pretrained"),
         ({"ignore_mismatched_sizes": True}, "ignore_mismatched_sizes=True .*peft.PeftModel.from_pretrained"),
-        ({"use_auth_token": "x"}, "use_auth_token .*use token"),
     ],
     ids=lambda value: next(iter(value), "") if isinstance(value, dict) else "",
 )
