@@ -69,7 +69,7 @@ def main() -> None:
         for r in options.ranks:
             error = 0.0
             for weight, (a0, b0) in zip(weights, factors[r], strict=True):
-                residual = ops.residual(weight, a0, b0, form=format)
+                [residual] = ops.residual_many([weight], [a0], [b0], [1.0], form=format)
                 error += squared([weight.double() - ops.dequantize(residual) - b0.double() @ a0.double()])
             errors.append(error)
         relative = (f"{math.sqrt(error / size):.3%}" for error in errors)

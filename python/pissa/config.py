@@ -74,7 +74,7 @@ class Form(NamedTuple):
         return f"{self.name} ({details})" if details else self.name
 
     def options(self) -> dict[str, Any]:
-        """The form as keyword arguments of `ops.residual`."""
+        """The form as keyword arguments of `ops.residual_many`."""
         return {"form": self.name, "blocksize": self.blocksize, "double_quant": self.double_quant}
 
 

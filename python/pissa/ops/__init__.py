@@ -18,7 +18,7 @@ from pissa.ops._grouped import grouped_linear
 from pissa.ops._linear import add_low_rank, linear
 from pissa.ops._load import _C
 from pissa.ops._norm import rms_norm
-from pissa.ops._principal import residual, residual_many, svd_lowrank
+from pissa.ops._principal import residual_many, svd_lowrank
 from pissa.ops._quant import QuantizedWeight, dequantize, embedding, quantize
 from pissa.ops._scores import TokenScores, token_scores
 from pissa.ops._second_moment import add_second_moment
@@ -39,7 +39,6 @@ __all__ = [
     "grouped_linear",
     "linear",
     "quantize",
-    "residual",
     "residual_many",
     "rms_norm",
     "split",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, linalg
@@ -106,35 +106,6 @@ def unchecked_factors(
 # ---- Residuals -------------------------------------------------------------------------------------------------------
 
 
-def residual(
-    weight: Tensor,
-    a0: Tensor,
-    b0: Tensor,
-    *,
-    scaling: float = 1.0,
-    form: str = "explicit",
-    blocksize: int | None = None,
-    double_quant: bool | None = None,
-) -> Tensor | QuantizedWeight:
-    """Computes `weight - scaling * b0 @ a0` for given factors, with the same bits as `split`.
-
-    Args:
-        weight: [out, in], float32, bfloat16 or float16, finite.
-        a0: float32 [r, in]. With r = 0 the residual is the whole weight.
-        b0: float32 [out, r].
-        form: "explicit" (in the weight's dtype) or one of `formats.FORMATS`.
-        blocksize, double_quant: for a quantised format; see `quantize`.
-
-    Returns:
-        A tensor [out, in] in the weight's dtype, or a `QuantizedWeight`.
-
-    Raises:
-        TypeError, ValueError: an argument is invalid; the message names it.
-    """
-    options: dict[str, Any] = {"form": form, "blocksize": blocksize, "double_quant": double_quant}
-    return residual_many([weight], [a0], [b0], [scaling], names=["weight"], **options)[0]
-
-
 def residual_many(
     weights: Sequence[Tensor],
     a0s: Sequence[Tensor],
@@ -147,14 +118,22 @@ def residual_many(
     names: Sequence[str] | None = None,
     second_moments: Sequence[Tensor] | None = None,
 ) -> list[Tensor | QuantizedWeight]:
-    """`residual` for many weights, with the same bits. The host waits for a GPU once, after all of them are queued.
+    """Computes `weight - scaling * b0 @ a0` for given factors of many weights, with the same bits as `split`. The host
+    waits for a GPU once, after all of them are queued.
 
     Args:
-        weights, a0s, b0s, scalings: the arguments of `residual` for each weight, all on one device.
-        form, blocksize, double_quant: see `residual`; the same for all weights.
+        weights: [out, in] each, float32, bfloat16 or float16, finite; all on one device.
+        a0s: float32 [r, in] each. With r = 0 the residual is the whole weight.
+        b0s: float32 [out, r] each.
+        scalings: a positive number for each.
+        form: "explicit" (in the weight's dtype) or one of `formats.FORMATS`; the same for all weights.
+        blocksize, double_quant: for a quantised format; see `quantize`.
         names: names of the weights in errors (default: "weights[0]", "weights[1]", ...).
         second_moments: those of the weights' inputs, as `split` takes them. The codes of a quantised form are then
             found by error feedback; see `quantize`. Weights that share one tensor share its factorisation.
+
+    Returns:
+        For each weight a tensor [out, in] in its dtype, or a `QuantizedWeight`.
 
     Raises:
         TypeError, ValueError: an argument is invalid; the message names it. No residual is returned then.

@@ -97,7 +97,8 @@ def test_alternations_are_part_of_a_start(small_llama: Make) -> None:
         split = ops.split(matrix, r)
         assert torch.equal(layer.start_of(name).a0, split.a0), name
         assert layer.start_of(name).recipe_rank is None
-    quantised = ops.residual(small_llama().get_submodule(Q).weight, *start.recipe, form="nf4")
+    weight, (a, b) = small_llama().get_submodule(Q).weight, start.recipe
+    [quantised] = ops.residual_many([weight], [a], [b], [1.0], form="nf4")
     assert torch.equal(layer.base.residual.codes, quantised.codes)
 
 

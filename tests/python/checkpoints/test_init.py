@@ -208,7 +208,7 @@ def test_factors_that_a_residual_lacks(tmp_path: Path, monkeypatch: pytest.Monke
         assert record.layers[name].recipe == (start.recipe_rank or None)
         expected = {"q_proj": 0 * start.a0, "k_proj": start.a0}.get(name.rpartition(".")[2], 2 * start.a0)
         assert torch.equal(a, expected)
-        residual = pissa.ops.residual(source[f"{name}.weight"], a, b, form="nf4")
+        [residual] = pissa.ops.residual_many([source[f"{name}.weight"]], [a], [b], [1.0], form="nf4")
         assert torch.equal(from_state(entries(found, name)).codes, residual.codes), name
     assert not kept
 

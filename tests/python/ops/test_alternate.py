@@ -78,7 +78,7 @@ def test_the_result_is_an_iterate(form: dict[str, Any], dtype: torch.dtype, firs
         split = ops.split(put(w), 4, scaling=0.5, quant_iters=count, quantise_first=first, tolerance=0, **form)
         assert isinstance(split.residual, ops.QuantizedWeight)
         assert split.taken is not None
-        again = ops.residual(put(w), *split.taken, scaling=0.5, **form)
+        [again] = ops.residual_many([put(w)], *([factor] for factor in split.taken), [0.5], **form)
         assert isinstance(again, ops.QuantizedWeight)
         assert all(map(torch.equal, split.residual.tensors().values(), again.tensors().values()))
         lost = w.double() - ops.dequantize(fetch(split.residual)).double()
@@ -128,7 +128,7 @@ def test_the_best_iterate_is_kept_when_a_later_one_is_worse() -> None:
             if same(before, split) or not same(split, after):
                 continue  # not the last iterate, or bettered by the next one
             kept += 1
-            following = ops.residual(w, split.a0, split.b0, form="nf4")
+            [following] = ops.residual_many([w], [split.a0], [split.b0], [1.0], form="nf4")
             lost = w.double() - ops.dequantize(following).double()
             assert torch.linalg.svdvals(lost)[8:].norm() > error(w, split)
     assert kept > 0
@@ -296,7 +296,7 @@ def test_the_error_of_another_weight_is_refused(size: int, error: Tensor, words:
 @pytest.mark.parametrize("form", [{"form": "explicit"}, *FORMS])
 def test_a_residual_without_factors_is_the_weight(form: dict[str, Any]) -> None:
     w = put(weight(dtype=torch.bfloat16))
-    found = ops.residual(w, put(torch.empty(0, 96)), put(torch.empty(40, 0)), **form)
+    [found] = ops.residual_many([w], [put(torch.empty(0, 96))], [put(torch.empty(40, 0))], [1.0], **form)
     if form["form"] == "explicit":
         assert torch.equal(found, w)
         assert found.data_ptr() != w.data_ptr()

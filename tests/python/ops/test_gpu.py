@@ -134,7 +134,7 @@ def test_alternations_are_as_close_to_the_weight_as_on_the_cpu(form: str) -> Non
 
     for weight, one, other in zip(weights, here, there, strict=True):
         assert distance(other, weight) == pytest.approx(distance(one, weight), rel=0.02)
-        residual = ops.residual(weight, *other.taken, scaling=0.5, form=form)
+        [residual] = ops.residual_many([weight], *([factor] for factor in other.taken), [0.5], form=form)
         # The same residual but for codes beside which rounding may decide otherwise.
         assert (residual.codes != other.residual.codes).double().mean() < 0.01
 
@@ -156,7 +156,7 @@ def test_a_decomposition_has_the_same_bits_every_time() -> None:
 
     def run() -> list[Tensor]:
         splits = ops.split_many(weights, [16] * 4, [1.0] * 4)
-        rest = ops.residual(weights[0], splits[0].a0, splits[0].b0, form="nf4")
+        [rest] = ops.residual_many(weights[:1], [splits[0].a0], [splits[0].b0], [1.0], form="nf4")
         return [*(t for split in splits for t in (split.a0, split.b0)), *rest[:4]]
 
     first = run()

@@ -166,7 +166,7 @@ def test_dequantize_refuses_other_dtypes() -> None:
 def test_a_residual_that_overflows_is_refused(form: str, element: float, value: float) -> None:
     weight, a0, b0 = put((torch.full((64, 64), element), torch.full((4, 64), value), torch.randn(64, 4)))
     with pytest.raises(ValueError, match=r"^a0 of weight, b0 of weight: contain NaN or Inf, or their product"):
-        ops.residual(weight, a0, b0, form=form)
+        ops.residual_many([weight], [a0], [b0], [1.0], names=["weight"], form=form)
 
 
 def test_scales_whose_mean_overflows_are_refused() -> None:

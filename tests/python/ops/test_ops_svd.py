@@ -164,9 +164,10 @@ def test_quantised_residual_in_one_pass_is_the_quantised_residual(
     options = {"blocksize": blocksize, "double_quant": double_quant}
     split = ops.split(weight, r, form=form, **options)
     assert split.taken is None
-    explicit = ops.residual(weight, split.a0, split.b0)
+    factors = [weight], [split.a0], [split.b0], [1.0]
+    [explicit] = ops.residual_many(*factors)
     again = ops.quantize(explicit, form, **options)
-    given_factors = ops.residual(weight, split.a0, split.b0, form=form, **options)
+    [given_factors] = ops.residual_many(*factors, form=form, **options)
     for fused in (split.residual, given_factors):
         assert fused.shape == shape
         for got, want in zip(fused, again, strict=True):
