@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -15,7 +14,7 @@ from pissa.base.bitsandbytes_state import from_state as from_state
 from pissa.base.bitsandbytes_state import to_bitsandbytes as to_bitsandbytes
 from pissa.base.protocol import Operand
 from pissa.base.start import StartFactors
-from pissa.base.weights import CodedLinear, Dense, copy_without_hooks, dense_linear, in_memory
+from pissa.base.weights import CodedLinear, Dense, dense_linear, in_memory
 from pissa.distributed import is_sharded
 
 
@@ -28,7 +27,7 @@ class BnbLinear4bit(CodedLinear):
     """The base that replaces bitsandbytes' Linear4bit, y = x Qᵀ + b. It computes the same from the same bytes, on the
     CPU also in evaluation (where bitsandbytes repacks them and loses the gradient). It stores three dtypes:
     `quant_storage`, of the parameter that holds the codes; the one that bitsandbytes decodes them to; and the one that
-    it casts inputs to, or None. It also keeps bitsandbytes' `linear`; without one, `restore_module` makes one."""
+    it casts inputs to, or None."""
 
     fingerprint_dtype = None
 
@@ -40,16 +39,9 @@ class BnbLinear4bit(CodedLinear):
         quant_storage: torch.dtype,
         decoded_dtype: torch.dtype,
         compute_dtype: torch.dtype | None,
-        linear: Any = None,
     ) -> None:
         super().__init__(weight, bias, quant_storage)
         self.decoded_dtype, self.compute_dtype = decoded_dtype, compute_dtype
-        # The layer without its tensors, which would not move with ours. The list hides it from our modules.
-        self._rest: list[Any] = []
-        if linear is not None:
-            rest = copy_without_hooks(linear)
-            rest._parameters, rest.quant_state = {}, None
-            self._rest.append(rest)
 
     def operand_for(self, start: StartFactors, scaling: float, x: Tensor) -> Operand | None:
         """The codes, for an input that bitsandbytes' layer would not cast."""
@@ -59,19 +51,16 @@ class BnbLinear4bit(CodedLinear):
         """Returns bitsandbytes' layer over the same bytes."""
         from bitsandbytes.nn import Linear4bit, Params4bit
 
-        if self._rest:
-            linear = copy.copy(self._rest[0])
-        else:
-            linear = Linear4bit(
-                self.in_features,
-                self.out_features,
-                bias=False,
-                compute_dtype=self.compute_dtype,
-                compress_statistics=self.double_quant,
-                quant_type="nf4",
-                quant_storage=self.quant_storage,
-                device="meta",
-            )
+        linear: Any = Linear4bit(
+            self.in_features,
+            self.out_features,
+            bias=False,
+            compute_dtype=self.compute_dtype,
+            compress_statistics=self.double_quant,
+            quant_type="nf4",
+            quant_storage=self.quant_storage,
+            device="meta",
+        )
         entries = to_bitsandbytes(self.quantized, self.decoded_dtype)
         state = {name.removeprefix("weight."): part for name, part in entries.items() if name != "weight"}
         codes = self.weight.data.reshape(-1, 1)
@@ -139,7 +128,6 @@ def from_bitsandbytes(linear: Any) -> BnbLinear4bit:
         quant_storage=linear.weight.dtype,
         decoded_dtype=state.dtype,
         compute_dtype=linear.compute_dtype,
-        linear=linear,
     )
     base.training = linear.training
     return base
