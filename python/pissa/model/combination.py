@@ -71,11 +71,6 @@ class Combination:
         for adapter in adapters:
             layers |= pissa_layers(model, adapter)
         largest = [max(layer.r.get(adapter, 0) for layer in layers.values()) for adapter in adapters]
-        if len(set(largest)) > 1 and combination_type == "linear":
-            raise ValueError(
-                "All adapters must have the same r value when using combination_type linear. Got "
-                f"{dict(zip(adapters, largest, strict=True))}; take svd or cat"
-            )
         limits = {"cat": sum(largest), "linear": max(largest), "svd": svd_rank or max(largest)}
         self.model, self.configs = model, configs
         self.terms = list(zip(adapters, weights, strict=True))

@@ -148,9 +148,9 @@ class PissaModel(MendedPeftModel):
             weights: a finite number for each adapter, of any sign.
             adapter_name: name of the new adapter.
             combination_type: "cat" is the whole sum; its rank is the sum of the adapters' ranks. "svd" is the best
-                approximation of the sum at rank `svd_rank`. "linear" is the best approximation at the adapters' rank,
-                which must be equal. (PEFT's "linear" sums factors, which does not give the sum of the changes.) PEFT's
-                other types, which prune, are refused.
+                approximation of the sum at rank `svd_rank`. "linear" is "svd" at the adapters' largest rank. (PEFT's
+                "linear" sums factors, which does not give the sum of the changes.) PEFT's other types, which prune, are
+                refused.
             svd_rank: rank for "svd" (default: the largest rank of the adapters). A layer that needs a lower rank gets
                 the lower one.
             svd_clamp: must be None. It would clip factors, and one change has many pairs of factors.
