@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -46,19 +47,11 @@ def shares(layers: Iterable[Tensor]) -> list[float]:
 
 
 def kinds_of(names: Iterable[str]) -> dict[str, list[str]]:
-    """The names of each kind of layers. A kind is what follows the last number in a name, as short as distinguishes the
-    kinds: "q_proj", or "attn.c_proj" and "mlp.c_proj"."""
-    by_ending = defaultdict[tuple[str, ...], list[str]](list)
+    """The names of each kind of layers. A kind is what follows the last number in a name, such as "mlp.up_proj"."""
+    kinds = defaultdict[str, list[str]](list)
     for name in names:
-        parts = name.split(".")
-        start = max((i + 1 for i, part in enumerate(parts[:-1]) if part.isdigit()), default=0)
-        by_ending[tuple(parts[start:])].append(name)
-    kinds = {}
-    for ending, of_kind in by_ending.items():
-        lengths = range(1, len(ending) + 1)
-        alone = (n for n in lengths if not any(other[-n:] == ending[-n:] for other in by_ending if other != ending))
-        kinds[".".join(ending[-next(alone, len(ending)) :])] = of_kind
-    return kinds
+        kinds[re.sub(r"^.*\.\d+\.", "", name)].append(name)
+    return dict(kinds)
 
 
 def report(

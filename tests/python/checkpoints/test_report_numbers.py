@@ -52,7 +52,7 @@ def test_summaries_weigh_layers_by_their_squares() -> None:
 def test_kinds() -> None:
     names = [f"h.{i}.{kind}" for i in range(5) for kind in ("attn.c_proj", "mlp.c_proj", "mlp.c_fc")]
     kinds = kinds_of([*names, "lm_head", "x.1.experts.0.w1"])
-    assert list(kinds) == ["attn.c_proj", "mlp.c_proj", "c_fc", "lm_head", "w1"]
+    assert list(kinds) == ["attn.c_proj", "mlp.c_proj", "mlp.c_fc", "lm_head", "w1"]
     assert kinds["mlp.c_proj"] == [name for name in names if name.endswith("mlp.c_proj")]
 
 

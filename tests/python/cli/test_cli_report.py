@@ -26,7 +26,7 @@ def test_tables(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ups = [w.double() for name, w in weights.items() if "up_proj" in name]
     kept = sum(float(torch.linalg.svdvals(w)[:4].square().sum()) for w in ups)
     energy = 100 * kept / sum(float(w.square().sum()) for w in ups)
-    row = re.search(r"^up_proj +2 +([\d.]+)% +([\d.]+)%$", out, flags=re.MULTILINE)
+    row = re.search(r"^mlp\.up_proj +2 +([\d.]+)% +([\d.]+)%$", out, flags=re.MULTILINE)
     assert row is not None
     assert float(row[1]) == pytest.approx(energy, abs=0.2)
     assert float(row[2]) > float(row[1])
@@ -74,7 +74,7 @@ def test_json(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for kind, some in found["kinds"].items():
         check(some, KIND, kind)
     assert {kind: some["layers"] for kind, some in found["kinds"].items()} == dict.fromkeys(
-        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], 2
+        [*(f"self_attn.{x}_proj" for x in "qkvo"), *(f"mlp.{name}_proj" for name in ("gate", "up", "down"))], 2
     ) | {"all": 14}
 
 
