@@ -222,10 +222,6 @@ class Initialised(Written):
     """The result of `init`. Its `error` is ‖W - Q - s B0 A0‖ / ‖W‖, from the first 64th of each layer's rows."""
 
     layers: int
-    memory: int
-    """The largest number of bytes in flight."""
-    largest: str
-    """The layer that needs most of it."""
     only_ours: bool
     """Whether only `pissa.load` reads the result, because fused experts are quantised."""
 
@@ -278,13 +274,9 @@ def init(
         plan.config.base_model_name_or_path = checkpoint.name
         run = _Split(plan, Path(os.path.abspath(target)), memory, torch.device(device), calibration)
         written = run.run(progressbar)
-        need = {name: run.in_flight(layer) for name, layer in plan.layers.items()}
-        largest = max(need, key=need.__getitem__)
         return Initialised(
             **vars(written),
             layers=len(plan.layers),
-            memory=max(memory, need[largest]),
-            largest=largest,
             only_ours=plan.has_packed_experts,
         )
 

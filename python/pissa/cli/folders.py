@@ -125,7 +125,8 @@ def _add_init(parser: argparse.ArgumentParser) -> None:
     add("--quant-iters", type=positive_int, default=1, metavar="T", help="alternations of SVD and quantisation")
     add("--svd-passes", type=passes, default="auto", metavar="N", help="passes over each matrix (even)")
     add("--seed", type=int, default=0, metavar="N", help="seed of the random sketch")
-    add("--memory", type=_memory, default="1GB", metavar="SIZE", help="limit for matrices and results in memory")
+    memory = "limit for matrices and results in memory; a matrix that needs more gets it"
+    add("--memory", type=_memory, default="1GB", metavar="SIZE", help=memory)
     experts = "how fused experts are kept with --quant: dense, or in the same format, which only pissa.load reads"
     add("--experts", metavar="FORMAT", default="dense", help=experts)
     add("--device", default="cpu", metavar="DEV", help="where matrices are split, e.g. cuda")
@@ -180,11 +181,6 @@ def _init(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     kept = f"{done.layers} layers, rank {args.rank}, residual {args.quant or 'dense'}"
     print_row("split", f"{args.source}: {kept}, start {args.init}")
     print_row("read", _describe_reading(done))
-    if done.memory > args.memory:
-        print_row(
-            "memory",
-            f"{as_size(done.memory)}, which {done.largest} needs by itself; --memory is {as_size(args.memory)}",
-        )
     given_up = ", lost to keep the outputs closer" if args.calibration else ""
     print_row("error", f"{done.error:.3%} of the weights' norm is in neither the residual nor the adapter{given_up}")
     print_row("saved", f"{args.target}: {as_size(done.bytes_written)}, the adapter in pissa_init")

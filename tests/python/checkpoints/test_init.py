@@ -322,16 +322,13 @@ def test_memory_does_not_change_the_bytes(kind: str, tmp_path: Path, monkeypatch
         return splitting(task)
 
     monkeypatch.setattr(init_module, "start_with_codes", counted)
-    done = split(tmp_path / "src", tmp_path / "out", **NF4)
-    assert done.memory == 10**9
+    split(tmp_path / "src", tmp_path / "out", **NF4)
     assert max(sizes) > 1
     first = contents(tmp_path / "out")
     (tmp_path / "out").rename(tmp_path / "first")
     sizes.clear()
-    done = split(tmp_path / "src", tmp_path / "out", memory=1, **NF4)
+    split(tmp_path / "src", tmp_path / "out", memory=1, **NF4)
     assert sizes == [1] * len(sizes)
-    assert done.memory > 1
-    assert done.largest in AdapterRecord.read(tmp_path / "out" / "pissa.json").layers
     assert contents(tmp_path / "out") == first
 
 

@@ -41,19 +41,14 @@ def test_json(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     report = json.loads(capsys.readouterr().out)
     assert report["layers"] == 14
     assert report["bytes_done_before"] == 0
-    assert report["memory"] > 1000
-    assert report["largest"].startswith("model.layers.")
     assert "r=40 is more than the smaller side" in report["notes"][0]
 
 
-def test_notes_come_before_the_work_and_memory_is_exceeded_only_with_a_word(
-    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_notes_come_before_the_work(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["init", str(base), str(tmp_path / "out"), "--memory", "1kB", "--rank", "40"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if line.startswith("note ")] == lines[:1]
     assert "r=40 is more than the smaller side" in lines[0]
-    assert any(re.match(r"memory    \d.* kB, which model\.layers\.\S+ needs by itself", line) for line in lines)
 
 
 def test_experts_in_a_format_are_for_pissa_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
