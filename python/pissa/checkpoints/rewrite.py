@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -240,13 +239,8 @@ class Written:
 
     error: float
     """The `relative_error` of everything."""
-    bytes_read: int
-    """Bytes of the checkpoint that this run and the runs that it continued have read."""
     bytes_written: int
-    bytes_done_before: int
-    """Bytes of the checkpoint that the runs which this one continued have read."""
-    seconds: float
-    """The duration of this run."""
+    """The size of all files, those of earlier runs that this one continued included."""
 
 
 class Rewrite(ABC):
@@ -293,14 +287,13 @@ class Rewrite(ABC):
             OSError: a file cannot be read or written now, or the disk is full. What was written stays, and the same
                 call goes on.
         """
-        begin, batches = time.perf_counter(), self._batches()
+        batches = self._batches()
         sizes = {name: sum(self._sizes[unit.name] for unit in units) for name, units in batches.items()}
         owners = distributed.owners(sizes)
         mine = [name for name in batches if owners[name] == distributed.rank()]
         with Output(self.target, self._identity(), self.plan.files) as out:
             for units in out.done.values():
                 self.results |= units
-            done_before = sum(sizes[name] for name in out.done)
             # tqdm reads TQDM_DISABLE only if `disable` is not given.
             hidden = {} if progressbar and distributed.rank() == 0 else {"disable": True}
             left = {name: batches[name] for name in mine if name not in out.done}
@@ -322,13 +315,7 @@ class Rewrite(ABC):
                 self.write_config(out)
                 self.end(out)
             out.finish()
-        return Written(
-            error=relative_error(self.results.values()),
-            bytes_read=sum(sizes.values()),
-            bytes_written=self.bytes_written,
-            bytes_done_before=done_before,
-            seconds=time.perf_counter() - begin,
-        )
+        return Written(relative_error(self.results.values()), self.bytes_written)
 
     def _work(self, out: Output, batches: Mapping[str, Sequence[Unit]], bar: Any) -> None:
         groups = [(name, group) for name, units in batches.items() for group in self.groups(units)]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from pissa.cli.terminal import (
     COLUMNS_HELP,
@@ -27,9 +27,6 @@ from pissa.cli.terminal import (
     user_errors,
 )
 from pissa.integrations import RUNTIMES
-
-if TYPE_CHECKING:
-    from pissa.checkpoints.rewrite import Written
 
 
 class FolderCommand(NamedTuple):
@@ -75,13 +72,6 @@ def _add_adapter(
 def _options(args: argparse.Namespace, *names: str) -> dict[str, Any]:
     """The named options, which are also arguments of a function."""
     return {name: getattr(args, name) for name in names}
-
-
-def _describe_reading(done: Written) -> str:
-    """The amount of checkpoint data that a run has read, and the speed."""
-    before = f", {as_size(done.bytes_done_before)} by an earlier run" if done.bytes_done_before else ""
-    rate = round((done.bytes_read - done.bytes_done_before) / done.seconds)
-    return f"{as_size(done.bytes_read)}{before}; {done.seconds:.1f} s, {as_size(rate)}/s"
 
 
 # ---- pissa init ------------------------------------------------------------------------------------------------------
@@ -180,7 +170,6 @@ def _init(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     yield vars(done)
     kept = f"{done.layers} layers, rank {args.rank}, residual {args.quant or 'dense'}"
     print_row("split", f"{args.source}: {kept}, start {args.init}")
-    print_row("read", _describe_reading(done))
     given_up = ", lost to keep the outputs closer" if args.calibration else ""
     print_row("error", f"{done.error:.3%} of the weights' norm is in neither the residual nor the adapter{given_up}")
     print_row("saved", f"{args.target}: {as_size(done.bytes_written)}, the adapter in pissa_init")
@@ -209,7 +198,6 @@ def _merge(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     done = merge(args.adapter, args.base, args.target, **_options(args, "quant", "initial"), progressbar=True)
     yield vars(done)
     print_row("adapter", f"{args.adapter}: {done.what}, {done.layers} layers")
-    print_row("read", _describe_reading(done))
     written = f"{done.quantised} layers in {args.quant}" if args.quant else "dense, rounded once"
     print_row("error", f"{written}: {done.error:.3%} of the weights' norm, {done.error_of_change:.3%} of the change's")
     print_row("saved", f"{args.target}: {as_size(done.bytes_written)}")

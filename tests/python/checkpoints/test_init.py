@@ -349,7 +349,6 @@ def test_a_killed_run_goes_on(kind: str, fields: Any, tmp_path: Path, monkeypatc
     assert [path.name for path in (tmp_path / "out").iterdir()] == [UNFINISHED]
     done = split(tmp_path / "src", tmp_path / "out", memory=1, **fields)
     assert add.calls == batches + 1  # none is done twice
-    assert done.bytes_done_before > 0
     assert done.error == whole.error
     expected, found = contents(tmp_path / "whole"), contents(tmp_path / "out")
     assert found.keys() == expected.keys()

@@ -25,7 +25,6 @@ def test_what_it_says_and_writes(base: Path, tmp_path: Path, capsys: pytest.Capt
     assert main(["init", str(base), str(out), "--quant", "int8", "--rank", "4", "--alpha", "8"]) == 0
     captured = capsys.readouterr()
     assert f"split     {base}: 14 layers, rank 4, residual int8, start pissa\n" in captured.out
-    assert re.search(r"^read      \d+ kB; \d+\.\d s, \d+(\.\d+)? [kM]B/s$", captured.out, re.MULTILINE)
     assert re.search(r"^error     0\.\d+% of the weights' norm", captured.out, re.MULTILINE)
     assert re.search(rf"^saved     {out}: \d+ kB, the adapter in pissa_init$", captured.out, re.MULTILINE)
     assert "pissa.load(" in captured.out
@@ -40,7 +39,6 @@ def test_json(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert main(["init", str(base), str(tmp_path / "out"), "--memory", "1kB", "--rank", "40", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["layers"] == 14
-    assert report["bytes_done_before"] == 0
     assert "r=40 is more than the smaller side" in report["notes"][0]
 
 
@@ -135,7 +133,7 @@ def test_an_interrupted_run_goes_on(
     assert main([*arguments[:-1], "8"]) == 2
     assert "r was 4, is 8" in capsys.readouterr().err
     assert main(arguments) == 0
-    assert " by an earlier run; " in capsys.readouterr().out
+    assert not re.search(r"PiSSA init: +0%", capsys.readouterr().err)  # its bar begins where the other ended
     before = contents(tmp_path / "out")
     assert main(arguments) == 0
     out, err = capsys.readouterr()

@@ -19,7 +19,6 @@ def test_a_model_of_its_own(base: Path, adapter: Path, tmp_path: Path, capsys: p
     assert main(["merge", str(adapter), "--base", str(base), str(out)]) == 0
     captured = capsys.readouterr()
     assert f"adapter   {adapter}: an adapter of pissa, 14 layers\n" in captured.out
-    assert re.search(r"^read      \d+(\.\d)? kB; \d+\.\d s, \d+(\.\d+)? [kM]B/s$", captured.out, flags=re.MULTILINE)
     assert "error     dense, rounded once: 0.000% of the weights' norm, 0.000% of the change's\n" in captured.out
     assert f"saved     {out}: " in captured.out
     assert "PiSSA merge: 100%" in captured.err
@@ -59,4 +58,4 @@ def test_a_merge_that_is_interrupted_goes_on(
     assert capsys.readouterr().err.endswith("pissa merge: interrupted; the same command goes on with it\n")
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".unfinished"]
     assert main(options) == 0
-    assert " by an earlier run; " in capsys.readouterr().out
+    assert not re.search(r"PiSSA merge: +0%", capsys.readouterr().err)  # its bar begins where the other ended
