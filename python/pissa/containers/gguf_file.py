@@ -173,8 +173,13 @@ _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.gguf)", re.IGNORECASE)
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether the path has the name of a GGUF file."""
-    return path.suffix.lower() == ".gguf"
+    """Whether the path has the name of a GGUF file, or is one: those of Ollama are named by their digest."""
+    if path.suffix.lower() == ".gguf":
+        return True
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(4) == b"GGUF"
 
 
 def model_file(path: Path) -> Path | None:

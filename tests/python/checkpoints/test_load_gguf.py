@@ -51,6 +51,13 @@ def test_logits_are_the_originals(kind: str, types: Any, tmp_path: Path) -> None
     assert model.generation_config.eos_token_id == 2
 
 
+def test_a_file_of_ollama_has_the_name_of_its_digest(tmp_path: Path) -> None:
+    path, twin, _ = written("llama", tmp_path)
+    blob = path.rename(tmp_path / "sha256-74701a8c35f6c8d9")
+    model = pissa.load(blob, **FIELDS, init="lora", is_trainable=False)
+    assert error(logits(model, TOKENS), logits(twin, TOKENS)) <= BOUND
+
+
 @pytest.mark.parametrize("start", ["lora", "pissa"])
 @pytest.mark.parametrize("kind", each(["llama", "mixtral", "gpt_oss", "gemma3"], {"llama", "mixtral"}))
 def test_a_trained_adapter_is_saved_and_loaded(kind: str, start: str, tmp_path: Path) -> None:

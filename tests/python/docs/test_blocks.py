@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
+import gguf_fixtures
 import mixtures
 import pages
 from daily import each
@@ -45,6 +47,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for out, more in {"run": [], "run4bit": ["--quant", "nf4"]}.items():
         assert main([*command, *more, "--rank", "4", "--out", str(folder / out)]) == 0
     shutil.copytree(folder / "run", folder / "adapter")
+    base = LlamaForCausalLM.from_pretrained(folder / "base")
+    gguf_fixtures.write(base, "llama", folder / "model.gguf", gguf_fixtures.mixed)
     return folder
 
 
