@@ -212,6 +212,8 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     _add_adapter(parser, "new folder, or for gguf a new file")
     runtimes = "; ".join(f"{name}: {what}" for name, what in RUNTIMES.items())
     parser.add_argument("--to", required=True, choices=RUNTIMES, help=runtimes)
+    check = "for gguf: compare what llama.cpp generates with the trained model; needs llama-cpp-python"
+    parser.add_argument("--check", action="store_true", help=check)
 
 
 def _export(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -225,6 +227,12 @@ def _export(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         print_row("error", f"{done.error:.3%} of the weights' norm")
     print_row("saved", f"{args.target}: {as_size(done.bytes_written)}")
     print_row("load", done.load)
+    if args.check:
+        from pissa.integrations.llama_cpp import TOKENS, compare
+
+        for prompt, equal, gap in compare(args.adapter, args.base, args.target):
+            ended = "" if gap is None else f", then two tokens {gap:.2g} apart in their logits"
+            print_row("check", f"{prompt!r}: llama.cpp continues with the same {equal} of {TOKENS} tokens{ended}")
 
 
 EXPORT = FolderCommand(_add_export, _export)

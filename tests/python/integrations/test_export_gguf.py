@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
@@ -14,6 +18,8 @@ from torch import Tensor
 import pissa
 from gguf_fixtures import MODELS, NEED_CONFIG, converted, make, write
 from oracle import change_all
+from pissa.cli import main
+from pissa.integrations.llama_cpp import TOKENS, compare
 from pissa.layers.layer import pissa_layers
 
 
@@ -88,6 +94,47 @@ def test_an_adapter_of_the_dense_model(tmp_path: Path) -> None:
     found, (_, stored) = changes(tmp_path / "lora.gguf"), contents(tmp_path / "base.gguf")
     for name, weight, _ in converted(theirs.merge_and_unload(), "llama"):
         assert torch.allclose(stored[name] + found.get(name, torch.zeros(())), weight, rtol=1e-5, atol=1e-5), name
+
+
+class StandIn:
+    """llama.cpp's binding over transformers: the base with what the exported file changes, and from a token on others
+    than the model's."""
+
+    model: Any = None
+    wrong_after = 0
+
+    def __init__(self, path: str, lora_path: str, **_: Any) -> None:
+        self.path, self.lora_path = path, lora_path
+
+    def reset(self) -> None: ...
+
+    def generate(self, ids: list[int], top_k: int) -> Iterator[int]:
+        assert top_k == 1
+        for number in count():
+            logits = self.model(input_ids=torch.tensor([ids])).logits[0, -1]
+            token = int(logits.argmax() if number < self.wrong_after else logits.argmin())
+            ids = [*ids, token]
+            yield token
+
+
+@pytest.mark.parametrize("wrong_after", [TOKENS, 5])
+def test_a_check_counts_equal_tokens(
+    wrong_after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(make("llama"), "llama", tmp_path / "base.gguf")
+    model = pissa.load(tmp_path / "base.gguf", r=4, init="lora", task_type="CAUSAL_LM")
+    change_all(model)
+    model.save_pretrained(tmp_path / "run")
+    monkeypatch.setattr(StandIn, "model", model.eval())
+    monkeypatch.setattr(StandIn, "wrong_after", wrong_after)
+    monkeypatch.setitem(sys.modules, "llama_cpp", SimpleNamespace(Llama=StandIn))
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "lora.gguf"), "--to", "gguf", "--check"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count(f"the same {wrong_after} of {TOKENS} tokens") == 3
+    assert ("apart in their logits" in shown) == (wrong_after < TOKENS)
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    with pytest.raises(ModuleNotFoundError, match="run `pip install llama-cpp-python`"):
+        compare(tmp_path / "run", None, tmp_path / "lora.gguf")
 
 
 # ---- What is refused -------------------------------------------------------------------------------------------------
