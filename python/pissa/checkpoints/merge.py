@@ -223,7 +223,6 @@ def merge(
     target: str | os.PathLike[str],
     *,
     quant: str | None = None,
-    initial: str | os.PathLike[str] | None = None,
     progressbar: bool = False,
 ) -> Merged:
     """Writes the checkpoint `source`, a folder or a name on the Hub, with the adapter in folder `adapter` merged into
@@ -243,7 +242,6 @@ def merge(
     Args:
         quant: a format, "nf4" or "int8": all linear layers except the output layer are written in it, as transformers
             with bitsandbytes would quantise the merged weights. None: dense.
-        initial: the adapter before training, or the residual model that contains it; see `pissa.convert`.
         progressbar: show one bar over the bytes of the checkpoint on stderr.
 
     Raises:
@@ -256,7 +254,7 @@ def merge(
     with torch.no_grad():
         checkpoint = Checkpoint.open(source)
         checkpoint.require(*READ)
-        weights = read_adapter(open_adapter(Path(adapter)), checkpoint, initial)
+        weights = read_adapter(open_adapter(Path(adapter)), checkpoint)
         run = _Merge(plan_merge(checkpoint, weights.folder, form), weights, form, Path(target))
         written = run.run(progressbar)
         for doubt in weights.doubts():

@@ -20,8 +20,7 @@ from pissa.checkpoints.rewrite import LayerPlan, Unit
 from pissa.config import IMPLICIT
 from pissa.containers.checkpoint import Checkpoint, initial_adapter
 from pissa.containers.coded_weights import BitsandbytesWeight
-from pissa.containers.hub import Name
-from pissa.conversion.plain_lora import ON_RESIDUAL, OURS, PlainLora, check_start, refuse_initial
+from pissa.conversion.plain_lora import ON_RESIDUAL, OURS, PlainLora, check_start
 from pissa.layers.layer import Magnitude
 from pissa.notices import PissaWarning
 from pissa.ops import QuantizedWeight
@@ -188,7 +187,7 @@ class Ours(TrainedWeights):
         )
 
 
-def read_adapter(folder: LoraFolder, source: Checkpoint, initial: Name | None) -> TrainedWeights:
+def read_adapter(folder: LoraFolder, source: Checkpoint) -> TrainedWeights:
     """Reads the adapter in a folder, for a checkpoint that is the base, or a residual that lacks its start.
 
     Raises:
@@ -197,11 +196,9 @@ def read_adapter(folder: LoraFolder, source: Checkpoint, initial: Name | None) -
     start_folder = initial_adapter(source.folder)
     at_start = None if start_folder is None else open_adapter(start_folder)
     if folder.ours is not None:
-        refuse_initial(f"{folder.path} is an adapter of pissa", initial)
         layers = () if at_start is None else [name for part in at_start.factors.values() for name in part.layers]
         return Ours(folder, folder.ours, source, layers)
     if at_start is not None:
-        refuse_initial(f"{source.folder} has the initial adapter itself", initial)
         if not folder.leaves_base:
             raise ValueError(
                 f"{folder.config_path}: init_lora_weights is {folder.config['init_lora_weights']!r}, which changes the "
@@ -209,7 +206,7 @@ def read_adapter(folder: LoraFolder, source: Checkpoint, initial: Name | None) -
             )
         check_start(folder, at_start)
         return TrainedWeights(PlainLora(folder, ON_RESIDUAL), source)
-    return TrainedWeights(PlainLora.of(folder, source.folder, initial), source)
+    return TrainedWeights(PlainLora.of(folder, source.folder), source)
 
 
 def read_weight(layer: LayerPlan, source: Checkpoint) -> Weight:

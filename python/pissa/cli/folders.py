@@ -64,8 +64,6 @@ def _add_adapter(
     add("adapter", type=Path, metavar="ADAPTER", help="folder of the adapter: one of pissa or PEFT, or a LoRA")
     add("target", type=Path, metavar="OUT", help=target)
     add("--base", required=base_is_required, metavar="DIR_OR_NAME", help=base)
-    initial = "the adapter as it was saved before training, or a residual model that contains it in pissa_init"
-    add("--initial", type=Path, metavar="DIR", help=f"if PEFT trained the adapter on a residual: {initial}")
     add("--json", action="store_true", help="report as one JSON object")
 
 
@@ -195,7 +193,7 @@ def _add_merge(parser: argparse.ArgumentParser) -> None:
 def _merge(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     from pissa.checkpoints.merge import merge
 
-    done = merge(args.adapter, args.base, args.target, **_options(args, "quant", "initial"), progressbar=True)
+    done = merge(args.adapter, args.base, args.target, quant=args.quant, progressbar=True)
     yield vars(done)
     print_row("adapter", f"{args.adapter}: {done.what}, {done.layers} layers")
     written = f"{done.quantised} layers in {args.quant}" if args.quant else "dense, rounded once"
@@ -219,7 +217,7 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
 def _export(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     from pissa.integrations.export import export
 
-    done = export(args.adapter, args.target, args.to, **_options(args, "base", "initial"), progressbar=True)
+    done = export(args.adapter, args.target, args.to, base=args.base, progressbar=True)
     yield done._asdict()
     print_row("adapter", f"{args.adapter}: {done.what}, {done.layers} layers")
     print_row("written", done.written)
@@ -242,6 +240,9 @@ EXPORT = FolderCommand(_add_export, _export)
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:
     _add_adapter(parser, "new folder for the LoRA")
+    initial = "the adapter as it was saved before training, or a residual model that contains it in pissa_init"
+    initial = f"if PEFT trained the adapter on a residual: {initial}"
+    parser.add_argument("--initial", type=Path, metavar="DIR", help=initial)
     rank = "largest rank of a layer (best approximation)"
     parser.add_argument("--rank", type=positive_int, metavar="N", help=rank)
 

@@ -24,6 +24,8 @@ INITIAL = "an adapter on a residual, and its initial adapter"
 ON_RESIDUAL = "an adapter on a residual, which is the base"
 PLAIN = "a plain LoRA"
 
+_CONVERT = "Convert it with the adapter before training, `pissa convert ADAPTER OUT --initial DIR`, and give OUT"
+
 
 @dataclass(frozen=True)
 class PlainLora:
@@ -36,10 +38,11 @@ class PlainLora:
     """The adapter before training, which its base lacked."""
 
     @staticmethod
-    def of(folder: LoraFolder, base: Name | None, initial: Name | None) -> PlainLora:
+    def of(folder: LoraFolder, base: Name | None, initial: Name | None = None) -> PlainLora:
         """Determines the kind of an adapter. The arguments are those of `convert`."""
         if folder.ours is not None:
-            refuse_initial(f"{folder.path} is an adapter of pissa", initial)
+            if initial is not None:
+                raise ValueError(f"{folder.path} is an adapter of pissa; initial is of no use with it: leave it out")
             forms = {layer.form.name for layer in folder.ours.layers.values()} - {"implicit"}
             if forms:
                 warnings.warn(inexact_lora(forms), InexactLoraWarning, stacklevel=3)
@@ -50,15 +53,15 @@ class PlainLora:
         if not folder.leaves_base:
             raise ValueError(
                 f"{folder.config_path}: init_lora_weights is {folder.config['init_lora_weights']!r}, which changes the "
-                "base, and the folder lacks the factors that were taken out of it. Give the adapter as it was saved "
-                "before training (initial). If there is none, train again and save with PEFT's "
-                "path_initial_model_for_weight_conversion, which writes a plain LoRA"
+                f"base, and the folder lacks the factors that were taken out of it. {_CONVERT}. If it was not saved "
+                "then, train again and save with PEFT's path_initial_model_for_weight_conversion, which writes a plain "
+                "LoRA"
             )
         for field in ("modules_to_save", "trainable_token_indices"):
             if folder.config.get(field) and not folder.other_keys:
                 raise ValueError(
                     f"{folder.weights.path} lacks {field}, which PEFT leaves out when it subtracts the initial "
-                    "adapter: convert the adapter that was trained, with initial"
+                    f"adapter. Take the adapter that was trained. {_CONVERT}"
                 )
         _check_base(folder, base)
         return PlainLora(folder, PLAIN)
@@ -117,25 +120,19 @@ class PlainLora:
         return None if self.initial is not None and self.folder.leaves_base else self.folder.named_base
 
 
-def refuse_initial(reason: str, initial: Name | None) -> None:
-    """Raises ValueError for an initial adapter that is not needed."""
-    if initial is not None:
-        raise ValueError(f"{reason}; initial is of no use with it: leave it out")
-
-
 def _check_base(folder: LoraFolder, base: Name | None) -> None:
     """Refuses an adapter if the model that it was trained on is in a folder elsewhere, because that may be a residual,
     from which the same files would mean another change. Warns if `base` is given in its place."""
     named = folder.named_base
     if (model := named if base is None else base) is not None and is_elsewhere(model):
         raise ValueError(
-            f"{folder.path} was trained on {model}, which is not here and may be a residual. If it is one, give it "
-            "(base) or its initial adapter (initial); if not, give the model that it was trained on (base)"
+            f"{folder.path} was trained on {model}, which is not here and may be a residual. Give the model that it "
+            f"was trained on (base). If that is a residual of which you have only the initial adapter: {_CONVERT}"
         )
     if named is not None and is_elsewhere(named):
         warnings.warn(
             f"{folder.path} names {named} as its base, which is not here. It is taken for a LoRA that was trained on "
-            f"{base}. If {named} is a residual, give its initial adapter (initial): without it, the change is wrong.",
+            f"{base}. If {named} is a residual, the change is wrong. {_CONVERT}",
             UnseenBaseWarning,
             stacklevel=4,
         )

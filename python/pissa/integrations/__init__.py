@@ -6,4 +6,4 @@ RUNTIMES = {
     "gguf": "a LoRA for llama.cpp",
 }
 """The targets of `pissa export`. A runtime with its own LoRA layout is a module of that name in this package, with a
-function `export_lora(adapter, base, target, initial)`."""
+function `export_lora(adapter, base, target)`."""

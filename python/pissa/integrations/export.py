@@ -26,7 +26,6 @@ def export(
     to: str,
     *,
     base: str | os.PathLike[str] | None = None,
-    initial: str | os.PathLike[str] | None = None,
     progressbar: bool = False,
 ) -> Exported:
     """Writes the adapter in folder `adapter` to `target` for another runtime::
@@ -50,7 +49,6 @@ def export(
         to: the runtime, one of `pissa.integrations.RUNTIMES`.
         base: the model that the adapter was trained on, a folder or a name on the Hub (default: the one that the
             adapter names).
-        initial: if PEFT trained the adapter on a residual: the adapter before training; see `pissa.convert`.
         progressbar: show one bar over the bytes of the checkpoint on stderr.
 
     Raises:
@@ -65,7 +63,7 @@ def export(
     opened, target = open_adapter(Path(adapter)), Path(target)
     if to != "bnb4":
         try:
-            done: Exported = resolve_name(f"pissa.integrations.{to}:export_lora")(opened, base, target, initial)
+            done: Exported = resolve_name(f"pissa.integrations.{to}:export_lora")(opened, base, target)
             return done
         except ModuleNotFoundError as error:
             needs = f"export to {to} needs the package {error.name}, which is not installed"
@@ -77,7 +75,7 @@ def export(
     with torch.no_grad():
         source = Checkpoint.open(base)
         source.require(*READ)
-        trained = _require_4_bits(read_adapter(opened, source, initial))
+        trained = _require_4_bits(read_adapter(opened, source))
         run = ResidualExport(trained, Path(os.path.abspath(target)))
         run.run(progressbar)
         for doubt in trained.doubts():

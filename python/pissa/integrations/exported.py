@@ -40,10 +40,10 @@ def no_base(folder: LoraFolder) -> ValueError:
     return ValueError(f"{folder.path} names no base model (base_model_name_or_path): give it (base)")
 
 
-def read_factors(folder: LoraFolder, base: Name | None, initial: Name | None, runtime: str) -> PlainLora:
+def read_factors(folder: LoraFolder, base: Name | None, runtime: str) -> PlainLora:
     """Reads the adapter as a plain LoRA for a runtime that takes only factors of layers from an adapter. Raises
     ValueError for an adapter that contains more. The base is read only if it does."""
-    lora = PlainLora.of(folder, base, initial)
+    lora = PlainLora.of(folder, base)
     base = base or folder.named_base
     fields = ("use_dora", "modules_to_save", "trainable_token_indices", "bias", "lora_bias")
     if unsupported := {name: value for name in fields if (value := folder.config.get(name)) and value != "none"}:

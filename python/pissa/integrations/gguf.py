@@ -22,7 +22,7 @@ from pissa.conversion.plain_lora import PlainLora
 from pissa.integrations.exported import MERGE, Exported, no_base, read_factors
 
 
-def export_lora(adapter: LoraFolder, base: Name | None, target: Path, initial: Name | None) -> Exported:
+def export_lora(adapter: LoraFolder, base: Name | None, target: Path) -> Exported:
     """Writes the adapter to the new file `target`, float32, one target at a time. `base` is the GGUF file with which
     llama.cpp runs it. Raises ValueError for another base, and for anything that llama.cpp does not take from an
     adapter, which is named."""
@@ -37,7 +37,7 @@ def export_lora(adapter: LoraFolder, base: Name | None, target: Path, initial: N
             f"{checkpoint.name} contains {checkpoint.contents.value}; needed: the GGUF file with which llama.cpp runs "
             f"the adapter, whose names and order of rows it has (base); or run {MERGE}, and convert that"
         )
-    lora, source = read_factors(adapter, base, initial, "llama.cpp"), cast(GgufSource, checkpoint.stored)
+    lora, source = read_factors(adapter, base, "llama.cpp"), cast(GgufSource, checkpoint.stored)
     places = {name: _place(lora.folder, source, name) for name in lora.folder.factors}
     rank = max(lora.rank(name) for name in places)
     alpha = rank * lora.scaling

@@ -32,7 +32,7 @@ Places = list[list[tuple[str, int]]]
 """For each layer of a target, the modules of the checkpoint of which it consists, stacked by rows: names and rows."""
 
 
-def export_lora(adapter: LoraFolder, base: Name | None, target: Path, initial: Name | None) -> Exported:
+def export_lora(adapter: LoraFolder, base: Name | None, target: Path) -> Exported:
     """Writes the adapter to the new folder `target`, a layer at a time.
 
     vLLM names experts as the checkpoint does, each separately and with gate and up apart. Therefore the factors of
@@ -41,7 +41,7 @@ def export_lora(adapter: LoraFolder, base: Name | None, target: Path, initial: N
     take from an adapter, which is named.
     """
     check_unused(target)
-    lora = read_factors(adapter, base, initial, "vLLM")
+    lora = read_factors(adapter, base, "vLLM")
     rank = max(lora.rank(name) for name in lora.folder.factors)
     allowed = [number for number in RANKS if number >= rank]
     if not allowed:

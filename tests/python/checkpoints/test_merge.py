@@ -208,8 +208,8 @@ def test_experts_trained_on_a_residual_model(tmp_path: Path) -> None:
     with torch.no_grad():
         expected = model.eval()(**batch).logits
     merge(tmp_path / "adapter", tmp_path / "residual", tmp_path / "a")
-    merge(tmp_path / "adapter", tmp_path / "base", tmp_path / "b", initial=tmp_path / "residual")
     pissa.convert(tmp_path / "adapter", tmp_path / "lora", initial=tmp_path / "residual")
+    merge(tmp_path / "lora", tmp_path / "base", tmp_path / "b")
     plain = peft.PeftModel.from_pretrained(type(base).from_pretrained(tmp_path / "base"), tmp_path / "lora")
     for found in (*(type(base).from_pretrained(tmp_path / name) for name in "ab"), plain):
         with torch.no_grad():
@@ -221,7 +221,7 @@ def test_the_rounding_of_a_quantised_residual_is_mentioned(base: Path, tmp_path:
     message = r"residual is quantised \(bitsandbytes\).* `pissa merge .*pissa_init --base .*residual OUT`"
     for call in (
         lambda: pissa.convert(tmp_path / "residual" / "pissa_init", tmp_path / "lora", initial=tmp_path / "residual"),
-        lambda: merge(tmp_path / "residual" / "pissa_init", base, tmp_path / "out", initial=tmp_path / "residual"),
+        lambda: merge(tmp_path / "residual" / "pissa_init", base, tmp_path / "out"),
     ):
         with pytest.warns(notices.InexactLoraWarning, match=message):
             call()
@@ -294,13 +294,15 @@ def test_pefts_pissa_in_all_its_layouts(base32: Path, tiny_llama: Make, tokens: 
     trained = train_pissa(tiny_llama(), tokens, tmp_path / "a")
     authors = train_on_residual(tiny_llama, tokens, tmp_path / "b")
     subtracted = save_subtracted(tiny_llama(), tokens, tmp_path / "c" / "lora")
-    for name, adapter, options, source, expected in [
-        ("initial", trained.adapter, {"initial": trained.initial}, base32, trained.logits),
-        ("authors", authors.adapter, {"initial": authors.initial}, base32, authors.logits),
-        ("residual", authors.adapter, {}, authors.initial, authors.logits),
-        ("subtracted", tmp_path / "c" / "lora", {}, base32, subtracted),
+    pissa.convert(trained.adapter, tmp_path / "a" / "lora", initial=trained.initial)
+    pissa.convert(authors.adapter, tmp_path / "b" / "lora", initial=authors.initial)
+    for name, adapter, source, expected in [
+        ("initial", tmp_path / "a" / "lora", base32, trained.logits),
+        ("authors", tmp_path / "b" / "lora", base32, authors.logits),
+        ("residual", authors.adapter, authors.initial, authors.logits),
+        ("subtracted", tmp_path / "c" / "lora", base32, subtracted),
     ]:
-        done = merge(adapter, source, tmp_path / name, **options)
+        done = merge(adapter, source, tmp_path / name)
         assert done.layers == 14
         assert error(logits(load(tmp_path / name), tokens), expected) < CLOSE, name
 
@@ -483,20 +485,17 @@ def test_a_killed_run_goes_on_to_the_same_bytes(base: Path, tmp_path: Path, monk
 
 def test_a_run_does_not_go_on_from_another_start(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The adapter before training decides the bytes as much as the one after it, and each as its files are now."""
-    for seed, name in enumerate(("initial", "other")):
-        init(base, tmp_path / name, pissa.PissaConfig(r=4, seed=seed))
-    adapter = tmp_path / "initial" / "pissa_init"
-
+    init(base, tmp_path / "residual", pissa.PissaConfig(r=4))
+    adapter = shutil.copytree(tmp_path / "residual" / "pissa_init", tmp_path / "adapter")
     with monkeypatch.context() as patch:
         patch.setattr(trained_module, "read_weight", Interrupted(trained_module.read_weight, at=1))
         with pytest.raises(KeyboardInterrupt):
-            merge(adapter, base, tmp_path / "out", initial=tmp_path / "initial")
-    with pytest.raises(ValueError, match=r"another plan: initial adapter_.* was"):
-        merge(adapter, base, tmp_path / "out", initial=tmp_path / "other")
-    weights = adapter / "adapter_model.safetensors"
-    was = weights.stat()
-    os.utime(weights, ns=(was.st_atime_ns, was.st_mtime_ns + 1))
-    with pytest.raises(ValueError, match=r"another plan: adapter adapter_model\.safetensors was"):
-        merge(adapter, base, tmp_path / "out", initial=tmp_path / "initial")
-    os.utime(weights, ns=(was.st_atime_ns, was.st_mtime_ns))
-    merge(adapter, base, tmp_path / "out", initial=tmp_path / "initial")
+            merge(adapter, base, tmp_path / "out")
+    for what, folder in {"initial": tmp_path / "residual" / "pissa_init", "adapter": adapter}.items():
+        weights = folder / "adapter_model.safetensors"
+        was = weights.stat()
+        os.utime(weights, ns=(was.st_atime_ns, was.st_mtime_ns + 1))
+        with pytest.raises(ValueError, match=rf"another plan: {what} adapter_model\.safetensors was"):
+            merge(adapter, base, tmp_path / "out")
+        os.utime(weights, ns=(was.st_atime_ns, was.st_mtime_ns))
+    merge(adapter, base, tmp_path / "out")

@@ -40,8 +40,8 @@ def test_codes_and_json(base: Path, adapter: Path, tmp_path: Path, capsys: pytes
 
 
 def test_a_refusal(base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["merge", str(adapter), "--base", str(base), "--initial", "x", str(tmp_path / "out")]
-    assert "is an adapter of pissa; initial is of no use with it: leave it out" in refused(arguments, capsys)
+    arguments = ["merge", str(adapter), "--base", str(base), "--quant", "nf5", str(tmp_path / "out")]
+    assert "quant: got 'nf5'" in refused(arguments, capsys)
     assert not (tmp_path / "out").exists()
 
 

@@ -92,4 +92,4 @@ def test_without_the_residuals_nothing_is_written(
     assert str(trained.residual) in message
     assert "initial" in message
     assert not (tmp_path / "out").exists()
-    assert main([*arguments, "--initial", str(moved)]) == 0
+    assert main([*arguments, "--base", str(moved)]) == 0
