@@ -229,13 +229,6 @@ class Checkpoint(ModelFolder):
         """The number of bytes in the files that store the tensor."""
         return sum(self.stored.entry(tensor).nbytes for tensor in self.stored_as(name))
 
-    def format(self, name: str) -> str:
-        """The format in which the tensor is stored: a dtype, or codes."""
-        weight = self.coded.get(name)
-        if weight is None:
-            return str(self.stored.entry(name).dtype).removeprefix("torch.")
-        return weight.read(0 if weight.is_stack else None).format
-
     def read(self, name: str, member: int | None = None) -> Tensor:
         """The tensor, or the one with that number in a stack: a view of the mapped file, or decoded."""
         weight = self.coded.get(name)

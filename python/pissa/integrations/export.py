@@ -57,18 +57,12 @@ def export(
         ValueError: the adapter cannot be exported; the message says what to do instead. Then nothing has been written,
             except perhaps an unfinished run for "bnb4", which the same call continues.
         OSError: the disk is full or fails.
-        ModuleNotFoundError: "gguf" needs the package gguf.
     """
     check_choice("to", to, tuple(RUNTIMES))
     opened, target = open_adapter(Path(adapter)), Path(target)
     if to != "bnb4":
-        try:
-            done: Exported = resolve_name(f"pissa.integrations.{to}:export_lora")(opened, base, target)
-            return done
-        except ModuleNotFoundError as error:
-            needs = f"export to {to} needs the package {error.name}, which is not installed"
-            how = f"run `pip install {error.name}`, or install pissa[{to}]"
-            raise ModuleNotFoundError(f"{needs}: {how}", name=error.name) from error
+        done: Exported = resolve_name(f"pissa.integrations.{to}:export_lora")(opened, base, target)
+        return done
     base = base or opened.named_base
     if base is None:
         raise no_base(opened)

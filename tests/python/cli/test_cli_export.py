@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -70,12 +69,3 @@ def test_refusals(adapter: Path, qpissa: Path, tmp_path: Path, capsys: pytest.Ca
     assert not (tmp_path / "out").exists()
     with pytest.raises(SystemExit):
         main(["export", str(adapter), out, "--to", "onnx"])
-
-
-def test_gguf_that_is_not_installed(
-    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "gguf", None)
-    monkeypatch.delitem(sys.modules, "pissa.integrations.gguf", raising=False)
-    message = refused(["export", str(adapter), str(tmp_path / "out"), "--to", "gguf"], capsys)
-    assert "export to gguf needs the package gguf, which is not installed: run `pip install gguf`" in message

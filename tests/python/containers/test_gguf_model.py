@@ -51,7 +51,7 @@ def test_config_and_weights_are_the_models(kind: str, tmp_path: Path) -> None:
 def test_codes_are_views_but_for_rows_that_move(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(written("llama", tmp_path, gguf_fixtures.mixed))
     kept, moved = ("model.layers.0.mlp.up_proj.weight", "model.layers.0.self_attn.q_proj.weight")
-    assert {name: checkpoint.format(name) for name in (kept, moved)} == {kept: "q4_0", moved: "q8_0"}
+    assert {name: checkpoint.coded[name].read().format for name in (kept, moved)} == {kept: "q4_0", moved: "q8_0"}
     first, second = (checkpoint.coded[kept].read().codes.data_ptr() for _ in range(2))
     assert first == second
     weight = checkpoint.coded[kept].read()
