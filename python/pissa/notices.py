@@ -18,10 +18,6 @@ class AllLinearWarning(PissaWarning):
     """With target_modules="all-linear", some layers got a lower rank or were left out."""
 
 
-class DropoutWarning(PissaWarning):
-    """lora_dropout is set, which the paper does not use."""
-
-
 class UncalibratedWarning(PissaWarning):
     """A base in less than 4 bits is made without a calibration."""
 

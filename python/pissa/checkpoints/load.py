@@ -42,7 +42,7 @@ from pissa.layers.experts import UnfusedExperts
 from pissa.layers.layer import PissaLayer, pissa_layers
 from pissa.model.calibrate import check_wanted
 from pissa.model.decompose import decompose
-from pissa.model.inject import check_adapter_name, materialise, own_config, warn_of_dropout
+from pissa.model.inject import check_adapter_name, materialise, own_config
 from pissa.model.pissa_model import PissaModel, fuse_steps, model_class
 from pissa.model.store import store
 
@@ -197,7 +197,6 @@ def load(
         blame: Callable[[], AbstractContextManager[None]] = nullcontext if saved is None else saved.blame
         config = _config(config, config_fields, folder, split, saved)
         config.inference_mode = not is_trainable
-        warn_of_dropout(config)
         if saved is None and split is None:
             check_wanted(config, None)
         model = mapped_model(checkpoint, dtype)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,7 +19,6 @@ from pissa.layers.experts import unfuse_experts
 from pissa.layers.factory import check_parents, choose_layers, layer_factory
 from pissa.layers.layer import PissaLayer, pissa_layers
 from pissa.layers.tokens import mend_token_layers
-from pissa.notices import DropoutWarning
 from pissa.peft_private import build_layers_with
 
 # Parts of the parameter names of a model with adapters, and the word for "no adapter" in adapter_names.
@@ -74,17 +72,6 @@ def drop_gguf_mark(model: nn.Module) -> None:
     if getattr(model, "quantization_method", None) == "gguf" and is_dense:
         quantizer: Any = model.hf_quantizer
         quantizer.remove_quantization_config(model)
-
-
-def warn_of_dropout(config: PissaConfig) -> None:
-    """Warns the caller's caller about `lora_dropout`, unless the adapter starts as LoRA, which uses dropout."""
-    if config.lora_dropout > 0 and config.init != "lora":
-        warnings.warn(
-            f"lora_dropout={config.lora_dropout}: the paper trains PiSSA without dropout. It is applied to the input "
-            "of the change only, not to the principal part that the adapter starts from.",
-            DropoutWarning,
-            stacklevel=3,
-        )
 
 
 def prepare(model: nn.Module, config: PissaConfig) -> None:

@@ -40,7 +40,6 @@ from pissa.model.inject import (
     drop_gguf_mark,
     prepare,
     restored_on_error,
-    warn_of_dropout,
 )
 from pissa.model.peft_options import refuse_unsupported
 from pissa.model.store import store
@@ -89,7 +88,6 @@ class PissaModel(MendedPeftModel):
         with restored_on_error(self), failing_together():
             config = as_pissa(peft_config)
             self._check_new_name(adapter_name)
-            warn_of_dropout(config)
             self._inject(adapter_name, config, autocast_adapter_dtype)
             base = self.base_model.model
             replacements = decompose(base, adapter_name, config, progressbar=False)

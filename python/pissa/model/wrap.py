@@ -21,7 +21,7 @@ from pissa.model.batches import Batch
 from pissa.model.calibrate import BlockMoments, check_wanted, observe
 from pissa.model.calibration import Calibration
 from pissa.model.decompose import decompose
-from pissa.model.inject import check_plain, drop_gguf_mark, own_config, restored_on_error, warn_of_dropout
+from pissa.model.inject import check_plain, drop_gguf_mark, own_config, restored_on_error
 from pissa.model.pissa_model import PissaModel, fuse_steps, model_class
 from pissa.model.store import store
 from pissa.model.tuner import BUILDING, PissaTuner
@@ -103,7 +103,6 @@ def wrap(
         check_plain(model, adapter_name)
         loaded_from = model.__dict__.get("name_or_path")
         config.base_model_name_or_path = absolute(loaded_from) if loaded_from else None
-        warn_of_dropout(config)
         check_wanted(config, calibration)
         wrapped = model_class(config)(model, config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
         find = partial(decompose, model, adapter_name, config, progressbar=progressbar)

@@ -273,7 +273,6 @@ def rescaled(model: nn.Module) -> None:
     model.base_model.model.experts.expert(1).down_proj.set_scale("default", 3.0)
 
 
-@pytest.mark.filterwarnings("ignore::pissa.notices.DropoutWarning")
 @pytest.mark.parametrize(
     ("prepare", "fields"),
     [

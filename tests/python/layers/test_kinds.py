@@ -65,7 +65,6 @@ def inputs(kind: str) -> Tensor:
     return put(torch.randn(*((2, IN, 4, 5) if kind == "convolution" else (3, 5, IN)), generator=generator))
 
 
-@pytest.mark.filterwarnings("ignore::pissa.notices.DropoutWarning")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("fields", VARIANTS, ids=str)
 def test_every_variant_of_every_kind(kind: str, fields: dict[str, Any], tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from devices import fetch, put
 from language_models import error
 from one_layer import OneLayer, filled
 from oracle import assert_papers_function, base64, change64, change_a_little, deltas64, weight64
-from pissa import notices, ops
+from pissa import ops
 from pissa.base.start import StartFactors
 from pissa.base.stored import QuantizedLinear
 from pissa.layers import PissaLinear
@@ -235,8 +235,7 @@ def test_safe_merge_changes_nothing_when_it_fails() -> None:
 
 @forms
 def test_dropout_touches_only_the_change(form: str) -> None:
-    with pytest.warns(notices.DropoutWarning, match=r"lora_dropout=0.5: the paper trains PiSSA without dropout"):
-        model = wrapped(form, lora_dropout=0.5)
+    model = wrapped(form, lora_dropout=0.5)
     layer, x = model.base_model.model.proj, inputs(64)
     model.train()
     with torch.no_grad():

@@ -136,7 +136,6 @@ VARIANTS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("fields", each(VARIANTS, VARIANTS[:3]), ids=str)
-@pytest.mark.filterwarnings("ignore::pissa.notices.DropoutWarning")
 def test_variants(fields: dict[str, Any], small_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
     def life(name: str, put: Put) -> dict[str, Tensor]:
         model = pissa.wrap(put(small_llama()), r=4, task_type="CAUSAL_LM", fuse=False, **fields)
