@@ -81,7 +81,7 @@ def _load(args: argparse.Namespace) -> tuple[Any, Any]:
     from pissa.adapters.pissa_layout import ADAPTER_FILES
     from pissa.containers.checkpoint import AS_STORED, Contents, ModelFolder
     from pissa.containers.hub import adapter_folder
-    from pissa.containers.model_folder import class_of, model_config
+    from pissa.containers.model_folder import class_of
 
     with user_errors(OSError, ValueError):
         folder = adapter_folder(args.source, ADAPTER_FILES)
@@ -116,7 +116,7 @@ def _load(args: argparse.Namespace) -> tuple[Any, Any]:
         elif opened.contents is Contents.RESIDUAL and lora is None:
             model = pissa.load(base, is_trainable=False)
         else:
-            model = class_of(model_config(opened.folder)).from_pretrained(base, dtype="auto")
+            model = class_of(opened.built_config()).from_pretrained(base, dtype="auto")
             model = PeftModel.from_pretrained(model, folder) if lora else model
         has_own = lora is not None and get_tokenizer_config(args.source)
         tokenizer = AutoTokenizer.from_pretrained(args.source) if has_own else opened.tokenizer()

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from pissa import ops
 from pissa.base.released_layouts import join_rows
@@ -26,8 +26,8 @@ from pissa.containers.gguf_file import model_file, open_gguf
 from pissa.containers.gguf_model import GgufSource
 from pissa.containers.gguf_tokenizer import tokenizer_of
 from pissa.containers.hub import Name, find_file, model_files, weight_files
-from pissa.containers.messages import quote
-from pissa.containers.model_folder import CONFIG, Composition, Part, built_config, meta_model, model_config, read_config
+from pissa.containers.messages import file_errors, quote
+from pissa.containers.model_folder import CONFIG, NO_MODEL, Composition, Part, class_of, model_config, read_config
 from pissa.containers.tensor_file import Entry, Source
 from pissa.layers.experts import WEIGHTS, is_transposed
 
@@ -123,11 +123,17 @@ class ModelFolder:
 
     def built_config(self) -> Any:
         """The content of config.json, as transformers takes it."""
-        return built_config(self.config, self._description) if self.files else model_config(self.described)
+        if not self.files:
+            return model_config(self.folder)
+        with file_errors(self._description, NO_MODEL):
+            return AutoConfig.for_model(**self.config)
 
     def meta_model(self) -> PreTrainedModel:
         """A new model as config.json describes it, without values."""
-        return meta_model(self.built_config(), self._description)
+        config = self.built_config()
+        with file_errors(self._description, NO_MODEL), torch.device("meta"):
+            model: PreTrainedModel = class_of(config)(config)
+        return model
 
     @property
     def _description(self) -> Path:
@@ -147,14 +153,12 @@ class ModelFolder:
     @contextmanager
     def small_files(self) -> Iterator[Path]:
         """A folder with all files but the weights, for the block."""
-        if not self.files:
-            yield self.folder
-        elif not self._by_metadata:
+        if not self._by_metadata:
             yield self.described
-        else:
-            with TemporaryDirectory() as folder:
-                self.tokenizer().save_pretrained(folder)
-                yield Path(folder)
+            return
+        with TemporaryDirectory() as folder:
+            self.tokenizer().save_pretrained(folder)
+            yield Path(folder)
 
     def require(self, *allowed: Contents) -> None:
         """Raises ValueError, saying what to do instead, unless the folder contains one of these."""

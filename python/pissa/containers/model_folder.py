@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 import transformers
 from transformers import AutoConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -46,24 +45,11 @@ def class_of(config: Any) -> Any:
 def model_config(folder: str | os.PathLike[str]) -> Any:
     """The config.json of a model's folder, or of its name on the Hub, as transformers takes it. Code that comes with a
     model is not run."""
-    with file_errors(Path(folder) / CONFIG, _NO_MODEL):
+    with file_errors(Path(folder) / CONFIG, NO_MODEL):
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
-def built_config(content: Mapping[str, Any], of: Path) -> Any:
-    """The same for the content of a config.json, which is that file, or what its metadata say."""
-    with file_errors(of, _NO_MODEL):
-        return AutoConfig.for_model(**content)
-
-
-def meta_model(config: Any, of: Path) -> PreTrainedModel:
-    """The model of a configuration, without values. `of` is what it describes."""
-    with file_errors(of, _NO_MODEL), torch.device("meta"):
-        model: PreTrainedModel = class_of(config)(config)
-    return model
-
-
-_NO_MODEL = f"It describes no model that transformers {transformers.__version__} can build"
+NO_MODEL = f"It describes no model that transformers {transformers.__version__} can build"
 """For errors of transformers, of huggingface_hub, and of Python for values that these have not checked."""
 
 
