@@ -1,4 +1,4 @@
-"""The tables of README.md and of docs/speed.md, what-fits.md and your-data.md, from the committed results.
+"""The tables of README.md and of docs/speed.md, what-fits.md, your-data.md and gguf.md, from the committed results.
 
     python -m bench.compare.page    # writes them; a test fails if they differ from the results
 
@@ -17,10 +17,13 @@ from typing import Any
 import numpy
 
 from bench.compare.models import EXAMPLES, MODELS, TOKENS
+from pissa.ops.formats import READ
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "bench" / "results"
-PAGES = ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("speed", "what-fits", "your-data"))
+PAGES = ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("speed", "what-fits", "your-data", "gguf"))
+
+GGUF_TOKENS = (1, 16, 128, 512)
 
 _GB = 1e9
 _TABLE = re.compile(r"(?<=<!-- table: )(\w+)( -->\n).*?(?=<!-- end -->)", re.DOTALL)
@@ -238,8 +241,39 @@ def _sides(row: dict[str, Any]) -> list[str]:
     ]
 
 
+def gguf_types() -> str:
+    """Each type's time beside nf4's, by rows of x, forward and with the backward pass."""
+    found = {row["work"]: row for row in _load("gguf_rows.json")["rows"]}
+    lines = []
+    for format in (name for name, row in READ.items() if row.is_read_only):
+        line = [format.removesuffix("_gguf").upper()]
+        for work in ("forward", "forward + backward"):
+            times = (found[f"{work}, {format}, r = 64, M = {tokens}"]["ratio_median"] for tokens in GGUF_TOKENS)
+            line.append(", ".join(f"{1 / ratio:.2f}" for ratio in times))
+        lines.append(line)
+    tokens = ", ".join(map(str, GGUF_TOKENS))
+    return _table(f"type | forward at {tokens} tokens | with the backward pass", lines)
+
+
+def gguf_training() -> str:
+    """Trainings on real files, beside the dequantised model."""
+    lines = []
+    for row in _load("gguf_models.json")["rows"]:
+        lines.append(
+            [
+                f"{row['file'].removesuffix('.gguf')}, {row['init']}, {row['steps']} steps of {row['batch']}",
+                row["base"],
+                f"{row['before']:.3f} → {row['after']:.3f}",
+                _number(row["tokens_per_second"]),
+                f"{row['private_gb']:.1f}, {row['mapped_gb']:.1f}",
+            ]
+        )
+    return _table("model | base | held-out loss | tokens a second | memory, GB: own, mapped", lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
-    table.__name__: table for table in (rates, fits, models, layers, zen4_rates, zen4_layers, avx2, int8, readme)
+    table.__name__: table
+    for table in (rates, fits, models, layers, zen4_rates, zen4_layers, avx2, int8, readme, gguf_types, gguf_training)
 }
 
 

@@ -42,6 +42,7 @@ ALONE = {
     "containers/hub.py": {"huggingface_hub"},
     "containers/gguf_model.py": {"gguf"},
     "integrations/gguf.py": {"gguf"},
+    "integrations/llama_cpp.py": {"llama_cpp"},
 }
 # Modules of no room: the package's face, and what starts the command line.
 FACE = {"pissa", "pissa.__main__"}
