@@ -29,7 +29,8 @@ def tokenizer_of(file: GgufFile) -> Any:
         context = file.metadata.get(f"{architecture}.context_length")
         if context is not None:
             options["model_max_length"] = context
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, name_or_path=str(file.path), **options)
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **options)
+        tokenizer.name_or_path = str(file.path)  # as an argument, transformers looks on the Hub for a large vocabulary
     if tokenizer.eos_token_id is None:
         warnings.warn(
             f"{file.path} names no end token, so answers end at their longest: {_REMEDY}",
