@@ -15,6 +15,8 @@ from hub_cache import HubCache
 from pissa import notices
 from pissa.checkpoints.load import mapped_model
 from pissa.containers.checkpoint import Checkpoint, Contents, ModelFolder
+from pissa.containers.gguf_file import GgufFile
+from pissa.containers.gguf_tokenizer import tokenizer_of
 from pissa.containers.hub import model_files, weight_files
 from pissa.containers.model_folder import Part
 from pissa.ops.formats import READ
@@ -175,6 +177,17 @@ def test_a_missing_end_token_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_several_tokens_end_an_answer(tmp_path: Path) -> None:
     ends = {"tokenizer.ggml.eot_token_id": 5, "tokenizer.ggml.eom_token_id": 2}
     assert ModelFolder.open(written("qwen3", tmp_path, **ends)).config["eos_token_id"] == [2, 5]
+
+
+def test_a_large_vocabulary_is_not_looked_for_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers asks the Hub about tokenizers of more than 100,000 tokens, by their names."""
+    tokens = ["<pad>", "<s>", "</s>", "ab", *map(chr, range(33, 127)), *(f"token{i}" for i in range(100_010))]
+    vocabulary = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": [3, 3, 3, *[1] * (len(tokens) - 3)]}
+    path = written("llama", tmp_path, **vocabulary)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    tokenizer = tokenizer_of(GgufFile(path))
+    assert len(tokenizer) > 100_000
+    assert tokenizer.name_or_path == str(path)
 
 
 # ---- The Hub ---------------------------------------------------------------------------------------------------------
