@@ -256,7 +256,7 @@ def gguf_types() -> str:
 
 
 def gguf_training() -> str:
-    """Trainings on real files, beside the dequantised model."""
+    """Trainings on real files, beside the dequantised model. A rate is None if other programs ran beside it."""
     lines = []
     for row in _load("gguf_models.json")["rows"]:
         lines.append(
@@ -264,7 +264,7 @@ def gguf_training() -> str:
                 f"{row['file'].removesuffix('.gguf')}, {row['init']}, {row['steps']} steps of {row['batch']}",
                 row["base"],
                 f"{row['before']:.3f} → {row['after']:.3f}",
-                _number(row["tokens_per_second"]),
+                "" if row["tokens_per_second"] is None else _number(row["tokens_per_second"]),
                 f"{row['private_gb']:.1f}, {row['mapped_gb']:.1f}",
             ]
         )

@@ -181,7 +181,6 @@ NF4 = ops.quantize(torch.ones(16, 32))
 LOW_RANK = {name: tensor for name, tensor in LINEAR.items() if name not in ("weight", "bias")} | {
     "y": torch.ones(3, 16)
 }
-RESIDUAL = {name: LINEAR[name] for name in ("weight", "a0", "b0")}
 
 
 @pytest.mark.parametrize(
@@ -189,7 +188,6 @@ RESIDUAL = {name: LINEAR[name] for name in ("weight", "a0", "b0")}
     [
         *((ops.linear, LINEAR, name) for name in LINEAR),
         *((ops.add_low_rank, LOW_RANK, name) for name in LOW_RANK),
-        *((ops.residual, RESIDUAL, name) for name in ("a0", "b0")),
         (ops.linear, LINEAR | {"weight": NF4}, "x"),
     ],
     ids=lambda value: getattr(value, "__name__", value if isinstance(value, str) else ""),

@@ -1,4 +1,4 @@
-"""ops.svd_lowrank, ops.split, ops.residual: quality, determinism, every kind of matrix, refusals."""
+"""ops.svd_lowrank, ops.split, ops.residual_many: quality, determinism, every kind of matrix, refusals."""
 
 from __future__ import annotations
 

@@ -46,11 +46,11 @@ def test_each_is_the_residual_of_its_weight_and_the_host_waits_once(fields: dict
         there = [[gpu.put(tensor) for tensor in tensors] for tensors in given()]
         found = ops.residual_many(*there, SCALINGS, **fields)
         assert len(gpu.reads) == 1
-        ops.residual(there[0][0], there[1][0], there[2][0], **fields)
+        ops.residual_many(*(tensors[:1] for tensors in there), [1.0], **fields)
         assert len(gpu.reads) == 2
         found = [[gpu.fetch(part) for part in parts(residual)] for residual in found]
     for got, weight, a0, b0, scaling in zip(found, *given(), SCALINGS, strict=True):
-        want = parts(ops.residual(weight, a0, b0, scaling=scaling, **fields))
+        want = parts(ops.residual_many([weight], [a0], [b0], [scaling], **fields)[0])
         assert len(got) == len(want)
         assert all(map(torch.equal, got, want))
 
