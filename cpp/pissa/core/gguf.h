@@ -41,11 +41,11 @@ struct GgufDefaults {
   static constexpr int kScale = 0;
   static constexpr int kMinimum = -1;  ///< -1: the format has no minima
   static constexpr bool kMinimumHasCodes = false;
-  static constexpr int kBias = 0;          ///< subtracted from a code
-  static constexpr int kHighBits = 0;      ///< how far the high bits of a code are shifted to the left
-  static constexpr int kFifthBits = 0;     ///< the byte from which on bit i is the fifth of element i; 0: none
-  static constexpr bool kSixBits = false;  ///< codes of scales and minima are GgufSixBits'
-  static constexpr const std::int8_t* kLevels = nullptr;  ///< of four bits; null: codes are numbers
+  static constexpr int kBias = 0;            ///< subtracted from a code
+  static constexpr int kHighBits = 0;        ///< how far the high bits of a code are shifted to the left
+  static constexpr int kFifthBits = 0;       ///< the byte from which on bit i is the fifth of element i; 0: none
+  static constexpr bool kSixBits = false;    ///< codes of scales and minima are GgufSixBits'
+  static constexpr bool kHasLevels = false;  ///< codes of four bits stand for `kLevels`; otherwise they are numbers
   static PISSA_INLINE constexpr BlockBits high(int) { return {}; }
   static PISSA_INLINE constexpr int scale_code(const std::uint8_t*, int) { return 1; }
 };
@@ -92,12 +92,14 @@ struct Gguf<Format::q8_0> : GgufDefaults {
 
 template <>
 struct Gguf<Format::iq4_nl> : Gguf32<2> {
+  static constexpr bool kHasLevels = true;
   static constexpr auto& kLevels = kIq4Levels;
 };
 
 /// The scale is a byte (`half_e8m0`).
 template <>
 struct Gguf<Format::mxfp4_gguf> : Gguf32<1> {
+  static constexpr bool kHasLevels = true;
   static constexpr auto& kLevels = kTwiceE2m1Levels;
 };
 
@@ -176,6 +178,7 @@ struct Gguf<Format::q6_k> : Gguf256 {
 
 template <>
 struct Gguf<Format::iq4_xs> : GgufDefaults {
+  static constexpr bool kHasLevels = true;
   static constexpr auto& kLevels = kIq4Levels;
   static constexpr int kGroup = 32;
   static constexpr int kRun = 16;
@@ -216,7 +219,7 @@ PISSA_INLINE constexpr int gguf_code(const std::uint8_t* block, int i) {
   int code = block[low.byte + j] >> low.shift & low.mask;
   if constexpr (Layout::kHighBits > 0) code |= (block[high.byte + j] >> high.shift & high.mask) << Layout::kHighBits;
   if constexpr (Layout::kFifthBits > 0) code |= (block[Layout::kFifthBits + i / 8] >> i % 8 & 1) << 4;
-  if constexpr (Layout::kLevels != nullptr) return gguf_level<format>(code);
+  if constexpr (Layout::kHasLevels) return gguf_level<format>(code);
   else if constexpr (info(format).bits == 8) return static_cast<std::int8_t>(code);
   else return code - Layout::kBias;
 }

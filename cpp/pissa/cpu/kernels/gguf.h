@@ -99,7 +99,7 @@ struct GgufCodes {
   static constexpr Levels levels() {
     Levels result{};
     for (int code = 0; code < 16; ++code) {
-      if constexpr (Layout::kLevels != nullptr) result.value[code] = Layout::kLevels[code];
+      if constexpr (Layout::kHasLevels) result.value[code] = Layout::kLevels[code];
       else result.value[code] = static_cast<float>(code - Layout::kBias);
     }
     return result;
