@@ -230,39 +230,13 @@ struct GgufFormat {
   static constexpr Format kFormat = format;
 };
 
-/// Calls f with the GgufFormat of a read-only format.
-template <class F>
+/// Calls f with the GgufFormat of a read-only format: those from q4_0 on.
+template <Format first = Format::q4_0, class F>
 PISSA_INLINE auto with_gguf(Format format, F f) {
-  switch (format) {
-    case Format::q4_0:
-      return f(GgufFormat<Format::q4_0>{});
-    case Format::q4_1:
-      return f(GgufFormat<Format::q4_1>{});
-    case Format::q5_0:
-      return f(GgufFormat<Format::q5_0>{});
-    case Format::q5_1:
-      return f(GgufFormat<Format::q5_1>{});
-    case Format::q8_0:
-      return f(GgufFormat<Format::q8_0>{});
-    case Format::q2_k:
-      return f(GgufFormat<Format::q2_k>{});
-    case Format::q3_k:
-      return f(GgufFormat<Format::q3_k>{});
-    case Format::q4_k:
-      return f(GgufFormat<Format::q4_k>{});
-    case Format::q5_k:
-      return f(GgufFormat<Format::q5_k>{});
-    case Format::q6_k:
-      return f(GgufFormat<Format::q6_k>{});
-    case Format::iq4_nl:
-      return f(GgufFormat<Format::iq4_nl>{});
-    case Format::iq4_xs:
-      return f(GgufFormat<Format::iq4_xs>{});
-    case Format::mxfp4_gguf:
-      return f(GgufFormat<Format::mxfp4_gguf>{});
-    default:
-      __builtin_unreachable();
+  if constexpr (first != Format::mxfp4_gguf) {
+    if (format != first) return with_gguf<static_cast<Format>(static_cast<int>(first) + 1)>(format, f);
   }
+  return f(GgufFormat<first>{});
 }
 
 /// Element `col` of a row of blocks.

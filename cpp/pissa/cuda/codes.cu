@@ -53,7 +53,8 @@ __global__ void decode_kernel(Matrix weight, int shift, std::int64_t first_row, 
   }
 }
 
-// Any shape and, if `rows` is given, any rows, an element at a time.
+// Any shape and, if `rows` is given, any rows, an element at a time; Codes may be a GgufFormat, whose elements of
+// neighbouring threads are in one block, in L1.
 template <class Codes>
 __global__ void decode_any_kernel(Matrix weight, int shift, const std::int64_t* rows, std::int64_t first_row,
                                   std::int64_t first_col, MutableMatrix out) {
@@ -63,24 +64,16 @@ __global__ void decode_any_kernel(Matrix weight, int shift, const std::int64_t* 
   const std::int64_t row = divide(index, out.cols, col);
   const std::int64_t given = rows ? rows[row] : first_row + row;
   const std::int64_t from = given >= 0 && given < weight.rows ? given : 0;
-  const std::int64_t at = from * weight.cols + first_col + col;
-  const BlockScales<Codes> scales(weight.scales, shift);
-  const float scale = scales.value(scales.load(from, first_col + col, at));
-  store(out.data, out.format, row * out.ld + col, Codes::element(Codes::level_at(weight.data, at), scale));
-}
-
-// The same for blocks of GGUF. Elements of neighbours are in a block, so a warp's loads hit L1.
-template <Format format>
-__global__ void decode_gguf_kernel(Matrix weight, const std::int64_t* rows, std::int64_t first_row,
-                                   std::int64_t first_col, MutableMatrix out) {
-  const std::int64_t index = static_cast<std::int64_t>(blockIdx.x) * kDecodeThreads + threadIdx.x;
-  if (index >= out.rows * out.cols) return;
-  std::int64_t col;
-  const std::int64_t row = divide(index, out.cols, col);
-  const std::int64_t given = rows ? rows[row] : first_row + row;
-  const std::int64_t from = given >= 0 && given < weight.rows ? given : 0;
-  const std::uint8_t* blocks = static_cast<const std::uint8_t*>(weight.data) + code_bytes(format, from * weight.cols);
-  store(out.data, out.format, row * out.ld + col, gguf_element<format>(blocks, first_col + col));
+  float element;
+  if constexpr (is_read_only(Codes::kFormat)) {
+    const std::int64_t start = code_bytes(Codes::kFormat, from * weight.cols);
+    element = gguf_element<Codes::kFormat>(static_cast<const std::uint8_t*>(weight.data) + start, first_col + col);
+  } else {
+    const std::int64_t at = from * weight.cols + first_col + col;
+    const BlockScales<Codes> scales(weight.scales, shift);
+    element = Codes::element(Codes::level_at(weight.data, at), scales.value(scales.load(from, first_col + col, at)));
+  }
+  store(out.data, out.format, row * out.ld + col, element);
 }
 
 // ---- Quantisation ------------------------------------------------------------------------------------------------
@@ -353,21 +346,15 @@ __global__ void quantize_absmax_kernel(NestedArgs args) {
   args.codes8[at] = static_cast<std::uint8_t>(low);
 }
 
-template <class Codes>
 void decode_any(const Context& context, const Matrix& weight, const std::int64_t* rows, std::int64_t row,
                 std::int64_t col, const MutableMatrix& out) {
   const std::int64_t blocks = ceil_div(out.rows * out.cols, kDecodeThreads);
-  launch(context, "decode", decode_any_kernel<Codes>, dim3(static_cast<unsigned>(blocks)), kDecodeThreads, weight,
-         shift_of(weight.scales.blocksize), rows, row, col, out);
-}
-
-void decode_gguf(const Context& context, const Matrix& weight, const std::int64_t* rows, std::int64_t row,
-                 std::int64_t col, const MutableMatrix& out) {
-  const std::int64_t blocks = ceil_div(out.rows * out.cols, kDecodeThreads);
-  with_gguf(weight.format, [&](auto kind) {
-    launch(context, "decode", decode_gguf_kernel<decltype(kind)::kFormat>, dim3(static_cast<unsigned>(blocks)),
-           kDecodeThreads, weight, rows, row, col, out);
-  });
+  const auto start = [&](auto codes) {
+    launch(context, "decode", decode_any_kernel<decltype(codes)>, dim3(static_cast<unsigned>(blocks)), kDecodeThreads,
+           weight, shift_of(weight.scales.blocksize), rows, row, col, out);
+  };
+  if (is_read_only(weight.format)) with_gguf(weight.format, start);
+  else with_codes(weight.format, start);
 }
 
 }  // namespace
@@ -375,7 +362,7 @@ void decode_gguf(const Context& context, const Matrix& weight, const std::int64_
 void decode_codes(const Context& context, const Matrix& weight, std::int64_t row, std::int64_t col,
                   const MutableMatrix& out) {
   if (out.rows == 0 || out.cols == 0) return;
-  if (is_read_only(weight.format)) return decode_gguf(context, weight, nullptr, row, col, out);
+  if (is_read_only(weight.format)) return decode_any(context, weight, nullptr, row, col, out);
   const auto fits = [](std::int64_t n) { return n % kOctet == 0; };
   const int shift = shift_of(weight.scales.blocksize);
   with_codes(weight.format, [&](auto codes) {
@@ -386,14 +373,13 @@ void decode_codes(const Context& context, const Matrix& weight, std::int64_t row
       launch(context, "decode", decode_kernel<Codes>, dim3(static_cast<unsigned>(blocks)), kDecodeThreads, weight,
              shift, row, col, out);
     } else {
-      decode_any<Codes>(context, weight, nullptr, row, col, out);
+      decode_any(context, weight, nullptr, row, col, out);
     }
   });
 }
 
 void decode_rows(const Context& context, const Matrix& weight, const std::int64_t* rows, const MutableMatrix& out) {
-  if (is_read_only(weight.format)) return decode_gguf(context, weight, rows, 0, 0, out);
-  with_codes(weight.format, [&](auto codes) { decode_any<decltype(codes)>(context, weight, rows, 0, 0, out); });
+  decode_any(context, weight, rows, 0, 0, out);
 }
 
 void quantize(const Context& context, const Matrix& values, const Matrix& change, std::int64_t first,

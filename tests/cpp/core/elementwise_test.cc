@@ -52,7 +52,7 @@ TEST_P(ElementwiseTest, DecodesRowsOfAnyQuantizedFormat) {
   Random random(2);
   const std::int64_t rows[] = {5, 0, 5, 8, -1, 9};  // of nine: for the last two the first
   std::vector<Form> forms(kForms);
-  forms.insert(forms.end(), kGgufForms);
+  forms.insert(forms.end(), gguf_forms().begin(), gguf_forms().end());
   for (const Form form : forms) {
     for (const std::int64_t cols : {37, 256, 1280}) {
       if (cols == 37 && is_read_only(static_cast<Format>(form))) continue;  // no whole block

@@ -16,7 +16,7 @@ class GgufTest : public BackendTest {};
 
 TEST_P(GgufTest, ElementsAreExact) {
   Random random(1);
-  for (const Form form : kGgufForms) {
+  for (const Form form : gguf_forms()) {
     SCOPED_TRACE(name(form));
     const Operand a(random, 67, 768, form);
     Stored out = Stored::poisoned(67, 768, Format::f32);
@@ -70,7 +70,7 @@ TEST_P(GgufTest, Products) {
     const std::int64_t few_rows = op == Op::t ? list.bf16_roundings() : 0;
     expect_close(out, list.expected(), list.roundings(), few_rows + intermediate_roundings(out_format));
   };
-  for (const Form form : kGgufForms) {
+  for (const Form form : gguf_forms()) {
     for (const Precision precision : {Precision::f32, Precision::bf16, Precision::f16}) {
       for (const std::int64_t m : {1, 2, 3, 4, 5, 9, 17}) check(form, Op::t, {m, 35, 1280}, precision);
       for (const std::int64_t m : {1, 5, 17}) check(form, Op::n, {m, 768, 37}, precision);

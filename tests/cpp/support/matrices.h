@@ -433,43 +433,24 @@ class StoredGguf {
   std::vector<std::uint8_t> bytes_;
 };
 
-/// The forms in which a GEMM reads an operand, and a random normal matrix in one of them. The first are those of
-/// Format, in its order.
-enum class Form {
-  f32,
-  bf16,
-  f16,
-  nf4,
-  int8,
-  nf3,
-  nf2,
-  mxfp4,
-  nvfp4,
-  int4,
-  fp8,
-  q4_0,
-  q4_1,
-  q5_0,
-  q5_1,
-  q8_0,
-  q2_k,
-  q3_k,
-  q4_k,
-  q5_k,
-  q6_k,
-  iq4_nl,
-  iq4_xs,
-  mxfp4_gguf,
-  nf4_nested
-};
+/// The forms in which a GEMM reads an operand, and a random normal matrix in one of them. A Format is a form, too:
+/// those of GGUF's blocks have no other name.
+enum class Form { f32, bf16, f16, nf4, int8, nf3, nf2, mxfp4, nvfp4, int4, fp8, nf4_nested = 1000 };
 /// Those of matrices of any size.
 inline constexpr std::initializer_list<Form> kForms = {Form::f32,   Form::bf16, Form::f16, Form::nf4,
                                                        Form::int8,  Form::nf3,  Form::nf2, Form::mxfp4,
                                                        Form::nvfp4, Form::int4, Form::fp8, Form::nf4_nested};
 /// Those whose rows are whole blocks.
-inline constexpr std::initializer_list<Form> kGgufForms = {
-    Form::q4_0, Form::q4_1, Form::q5_0, Form::q5_1,   Form::q8_0,   Form::q2_k,      Form::q3_k,
-    Form::q4_k, Form::q5_k, Form::q6_k, Form::iq4_nl, Form::iq4_xs, Form::mxfp4_gguf};
+inline const std::vector<Form>& gguf_forms() {
+  static const std::vector<Form> forms = [] {
+    std::vector<Form> found;
+    for (const Format format : kFormats) {
+      if (is_read_only(format)) found.push_back(static_cast<Form>(format));
+    }
+    return found;
+  }();
+  return forms;
+}
 inline constexpr std::initializer_list<Format> kFloatFormats = {Format::f32, Format::bf16, Format::f16};
 
 inline const char* name(Format format) { return info(format).name; }

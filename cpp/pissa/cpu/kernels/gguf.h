@@ -35,11 +35,12 @@ struct GgufCodes {
   struct Groups {
     float scales[kHasMinimum ? 2 * kGroups : kGroups];
 
+    template <class V = Vec>  // a template of V: not every Vec has store_six_bits, or store_five_bits below
     PISSA_INLINE void read(const std::uint8_t* block) {
       if constexpr (format == Format::mxfp4_gguf) {
         scales[0] = half_e8m0(block[0]);
-      } else if constexpr (Layout::kSixBits) {
-        Vec::store_six_bits(scales, block);
+      } else if constexpr (Layout::kSixBits && requires { V::store_six_bits(scales, block); }) {
+        V::store_six_bits(scales, block);
       } else if constexpr (format == Format::q6_k) {
         const Vec::Reg scale = Vec::broadcast(Vec::load_half(block + Layout::kScale));
         const auto* codes = reinterpret_cast<const std::int8_t*>(block + Layout::kScaleCodes);
@@ -176,17 +177,22 @@ struct GgufCodes {
 
   // The bytes of a run, 32 of them, for GCC and clang to map to the instruction set's registers.
   using Words = std::uint64_t __attribute__((vector_size(32)));
-  using Codes = std::int8_t __attribute__((vector_size(32)));
+  using Bytes = std::int8_t __attribute__((vector_size(32)));
 
   // The codes of a block, as the core's gguf_code has them, in runs [first, end): in `codes`, or where they are.
+  template <class V = Vec>
   static PISSA_INLINE const std::int8_t* unpack(const std::uint8_t* block, int first, int end,
                                                 std::int8_t (&codes)[kElements]) {
     if constexpr (info(format).bits == 8) {
       return reinterpret_cast<const std::int8_t*>(block + Layout::low(0).byte);
     } else if constexpr (Layout::kFifthBits > 0) {
-      std::uint32_t fifth;
-      __builtin_memcpy(&fifth, block + Layout::kFifthBits, sizeof fifth);
-      Vec::store_fives(codes, block + Layout::low(0).byte, fifth, Layout::kBias);
+      if constexpr (requires { V::store_five_bits(codes, block, 0u, 0); }) {
+        std::uint32_t fifth;
+        __builtin_memcpy(&fifth, block + Layout::kFifthBits, sizeof fifth);
+        V::store_five_bits(codes, block + Layout::low(0).byte, fifth, Layout::kBias);
+      } else {
+        for (int i = 0; i < kElements; ++i) codes[i] = static_cast<std::int8_t>(gguf_code<format>(block, i));
+      }
     } else {
       static_assert(kRun == sizeof(Words));
       const auto read = [&](BlockBits of, Words& words) {
@@ -201,7 +207,7 @@ struct GgufCodes {
           read(Layout::high(run), high);
           code |= high << Layout::kHighBits;
         }
-        Codes numbers = reinterpret_cast<Codes>(code) - static_cast<std::int8_t>(Layout::kBias);
+        const Bytes numbers = reinterpret_cast<Bytes>(code) - static_cast<std::int8_t>(Layout::kBias);
         __builtin_memcpy(codes + run * kRun, &numbers, sizeof numbers);
       }
     }

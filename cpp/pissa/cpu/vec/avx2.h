@@ -7,6 +7,7 @@
 
 #include "pissa/core/nf4.h"
 #include "pissa/core/types.h"
+#include "pissa/cpu/vec/gguf_x86.h"
 
 namespace pissa::cpu::PISSA_ISA {
 
@@ -55,27 +56,17 @@ struct Vec {
   static PISSA_INLINE Reg load_i8(const std::int8_t* from) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
   }
-  static PISSA_INLINE void store_fives(std::int8_t* to, const std::uint8_t* nibbles, std::uint32_t fifth, int bias) {
-    const __m128i low = _mm_loadu_si128(reinterpret_cast<const __m128i*>(nibbles));
-    const __m256i both = _mm256_inserti128_si256(_mm256_castsi128_si256(low), _mm_srli_epi16(low, 4), 1);
-    const __m256i four = _mm256_and_si256(both, _mm256_set1_epi8(15));
+  static PISSA_INLINE void store_five_bits(std::int8_t* to, const std::uint8_t* nibbles, std::uint32_t fifth,
+                                           int bias) {
     const __m256i byte_of_lane = _mm256_set_epi64x(0x0303030303030303, 0x0202020202020202, 0x0101010101010101, 0);
     const __m256i mask = _mm256_set1_epi64x(static_cast<std::int64_t>(0x8040201008040201u));
     const __m256i bytes = _mm256_shuffle_epi8(_mm256_set1_epi32(static_cast<int>(fifth)), byte_of_lane);
     const __m256i is_set = _mm256_cmpeq_epi8(_mm256_and_si256(bytes, mask), mask);
-    const __m256i codes = _mm256_or_si256(four, _mm256_and_si256(is_set, _mm256_set1_epi8(16)));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
-                        _mm256_sub_epi8(codes, _mm256_set1_epi8(static_cast<char>(bias))));
+    store_fives(to, nibbles, _mm256_and_si256(is_set, _mm256_set1_epi8(16)), bias);
   }
   static PISSA_INLINE void store_six_bits(float* to, const std::uint8_t* block) {
-    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(block));
-    const __m128i own = _mm_shuffle_epi8(bytes, _mm_set_epi32(0x0f0e0d0c, 0x0b0a0908, 0x0f0e0d0c, 0x07060504));
-    const __m128i others = _mm_shuffle_epi8(bytes, _mm_set_epi32(0x0b0a0908, -1, 0x07060504, -1));
-    const __m128i low = _mm_and_si128(_mm_srlv_epi32(own, _mm_set_epi32(4, 0, 0, 0)),
-                                      _mm_set_epi32(0x0f0f0f0f, 0x3f3f3f3f, 0x0f0f0f0f, 0x3f3f3f3f));
-    const __m128i high = _mm_and_si128(_mm_srli_epi32(others, 2), _mm_set1_epi8(0x30));
-    const __m128i codes = _mm_or_si128(low, high);
     const auto numbers = [](__m128i eight) { return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(eight)); };
+    const __m128i codes = six_bits(block);
     store(to, mul(numbers(codes), broadcast(load_half(block))));
     store(to + 8, mul(numbers(_mm_srli_si128(codes, 8)), broadcast(-load_half(block + 2))));
   }

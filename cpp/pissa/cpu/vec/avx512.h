@@ -7,6 +7,7 @@
 
 #include "pissa/core/nf4.h"
 #include "pissa/core/types.h"
+#include "pissa/cpu/vec/gguf_x86.h"
 
 namespace pissa::cpu::PISSA_ISA {
 
@@ -47,28 +48,17 @@ struct Vec {
   static PISSA_INLINE Reg load_i8(const std::int8_t* from) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
   }
-  static PISSA_INLINE void store_fives(std::int8_t* to, const std::uint8_t* nibbles, std::uint32_t fifth, int bias) {
-    const __m128i low = _mm_loadu_si128(reinterpret_cast<const __m128i*>(nibbles));
-    const __m256i both = _mm256_inserti128_si256(_mm256_castsi128_si256(low), _mm_srli_epi16(low, 4), 1);
-    const __m256i four = _mm256_and_si256(both, _mm256_set1_epi8(15));
-    const __m256i codes = _mm256_or_si256(four, _mm256_maskz_set1_epi8(fifth, 16));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
-                        _mm256_sub_epi8(codes, _mm256_set1_epi8(static_cast<char>(bias))));
+  static PISSA_INLINE void store_five_bits(std::int8_t* to, const std::uint8_t* nibbles, std::uint32_t fifth,
+                                           int bias) {
+    store_fives(to, nibbles, _mm256_maskz_set1_epi8(fifth, 16), bias);
   }
   static PISSA_INLINE void store_six_bits(float* to, const std::uint8_t* block) {
-    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(block));
-    const __m128i own = _mm_shuffle_epi8(bytes, _mm_set_epi32(0x0f0e0d0c, 0x0b0a0908, 0x0f0e0d0c, 0x07060504));
-    const __m128i others = _mm_shuffle_epi8(bytes, _mm_set_epi32(0x0b0a0908, -1, 0x07060504, -1));
-    const __m128i low = _mm_and_si128(_mm_srlv_epi32(own, _mm_set_epi32(4, 0, 0, 0)),
-                                      _mm_set_epi32(0x0f0f0f0f, 0x3f3f3f3f, 0x0f0f0f0f, 0x3f3f3f3f));
-    const __m128i high = _mm_and_si128(_mm_srli_epi32(others, 2), _mm_set1_epi8(0x30));
-    const __m128i codes = _mm_or_si128(low, high);
     const __m256i minus = _mm256_set1_epi32(static_cast<int>(0x80000000u));
-    const Reg halves = _mm512_castps128_ps512(_mm_cvtph_ps(bytes));
+    const Reg halves = _mm512_castps128_ps512(_mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(block))));
     const Reg signs = _mm512_castsi512_ps(_mm512_inserti32x8(_mm512_setzero_si512(), minus, 1));
     const __m512i which = _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
     const Reg factors = _mm512_xor_ps(_mm512_permutexvar_ps(which, halves), signs);
-    store(to, mul(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(codes)), factors));
+    store(to, mul(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(six_bits(block))), factors));
   }
   // Places sign, exponent and fraction as in f16: the number divided by the ratio of biases, 2^(15 - 7). Not NaN.
   static PISSA_INLINE Reg load_f8(const std::uint8_t* from) {

@@ -46,9 +46,8 @@ struct Pairs {
   }
   // The elements of 16 bytes: those in the low nibbles, then those in the high ones.
   static PISSA_INLINE Vec::Reg decode_halves(const Table<1>& table, const std::uint8_t* bytes) {
-    const __m128i low = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes));
-    const __m256i both = _mm256_inserti128_si256(_mm256_castsi128_si256(low), _mm_srli_epi16(low, 4), 1);
-    return _mm512_castsi512_ps(_mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(both), table.levels[0]));
+    const __m512i codes = _mm512_cvtepu8_epi16(both_nibbles(bytes));
+    return _mm512_castsi512_ps(_mm512_permutexvar_epi16(codes, table.levels[0]));
   }
   // 32 numbers of few bits: table[(byte >> shift) % 32] for 32 bytes. A table for fewer bits repeats.
   static PISSA_INLINE Vec::Reg look_up_bits(const Half* table, const std::uint8_t* bytes, int shift) {

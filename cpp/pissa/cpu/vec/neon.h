@@ -5,7 +5,6 @@
 
 #include <cstdint>
 
-#include "pissa/core/gguf.h"
 #include "pissa/core/nf4.h"
 #include "pissa/core/types.h"
 
@@ -51,19 +50,6 @@ struct Vec {
   }
   static PISSA_INLINE Reg load_i8(const std::int8_t* from) {
     return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_u8(load_4_bytes(from))))));
-  }
-  static PISSA_INLINE void store_fives(std::int8_t* to, const std::uint8_t* nibbles, std::uint32_t fifth, int bias) {
-    for (int i = 0; i < 32; ++i) {
-      const int four = i < 16 ? nibbles[i] & 15 : nibbles[i - 16] >> 4;
-      to[i] = static_cast<std::int8_t>((four | (fifth >> i & 1u) << 4) - static_cast<unsigned>(bias));
-    }
-  }
-  static PISSA_INLINE void store_six_bits(float* to, const std::uint8_t* block) {
-    const float scale = load_half(block), minimum = -load_half(block + 2);
-    for (int i = 0; i < 8; ++i) {
-      to[i] = scale * static_cast<float>(GgufSixBits::scale_code(block, i));
-      to[8 + i] = minimum * static_cast<float>(GgufSixBits::minimum_code(block, i));
-    }
   }
   // Places sign, exponent and fraction as in f16: the number divided by the ratio of biases, 2^(15 - 7). Not NaN.
   static PISSA_INLINE Reg load_f8(const std::uint8_t* from) {

@@ -4,7 +4,6 @@
 #include <cstdint>
 
 #include "pissa/core/fp8.h"
-#include "pissa/core/gguf.h"
 #include "pissa/core/nf4.h"
 #include "pissa/core/types.h"
 
@@ -73,19 +72,6 @@ struct Vec {
   }
   static PISSA_INLINE Reg load_f8(const std::uint8_t* from) {
     return each([&](int i) { return e4m3_value(from[i]) / 256.0f; });
-  }
-  static PISSA_INLINE void store_fives(std::int8_t* to, const std::uint8_t* nibbles, std::uint32_t fifth, int bias) {
-    for (int i = 0; i < 32; ++i) {
-      const int four = i < 16 ? nibbles[i] & 15 : nibbles[i - 16] >> 4;
-      to[i] = static_cast<std::int8_t>((four | (fifth >> i & 1u) << 4) - static_cast<unsigned>(bias));
-    }
-  }
-  static PISSA_INLINE void store_six_bits(float* to, const std::uint8_t* block) {
-    const float scale = load_half(block), minimum = -load_half(block + 2);
-    for (int i = 0; i < 8; ++i) {
-      to[i] = scale * static_cast<float>(GgufSixBits::scale_code(block, i));
-      to[8 + i] = minimum * static_cast<float>(GgufSixBits::minimum_code(block, i));
-    }
   }
   static PISSA_INLINE Reg load_f16(const std::uint16_t* from) {
     return each([&](int i) { return widen_f16(from[i]); });

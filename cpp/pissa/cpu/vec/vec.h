@@ -13,9 +13,8 @@
 // - zero64, load64 (from f32), fma64, store64
 // - load_f16, store_f16 (to nearest, ties to even); load_half: one f16, at any address; load_i8: kWidth signed bytes;
 // load_f8: E4M3 / 256, not NaN
-// - store_fives: 32 codes of five bits, less a bias: of 16 bytes the low nibbles, then the high ones, and a fifth bit
-//   for each
-// - store_six_bits: the eight scales of a block of GGUF (GgufSixBits), then its eight minima
+// - store_five_bits and store_six_bits, if they are faster than loops: 32 codes of five bits, less a bias, of 16 bytes
+//   of nibbles and a fifth bit for each; the eight scales of a block of GGUF (GgufSixBits), then its eight minima
 // - gather: map[index] for kWidth indices of a byte
 // - store_codes: the NF4 codes of kWidth values, two a byte; each is the number of thresholds below its value
 // - table<blocks>: 16 levels times each of the scales of that many blocks, at most kMostBlocks; table_from: 16 levels
