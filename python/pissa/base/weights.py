@@ -232,13 +232,20 @@ class HoldsCodes(OwnBase):
         return super()._apply(move, recurse)
 
 
-class CodedLinear(HoldsCodes):
-    """A linear base whose whole weight is codes; y = x Qᵀ + b is computed from them directly. Its fingerprint is that
-    of the weight into which libraries decode the codes: bfloat16, or float32 for GGUF's."""
+class WholeCodes(HoldsCodes):
+    """A base whose whole weight is codes. Its fingerprint is that of the weight into which libraries decode them:
+    bfloat16, or float32 for GGUF's."""
 
     start = None
     is_quantised = True
-    fingerprint_dtype: torch.dtype | None = torch.bfloat16
+
+    @property
+    def fingerprint_dtype(self) -> torch.dtype | None:  # type: ignore[override]
+        return torch.float32 if READ[self.format].is_read_only else torch.bfloat16
+
+
+class CodedLinear(WholeCodes):
+    """A linear base over codes: y = x Qᵀ + b is computed from them directly."""
 
     def __init__(
         self, weight: ops.QuantizedWeight, bias: nn.Parameter | None, quant_storage: torch.dtype = torch.uint8
@@ -247,8 +254,6 @@ class CodedLinear(HoldsCodes):
         self.out_features, self.in_features = weight.shape
         self.store_codes(weight, quant_storage)
         self.bias = bias
-        if READ[weight.format].is_read_only:
-            self.fingerprint_dtype = torch.float32
 
     def matrix(self) -> Tensor:
         """The weight in float32 [out, in]."""
@@ -269,13 +274,10 @@ class CodedLinear(HoldsCodes):
         return f"{super().extra_repr()}, {self.format}, blocksize={self.blocksize}"
 
 
-class CodedEmbedding(HoldsCodes):
-    """An embedding whose whole weight [vocabulary, dim] is codes. Rows are decoded when they are looked up, to the
-    dtype that the dense weight would have. `template` is the dense module without its weight."""
+class CodedEmbedding(WholeCodes):
+    """An embedding over codes [vocabulary, dim]. Rows are decoded when they are looked up, to the dtype that the dense
+    weight would have. `template` is the dense module without its weight."""
 
-    start = None
-    is_quantised = True
-    fingerprint_dtype: torch.dtype | None = torch.bfloat16
     template: Any
 
     def __init__(self, weight: ops.QuantizedWeight, module: Any) -> None:

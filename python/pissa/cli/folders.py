@@ -217,6 +217,8 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
 def _export(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     from pissa.integrations.export import export
 
+    if args.check and args.to != "gguf":
+        raise UserError(f"--check: got --to {args.to}; it compares with llama.cpp, which --to gguf is for")
     done = export(args.adapter, args.target, args.to, base=args.base, progressbar=True)
     yield done._asdict()
     print_row("adapter", f"{args.adapter}: {done.what}, {done.layers} layers")

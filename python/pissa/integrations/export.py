@@ -47,8 +47,8 @@ def export(
         adapter: a folder of pissa or of PEFT, or a folder with a LoRA.
         target: a new folder, or a new file for "gguf".
         to: the runtime, one of `pissa.integrations.RUNTIMES`.
-        base: the model that the adapter was trained on, a folder or a name on the Hub (default: the one that the
-            adapter names).
+        base: the model that the adapter was trained on, a folder, a GGUF file or a name on the Hub (default: the one
+            that the adapter names). For "gguf": the GGUF file with which llama.cpp runs the adapter.
         progressbar: show one bar over the bytes of the checkpoint on stderr.
 
     Raises:

@@ -10,7 +10,7 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbed
 
 from bench.compare.gguf_blocks import random_blocks, weight_of
 from pissa import ops
-from pissa.base.weights import CodedEmbedding
+from pissa.base.weights import CodedEmbedding, CodedLinear
 from pissa.ops.formats import FORMATS
 
 IDS = torch.tensor([[3, 0, 19], [19, 7, 3]])
@@ -66,3 +66,10 @@ def test_an_index_outside_is_refused(bad: int) -> None:
         ops.embedding(torch.tensor([1, bad]), codes("q8_0"))
     with pytest.raises(TypeError, match="indices"):
         ops.embedding(torch.ones(2), codes("q8_0"))
+
+
+@pytest.mark.parametrize(("format", "dtype"), [("q8_0", torch.float32), ("mxfp4", torch.bfloat16)])
+def test_its_fingerprint_is_that_of_what_libraries_decode(format: str, dtype: torch.dtype) -> None:
+    weight = codes(format)
+    embedding = CodedEmbedding(weight, nn.Embedding(20, 256))
+    assert embedding.fingerprint_dtype == dtype == CodedLinear(weight, None).fingerprint_dtype

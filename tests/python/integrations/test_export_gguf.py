@@ -132,6 +132,9 @@ def test_a_check_counts_equal_tokens(
     shown = capsys.readouterr().out
     assert shown.count(f"the same {wrong_after} of {TOKENS} tokens") == 3
     assert ("apart in their logits" in shown) == (wrong_after < TOKENS)
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "out"), "--to", "vllm", "--check"]) == 2
+    assert "--check: got --to vllm; it compares with llama.cpp" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
     with pytest.raises(ModuleNotFoundError, match="run `pip install llama-cpp-python`"):
         compare(tmp_path / "run", None, tmp_path / "lora.gguf")
