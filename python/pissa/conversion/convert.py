@@ -27,7 +27,7 @@ class Conversion:
     layout: str
     """The layout of the source, in words."""
     ranks: dict[str, tuple[int, int]]
-    """By layer, or by the weight of all experts in a module: the rank in the source, and the rank that was written."""
+    """The rank in the source and the rank that was written, by layer or by the weight of all experts in a module."""
     kept: float
     """The share of the energy ‖s (B A - B0 A0)‖² (Frobenius) of all layers that was kept."""
 

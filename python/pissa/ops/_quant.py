@@ -229,7 +229,7 @@ def embedding(indices: Tensor, weight: QuantizedWeight, dtype: torch.dtype = tor
         dtype: float32, bfloat16 or float16.
 
     Returns:
-        [*indices.shape, dim] in `dtype`, rounded once from float32. It has no gradient.
+        The shape of `indices` and dim, in `dtype`, rounded once from float32. It has no gradient.
 
     Raises:
         TypeError, ValueError: an argument, or a part of the weight, is invalid; the message names it.

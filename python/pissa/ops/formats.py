@@ -35,7 +35,7 @@ class QuantFormat:
 
     @property
     def is_read_only(self) -> bool:
-        """Whether weights are read in the format but not quantised to it: GGUF's blocks."""
+        """Whether weights are read in the format but not quantised to it, as in GGUF's blocks."""
         return self.scales == "within"
 
     @property
