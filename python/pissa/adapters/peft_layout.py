@@ -163,10 +163,11 @@ def is_of_a_layer(key: str, layers: Iterable[str]) -> bool:
     return not is_bias and key.startswith(tuple(f"{PREFIX}{name}." for name in layers))
 
 
-def select_trained_beside(model: PeftModel, adapter_name: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def select_trained_beside(
+    model: PeftModel, adapter_name: str, layers: Mapping[str, PissaLayer], state: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """The tensors in a model's state dict that an adapter trains in addition to those of its layers (`modules_to_save`,
     tokens and biases), under PEFT's names."""
-    layers = pissa_layers(model.base_model.model, adapter_name)
     of_layers = {f"{PREFIX}{path}.{key}" for path, layer in layers.items() for key in layer.state_keys(adapter_name)}
     state = {key: value for key, value in state.items() if key not in of_layers}
     tensors: dict[str, Tensor] = get_peft_model_state_dict(

@@ -51,7 +51,7 @@ class _Restoration:
         check_values(base, adapter_name)
         self.layers = pissa_layers(base, adapter_name)
         self._check_layers()
-        self.modules = select_trained_beside(model, adapter_name, model.state_dict())
+        self.modules = select_trained_beside(model, adapter_name, self.layers, model.state_dict())
         self._check_headers(tables)
 
         tensors = folder.tensors

@@ -40,7 +40,7 @@ from pissa.containers.checkpoint import PISSA_RECORD
 from pissa.containers.staged import staged
 from pissa.containers.tensor_file import write_tensors
 from pissa.distributed import check_whole, is_sharded
-from pissa.layers.layer import pissa_layers
+from pissa.layers.layer import PissaLayer, pissa_layers
 from pissa.layers.modules import PissaConvolution
 
 
@@ -54,10 +54,10 @@ def save_adapter(
     """Writes one adapter to `directory` or, unless it is called "default", to a sub-folder of its name."""
     config, base = model.peft_config[adapter_name], model.base_model.model
     layers = pissa_layers(base, adapter_name)
-    with_vocabulary = _with_vocabulary(model, adapter_name, save_embedding_layers)
+    with_vocabulary = _with_vocabulary(model, adapter_name, layers, save_embedding_layers)
     state = _own_state(model) if state_dict is None else state_dict
     check_whole(state)
-    tensors = select_trained_beside(model, adapter_name, state)
+    tensors = select_trained_beside(model, adapter_name, layers, state)
     gathered = {name: (state_dict or {}).get(base_weight_key(name)) for name in layers}
     table = vocabulary(model, adapter_name) if with_vocabulary else {}
     tensors |= {key: tensor.value(state_dict or {}) for key, tensor in table.items()}
@@ -95,7 +95,9 @@ def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu() for name, tensor in tensors.items()}
 
 
-def _with_vocabulary(model: PeftModel, adapter_name: str, save_embedding_layers: str | bool) -> bool:
+def _with_vocabulary(
+    model: PeftModel, adapter_name: str, layers: Mapping[str, PissaLayer], save_embedding_layers: str | bool
+) -> bool:
     """Whether the vocabulary's weights are written with the adapter.
 
     With "auto" they are if the vocabulary's size differs from that in the files from which the base was loaded. If
@@ -125,8 +127,7 @@ def _with_vocabulary(model: PeftModel, adapter_name: str, save_embedding_layers:
                 return bool(before.get_text_config().vocab_size != config.get_text_config().vocab_size)
         except (OSError, ValueError, AttributeError):
             pass
-    layers = pissa_layers(base, adapter_name).values()
-    if any(tensor.is_of(layer) for tensor in vocabulary(model, adapter_name).values() for layer in layers):
+    if any(tensor.is_of(layer) for tensor in vocabulary(model, adapter_name).values() for layer in layers.values()):
         return True
     if name:
         warnings.warn(
