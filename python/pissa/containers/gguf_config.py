@@ -32,6 +32,7 @@ ARCHITECTURES = {
     "gemma": Architecture("gemma", "GemmaForCausalLM", shifts_norms=True),
     "gemma2": Architecture("gemma2", "Gemma2ForCausalLM", shifts_norms=True),
     "gemma3": Architecture("gemma3_text", "Gemma3ForCausalLM", shifts_norms=True),
+    "gemma4": Architecture("gemma4_text", "Gemma4ForCausalLM"),
     "gpt-oss": Architecture("gpt_oss", "GptOssForCausalLM", transposes_experts=True),
     "granite": Architecture(permutes=True),
     "lfm2": Architecture("lfm2", "Lfm2ForCausalLM"),
@@ -57,6 +58,8 @@ _FIELDS = {
     "final_logit_softcapping": "final_logit_softcapping", "expert_count": "num_experts",
     "expert_used_count": "num_experts_per_tok", "expert_feed_forward_length": "moe_intermediate_size",
     "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+    "attention.shared_kv_layers": "num_kv_shared_layers",
+    "embedding_length_per_layer_input": "hidden_size_per_layer_input",
 }  # fmt: skip
 """transformers' names of what stands in the metadata under the name of the architecture."""
 
@@ -167,12 +170,35 @@ def _fields(files: Sequence[GgufFile]) -> dict[str, Any]:
     if name in _SCALED_BY_WIDTH:
         is_large = config["num_hidden_layers"] == _SCALED_BY_WIDTH[name]
         config["query_pre_attn_scalar"] = width if is_large else config["head_dim"]
-    if name == "gemma3":
+    if name in ("gemma3", "gemma4"):
         local = {"rope_type": "default", "rope_theta": known.get("rope.freq_base_swa", 10_000.0)}
         config["rope_parameters"] = {"full_attention": rope, "sliding_attention": local}
-        if "sliding_window" not in config:
-            config["layer_types"] = ["full_attention"] * config["num_hidden_layers"]
-    return config
+    if name == "gemma3" and "sliding_window" not in config:
+        config["layer_types"] = ["full_attention"] * config["num_hidden_layers"]
+    return config | _gemma4(known, config, shapes) if name == "gemma4" else config
+
+
+def _gemma4(known: dict[str, Any], config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+    """What Gemma 4 has by layer. transformers has two values, for layers with a sliding window and for the others, or
+    for those that share keys and values."""
+    slides = known["attention.sliding_window_pattern"]
+    counts = (config["intermediate_size"], config["num_key_value_heads"])
+    widths, heads = (count if isinstance(count, list) else [count] * len(slides) for count in counts)
+    heads_of = dict(zip(slides, heads, strict=True))
+    keys, values = (sum(name.endswith(f".attn_{x}.weight") for name in shapes) for x in "kv")
+    return {
+        "layer_types": ["sliding_attention" if is_local else "full_attention" for is_local in slides],
+        "head_dim": known["attention.key_length_swa"],
+        "global_head_dim": known["attention.key_length"],
+        "num_key_value_heads": heads_of[True],
+        "num_global_key_value_heads": heads_of[False],
+        "attention_k_eq_v": keys > values,
+        "intermediate_size": min(widths),
+        "use_double_wide_mlp": max(widths) > min(widths),
+        "vocab_size_per_layer_input": shapes["token_embd.weight"][0],
+        "enable_moe_block": bool(config.get("num_experts")),
+        "top_k_experts": config.pop("num_experts_per_tok", None),
+    }
 
 
 def _rope(known: dict[str, Any], files: Sequence[GgufFile], dimensions: int) -> dict[str, Any]:
@@ -185,6 +211,9 @@ def _rope(known: dict[str, Any], files: Sequence[GgufFile], dimensions: int) -> 
     if "rope_factors_long.weight" in factors:
         rope |= {"rope_type": "longrope", "original_max_position_embeddings": original}
         rope |= {f"{which}_factor": factors[f"rope_factors_{which}.weight"] for which in ("short", "long")}
+    elif "rope_freqs.weight" in factors and known["general.architecture"] == "gemma4":
+        used = [divisor == 1.0 for divisor in factors["rope_freqs.weight"]]  # 1e30 leaves out a frequency
+        rope |= {"rope_type": "proportional", "partial_rotary_factor": sum(used) / len(used)}
     elif "rope_freqs.weight" in factors:
         rope |= _llama3(factors["rope_freqs.weight"], rope["rope_theta"], dimensions)
     elif kind in ("linear", "yarn"):

@@ -210,6 +210,10 @@ def _origins(file: GgufFile, model: PreTrainedModel, stored: Sequence[str]) -> d
     # Blocks that predict further tokens come after the others, and transformers has none.
     count = file.metadata.get(f"{architecture}.nextn_predict_layers", 0)
     further = tuple(f"blk.{config.num_hidden_layers + number}." for number in range(count))
+    # Layers that share the keys and values of others have none in transformers, and in many files they do.
+    first = config.num_hidden_layers - getattr(config, "num_kv_shared_layers", 0)
+    shared = [f"blk.{number}.attn_" for number in range(first, config.num_hidden_layers)]
+    further += tuple(f"{block}{part}.weight" for block in shared for part in ("k", "k_norm", "v"))
     used = {tensor for origin in origins.values() for tensor in origin.tensors}
     if unused := [name for name in stored if name not in (*used, *_ROPE) and not name.startswith(further)]:
         raise ValueError(
@@ -222,10 +226,11 @@ def _origins(file: GgufFile, model: PreTrainedModel, stored: Sequence[str]) -> d
 
 def _tensors_of(name: str, table: Any, stored: Mapping[str, int]) -> tuple[str, ...]:
     """The stored tensors of a parameter; empty if there are none."""
-    path, _, leaf = name.replace(".dt_bias", ".dt_proj.bias").rpartition(".")
+    name = name.replace(".dt_bias", ".dt_proj.bias").replace("router.scale", "router.proj.scale")
+    path, _, leaf = name.replace("router.per_expert_scale", "experts.down_proj.scale").rpartition(".")
     if leaf.endswith("_bias"):  # of experts
         path, leaf = f"{path}.{leaf.removesuffix('_bias')}", "bias"
-    elif leaf not in ("weight", "bias"):
+    elif leaf not in ("weight", "bias", "scale"):
         path, leaf = f"{path}.{leaf}", "weight"
     whole = table.get_name(path)
     if found := [full for full in (f"{whole}.{leaf}", whole) if full in stored]:

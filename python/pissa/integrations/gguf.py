@@ -21,6 +21,9 @@ from pissa.containers.staged import staged
 from pissa.conversion.plain_lora import PlainLora
 from pissa.integrations.exported import MERGE, Exported, no_base, read_factors
 
+_WITHOUT_LORA = {"per_layer_model_proj.weight", "per_layer_token_embd.weight"}
+"""Weights of Gemma 4 with which llama.cpp computes without an adapter. It says nothing about that."""
+
 
 def export_lora(adapter: LoraFolder, base: Name | None, target: Path) -> Exported:
     """Writes the adapter to the new file `target`, float32, one target at a time. `base` is the GGUF file with which
@@ -52,6 +55,8 @@ def export_lora(adapter: LoraFolder, base: Name | None, target: Path) -> Exporte
         for name, place in places.items():
             for stored, a, b in _arranged(lora, name, place):
                 b = lora.folder.factors[name].scaling * b.shape[-1] / alpha * b  # llama.cpp scales by alpha / rank
+                if (scale := name.removesuffix("experts.down_proj") + "router.per_expert_scale") in source.names:
+                    b = source.read(scale)[:, None, None] * b  # of the whole expert, and llama.cpp scales its weight
                 a = a.mT if lora.folder.factors[name].is_embedding else a
                 for ending, tensor in zip("ab", (a, b), strict=True):
                     writer.add_tensor(f"{stored}.lora_{ending}", tensor.float().contiguous().numpy())
@@ -74,10 +79,11 @@ def _place(adapter: LoraFolder, source: GgufSource, target: str) -> Place:
     name = target if factors.is_fused else f"{factors.layers[0]}.weight"
     if name not in source.names or is_stack != factors.is_fused:
         reason = "which the file has under no name, or under that of a layer to which its weight is tied"
+    elif (place := source.place(name)).tensors.keys() & _WITHOUT_LORA:
+        reason = "to whose weight llama.cpp adds no adapter (exclude_modules leaves it out)"
     elif factors.is_embedding and "output.weight" not in source.stored_names:
         reason = "whose weight is also the output layer's in this file"
     else:
-        place = source.place(name)
         shape, stored = (factors.out, *factors.row), (sum(place.tensors.values()), source.columns(name))
         if shape in (stored, stored[::-1] if factors.mirrored or factors.is_embedding else stored):
             return place

@@ -16,7 +16,7 @@ import pissa
 from daily import each
 from gguf_fixtures import MODELS, NEED_CONFIG, floats, mixed
 from language_models import error, logits, moved, train
-from pissa.base.weights import CodedLinear
+from pissa.base.weights import CodedEmbedding, CodedLinear
 from pissa.checkpoints.init import init
 from pissa.checkpoints.merge import merge
 from pissa.layers.experts import UnfusedExperts
@@ -24,7 +24,8 @@ from pissa.layers.layer import pissa_layers
 
 FIELDS: dict[str, Any] = {"r": 2, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 TOKENS = torch.arange(3, 51)[None]
-DAILY = {"llama", "llama3", "mixtral", "qwen2", "qwen3_5", "gemma3", "longrope", "gpt_oss", "lfm2", "granite"}
+DAILY = {"llama", "llama3", "mixtral", "qwen2", "qwen3_5", "gemma3", "gemma4", "gemma4_moe", "longrope", "gpt_oss"}
+DAILY |= {"lfm2", "granite"}
 BOUND = 5e-6
 """Of logits: sums of 64 products in another order; Qwen 3.5 repeats such differences in its state."""
 
@@ -59,7 +60,7 @@ def test_a_file_of_ollama_has_the_name_of_its_digest(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("start", ["lora", "pissa"])
-@pytest.mark.parametrize("kind", each(["llama", "mixtral", "gpt_oss", "gemma3"], {"llama", "mixtral"}))
+@pytest.mark.parametrize("kind", each(["llama", "mixtral", "gpt_oss", "gemma3", "gemma4"], {"llama", "mixtral"}))
 def test_a_trained_adapter_is_saved_and_loaded(kind: str, start: str, tmp_path: Path) -> None:
     path, twin, _ = written(kind, tmp_path)
     model = pissa.load(path, **FIELDS, init=start)
@@ -79,6 +80,17 @@ def test_a_mixture_computes_from_codes_where_nothing_adapts_it(tmp_path: Path) -
     model = pissa.load(path, r=2, target_modules=["v_proj"], init="lora")
     assert any(isinstance(module, UnfusedExperts) for module in model.modules())
     assert error(logits(model.eval(), TOKENS), logits(twin, TOKENS)) <= BOUND
+
+
+def test_the_table_of_per_layer_inputs_stays_in_codes(tmp_path: Path) -> None:
+    path, twin, _ = written("gemma4", tmp_path)
+    model: Any = pissa.load(path, r=2, target_modules=["q_proj"], init="lora").get_base_model()
+    tables = [model.model.embed_tokens_per_layer, model.model.embed_tokens]
+    assert [(type(table), table.format) for table in tables] == [(CodedEmbedding, "q8_0")] * 2
+    assert tables[0].quantized.shape == (96, 4 * 32)
+    originals: Any = [twin.model.embed_tokens_per_layer, twin.model.embed_tokens]  # with scales
+    for ours, theirs in zip(tables, originals, strict=True):
+        assert torch.equal(ours(TOKENS), theirs(TOKENS))
 
 
 def test_an_adapter_of_another_file_is_refused(tmp_path: Path) -> None:
@@ -111,7 +123,7 @@ def test_split_files_are_one_model(tmp_path: Path) -> None:
     assert error(logits(model, TOKENS), logits(twin, TOKENS)) <= BOUND
 
 
-@pytest.mark.parametrize("kind", each(["llama", "mixtral", "gpt_oss"], {"mixtral"}))
+@pytest.mark.parametrize("kind", each(["llama", "mixtral", "gpt_oss", "gemma4", "gemma4_moe"], {"mixtral"}))
 def test_init_and_merge_read_a_file_decoded(kind: str, tmp_path: Path) -> None:
     path, twin, _ = written(kind, tmp_path, lambda name, values: mixed(name, values).replace("F16", "F32"))
     moved(model := pissa.load(path, **FIELDS)).save_pretrained(tmp_path / "run")

@@ -99,7 +99,7 @@ def test_unknown_divisors_of_frequencies_are_taken_as_they_are(tmp_path: Path, m
 @pytest.mark.parametrize(
     ("extra", "words"),
     [
-        ({"general.architecture": "mamba"}, "a model of the architecture 'mamba'; read are gemma, .*in safetensors"),
+        ({"general.architecture": "deepseek2"}, "a model of the architecture 'deepseek2'; read are .*gemma4, gpt-oss"),
         ({"qwen3.block_count": 3}, "lacks 11 tensors of a Qwen3ForCausalLM, 'model.layers.2"),
         ({"qwen3.block_count": 1}, r"11 tensors, 'blk.1.*' the first, have no place in a Qwen3ForCausalLM of 1 layers"),
         ({"qwen3.block_count": 2**31}, "block_count is 2,147,483,648, and there are 25 tensors.*config_from="),
@@ -114,7 +114,7 @@ def test_what_contradicts_itself_is_refused(extra: dict[str, Any], words: str, t
         mapped_model(Checkpoint.open(path), None)
 
 
-@pytest.mark.parametrize("kind", ["llama3", "gemma3", "qwen3_5_moe", "gpt_oss", "phi3"])
+@pytest.mark.parametrize("kind", ["llama3", "gemma3", "gemma4", "qwen3_5_moe", "gpt_oss", "phi3"])
 def test_changed_headers_are_read_or_refused(kind: str, tmp_path: Path) -> None:
     path, choice = written(kind, tmp_path, gguf_fixtures.mixed), random.Random(kind)
     content = path.read_bytes()
@@ -130,6 +130,16 @@ def test_changed_headers_are_read_or_refused(kind: str, tmp_path: Path) -> None:
         except ValueError as error:
             said = str(error)
         assert str(path) in said
+
+
+@pytest.mark.parametrize("name", ["blk.1.attn_v", "blk.2.attn_q"])
+def test_only_keys_and_values_that_are_shared_may_be_left_over(name: str, tmp_path: Path) -> None:
+    path = written("gemma4", tmp_path)  # the last two of its four layers share them
+    path.write_bytes(path.read_bytes().replace(f"{name}.weight".encode(), f"{name}.weighs".encode()))
+    with pytest.raises(
+        ValueError, match=rf"1 tensors, '{name}.weighs' the first, have no place in a Gemma4ForCausalLM"
+    ):
+        Checkpoint.open(path)
 
 
 def test_metadata_that_say_too_little_ask_for_a_configuration(tmp_path: Path) -> None:
@@ -160,6 +170,34 @@ def test_the_tokenizer_is_the_files(tmp_path: Path) -> None:
     assert tokenizer.model_max_length == 128
     with opened.small_files() as folder:
         assert (folder / "tokenizer.json").is_file()
+
+
+def test_the_tokenizer_of_gemma_4(tmp_path: Path) -> None:
+    """Spaces and merges are the file's; its chat template writes the first token itself."""
+    tokens = [
+        "<pad>",
+        "<eos>",
+        "<bos>",
+        "<unk>",
+        "<turn|>",
+        "<|tool>",
+        *map(chr, range(97, 123)),
+        "▁",
+        "▁▁",
+        "ab",
+        "▁ab",
+    ]
+    tokens += [f"<0x{byte:02X}>" for byte in range(60)]
+    fields = {"model": "gemma4", "tokens": tokens, "token_type": [3, 3, 3, 3, 3, 4, *[1] * 30, *[6] * 60]}
+    fields |= {"merges": ["a b", "▁ ab", "▁ ▁"], "add_bos_token": True, "add_space_prefix": False}
+    fields |= {"eos_token_id": 1, "eot_token_id": 4, "bos_token_id": 2, "unknown_token_id": 3}
+    path = written("gemma4", tmp_path, **{f"tokenizer.ggml.{name}": value for name, value in fields.items()})
+    opened = ModelFolder.open(path)
+    assert opened.config["eos_token_id"] == [1, 4]
+    tokenizer, text = opened.tokenizer(), "ab ab  c<turn|>\n<|tool>"
+    ids = tokenizer(text).input_ids
+    assert [tokens[number] for number in ids] == ["ab", "▁ab", "▁▁", "c", "<turn|>", "<0x0A>", "<|tool>"]
+    assert (tokenizer.decode(ids), tokenizer.bos_token, tokenizer.eos_token) == (text, "<bos>", "<eos>")
 
 
 def test_a_missing_end_token_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,9 @@ from pissa.cli import main
 from pissa.integrations.llama_cpp import TOKENS, compare
 from pissa.layers.layer import pissa_layers
 
+IGNORED = "per_layer_model_projection"
+"""A layer of Gemma 4 to which llama.cpp adds no adapter."""
+
 
 def contents(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The fields and the tensors of a file."""
@@ -47,16 +50,17 @@ def test_llama_cpps_arithmetic_gives_the_merged_model(kind: str, tmp_path: Path)
     dense, base = make(kind), tmp_path / "base.gguf"
     write(dense, kind, base)
     fields = {"use_rslora": True, "rank_pattern": {"v_proj": 3}, "alpha_pattern": {"o_proj": 3}, "r": 4}
-    model = pissa.load(base, target_modules="all-linear", init="lora", **fields)
+    model = pissa.load(base, target_modules="all-linear", exclude_modules=[IGNORED], init="lora", **fields)
     change_all(model)
     model.save_pretrained(tmp_path / "run")
     pissa.export(tmp_path / "run", tmp_path / "lora.gguf", "gguf")
     found, (_, stored) = changes(tmp_path / "lora.gguf"), contents(base)
     merged = model.merge_and_unload()
-    changed = 0
+    changed, scales = 0, {name: scale for name, scale in stored.items() if name.endswith("ffn_down_exps.scale")}
     for name, weight, _ in converted(merged, MODELS[kind][0]):
         expected, change = weight.float(), found.pop(name, torch.zeros(()))
-        got = stored[name].reshape(expected.shape).float() + change
+        scale = scales.get(name.replace(".weight", ".scale"), torch.ones(1))  # llama.cpp scales W x and adds the change
+        got = stored[name].reshape(expected.shape).float() + change / scale[:, None, None].squeeze(0)
         changed += bool(change.any())
         assert torch.allclose(got, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max())), name
     assert not found
@@ -179,6 +183,10 @@ def test_bases_that_do_not_do(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "run")
     message = r"'model\.layers\.0\.self_attn\.q_proj', for a weight \[128, 64\], which is \[64, 64\] in the file"
     refuses(message, tmp_path / "run", tmp_path / "tied.gguf")
+    write(make("gemma4"), "gemma4", tmp_path / "gemma4.gguf")
+    for name in (IGNORED, "embed_tokens_per_layer"):
+        pissa.load(tmp_path / "gemma4.gguf", r=4, target_modules=[name], init="lora").save_pretrained(tmp_path / name)
+        refuses(rf"'model\.{name}', to whose weight llama\.cpp adds no adapter \(exclude_mod", tmp_path / name, None)
     (tmp_path / "there.gguf").touch()
     with pytest.raises(ValueError, match=r"there\.gguf exists already and nothing is overwritten; choose a new file"):
         pissa.export(tmp_path / "run", tmp_path / "there.gguf", "gguf")

@@ -31,6 +31,15 @@ _LINEAR["rope_parameters"] |= {"partial_rotary_factor": 0.25, "rope_type": "defa
 
 _YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 32}
 _CONVOLUTIONS = {"layer_types": ["conv", "full_attention"], "head_dim": 16, "block_auto_adjust_ff_dim": False}
+_PROPORTIONAL = {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6}
+_GEMMA4 = {"layer_types": ["sliding_attention", "full_attention"], "global_head_dim": 64, "sliding_window": 8}
+_GEMMA4 |= {"rope_parameters": {"full_attention": _PROPORTIONAL}, "final_logit_softcapping": 30.0}
+_GEMMA4["rope_parameters"] |= {"sliding_attention": {"rope_type": "default", "rope_theta": 2e4}}
+_GEMMA4 |= {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": _SIZES["vocab_size"]}
+_OF_LAYERS = {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_hidden_layers": 4}
+_OF_LAYERS |= {"hidden_size_per_layer_input": 32, "num_kv_shared_layers": 2, "use_double_wide_mlp": True}
+_KEYS_ONLY = {"attention_k_eq_v": True, "num_global_key_value_heads": 1}
+_GEMMA4_ROUTED = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}
 
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("llama", "Llama", {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}),
@@ -48,6 +57,9 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gemma": ("gemma", "Gemma", {}),
     "gemma2": ("gemma2", "Gemma2", {"sliding_window": 8, "query_pre_attn_scalar": 32}),
     "gemma3": ("gemma3", "Gemma3", {"sliding_window": 8, "query_pre_attn_scalar": 32, "num_hidden_layers": 7}),
+    "gemma4": ("gemma4", "Gemma4", _GEMMA4 | _OF_LAYERS),
+    "gemma4_dense": ("gemma4", "Gemma4", _GEMMA4 | _KEYS_ONLY),
+    "gemma4_moe": ("gemma4", "Gemma4", _GEMMA4 | _KEYS_ONLY | _GEMMA4_ROUTED),
     "phi3": ("phi3", "Phi3", {"head_dim": 16}),
     "longrope": ("phi3", "Phi3", {"head_dim": 16, "rope_parameters": _LONG, "original_max_position_embeddings": 64}),
     "gpt_oss": ("gpt-oss", "GptOss", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8}),
@@ -74,6 +86,9 @@ def make(kind: str) -> nn.Module:
                 parameter.add_(0.2 * torch.randn(parameter.shape))
             else:
                 parameter.copy_(0.15 * torch.randn(parameter.shape))
+        for buffer_name, buffer in model.named_buffers():
+            if buffer_name.endswith("layer_scalar"):
+                buffer.add_(0.2 * torch.randn(buffer.shape))
     return model.eval()
 
 
@@ -83,7 +98,9 @@ def floats(name: str, values: Tensor) -> str:
 
 def mixed(name: str, values: Tensor) -> str:
     """Matrices in Q8_0, Q4_0 and Q4_1, or float16 if their rows are no multiple of 32."""
-    if values.dim() == 1 or name.endswith(("bias", "conv.weight", "conv1d.weight", "gate.weight", "router.weight")):
+    if values.dim() == 1 or name.endswith(
+        ("bias", "conv.weight", "conv1d.weight", "gate.weight", "router.weight", "router.proj.weight")
+    ):
         return "F32"
     kinds = {"embed": "Q8_0", "q_proj": "Q8_0", "o_proj": "Q4_1", "down_proj": "Q4_1", "v_proj": "F16"}
     return next((kind for part, kind in kinds.items() if part in name), "Q4_0") if _fits(name, values) else "F16"
@@ -105,7 +122,7 @@ def write(model: Any, kind: str, path: Path, types: Kind = floats, extra: Mappin
             add = {str: "string", bool: "bool", int: "uint32", float: "float32"}[type(value)]
             getattr(writer, f"add_{add}")(name, value)
     twin = copy.deepcopy(model)
-    quantised = {_ROPE: gguf.GGMLQuantizationType.F32}
+    quantised = {_UNUSED: gguf.GGMLQuantizationType.F32}
     with torch.no_grad():
         for name, values in _state(twin).items():
             rows = values.mT if _is_transposed(twin, name) else values
@@ -140,7 +157,7 @@ def metadata(config: Any, architecture: str) -> dict[str, Any]:
         "block_count": config.num_hidden_layers,
         "feed_forward_length": config.intermediate_size,
         "attention.head_count": config.num_attention_heads,
-        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.head_count_kv": config.to_dict()["num_key_value_heads"],  # Gemma 4's own have several
         "attention.layer_norm_rms_epsilon": getattr(config, "rms_norm_eps", None) or config.norm_eps,
         "expert_count": getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None),
         "expert_used_count": getattr(config, "num_experts_per_tok", None),
@@ -158,10 +175,10 @@ def metadata(config: Any, architecture: str) -> dict[str, Any]:
         fields["rope.scaling.original_context_length"] = rope.get("original_max_position_embeddings")
     width = config.hidden_size // config.num_attention_heads
     if architecture not in ("qwen2", "qwen2moe", "phi3", "lfm2", "llama"):
-        fields |= {"attention.key_length": getattr(config, "head_dim", width)}
+        fields |= {"attention.key_length": config.to_dict().get("head_dim", width)}
     if architecture == "llama":
         fields["rope.dimension_count"] = config.head_dim
-    if architecture in ("gemma2", "gemma3", "gpt-oss", "phi3"):
+    if architecture in ("gemma2", "gemma3", "gemma4", "gpt-oss", "phi3"):
         fields["attention.sliding_window"] = config.sliding_window or 0
     if architecture == "phi3":
         fields["rope.dimension_count"] = int(rope.get("partial_rotary_factor", 1.0) * width)
@@ -181,6 +198,8 @@ def metadata(config: Any, architecture: str) -> dict[str, Any]:
             "ssm.time_step_rank": config.linear_num_value_heads,
             "ssm.inner_size": config.linear_num_value_heads * config.linear_value_head_dim,
         }
+    if architecture == "gemma4":
+        fields |= gemma4_fields(config)
     tokens = ["<pad>", "<s>", "</s>", "ab", *map(chr, range(33, 33 + config.vocab_size - 4))]
     tokenizer = {
         "tokenizer.ggml.model": "gpt2",
@@ -194,6 +213,31 @@ def metadata(config: Any, architecture: str) -> dict[str, Any]:
         "tokenizer.chat_template": "{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}",
     }
     return {f"{architecture}.{name}": value for name, value in fields.items() if value is not None} | tokenizer
+
+
+def gemma4_fields(config: Any) -> dict[str, Any]:
+    """`Gemma4Model.set_gguf_parameters` of the converter."""
+    slides = [kind == "sliding_attention" for kind in config.layer_types]
+    local, full = (config.per_layer_config[slides.index(is_local)] for is_local in (True, False))
+    shared = config.num_kv_shared_layers
+    fields = {
+        "attention.shared_kv_layers": shared,
+        "embedding_length_per_layer_input": config.hidden_size_per_layer_input,
+        "attention.sliding_window_pattern": slides,
+        "rope.freq_base_swa": float(config.rope_parameters["sliding_attention"]["rope_theta"]),
+        "rope.dimension_count": full.head_dim,
+        "rope.dimension_count_swa": local.head_dim,
+        "expert_used_count": config.top_k_experts,
+    }
+    for which in ("key", "value"):
+        fields |= {f"attention.{which}_length": full.head_dim, f"attention.{which}_length_swa": local.head_dim}
+    if config.use_double_wide_mlp:
+        widths = [config.intermediate_size] * (len(slides) - shared)
+        fields["feed_forward_length"] = widths + [2 * config.intermediate_size] * shared
+    if config.attention_k_eq_v:  # with num_global_key_value_heads
+        heads = {True: local.num_key_value_heads, False: full.num_key_value_heads}
+        fields["attention.head_count_kv"] = [heads[is_local] for is_local in slides]
+    return fields
 
 
 # ---- Tensors ---------------------------------------------------------------------------------------------------------
@@ -211,6 +255,11 @@ def converted(model: Any, architecture: str) -> Iterator[tuple[str, Tensor, str]
 
     for name, values in _state(model).items():
         path, _, leaf = name.rpartition(".")
+        if architecture == "gemma4" and leaf not in ("weight", "bias"):
+            part = {"scale": "router.proj", "per_expert_scale": "experts.down_proj"}.get(leaf, "")
+            found = stored(f"{path.removesuffix('.router')}.{part or leaf}.weight").removesuffix(".weight")
+            yield f"{found}.{'scale' if part else 'weight'}", values, name
+            continue
         if leaf in ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias") and "experts" in path:
             ending = "bias" if leaf.endswith("_bias") else "weight"
             rows = values.mT if _is_transposed(model, name) else values
@@ -246,13 +295,22 @@ def converted(model: Any, architecture: str) -> Iterator[tuple[str, Tensor, str]
             continue
         yield stored(name), values, name
     rope = config.rope_parameters
+    if architecture == "gemma4":
+        first = config.num_hidden_layers - config.num_kv_shared_layers
+        for number in range(first, config.num_hidden_layers):  # of no use, and in the checkpoint
+            width = config.per_layer_config[number].head_dim
+            for part, shape in {"k_proj": (2 * width, 64), "v_proj": (2 * width, 64), "k_norm": (width,)}.items():
+                yield stored(f"model.layers.{number}.self_attn.{part}.weight"), torch.ones(shape), _UNUSED
+        angles = config.per_layer_config[first - 1].head_dim // 2
+        used = int(angles * rope["full_attention"]["partial_rotary_factor"])
+        yield "rope_freqs.weight", torch.tensor([1.0] * used + [1e30] * (angles - used)), _UNUSED
     if rope.get("rope_type") == "llama3":
-        yield "rope_freqs.weight", torch.tensor(llama3_divisors(rope, config.head_dim)), _ROPE
+        yield "rope_freqs.weight", torch.tensor(llama3_divisors(rope, config.head_dim)), _UNUSED
     for which in ("short", "long") if rope.get("rope_type") == "longrope" else ():
-        yield f"rope_factors_{which}.weight", torch.tensor(rope[f"{which}_factor"]), _ROPE
+        yield f"rope_factors_{which}.weight", torch.tensor(rope[f"{which}_factor"]), _UNUSED
 
 
-_ROPE = "of config.json"
+_UNUSED = "of config.json, or of no use"
 
 
 def _state(model: Any) -> dict[str, Tensor]:
