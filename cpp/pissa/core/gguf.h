@@ -1,5 +1,6 @@
 // The blocks of GGUF files (ggml-common.h of llama.cpp), byte for byte: codes with their scales inside the block. They
-// run along the rows of a weight. Everything is little-endian. They are read but never written.
+// run along the rows of a weight. Everything is little-endian. Codes may be replaced (merge_codes.h); scales are only
+// read.
 //
 // A block consists of groups of 16 or 32 elements. An element is scale * code, or scale * code + minimum where the
 // format has minima, each computed in f32. scale * code is exact, so a fused multiply-add gives the same bits.
@@ -210,18 +211,48 @@ PISSA_INLINE constexpr int gguf_level(int code) {
   return static_cast<std::int8_t>((code < 8 ? kLow : kHigh) >> (code % 8 * 8));
 }
 
-/// The code of element i of a block as a number that its group's scale multiplies.
+/// The bits of the code of element i of a block.
 template <Format format>
-PISSA_INLINE constexpr int gguf_code(const std::uint8_t* block, int i) {
+PISSA_INLINE constexpr int gguf_bits(const std::uint8_t* block, int i) {
   using Layout = Gguf<format>;
   const int run = i / Layout::kRun, j = i % Layout::kRun;
   const BlockBits low = Layout::low(run), high = Layout::high(run);
   int code = block[low.byte + j] >> low.shift & low.mask;
   if constexpr (Layout::kHighBits > 0) code |= (block[high.byte + j] >> high.shift & high.mask) << Layout::kHighBits;
   if constexpr (Layout::kFifthBits > 0) code |= (block[Layout::kFifthBits + i / 8] >> i % 8 & 1) << 4;
-  if constexpr (Layout::kHasLevels) return gguf_level<format>(code);
+  return code;
+}
+
+/// Replaces the bits of `mask`, shifted, of a byte.
+PISSA_INLINE constexpr void replace_bits(std::uint8_t& byte, int shift, int mask, int bits) {
+  byte = static_cast<std::uint8_t>((byte & ~(mask << shift)) | (bits & mask) << shift);
+}
+
+/// The inverse of gguf_bits: replaces the code of element i.
+template <Format format>
+PISSA_INLINE constexpr void put_gguf_bits(std::uint8_t* block, int i, int code) {
+  using Layout = Gguf<format>;
+  const int run = i / Layout::kRun, j = i % Layout::kRun;
+  const BlockBits low = Layout::low(run), high = Layout::high(run);
+  replace_bits(block[low.byte + j], low.shift, low.mask, code);
+  if constexpr (Layout::kHighBits > 0) {
+    replace_bits(block[high.byte + j], high.shift, high.mask, code >> Layout::kHighBits);
+  }
+  if constexpr (Layout::kFifthBits > 0) replace_bits(block[Layout::kFifthBits + i / 8], i % 8, 1, code >> 4);
+}
+
+/// The number for which the bits of a code stand, which its group's scale multiplies.
+template <Format format>
+PISSA_INLINE constexpr int gguf_number(int code) {
+  if constexpr (Gguf<format>::kHasLevels) return gguf_level<format>(code);
   else if constexpr (info(format).bits == 8) return static_cast<std::int8_t>(code);
-  else return code - Layout::kBias;
+  else return code - Gguf<format>::kBias;
+}
+
+/// The code of element i of a block as that number.
+template <Format format>
+PISSA_INLINE constexpr int gguf_code(const std::uint8_t* block, int i) {
+  return gguf_number<format>(gguf_bits<format>(block, i));
 }
 
 /// A format as a type.

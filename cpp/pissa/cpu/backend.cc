@@ -5,6 +5,7 @@
 #include <bit>
 #include <cmath>
 #include <cstdlib>
+#include <cstring>
 #include <new>
 #include <numeric>
 #include <utility>
@@ -256,6 +257,36 @@ void CpuBackend::gemm_quantized_within_rows(std::span<const Term> terms, const M
       }
     }
   });
+}
+
+MergeSums CpuBackend::merge_codes(const Matrix& weight, std::span<const Term> change, Rounding rounding,
+                                  std::uint64_t seed, std::uint8_t* codes) const {
+  check_terms(change);
+  static_assert(kQuantizedRows % 8 == 0);  // so that no two tasks write to a byte
+  std::vector<MergeSums> sums(ceil_div(weight.rows, kQuantizedRows));
+  executor_.parallel_for(static_cast<std::int64_t>(sums.size()), [&](std::int64_t task) {
+    const std::int64_t first = task * kQuantizedRows;
+    const std::int64_t rows = std::min(kQuantizedRows, weight.rows - first);
+    const std::int64_t begin = code_bytes(weight.format, first * weight.cols);
+    const std::int64_t end = code_bytes(weight.format, (first + rows) * weight.cols);
+    std::memcpy(codes + begin, static_cast<const std::uint8_t*>(weight.data) + begin, end - begin);
+    const GemmProblem problem{
+        change.data(), static_cast<std::int64_t>(change.size()), {}, {}, {nullptr, rows, weight.cols}};
+    for (std::int64_t col = 0; col < weight.cols; col += kNc) {
+      const Block block{first, rows, col, std::min(kNc, weight.cols - col)};
+      kernels_.gemm_block(problem, block, panels());
+      for (std::int64_t i = 0; i < rows; ++i) {
+        kernels_.merge_codes(weight, first + i, col, block.cols, panels().c + i * kNc, rounding, seed, codes,
+                             sums[task]);
+      }
+    }
+  });
+  MergeSums total;
+  for (const MergeSums& part : sums) {
+    total.along += part.along, total.square += part.square;
+    total.moved += part.moved, total.beyond += part.beyond;
+  }
+  return total;
 }
 
 // In f64, run by run, which gives the same bits for any number of threads.

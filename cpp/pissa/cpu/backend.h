@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "pissa/core/backend.h"
+#include "pissa/core/merge_codes.h"
 #include "pissa/core/types.h"
 #include "pissa/cpu/executor.h"
 
@@ -65,6 +66,10 @@ class CpuBackend {
                      const MutableMatrix& scores, const Matrix& sum, const MutableMatrix& dx) const;
   void quantize_columns(const Matrix& w, const Matrix& lower, Format format, const Scales& scales, std::int64_t first,
                         const MutableMatrix& errors, std::uint8_t* codes) const;
+  /// Writes the codes of a quantised weight after a change, a sum of terms: all of them, as `code_bytes`. Operands that
+  /// are not transposed and have the weight's rows come first in the terms.
+  MergeSums merge_codes(const Matrix& weight, std::span<const Term> change, Rounding rounding, std::uint64_t seed,
+                        std::uint8_t* codes) const;
   void weight_gemm_nt(const Matrix& x, const Matrix& weight, float scale, Precision precision,
                       std::span<const Term> tail, const Matrix& bias, const MutableMatrix& y) const;
   void weight_gemm_nn(const Matrix& dy, const Matrix& weight, float scale, Precision precision,

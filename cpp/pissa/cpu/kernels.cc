@@ -5,6 +5,7 @@
 #include "pissa/cpu/kernels/decode.h"
 #include "pissa/cpu/kernels/gated.h"
 #include "pissa/cpu/kernels/gemm.h"
+#include "pissa/cpu/kernels/merge_codes.h"
 #include "pissa/cpu/kernels/reduce.h"
 #include "pissa/cpu/kernels/softmax.h"
 
@@ -24,6 +25,7 @@ const Kernels& kernels() {
                                     max_abs,
                                     quantize,
                                     quantize_columns,
+                                    merge_codes,
                                     add_scores,
                                     softmax_row,
                                     softmax_backward_row,

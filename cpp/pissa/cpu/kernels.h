@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "pissa/core/merge_codes.h"
 #include "pissa/core/score_state.h"
 #include "pissa/core/types.h"
 
@@ -74,6 +75,10 @@ struct Kernels {
   void (*quantize_columns)(const Matrix& w, const Matrix& lower, const float* reciprocals, Format format,
                            const Scales& scales, std::int64_t row, std::int64_t rows, std::int64_t first,
                            const MutableMatrix& errors, std::uint8_t* codes);
+
+  /// CpuBackend::merge_codes for elements [col, col + count) of a row, whose change is given. `col` is that of a block.
+  void (*merge_codes)(const Matrix& weight, std::int64_t row, std::int64_t col, std::int64_t count, const float* change,
+                      Rounding rounding, std::uint64_t seed, std::uint8_t* codes, MergeSums& sums);
 
   /// Backend::add_scores for one row. `label` counts from the first of the logits, and may be outside them. Returns the
   /// factor of what was summed before.

@@ -70,6 +70,7 @@ class CpuDevice {
 
 STABLE_TORCH_LIBRARY_IMPL(pissa, CPU, m) {
   pissa::ops::implement<pissa::ops::CpuDevice>(m);
+  m.impl("merge_codes", TORCH_BOX(&pissa::ops::merge_codes<pissa::ops::CpuDevice>));
   m.impl("attention", TORCH_BOX(&pissa::ops::attention<pissa::ops::CpuDevice>));
   m.impl("rms_norm", TORCH_BOX(&pissa::ops::rms_norm<pissa::ops::CpuDevice>));
   m.impl("rms_norm_backward", TORCH_BOX(&pissa::ops::rms_norm_backward<pissa::ops::CpuDevice>));

@@ -23,6 +23,9 @@ STABLE_TORCH_LIBRARY(pissa, m) {
   m.def(
       "feedback_codes(Tensor weight, Tensor lower, Tensor absmax, Tensor? nested_absmax, Tensor? offset, str format, "
       "int blocksize) -> Tensor");
+  m.def(
+      "merge_codes(Tensor codes, Tensor absmax, Tensor? nested_absmax, Tensor? offset, str format, int blocksize, "
+      "Tensor a, Tensor b, float scaling, bool dither, int seed) -> (Tensor codes, Tensor sums)");
   m.def("quantize_absmax(Tensor absmax, Tensor? offset) -> (Tensor codes8, Tensor nested_absmax, Tensor offset)");
   m.def(
       "dequantize(Tensor codes, Tensor absmax, Tensor? nested_absmax, Tensor? offset, str format, int blocksize, "

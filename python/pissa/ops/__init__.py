@@ -17,6 +17,7 @@ from pissa.ops._gated import gated
 from pissa.ops._grouped import grouped_linear
 from pissa.ops._linear import add_low_rank, linear
 from pissa.ops._load import _C
+from pissa.ops._merge import Merged, merge_codes
 from pissa.ops._norm import rms_norm
 from pissa.ops._principal import residual_many, svd_lowrank
 from pissa.ops._quant import QuantizedWeight, dequantize, embedding, quantize
@@ -25,6 +26,7 @@ from pissa.ops._second_moment import add_second_moment
 from pissa.ops._split import Split, split, split_many
 
 __all__ = [
+    "Merged",
     "QuantizedWeight",
     "Split",
     "TokenScores",
@@ -38,6 +40,7 @@ __all__ = [
     "gated",
     "grouped_linear",
     "linear",
+    "merge_codes",
     "quantize",
     "residual_many",
     "rms_norm",

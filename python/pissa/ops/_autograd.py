@@ -85,6 +85,11 @@ def _(weight: Tensor, lower: Tensor, *args: Any) -> Tensor:
     return _quantized(weight, *args[-2:])[0]
 
 
+@register_fake("pissa::merge_codes")
+def _(codes: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    return codes.new_empty(codes.numel()), codes.new_empty(4, dtype=torch.float64)
+
+
 @register_fake("pissa::quantize_absmax")
 def _(absmax: Tensor, offset: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     return _bytes(absmax, absmax.numel()), _floats(absmax, -(-absmax.numel() // NESTED_BLOCKSIZE)), _floats(absmax)

@@ -17,19 +17,6 @@ namespace {
 
 class ErrorFeedbackTest : public BackendTest {};
 
-float scale_of(const Matrix& matrix, std::int64_t i) {
-  const Scales& scales = matrix.scales;
-  const std::int64_t block = matrix.format == Format::fp8
-                                 ? i / matrix.cols / scales.rows * scales.across + i % matrix.cols / scales.blocksize
-                                 : i / scales.blocksize;
-  if (scales.absmax) return scales.absmax[block];
-  if (scales.absmax16) return static_cast<float>(kBf16.decode(scales.absmax16[block]));
-  if (scales.levels) return scales.levels[scales.absmax8[block]];
-  if (!scales.nested_absmax) return std::ldexp(1.0f, scales.absmax8[block] - 127);
-  const float product = kDynamicMap[scales.absmax8[block]] * scales.nested_absmax[block / 256];
-  return product + *scales.offset;
-}
-
 // The number of a code that has bytes of its own, or is the first of its byte.
 float number_of(Format format, int code) {
   if (format == Format::int8) return static_cast<float>(static_cast<std::int8_t>(code));

@@ -240,6 +240,20 @@ class StoredLevels {
   std::vector<std::uint8_t> codes_;
 };
 
+/// The scale of element i of a flattened matrix with scales beside its codes.
+inline float scale_of(const Matrix& matrix, std::int64_t i) {
+  const Scales& scales = matrix.scales;
+  const std::int64_t block = matrix.format == Format::fp8
+                                 ? i / matrix.cols / scales.rows * scales.across + i % matrix.cols / scales.blocksize
+                                 : i / scales.blocksize;
+  if (scales.absmax) return scales.absmax[block];
+  if (scales.absmax16) return static_cast<float>(kBf16.decode(scales.absmax16[block]));
+  if (scales.levels) return scales.levels[scales.absmax8[block]];
+  if (!scales.nested_absmax) return std::ldexp(1.0f, scales.absmax8[block] - 127);
+  const float product = kDynamicMap[scales.absmax8[block]] * scales.nested_absmax[block / 256];
+  return product + *scales.offset;
+}
+
 /// An FP8 matrix with random codes and scales of tiles [height, width].
 class StoredFp8 {
  public:

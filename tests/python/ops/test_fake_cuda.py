@@ -57,6 +57,10 @@ def calls(tokens: int = 5) -> dict[str, list[tuple[Any, ...]]]:
         "residual_quantized": [(weight, a0, b0, 0.5, *code) for code in codes],
         "quantize": [(weight, *code) for code in codes],
         "feedback_codes": [(weight, ones(COLS, COLS, dtype=torch.float32), *parts[1:-1]) for parts in stored],
+        "merge_codes": [
+            (*(part.cpu() if isinstance(part, Tensor) else part for part in parts[:-1]), a.cpu(), b.cpu(), 0.5, True, 3)
+            for parts in stored
+        ],
         "add_second_moment": [(ones(COLS, COLS, dtype=torch.float32), x)],
         "quantize_absmax": [(ones(300, dtype=torch.float32), offset) for offset in (ones(dtype=torch.float32), None)],
         "dequantize": [(*parts, COLS, torch.float16) for parts in stored],

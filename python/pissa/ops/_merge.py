@@ -1,0 +1,72 @@
+"""A change of a weight, rounded into its codes: `merge_codes`."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pissa.ops._quant import QuantizedWeight, check_quantized
+from pissa.ops.checks import check_change_scaling, check_choice, check_devices, check_factors
+
+_OPS = torch.ops.pissa
+
+ROUNDINGS = ("dither", "nearest")
+
+
+class Merged(NamedTuple):
+    """Codes after a change, and what became of it."""
+
+    weight: QuantizedWeight
+    """The new codes, with the scales of the old ones."""
+    kept: float
+    """The share of the change that the new codes have: the change's coefficient in a least squares fit of theirs."""
+    noise: float
+    """The Frobenius norm of the difference between the change of the codes and the change, relative to that of the
+    change."""
+    moved: int
+    """The number of elements with another code."""
+    beyond: int
+    """The number of elements whose change leads beyond the first or the last level of their block."""
+
+
+def merge_codes(
+    weight: QuantizedWeight, a: Tensor, b: Tensor, scaling: float = 1.0, *, rounding: str = "dither", seed: int = 0
+) -> Merged:
+    """Adds the change scaling * b @ a to a quantised weight. The scales stay, and nothing else is stored.
+
+    Codes lie on the levels of their format. Rounding the sum to the nearest level loses a change that is small beside
+    the distance of two levels. "dither" goes to the next level in the direction of the change with the probability
+    |change| / distance. An element's threshold follows from the seed and the element's position alone, so the result
+    does not depend on threads, and the same change gives the same codes. An element whose scale is zero or not finite
+    stays, as does one whose change is NaN.
+
+    Args:
+        weight: the codes and scales of a matrix [out, in], of any format that is read.
+        a: [r, in], float32, bfloat16 or float16.
+        b: [out, r], of the same dtypes.
+        scaling: finite.
+        rounding: "dither" or "nearest".
+        seed: from 0 to 2**63 - 1. Different weights need different seeds.
+
+    Raises:
+        TypeError, ValueError: an argument, or a part of the weight, is invalid; the message names it.
+    """
+    check_quantized(weight)
+    check_choice("rounding", rounding, ROUNDINGS)
+    check_change_scaling(scaling)
+    check_factors("a", a, "b", b, *weight.shape)
+    check_devices({"weight.codes": weight.codes, "a": a, "b": b})
+    if type(seed) is not int or not 0 <= seed < 2**63:
+        raise ValueError(f"seed: got {seed!r}; allowed: a whole number from 0 to 2**63 - 1")
+    # Compiled for CPUs only. A merge is made once.
+    parts = [None if part is None else part.cpu() for part in weight[:4]]
+    dither = rounding == "dither"
+    codes, sums = _OPS.merge_codes(*parts, weight.format, weight.blocksize, a.detach().cpu(), b.detach().cpu(), scaling, dither, seed)
+    along, square, moved, beyond = sums.tolist()
+    a, b = a.detach().double(), b.detach().double()
+    whole = scaling**2 * float((b.mT @ b).mul_(a @ a.mT).sum())  # the change's square, which nothing has computed
+    noise = max(square - 2 * along + whole, 0.0)
+    kept, noise = (along / whole, (noise / whole) ** 0.5) if whole > 0 else (1.0, 0.0)
+    return Merged(weight._replace(codes=codes.to(weight.device)), kept, noise, int(moved), int(beyond))
