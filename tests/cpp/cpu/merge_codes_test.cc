@@ -45,8 +45,8 @@ TEST(MergeCodes, RulesForOneCode) {
       const auto by = static_cast<float>(random.normal() * span * random.pick({0.5, 0.05, 0.001}));
       const auto threshold = static_cast<float>(random.uniform());
       const ChangedCode changed = changed_code<kFormat>(code, by, threshold);
-      if (std::isnan(level)) {
-        EXPECT_EQ(changed.code, code);
+      if (!is_target<kFormat>(code)) {
+        if (std::isnan(level)) EXPECT_EQ(changed.code, code);
         continue;
       }
       const double sum = level + by;
@@ -57,11 +57,10 @@ TEST(MergeCodes, RulesForOneCode) {
         if (std::fabs(share - threshold) < 1e-3) continue;  // of the distance of levels, rounded by sums in f32
         expected = threshold < share ? *above : above[-1];
       }
-      if (!is_target<kFormat>(code) && by < 0) expected = level;  // -128, the last
       ASSERT_EQ(level_of_code<kFormat>(changed.code), static_cast<float>(expected))
           << level << " + " << by << ", " << threshold;
       EXPECT_FLOAT_EQ(changed.by, static_cast<float>(expected - level));
-      EXPECT_EQ(changed.beyond, is_target<kFormat>(code) ? sum < levels.front() || sum > levels.back() : by < 0);
+      EXPECT_EQ(changed.beyond, sum < levels.front() || sum > levels.back());
     }
     for (const float by : {0.0f, -0.0f, std::numeric_limits<float>::quiet_NaN()}) {
       for (int code = 0; code < 1 << info(kFormat).bits; ++code) {
@@ -185,7 +184,7 @@ TEST_P(MergeCodesTest, EveryElementByTheRule) {
         EXPECT_EQ(sums.beyond, all.beyond);
         EXPECT_NEAR(sums.along, all.along, 1e-10 * all.square + 1e-10 * std::fabs(all.along));
         EXPECT_NEAR(sums.square, all.square, 1e-10 * all.square);
-        if (rows > 100) EXPECT_GT(all.moved, 0);
+        EXPECT_TRUE(all.moved > 0 || rows < 100);
       }
     }
   }
