@@ -11,6 +11,7 @@ of each.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import time
 from collections import Counter
 from pathlib import Path
@@ -21,6 +22,8 @@ from torch import Tensor, nn
 from bench.checkpoints.timed import note
 
 TOKENS = 512
+
+_MALLOC_LIMITS = {-3: 8 << 20, -1: 64 << 20}  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD: freed blocks go back
 
 
 class DenseProducts:
@@ -67,10 +70,10 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=4, help="layers whose dense products are timed")
     options = parser.parse_args()
     import pissa
-    from pissa.cli.memory import return_freed_blocks
     from pissa.layers.layer import pissa_layers
 
-    return_freed_blocks()  # as pissa finetune does
+    for limit, size in _MALLOC_LIMITS.items():
+        ctypes.CDLL(None).mallopt(limit, size)
     begun = time.perf_counter()
     fields = {"r": 16, "init": options.init, "target_modules": "all-linear"} if options.init else {}
     model = pissa.load(options.folder, is_trainable=True, **fields)

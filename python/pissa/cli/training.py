@@ -31,7 +31,7 @@ import pissa
 from pissa.adapters.pissa_layout import AdapterRecord
 from pissa.cli.card import write_card
 from pissa.cli.data import encode, read_chats, read_preferences, shown
-from pissa.cli.memory import free_memory, return_freed_blocks
+from pissa.cli.memory import free_memory
 from pissa.cli.options import AUTO, RUN_FILE, adapter_config, check_same_run, parse, record
 from pissa.cli.outcome import answer, method_name, report, show_answers
 from pissa.cli.plan import collate, make_plan, needs_checkpointing
@@ -64,8 +64,6 @@ class Training(NamedTuple):
             _check_device(training)
             config, source = _complete_options(ours, training, mixture)
             contents = source.contents
-            if args.is_process and training.device.type == "cpu":
-                return_freed_blocks()
             code = {"revision": ours.model_revision, "trust_remote_code": training.trust_remote_code}
             is_gguf = contents is Contents.GGUF
             processor = source.tokenizer() if is_gguf else _load(ours, AutoProcessor.from_pretrained, **code)
