@@ -42,10 +42,6 @@ class UnmergedConvolutionWarning(PissaWarning):
     """PEFT computes the adapter of a convolution correctly only after merging it."""
 
 
-class ModelCardWarning(PissaWarning):
-    """The README.md of a folder could not be updated."""
-
-
 class NoEmbeddingsWarning(PissaWarning):
     """The embeddings were to be saved, but the model has none that can be identified."""
 

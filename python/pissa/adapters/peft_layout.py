@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from pissa.base.start import Served
 from pissa.config import PissaConfig, exactly
 from pissa.layers.experts import FORMER_NAMES, WEIGHTS, UnfusedExperts, is_transposed, unfused_experts
-from pissa.layers.layer import PissaLayer, pissa_layers
+from pissa.layers.layer import PissaLayer
 from pissa.layers.modules import PissaEmbedding
 from pissa.ops.low_rank import pad_rank
 from pissa.peft_private import is_rewritten_by_peft

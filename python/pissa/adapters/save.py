@@ -8,7 +8,6 @@ in each file show whether it is unchanged.
 from __future__ import annotations
 
 import os
-import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -157,26 +156,6 @@ def _own_state(model: PeftModel) -> dict[str, Tensor]:
         for name, value in model.state_dict().items()
         if name not in base or not is_sharded(parameters[name])
     }
-
-
-def save_card(model: PeftModel, directory: str | os.PathLike[str]) -> None:
-    """Writes or updates the model card, README.md, as PEFT does. A card that cannot be updated is left as it is, with a
-    warning, because the adapter must still be saved."""
-    existing = Path(directory, "README.md")
-    with tempfile.TemporaryDirectory() as scratch:
-        card = Path(scratch, "README.md")
-        try:
-            if os.path.isfile(existing):
-                card.write_bytes(existing.read_bytes())
-            elif os.path.lexists(existing):
-                raise ValueError("it is not a regular file")
-            model.create_or_update_model_card(scratch)
-        except Exception as error:  # of the system, of yaml, of PEFT
-            text = f"{existing} is left as it is, because it cannot be updated: {error}"
-            warnings.warn(text, notices.ModelCardWarning, stacklevel=3)
-            return
-        with staged(directory) as new:
-            new("README.md").write_bytes(card.read_bytes())
 
 
 def warn_of_plain_lora(model: PeftModel) -> None:

@@ -20,7 +20,7 @@ from pissa.adapters.peft_layout import PREFIX
 from pissa.adapters.pissa_layout import ADAPTER_FILES, PissaFolder
 from pissa.adapters.rest import Rest
 from pissa.adapters.restore import as_pissa, load_factors, read_plain_lora, restore
-from pissa.adapters.save import save_adapter, save_card, warn_of_plain_lora
+from pissa.adapters.save import save_adapter, warn_of_plain_lora
 from pissa.base.classes import base_of
 from pissa.base.forwards import replaced_parts, restore_forwards
 from pissa.config import PissaConfig
@@ -268,9 +268,10 @@ class PissaModel(MendedPeftModel):
         far as they are not sharded or offloaded, of its other tensors. If you change a frozen weight after the first
         save, do it in place under `torch.no_grad()`, not through `weight.data`, which torch does not count as a change.
 
-        An adapter that is not called "default" is saved in a sub-folder of its name. Every file is written under a
-        temporary name, flushed and then renamed, so that a crash leaves the old adapter or the new one. The exception
-        is a folder of another run that has a file with codes: if a crash replaces only that, loading says so.
+        An adapter that is not called "default" is saved in a sub-folder of its name. Every file but PEFT's model card
+        is written under a temporary name, flushed and then renamed, so that a crash leaves the old adapter or the new
+        one. The exception is a folder of another run that has a file with codes: if a crash replaces only that, loading
+        says so.
 
         Args:
             save_directory: the folder; created if necessary.
@@ -300,7 +301,7 @@ class PissaModel(MendedPeftModel):
             warn_of_plain_lora(self)
             for name in names:
                 save_adapter(self, name, save_directory, state_dict, save_embedding_layers)
-            save_card(self, save_directory)
+            self.create_or_update_model_card(save_directory)
 
     @classmethod
     def from_pretrained(

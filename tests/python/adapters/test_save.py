@@ -11,6 +11,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -287,9 +288,7 @@ def test_a_quantised_base_is_said_once(tiny_llama: Make, tmp_path: Path) -> None
             pissa.wrap(tiny_llama(), r=4, **exact).save_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "card", [b"\xff\xfe", b"---\n[bad\n---\n", b"---\n- a\n---\n", b"---\ntags: 5\n---\n", None], ids=repr
-)
+@pytest.mark.parametrize("card", [b"\xff\xfe", b"---\n[bad\n---\n", None], ids=repr)
 def test_a_card_that_cannot_be_updated_does_not_cost_the_adapter(
     card: bytes | None, tiny_llama: Make, tokens: Tensor, tmp_path: Path
 ) -> None:
@@ -297,9 +296,8 @@ def test_a_card_that_cannot_be_updated_does_not_cost_the_adapter(
     path.mkdir() if card is None else path.write_bytes(card)
     model = pissa.wrap(tiny_llama(), r=4)
     train(model, tokens)
-    with pytest.warns(notices.ModelCardWarning, match=r"README\.md is left as it is") as caught:
+    with pytest.raises((OSError, ValueError, yaml.YAMLError)):  # PEFT's
         model.save_pretrained(tmp_path)
-    assert caught[0].filename == __file__
     assert path.is_dir() if card is None else path.read_bytes() == card
     assert torch.equal(logits(PissaModel.from_pretrained(tiny_llama(), tmp_path), tokens), logits(model, tokens))
 
@@ -308,9 +306,9 @@ class CrashError(Exception):
     pass
 
 
-# All four files and the folder are flushed, then the card and its folder; the card is the last of five to be renamed.
+# All four files are flushed, renamed, and then their folder is flushed.
 @pytest.mark.parametrize(
-    ("function", "nth"), [("fsync", 0), ("fsync", 3), ("fsync", 4), ("fsync", 6), *(("replace", n) for n in range(5))]
+    ("function", "nth"), [("fsync", 0), ("fsync", 3), ("fsync", 4), *(("replace", n) for n in range(4))]
 )
 def test_a_crash_while_saving_leaves_an_adapter(
     function: str, nth: int, tiny_llama: Make, tokens: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
