@@ -78,23 +78,13 @@ def _is_view(tensor: Tensor) -> bool:
 
 @torch.no_grad()
 def own_memory(model: nn.Module) -> None:
-    """Gives parameters and buffers that are views their own memory. They stay the same objects, and tensors that share
-    an address still do so afterwards. Views that overlap in other ways stay as they are."""
-    places: dict[tuple[int, int, torch.dtype, tuple[int, ...]], list[Tensor]] = defaultdict(list)
+    """Gives parameters and buffers that are views their own memory. They stay the same objects, and those that are the
+    same view still share it. (Of views that only overlap, each gets its own, as when torch moves a model.)"""
+    places: dict[tuple[object, ...], list[Tensor]] = defaultdict(list)
     for tensor in itertools.chain(model.parameters(), model.buffers()):
         if _is_view(tensor) and tensor.numel():
-            last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-            first = tensor.data_ptr()
-            end = first + (last + 1) * tensor.element_size()
-            places[first, end, tensor.dtype, tensor.stride()].append(tensor)
-    overlapping, reached = set(), None
-    for place in sorted(places, key=lambda place: place[:2]):
-        if reached is not None and place[0] < reached[1]:
-            overlapping |= {place, reached}
-        if reached is None or place[1] > reached[1]:
-            reached = place
-    for place, tensors in places.items():
-        if place not in overlapping:
-            memory = tensors[0].detach().clone()
-            for tensor in tensors:
-                tensor.data = memory
+            places[tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()].append(tensor)
+    for tensors in places.values():
+        memory = tensors[0].detach().clone()
+        for tensor in tensors:
+            tensor.data = memory
