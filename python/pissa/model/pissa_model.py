@@ -29,7 +29,7 @@ from pissa.distributed import failing_together, is_of_an_engine, is_partitioned,
 from pissa.layers.experts import fuse_experts, unfused_experts
 from pissa.layers.layer import PissaLayer, pissa_layers
 from pissa.layers.tokens import TrainableTokensWrapper, check_tokens_can_be_merged
-from pissa.model.combination import Combination
+from pissa.model.combination import config_of_sum, set_to_sum
 from pissa.model.decompose import decompose
 from pissa.model.fused_head import fuse_head, over_trls_head
 from pissa.model.fused_layers import fuse_layers
@@ -43,7 +43,7 @@ from pissa.model.inject import (
 )
 from pissa.model.peft_options import refuse_unsupported
 from pissa.model.store import store
-from pissa.model.tuner import BUILDING, load_whole, refuse_residuals
+from pissa.model.tuner import BUILDING, load_whole, refuse_residuals, start_at_zero
 from pissa.peft_private import MendedPeftModel
 
 
@@ -137,9 +137,10 @@ class PissaModel(MendedPeftModel):
         majority_sign_method: str = "total",
     ) -> None:
         """Adds an adapter whose change of each weight is the sum of weight * s (B A - B0 A0) over `adapters`. It is an
-        ordinary adapter: it can be trained, saved and combined again.
+        ordinary adapter, which starts at zero: it can be trained, saved and combined again.
 
-        An adapter of rank r can represent any change of rank 2r. Every rank below is therefore half that of the change.
+        An adapter of rank r that starts from B0 A0 makes a change of rank 2r, the rank of its plain LoRA. The ranks
+        below are those of the plain LoRAs.
 
         Args:
             adapters: names of the adapters. They may differ in their layers and ranks.
@@ -149,27 +150,31 @@ class PissaModel(MendedPeftModel):
                 approximation of the sum at rank `svd_rank`. "linear" is "svd" at the adapters' largest rank. (PEFT's
                 "linear" sums factors, which does not give the sum of the changes.) PEFT's other types, which prune, are
                 refused.
-            svd_rank: rank for "svd" (default: the largest rank of the adapters). A layer that needs a lower rank gets
-                the lower one.
+            svd_rank: rank for "svd" (default: the adapters' largest rank). A layer that needs a lower rank gets the
+                lower one.
             svd_clamp: must be None. It would clip factors, and one change has many pairs of factors.
             svd_full_matrices, svd_driver, density, majority_sign_method: accepted for compatibility with PEFT; without
                 effect.
 
-        If one of the adapters has a module in `modules_to_save`, the module is copied as it is. On any failure the
-        model is left as it was.
+        On any failure the model is left as it was.
 
         Raises:
-            ValueError: an invalid argument, which is named, or an adapter that trains more than factors (DoRA, biases).
+            ValueError: an invalid argument, which is named, or an adapter that trains more than factors (DoRA, biases,
+                `modules_to_save`).
         """
         with restored_on_error(self), failing_together():
             self._check_new_name(adapter_name)
             if svd_clamp is not None:
                 raise ValueError(f"svd_clamp={svd_clamp!r} is not supported: leave it out, no factor needs clipping")
-            base, configs = self.base_model.model, self.peft_config
-            combination = Combination(base, configs, adapters, weights, combination_type, svd_rank)
-            config = combination.config()
+            if not adapters or len(adapters) != len(weights):
+                raise ValueError(
+                    f"got {len(adapters)} adapters and {len(weights)} weights; needed: one weight for each adapter"
+                )
+            base, terms = self.base_model.model, list(zip(adapters, weights, strict=True))
+            config = config_of_sum(base, self.peft_config, terms, combination_type, svd_rank)
             self._inject(adapter_name, config, autocast_adapter_dtype=True)
-            combination.start(adapter_name, config)
+            start_at_zero(self, adapter_name)
+            set_to_sum(base, adapter_name, terms)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merges the adapters into dense weights that replace the base, as in PEFT. Trained tokens are merged into the
