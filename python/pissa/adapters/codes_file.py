@@ -33,24 +33,14 @@ class CodesFile:
         """Puts a file with these tensors, whose layers have these fingerprints, into a folder for which `new` gives
         temporary names. It is a hard link to the file that was written last, if that has the same content and is still
         there, unchanged, on a disk with such links. Returns the digest of its header."""
-        path, is_known = (folder / PISSA_CODES).absolute(), self._is_there(fingerprints)
-        if is_known and path.exists() and path.samefile(self._path):
-            return self._digest
-        temporary = new(PISSA_CODES)
-        if not (is_known and _link(self._path, temporary)):
-            self._digest = write_tensors(temporary, tensors)
-            self._state, self._fingerprints = file_state(temporary), dict(fingerprints)
-        self._path = path
-        return self._digest
-
-    def _is_there(self, fingerprints: Mapping[str, str]) -> bool:
+        path = (folder / PISSA_CODES).absolute()
         with suppress(OSError):
-            return fingerprints == self._fingerprints and file_state(self._path) == self._state
-        return False
-
-
-def _link(existing: Path, new: Path) -> bool:
-    with suppress(OSError):
-        os.link(existing, new)
-        return True
-    return False
+            if fingerprints == self._fingerprints and file_state(self._path) == self._state:
+                if not (path.exists() and path.samefile(self._path)):
+                    os.link(self._path, new(PISSA_CODES))
+                    self._path = path
+                return self._digest
+        temporary = new(PISSA_CODES)
+        self._digest = write_tensors(temporary, tensors)
+        self._path, self._state, self._fingerprints = path, file_state(temporary), dict(fingerprints)
+        return self._digest
