@@ -46,10 +46,6 @@ class NoEmbeddingsWarning(PissaWarning):
     """The embeddings were to be saved, but the model has none that can be identified."""
 
 
-class UnknownVocabularyWarning(PissaWarning):
-    """It is unknown whether the vocabulary was resized; the embeddings are not saved."""
-
-
 class OtherDtypeWarning(PissaWarning):
     """The base is in a dtype that does not hold the values that the adapter was trained on."""
 
@@ -60,10 +56,6 @@ class OtherRoundingWarning(PissaWarning):
 
 class UnseenBaseWarning(PissaWarning):
     """The model that an adapter names as its base is not here, so it is unknown whether that is a residual."""
-
-
-class KeptMagnitudesWarning(PissaWarning):
-    """DoRA's magnitudes were kept while the change that they belong to was approximated."""
 
 
 class UnlockedFolderWarning(PissaWarning):

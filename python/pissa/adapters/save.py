@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -99,9 +100,9 @@ def _with_vocabulary(
 ) -> bool:
     """Whether the vocabulary's weights are written with the adapter.
 
-    With "auto" they are if the vocabulary's size differs from that in the files from which the base was loaded. If
-    these are not available, they are written if the adapter changes the vocabulary. (PEFT's own "auto" asks the Hub,
-    and writes them with every adapter that targets embeddings.)
+    With "auto" they are if the vocabulary's size differs from that in the files from which the base was loaded, or if
+    these are not available. A base of no files has them written if the adapter changes the vocabulary. (PEFT's own
+    "auto" asks the Hub, and writes them with every adapter that targets embeddings.)
     """
     if save_embedding_layers is True and not vocabulary(model, adapter_name):
         warnings.warn(
@@ -119,23 +120,13 @@ def _with_vocabulary(
     name = str(getattr(base, "name_or_path", None) or model.peft_config[adapter_name].base_model_name_or_path or "")
     config = getattr(base, "config", None)
     if isinstance(config, PretrainedConfig) and name:
-        try:
+        with suppress(OSError, ValueError, AttributeError):
             fields, _ = config.get_config_dict(name, local_files_only=True)  # where the model was loaded from
             if fields:
                 before = type(config).from_dict(fields)
                 return bool(before.get_text_config().vocab_size != config.get_text_config().vocab_size)
-        except (OSError, ValueError, AttributeError):
-            pass
-    if any(tensor.is_of(layer) for tensor in vocabulary(model, adapter_name).values() for layer in layers.values()):
-        return True
-    if name:
-        warnings.warn(
-            f"The configuration of {name} is not available, so it is unknown whether the vocabulary has been "
-            "resized. If it has, give save_pretrained save_embedding_layers=True; else the new rows are not saved.",
-            notices.UnknownVocabularyWarning,
-            stacklevel=4,
-        )
-    return False
+    tables = vocabulary(model, adapter_name).values()
+    return bool(name) or any(tensor.is_of(layer) for tensor in tables for layer in layers.values())
 
 
 def _class_of(model: nn.Module) -> type[nn.Module]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,6 @@ from pissa.adapters.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Matrices
 from pissa.containers.staged import check_unused, staged
 from pissa.containers.tensor_file import Scratch, write_tensors
 from pissa.conversion.plain_lora import PLAIN, PlainLora
-from pissa.notices import KeptMagnitudesWarning
 from pissa.ops.low_rank import Spectrum
 
 
@@ -106,13 +104,6 @@ def convert(
         config = with_sizes(folder.config, sizes) | {"base_model_name_or_path": lora.base_name(base)}
         new(ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True))
         write_tensors(new(ADAPTER_WEIGHTS), tensors)
-    if folder.config["use_dora"] and lost:
-        warnings.warn(
-            f"{source} has DoRA's magnitudes, which were trained with the change that is now approximated: they are "
-            "kept, and the function differs by more than the energy that is left out says",
-            KeptMagnitudesWarning,
-            stacklevel=2,
-        )
     return Conversion(lora.what, ranks, 1 - lost / energy if energy else 1.0)
 
 

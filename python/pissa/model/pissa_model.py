@@ -25,6 +25,7 @@ from pissa.base.classes import base_of
 from pissa.base.forwards import replaced_parts, restore_forwards
 from pissa.config import PissaConfig
 from pissa.containers.hub import adapter_folder
+from pissa.containers.messages import quote
 from pissa.distributed import failing_together, is_of_an_engine, is_partitioned, is_sharded
 from pissa.layers.experts import fuse_experts, unfused_experts
 from pissa.layers.layer import PissaLayer, pissa_layers
@@ -41,7 +42,6 @@ from pissa.model.inject import (
     prepare,
     restored_on_error,
 )
-from pissa.model.peft_options import refuse_unsupported
 from pissa.model.store import store
 from pissa.model.tuner import BUILDING, load_whole, refuse_residuals, start_at_zero
 from pissa.peft_private import MendedPeftModel
@@ -284,8 +284,8 @@ class PissaModel(MendedPeftModel):
             selected_adapters: names of the adapters to save (default: all).
             save_embedding_layers: whether the base's input embeddings and output layer are written too;
                 `from_pretrained` then puts them into the base. "auto" writes them if the vocabulary was resized,
-                because the new rows are random. If the base's files are not available to show that, it writes them if
-                the adapter changes one of the two.
+                because the new rows are random, or if the base's files are not available to show that. Of a base
+                that was loaded from no files, it writes them if the adapter changes one of the two.
             is_main_process: False writes nothing.
             path_initial_model_for_weight_conversion: accepted for compatibility with PEFT; without effect: files are
                 converted.
@@ -347,7 +347,7 @@ class PissaModel(MendedPeftModel):
             TypeError: `config` is not a PissaConfig.
         """
         check_plain(model, adapter_name)
-        refuse_unsupported(model, key_mapping=key_mapping, **kwargs)
+        _check_options(key_mapping=key_mapping, **kwargs)
         saved = PissaFolder.open(adapter_folder(model_id, ADAPTER_FILES, **kwargs), config)
         saved.config.inference_mode = not is_trainable
         with saved.blame(), restored_on_error(model):
@@ -398,7 +398,7 @@ class PissaModel(MendedPeftModel):
         known = adapter_name in self.peft_config
         if not known:
             check_adapter_name(adapter_name, self.base_model.model)
-        refuse_unsupported(self, key_mapping=key_mapping, **kwargs)
+        _check_options(key_mapping=key_mapping, **kwargs)
         folder = adapter_folder(model_id, ADAPTER_FILES, **kwargs)
         if known:
             restore(PissaFolder.open(folder, config), self, adapter_name)
@@ -439,6 +439,17 @@ def fuse_steps(model: PissaModel) -> None:
     fuse_layers(model.base_model.model)
     fuse_head(model.base_model.model)
     model.register_forward_pre_hook(over_trls_head)
+
+
+def _check_options(**options: Any) -> None:
+    """Raises ValueError for an option of PEFT's that would change which tensors are restored."""
+    for name in ("key_mapping", "ignore_mismatched_sizes"):
+        if value := options.get(name):
+            raise ValueError(
+                f"{name}={quote(value)} is not supported: an adapter is restored as a whole, into layers of the names "
+                "that it was saved with. Load the base that it was trained on, or use peft.PeftModel.from_pretrained, "
+                "for which the folder is a plain LoRA"
+            )
 
 
 def _as_given(model: nn.Module) -> nn.Module:

@@ -100,15 +100,6 @@ def test_what_cannot_be_honoured_is_refused_by_name(
     assert_same(wrapped, before[1])
 
 
-def test_an_offloaded_base_stays_where_it_is(folder: Path, tiny_llama: Make) -> None:
-    base = tiny_llama()
-    base.hf_device_map = {"model": "cpu", "lm_head": 0}
-    with pytest.raises(ValueError, match="device_map is not supported for an offloaded model"):
-        PissaModel.from_pretrained(base, folder, device_map={"": 0})
-    PissaModel.from_pretrained(base, folder, device_map=dict(base.hf_device_map))
-    PissaModel.from_pretrained(tiny_llama(), folder, device_map={"": 0})
-
-
 def test_the_load_result_is_pefts(tiny_llama: Make, tmp_path: Path) -> None:
     model = pissa.wrap(tiny_llama(), r=4, modules_to_save=["lm_head"])
     model.save_pretrained(tmp_path / "ours")

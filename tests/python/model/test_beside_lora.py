@@ -79,7 +79,6 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")
-@pytest.mark.filterwarnings("ignore::pissa.notices.UnknownVocabularyWarning")
 def test_a_plain_lora_is_loaded(case: str, small_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
     folder, expected = saved(small_llama(), tmp_path / "plain", **CASES[case])
     model = pissa.wrap(small_llama(), r=2)
