@@ -38,10 +38,6 @@ class ReplacedLoraWarning(PissaWarning):
     """In the folder of an adapter, another program has replaced the plain LoRA, so the folder counts as that LoRA."""
 
 
-class UnmergedConvolutionWarning(PissaWarning):
-    """PEFT computes the adapter of a convolution correctly only after merging it."""
-
-
 class NoEmbeddingsWarning(PissaWarning):
     """The embeddings were to be saved, but the model has none that can be identified."""
 
@@ -56,10 +52,6 @@ class OtherRoundingWarning(PissaWarning):
 
 class UnseenBaseWarning(PissaWarning):
     """The model that an adapter names as its base is not here, so it is unknown whether that is a residual."""
-
-
-class UnlockedFolderWarning(PissaWarning):
-    """The file system has no locks, so a second run into the same folder would not be noticed."""
 
 
 class NotTakenOverWarning(PissaWarning):

@@ -41,7 +41,6 @@ from pissa.containers.staged import staged
 from pissa.containers.tensor_file import write_tensors
 from pissa.distributed import check_whole, is_sharded
 from pissa.layers.layer import PissaLayer, pissa_layers
-from pissa.layers.modules import PissaConvolution
 
 
 def save_adapter(
@@ -151,27 +150,12 @@ def _own_state(model: PeftModel) -> dict[str, Tensor]:
 
 def warn_of_plain_lora(model: PeftModel) -> None:
     """Warns, once for each PissaModel, if other runtimes do not compute the function that was trained."""
-    if model.warned_of_plain_lora:
-        return
-    layers = pissa_layers(model.base_model.model)
-    bases = [layer.base for layer in layers.values()]
+    bases = [layer.base for layer in pissa_layers(model.base_model.model).values()]
     forms = {
         base.form.name
         for base in bases
         if base.form != IMPLICIT and not (base.form.name == "explicit" and base.dtype == torch.float32)
     }
-    if forms:
+    if forms and not model.warned_of_plain_lora:
         model.warned_of_plain_lora = True
         warnings.warn(inexact_lora(forms), notices.InexactLoraWarning, stacklevel=3)
-    unlike_peft = [
-        name for name, layer in layers.items() if isinstance(layer, PissaConvolution) and not layer.is_peft_compatible
-    ]
-    if unlike_peft:
-        model.warned_of_plain_lora = True
-        warnings.warn(
-            f"Convolutions with a dilation or a padding_mode ({len(unlike_peft)}, {unlike_peft[0]} the first) lose it "
-            f"in LoRA layers of PEFT 0.21: there {ADAPTER_WEIGHTS} is the function that was trained once the adapter "
-            "is merged, with merge_and_unload, and not before.",
-            notices.UnmergedConvolutionWarning,
-            stacklevel=3,
-        )

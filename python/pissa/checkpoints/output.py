@@ -11,7 +11,6 @@ import fcntl
 import json
 import os
 import shutil
-import warnings
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -26,7 +25,6 @@ from pissa.containers.messages import file_errors, quote, read_object
 from pissa.containers.staged import CompletedError, check_unused, flush_folder, put_in_place, staged
 from pissa.containers.tensor_file import Layout
 from pissa.distributed import agree, rank
-from pissa.notices import UnlockedFolderWarning
 
 UNFINISHED = ".unfinished"
 """The hidden folder."""
@@ -276,13 +274,7 @@ def _lock_folder(hidden: Path) -> int:
         is_mine = os.fstat(handle).st_nlink > 0  # no run has finished and removed it meanwhile
     except BlockingIOError:
         is_mine = False
-    except OSError as error:
-        warnings.warn(
-            f"the file system of {hidden.parent} has no locks ({error.strerror}): start no second run into this folder "
-            "before this one has ended",
-            UnlockedFolderWarning,
-            stacklevel=2,
-        )
+    except OSError:  # a file system without locks, on which a second run is not noticed
         is_mine = True
     if not is_mine:
         os.close(handle)

@@ -150,12 +150,6 @@ class PissaConvolution(PissaLayer):
         weight = self.base_layer.weight
         return weight.shape[0], weight[0].numel()
 
-    @property
-    def is_peft_compatible(self) -> bool:
-        """Whether PEFT's LoRA layer moves over the input as the base does, with its kernel, stride and padding."""
-        base = cast(nn.Conv2d, self.base.module)
-        return set(base.dilation) == {1} and base.padding_mode == "zeros"
-
     def as_parameters(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         kernel = self.base_layer.weight.shape[1:]
         return a.reshape(-1, *kernel), b.reshape(*b.shape, *(1 for _ in kernel[1:]))
