@@ -121,6 +121,11 @@ def xxh3_of_text(text: str) -> str:
     return xxhash.xxh3_128_hexdigest(text.encode())
 
 
+def seed_of(layer: str) -> int:
+    """The seed of what is random about the layer of that name, from 0 to 2**63 - 1."""
+    return int(xxh3_of_text(layer)[:16], 16) >> 1
+
+
 def bytes_of(tensor: Tensor) -> memoryview:
     """The memory of a contiguous tensor on the CPU."""
     return tensor.view(-1).view(torch.uint8).numpy().data

@@ -1,5 +1,6 @@
 """Merges an adapter into a checkpoint on disk, a matrix at a time. The trained model becomes a checkpoint of its own:
-dense, or in bitsandbytes' formats. What cannot be merged is refused before anything is written."""
+dense, in bitsandbytes' formats, or in the codes of the base. What cannot be merged is refused before anything is
+written."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +22,22 @@ from pissa.adapters.lora_folder import LoraFactors, LoraFolder, open_adapter
 from pissa.adapters.peft_layout import MAGNITUDE, PREFIX, base_weight_key, is_mirrored
 from pissa.base.classes import adopt, is_linear
 from pissa.checkpoints.load import of_layer
+from pissa.checkpoints.merge_codes import Kept, check_low_rank, coded_units, merged_layers
 from pissa.checkpoints.output import Output
 from pissa.checkpoints.rewrite import LayerPlan, Plan, Result, Rewrite, Unit, Written, add_up, matrix_shape, square
 from pissa.checkpoints.trained import TrainedWeights, read_adapter
 from pissa.config import IMPLICIT, Form
-from pissa.containers.checkpoint import READ, Checkpoint
+from pissa.containers.checkpoint import READ, Checkpoint, Contents
 from pissa.containers.messages import quote
 from pissa.containers.model_folder import Part
+from pissa.containers.tensor_file import INDEX
 from pissa.ops.checks import check_choice
 from pissa.ops.formats import FORMATS
 
 
-def plan_merge(source: Checkpoint, adapter: LoraFolder, form: Form = IMPLICIT) -> Plan:
+def plan_merge(source: Checkpoint, adapter: LoraFolder, form: Form = IMPLICIT, kept: Collection[str] = ()) -> Plan:
     """The plan of a merge. The linear layers, except the output layer, are written in `form`, where IMPLICIT means
-    dense. Raises ValueError for anything that cannot be merged, which is named."""
+    dense. `kept`: see `Plan`. Raises ValueError for anything that cannot be merged, which is named."""
     planner = UnitPlanner(source, adapter)
     units = [planner.unit_of(factors) for factors in adapter.factors.values()]
     adapted, forms = {layer.name for unit in units for layer in unit.layers}, dict[str, Form]()
@@ -56,7 +59,7 @@ def plan_merge(source: Checkpoint, adapter: LoraFolder, form: Form = IMPLICIT) -
             f"{source.path_of(left[0])}: tensor {quote(left[0])} is a part of codes that only pissa.load reads; "
             f"{_IN_MEMORY}"
         )
-    return Plan(source, units)
+    return Plan(source, units, kept=kept)
 
 
 class UnitPlanner:
@@ -215,6 +218,14 @@ class Merged(Written):
     """The number of layers that are written in codes."""
     error_of_change: float
     """‖Q - W'‖ / ‖change‖ over the layers that the adapter changes."""
+    kept: Kept | None = None
+    """What became of the change in the codes of the base."""
+    kept_of_layers: dict[str, Kept] = field(default_factory=dict)
+    """The same for each layer in codes, or all experts of a weight."""
+
+
+SAME = "same"
+"""The value of `quant` for the codes of the base."""
 
 
 def merge(
@@ -241,7 +252,9 @@ def merge(
 
     Args:
         quant: a format, "nf4" or "int8": all linear layers except the output layer are written in it, as transformers
-            with bitsandbytes would quantise the merged weights. None: dense.
+            with bitsandbytes would quantise the merged weights. "same": the codes of the base, whose scales stay, with
+            the change rounded at random (`ops.merge_codes`); for a GGUF file, `pissa.export` to "gguf-model" does that.
+            None: dense.
         progressbar: show one bar over the bytes of the checkpoint on stderr.
 
     Raises:
@@ -249,24 +262,31 @@ def merge(
         ValueError: something cannot be read or merged; the message names file and layer. `target` is not a model then.
         OSError: the disk is full or fails.
     """
-    check_choice("quant", quant, (None, *FORMATS))
-    form = IMPLICIT if quant is None else Form.quantised(quant, *FORMATS[quant].options(None, None, 0))
+    check_choice("quant", quant, (None, *FORMATS, SAME))
+    form = IMPLICIT if quant in (None, SAME) else Form.quantised(quant, *FORMATS[quant].options(None, None, 0))
     with torch.no_grad():
         checkpoint = Checkpoint.open(source)
         checkpoint.require(*READ)
+        if quant == SAME and (contents := checkpoint.contents) not in (Contents.RELEASED, Contents.BITSANDBYTES):
+            to = ' pissa.export(..., to="gguf-model") merges into a GGUF file' if contents is Contents.GGUF else ""
+            raise ValueError(f'quant: got "same", and {checkpoint.name} contains {contents.value}: leave it out.{to}')
         weights = read_adapter(open_adapter(Path(adapter)), checkpoint)
-        run = _Merge(plan_merge(checkpoint, weights.folder, form), weights, form, Path(target))
+        plan = plan_merge(checkpoint, weights.folder, form, checkpoint.coded if quant == SAME else ())
+        run = (_MergeInCodes if quant == SAME else _Merge)(plan, weights, form, Path(target))
         written = run.run(progressbar)
         for doubt in weights.doubts():
             warnings.warn(doubt, stacklevel=2)
         adapted = [unit for unit in run.plan.units if unit.factors is not None]
         changed = add_up(run.results[unit.name] for unit in adapted)
+        in_codes = {unit.name: sums for unit in adapted if "along" in (sums := run.results[unit.name])}
         return Merged(
             **vars(written),
             what=weights.what,
             layers=sum(len(unit.layers) for unit in adapted),
-            quantised=len(run.plan.packed),
+            quantised=len(run.plan.packed) or sum(len(unit.layers) for unit in adapted if unit.name in in_codes),
             error_of_change=math.sqrt(changed["error_squared"] / changed["change"]) if changed["change"] else 0.0,
+            kept=Kept.of(add_up(in_codes.values())) if in_codes else None,
+            kept_of_layers={name: Kept.of(sums) for name, sums in in_codes.items()},
         )
 
 
@@ -314,3 +334,35 @@ class _Merge(Rewrite):
         if unit.rows is None:
             return value.to(tensor.dtype)
         return tensor.index_copy(0, torch.tensor(unit.rows), value.to(tensor.dtype))
+
+
+class _MergeInCodes(_Merge):
+    """Merges into the codes of a checkpoint: all files keep their layout."""
+
+    not_copied = (INDEX,)
+
+    def __init__(self, plan: Plan, adapter: TrainedWeights, form: Form, target: Path) -> None:
+        check_low_rank(adapter)
+        self.coded = {unit.name for unit in coded_units(plan)}
+        super().__init__(plan, adapter, form, target)
+
+    def identity(self) -> dict[str, Any]:
+        return super().identity() | {"form": SAME}
+
+    def write(self, out: Output, unit: Unit) -> dict[str, Result]:
+        if unit.name not in self.coded:
+            return super().write(out, unit)
+        results = []
+        for sums, parts in merged_layers(self.adapter, unit):
+            results.append({"error_squared": sums["change"] - 2 * sums["along"] + sums["square"], **sums})
+            for name, codes, member in parts:
+                weight, stored = self.source.coded[name], self.source.stored
+                for tensor in weight.tensors.values():
+                    values = stored.read(tensor, member)
+                    if tensor == weight.codes:
+                        values = codes.view(values.dtype).view(values.shape)
+                    out.write(self.file_of(name), tensor, values, member)
+        return {unit.name: add_up(results)}
+
+    def write_config(self, out: Output) -> None:
+        """config.json is copied with the other small files."""

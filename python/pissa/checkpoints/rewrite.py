@@ -204,6 +204,9 @@ def matrix_shape(
     return (rows, columns.pop()), entries[0].dtype
 
 
+MODELOPT_CONFIG = "hf_quant_config.json"
+"""The file in which ModelOpt declares a checkpoint's quantisation a second time."""
+
 BATCH = 1 << 30
 """The bytes of the checkpoint after which a run records what is done. A killed run repeats at most this much, and
 several processes divide the work in portions of this size."""
@@ -248,6 +251,8 @@ class Rewrite(ABC):
 
     command: ClassVar[str]
     """Its name in the bar and in the identity."""
+    not_copied: ClassVar[Collection[str]] = (CONFIG, MODELOPT_CONFIG, INDEX, PISSA_RECORD)
+    """The small files of the source that are not copied."""
 
     def __init__(self, plan: Plan, target: Path) -> None:
         self.plan, self.source, self.target = plan, plan.source, target
@@ -380,8 +385,7 @@ class Rewrite(ABC):
     def _copy_small_files(self, out: Output) -> None:
         """Copies the files other than weights and config.json (tokenizer, templates, card), and writes the index."""
         with self.source.small_files() as folder:
-            others = (CONFIG, MODELOPT_CONFIG, INDEX, PISSA_RECORD)
-            paths = [path for path in folder.iterdir() if path.name not in others]
+            paths = [path for path in folder.iterdir() if path.name not in self.not_copied]
             paths += [path for name in _FOLDERS for path in folder.glob(f"{name}/**/*")]
             for path in paths:
                 if path.is_file() and not path.name.startswith(".") and not path.name.endswith(WEIGHT_FILES):
@@ -413,9 +417,6 @@ class Rewrite(ABC):
         else:
             shutil.copyfile(self.source.folder / CONFIG, out.path(CONFIG))
 
-
-MODELOPT_CONFIG = "hf_quant_config.json"
-"""The file in which ModelOpt declares a checkpoint's quantisation a second time."""
 
 _FOLDERS = (CHAT_TEMPLATE_DIR, "*_tokenizer")
 """The folders that transformers creates: named chat templates, and the additional tokenizers of a processor. Any other

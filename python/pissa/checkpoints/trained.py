@@ -40,6 +40,14 @@ class TrainedWeights:
         self.what = lora.what
         """The kind of the adapter, in words."""
 
+    @property
+    def is_on_weights(self) -> bool:
+        """Whether the change is low-rank on the checkpoint's own weights."""
+        return self.what != ON_RESIDUAL
+
+    def check_base(self, layer: LayerPlan, weight: Weight) -> None:
+        """Raises ValueError if a layer's weight is known to be another one than that of the training."""
+
     def factors(self, unit: Unit) -> Iterator[Matrices]:
         """Yields factors a [k, in] and b [out, k] of the change of each layer of a unit, float32."""
         for layer, (a, b) in zip(unit.layers, self.lora.matrices(unit.name), strict=True):
@@ -122,6 +130,13 @@ class Ours(TrainedWeights):
                     f"{path} was trained on the unmodified base, and {source.folder} has a residual of layer {name}: "
                     "give the unmodified base"
                 )
+
+    @property
+    def is_on_weights(self) -> bool:
+        return all(record.form == IMPLICIT for record in self.ours.layers.values())
+
+    def check_base(self, layer: LayerPlan, weight: Weight) -> None:
+        self._cast_as_trained(layer, weight)
 
     def scaling(self, layer: LayerPlan, target: str) -> float:
         return self.ours.layers[layer.name].scaling

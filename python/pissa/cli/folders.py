@@ -186,7 +186,7 @@ INIT = FolderCommand(_add_init, _init)
 def _add_merge(parser: argparse.ArgumentParser) -> None:
     base = f"{_BASE}; or a folder that pissa init has written"
     _add_adapter(parser, "new folder, or the folder of an interrupted run", base, base_is_required=True)
-    quant = "form of the linear layers: dense, nf4 or int8 (as of bitsandbytes)"
+    quant = "form of the linear layers: dense, nf4 or int8 (as of bitsandbytes), same: the codes of the base"
     parser.add_argument("--quant", metavar="FORMAT", help=f"{quant} (default: dense)")
 
 
@@ -194,11 +194,31 @@ def _merge(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     from pissa.checkpoints.merge import merge
 
     done = merge(args.adapter, args.base, args.target, quant=args.quant, progressbar=True)
-    yield vars(done)
+    yield vars(done) | _kept_as_dicts(done)
     print_row("adapter", f"{args.adapter}: {done.what}, {done.layers} layers")
-    written = f"{done.quantised} layers in {args.quant}" if args.quant else "dense, rounded once"
-    print_row("error", f"{written}: {done.error:.3%} of the weights' norm, {done.error_of_change:.3%} of the change's")
+    if done.kept is not None:
+        print_row("merged", f"{done.quantised} layers into the codes of the base")
+        _print_kept(done.kept, done.kept_of_layers)
+    else:
+        form = f"{done.quantised} layers in {args.quant}" if args.quant else "dense, rounded once"
+        print_row("error", f"{form}: {done.error:.3%} of the weights' norm, {done.error_of_change:.3%} of the change's")
     print_row("saved", f"{args.target}: {as_size(done.bytes_written)}")
+
+
+def _kept_as_dicts(done: Any) -> dict[str, Any]:
+    of_layers = {name: kept._asdict() for name, kept in done.kept_of_layers.items()}
+    return {"kept": None if done.kept is None else done.kept._asdict(), "kept_of_layers": of_layers}
+
+
+def _print_kept(kept: Any, of_layers: dict[str, Any]) -> None:
+    """What became of a change in the codes of a base."""
+    worst = min(of_layers, key=lambda name: of_layers[name].share)
+    print_row("kept", f"{kept.share:.1%} of the change; least in {worst}, {of_layers[worst].share:.1%}")
+    print_row(
+        "noise", f"{kept.noise:.1f} times the norm of the change, at random; {kept.moved:.2%} of the codes are new"
+    )
+    if kept.beyond:
+        print_row("", f"{kept.beyond:.2%} of the changes led beyond the levels of their block")
 
 
 MERGE = FolderCommand(_add_merge, _merge)
@@ -207,7 +227,7 @@ MERGE = FolderCommand(_add_merge, _merge)
 
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
-    _add_adapter(parser, "new folder, or for gguf a new file")
+    _add_adapter(parser, "new folder, or for gguf and gguf-model a new file")
     runtimes = "; ".join(f"{name}: {what}" for name, what in RUNTIMES.items())
     parser.add_argument("--to", required=True, choices=RUNTIMES, help=runtimes)
     check = "for gguf: compare what llama.cpp generates with the trained model; needs llama-cpp-python"
@@ -220,9 +240,11 @@ def _export(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     if args.check and args.to != "gguf":
         raise UserError(f"--check: got --to {args.to}; it compares with llama.cpp, which --to gguf is for")
     done = export(args.adapter, args.target, args.to, base=args.base, progressbar=True)
-    yield done._asdict()
+    yield done._asdict() | _kept_as_dicts(done)
     print_row("adapter", f"{args.adapter}: {done.what}, {done.layers} layers")
     print_row("written", done.written)
+    if done.kept is not None:
+        _print_kept(done.kept, done.kept_of_layers)
     if done.error:
         print_row("error", f"{done.error:.3%} of the weights' norm")
     print_row("saved", f"{args.target}: {as_size(done.bytes_written)}")

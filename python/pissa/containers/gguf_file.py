@@ -7,6 +7,7 @@ import math
 import mmap
 import re
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,11 +56,15 @@ class GgufFile(MappedFile):
             tensors, values = reader.numbers("QQ")
             self.metadata: dict[str, Any] = {}
             """The file's keys and values; arrays are lists."""
+            self._pairs: dict[str, bytes] = {}
             for _ in range(values):
+                begin = reader.position
                 key = reader.text()
                 if key in self.metadata:
                     raise ValueError(f"{quote(key)} is there twice")
                 self.metadata[key] = reader.value(*reader.numbers("I"))
+                self._pairs[key] = self._map[begin : reader.position]
+            self._descriptions = reader.position
             self.formats: dict[str, QuantFormat] = {}
             """The formats of tensors in codes, by name."""
             self.entries = self._tensors(reader, tensors)
@@ -79,6 +84,21 @@ class GgufFile(MappedFile):
         """The XXH3-128 of the header."""
         return xxh3(torch.frombuffer(self._map, dtype=torch.uint8, count=self._header))
 
+    def header(self, texts: Mapping[str, str]) -> bytes:
+        """The bytes before those of the tensors, with these texts in the metadata too, or instead."""
+        pairs = dict(self._pairs)
+        for key, text in texts.items():
+            name, value = key.encode(), text.encode()
+            pairs[key] = struct.pack(f"<Q{len(name)}sIQ", len(name), name, _TEXT, len(value)) + value
+        tensors = self._map[self._descriptions : self._header]
+        content = self._map[:16] + struct.pack("<Q", len(pairs)) + b"".join(pairs.values()) + tensors
+        return content.ljust(-(-len(content) // self._alignment) * self._alignment, b"\0")
+
+    @property
+    def start(self) -> int:
+        """The position of the first tensor's bytes."""
+        return -(-self._header // self._alignment) * self._alignment
+
     def _tensors(self, reader: _Reader, count: int) -> dict[str, Entry]:
         """The tensors, after checking that they lie in the file one after the other."""
         entries = {}
@@ -94,8 +114,8 @@ class GgufFile(MappedFile):
         alignment = self.metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment <= 0 or alignment % 8:
             raise ValueError(f"general.alignment is {quote(alignment)}; needed: a multiple of 8")
-        self._header = reader.position
-        end = start = -(-reader.position // alignment) * alignment
+        self._header, self._alignment = reader.position, alignment
+        end = start = self.start
         ordered = dict(sorted(entries.items(), key=lambda item: (item[1].offset, item[1].nbytes)))
         for name, entry in ordered.items():
             begin = start + entry.offset

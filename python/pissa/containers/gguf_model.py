@@ -3,7 +3,7 @@ other values or another order. Rows can be moved in codes too, because no block 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -114,6 +114,15 @@ class GgufSource(Source):
             return Place(tensors, None, origin.change(torch.arange(self.shape(name)[-1])[None]).flatten())
         numbers = torch.split(torch.arange(sum(tensors.values()))[:, None], list(tensors.values()))
         return Place(tensors, origin.change(*numbers).flatten(), None)
+
+    def stored_codes(self, name: str, codes: Tensor, member: int | None) -> Iterator[tuple[Path, int, Tensor]]:
+        """The inverse of `read` for a weight in codes, or for a matrix of a stack: for each stored tensor its file, the
+        position of the bytes there, and these."""
+        place, rows = self.place(name), codes.view(self.shape(name)[-1 if self._origin(name).is_transposed else -2], -1)
+        stored = rows if place.rows is None else torch.empty_like(rows).index_copy_(0, place.rows, rows)
+        parts = stored.split(list(place.tensors.values()))
+        for tensor, part in zip(place.tensors, parts, strict=True):
+            yield Source.path_of(self, tensor), Source.entry(self, tensor).offset + (member or 0) * part.numel(), part
 
     def release(self, names: Sequence[str]) -> None:
         super().release([stored for name in names for stored in self._origin(name).tensors])

@@ -33,6 +33,7 @@ def export(
         pissa.export("run", "out", to="bnb4")      # QPiSSA, exactly: transformers, PEFT and bitsandbytes
         pissa.export("run", "out", to="vllm")      # a LoRA on the unmodified base
         pissa.export("run", "out.gguf", to="gguf") # the same for llama.cpp
+        pissa.export("run", "merged.gguf", to="gguf-model")  # one file, with the adapter in the base's codes
 
     "bnb4" is for an adapter with `quant="nf4"`. It writes the residual on which the adapter was trained, in
     bitsandbytes' layout, and in the folder "adapter" the LoRA of rank r on it. The residual is computed again from the
@@ -43,12 +44,15 @@ def export(
     If the adapter was trained on a 4-bit residual, the LoRA lacks the residual's error there, and a warning says so.
     LoRAs of other tools can be exported too.
 
+    "gguf-model" writes the base's GGUF file again, with the adapter in it: codes change, rounded at random
+    (`ops.merge_codes`), and scales and everything else stay, except for the name and a note in the metadata.
+
     Args:
         adapter: a folder of pissa or of PEFT, or a folder with a LoRA.
-        target: a new folder, or a new file for "gguf".
+        target: a new folder, or a new file for "gguf" and "gguf-model".
         to: the runtime, one of `pissa.integrations.RUNTIMES`.
         base: the model that the adapter was trained on, a folder, a GGUF file or a name on the Hub (default: the one
-            that the adapter names). For "gguf": the GGUF file with which llama.cpp runs the adapter.
+            that the adapter names). For "gguf" and "gguf-model": the GGUF file with which llama.cpp runs the adapter.
         progressbar: show one bar over the bytes of the checkpoint on stderr.
 
     Raises:
@@ -60,8 +64,8 @@ def export(
     """
     check_choice("to", to, tuple(RUNTIMES))
     opened, target = open_adapter(Path(adapter)), Path(target)
-    if to != "bnb4":
-        done: Exported = resolve_name(f"pissa.integrations.{to}:export_lora")(opened, base, target)
+    if to in _EXPORTERS:
+        done: Exported = resolve_name(f"pissa.integrations.{_EXPORTERS[to]}")(opened, base, target)
         return done
     base = base or opened.named_base
     if base is None:
@@ -75,6 +79,10 @@ def export(
         for doubt in trained.doubts():
             warnings.warn(doubt, stacklevel=2)
         return run.exported()
+
+
+_EXPORTERS = {"vllm": "vllm:export_lora", "gguf": "gguf:export_lora", "gguf-model": "merged_gguf:export_model"}
+"""The functions that take an adapter, its base and the target."""
 
 
 def _require_4_bits(adapter: TrainedWeights) -> Ours:

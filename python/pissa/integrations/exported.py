@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
 
 from pissa.adapters.lora_folder import LoraFolder
 from pissa.adapters.peft_layout import PREFIX
+from pissa.checkpoints.merge_codes import Kept
 from pissa.containers.checkpoint import Checkpoint
 from pissa.containers.hub import Name
 from pissa.containers.messages import quote
@@ -31,6 +34,10 @@ class Exported(NamedTuple):
     """The total size of all files."""
     load: str
     """How to load the result, as a line of Python or shell."""
+    kept: Kept | None = None
+    """What became of the change, if it is merged into the codes of the base."""
+    kept_of_layers: Mapping[str, Kept] = MappingProxyType({})
+    """The same for each layer, or all experts of a weight."""
     error: float = 0.0
     """‖W - W'‖ / ‖W'‖ over the layers whose weight W differs by more than float32 rounding from the trained one, W'."""
 

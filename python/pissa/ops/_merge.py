@@ -16,15 +16,17 @@ ROUNDINGS = ("dither", "nearest")
 
 
 class Merged(NamedTuple):
-    """Codes after a change, and what became of it."""
+    """Codes after a change, and sums over its elements that say what became of it. Sums of several weights may be
+    added."""
 
     weight: QuantizedWeight
     """The new codes, with the scales of the old ones."""
-    kept: float
-    """The share of the change that the new codes have: the change's coefficient in a least squares fit of theirs."""
-    noise: float
-    """The Frobenius norm of the difference between the change of the codes and the change, relative to that of the
-    change."""
+    change: float
+    """The sum of the squares of the change D."""
+    along: float
+    """The sum of D times the change of the codes' elements."""
+    square: float
+    """The sum of the squares of the change of the codes' elements."""
     moved: int
     """The number of elements with another code."""
     beyond: int
@@ -63,10 +65,10 @@ def merge_codes(
     # Compiled for CPUs only. A merge is made once.
     parts = [None if part is None else part.cpu() for part in weight[:4]]
     dither = rounding == "dither"
-    codes, sums = _OPS.merge_codes(*parts, weight.format, weight.blocksize, a.detach().cpu(), b.detach().cpu(), scaling, dither, seed)
+    codes, sums = _OPS.merge_codes(
+        *parts, weight.format, weight.blocksize, a.detach().cpu(), b.detach().cpu(), scaling, dither, seed
+    )
     along, square, moved, beyond = sums.tolist()
     a, b = a.detach().double(), b.detach().double()
-    whole = scaling**2 * float((b.mT @ b).mul_(a @ a.mT).sum())  # the change's square, which nothing has computed
-    noise = max(square - 2 * along + whole, 0.0)
-    kept, noise = (along / whole, (noise / whole) ** 0.5) if whole > 0 else (1.0, 0.0)
-    return Merged(weight._replace(codes=codes.to(weight.device)), kept, noise, int(moved), int(beyond))
+    change = scaling**2 * float((b.mT @ b).mul_(a @ a.mT).sum())  # D is nowhere as a whole
+    return Merged(weight._replace(codes=codes.to(weight.device)), change, along, square, int(moved), int(beyond))

@@ -18,7 +18,6 @@ from transformers import AutoModelForCausalLM
 
 import architecture_checks as checks
 import checkpoint_folders
-import mixtures
 import pissa
 from architectures import ARCHITECTURES
 from daily import each
@@ -31,33 +30,7 @@ from pissa.checkpoints.merge import merge
 from pissa.checkpoints.spectra import report
 from pissa.integrations.export import export
 from pissa.layers.experts import UnfusedExperts
-from released_folders import METHODS, release
-
-DENSE_LAYOUTS = [layout for layout in METHODS if layout != "mxfp4-gpt-oss"]
-FIELDS: dict[str, Any] = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-SIZES = {"hidden_size": 64, "intermediate_size": 192, "moe_intermediate_size": 64}
-
-
-def gpt_oss() -> nn.Module:
-    from transformers import GptOssConfig, GptOssForCausalLM
-
-    routed = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16}
-    sizes = mixtures.SIZES | SIZES
-    return GptOssForCausalLM(GptOssConfig(**{**sizes, **mixtures.HEADS, **routed}))
-
-
-def qwen3_moe() -> nn.Module:
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
-
-    routed = {"num_experts": 4, "num_experts_per_tok": 2, "head_dim": 32}
-    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**{**mixtures.SIZES, **mixtures.HEADS, **routed, **SIZES}))
-
-
-def released(kind: str, layout: str, folder: Path) -> nn.Module:
-    """The model of the weights that the folder has, in float32, so that products are compared alone."""
-    torch.manual_seed(0)
-    makers = {"gpt_oss": gpt_oss, "qwen3_moe": qwen3_moe, "llama": lambda: checkpoint_folders.llama(**SIZES)}
-    return release(makers[kind](), layout, folder).float().eval()
+from released_folders import DENSE_LAYOUTS, FIELDS, release, released
 
 
 def assert_near(got: Tensor, expected: Tensor) -> None:

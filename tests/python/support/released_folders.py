@@ -7,11 +7,14 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+import checkpoint_folders
+import mixtures
 from pissa import ops
 
 METHODS = {
@@ -113,3 +116,32 @@ def release(model: nn.Module, layout: str | None, folder: Path, experts: str | N
     (folder / "config.json").write_text(json.dumps(config))
     found: nn.Module = type(model).from_pretrained(twin)  # type: ignore[attr-defined]
     return found
+
+
+# ---- Models ----------------------------------------------------------------------------------------------------------
+
+DENSE_LAYOUTS = [layout for layout in METHODS if layout != "mxfp4-gpt-oss"]
+FIELDS: dict[str, Any] = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+SIZES = {"hidden_size": 64, "intermediate_size": 192, "moe_intermediate_size": 64}
+
+
+def gpt_oss() -> nn.Module:
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    routed = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16}
+    sizes = mixtures.SIZES | SIZES
+    return GptOssForCausalLM(GptOssConfig(**{**sizes, **mixtures.HEADS, **routed}))
+
+
+def qwen3_moe() -> nn.Module:
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    routed = {"num_experts": 4, "num_experts_per_tok": 2, "head_dim": 32}
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**{**mixtures.SIZES, **mixtures.HEADS, **routed, **SIZES}))
+
+
+def released(kind: str, layout: str, folder: Path) -> nn.Module:
+    """The model of the weights that the folder has, in float32, so that products are compared alone."""
+    torch.manual_seed(0)
+    makers = {"gpt_oss": gpt_oss, "qwen3_moe": qwen3_moe, "llama": lambda: checkpoint_folders.llama(**SIZES)}
+    return release(makers[kind](), layout, folder).float().eval()

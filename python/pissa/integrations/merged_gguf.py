@@ -1,0 +1,106 @@
+"""One GGUF file that has the training in it: the base's file, byte for byte, with other codes where the adapter changes
+a weight."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from contextlib import ExitStack
+from pathlib import Path
+from typing import cast
+
+import torch
+
+from pissa import ops
+from pissa.adapters.lora_folder import LoraFolder
+from pissa.checkpoints.merge import plan_merge
+from pissa.checkpoints.merge_codes import Kept, check_low_rank, coded_units, merged_layers
+from pissa.checkpoints.rewrite import Result, add_up
+from pissa.checkpoints.trained import read_adapter
+from pissa.containers.checkpoint import Checkpoint, Contents
+from pissa.containers.gguf_file import parts_of
+from pissa.containers.gguf_model import GgufSource
+from pissa.containers.hub import Name
+from pissa.containers.staged import staged
+from pissa.integrations.exported import MERGE, Exported, no_base
+
+
+@torch.no_grad()
+def export_model(adapter: LoraFolder, base: Name | None, target: Path) -> Exported:
+    """Merges the adapter into the codes of the GGUF file `base`, and writes the new file `target`, or its parts, and
+    beside it a Modelfile. Raises ValueError for another base, and for anything in an adapter but low-rank changes of
+    weights in codes, which is named."""
+    model = base or adapter.named_base
+    if model is None:
+        raise no_base(adapter)
+    checkpoint = Checkpoint.open(model)
+    if checkpoint.contents is not Contents.GGUF:
+        raise ValueError(f"{checkpoint.name} contains {checkpoint.contents.value}; needed: a GGUF file; or run {MERGE}")
+    source, files = cast(GgufSource, checkpoint.stored), checkpoint.files
+    trained = read_adapter(adapter, checkpoint)
+    check_low_rank(trained)
+    plan = plan_merge(checkpoint, adapter)
+    units = coded_units(plan)
+    changed = [unit for unit in plan.units if (unit.factors or unit.key) and unit not in units]
+    if changed:
+        raise ValueError(f"{changed[0].name}, which the adapter changes, is not in codes in {model}: run {MERGE}")
+    ending = "" if len(files) == 1 else f"-00001-of-{len(files):05}"
+    names = parts_of(f"{target.stem}{ending}.gguf")
+    modelfile = f"{target.stem}.Modelfile"
+    for name in (target.name, *names, modelfile):
+        if (path := target.with_name(name)).exists():
+            raise ValueError(f"{path} exists already and nothing is overwritten; choose a new file")
+    results: dict[str, Result] = {}
+    with staged(target.parent) as new, ExitStack() as opened:
+        handles, moved = {}, {}
+        note = (
+            f"{adapter.path.name} merged by pissa {ops.build_info()['version']}: codes rounded at random, scales kept"
+        )
+        for file, name in zip(files, names, strict=True):
+            title = f"{file.metadata.get('general.name', model)} + {adapter.path.name}"
+            header = file.header({"general.name": title, "general.description": note} if file is files[0] else {})
+            moved[file.path] = len(header) - file.start
+            handles[file.path] = output = opened.enter_context(new(name).open("xb+"))
+            output.write(header)
+            with file.path.open("rb") as old:
+                old.seek(file.start)
+                shutil.copyfileobj(old, output, 1 << 24)
+        for unit in units:
+            sums = []
+            for result, parts in merged_layers(trained, unit):
+                sums.append(result)
+                for name, codes, member in parts:
+                    for path, position, values in source.stored_codes(name, codes, member):
+                        handles[path].seek(position + moved[path])
+                        handles[path].write(values.contiguous().numpy())
+            results[unit.name] = add_up(sums)
+            checkpoint.release(unit.tensors)
+        size = sum(handle.seek(0, 2) for handle in handles.values())
+        new(modelfile).write_text(_modelfile(names[0], checkpoint))
+    kept = Kept.of(add_up(results.values()))
+    return Exported(
+        what=trained.what,
+        layers=sum(len(unit.layers) for unit in units),
+        written=f"{', '.join(names)}, and {modelfile} for Ollama",
+        bytes_written=size,
+        load=f"llama-cli -m {target.with_name(names[0])}; ollama create NAME -f {target.with_name(modelfile)}",
+        kept=kept,
+        kept_of_layers={name: Kept.of(sums) for name, sums in results.items()},
+    )
+
+
+def _modelfile(file: str, checkpoint: Checkpoint) -> str:
+    """Ollama's description of a model: the file, the prompt of the tokenizer's chat template for one question, and the
+    tokens with which an answer ends."""
+    tokenizer = checkpoint.tokenizer()
+    lines = [f"FROM ./{file}"]
+    if tokenizer.chat_template is not None:
+        # A text of the template in which Ollama, which writes the first token itself, replaces the question.
+        asked = [{"role": "user", "content": "{{ .Prompt }}"}]
+        prompt = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+        lines.append(f'TEMPLATE """{prompt.removeprefix(tokenizer.bos_token or "")}{{{{ .Response }}}}"""')
+    ends = checkpoint.built_config().eos_token_id
+    for end in ends if isinstance(ends, list) else [ends]:
+        if end is not None:
+            lines.append(f"PARAMETER stop {json.dumps(tokenizer.convert_ids_to_tokens(end))}")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,230 @@
+"""Merges into the codes of the base: only codes change, as ops.merge_codes changes them, in every layout, in folders
+and in GGUF files; killed runs; and what is refused."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gguf_fixtures
+import pissa
+from daily import each
+from interrupted import Interrupted
+from language_models import Make, logits, moved
+from pissa import ops
+from pissa.base.digest import bytes_of, seed_of
+from pissa.checkpoints import merge as merge_module
+from pissa.checkpoints import rewrite
+from pissa.checkpoints.init import init
+from pissa.checkpoints.merge import merge
+from pissa.cli import main
+from pissa.containers.checkpoint import Checkpoint
+from pissa.layers.layer import pissa_layers
+from released_folders import DENSE_LAYOUTS, FIELDS, released
+
+pytestmark = pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning")
+
+LAYOUTS = [("llama", layout) for layout in DENSE_LAYOUTS]
+LAYOUTS += [("gpt_oss", "mxfp4-gpt-oss"), ("qwen3_moe", "nvfp4-modelopt"), ("qwen3_moe", "fp8-tiles")]
+
+
+def adapter_on(base: Path, folder: Path, **fields: Any) -> Any:
+    model = moved(pissa.load(base, **{"init": "lora", "dtype": torch.float32, **FIELDS, **fields}))
+    model.warned_of_plain_lora = True
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+def merged_in_memory(model: Any) -> dict[str, ops.Merged]:
+    """The layers in codes by their names, each merged in the order of the model's matrix."""
+    found = {}
+    for name, layer in pissa_layers(model.base_model.model).items():
+        if layer.base.is_quantised:
+            a, b = layer.start_of("default").factors_of_change(layer.deltas("default"))
+            codes = layer.base.quantized
+            found[name] = ops.merge_codes(codes, a.detach(), b.detach(), layer.scaling["default"], seed=seed_of(name))
+    return found
+
+
+@pytest.mark.parametrize(("kind", "layout"), each(LAYOUTS, LAYOUTS[-3:]))
+def test_only_codes_change_and_as_in_memory(kind: str, layout: str, tokens: Tensor, tmp_path: Path) -> None:
+    released(kind, layout, tmp_path / "model")
+    (tmp_path / "model" / "hf_quant_config.json").write_text("{}")
+    model = adapter_on(tmp_path / "model", tmp_path / "run")
+    done = merge(tmp_path / "run", tmp_path / "model", tmp_path / "merged", quant="same")
+    for name in ("config.json", "hf_quant_config.json"):
+        assert (tmp_path / "merged" / name).read_bytes() == (tmp_path / "model" / name).read_bytes()
+    old, new = (Checkpoint(tmp_path / name) for name in ("model", "merged"))
+    codes = {weight.codes for weight in old.coded.values()}
+    for name in old.stored.names:
+        same = bytes_of(old.stored.read(name).contiguous()) == bytes_of(new.stored.read(name).contiguous())
+        is_dense = kind == "gpt_oss" and name.endswith("_proj.weight")
+        assert same != (name in codes or is_dense), name
+    expected = merged_in_memory(model)
+    for name, parts in new.coded_layers.items():
+        assert torch.equal(new.codes(parts).codes, expected[name].weight.codes), name
+    assert done.kept is not None
+    assert len(expected) == done.quantised
+    sums = {part: sum(getattr(one, part) for one in expected.values()) for part in ("change", "along", "moved")}
+    elements = sum(one.weight.shape[0] * one.weight.shape[1] for one in expected.values())
+    assert done.kept.share == pytest.approx(sums["along"] / sums["change"], rel=1e-6)
+    assert done.kept.moved == pytest.approx(sums["moved"] / elements)
+    assert 0.8 < done.kept.share < 1.2
+    again = logits(pissa.load(tmp_path / "merged", init="lora", dtype=torch.float32, **FIELDS), tokens)
+    assert (again - logits(model, tokens)).isfinite().all()
+
+
+def test_codes_of_bitsandbytes(tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
+    tiny_llama(dtype=torch.bfloat16).save_pretrained(tmp_path / "dense")
+    pissa.wrap(tiny_llama(dtype=torch.bfloat16), init="lora", r=2).save_pretrained(tmp_path / "nothing")
+    merge(tmp_path / "nothing", tmp_path / "dense", tmp_path / "model", quant="nf4")
+    model = adapter_on(tmp_path / "model", tmp_path / "run")
+    merge(tmp_path / "run", tmp_path / "model", tmp_path / "merged", quant="same")
+    new, expected = Checkpoint(tmp_path / "merged"), merged_in_memory(model)
+    assert expected
+    assert new.coded_layers.keys() >= expected.keys()
+    for name, merged in expected.items():
+        assert torch.equal(new.codes(new.coded_layers[name]).codes, merged.weight.codes), name
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rewrite, "BATCH", 1)
+    released("llama", "mxfp4-compressed", tmp_path / "model")
+    adapter_on(tmp_path / "model", tmp_path / "run")
+    merge(tmp_path / "run", tmp_path / "model", tmp_path / "whole", quant="same")
+    with monkeypatch.context() as patch:
+        patch.setattr(merge_module, "merged_layers", Interrupted(merge_module.merged_layers, at=5))
+        with pytest.raises(KeyboardInterrupt):
+            merge(tmp_path / "run", tmp_path / "model", tmp_path / "out", quant="same")
+    merge(tmp_path / "run", tmp_path / "model", tmp_path / "out", quant="same")
+    for path in (tmp_path / "whole").iterdir():
+        assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
+
+
+def test_the_command_says_what_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    released("llama", "mxfp4-compressed", tmp_path / "model")
+    adapter_on(tmp_path / "model", tmp_path / "run")
+    folders = [str(tmp_path / name) for name in ("run", "merged")]
+    assert main(["merge", *folders, "--base", str(tmp_path / "model"), "--quant", "same"]) == 0
+    shown = capsys.readouterr().out
+    assert "14 layers into the codes of the base" in shown
+    assert "of the change; least in model.layers." in shown
+    assert "times the norm of the change, at random;" in shown
+    folders[1] += "2"
+    assert main(["merge", *folders, "--base", str(tmp_path / "model"), "--quant", "same", "--json"]) == 0
+    kept = json.loads(capsys.readouterr().out)["kept"]
+    assert kept.keys() == {"share", "noise", "moved", "beyond"}
+
+
+# ---- GGUF files ------------------------------------------------------------------------------------------------------
+
+KINDS = ["llama", "qwen3", "qwen3_moe", "gpt_oss", "gemma3", "mixtral"]
+
+
+def without_floats(name: str, values: Tensor) -> str:
+    kind = gguf_fixtures.mixed(name, values)
+    return "Q8_0" if kind == "F16" and values.shape[-1] % 32 == 0 else kind
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_gguf_file_with_the_adapter_in_its_codes(kind: str, tmp_path: Path) -> None:
+    path, target = tmp_path / "base.gguf", tmp_path / "merged.gguf"
+    gguf_fixtures.write(gguf_fixtures.make(kind), kind, path, without_floats)
+    model = adapter_on(path, tmp_path / "run")
+    done = pissa.export(tmp_path / "run", target, "gguf-model")
+    expected = merged_in_memory(model)
+    assert done.layers == len(expected)
+    assert done.bytes_written == target.stat().st_size
+    new = Checkpoint.open(target)
+    for name, merged in expected.items():
+        assert torch.equal(new.codes(new.coded_layers[name]).codes, merged.weight.codes), name
+    old, read = gguf.GGUFReader(path), gguf.GGUFReader(target)
+    changed = {tensor for name in expected for part in new.coded_layers[name] for tensor in _stored(new, part.tensor)}
+    for before, after in zip(old.tensors, read.tensors, strict=True):
+        assert (before.name, before.tensor_type, list(before.shape)) == (
+            after.name,
+            after.tensor_type,
+            list(after.shape),
+        )
+        assert (before.data.tobytes() != after.data.tobytes()) == (before.name in changed), before.name
+    assert read.fields["general.name"].contents().endswith(" + run")
+    assert "codes rounded at random" in read.fields["general.description"].contents()
+    for name, field in old.fields.items():
+        if name not in ("general.name", "general.description") and not name.startswith("GGUF."):
+            assert field.contents() == read.fields[name].contents(), name
+    lines = (tmp_path / "merged.Modelfile").read_text()
+    assert lines.startswith("FROM ./merged.gguf\nTEMPLATE")
+    assert 'PARAMETER stop "</s>"' in lines
+    assert "{{ .Prompt }}" in lines
+    assert lines.count("{{ .Response }}") == 1
+
+
+def _stored(checkpoint: Checkpoint, name: str) -> list[str]:
+    source: Any = checkpoint.stored
+    return list(source.place(name).tensors)
+
+
+def test_parts_of_a_split_file_stay_parts(tmp_path: Path) -> None:
+    gguf_fixtures.write(gguf_fixtures.make("llama"), "llama", tmp_path / "base.gguf", without_floats)
+    parts = gguf_fixtures.split(tmp_path / "base.gguf", 3)
+    adapter_on(parts[0], tmp_path / "run")
+    pissa.export(tmp_path / "run", tmp_path / "merged.gguf", "gguf-model")
+    pissa.export(tmp_path / "run", tmp_path / "whole.gguf", "gguf-model", base=tmp_path / "base.gguf")
+    split, whole = (Checkpoint.open(tmp_path / name) for name in ("merged-00002-of-00003.gguf", "whole.gguf"))
+    assert set(split.names) == set(whole.names)
+    for name in split.names:
+        assert torch.equal(split.read(name), whole.read(name))
+
+
+# ---- Refused ---------------------------------------------------------------------------------------------------------
+
+
+def refuses(words: str, run: Path, base: Path, target: Path) -> None:
+    to_file = partial(pissa.export, run, target, "gguf-model", base=base)
+    with pytest.raises(ValueError, match=words):
+        (to_file if base.suffix == ".gguf" else partial(merge, run, base, target, quant="same"))()
+    assert not target.exists()
+    assert not [*target.parent.glob(".*.tmp"), *target.parent.glob("*.Modelfile")]
+
+
+def test_what_is_refused(tiny_llama: Make, tmp_path: Path) -> None:
+    model, path = tmp_path / "model", tmp_path / "base.gguf"
+    released("llama", "mxfp4-compressed", model)
+    gguf_fixtures.write(gguf_fixtures.make("llama"), "llama", path, without_floats)
+    tiny_llama().save_pretrained(tmp_path / "dense")
+    adapter_on(model, tmp_path / "run")
+    adapter_on(path, tmp_path / "of-gguf")
+    refuses("contains weights in 16 or 32 bits: leave it out", tmp_path / "run", tmp_path / "dense", tmp_path / "out")
+    with pytest.raises(ValueError, match=r'got "same", and .*base\.gguf contains.*to="gguf-model"'):
+        merge(tmp_path / "of-gguf", path, tmp_path / "out", quant="same")
+    with pytest.raises(ValueError, match=r"dense contains .*; needed: a GGUF file"):
+        pissa.export(tmp_path / "run", tmp_path / "out.gguf", "gguf-model", base=tmp_path / "dense")
+    adapter_on(model, tmp_path / "dora", use_dora=True)
+    refuses("has use_dora, whose change scales whole rows: `pissa merge`", tmp_path / "dora", model, tmp_path / "out")
+    adapter_on(path, tmp_path / "trained", modules_to_save=["norm"])
+    refuses("norm.*, which the adapter changes, is not in codes", tmp_path / "trained", path, tmp_path / "out.gguf")
+    (tmp_path / "there.gguf").write_text("")
+    with pytest.raises(ValueError, match=r"there\.gguf exists already and nothing is overwritten"):
+        pissa.export(tmp_path / "of-gguf", tmp_path / "there.gguf", "gguf-model")
+    other = gguf_fixtures.make("llama")
+    nn.init.normal_(other.model.layers[0].mlp.up_proj.weight)
+    gguf_fixtures.write(other, "llama", tmp_path / "other.gguf", without_floats)
+    refuses(
+        "is not the base that .* was trained on", tmp_path / "of-gguf", tmp_path / "other.gguf", tmp_path / "o.gguf"
+    )
+
+
+def test_residuals_are_refused(tiny_llama: Make, tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path / "dense")
+    init(tmp_path / "dense", tmp_path / "split", pissa.PissaConfig(r=4, quant="nf4", init="lora"))
+    moved(pissa.load(tmp_path / "split")).save_pretrained(tmp_path / "run")
+    refuses(
+        "contains a residual of pissa|trained on a residual", tmp_path / "run", tmp_path / "split", tmp_path / "out"
+    )
