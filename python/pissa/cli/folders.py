@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -75,14 +74,12 @@ def _options(args: argparse.Namespace, *names: str) -> dict[str, Any]:
 # ---- pissa init ------------------------------------------------------------------------------------------------------
 
 _METHOD = ("target_modules", "exclude_modules", "init", "svd_passes", "seed", "quant", "quant_iters")
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
 
 def _as_bytes(text: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)b?", text.strip().lower())
-    if match is None:
-        raise ValueError
-    return int(float(match[1]) * _UNITS[match[2]])
+    from accelerate.utils import convert_file_size_to_int
+
+    return int(convert_file_size_to_int(text.upper()))  # a small b means bits there
 
 
 _memory = number(_as_bytes, "a size above 0, e.g. 500MB or 2GB", lambda value: value > 0)
