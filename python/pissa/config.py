@@ -130,6 +130,10 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
         blocksize: weights that share one scale: for NormalFloats a power of two from 32 to 4096, for INT4 32, 64 or
             128.
         double_quant: quantise the NF4 scales as well. Those of INT8 stay float32.
+        merge_aware: train what a merge into the codes of the base will be: layers whose base is codes compute with the
+            codes of `pissa.ops.merge_codes`, and gradients pass as if nothing were rounded. `pissa merge --quant same`
+            and `pissa export --to gguf-model` then write, bit for bit, the model that was trained. The adapter beside
+            the base stays usable. Computed on a CPU; it takes a second copy of the codes.
         quant_storage: dtype of the parameters that hold the quantised codes, as in bitsandbytes: "uint8", "bfloat16",
             "float16" or "float32". FSDP may require all parameters in one dtype, or cast them to one; then give that
             one. Layers that bitsandbytes has quantised keep theirs.
@@ -157,6 +161,7 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
     quant_iters: int = field(default=1, metadata={"help": "Alternations of SVD and quantisation"})
     blocksize: int = field(default=64, metadata={"help": "Weights that share one NF4 scale"})
     double_quant: bool = field(default=True, metadata={"help": "Quantise the NF4 scales as well"})
+    merge_aware: bool = field(default=False, metadata={"help": "Train through the rounding of a merge into codes"})
     quant_storage: Storage = field(default="uint8", metadata={"help": "dtype of the parameters that hold codes"})
     residual: Residual | None = field(default=None, metadata={"help": "implicit or explicit; not with quant"})
 
@@ -297,7 +302,7 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
         check_choice("quant", self.quant, (None, *FORMATS))
         check_choice("quant_storage", self.quant_storage, get_args(Storage))
         check_choice("residual", self.residual, (None, *get_args(Residual)))
-        for name in ("double_quant", "error_feedback", "use_dora"):
+        for name in ("double_quant", "error_feedback", "merge_aware", "use_dora"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: got {getattr(self, name)!r}; allowed: True, False")
         if not _is_int(self.quant_iters) or self.quant_iters < 1:
@@ -324,6 +329,11 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
             )
         if self.repair == self.init:
             self.repair = None
+        if self.merge_aware and (self.form != IMPLICIT or self.use_dora or self.lora_dropout):
+            raise ValueError(
+                "merge_aware: got True together with quant, residual, use_dora or lora_dropout; it is for a low-rank "
+                "change of a base that is codes: leave them out"
+            )
         for name, needs_codes in (
             ("init", self.init in _OF_ERRORS),
             ("repair", self.repair in _OF_ERRORS),

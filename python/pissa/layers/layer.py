@@ -110,6 +110,8 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
         if not hasattr(self, "lora_start"):  # PEFT calls this while it constructs the layer
             self.lora_start = nn.ModuleDict()
             self.lora_unmerged: nn.Module | None = None
+            self.merge_aware: set[str] = set()
+            """The adapters that compute with the codes that a merge will write, if the base is codes."""
             if self.base.module_class is nn.Linear and is_sharded(self.base.parameter):
                 # PEFT has taken the shape of one process's shard, unless the mesh has a name that it expects.
                 self.in_features, self.out_features = self.base_layer.in_features, self.base_layer.out_features
@@ -126,6 +128,8 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
         if self.base.form != IMPLICIT:  # PEFT takes the dtype of the weight, which means nothing for codes
             for factor in (self.lora_A, self.lora_B):
                 factor[adapter_name].to(self.dense_dtype)
+        if config.merge_aware:
+            self.merge_aware.add(adapter_name)
         if config.use_dora:
             like = self.factor_parameters(adapter_name)[0]
             self.lora_magnitude_vector[adapter_name] = Magnitude(like.new_ones(out_features))

@@ -18,6 +18,7 @@ from torch.nn import functional as F  # noqa: N812  everybody's name for it
 from transformers.pytorch_utils import Conv1D
 
 from pissa import ops
+from pissa.base.digest import seed_of, xxh3
 from pissa.base.weights import has_hooks
 from pissa.layers.layer import PissaLayer
 from pissa.ops._grouped import group_key
@@ -47,7 +48,28 @@ class PissaLinear(PissaLayer, LoraLinear):  # type: ignore[misc]
     """A PissaLayer over a linear module. lora_A[adapter].weight is dA [r, in] and lora_B[adapter].weight is dB [out,
     r]. With DoRA, lora_magnitude_vector[adapter] is a Magnitude."""
 
+    def _is_rounded(self, adapter_name: str) -> bool:
+        return adapter_name in self.merge_aware and self.base.is_quantised
+
+    _merged: tuple[tuple[str, ...], ops.QuantizedWeight] | None = None
+
+    def merged_codes(self, adapter_name: str) -> ops.QuantizedWeight:
+        """The base's codes with the adapter's change, as a merge into codes writes them. They are kept until the change
+        is another."""
+        deltas, start = self.deltas(adapter_name), self.start_of(adapter_name)
+        factors = [factor.detach() for factor in start.factors_of_change(deltas)]
+        scaling = self.scaling[adapter_name]
+        known = (adapter_name, str(scaling), *map(xxh3, factors))
+        if self._merged is None or self._merged[0] != known:
+            merged = ops.merge_codes(cast(Any, self.base).quantized, *factors, scaling, seed=seed_of(self._target_name))
+            self._merged = known, merged.weight
+        return self._merged[1]
+
     def compute_adapted(self, x: Tensor, names: Sequence[str]) -> Tensor:
+        if len(names) == 1 and self._is_rounded(names[0]):
+            (da, db), start = self.deltas(names[0]), self.start_of(names[0])
+            a, b, codes = start.a0 + da, start.b0 + db, self.merged_codes(names[0])
+            return ops.linear_through(x, codes, self.base_layer.bias, a, b, self.scaling[names[0]])
         if len(names) == 1 and not self._drops_out(names[0]):
             name, start, scaling = names[0], self.start_of(names[0]), self.scaling[names[0]]
             operand = self.base.operand_for(start, scaling, x)
@@ -66,6 +88,8 @@ class PissaLinear(PissaLayer, LoraLinear):  # type: ignore[misc]
         return y
 
     def change(self, y: Tensor, x: Tensor, adapter_name: str) -> Tensor:
+        if self._is_rounded(adapter_name):
+            return y + (self.compute_adapted(x, [adapter_name]) - self.base_layer(x))
         (da, db), start = self.deltas(adapter_name), self.start_of(adapter_name)
         x = self.lora_dropout[adapter_name](x)
         y = ops.add_low_rank(y, x, da, db, a0=start.a0, b0=start.b0, scaling=self.scaling[adapter_name])
@@ -77,7 +101,7 @@ class PissaLinear(PissaLayer, LoraLinear):  # type: ignore[misc]
         take a LoRA: its B starts at 0, so that its factors are the change."""
         names = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.r]
         base = self.base
-        if (self.merged and not self.disable_adapters) or _is_watched(self):
+        if (self.merged and not self.disable_adapters) or _is_watched(self) or any(map(self._is_rounded, names)):
             return None
         if base.start is None and {self.start_of(name).origin.init for name in names or self.r} != {"lora"}:
             return None
@@ -116,6 +140,8 @@ class PissaLinear(PissaLayer, LoraLinear):  # type: ignore[misc]
         return self.magnitude(name).scale(left, right, product, self.scaling[name])
 
     def delta_matrix(self, adapter_name: str) -> Tensor:
+        if self._is_rounded(adapter_name):
+            return ops.dequantize(self.merged_codes(adapter_name)) - self.base.matrix()
         delta = super().delta_matrix(adapter_name)
         if adapter_name not in self.lora_magnitude_vector:
             return delta

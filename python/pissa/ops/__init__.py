@@ -17,7 +17,7 @@ from pissa.ops._gated import gated
 from pissa.ops._grouped import grouped_linear
 from pissa.ops._linear import add_low_rank, linear
 from pissa.ops._load import _C
-from pissa.ops._merge import Merged, merge_codes
+from pissa.ops._merge import Merged, linear_through, merge_codes
 from pissa.ops._norm import rms_norm
 from pissa.ops._principal import residual_many, svd_lowrank
 from pissa.ops._quant import QuantizedWeight, dequantize, embedding, quantize
@@ -40,6 +40,7 @@ __all__ = [
     "gated",
     "grouped_linear",
     "linear",
+    "linear_through",
     "merge_codes",
     "quantize",
     "residual_many",

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from pissa.ops._linear import linear
 from pissa.ops._quant import QuantizedWeight, check_quantized
 from pissa.ops.checks import check_change_scaling, check_choice, check_devices, check_factors
 
@@ -72,3 +73,41 @@ def merge_codes(
     a, b = a.detach().double(), b.detach().double()
     change = scaling**2 * float((b.mT @ b).mul_(a @ a.mT).sum())  # D is nowhere as a whole
     return Merged(weight._replace(codes=codes.to(weight.device)), change, along, square, int(moved), int(beyond))
+
+
+def linear_through(
+    x: Tensor, merged: QuantizedWeight, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float
+) -> Tensor:
+    """The linear layer with weight M in codes, which `merge_codes` has made of a weight W and the change scaling * b @
+    a: y = x Mᵀ + bias. Gradients pass as if nothing had been rounded: that of x is through M, those of a and b are
+    those of the change.
+
+    Args:
+        x: [..., in], float32, bfloat16 or float16.
+        merged: the codes and scales of M [out, in].
+        bias: [out], or None.
+        a, b, scaling: as in `merge_codes`.
+
+    Raises:
+        TypeError, ValueError: as for `linear`.
+    """
+    y: Tensor = _AsIfAdded.apply(linear(x, merged, bias), x, a, b, scaling)
+    return y
+
+
+class _AsIfAdded(torch.autograd.Function):
+    """Gives a and b the gradients of y + scaling * x aᵀ bᵀ, and returns y."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+        ctx.save_for_backward(x, a, b)
+        ctx.scaling = scaling
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        x, a, b = ctx.saved_tensors
+        rows, outputs = x.flatten(0, -2), dy.flatten(0, -2)
+        grad_a = (outputs @ b.to(dy.dtype)).mT @ rows
+        grad_b = outputs.mT @ (rows @ a.to(x.dtype).mT)
+        return dy, None, (ctx.scaling * grad_a).to(a.dtype), (ctx.scaling * grad_b).to(b.dtype), None
