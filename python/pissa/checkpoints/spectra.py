@@ -55,7 +55,7 @@ def kinds_of(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def report(
-    model: str | os.PathLike[str], ranks: Sequence[int], *, quant: str | None = None, tokens: int = 512
+    model: str | os.PathLike[str], ranks: Sequence[int], *, quant: str | None = None, batch: int = 1, length: int = 512
 ) -> dict[str, Any]:
     """Examines every matrix of a checkpoint that PiSSA would adapt, one after the other, with a bar on stderr. Spectra
     are computed up to the largest of `ranks`, and the memory at the smallest. The arguments are those of the command;
@@ -76,7 +76,7 @@ def report(
         + sum(quantised_bytes(layer.shape, form) for layer in planned if quant),
         dtype=planned[0].dtype,
         hidden=source.model.config.get_text_config().hidden_size,
-        tokens=tokens,
+        tokens=batch * length,
     )
     found: dict[str, Tensor] = {}
     total = sum(math.prod(layer.shape) for layer in planned)
@@ -101,5 +101,5 @@ def report(
             }
             for kind, of_kind in kinds.items()
         },
-        "memory": {"tokens": tokens, "rank": ranks[0], **memory},
+        "memory": {"batch": batch, "length": length, "rank": ranks[0], **memory},
     }

@@ -50,8 +50,13 @@ def run(args: argparse.Namespace) -> int:
     prompt = sys.stdin.read() if args.prompt is None and not is_conversation else args.prompt
     if not is_conversation and not prompt.strip():
         raise UserError("the prompt is empty; give --prompt TEXT or a text through a pipe, or start it in a terminal")
+    from pissa.cli.cores import Cores, note_on_cores
+
+    meanwhile = Cores()
     with contextlib.redirect_stdout(sys.stderr), collect_notes(prints=True):
         chat = Conversation(args, *_load(args))
+        if busy := note_on_cores(meanwhile.elapsed()[1]):
+            print_row("note", busy)
     if is_conversation:
         return _converse(chat)
     chat.ask(prompt.strip())

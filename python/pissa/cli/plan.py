@@ -4,7 +4,6 @@ and forgotten."""
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +14,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from pissa.checkpoints.training_memory import training_memory
+from pissa.cli.cores import Cores, note_on_cores
 from pissa.cli.data import IGNORED
 from pissa.cli.memory import free_memory, peak_memory
 from pissa.cli.terminal import as_duration, as_size, count_of
@@ -51,6 +51,8 @@ class Plan(NamedTuple):
     """The seconds of all evaluations, and of what else is not a step."""
     memory: int
     """The peak memory of this process, in bytes."""
+    others: float
+    """The cores that other programs used while the batch was measured."""
     empty: float = 0.0
     """The share of the batches in which no token is learned."""
 
@@ -81,6 +83,8 @@ class Plan(NamedTuple):
         if self.empty:
             why = "the answers are cut away, or have no labels. A larger --max-length keeps more of them"
             yield f"{self.empty:.0%} of the batches have no token to learn, and teach nothing: {why}"
+        if busy := note_on_cores(self.others):
+            yield busy
 
 
 # ---- Memory, by the model's shapes -----------------------------------------------------------------------------------
@@ -146,10 +150,10 @@ def make_plan(trainer: Any, loss: Callable[[nn.Module, Any], Tensor], done: int 
     empty = learned.count(0) / len(learned)
 
     _try(trainer, loss, batch(longest[-1:]))  # the first backward is slower
-    trial, before = batch(longest[:size]), time.perf_counter()
+    trial, before = batch(longest[:size]), Cores()
     peak, now = peak_memory(), psutil.Process().memory_info().rss
     _try(trainer, loss, trial)
-    seconds = time.perf_counter() - before
+    seconds, others = before.elapsed()
     memory = peak_memory()
     if memory > peak:
         trained = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
@@ -166,7 +170,7 @@ def make_plan(trainer: Any, loss: Callable[[nn.Module, Any], Tensor], done: int 
     trained, evaluated = a_unit * work(sum(places), sum(tokens)), a_unit * (1 - forward) * sum(places)
     passes, padding = steps * examples / len(rows), 1 - sum(tokens) / sum(places)
     besides = len(trainer.eval_dataset or ()) * _evaluations(args, steps) * evaluated
-    return Plan(steps, examples, passes, padding, min(examples, len(rows)) * trained, besides, memory, empty)
+    return Plan(steps, examples, passes, padding, min(examples, len(rows)) * trained, besides, memory, others, empty)
 
 
 def collate(trainer: Any, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

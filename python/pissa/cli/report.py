@@ -11,18 +11,19 @@ from pissa.cli.terminal import as_size, format_table, positive_int, print_row
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
+    add, count = parser.add_argument, dict[str, Any](type=positive_int, metavar="N")
     add("model", metavar="MODEL", help="folder of the model, or its name on the Hugging Face Hub")
     add("--quant", metavar="FORMAT", help="format of the base, e.g. nf4 (for the memory; default: as it is)")
-    add("--rank", nargs="+", type=positive_int, default=(16, 64, 128), metavar="N", help="ranks of adapters")
-    add("--tokens", type=positive_int, default=512, metavar="N", help="tokens in a step (for the memory)")
+    add("--rank", nargs="+", default=(16, 64, 128), help="ranks of adapters", **count)
+    add("--batch", default=1, help="sequences in a step (for the memory)", **count)
+    add("--length", default=512, help="tokens in a sequence (for the memory)", **count)
     add("--json", action="store_true", help="print one JSON object instead of tables")
 
 
 def _report(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     from pissa.checkpoints.spectra import report
 
-    found = report(args.model, args.rank, quant=args.quant, tokens=args.tokens)
+    found = report(args.model, args.rank, quant=args.quant, batch=args.batch, length=args.length)
     yield found
     kinds, ranks, memory = found["kinds"], found["ranks"], found["memory"]
     print_row("model", f"{args.model}: {kinds['all']['layers']} layers of {found['parameters']:,} parameters to adapt")
@@ -33,7 +34,7 @@ def _report(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for kind, summary in kinds.items()
     ]
     print(f"\n{format_table(('energy held by rank', 'layers', *map(str, ranks)), rows)}\n")
-    step = f"a step at rank {memory['rank']}, {memory['tokens']} tokens"
+    step = f"a step at rank {memory['rank']}, {memory['batch']} x {memory['length']} tokens"
     for part, label in (("plain", step), ("checkpointing", "with gradient checkpointing")):
         sizes = {name: as_size(size) for name, size in memory[part].items()}
         adapter = as_size(sum(memory[part][name] for name in ("start", "trained", "gradients", "optimizer")))

@@ -313,7 +313,7 @@ def test_init_merge_and_export_read_it_as_the_dense_checkpoint(
 
 def test_a_report_counts_the_bytes_of_the_files(tmp_path: Path) -> None:
     released("gpt_oss", "mxfp4-gpt-oss", tmp_path / "model")
-    found = report(tmp_path / "model", [4], tokens=8)
+    found = report(tmp_path / "model", [4], length=8)
     tensors = load_file(tmp_path / "model" / "model.safetensors").values()
     assert found["memory"]["plain"]["weights"] == sum(tensor.nbytes for tensor in tensors)
 

@@ -30,7 +30,7 @@ def test_tables(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert row is not None
     assert float(row[1]) == pytest.approx(energy, abs=0.2)
     assert float(row[2]) > float(row[1])
-    for step in (r"a step at rank 4, 512 tokens", "with gradient checkpointing"):
+    for step in (r"a step at rank 4, 1 x 512 tokens", "with gradient checkpointing"):
         sizes = r": about \d\S* .B \(weights \d\S* .B, adapter and AdamW \d\S* .B, activations \d\S* .B\)$"
         assert re.search(rf"^memory    {step}{sizes}", out, flags=re.MULTILINE)
     assert "Traceback" not in captured.err
@@ -44,7 +44,8 @@ EXPECTED: dict[str, Any] = {
     "parameters": int,
     "kinds": dict,
     "memory": {
-        "tokens": int,
+        "batch": int,
+        "length": int,
         "rank": int,
         **{
             name: dict.fromkeys(("weights", "start", "trained", "gradients", "optimizer", "activations", "total"), int)
