@@ -29,6 +29,7 @@ from trl.trainer.utils import create_model_from_path
 
 import pissa
 from pissa.adapters.pissa_layout import AdapterRecord
+from pissa.cli.card import write_card
 from pissa.cli.data import encode, read_chats, read_preferences, shown
 from pissa.cli.memory import free_memory
 from pissa.cli.options import AUTO, RUN_FILE, adapter_config, check_same_run, parse, record
@@ -81,6 +82,8 @@ class Training(NamedTuple):
                 made = getattr(trl, f"{self.trainer}Trainer")
                 trainer: Any = made(model, args=training, callbacks=[watch], **names)
             training.model_init_kwargs = recorded
+            base = model.peft_config["default"].base_model_name_or_path or ours.model_name_or_path
+            trainer.create_model_card = partial(_card, training, base, args.command)
             if "ref" in model.peft_config:  # TRL's copy of the adapter, which computes what the base does
                 model.delete_adapter("ref")
             if not training.disable_tqdm:
@@ -303,6 +306,13 @@ def _check(trainer: Any) -> dict[str, Any]:
     if not passed:
         print_row("check", "FAILED: the untrained adapter changes the model; report it with `pissa selftest`")
     return {"difference": difference, "bound": bound, "passed": passed}
+
+
+def _card(training: Any, base: str, command: str, **_: Any) -> None:
+    """Writes the model card, in place of TRL's, whenever the trainer would."""
+    if training.process_index == 0:
+        out = training.output_dir
+        write_card(Path(out), (training.push_to_hub and training.hub_model_id) or out, base, command)
 
 
 # ---- Training, and after ---------------------------------------------------------------------------------------------

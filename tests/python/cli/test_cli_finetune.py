@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -113,11 +114,27 @@ def test_a_run_leaves_adapter_and_losses(method: str, trained: Callable[[str], R
     assert "PiSSA init" in errors
 
 
-def test_the_card_of_a_run_names_no_folder(base: Path, trained: Callable[[str], Run]) -> None:
-    """TRL's card. PEFT, which writes one before, names the folder of the base."""
-    _, metadata, text = (trained("qpissa").folder / "README.md").read_text().split("---\n", 2)
-    assert not yaml.safe_load(metadata).get("base_model")
-    assert str(base) not in metadata + text
+def test_the_card_of_a_run_is_true(
+    base: Path,
+    trained: Callable[[str], Run],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Its metadata name no folder, and its commands and its Python run as they are printed, in any folder."""
+    out = trained("qpissa").folder
+    _, metadata, text = (out / "README.md").read_text().split("---\n", 2)
+    assert "base_model" not in yaml.safe_load(metadata)
+    assert f"A PiSSA adapter for {base}, " in text
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("17+1"))
+    capsys.readouterr()
+    for language, block in re.findall(r"```(\w+)\n(.*?)```", text, re.DOTALL):
+        if language == "python":
+            exec(compile(block, "README.md", "exec"), {})
+        else:
+            assert main(shlex.split(block)[1:]) == 0
+    assert (tmp_path / "NEW_FOLDER" / "model.safetensors").is_file()
 
 
 def test_methods_see_the_same_batches_and_start_from_the_same_function(
