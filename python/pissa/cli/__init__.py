@@ -16,6 +16,7 @@ from pissa.containers.staged import CompletedError
 # `run(args)` and either `add_arguments(parser)` or the `trainer` of TRL whose options it takes. It is imported only
 # when that command is given.
 COMMANDS = {
+    "start": "ask for model, data and time, and propose a training",
     "finetune": "fine-tune a causal language model on your data",
     "dpo": "train a causal language model on your preferences",
     "chat": "ask a trained model, and compare it with its base",
@@ -33,6 +34,7 @@ _HOMES = {
     **{name: f"folders:{name.upper()}" for name in ("init", "merge", "export", "convert")},
     **{name: f"training:{name.upper()}" for name in ("finetune", "dpo")},
     "report": "report:REPORT",
+    "start": "guide",  # a module of that name is in base
 }
 
 # What an interrupted command leaves behind, if anything.
