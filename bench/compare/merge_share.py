@@ -1,34 +1,42 @@
-"""Measures how much of a trained change is left after it is merged into the format of its base and rounded.
+"""Measures how much of a training is left after it is merged into the codes of its base.
 
-    python -m bench.compare.merge_share --gsm8k FOLDER --json bench/results/merge_share.json
+    python -m bench.compare.merge_share --gsm8k FOLDER --json bench/results/merge_share.json mxfp4 model.gguf
 
-SmolLM2-135M-Instruct is quantised to each format and trained as in `bench.compare.plain_nf4`. Then base and change are
-added, rounded to the nearest codes under the base's scales, and the adapter is removed. The share of a change D that
-survives is <Q - W, D> / <D, D>, where W is before and Q after, over all layers. "noise" is the rest of the difference,
-relative to D: |Q - W - share D| / |D|.
+A base is a format, to which the linear layers of SmolLM2-135M-Instruct are quantised, or a GGUF file. LoRA of rank 16 is
+trained on all linear layers as in `bench.compare.plain_nf4`, beside the base, and again with `merge_aware`. Held-out
+losses: of the base; of the adapter beside it; merged by `ops.merge_codes`, to the nearest codes and by dither; and
+trained through the rounding, which is the merged model. "kept" is the share of the adapter's gain. "share" and "noise"
+are what `pissa merge` says. An adapter that was trained through the rounding is also measured beside the base.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 import pissa
-from bench.compare.plain_nf4 import RATE, STEPS, train
+from bench.compare import plain_nf4
+from bench.compare.plain_nf4 import BATCH, RATE, train
 from bench.compare.records import machine, write
 from bench.compare.repair_loss import held_out_loss
 from bench.experiments.experiment import Options
-from bench.experiments.language_tasks import load_task
+from bench.experiments.language_tasks import Row, load_task, problems
 from pissa import ops
+from pissa.base.digest import seed_of
+from pissa.base.weights import CodedLinear
+from pissa.checkpoints.merge_codes import Kept
+from pissa.containers.checkpoint import ModelFolder
 from pissa.layers.layer import pissa_layers
 
-FORMATS = ("mxfp4", "nvfp4", "int4", "fp8")
+FIELDS: dict[str, Any] = {"r": 16, "init": "lora", "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
 
 def arguments() -> argparse.Namespace:
@@ -37,64 +45,99 @@ def arguments() -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("bases", nargs="+", help="formats, or GGUF files")
     parser.add_argument("--gsm8k", type=Path, required=True, metavar="FOLDER", help="train.jsonl and test.jsonl")
-    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=FORMATS)
+    parser.add_argument("--steps", type=int, default=plain_nf4.STEPS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of LoRA's start and the data (0)")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write every number there")
     return parser.parse_args()
 
 
-def nearest_codes(weight: torch.Tensor, held: ops.QuantizedWeight) -> ops.QuantizedWeight:
-    """Returns a weight [out, in] in the codes nearest to it under the scales of `held`, which has a format of released
-    models. It is error feedback that passes no error on, 128 columns at a time."""
-    columns, blocksize = held.shape[1], held.blocksize
-    scales = held.absmax.view(-1, -(-columns // blocksize))
-    codes = []
-    for first in range(0, columns, 128):
-        part = weight[:, first : first + 128]
-        width = part.shape[1]
-        own = scales[:, first // blocksize : -(-(first + width) // blocksize)].reshape(-1)
-        apart = torch.eye(width, device=weight.device)
-        size = blocksize if blocksize <= 128 else width  # otherwise each row has one scale
-        codes.append(torch.ops.pissa.feedback_codes(part, apart, own, *held[2:5], size).view(len(weight), -1))
-    return held._replace(codes=torch.cat(codes, 1).view(-1))
+def load(base: str, folder: Path, aware: bool) -> Any:
+    if base.endswith(".gguf"):
+        return pissa.load(base, dtype=torch.float32, merge_aware=aware, **FIELDS).train()
+    dense: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    dense.config.use_cache = False
+    for name, module in list(dense.named_modules()):
+        if type(module) is nn.Linear and module is not dense.get_output_embeddings():
+            dense.set_submodule(name, CodedLinear(ops.quantize(module.weight, base), module.bias))
+    return pissa.wrap(dense, merge_aware=aware, **FIELDS).train()
 
 
-@torch.no_grad()
-def merge(model: Any) -> dict[str, float]:
-    """Puts the change of every layer into its codes. Returns the share that survives, and the noise."""
-    dots = squares = lost = 0.0
-    for layer in pissa_layers(model.base_model.model).values():
-        base: Any = layer.base_layer
-        before, change = ops.dequantize(base.residual), layer.get_delta_weight("default").float()
-        merged = nearest_codes(before + change, base.residual)
-        moved = (ops.dequantize(merged) - before).double()
-        base.weight.copy_(merged.codes.view(base.weight.dtype))
-        dots += (moved * change).sum().item()
-        squares += change.double().square().sum().item()
-        lost += moved.square().sum().item()
-    share = dots / squares
-    return {"share": round(share, 4), "noise": round(math.sqrt(max(0.0, lost / squares - share**2)), 4)}
+@contextmanager
+def merged(model: Any, rounding: str, draw: int = 0) -> Iterator[dict[str, float]]:
+    """The model without its adapter, and with its change in the codes. Yields the sums of `ops.Merged`."""
+    sums, before = dict.fromkeys(("change", "along", "square", "moved", "beyond", "elements"), 0.0), {}
+    for name, layer in pissa_layers(model.base_model.model).items():
+        start, scaling = layer.start_of("default"), layer.scaling["default"]
+        a, b = (factor.detach() for factor in start.factors_of_change(layer.deltas("default")))
+        if not layer.base.is_quantised:
+            continue
+        held = layer.base.quantized
+        new = ops.merge_codes(held, a, b, scaling, rounding=rounding, seed=seed_of(name) ^ draw)
+        for field in ("change", "along", "square", "moved", "beyond"):
+            sums[field] += getattr(new, field)
+        sums["elements"] += held.shape[0] * held.shape[1]
+        before[name] = layer.base.weight.data
+        layer.base.weight.data = new.weight.codes
+    try:
+        with model.disable_adapter():
+            yield sums
+    finally:
+        for name, codes in before.items():
+            pissa_layers(model.base_model.model)[name].base.weight.data = codes
+
+
+def measure(base: str, folder: Path, rows: tuple[list[Row], list[Row]], seed: int) -> dict[str, Any]:
+    """The held-out losses of one base and seed."""
+    training, held_out = rows
+    losses: dict[str, Any] = {}
+    for aware in (False, True):
+        torch.manual_seed(seed)
+        model = load(base, folder, aware)
+        if not aware:
+            with model.disable_adapter():
+                losses["base"] = held_out_loss(model, held_out)
+        train(model, training, seed)
+        losses["through" if aware else "adapter"] = held_out_loss(model, held_out)
+        if aware:
+            for layer in pissa_layers(model.base_model.model).values():
+                layer.merge_aware.clear()
+            losses["through, beside the base"] = held_out_loss(model, held_out)
+            continue
+        for rounding, draws in (("nearest", 1), ("dither", 3)):
+            drawn = []
+            for draw in range(draws):
+                with merged(model, rounding, draw) as sums:
+                    drawn.append(held_out_loss(model, held_out))
+            losses[rounding] = drawn if draws > 1 else drawn[0]
+            if rounding == "dither":
+                losses |= {name: round(value, 5) for name, value in Kept.of(sums)._asdict().items()}
+    gain = losses["base"] - losses["adapter"]
+    mean = sum(losses["dither"]) / len(losses["dither"])
+    kept = {"nearest": losses["nearest"], "dither": mean, "through": losses["through"]}
+    losses |= {f"kept, {name}": round((losses["base"] - loss) / gain, 4) for name, loss in kept.items()}
+    return losses
 
 
 def main() -> None:
     options = arguments()
     warnings.simplefilter("ignore")
-    task = load_task("gsm8k", Options(data=(("gsm8k", options.gsm8k),)))
+    plain_nf4.STEPS = options.steps
+    given = Options(data=(("gsm8k", options.gsm8k),))
     rows = []
-    for format in options.formats:
-        dense = AutoModelForCausalLM.from_pretrained(task.folder, dtype=torch.float32, attn_implementation="eager")
-        dense.config.use_cache = False
-        model = pissa.wrap(dense, r=16, init="lora", quant=format, task_type="CAUSAL_LM").train()
-        losses = {"before": held_out_loss(model, task.held_out)}
-        train(model, task.train, 0)
-        losses["adapter"] = held_out_loss(model, task.held_out)
-        found = merge(model)
-        with model.disable_adapter():
-            losses["merged"] = held_out_loss(model, task.held_out)
-        rows.append({"format": format, **{name: round(loss, 4) for name, loss in losses.items()}, **found})
-        print(rows[-1], flush=True)
+    for base in options.bases:
+        task = load_task("gsm8k", given)
+        texts = task.train, task.held_out
+        if base.endswith(".gguf"):
+            texts = problems(options.gsm8k, ModelFolder.open(Path(base)).tokenizer())
+        for seed in options.seeds:
+            found = measure(base, task.folder, texts, seed)
+            rows.append({"base": Path(base).name, "seed": seed, **found})
+            print(rows[-1], flush=True)
     if options.json:
-        write(options.json, {"machine": machine(), "steps": STEPS, "rate": RATE, "rows": rows})
+        about = {"machine": machine(), "steps": options.steps, "batch": BATCH, "rate": RATE}
+        write(options.json, {**about, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -110,6 +110,12 @@ def load_task(name: str, options: Options) -> LanguageTask:
     )
 
 
+def problems(folder: Path, tokenizer: Any) -> tuple[list[Row], list[Row]]:
+    """GSM8K for training and held out, as the task "gsm8k" has them, in the tokens of another model."""
+    size, (train, test) = _SIZES["gsm8k"], _gsm8k(folder)
+    return _rows(train, tokenizer, size.longest), _rows(test, tokenizer, size.longest)[: size.held_out]
+
+
 def _gsm8k(folder: Path) -> tuple[list[Chat], list[Chat]]:
     """Grade-school problems with worked answers (openai/grade-school-math, MIT): train.jsonl and test.jsonl."""
     train, test = (read_chats(records(str(folder / f"{part}.jsonl"))) for part in ("train", "test"))
