@@ -2,8 +2,8 @@
 
     python -m bench.compare.merge_share --gsm8k FOLDER --json bench/results/merge_share.json mxfp4 model.gguf
 
-A base is a format, to which the linear layers of SmolLM2-135M-Instruct are quantised, or a GGUF file. LoRA of rank 16 is
-trained on all linear layers as in `bench.compare.plain_nf4`, beside the base, and again with `merge_aware`. Held-out
+A base is a format, to which the linear layers of SmolLM2-135M-Instruct are quantised, or a GGUF file. LoRA of rank 16
+is trained on all linear layers as in `bench.compare.plain_nf4`, beside the base, and again with `merge_aware`. Held-out
 losses: of the base; of the adapter beside it; merged by `ops.merge_codes`, to the nearest codes and by dither; and
 trained through the rounding, which is the merged model. "kept" is the share of the adapter's gain. "share" and "noise"
 are what `pissa merge` says. An adapter that was trained through the rounding is also measured beside the base.
@@ -36,7 +36,8 @@ from pissa.checkpoints.merge_codes import Kept
 from pissa.containers.checkpoint import ModelFolder
 from pissa.layers.layer import pissa_layers
 
-FIELDS: dict[str, Any] = {"r": 16, "init": "lora", "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+FIELDS: dict[str, Any] = {"r": 16, "init": "lora", "target_modules": LINEAR, "task_type": "CAUSAL_LM"}
 
 
 def arguments() -> argparse.Namespace:

@@ -111,9 +111,9 @@ def load_task(name: str, options: Options) -> LanguageTask:
 
 
 def problems(folder: Path, tokenizer: Any) -> tuple[list[Row], list[Row]]:
-    """GSM8K for training and held out, as the task "gsm8k" has them, in the tokens of another model."""
-    size, (train, test) = _SIZES["gsm8k"], _gsm8k(folder)
-    return _rows(train, tokenizer, size.longest), _rows(test, tokenizer, size.longest)[: size.held_out]
+    """Problems of GSM8K for training, and 40 held out, of at most 128 tokens of another model."""
+    train, test = (_rows(chats, tokenizer, 128) for chats in _gsm8k(folder))
+    return train, test[:40]
 
 
 def _gsm8k(folder: Path) -> tuple[list[Chat], list[Chat]]:

@@ -185,6 +185,8 @@ def _add_merge(parser: argparse.ArgumentParser) -> None:
     _add_adapter(parser, "new folder, or the folder of an interrupted run", base, base_is_required=True)
     quant = "form of the linear layers: dense, nf4 or int8 (as of bitsandbytes), same: the codes of the base"
     parser.add_argument("--quant", metavar="FORMAT", help=f"{quant} (default: dense)")
+    data = "records with questions and answers: compare the loss of base, adapter and merged model on them"
+    parser.add_argument("--data", metavar="DATA", help=data)
 
 
 def _merge(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -200,6 +202,11 @@ def _merge(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         form = f"{done.quantised} layers in {args.quant}" if args.quant else "dense, rounded once"
         print_row("error", f"{form}: {done.error:.3%} of the weights' norm, {done.error_of_change:.3%} of the change's")
     print_row("saved", f"{args.target}: {as_size(done.bytes_written)}")
+    if args.data:
+        from pissa.cli.held_out import losses
+
+        found = losses(args.base, args.adapter, args.target, args.data)
+        print_row("loss", ", ".join(f"{what} {loss:.4f}" for what, loss in found.items()))
 
 
 def _kept_as_dicts(done: Any) -> dict[str, Any]:
@@ -227,14 +234,14 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     _add_adapter(parser, "new folder, or for gguf and gguf-model a new file")
     runtimes = "; ".join(f"{name}: {what}" for name, what in RUNTIMES.items())
     parser.add_argument("--to", required=True, choices=RUNTIMES, help=runtimes)
-    check = "for gguf: compare what llama.cpp generates with the trained model; needs llama-cpp-python"
+    check = "for gguf and gguf-model: compare what llama.cpp generates with the model; needs llama-cpp-python"
     parser.add_argument("--check", action="store_true", help=check)
 
 
 def _export(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     from pissa.integrations.export import export
 
-    if args.check and args.to != "gguf":
+    if args.check and not args.to.startswith("gguf"):
         raise UserError(f"--check: got --to {args.to}; it compares with llama.cpp, which --to gguf is for")
     done = export(args.adapter, args.target, args.to, base=args.base, progressbar=True)
     yield done._asdict() | _kept_as_dicts(done)
@@ -249,7 +256,8 @@ def _export(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     if args.check:
         from pissa.integrations.llama_cpp import TOKENS, compare
 
-        for prompt, equal, gap in compare(args.adapter, args.base, args.target):
+        compared = (None, args.target, None) if args.to == "gguf-model" else (args.adapter, args.base, args.target)
+        for prompt, equal, gap in compare(*compared):
             ended = "" if gap is None else f", then two tokens {gap:.2g} apart in their logits"
             print_row("check", f"{prompt!r}: llama.cpp continues with the same {equal} of {TOKENS} tokens{ended}")
 

@@ -28,9 +28,10 @@ class Compared(NamedTuple):
     """The difference of the two largest logits of the trained model where a token differs; None if none does."""
 
 
-def compare(adapter: Path, base: Name | None, lora: Path) -> list[Compared]:
+def compare(adapter: Path | None, base: Name | None, lora: Path | None) -> list[Compared]:
     """Continues `PROMPTS` with llama.cpp, which runs the GGUF file `base` with the exported `lora`, and with the
-    adapter on that file. llama.cpp rounds activations, so tokens differ where two are nearly equally likely.
+    adapter on that file; without both, with the file alone. llama.cpp rounds activations, so tokens differ where two
+    are nearly equally likely.
 
     Raises:
         ModuleNotFoundError: llama-cpp-python is not installed.
@@ -41,11 +42,14 @@ def compare(adapter: Path, base: Name | None, lora: Path) -> list[Compared]:
     except ModuleNotFoundError as error:
         how = "run `pip install llama-cpp-python`, which compiles it"
         raise ModuleNotFoundError(f"the comparison needs llama.cpp's Python binding: {how}", name=error.name) from error
-    source = ModelFolder.open(base or open_adapter(adapter).named_base or "")
-    model: Any = load(source.folder, adapter=adapter, is_trainable=False, dtype=torch.float32)
+    source = ModelFolder.open(base or (adapter and open_adapter(adapter).named_base) or "")
+    start: dict[str, Any] = (
+        {"r": 1, "init": "lora"} if adapter is None else {"adapter": adapter}
+    )  # which changes nothing
+    model: Any = load(source.folder, is_trainable=False, dtype=torch.float32, **start)
     model.generation_config.eos_token_id = None
     tokenizer = source.tokenizer()
-    llama = llama_cpp.Llama(str(source.folder), lora_path=str(lora), n_ctx=256, verbose=False)
+    llama = llama_cpp.Llama(str(source.folder), lora_path=lora and str(lora), n_ctx=256, verbose=False)
     compared = []
     for prompt in PROMPTS:
         ids = tokenizer(prompt, return_tensors="pt").input_ids

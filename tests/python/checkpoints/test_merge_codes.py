@@ -4,6 +4,7 @@ and in GGUF files; killed runs; and what is refused."""
 from __future__ import annotations
 
 import json
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,26 @@ def test_the_command_says_what_is_kept(tmp_path: Path, capsys: pytest.CaptureFix
     assert main(["merge", *folders, "--base", str(tmp_path / "model"), "--quant", "same", "--json"]) == 0
     kept = json.loads(capsys.readouterr().out)["kept"]
     assert kept.keys() == {"share", "noise", "moved", "beyond"}
+
+
+def test_losses_on_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of codes, and of a dense model, whose merge is the adapter within rounding."""
+    (tmp_path / "data.jsonl").write_text('{"question": "a b", "answer": "b a"}\n{"question": "b", "answer": "a a a"}\n')
+    for name, arguments in {"codes": ["--quant", "same"], "dense": []}.items():
+        if name == "codes":
+            gguf_fixtures.write(gguf_fixtures.make("qwen3"), "qwen3", tmp_path / "q.gguf", gguf_fixtures.floats)
+            tokenizer = Checkpoint.open(tmp_path / "q.gguf").tokenizer()
+            released("llama", "fp8-tiles", tmp_path / name)
+        else:
+            gguf_fixtures.make("qwen3").save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+        adapter_on(tmp_path / name, tmp_path / f"{name}-run")
+        given = ["merge", str(tmp_path / f"{name}-run"), str(tmp_path / f"{name}-out"), "--base", str(tmp_path / name)]
+        assert main([*given, *arguments, "--data", str(tmp_path / "data.jsonl")]) == 0
+        [line] = [line for line in capsys.readouterr().out.splitlines() if "adapter " in line and "merged " in line]
+        losses = {word: float(number) for word, number in re.findall(r"(base|adapter|merged) ([0-9.]+)", line)}
+        assert losses.keys() == {"base", "adapter", "merged"}
+        assert abs(losses["merged"] - losses["adapter"]) < (1e-3 if name == "dense" else 0.5)
 
 
 # ---- GGUF files ------------------------------------------------------------------------------------------------------
