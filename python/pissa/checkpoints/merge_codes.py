@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from pissa import ops
@@ -84,5 +85,5 @@ def merged_layers(adapter: TrainedWeights, unit: Unit) -> Iterator[tuple[Result,
             merged = ops.merge_codes(weight, a.contiguous(), b.contiguous(), scaling, seed=seed_of(layer.name))
         sums = {"elements": weight.shape[0] * weight.shape[1], **merged._asdict()}
         del sums["weight"]
-        parts = merged.weight.codes.split([part.codes.numel() for part in weights])
+        parts = torch.split(merged.weight.codes, [part.codes.numel() for part in weights])
         yield sums, [(part.tensor, codes, part.member) for part, codes in zip(layer.parts, parts, strict=True)]

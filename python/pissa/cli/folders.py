@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -214,7 +214,7 @@ def _kept_as_dicts(done: Any) -> dict[str, Any]:
     return {"kept": None if done.kept is None else done.kept._asdict(), "kept_of_layers": of_layers}
 
 
-def _print_kept(kept: Any, of_layers: dict[str, Any]) -> None:
+def _print_kept(kept: Any, of_layers: Mapping[str, Any]) -> None:
     """What became of a change in the codes of a base."""
     worst = min(of_layers, key=lambda name: of_layers[name].share)
     print_row("kept", f"{kept.share:.1%} of the change; least in {worst}, {of_layers[worst].share:.1%}")

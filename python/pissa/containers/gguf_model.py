@@ -120,7 +120,7 @@ class GgufSource(Source):
         position of the bytes there, and these."""
         place, rows = self.place(name), codes.view(self.shape(name)[-1 if self._origin(name).is_transposed else -2], -1)
         stored = rows if place.rows is None else torch.empty_like(rows).index_copy_(0, place.rows, rows)
-        parts = stored.split(list(place.tensors.values()))
+        parts = torch.split(stored, list(place.tensors.values()))
         for tensor, part in zip(place.tensors, parts, strict=True):
             yield Source.path_of(self, tensor), Source.entry(self, tensor).offset + (member or 0) * part.numel(), part
 

@@ -13,6 +13,7 @@ import torch
 
 from pissa import ops
 from pissa.adapters.lora_folder import LoraFolder
+from pissa.base.digest import bytes_of
 from pissa.checkpoints.merge import plan_merge
 from pissa.checkpoints.merge_codes import Kept, check_low_rank, coded_units, merged_layers
 from pissa.checkpoints.rewrite import Result, add_up
@@ -72,7 +73,7 @@ def export_model(adapter: LoraFolder, base: Name | None, target: Path) -> Export
                 for name, codes, member in parts:
                     for path, position, values in source.stored_codes(name, codes, member):
                         handles[path].seek(position + moved[path])
-                        handles[path].write(values.contiguous().numpy())
+                        handles[path].write(bytes_of(values.contiguous()))
             results[unit.name] = add_up(sums)
             checkpoint.release(unit.tensors)
         size = sum(handle.seek(0, 2) for handle in handles.values())

@@ -57,11 +57,11 @@ class PissaLinear(PissaLayer, LoraLinear):  # type: ignore[misc]
         """The base's codes with the adapter's change, as a merge into codes writes them. They are kept until the change
         is another."""
         deltas, start = self.deltas(adapter_name), self.start_of(adapter_name)
-        factors = [factor.detach() for factor in start.factors_of_change(deltas)]
+        a, b = (factor.detach() for factor in start.factors_of_change(deltas))
         scaling = self.scaling[adapter_name]
-        known = (adapter_name, str(scaling), *map(xxh3, factors))
+        known = adapter_name, str(scaling), xxh3(a, b)
         if self._merged is None or self._merged[0] != known:
-            merged = ops.merge_codes(cast(Any, self.base).quantized, *factors, scaling, seed=seed_of(self._target_name))
+            merged = ops.merge_codes(cast(Any, self.base).quantized, a, b, scaling, seed=seed_of(self._target_name))
             self._merged = known, merged.weight
         return self._merged[1]
 
@@ -89,7 +89,8 @@ class PissaLinear(PissaLayer, LoraLinear):  # type: ignore[misc]
 
     def change(self, y: Tensor, x: Tensor, adapter_name: str) -> Tensor:
         if self._is_rounded(adapter_name):
-            return y + (self.compute_adapted(x, [adapter_name]) - self.base_layer(x))
+            alone: Tensor = self.base_layer(x)
+            return y + (self.compute_adapted(x, [adapter_name]) - alone)
         (da, db), start = self.deltas(adapter_name), self.start_of(adapter_name)
         x = self.lora_dropout[adapter_name](x)
         y = ops.add_low_rank(y, x, da, db, a0=start.a0, b0=start.b0, scaling=self.scaling[adapter_name])

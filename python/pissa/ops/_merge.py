@@ -91,7 +91,9 @@ def linear_through(
     Raises:
         TypeError, ValueError: as for `linear`.
     """
-    y: Tensor = _AsIfAdded.apply(linear(x, merged, bias), x, a, b, scaling)
+    y: Tensor = _AsIfAdded.apply(  # type: ignore[no-untyped-call]
+        linear(x, merged, bias), x, a, b, scaling
+    )
     return y
 
 
