@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoModelForCausalLM
 
 import pissa
@@ -59,10 +58,11 @@ def load(base: str, folder: Path, aware: bool) -> Any:
         return pissa.load(base, dtype=torch.float32, merge_aware=aware, **FIELDS).train()
     dense: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     dense.config.use_cache = False
-    for name, module in list(dense.named_modules()):
-        if type(module) is nn.Linear and module is not dense.get_output_embeddings():
-            dense.set_submodule(name, CodedLinear(ops.quantize(module.weight, base), module.bias))
-    return pissa.wrap(dense, merge_aware=aware, **FIELDS).train()
+    model = pissa.wrap(dense, **FIELDS)
+    for layer in pissa_layers(dense).values():
+        layer.base_layer = CodedLinear(ops.quantize(layer.base.parameter, base), layer.base.bias)
+        layer.merge_aware = {"default"} if aware else set()
+    return model.train()
 
 
 @contextmanager

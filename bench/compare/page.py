@@ -21,7 +21,7 @@ from pissa.ops.formats import READ
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "bench" / "results"
-PAGES = ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("speed", "what-fits", "your-data", "gguf"))
+PAGES = ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("speed", "what-fits", "your-data", "gguf", "released-models"))
 
 GGUF_TOKENS = (1, 16, 128, 512)
 
@@ -271,9 +271,22 @@ def gguf_training() -> str:
     return _table("model | base | held-out loss | tokens a second | memory, GB: own, mapped", lines)
 
 
+def merges() -> str:
+    """What is left of a training after merges into the codes of its base."""
+    lines = []
+    for row in _load("merge_share.json")["rows"]:
+        kept = (f"{row[f'kept, {how}']:.0%}" for how in ("nearest", "dither", "through"))
+        of = row["of"].removesuffix(".gguf") + (f", seed {row['seed']}" if row["seed"] else "")
+        lines.append([of, f"{row['base']:.3f} → {row['adapter']:.3f}", *kept])
+    return _table("base | held-out loss, adapter beside it | kept: nearest | at random | trained through it", lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     table.__name__: table
-    for table in (rates, fits, models, layers, zen4_rates, zen4_layers, avx2, int8, readme, gguf_types, gguf_training)
+    for table in (
+        *(rates, fits, models, layers, zen4_rates, zen4_layers, avx2, int8, readme, gguf_types, gguf_training),
+        merges,
+    )
 }
 
 
