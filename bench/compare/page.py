@@ -21,7 +21,10 @@ from pissa.ops.formats import READ
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "bench" / "results"
-PAGES = ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("speed", "what-fits", "your-data", "gguf", "released-models"))
+PAGES = (
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("speed", "what-fits", "your-data", "gguf", "released-models")),
+)
 
 GGUF_TOKENS = (1, 16, 128, 512)
 

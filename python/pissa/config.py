@@ -130,15 +130,15 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
         blocksize: weights that share one scale: for NormalFloats a power of two from 32 to 4096, for INT4 32, 64 or
             128.
         double_quant: quantise the NF4 scales as well. Those of INT8 stay float32.
-        merge_aware: train what a merge into the codes of the base will be: layers whose base is codes compute with the
-            codes of `pissa.ops.merge_codes`, and gradients pass as if nothing were rounded. `pissa merge --quant same`
-            and `pissa export --to gguf-model` then write, bit for bit, the model that was trained. The adapter beside
-            the base stays usable. Computed on a CPU; it takes a second copy of the codes.
         quant_storage: dtype of the parameters that hold the quantised codes, as in bitsandbytes: "uint8", "bfloat16",
             "float16" or "float32". FSDP may require all parameters in one dtype, or cast them to one; then give that
             one. Layers that bitsandbytes has quantised keep theirs.
         residual: None or "implicit" leaves the dense weight unchanged. "explicit" replaces it by W - s B0 A0, as in the
             paper. Not together with `quant`, which determines how the residual is kept.
+        merge_aware: train what a merge into the codes of the base will be: layers whose base is codes compute with the
+            codes of `pissa.ops.merge_codes`, and gradients pass as if nothing were rounded. `pissa merge --quant same`
+            and `pissa export --to gguf-model` then write, bit for bit, the model that was trained. The adapter beside
+            the base stays usable. Computed on a CPU; it takes a second copy of the codes.
 
     `use_dora` is LoraConfig's: magnitudes are trained in addition to the directions (arXiv 2402.09353), for linear
     layers only. `trainable_token_indices` is LoraConfig's, too: rows of embeddings that no adapter changes are trained
@@ -161,9 +161,9 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
     quant_iters: int = field(default=1, metadata={"help": "Alternations of SVD and quantisation"})
     blocksize: int = field(default=64, metadata={"help": "Weights that share one NF4 scale"})
     double_quant: bool = field(default=True, metadata={"help": "Quantise the NF4 scales as well"})
-    merge_aware: bool = field(default=False, metadata={"help": "Train through the rounding of a merge into codes"})
     quant_storage: Storage = field(default="uint8", metadata={"help": "dtype of the parameters that hold codes"})
     residual: Residual | None = field(default=None, metadata={"help": "implicit or explicit; not with quant"})
+    merge_aware: bool = field(default=False, metadata={"help": "Train through the rounding of a merge into codes"})
 
     init_methods: ClassVar[Mapping[str, object]]
     """The methods that `init` and `repair` may name. `base.init_methods` sets it."""

@@ -115,14 +115,25 @@ class GgufSource(Source):
         numbers = torch.split(torch.arange(sum(tensors.values()))[:, None], list(tensors.values()))
         return Place(tensors, origin.change(*numbers).flatten(), None)
 
-    def stored_codes(self, name: str, codes: Tensor, member: int | None) -> Iterator[tuple[Path, int, Tensor]]:
-        """The inverse of `read` for a weight in codes, or for a matrix of a stack: for each stored tensor its file, the
-        position of the bytes there, and these."""
-        place, rows = self.place(name), codes.view(self.shape(name)[-1 if self._origin(name).is_transposed else -2], -1)
+    def stored_rows(self, name: str, matrix: Tensor, member: int | None) -> Iterator[tuple[Path, int, Tensor]]:
+        """The inverse of `read` for a matrix, or one of a stack, in codes or in the dtype of the file: for each stored
+        tensor its file, the position of the bytes there, and these.
+
+        Raises:
+            ValueError: the file stores other values than the matrix's rows.
+        """
+        if self._origin(name).is_decoded or (
+            member is None and len(Source.entry(self, self._origin(name).tensors[0]).shape) != 2
+        ):
+            raise ValueError(f"{self.folder}: {name} is not stored in rows")
+        place, rows = (
+            self.place(name),
+            matrix.reshape(self.shape(name)[-1 if self._origin(name).is_transposed else -2], -1),
+        )
         stored = rows if place.rows is None else torch.empty_like(rows).index_copy_(0, place.rows, rows)
         parts = torch.split(stored, list(place.tensors.values()))
         for tensor, part in zip(place.tensors, parts, strict=True):
-            yield Source.path_of(self, tensor), Source.entry(self, tensor).offset + (member or 0) * part.numel(), part
+            yield Source.path_of(self, tensor), Source.entry(self, tensor).offset + (member or 0) * part.nbytes, part
 
     def release(self, names: Sequence[str]) -> None:
         super().release([stored for name in names for stored in self._origin(name).tensors])

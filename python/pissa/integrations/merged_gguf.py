@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
+from torch import Tensor
 
 from pissa import ops
 from pissa.adapters.lora_folder import LoraFolder
@@ -42,9 +43,11 @@ def export_model(adapter: LoraFolder, base: Name | None, target: Path) -> Export
     check_low_rank(trained)
     plan = plan_merge(checkpoint, adapter)
     units = coded_units(plan)
-    changed = [unit for unit in plan.units if (unit.factors or unit.key) and unit not in units]
-    if changed:
-        raise ValueError(f"{changed[0].name}, which the adapter changes, is not in codes in {model}: run {MERGE}")
+    if others := [unit.name for unit in plan.units if unit.key]:
+        raise ValueError(
+            f"{others[0]} was trained whole, and only low-rank changes are merged into a file: run {MERGE}"
+        )
+    dense = [unit for unit in plan.units if unit.factors and unit not in units]
     ending = "" if len(files) == 1 else f"-00001-of-{len(files):05}"
     names = parts_of(f"{target.stem}{ending}.gguf")
     modelfile = f"{target.stem}.Modelfile"
@@ -66,22 +69,30 @@ def export_model(adapter: LoraFolder, base: Name | None, target: Path) -> Export
             with file.path.open("rb") as old:
                 old.seek(file.start)
                 shutil.copyfileobj(old, output, 1 << 24)
+
+        def put(name: str, matrix: Tensor, member: int | None) -> None:
+            for path, position, values in source.stored_rows(name, matrix, member):
+                handles[path].seek(position + moved[path])
+                handles[path].write(bytes_of(values.contiguous()))
+
         for unit in units:
             sums = []
             for result, parts in merged_layers(trained, unit):
                 sums.append(result)
                 for name, codes, member in parts:
-                    for path, position, values in source.stored_codes(name, codes, member):
-                        handles[path].seek(position + moved[path])
-                        handles[path].write(bytes_of(values.contiguous()))
+                    put(name, codes, member)
             results[unit.name] = add_up(sums)
             checkpoint.release(unit.tensors)
+        for unit in dense:
+            for layer, weight, _ in trained.read_trained(unit):
+                for name, matrix, member in checkpoint.divide(weight.to(layer.dtype), layer.parts):
+                    put(name, matrix, member)
         size = sum(handle.seek(0, 2) for handle in handles.values())
         new(modelfile).write_text(_modelfile(names[0], checkpoint))
     kept = Kept.of(add_up(results.values()))
     return Exported(
         what=trained.what,
-        layers=sum(len(unit.layers) for unit in units),
+        layers=sum(len(unit.layers) for unit in (*units, *dense)),
         written=f"{', '.join(names)}, and {modelfile} for Ollama",
         bytes_written=size,
         load=f"llama-cli -m {target.with_name(names[0])}; ollama create NAME -f {target.with_name(modelfile)}",

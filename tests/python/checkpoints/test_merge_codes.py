@@ -187,6 +187,23 @@ def test_a_gguf_file_with_the_adapter_in_its_codes(kind: str, tmp_path: Path) ->
     assert lines.count("{{ .Response }}") == 1
 
 
+def test_dense_matrices_of_a_gguf_file_are_summed(tmp_path: Path) -> None:
+    """Also those whose rows llama.cpp stores in another order."""
+
+    def types(name: str, values: Tensor) -> str:
+        return "F16" if "q_proj" in name else without_floats(name, values)
+
+    path, target = tmp_path / "base.gguf", tmp_path / "merged.gguf"
+    gguf_fixtures.write(gguf_fixtures.make("llama"), "llama", path, types)
+    adapter_on(path, tmp_path / "run")
+    pissa.export(tmp_path / "run", target, "gguf-model")
+    merge(tmp_path / "run", path, tmp_path / "dense")
+    new, dense = Checkpoint.open(target), Checkpoint.open(tmp_path / "dense")
+    name = "model.layers.1.self_attn.q_proj.weight"
+    assert new.read(name).dtype == torch.float16
+    torch.testing.assert_close(new.read(name).float(), dense.read(name).float(), rtol=2**-10, atol=0)
+
+
 def _stored(checkpoint: Checkpoint, name: str) -> list[str]:
     source: Any = checkpoint.stored
     return list(source.place(name).tensors)
@@ -230,7 +247,7 @@ def test_what_is_refused(tiny_llama: Make, tmp_path: Path) -> None:
     adapter_on(model, tmp_path / "dora", use_dora=True)
     refuses("has use_dora, whose change scales whole rows: `pissa merge`", tmp_path / "dora", model, tmp_path / "out")
     adapter_on(path, tmp_path / "trained", modules_to_save=["norm"])
-    refuses("norm.*, which the adapter changes, is not in codes", tmp_path / "trained", path, tmp_path / "out.gguf")
+    refuses("norm.* was trained whole, and only low-rank", tmp_path / "trained", path, tmp_path / "out.gguf")
     (tmp_path / "there.gguf").write_text("")
     with pytest.raises(ValueError, match=r"there\.gguf exists already and nothing is overwritten"):
         pissa.export(tmp_path / "of-gguf", tmp_path / "there.gguf", "gguf-model")
