@@ -76,6 +76,30 @@ inline constexpr NextCodes<format> kNextCodes = [] {
   return next;
 }();
 
+/// The codes of a format whose levels are integers: the first, and the last. A code between them is 1 from its
+/// neighbours.
+struct EndCodes {
+  bool uniform;
+  std::uint8_t first, last;
+};
+
+template <Format format>
+inline constexpr EndCodes kEndCodes = [] {
+  constexpr auto& next = kNextCodes<format>;
+  constexpr int kCodes = NextCodes<format>::kCodes;
+  EndCodes ends{true, 0, 0};
+  for (int code = 0; code < kCodes; ++code) {
+    if (!is_target<format>(code)) {
+      ends.uniform = ends.uniform && info(format).bits == 8 && format != Format::fp8;
+      continue;
+    }
+    if (next.code[code] == code) ends.last = static_cast<std::uint8_t>(code);
+    if (next.code[kCodes + code] == code) ends.first = static_cast<std::uint8_t>(code);
+    ends.uniform = ends.uniform && (next.code[code] == code || next.distance[code] == 1.0f);
+  }
+  return ends;
+}();
+
 /// A code after a change.
 struct ChangedCode {
   std::uint8_t code;

@@ -22,6 +22,7 @@ from pissa.base.digest import seed_of, xxh3
 from pissa.base.weights import has_hooks
 from pissa.layers.layer import PissaLayer
 from pissa.ops._grouped import group_key
+from pissa.ops._merge import unchecked_merge
 
 
 class GroupMember(NamedTuple):
@@ -61,8 +62,8 @@ class PissaLinear(PissaLayer, LoraLinear):  # type: ignore[misc]
         scaling = self.scaling[adapter_name]
         known = adapter_name, str(scaling), xxh3(a, b)
         if self._merged is None or self._merged[0] != known:
-            merged = ops.merge_codes(cast(Any, self.base).quantized, a, b, scaling, seed=seed_of(self._target_name))
-            self._merged = known, merged.weight
+            held, seed = cast(Any, self.base).quantized, seed_of(self._target_name)
+            self._merged = known, unchecked_merge(held, a, b, scaling, True, seed)[0]
         return self._merged[1]
 
     def compute_adapted(self, x: Tensor, names: Sequence[str]) -> Tensor:

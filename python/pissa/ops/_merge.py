@@ -63,16 +63,24 @@ def merge_codes(
     check_devices({"weight.codes": weight.codes, "a": a, "b": b})
     if type(seed) is not int or not 0 <= seed < 2**63:
         raise ValueError(f"seed: got {seed!r}; allowed: a whole number from 0 to 2**63 - 1")
-    # Compiled for CPUs only. A merge is made once.
-    parts = [None if part is None else part.cpu() for part in weight[:4]]
-    dither = rounding == "dither"
-    codes, sums = _OPS.merge_codes(
-        *parts, weight.format, weight.blocksize, a.detach().cpu(), b.detach().cpu(), scaling, dither, seed
-    )
-    along, square, moved, beyond = sums.tolist()
-    a, b = a.detach().double(), b.detach().double()
+    a, b = a.detach(), b.detach()
+    merged, (along, square, moved, beyond) = unchecked_merge(weight, a, b, scaling, rounding == "dither", seed)
+    a, b = a.double(), b.double()
     change = scaling**2 * float((b.mT @ b).mul_(a @ a.mT).sum())  # D is nowhere as a whole
-    return Merged(weight._replace(codes=codes.to(weight.device)), change, along, square, int(moved), int(beyond))
+    return Merged(merged, change, along, square, int(moved), int(beyond))
+
+
+def unchecked_merge(
+    weight: QuantizedWeight, a: Tensor, b: Tensor, scaling: float, dither: bool, seed: int
+) -> tuple[QuantizedWeight, list[float]]:
+    """Returns the merged weight, and `along`, `square`, `moved` and `beyond` of `Merged`. Compiled for CPUs only."""
+    used = b.any(dim=0)  # half of LoRA's are zeros
+    if not used.any():
+        return weight, [0.0] * 4
+    parts = [None if part is None else part.cpu() for part in weight[:4]]
+    change = a[used].cpu(), b[:, used].cpu(), scaling
+    codes, sums = _OPS.merge_codes(*parts, weight.format, weight.blocksize, *change, dither, seed)
+    return weight._replace(codes=codes.to(weight.device)), sums.tolist()
 
 
 def linear_through(

@@ -31,15 +31,17 @@ PISSA_INLINE void read_codes(const Matrix& weight, std::int64_t row, std::int64_
       const std::uint8_t* block = Codes::block_at(weight, row, col + i);
       typename Codes::Groups groups;
       groups.read(block);
-      float levels[Codes::kGroups];
-      for (int group = 0; group < Codes::kGroups; ++group) levels[group] = levels_of_one(groups.scales[group]);
 #pragma GCC unroll 16
       for (int run = 0; run < Codes::kElements / Codes::kRun; ++run) {
+        std::uint8_t* code = to.code + i + run * Codes::kRun;
         for (int j = 0; j < Codes::kRun; ++j) {
-          const int element = run * Codes::kRun + j;
-          to.code[i + element] = static_cast<std::uint8_t>(gguf_bits<kFormat>(block, element));
-          to.levels[i + element] = levels[element / Codes::kGroup];
+          code[j] = static_cast<std::uint8_t>(gguf_bits<kFormat>(block, run * Codes::kRun + j));
         }
+      }
+      for (int group = 0; group < Codes::kGroups; ++group) {
+        const float levels = levels_of_one(groups.scales[group]);
+        float* of_group = to.levels + i + group * Codes::kGroup;
+        for (int j = 0; j < Codes::kGroup; ++j) of_group[j] = levels;
       }
     }
   } else {
@@ -77,59 +79,80 @@ PISSA_INLINE void put_code_of(const Matrix& weight, std::int64_t row, std::int64
   }
 }
 
-// Thresholds of elements [first, first + count) of the flattened weight, whose positions have the same high word.
-PISSA_INLINE void read_thresholds(Rounding rounding, std::uint64_t seed, std::uint64_t first, std::int64_t count,
-                                  float* to) {
-  const std::uint32_t key = threshold_key(seed, first), low = static_cast<std::uint32_t>(first);
-  if (rounding == Rounding::dither) {
-    for (std::int64_t i = 0; i < count; ++i) to[i] = threshold_at(key, low + static_cast<std::uint32_t>(i));
-  } else {
-    for (std::int64_t i = 0; i < count; ++i) to[i] = 0.5f;
+// Which of the elements [0, count) move, 1 or 0; the positions of all in the flattened weight have the same high word.
+// Returns the number of those whose change leads beyond the last level at once.
+template <Format format, Rounding rounding>
+PISSA_INLINE std::int32_t find_moves(const RowCodes& from, const float* change, std::uint32_t key, std::uint32_t low,
+                                     std::int64_t first, std::int64_t count, std::uint8_t* moves) {
+  constexpr auto& next = kNextCodes<format>;
+  constexpr EndCodes kEnds = kEndCodes<format>;
+  std::int32_t beyond = 0;
+  for (std::int64_t i = first; i < first + count; ++i) {
+    const float by = change[i] * from.levels[i], size = by < 0.0f ? -by : by;
+    const bool down = by < 0.0f;
+    float chance;
+    if constexpr (kEnds.uniform) {
+      chance = from.code[i] == (down ? kEnds.first : kEnds.last) ? -size : size;
+    } else {
+      chance = size * next.reciprocal[from.code[i] + (down ? NextCodes<format>::kCodes : 0)];
+    }
+    const float threshold =
+        rounding == Rounding::nearest ? 0.5f : threshold_at(key, low + static_cast<std::uint32_t>(i - first));
+    moves[i] = (down ? 1.0f - threshold : threshold) < chance;
+    beyond += chance < 0.0f;
   }
+  return beyond;
 }
 
 // Most elements stay. Which of them move is found for a run at once; these then move one by one.
+template <class Codes, Rounding rounding>
+PISSA_INLINE void merge_row(const Matrix& weight, std::int64_t row, std::int64_t col, std::int64_t count,
+                            const float* change, std::uint64_t seed, std::uint8_t* codes, MergeSums& sums) {
+  constexpr Format kFormat = Codes::kFormat;
+  for (std::int64_t done = 0; done < count; done += kMergeRun, change += kMergeRun) {
+    const std::int64_t run = smaller(kMergeRun, count - done);
+    const auto position = static_cast<std::uint64_t>(row * weight.cols + col + done);
+    RowCodes from;
+    alignas(64) std::uint8_t moves[kMergeRun] = {};
+    read_codes<Codes>(weight, row, col + done, run, from);
+    const std::int64_t same = smaller(run, (std::int64_t{1} << 32) - static_cast<std::int64_t>(position & 0xffffffff));
+    for (std::int64_t first = 0; first < run;) {
+      const std::uint64_t at = position + static_cast<std::uint64_t>(first);
+      const std::int64_t some = first == 0 ? same : run - same;
+      sums.beyond += find_moves<kFormat, rounding>(from, change, threshold_key(seed, at),
+                                                   static_cast<std::uint32_t>(at), first, some, moves);
+      first += some;
+    }
+    for (std::int64_t word = 0; word < run; word += 8) {
+      std::uint64_t some;
+      __builtin_memcpy(&some, moves + word, sizeof some);
+      for (; some != 0; some &= some - 1) {  // a byte of them is 1 or 0
+        const std::int64_t i = word + __builtin_ctzll(some) / 8;
+        const std::uint64_t at = position + static_cast<std::uint64_t>(i);
+        const float threshold = rounding == Rounding::nearest
+                                    ? 0.5f
+                                    : threshold_at(threshold_key(seed, at), static_cast<std::uint32_t>(at));
+        const ChangedCode changed = changed_code<kFormat>(from.code[i], change[i] * from.levels[i], threshold);
+        sums.beyond += changed.beyond;
+        if (changed.code == from.code[i]) continue;
+        const double moved = double{changed.by} / from.levels[i];
+        sums.along += moved * change[i];
+        sums.square += moved * moved;
+        sums.moved += 1;
+        put_code_of<Codes>(weight, row, col + done + i, changed.code, codes);
+      }
+    }
+  }
+}
+
 void merge_codes(const Matrix& weight, std::int64_t row, std::int64_t col, std::int64_t count, const float* change,
                  Rounding rounding, std::uint64_t seed, std::uint8_t* codes, MergeSums& sums) {
   with_codes(weight.format, [&](auto kind) {
     using Codes = decltype(kind);
-    constexpr auto& next = kNextCodes<Codes::kFormat>;
-    constexpr int kCodes = NextCodes<Codes::kFormat>::kCodes;
-    for (std::int64_t done = 0; done < count; done += kMergeRun) {
-      const std::int64_t run = smaller(kMergeRun, count - done);
-      const std::int64_t first = row * weight.cols + col + done;
-      RowCodes from;
-      read_codes<Codes>(weight, row, col + done, run, from);
-      alignas(64) float threshold[kMergeRun], by[kMergeRun], chance[kMergeRun];
-      alignas(64) std::uint8_t moves[kMergeRun] = {};
-      const std::int64_t same = smaller(run, (std::int64_t{1} << 32) - (first & 0xffffffff));
-      read_thresholds(rounding, seed, first, same, threshold);
-      read_thresholds(rounding, seed, first + same, run - same, threshold + same);
-      for (std::int64_t i = 0; i < run; ++i) by[i] = change[done + i] * from.levels[i];
-      for (std::int64_t i = 0; i < run; ++i) {
-        const float size = by[i] < 0.0f ? -by[i] : by[i];
-        chance[i] = size * next.reciprocal[from.code[i] + (by[i] < 0.0f ? kCodes : 0)];
-      }
-      std::int32_t beyond = 0;
-      for (std::int64_t i = 0; i < run; ++i) beyond += chance[i] < 0.0f;
-      for (std::int64_t i = 0; i < run; ++i) {
-        moves[i] = (by[i] < 0.0f ? 1.0f - threshold[i] : threshold[i]) < chance[i];
-      }
-      for (std::int64_t word = 0; word < run; word += 8) {
-        std::uint64_t some;
-        __builtin_memcpy(&some, moves + word, sizeof some);
-        for (; some != 0; some &= some - 1) {  // a byte of them is 1 or 0
-          const std::int64_t i = word + __builtin_ctzll(some) / 8;
-          const ChangedCode changed = changed_code<Codes::kFormat>(from.code[i], by[i], threshold[i]);
-          const double moved = double{changed.by} / from.levels[i];
-          beyond += changed.beyond;
-          sums.along += moved * change[done + i];
-          sums.square += moved * moved;
-          sums.moved += 1;
-          put_code_of<Codes>(weight, row, col + done + i, changed.code, codes);
-        }
-      }
-      sums.beyond += beyond;
+    if (rounding == Rounding::nearest) {
+      merge_row<Codes, Rounding::nearest>(weight, row, col, count, change, seed, codes, sums);
+    } else {
+      merge_row<Codes, Rounding::dither>(weight, row, col, count, change, seed, codes, sums);
     }
   });
 }
