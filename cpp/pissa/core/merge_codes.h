@@ -76,26 +76,29 @@ inline constexpr NextCodes<format> kNextCodes = [] {
   return next;
 }();
 
-/// The codes of a format whose levels are integers: the first, and the last. A code between them is 1 from its
-/// neighbours.
+/// A code as a number in the order of the levels, in a format whose levels are one apart: signed if it is a byte.
+template <Format format>
+PISSA_INLINE constexpr int number_of_code(std::uint8_t code) {
+  return info(format).bits == 8 ? static_cast<std::int8_t>(code) : code;
+}
+
+/// Whether a format's levels are one apart; and, if so, the numbers of the first and the last code that may be written.
 struct EndCodes {
   bool uniform;
-  std::uint8_t first, last;
+  int first, last;
 };
 
 template <Format format>
 inline constexpr EndCodes kEndCodes = [] {
   constexpr auto& next = kNextCodes<format>;
   constexpr int kCodes = NextCodes<format>::kCodes;
-  EndCodes ends{true, 0, 0};
-  for (int code = 0; code < kCodes; ++code) {
-    if (!is_target<format>(code)) {
-      ends.uniform = ends.uniform && info(format).bits == 8 && format != Format::fp8;
-      continue;
-    }
-    if (next.code[code] == code) ends.last = static_cast<std::uint8_t>(code);
-    if (next.code[kCodes + code] == code) ends.first = static_cast<std::uint8_t>(code);
-    ends.uniform = ends.uniform && (next.code[code] == code || next.distance[code] == 1.0f);
+  EndCodes ends{format != Format::fp8, 0, 0};
+  for (int i = 0; i < kCodes; ++i) {
+    const auto code = static_cast<std::uint8_t>(i);
+    if (!is_target<format>(i)) continue;
+    if (next.code[i] == i) ends.last = number_of_code<format>(code);
+    else ends.uniform = ends.uniform && next.distance[i] == 1.0f;
+    if (next.code[kCodes + i] == i) ends.first = number_of_code<format>(code);
   }
   return ends;
 }();

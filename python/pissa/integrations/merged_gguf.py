@@ -104,8 +104,10 @@ def export_model(adapter: LoraFolder, base: Name | None, target: Path) -> Export
 def _modelfile(file: str, checkpoint: Checkpoint) -> str:
     """Ollama's description of a model: the file, the prompt of the tokenizer's chat template for one question, and the
     tokens with which an answer ends."""
-    tokenizer = checkpoint.tokenizer()
     lines = [f"FROM ./{file}"]
+    if "tokenizer.ggml.model" not in checkpoint.files[0].metadata:
+        return lines[0] + "\n"
+    tokenizer = checkpoint.tokenizer()
     if tokenizer.chat_template is not None:
         # A text of the template in which Ollama, which writes the first token itself, replaces the question.
         asked = [{"role": "user", "content": "{{ .Prompt }}"}]

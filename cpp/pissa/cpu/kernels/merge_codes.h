@@ -92,7 +92,9 @@ PISSA_INLINE std::int32_t find_moves(const RowCodes& from, const float* change, 
     const bool down = by < 0.0f;
     float chance;
     if constexpr (kEnds.uniform) {
-      chance = from.code[i] == (down ? kEnds.first : kEnds.last) ? -size : size;
+      const int number = number_of_code<format>(from.code[i]);
+      const int room = down ? number - kEnds.first : kEnds.last - number;  // in this form GCC vectorises it
+      chance = room <= 0 ? -size : size;
     } else {
       chance = size * next.reciprocal[from.code[i] + (down ? NextCodes<format>::kCodes : 0)];
     }
