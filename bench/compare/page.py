@@ -278,7 +278,7 @@ def merges() -> str:
     """What is left of a training after merges into the codes of its base."""
     lines = []
     for row in _load("merge_share.json")["rows"]:
-        kept = (f"{row[f'kept, {how}']:.0%}" for how in ("nearest", "dither", "through"))
+        kept = (f"{max(row[f'kept, {how}'], 0):.0%}" for how in ("nearest", "dither", "through"))
         of = row["of"].removesuffix(".gguf") + (f", seed {row['seed']}" if row["seed"] else "")
         lines.append([of, f"{row['base']:.3f} → {row['adapter']:.3f}", *kept])
     return _table("base | held-out loss, adapter beside it | kept: nearest | at random | trained through it", lines)
