@@ -11,6 +11,7 @@ from typing import cast
 
 import torch
 from torch import Tensor
+from transformers import AutoTokenizer
 
 from pissa import ops
 from pissa.adapters.lora_folder import LoraFolder
@@ -88,7 +89,7 @@ def export_model(adapter: LoraFolder, base: Name | None, target: Path) -> Export
                 for name, matrix, member in checkpoint.divide(weight.to(layer.dtype), layer.parts):
                     put(name, matrix, member)
         size = sum(handle.seek(0, 2) for handle in handles.values())
-        new(modelfile).write_text(_modelfile(names[0], checkpoint))
+        new(modelfile).write_text(_modelfile(names[0], checkpoint, adapter.path))
     kept = Kept.of(add_up(results.values()))
     return Exported(
         what=trained.what,
@@ -101,18 +102,21 @@ def export_model(adapter: LoraFolder, base: Name | None, target: Path) -> Export
     )
 
 
-def _modelfile(file: str, checkpoint: Checkpoint) -> str:
-    """Ollama's description of a model: the file, the prompt of the tokenizer's chat template for one question, and the
-    tokens with which an answer ends."""
-    lines = [f"FROM ./{file}"]
-    if "tokenizer.ggml.model" not in checkpoint.files[0].metadata:
+def _modelfile(file: str, checkpoint: Checkpoint, run: Path) -> str:
+    """Ollama's description of a model: the file, the prompt of the chat template for one question, which is the
+    training's if its folder has a tokenizer, and the tokens with which an answer ends."""
+    lines, metadata = [f"FROM ./{file}"], checkpoint.files[0].metadata
+    if "tokenizer.ggml.model" not in metadata:
         return lines[0] + "\n"
-    tokenizer = checkpoint.tokenizer()
+    has_own = (run / "tokenizer_config.json").is_file()
+    tokenizer = AutoTokenizer.from_pretrained(run) if has_own else checkpoint.tokenizer()
     if tokenizer.chat_template is not None:
-        # A text of the template in which Ollama, which writes the first token itself, replaces the question.
+        # A text of the template in which Ollama replaces the question. It may write the first token itself.
         asked = [{"role": "user", "content": "{{ .Prompt }}"}]
         prompt = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
-        lines.append(f'TEMPLATE """{prompt.removeprefix(tokenizer.bos_token or "")}{{{{ .Response }}}}"""')
+        if metadata.get("tokenizer.ggml.add_bos_token", metadata["tokenizer.ggml.model"] == "llama"):
+            prompt = prompt.removeprefix(tokenizer.bos_token or "")
+        lines.append(f'TEMPLATE """{prompt}{{{{ .Response }}}}"""')
     ends = checkpoint.built_config().eos_token_id
     for end in ends if isinstance(ends, list) else [ends]:
         if end is not None:

@@ -209,6 +209,21 @@ def _stored(checkpoint: Checkpoint, name: str) -> list[str]:
     return list(source.place(name).tensors)
 
 
+@pytest.mark.parametrize("adds_bos", [True, False])
+def test_the_modelfile_has_the_prompt_of_the_training(adds_bos: bool, tmp_path: Path) -> None:
+    path, target = tmp_path / "base.gguf", tmp_path / "merged.gguf"
+    extra = {"tokenizer.ggml.add_bos_token": adds_bos}
+    gguf_fixtures.write(gguf_fixtures.make("qwen3"), "qwen3", path, without_floats, extra)
+    adapter_on(path, tmp_path / "run")
+    tokenizer = Checkpoint.open(path).tokenizer()
+    tokenizer.chat_template = "{{ bos_token }}Q: {{ messages[0]['content'] }} A: "
+    tokenizer.save_pretrained(tmp_path / "run")
+    pissa.export(tmp_path / "run", target, "gguf-model")
+    prompt = "Q: {{ .Prompt }} A: {{ .Response }}"
+    first = "" if adds_bos else "<s>"
+    assert f'TEMPLATE """{first}{prompt}"""' in (tmp_path / "merged.Modelfile").read_text()
+
+
 def test_parts_of_a_split_file_stay_parts(tmp_path: Path) -> None:
     gguf_fixtures.write(gguf_fixtures.make("llama"), "llama", tmp_path / "base.gguf", without_floats)
     parts = gguf_fixtures.split(tmp_path / "base.gguf", 3)

@@ -12,8 +12,8 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[3] / "python" / "pissa"
 
-LIMIT = 13_715
-"""Lines of code with merges into codes and Gemma 4 in GGUF files, which brought 400; 155 went for them. There is no
+LIMIT = 13_745
+"""Lines of code with merges into codes and Gemma 4 in GGUF files, which brought 430; 155 went for them. There is no
 air: what comes next begins with what goes. Is there a second way to do something?"""
 
 _NOT_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
