@@ -23,7 +23,7 @@ class Kept(NamedTuple):
     """What became of a change in codes."""
 
     share: float
-    """The share of the change that the new codes have: its coefficient in a least squares fit of theirs."""
+    """The share of the change that the new codes have, its coefficient in a least squares fit of theirs."""
     noise: float
     """The rest of theirs, relative to the change (Frobenius norms)."""
     moved: float
