@@ -31,8 +31,10 @@ from pissa.integrations.exported import MERGE, Exported, no_base
 @torch.no_grad()
 def export_model(adapter: LoraFolder, base: Name | None, target: Path) -> Exported:
     """Merges the adapter into the codes of the GGUF file `base`, and writes the new file `target`, or its parts, and
-    beside it a Modelfile. Raises ValueError for another base, and for anything in an adapter but low-rank changes of
-    weights in codes, which is named."""
+    beside it a Modelfile. Matrices that the file has dense get the sum. Raises ValueError for another base, and for
+    anything in an adapter but low-rank changes of matrices, which is named."""
+    if target.suffix != ".gguf":
+        raise ValueError(f"{target} does not end with .gguf, by which programs know such files: give another name")
     model = base or adapter.named_base
     if model is None:
         raise no_base(adapter)

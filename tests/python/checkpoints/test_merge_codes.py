@@ -263,6 +263,7 @@ def test_what_is_refused(tiny_llama: Make, tmp_path: Path) -> None:
     refuses("has use_dora, whose change scales whole rows: `pissa merge`", tmp_path / "dora", model, tmp_path / "out")
     adapter_on(path, tmp_path / "trained", modules_to_save=["norm"])
     refuses("norm.* was trained whole, and only low-rank", tmp_path / "trained", path, tmp_path / "out.gguf")
+    refuses("out does not end with .gguf", tmp_path / "of-gguf", path, tmp_path / "out")
     (tmp_path / "there.gguf").write_text("")
     with pytest.raises(ValueError, match=r"there\.gguf exists already and nothing is overwritten"):
         pissa.export(tmp_path / "of-gguf", tmp_path / "there.gguf", "gguf-model")
