@@ -66,8 +66,8 @@ class CpuBackend {
                      const MutableMatrix& scores, const Matrix& sum, const MutableMatrix& dx) const;
   void quantize_columns(const Matrix& w, const Matrix& lower, Format format, const Scales& scales, std::int64_t first,
                         const MutableMatrix& errors, std::uint8_t* codes) const;
-  /// Writes the codes of a quantised weight after a change, a sum of terms: all of them, as `code_bytes`. Operands that
-  /// are not transposed and have the weight's rows come first in the terms.
+  /// Writes all codes of a quantised weight [rows, cols] after a change, the sum of at most kMostTerms products [rows,
+  /// k] [k, cols], whose first operands are not transposed. codes: code_bytes(format, rows * cols), not the old ones.
   MergeSums merge_codes(const Matrix& weight, std::span<const Term> change, Rounding rounding, std::uint64_t seed,
                         std::uint8_t* codes) const;
   void weight_gemm_nt(const Matrix& x, const Matrix& weight, float scale, Precision precision,

@@ -207,8 +207,8 @@ _IN_MEMORY = "merge in memory, with PeftModel.from_pretrained or PissaModel.from
 
 @dataclass(frozen=True)
 class Merged(Written):
-    """The result of `merge`. Its `error` is ‖Q - W'‖ / ‖W'‖ over the layers that are merged or written in codes, where
-    W' is the sum in float32 and Q the written weight."""
+    """The result of `merge`. Its `error` is ‖Q - W'‖ / ‖W'‖ over the layers that are merged or written in codes, except
+    for those of the base, where W' is the sum in float32 and Q the written weight."""
 
     what: str
     """The kind of the adapter, in words."""

@@ -230,8 +230,9 @@ def add_up(results: Iterable[Result]) -> Result:
 
 
 def relative_error(results: Iterable[Result]) -> float:
-    """‖Q - W‖ / ‖W‖ over the layers that are not written unchanged, where Q is written instead of W."""
-    pairs = [(result.get("error_squared", 0.0), result.get("norm_squared", 0.0)) for result in results]
+    """‖Q - W‖ / ‖W‖ over the layers that are not written unchanged, where Q is written instead of W, as far as their
+    results have both."""
+    pairs = [(result["error_squared"], result["norm_squared"]) for result in results if "norm_squared" in result]
     norm_squared = sum(norm for _, norm in pairs)
     return math.sqrt(sum(error for error, _ in pairs) / norm_squared) if norm_squared else 0.0
 

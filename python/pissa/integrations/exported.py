@@ -34,12 +34,12 @@ class Exported(NamedTuple):
     """The total size of all files."""
     load: str
     """How to load the result, as a line of Python or shell."""
+    error: float = 0.0
+    """‖W - W'‖ / ‖W'‖ over the layers whose weight W differs by more than float32 rounding from the trained one, W'."""
     kept: Kept | None = None
     """What became of the change, if it is merged into the codes of the base."""
     kept_of_layers: Mapping[str, Kept] = MappingProxyType({})
     """The same for each layer, or all experts of a weight."""
-    error: float = 0.0
-    """‖W - W'‖ / ‖W'‖ over the layers whose weight W differs by more than float32 rounding from the trained one, W'."""
 
 
 def no_base(folder: LoraFolder) -> ValueError:

@@ -43,10 +43,9 @@ def compare(adapter: Path | None, base: Name | None, lora: Path | None) -> list[
         how = "run `pip install llama-cpp-python`, which compiles it"
         raise ModuleNotFoundError(f"the comparison needs llama.cpp's Python binding: {how}", name=error.name) from error
     source = ModelFolder.open(base or (adapter and open_adapter(adapter).named_base) or "")
-    start: dict[str, Any] = (
-        {"r": 1, "init": "lora"} if adapter is None else {"adapter": adapter}
-    )  # which changes nothing
-    model: Any = load(source.folder, is_trainable=False, dtype=torch.float32, **start)
+    # An adapter that starts as LoRA changes nothing.
+    fields: dict[str, Any] = {"r": 1, "init": "lora"} if adapter is None else {"adapter": adapter}
+    model: Any = load(source.folder, is_trainable=False, dtype=torch.float32, **fields)
     model.generation_config.eos_token_id = None
     tokenizer = source.tokenizer()
     llama = llama_cpp.Llama(str(source.folder), lora_path=lora and str(lora), n_ctx=256, verbose=False)

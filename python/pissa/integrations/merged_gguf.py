@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from contextlib import ExitStack
 from pathlib import Path
 from typing import cast
@@ -90,6 +91,8 @@ def export_model(adapter: LoraFolder, base: Name | None, target: Path) -> Export
             for layer, weight, _ in trained.read_trained(unit):
                 for name, matrix, member in checkpoint.divide(weight.to(layer.dtype), layer.parts):
                     put(name, matrix, member)
+        for doubt in trained.doubts():
+            warnings.warn(doubt, stacklevel=3)
         size = sum(handle.seek(0, 2) for handle in handles.values())
         new(modelfile).write_text(_modelfile(names[0], checkpoint, adapter.path))
     kept = Kept.of(add_up(results.values()))

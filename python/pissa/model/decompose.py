@@ -90,6 +90,8 @@ def decompose(
     layers = pissa_layers(model, adapter_name)
     if config.merge_aware and not any(layer.base.is_quantised for layer in layers.values()):
         raise ValueError("merge_aware: got True, and no layer of the model that is adapted is in codes: leave it out")
+    if config.merge_aware and any(distributed.is_sharded(layer.base.parameter) for layer in layers.values()):
+        raise ValueError("merge_aware: got True, and the model is sharded; codes are merged whole: leave it out")
     stored = {} if keep_bases else _to_store(model, adapter_name, layers, config)
     _warn_of_requantising(layers, config)
     check_uniform(model, {name: (layer.r[adapter_name], layer.scaling[adapter_name]) for name, layer in layers.items()})
