@@ -191,9 +191,12 @@ def _add_merge(parser: argparse.ArgumentParser) -> None:
 
 def _merge(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     from pissa.checkpoints.merge import merge
+    from pissa.cli.held_out import losses, read_rows
 
+    rows = read_rows(args.base, args.data) if args.data else []  # before the merge, which nothing repeats
     done = merge(args.adapter, args.base, args.target, quant=args.quant, progressbar=True)
-    yield vars(done) | _kept_as_dicts(done)
+    found = losses(args.base, args.adapter, args.target, rows) if rows else {}
+    yield vars(done) | _kept_as_dicts(done) | {"loss": found}
     print_row("adapter", f"{args.adapter}: {done.what}, {done.layers} layers")
     if done.kept is not None:
         print_row("merged", f"{done.quantised} layers into the codes of the base")
@@ -202,10 +205,7 @@ def _merge(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         form = f"{done.quantised} layers in {args.quant}" if args.quant else "dense, rounded once"
         print_row("error", f"{form}: {done.error:.3%} of the weights' norm, {done.error_of_change:.3%} of the change's")
     print_row("saved", f"{args.target}: {as_size(done.bytes_written)}")
-    if args.data:
-        from pissa.cli.held_out import losses
-
-        found = losses(args.base, args.adapter, args.target, args.data)
+    if found:
         print_row("loss", ", ".join(f"{what} {loss:.4f}" for what, loss in found.items()))
 
 
@@ -218,9 +218,7 @@ def _print_kept(kept: Any, of_layers: Mapping[str, Any]) -> None:
     """What became of a change in the codes of a base."""
     worst = min(of_layers, key=lambda name: of_layers[name].share)
     print_row("kept", f"{kept.share:.1%} of the change; least in {worst}, {of_layers[worst].share:.1%}")
-    print_row(
-        "noise", f"{kept.noise:.1f} times the norm of the change, at random; {kept.moved:.2%} of the codes are new"
-    )
+    print_row("noise", f"{kept.noise:.1f} times the change's norm, at random; {kept.moved:.2%} of the codes are new")
     if kept.beyond:
         print_row("", f"{kept.beyond:.2%} of the changes led beyond the levels of their block")
 

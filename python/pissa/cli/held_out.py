@@ -17,10 +17,13 @@ LONGEST = 2048
 """Tokens of an example that are read."""
 
 
-def losses(base: Name, adapter: Path, merged: Path, data: str) -> dict[str, float]:
-    """The mean losses of the tokens of answers, by what computes them. Raises UserError for data that are not read."""
-    tokenizer = ModelFolder.open(base).tokenizer()
-    rows, _, _ = encode(read_chats(records(data)), tokenizer, LONGEST)
+def read_rows(base: Name, data: str) -> list[dict[str, list[int]]]:
+    """Input_ids and labels of records, for `losses`. Raises UserError for data that are not read."""
+    return encode(read_chats(records(data)), ModelFolder.open(base).tokenizer(), LONGEST)[0]
+
+
+def losses(base: Name, adapter: Path, merged: Path, rows: list[dict[str, list[int]]]) -> dict[str, float]:
+    """The mean losses of the tokens of answers, by what computes them."""
     model: Any = load(base, adapter=adapter, is_trainable=False)
     found = {"adapter": _loss(model, rows)}
     with model.disable_adapter():

@@ -117,7 +117,7 @@ def test_the_command_says_what_is_kept(tmp_path: Path, capsys: pytest.CaptureFix
     shown = capsys.readouterr().out
     assert "14 layers into the codes of the base" in shown
     assert "of the change; least in model.layers." in shown
-    assert "times the norm of the change, at random;" in shown
+    assert "times the change's norm, at random;" in shown
     folders[1] += "2"
     assert main(["merge", *folders, "--base", str(tmp_path / "model"), "--quant", "same", "--json"]) == 0
     kept = json.loads(capsys.readouterr().out)["kept"]
@@ -137,6 +137,9 @@ def test_losses_on_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         tokenizer.save_pretrained(tmp_path / name)
         adapter_on(tmp_path / name, tmp_path / f"{name}-run")
         given = ["merge", str(tmp_path / f"{name}-run"), str(tmp_path / f"{name}-out"), "--base", str(tmp_path / name)]
+        assert main([*given, *arguments, "--data", str(tmp_path / "misspelt.jsonl")]) == 2
+        assert not (tmp_path / f"{name}-out").exists()  # a merge in vain could not be repeated there
+        capsys.readouterr()
         assert main([*given, *arguments, "--data", str(tmp_path / "data.jsonl")]) == 0
         [line] = [line for line in capsys.readouterr().out.splitlines() if "adapter " in line and "merged " in line]
         losses = {word: float(number) for word, number in re.findall(r"(base|adapter|merged) ([0-9.]+)", line)}
