@@ -41,9 +41,10 @@ def merge_codes(
 
     Codes lie on the levels of their format. Rounding the sum to the nearest level loses a change that is small beside
     the distance of two levels. "dither" goes to the next level in the direction of the change, with the ratio of the
-    change to the distance as the probability. An element's threshold follows from the seed and the element's position
-    alone, so the result does not depend on threads, and the same change gives the same codes. An element whose scale is
-    zero or not finite stays, as does one whose change is NaN.
+    change to the distance as the probability: stochastic rounding (Croci et al. 2022, doi:10.1098/rsos.211631) of the
+    change. Within the levels the expected sum is exact. An element's threshold follows from the seed and the element's
+    position alone, so the result does not depend on threads, and the same change gives the same codes. An element whose
+    scale is zero or not finite stays, as does one whose change is NaN.
 
     Args:
         weight: the codes and scales of a matrix [out, in], of any format that is read.
