@@ -100,7 +100,7 @@ def linear_through(
     Raises:
         TypeError, ValueError: as for `linear`.
     """
-    y: Tensor = _AsIfAdded.apply(  # type: ignore[no-untyped-call]
+    y: Tensor = _AsIfAdded.apply(  # type: ignore[no-untyped-call, unused-ignore]
         linear(x, merged, bias), x, a, b, scaling
     )
     return y
