@@ -6,6 +6,7 @@
 #include <tuple>
 
 #include "pissa/core/error_feedback.h"
+#include "pissa/core/merge_codes.h"
 #include "pissa/core/nested_scales.h"
 #include "pissa/core/quantized.h"
 #include "pissa/torch/svd.h"
