@@ -15,6 +15,7 @@
 #include "pissa/core/error.h"
 #include "pissa/core/nested_scales.h"
 #include "pissa/core/quantized.h"
+#include "pissa/cpu/cut.h"
 #include "pissa/cpu/factorize.h"
 #include "pissa/cpu/gemm_blocks.h"
 #include "pissa/cpu/kernels.h"
@@ -119,23 +120,14 @@ void CpuBackend::run(const GemmProblem& problem) const {
   const std::int64_t m = problem.out.rows;
   const std::int64_t n = problem.out.cols;
   if (m == 0 || n == 0) return;
-  // The same number of blocks for each thread, cut along columns first, because a narrow block decodes no weight twice.
-  const std::int64_t threads = executor_.threads();
-  const std::int64_t tile = kernels_.tile_rows;
-  std::int64_t row_pieces = ceil_div(m, kMc / tile * tile);
-  std::int64_t col_pieces = ceil_div(n, kNc);
-  const auto uneven = [&] { return row_pieces * col_pieces % threads != 0; };
-  while (uneven() && n >= 64 * (col_pieces + 1)) ++col_pieces;
-  while (uneven() && m >= 28 * (row_pieces + 1)) ++row_pieces;
-  const std::int64_t row_step = ceil_div(ceil_div(m, row_pieces), tile) * tile;
-  const std::int64_t col_step = ceil_div(ceil_div(n, col_pieces), 32) * 32;
-  const std::int64_t row_blocks = ceil_div(m, row_step);
+  const Cut cut = best_cut(m, n, kernels_.tile_rows, executor_.threads(), executor_.uneven());
+  const std::int64_t row_blocks = ceil_div(m, cut.rows);
   std::int64_t inner = 1;
   for (std::int64_t i = 0; i < problem.term_count; ++i) inner += problem.terms[i].inner();
-  parallel_for(executor_, row_blocks * ceil_div(n, col_step), m * n * inner, [&](std::int64_t i) {
-    const std::int64_t row = i % row_blocks * row_step;
-    const std::int64_t col = i / row_blocks * col_step;
-    const Block block{row, std::min(row_step, m - row), col, std::min(col_step, n - col)};
+  parallel_for(executor_, row_blocks * ceil_div(n, cut.cols), m * n * inner, [&](std::int64_t i) {
+    const std::int64_t row = i % row_blocks * cut.rows;
+    const std::int64_t col = i / row_blocks * cut.cols;
+    const Block block{row, std::min(cut.rows, m - row), col, std::min(cut.cols, n - col)};
     kernels_.gemm_block(problem, block, panels());
   });
 }

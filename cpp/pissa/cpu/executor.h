@@ -1,6 +1,8 @@
 // The source of the CPU backend's threads: torch's pool inside torch, ThreadExecutor anywhere else.
 #pragma once
 
+#include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <exception>
 #include <functional>
@@ -10,12 +12,32 @@
 
 namespace pissa::cpu {
 
+/// Whether this machine has cores of several kinds, some slower than others, as laptops have. Known on Linux only.
+bool cores_differ();
+
+/// The numbers of tasks, each taken once, by the thread that is free first: a fast core takes more than a slow one.
+class TaskNumbers {
+ public:
+  explicit TaskNumbers(std::int64_t count) : count_(count) {}
+  /// What each thread calls.
+  void take_all(const std::function<void(std::int64_t)>& task) {
+    const auto take = [&] { return next_.fetch_add(1, std::memory_order_relaxed); };
+    for (std::int64_t i = take(); i < count_; i = take()) task(i);
+  }
+
+ private:
+  std::int64_t count_;
+  std::atomic<std::int64_t> next_ = 0;
+};
+
 /// Runs the tasks of a computation on threads. A derived class overrides `threads` and `run`.
 class Executor {
  public:
   virtual ~Executor() = default;
   /// The number of tasks that can run at the same time; results do not depend on it.
   virtual std::int64_t threads() const = 0;
+  /// Whether some threads are slower than others. Work is then cut into more pieces; results do not depend on it.
+  virtual bool uneven() const { return cores_differ(); }
   /// Runs task(0) ... task(count - 1), in any order, on any threads, and returns when all are done. If tasks throw, the
   /// exception that was thrown first is then rethrown here.
   void parallel_for(std::int64_t count, const std::function<void(std::int64_t)>& task) const {
@@ -33,7 +55,8 @@ class Executor {
   }
 
  private:
-  /// Does the work of parallel_for, with tasks that do not throw.
+  /// Does the work of parallel_for, with tasks that do not throw. Should start tasks in order, each on the thread that
+  /// is free first: what takes longest comes first.
   virtual void run(std::int64_t count, const std::function<void(std::int64_t)>& task) const = 0;
 };
 
@@ -47,12 +70,12 @@ class ThreadExecutor final : public Executor {
 
  private:
   void run(std::int64_t count, const std::function<void(std::int64_t)>& task) const override {
-    const auto run_share = [&](std::int64_t thread) {
-      for (std::int64_t i = count * thread / threads_; i < count * (thread + 1) / threads_; ++i) task(i);
-    };
+    TaskNumbers numbers(count);
     std::vector<std::jthread> others;
-    for (std::int64_t thread = 1; thread < threads_; ++thread) others.emplace_back(run_share, thread);
-    run_share(0);
+    for (std::int64_t thread = 1; thread < std::min(threads_, count); ++thread) {
+      others.emplace_back([&] { numbers.take_all(task); });
+    }
+    numbers.take_all(task);
   }
 
   std::int64_t threads_;

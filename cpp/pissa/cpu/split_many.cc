@@ -1,7 +1,6 @@
 #include "pissa/cpu/split_many.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <exception>
@@ -57,13 +56,9 @@ void split_many(std::span<const SplitTask> tasks, const SvdOptions& options, con
     rest -= size;
   }
 
-  // An executor may distribute its tasks in advance, by count. Instead, each thread takes the largest remaining weight.
   const ThreadExecutor alone(1);
-  std::atomic<std::size_t> next = first_small;
   const std::int64_t small = static_cast<std::int64_t>(order.size() - first_small);
-  executor.parallel_for(std::min(threads, small), [&](std::int64_t) {
-    for (std::size_t place = next++; place < order.size(); place = next++) split_one(order[place], alone);
-  });
+  executor.parallel_for(small, [&](std::int64_t i) { split_one(order[first_small + i], alone); });
 
   for (std::size_t i = 0; i < errors.size(); ++i) {
     if (errors[i]) naming_weight(i, [&] { std::rethrow_exception(errors[i]); });

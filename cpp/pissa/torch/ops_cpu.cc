@@ -1,4 +1,6 @@
 // The ops on the CPU: CpuBackend, on torch's thread pool.
+#include <algorithm>
+
 #include "pissa/cpu/attention.h"
 #include "pissa/cpu/backend.h"
 #include "pissa/cpu/gated.h"
@@ -19,9 +21,9 @@ class TorchExecutor final : public cpu::Executor {
 
  private:
   void run(std::int64_t count, const std::function<void(std::int64_t)>& task) const override {
-    torch::stable::parallel_for(0, count, 1, [&](std::int64_t begin, std::int64_t end) {
-      for (std::int64_t i = begin; i < end; ++i) task(i);
-    });
+    cpu::TaskNumbers numbers(count);
+    torch::stable::parallel_for(0, std::min(threads(), count), 1,
+                                [&](std::int64_t, std::int64_t) { numbers.take_all(task); });
   }
 };
 

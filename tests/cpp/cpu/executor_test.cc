@@ -1,4 +1,4 @@
-// Executors: an exception of a task reaches the caller, after all other tasks.
+// Executors: each task runs once, and a slow one holds up no other; an exception reaches the caller, after all tasks.
 #include "pissa/cpu/executor.h"
 
 #include <gtest/gtest.h>
@@ -6,9 +6,26 @@
 #include <atomic>
 #include <cstdint>
 #include <new>
+#include <thread>
+#include <vector>
 
 namespace pissa::test {
 namespace {
+
+TEST(ExecutorTest, ASlowTaskHoldsUpNoOther) {
+  for (const int threads : {1, 2, 7}) {
+    std::vector<std::atomic<int>> runs(40);
+    std::atomic<int> others = 0;
+    cpu::ThreadExecutor(threads).parallel_for(40, [&](std::int64_t i) {
+      ++runs[static_cast<std::size_t>(i)];
+      if (i == 0 && threads > 1) {
+        while (others < 39) std::this_thread::yield();  // for ever, if one of them is to run after this one
+      }
+      ++others;
+    });
+    for (const auto& count : runs) EXPECT_EQ(count, 1) << threads << " threads";
+  }
+}
 
 TEST(ExecutorTest, TasksMayThrow) {
   for (const int threads : {1, 2, 7}) {
