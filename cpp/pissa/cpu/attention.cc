@@ -1,6 +1,9 @@
 #include "pissa/cpu/attention.h"
 
 #include <algorithm>
+#include <array>
+#include <cstdint>
+#include <cstring>
 #include <utility>
 #include <vector>
 
@@ -11,52 +14,131 @@
 namespace pissa::cpu {
 namespace {
 
+float* row_of(const MutableMatrix& matrix, std::int64_t i) { return static_cast<float*>(matrix.data) + i * matrix.ld; }
+
 // Queries in a block: their scores of 2,048 keys are 512 KB. With 128, more scores are computed that the causal mask
 // hides: 127 tokens then take 15% longer (Zen 4).
 constexpr std::int64_t kQueries = 64;
 
-// Fewer tasks leave threads idle: 3 heads of keys keep two threads at 3/4. More sums, 64 MB at most, cost up to 10%.
-constexpr std::int64_t kFewTasks = 12, kSums = 16 << 20;
+// Keys whose scores the backward pass holds at a time: with their gradients and the turned ones 192 KB, in L2.
+constexpr std::int64_t kKeys = 256;
 
-// Queries [first, first + count) of a head, and the keys that they see.
-class Rows {
- public:
-  Rows(const Attention& problem, std::int64_t b, std::int64_t h, std::int64_t first)
-      : problem_(problem),
-        mask_(problem.mask ? problem.mask + b * problem.mask_batch + h * problem.mask_head : nullptr),
-        first(first),
-        count(std::min(kQueries, problem.q.length - first)) {
-    for (std::int64_t i = 0; i < count; ++i) end = std::max(end, seen(i));
-  }
+// The backward pass has at least kTasks tasks, unless one would have fewer than kLeastQueries queries, with which adding
+// its sums takes longer than it saves, or all sums together would be larger than kSums, 64 MB.
+constexpr std::int64_t kTasks = 32, kLeastQueries = 384, kSums = 16 << 20;
 
-  // The number of keys, from 0 on, that include all keys which row i sees.
-  std::int64_t seen(std::int64_t i) const {
-    const std::int64_t keys = problem_.k.length;
-    std::int64_t limit = keys;
-    if (problem_.causal) limit = std::clamp<std::int64_t>(first + i + 1 + keys - problem_.q.length, 0, keys);
-    while (mask_ && limit > 0 && !mask(i)[limit - 1]) --limit;
-    return limit;
-  }
-  const std::uint8_t* mask(std::int64_t i) const { return mask_ ? mask_ + (first + i) * problem_.mask_row : nullptr; }
-
- private:
-  const Attention& problem_;
-  const std::uint8_t* mask_;
-
- public:
-  const std::int64_t first, count;
-  std::int64_t end = 1;
+// The keys [first, end) that a query sees: all of them or, if there is a mask, which begins at `first`, where it is 1.
+struct Seen {
+  std::int64_t first = 0, end = 0;
+  const std::uint8_t* mask = nullptr;
 };
 
-float* row_of(const Buffer& buffer, std::int64_t i) {
-  return static_cast<float*>(buffer.view().data) + i * buffer.view().ld;
+// What a row of a mask lets a query see of the keys [0, end). Masks for causality, padding and packed sequences hide no
+// key between two that they show, so that they need not be looked at again.
+Seen seen_through(const std::uint8_t* mask, std::int64_t end) {
+  const auto word = [&](std::int64_t at) {
+    std::uint64_t eight;
+    std::memcpy(&eight, mask + at, sizeof eight);
+    return eight;
+  };
+  while (end >= 8 && word(end - 8) == 0) end -= 8;
+  while (end > 0 && !mask[end - 1]) --end;
+  if (end == 0) return {};
+  const auto first = static_cast<const std::uint8_t*>(std::memchr(mask, 1, static_cast<std::size_t>(end)));
+  const bool all = !std::memchr(first, 0, static_cast<std::size_t>(mask + end - first));
+  return {first - mask, end, all ? nullptr : first};
 }
+
+// The keys that every query sees. A mask is read once, for all heads that it is the same for.
+class Sight {
+ public:
+  Sight(const Executor& executor, const Attention& problem)
+      : problem_(problem), of_batch_(problem.mask_batch ? problem.q.length : 0) {
+    if (!problem.mask) return;
+    const std::int64_t heads = problem.mask_head ? problem.q.heads : 1, queries = problem.q.length;
+    of_batch_ *= heads;
+    masked_.resize((problem.mask_batch ? problem.q.batch : 1) * heads * queries);
+    const std::int64_t rows = std::ssize(masked_);
+    parallel_for(executor, ceil_div(rows, kQueries), rows * problem.k.length, [&](std::int64_t task) {
+      for (std::int64_t row = task * kQueries; row < std::min(rows, (task + 1) * kQueries); ++row) {
+        const std::int64_t b = row / queries / heads, h = row / queries % heads, i = row % queries;
+        const std::uint8_t* mask = problem.mask + b * problem.mask_batch + h * problem.mask_head + i * problem.mask_row;
+        masked_[row] = seen_through(mask, end_of(i));
+      }
+    });
+  }
+
+  Seen of(std::int64_t b, std::int64_t h, std::int64_t i) const {
+    if (masked_.empty()) return {0, end_of(i)};
+    return masked_[b * of_batch_ + (problem_.mask_head ? h * problem_.q.length : 0) + i];
+  }
+
+ private:
+  std::int64_t end_of(std::int64_t i) const {
+    const std::int64_t keys = problem_.k.length;
+    return problem_.causal ? std::clamp<std::int64_t>(i + 1 + keys - problem_.q.length, 0, keys) : keys;
+  }
+
+  const Attention& problem_;
+  std::int64_t of_batch_;
+  std::vector<Seen> masked_;
+};
+
+// Numbers of adjacent keys that a query sees, all or where the mask is 1.
+struct Visible {
+  float* row;
+  std::int64_t count;
+  const std::uint8_t* mask;
+};
+
+// Queries [first, first + count) of a head, and the keys [begin, begin + keys) that include all that they see.
+struct Rows {
+  Rows(const Sight& sight, const Attention& problem, std::int64_t b, std::int64_t h, std::int64_t block)
+      : first(block * kQueries), count(std::min(kQueries, problem.q.length - first)) {
+    std::int64_t end = 0;
+    begin = problem.k.length;
+    for (std::int64_t i = 0; i < count; ++i) {
+      seen[i] = sight.of(b, h, first + i);
+      if (seen[i].first == seen[i].end) continue;
+      begin = std::min(begin, seen[i].first);
+      end = std::max(end, seen[i].end);
+    }
+    if (end == 0) begin = 0, end = 1;  // nothing is seen
+    keys = end - begin;
+  }
+
+  // What row i sees of the scores' keys, of which `from` is the first. Sets the others to 0.
+  Visible visible(const MutableMatrix& scores, std::int64_t i, std::int64_t from) const {
+    float* row = row_of(scores, i);
+    const auto place = [&](std::int64_t key) { return std::clamp<std::int64_t>(key - from, 0, scores.cols); };
+    const std::int64_t start = place(seen[i].first), end = place(seen[i].end);
+    std::fill(row, row + start, 0.0f);
+    std::fill(row + end, row + scores.cols, 0.0f);
+    return {row + start, end - start, seen[i].mask ? seen[i].mask + from + start - seen[i].first : nullptr};
+  }
+
+  std::int64_t first, count, begin, keys;
+  std::array<Seen, kQueries> seen;
+};
+
+// Memory for a number for each query of a block and each of `keys` keys. Every block takes it from the same piece: fresh
+// pages for each, larger than the last, took 27% of the backward pass at 2,048 tokens.
+class Scores {
+ public:
+  explicit Scores(std::int64_t keys) : buffer_(kQueries, keys) {}
+  MutableMatrix view(std::int64_t rows, std::int64_t cols) const {
+    return {buffer_.view().data, rows, cols, cols, Format::f32};
+  }
+
+ private:
+  Buffer buffer_;
+};
 
 // Sums [length, dim] over queries, from 0 on.
 struct Sums {
   Sums() : Sums(0, 0, 0) {}
   Sums(std::int64_t length, std::int64_t k_dim, std::int64_t v_dim) : k(length, k_dim), v(length, v_dim) {
-    for (Buffer* sum : {&k, &v}) std::fill_n(row_of(*sum, 0), sum->view().rows * sum->view().cols, 0.0f);
+    for (Buffer* sum : {&k, &v}) std::fill_n(row_of(sum->view(), 0), sum->view().rows * sum->view().cols, 0.0f);
   }
   Buffer k, v;
 };
@@ -77,13 +159,13 @@ std::int64_t work_of(const Attention& problem) {
   return problem.q.batch * problem.q.heads * problem.q.length * problem.k.length * (problem.q.dim + problem.v.dim);
 }
 
-void store(const Kernels& kernels, const Buffer& from, const MutableMatrix& to) {
+void store(const Kernels& kernels, const MutableMatrix& from, const MutableMatrix& to) {
   for (std::int64_t i = 0; i < to.rows; ++i) {
     kernels.encode(row_of(from, i), to.cols, to.format, rows_of(to, i, 1).data);
   }
 }
 
-float dot(const Kernels& kernels, const Matrix& a, const Matrix& b, std::int64_t row, Buffer& scratch) {
+float dot(const Kernels& kernels, const Matrix& a, const Matrix& b, std::int64_t row, const MutableMatrix& scratch) {
   float* values = row_of(scratch, 0);
   float* others = row_of(scratch, 1);
   kernels.decode(a, row, 0, a.cols, values);
@@ -101,67 +183,85 @@ void attention_forward(const Executor& executor, const Kernels& kernels, const A
   const std::int64_t group = q.heads / problem.k.heads;
   const std::int64_t blocks = ceil_div(q.length, kQueries);
   const Products multiply{kernels, precision_of(q.format)};
+  const Sight sight(executor, problem);
   parallel_for(executor, q.batch * q.heads * blocks, work_of(problem), [&](std::int64_t task) {
     const std::int64_t head = task / blocks, b = head / q.heads, h = head % q.heads;
-    const Rows rows(problem, b, h, task % blocks * kQueries);
-    const Matrix keys = rows_of(problem.k.head(b, h / group), 0, rows.end);
-    const Matrix values = rows_of(problem.v.head(b, h / group), 0, rows.end);
-    const Buffer p(rows.count, rows.end);
-    multiply(rows_of(q.head(b, h), rows.first, rows.count), Op::n, keys, Op::t, p.view());
+    const Rows rows(sight, problem, b, h, blocks - 1 - task % blocks);  // with causality, the longest task first
+    const Matrix keys = rows_of(problem.k.head(b, h / group), rows.begin, rows.keys);
+    const Matrix values = rows_of(problem.v.head(b, h / group), rows.begin, rows.keys);
+    const Scores scores(problem.k.length);
+    const Buffer sums(kQueries, problem.v.dim);
+    const MutableMatrix p = scores.view(rows.count, rows.keys), sum = rows_of(sums.view(), 0, rows.count);
+    multiply(rows_of(q.head(b, h), rows.first, rows.count), Op::n, keys, Op::t, p);
+    std::array<float, kQueries> shares;
     for (std::int64_t i = 0; i < rows.count; ++i) {
-      log_sums[head * q.length + rows.first + i] =
-          kernels.softmax_row(row_of(p, i), rows.seen(i), rows.end, rows.mask(i), problem.scale);
+      const auto [row, count, mask] = rows.visible(p, i, rows.begin);
+      log_sums[head * q.length + rows.first + i] = kernels.softmax_row(row, count, mask, problem.scale, &shares[i]);
     }
-    multiply(p.view(), Op::n, values, Op::n, rows_of(out.head(b, h), rows.first, rows.count));
+    multiply(p, Op::n, values, Op::n, sum);
+    for (std::int64_t i = 0; i < rows.count; ++i) {
+      for (std::int64_t j = 0; j < sum.cols; ++j) row_of(sum, i)[j] *= shares[i];
+    }
+    store(kernels, sum, rows_of(out.head(b, h), rows.first, rows.count));
   });
 }
 
-// A task takes all heads of queries that share a head of keys or, where such tasks are few, one of these. Neither
-// this choice nor the order of sums depends on the number of threads.
+// Each of `parts` tasks takes every parts-th block of the queries that share a head of keys. Neither their number nor the
+// order of sums depends on the number of threads.
 void attention_backward(const Executor& executor, const Kernels& kernels, const Attention& problem, const Heads& out,
                         const float* log_sums, const Heads& dout, const Heads& dq, const Heads& dk, const Heads& dv) {
   const Heads &q = problem.q, &k = problem.k, &v = problem.v;
   const std::int64_t group = q.heads / k.heads, key_heads = q.batch * k.heads;
+  const std::int64_t blocks = ceil_div(q.length, kQueries);
   const Products multiply{kernels, precision_of(q.format)};
+  const Sight sight(executor, problem);
 
-  // Writes dq of a head of queries, and adds its part of dk and dv.
-  const auto add_head = [&](std::int64_t b, std::int64_t h, const Sums& sums) {
-    Buffer scratch(2, v.dim);
-    for (std::int64_t first = 0; first < q.length; first += kQueries) {
-      const Rows rows(problem, b, h, first);
-      const auto part = [&](const Heads& heads) { return rows_of(heads.head(b, h), first, rows.count); };
-      const Matrix keys = rows_of(k.head(b, h / group), 0, rows.end);
-      const Matrix values = rows_of(v.head(b, h / group), 0, rows.end);
-      const Buffer p(rows.count, rows.end), ds(rows.count, rows.end), turned(rows.end, rows.count);
-      multiply(part(q), Op::n, keys, Op::t, p.view());
-      multiply(part(dout), Op::n, values, Op::t, ds.view());
-      for (std::int64_t i = 0; i < rows.count; ++i) {
-        const float log_sum = log_sums[(b * q.heads + h) * q.length + first + i];
-        const float less = dot(kernels, part(dout), part(out), i, scratch);
-        kernels.softmax_backward_row(row_of(p, i), row_of(ds, i), rows.seen(i), rows.end, rows.mask(i), log_sum, less,
-                                     problem.scale);
-      }
-      // Packing a first operand across its rows takes as long as its product with 64 columns.
-      const auto add_transposed = [&](const Buffer& a, const Matrix& other, const Buffer& sum) {
-        kernels.transpose(row_of(a, 0), rows.count, rows.end, row_of(turned, 0));
-        multiply(turned.view(), Op::n, other, Op::n, rows_of(sum.view(), 0, rows.end), true);
-      };
-      add_transposed(p, part(dout), sums.v);
-      add_transposed(ds, part(q), sums.k);
-      multiply(ds.view(), Op::n, keys, Op::n, part(dq));
-    }
-  };
-  const auto finish = [&](std::int64_t key_head, const Sums& sums) {
-    store(kernels, sums.k, dk.head(key_head / k.heads, key_head % k.heads));
-    store(kernels, sums.v, dv.head(key_head / k.heads, key_head % k.heads));
-  };
-
-  const bool few = key_heads < kFewTasks && q.batch * q.heads * k.length * (k.dim + v.dim) <= kSums;
-  const std::int64_t parts = few ? group : 1, heads = group / parts;
+  const std::int64_t fitting = kSums / (key_heads * k.length * (k.dim + v.dim));
+  const std::int64_t parts = std::clamp<std::int64_t>(
+      std::min({ceil_div(kTasks, key_heads), group * q.length / kLeastQueries, fitting}), 1, group * blocks);
   std::vector<Sums> kept(parts > 1 ? key_heads * parts : 0);
+  const auto finish = [&](std::int64_t key_head, const Sums& sums) {
+    store(kernels, sums.k.view(), dk.head(key_head / k.heads, key_head % k.heads));
+    store(kernels, sums.v.view(), dv.head(key_head / k.heads, key_head % k.heads));
+  };
   parallel_for(executor, key_heads * parts, 2 * work_of(problem), [&](std::int64_t task) {
+    const std::int64_t key_head = task / parts, b = key_head / k.heads;
     Sums sums(k.length, k.dim, v.dim);
-    for (std::int64_t i = task * heads; i < (task + 1) * heads; ++i) add_head(i / q.heads, i % q.heads, sums);
+    const Scores p_memory(kKeys), ds_memory(kKeys), turned_memory(kKeys);
+    const Buffer scratch(2, v.dim), dq_memory(kQueries, q.dim);
+    for (std::int64_t i = task % parts; i < group * blocks; i += parts) {
+      const std::int64_t h = key_head % k.heads * group + i % group;
+      const Rows rows(sight, problem, b, h, i / group);
+      const auto part = [&](const Heads& heads) { return rows_of(heads.head(b, h), rows.first, rows.count); };
+      const float* log_sum = log_sums + (b * q.heads + h) * q.length + rows.first;
+      std::array<float, kQueries> less;
+      for (std::int64_t row = 0; row < rows.count; ++row) {
+        less[row] = dot(kernels, part(dout), part(out), row, scratch.view());
+      }
+      const MutableMatrix dq_sum = rows_of(dq_memory.view(), 0, rows.count);
+      for (std::int64_t from = rows.begin; from < rows.begin + rows.keys; from += kKeys) {
+        const std::int64_t count = std::min(kKeys, rows.begin + rows.keys - from);
+        const Matrix keys = rows_of(k.head(b, h / group), from, count);
+        const MutableMatrix p = p_memory.view(rows.count, count), ds = ds_memory.view(rows.count, count);
+        multiply(part(q), Op::n, keys, Op::t, p);
+        multiply(part(dout), Op::n, rows_of(v.head(b, h / group), from, count), Op::t, ds);
+        for (std::int64_t row = 0; row < rows.count; ++row) {
+          const auto [to, seen, mask] = rows.visible(p, row, from);
+          kernels.softmax_backward_row(to, rows.visible(ds, row, from).row, seen, mask, log_sum[row], less[row],
+                                       problem.scale);
+        }
+        // Packing a first operand across its rows takes as long as its product with 64 columns.
+        const auto add_transposed = [&](const MutableMatrix& a, const Matrix& other, const Buffer& sum) {
+          const MutableMatrix turned = turned_memory.view(count, rows.count);
+          kernels.transpose(row_of(a, 0), rows.count, count, row_of(turned, 0));
+          multiply(turned, Op::n, other, Op::n, rows_of(sum.view(), from, count), true);
+        };
+        add_transposed(p, part(dout), sums.v);
+        add_transposed(ds, part(q), sums.k);
+        multiply(ds, Op::n, keys, Op::n, dq_sum, from > rows.begin);
+      }
+      store(kernels, dq_sum, part(dq));
+    }
     if (parts == 1) return finish(task, sums);
     kept[task] = std::move(sums);
   });

@@ -85,15 +85,14 @@ struct Kernels {
   float (*add_scores)(float* logits, std::int64_t count, std::int64_t label, float scale, float cap, bool gradient,
                       ScoreState& state);
 
-  /// Turns a row of products [count], followed by zeros up to `end`, into the softmax of scale times it, over the
-  /// elements where mask is not 0, if there is a mask. Returns the logarithm of the sum of exp; -infinity if there is
-  /// no element.
-  float (*softmax_row)(float* row, std::int64_t count, std::int64_t end, const std::uint8_t* mask, float scale);
+  /// Turns a row of products [count] into exp(scale * product - m), where m is the largest scale * product, and into 0
+  /// where mask is 0, if there is a mask, whose last number is 1. share: 1 / their sum, which makes them the softmax; 0 of
+  /// nothing. Returns the logarithm of the sum of exp(scale * product); -infinity of nothing.
+  float (*softmax_row)(float* row, std::int64_t count, const std::uint8_t* mask, float scale, float* share);
 
-  /// The same row again, given that logarithm: products become p, and dp becomes scale * p * (dp - less); zeros
-  /// elsewhere.
-  void (*softmax_backward_row)(float* row, float* dp, std::int64_t count, std::int64_t end, const std::uint8_t* mask,
-                               float log_sum, float less, float scale);
+  /// The same row again, given that logarithm: products become the softmax p, and dp becomes scale * p * (dp - less).
+  void (*softmax_backward_row)(float* row, float* dp, std::int64_t count, const std::uint8_t* mask, float log_sum,
+                               float less, float scale);
 
   /// gate becomes f(gate) * up.
   void (*gated)(float* gate, const float* up, std::int64_t count, Activation activation);

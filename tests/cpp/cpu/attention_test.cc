@@ -51,9 +51,26 @@ class HeadsOf {
   std::int64_t batch_, heads_, length_, dim_;
 };
 
+// Which keys a mask shows: any; those of the same of three packed sequences; not the first, or not the last, which are
+// padding.
+enum class Mask { none, random, packed, padded_left, padded_right };
+
+bool shown(Mask mask, Random& random, std::int64_t query, std::int64_t queries, std::int64_t key, std::int64_t keys) {
+  const auto sequence = [](std::int64_t at, std::int64_t length) { return (5 * at > length) + (2 * at > length); };
+  switch (mask) {
+    case Mask::random: return random.below(3) > 0 && query != 2;  // which sees nothing
+    case Mask::packed: return sequence(query, queries) == sequence(key, keys);
+    case Mask::padded_left: return key >= keys / 3;
+    case Mask::padded_right: return key < keys - keys / 3;
+    default: return true;
+  }
+}
+
 struct Case {
   std::int64_t batch = 1, heads = 2, group = 1, queries = 7, keys = 7, dim = 16, values = 16;
-  bool causal = false, masked = false;
+  bool causal = false;
+  Mask masked = Mask::none;
+  bool mask_of_heads = false;
   Format format = Format::f32;
 };
 
@@ -63,6 +80,7 @@ struct Tensors {
   std::vector<std::uint8_t> mask;
   float scale;
   Attention problem;
+  std::int64_t mask_heads = 1;
 
   Tensors(Random& random, const Case& c)
       : q(random, c.batch, c.heads, c.queries, c.dim, c.format),
@@ -75,25 +93,29 @@ struct Tensors {
         dv(HeadsOf::poisoned(v)),
         log_sums(static_cast<std::size_t>(c.batch * c.heads * c.queries)),
         scale(1.0f / std::sqrt(static_cast<float>(c.dim))) {
-    for (std::int64_t i = 0; c.masked && i < c.batch * c.queries * c.keys; ++i) {
-      mask.push_back(
-          static_cast<std::uint8_t>(random.below(3) > 0 && i / c.keys % c.queries != 2));  // one sees nothing
-    }
     problem = {q.view(), k.view(), v.view(), scale, c.causal};
-    if (c.masked) {
-      problem.mask = mask.data();
-      problem.mask_batch = c.queries * c.keys;
-      problem.mask_row = c.keys;
+    if (c.masked == Mask::none) return;
+    mask_heads = c.mask_of_heads ? c.heads : 1;
+    for (std::int64_t row = 0; row < c.batch * mask_heads * c.queries; ++row) {
+      for (std::int64_t key = 0; key < c.keys; ++key) {
+        mask.push_back(
+            static_cast<std::uint8_t>(shown(c.masked, random, row % c.queries, c.queries, key, c.keys)));
+      }
     }
+    problem.mask = mask.data();
+    problem.mask_batch = mask_heads * c.queries * c.keys;
+    problem.mask_head = c.mask_of_heads ? c.queries * c.keys : 0;
+    problem.mask_row = c.keys;
   }
   void run(const cpu::Executor& executor, const cpu::Kernels& kernels) {
     attention_forward(executor, kernels, problem, out.view(), log_sums.data());
     attention_backward(executor, kernels, problem, out.view(), log_sums.data(), dout.view(), dq.view(), dk.view(),
                        dv.view());
   }
-  bool sees(const Case& c, std::int64_t b, std::int64_t i, std::int64_t j) const {
+  bool sees(const Case& c, std::int64_t b, std::int64_t h, std::int64_t i, std::int64_t j) const {
     if (c.causal && j > i + c.keys - c.queries) return false;
-    return !c.masked || mask[static_cast<std::size_t>((b * c.queries + i) * c.keys + j)];
+    const std::int64_t row = (b * mask_heads + h % mask_heads) * c.queries + i;
+    return c.masked == Mask::none || mask[static_cast<std::size_t>(row * c.keys + j)];
   }
 };
 
@@ -104,7 +126,7 @@ class AttentionTest : public IsaTest {
   void check(const Case& c) const {
     SCOPED_TRACE(::testing::Message() << c.batch << " x " << c.heads << " / " << c.group << ", " << c.queries << " of "
                                       << c.keys << ", " << c.dim << ", " << c.values << (c.causal ? " causal" : "")
-                                      << (c.masked ? " masked" : "") << " " << name(c.format));
+                                      << " mask " << static_cast<int>(c.masked) << " " << name(c.format));
     Random random(7);
     Tensors t(random, c);
     const cpu::ThreadExecutor executor(1);
@@ -133,7 +155,7 @@ class AttentionTest : public IsaTest {
           for (std::int64_t i = 0; i < c.queries; ++i) {
             double sum = 0;
             for (std::int64_t j = 0; j < c.keys; ++j) {
-              p(i, j) = t.sees(c, b, i, j) ? std::exp(double{t.scale} * scores(i, j)) : 0;
+              p(i, j) = t.sees(c, b, h, i, j) ? std::exp(double{t.scale} * scores(i, j)) : 0;
               sum += p(i, j);
               off = std::max(off, unit * static_cast<double>(c.dim + 8) * t.scale * sizes(i, j));
             }
@@ -188,10 +210,15 @@ TEST_P(AttentionTest, AgreesWithFloat64) {
            .values = 12,
            .causal = true,
            .format = format});
-    check({.batch = 2, .queries = 20, .keys = 31, .masked = true, .format = format});
-    check({.queries = 19, .keys = 40, .causal = true, .masked = true, .format = format});
+    check({.batch = 2, .queries = 20, .keys = 31, .masked = Mask::random, .format = format});
+    check({.queries = 19, .keys = 40, .causal = true, .masked = Mask::random, .format = format});
+    check({.queries = 90, .keys = 90, .causal = true, .masked = Mask::packed, .format = format});
   }
-  check({.heads = 4, .group = 2, .queries = 300, .keys = 300, .dim = 8, .values = 8, .causal = true});  // three blocks
+  for (const Mask mask : {Mask::none, Mask::random, Mask::packed, Mask::padded_left, Mask::padded_right}) {
+    // several blocks of queries and of keys, and several tasks for a head of keys
+    check({.heads = 4, .group = 4, .queries = 300, .keys = 300, .dim = 8, .values = 8, .causal = true, .masked = mask});
+    check({.batch = 2, .queries = 75, .keys = 80, .masked = mask, .mask_of_heads = true});
+  }
   check({.batch = 3, .heads = 8, .group = 2});  // a task for each head of keys
   check({.queries = 1, .keys = 5});
   check({.queries = 9, .keys = 4, .causal = true});  // of which the first see nothing
@@ -222,13 +249,14 @@ TEST_P(AttentionTest, TheSameBits) {
   const auto run = [&](std::int64_t threads) {
     Random random(5);
     Tensors t(random, {.batch = 2,
-                       .heads = 4,
-                       .group = 2,
-                       .queries = 150,
-                       .keys = 150,
+                       .heads = 8,
+                       .group = 4,
+                       .queries = 250,
+                       .keys = 250,
                        .dim = 32,
                        .values = 32,
                        .causal = true,
+                       .masked = Mask::packed,
                        .format = Format::bf16});
     const cpu::ThreadExecutor executor(threads);
     t.run(executor, kernels());

@@ -110,11 +110,14 @@ PISSA_INLINE void hide(float* row, std::int64_t count, const std::uint8_t* mask,
   for (std::int64_t i = 0; i < count; ++i) row[i] = mask[i] ? row[i] : value;
 }
 
-float softmax_row(float* row, std::int64_t count, std::int64_t end, const std::uint8_t* mask, float scale) {
-  for (std::int64_t i = count; i < end; ++i) row[i] = 0.0f;
+float softmax_row(float* row, std::int64_t count, const std::uint8_t* mask, float scale, float* share) {
+  *share = 0;
   if (count == 0) return -__builtin_inff();
-  for (std::int64_t i = 0; i < count; ++i) row[i] *= scale;
-  if (mask) hide(row, count, mask, -__builtin_inff());
+  if (mask || !(scale > 0)) {
+    for (std::int64_t i = 0; i < count; ++i) row[i] *= scale;
+    if (mask) hide(row, count, mask, -__builtin_inff());
+    scale = 1;
+  }
   float most[kLanes];
   for (float& lane : most) lane = row[count - 1];  // which is visible
   std::int64_t i = 0;
@@ -125,23 +128,26 @@ float softmax_row(float* row, std::int64_t count, std::int64_t end, const std::u
   for (; i < count; ++i) most[0] = row[i] > most[0] ? row[i] : most[0];
   float largest = most[0];
   for (const float lane : most) largest = lane > largest ? lane : largest;
+  largest *= scale;
   const Sums<1> sum(count, [&](std::int64_t at, std::int64_t lane, auto& sums) {
-    row[at] = exp_of(row[at] - largest);
+    row[at] = exp_of(row[at] * scale - largest);
     sums[0][lane] += row[at];
   });
-  const float share = static_cast<float>(1.0 / sum.total[0]);
-  for (std::int64_t at = 0; at < count; ++at) row[at] *= share;
   if (mask) hide(row, count, mask, 0.0f);
+  *share = static_cast<float>(1.0 / sum.total[0]);
   return largest + __builtin_logf(static_cast<float>(sum.total[0]));
 }
 
-void softmax_backward_row(float* row, float* dp, std::int64_t count, std::int64_t end, const std::uint8_t* mask,
-                          float log_sum, float less, float scale) {
-  for (std::int64_t i = 0; i < count; ++i) row[i] = exp_of(row[i] * scale - log_sum);
-  if (mask) hide(row, count, mask, 0.0f);
-  for (std::int64_t i = count; i < end; ++i) row[i] = 0.0f;
-  for (std::int64_t i = 0; i < count; ++i) dp[i] = row[i] * (dp[i] - less) * scale;
-  for (std::int64_t i = count; i < end; ++i) dp[i] = 0.0f;
+void softmax_backward_row(float* __restrict row, float* __restrict dp, std::int64_t count, const std::uint8_t* mask, float log_sum,
+                          float less, float scale) {
+  for (std::int64_t i = 0; i < count; ++i) {
+    row[i] = exp_of(row[i] * scale - log_sum);
+    dp[i] = row[i] * (dp[i] - less) * scale;
+  }
+  if (mask) {
+    hide(row, count, mask, 0.0f);
+    hide(dp, count, mask, 0.0f);
+  }
 }
 
 }  // namespace
