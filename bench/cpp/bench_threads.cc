@@ -1,9 +1,8 @@
 // Time of the fused linear layer and of attention on more threads than this machine has, simulated: one thread runs
 // every task, each is timed, and the times are dealt to T threads as an executor deals tasks. A lower bound, for it
 // knows neither a shared memory's bandwidth nor caches. `hybrid`: half of the threads at half speed.
-#include <time.h>
-
 #include <algorithm>
+#include <chrono>
 #include <limits>
 #include <queue>
 
@@ -14,11 +13,9 @@
 namespace pissa::bench {
 namespace {
 
-// CPU time of this thread, in seconds.
+// In seconds.
 double now() {
-  timespec time;
-  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &time);
-  return static_cast<double>(time.tv_sec) + 1e-9 * static_cast<double>(time.tv_nsec);
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
 class SimulatedThreads final : public cpu::Executor {
