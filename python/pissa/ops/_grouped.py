@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pissa.ops._linear import check_operands, prepare_factors
+from pissa.ops._linear import as_ops_take, check_operands, prepare_factors
 from pissa.ops._quant import QuantizedWeight, check_quantized
 from pissa.ops.checks import check_change_scaling, check_devices, check_lengths, shape_error
 
@@ -55,7 +55,8 @@ def grouped_linear(
         raise ValueError("weights: got none; needed: that of one layer at least")
     check_lengths({"a": a, "b": b, "a0": a0, "b0": b0}, len(weights))
     check_change_scaling(scaling)
-    x, _, slots, _ = check_operands(x, weights[0], None)
+    check_operands(x, weights[0], None)
+    x, _, slots = as_ops_take(x, weights[0])
     if x.dim() != 2:
         raise shape_error("x", x, "[rows, in]")
     _check_offsets(offsets, len(weights), len(x))

@@ -9,9 +9,15 @@ from torch import Tensor
 
 from pissa.ops import _autograd
 from pissa.ops._quant import QuantizedWeight, check_quantized
-from pissa.ops.checks import check_change_scaling, check_devices, check_factors, check_frozen, check_tensor, shape_error
-
-_OPS = torch.ops.pissa
+from pissa.ops.checks import (
+    FLOATS,
+    check_change_scaling,
+    check_devices,
+    check_factors,
+    check_frozen,
+    check_tensor,
+    shape_error,
+)
 
 
 def prepare_factors(
@@ -30,31 +36,55 @@ def prepare_factors(
     return a.float(), b.float(), a0.float(), b0.float()
 
 
-def check_operands(
-    x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None
-) -> tuple[Tensor, str, list[Any], Tensor]:
-    """Checks that the operands of x Wᵀ + bias fit, and returns x (under autocast in autocast's dtype), the name of the
-    op, the weight as the op takes it, and one tensor of the weight."""
-    x = check_tensor("x", x)
-    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):  # autocast does not know the meta device
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    slots: list[Any]
+def check_operands(x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None) -> Tensor:
+    """Checks that the operands of x Wᵀ + bias fit, and returns one tensor of the weight."""
+    check_tensor("x", x)
     if isinstance(weight, QuantizedWeight):
-        check_quantized(weight)
-        *parts, (out_features, in_features), blocksize = weight
-        op, slots, held = "quantized_linear", [*parts, blocksize, out_features], weight.codes
+        held = check_quantized(weight).codes
     else:
-        check_tensor("weight", weight)
+        held = check_tensor("weight", weight)
         if weight.dim() != 2:
             raise shape_error("weight", weight, "[out, in]")
         check_frozen("weight", weight)
-        out_features, in_features = weight.shape
-        op, slots, held = "linear", [weight], weight
+    out_features, in_features = weight.shape
     if x.dim() < 1 or x.shape[-1] != in_features:
         raise shape_error("x", x, f"[..., in] with in = {in_features}")
     if bias is not None and (check_tensor("bias", bias).dim() != 1 or bias.shape[0] != out_features):
         raise shape_error("bias", bias, f"[{out_features}]")
-    return x, op, slots, held
+    return held
+
+
+def as_ops_take(x: Tensor, weight: Tensor | QuantizedWeight) -> tuple[Tensor, str, list[Any]]:
+    """Returns x (under autocast in autocast's dtype), the name of the op, and the weight as the op takes it."""
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):  # autocast does not know the meta device
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    if isinstance(weight, Tensor):
+        return x, "linear", [weight]
+    *parts, (out_features, _), blocksize = weight
+    return x, "quantized_linear", [*parts, blocksize, out_features]
+
+
+def _must_check(x: Tensor, *frozen: object) -> bool:
+    """Whether arguments have to be checked before they are computed with: 26 us, half of what a small product takes.
+    Otherwise the compiled op finds what does not fit, but for a frozen tensor that wants a gradient, and then the
+    checks say what it was."""
+    return torch.compiler.is_compiling() or x.is_meta or any(isinstance(t, Tensor) and t.requires_grad for t in frozen)
+
+
+def _as_float32(factor: Tensor | None) -> Tensor | None:
+    return factor.float() if factor is not None and factor.dtype in FLOATS else factor
+
+
+def _check_linear(
+    x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None, factors: tuple[Tensor | None, ...]
+) -> None:
+    held = check_operands(x, weight, bias)
+    a, b, a0, b0 = factors
+    if (a is None) != (b is None) or (a0 is None) != (b0 is None) or (a0 is not None and a is None):
+        raise ValueError("factors: give a with b, and a0 with b0 in addition, or none of them")
+    if a is not None and b is not None:
+        prepare_factors(a, b, a0, b0, *weight.shape)
+    check_devices({"x": x, "weight": held, "bias": bias, "a": a, "b": b, "a0": a0, "b0": b0})
 
 
 def linear(
@@ -104,20 +134,16 @@ def linear(
     Raises:
         TypeError, ValueError: an argument is invalid; the message names it.
     """
-    x, op, slots, held = check_operands(x, weight, bias)
-    out_features, in_features = weight.shape
     check_change_scaling(scaling)
-    if (a is None) != (b is None) or (a0 is None) != (b0 is None) or (a0 is not None and a is None):
-        raise ValueError("factors: give a with b, and a0 with b0 in addition, or none of them")
-    if a is not None and b is not None:
-        a, b, a0, b0 = prepare_factors(a, b, a0, b0, out_features, in_features)
-    check_devices({"x": x, "weight": held, "bias": bias, "a": a, "b": b, "a0": a0, "b0": b0})
-    factors = (bias, a, b, a0, b0, float(scaling), implicit)
-    if _autograd.can_be_two_nodes(x, a):
-        return _autograd.linear_in_two_nodes(op, x, slots, factors)
-    y: Tensor
-    y, _ = getattr(_OPS, op)(x, *slots, *factors)
-    return y
+    factors = a, b, a0, b0
+    try:
+        if _must_check(x, weight, a0, b0):
+            _check_linear(x, weight, bias, factors)
+        x, op, slots = as_ops_take(x, weight)
+        return _autograd.product(op, x, slots, (bias, *map(_as_float32, factors), float(scaling), implicit))
+    except Exception:
+        _check_linear(x, weight, bias, factors)
+        raise
 
 
 def add_low_rank(
@@ -154,12 +180,20 @@ def add_low_rank(
     Raises:
         TypeError, ValueError: an argument is invalid; the message names it.
     """
+    check_change_scaling(scaling)
+    factors = a, b, a0, b0
+    try:
+        if _must_check(x, y, a0, b0):
+            _check_low_rank(y, x, factors)
+        return _autograd.run("add_low_rank", y, x, *map(_as_float32, factors), float(scaling), a0 is not None)
+    except Exception:
+        _check_low_rank(y, x, factors)
+        raise
+
+
+def _check_low_rank(y: Tensor, x: Tensor, factors: tuple[Any, ...]) -> None:
     y, x = check_tensor("y", y), check_tensor("x", x)
     if y.dim() < 1 or x.dim() < 1 or y.shape[:-1] != x.shape[:-1]:
         raise shape_error("y", y, f"[..., out] with x's leading dimensions, {list(x.shape[:-1])}")
-    check_change_scaling(scaling)
-    factors = prepare_factors(a, b, a0, b0, y.shape[-1], x.shape[-1])
-    check_devices({"y": y, "x": x, "a": a, "b": b, "a0": a0, "b0": b0})
-    total: Tensor
-    total, _ = _OPS.add_low_rank(y, x, *factors, float(scaling), a0 is not None)
-    return total
+    prepare_factors(*factors, y.shape[-1], x.shape[-1])
+    check_devices(dict(zip(("y", "x", "a", "b", "a0", "b0"), (y, x, *factors), strict=True)))

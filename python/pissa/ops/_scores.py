@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pissa.ops._linear import check_operands
+from pissa.ops._linear import as_ops_take, check_operands
 from pissa.ops._quant import QuantizedWeight
 from pissa.ops.checks import check_devices, check_number
 
@@ -65,7 +65,8 @@ def token_scores(
     Raises:
         TypeError, ValueError: an argument is invalid; the message names it.
     """
-    x, op, slots, held = check_operands(x, weight, bias)
+    held = check_operands(x, weight, bias)
+    x, op, slots = as_ops_take(x, weight)
     if labels.dtype != torch.int64 or labels.shape != x.shape[:-1]:
         raise ValueError(
             f"labels: got {labels.dtype} of shape {list(labels.shape)}; needed: int64 of shape {list(x.shape[:-1])}"
