@@ -71,10 +71,15 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
 
     # -- the base function
 
+    _base: Base | None = None
+
     @property
     def base(self) -> Base:
         """The base, whether or not adapters are merged."""
-        return base_of(self.base_layer if self.lora_unmerged is None else self.lora_unmerged)
+        module = self.base_layer if self.lora_unmerged is None else self.lora_unmerged
+        if self._base is None or self._base.module is not module:  # every call asks for it
+            self.__dict__["_base"] = base_of(module)  # not as a second submodule
+        return cast(Base, self._base)
 
     @property
     def matrix_shape(self) -> tuple[int, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -28,8 +29,17 @@ def _floats(like: Tensor, *shape: int) -> Tensor:
     return like.new_empty(shape, dtype=torch.float32)
 
 
-def _factors(weight: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    return _floats(weight, r, weight.shape[1]), _floats(weight, weight.shape[0], r)
+def _triplets(weight: Tensor, r: int) -> tuple[tuple[int, ...], ...]:
+    return (r, weight.shape[0]), (r,), (r, weight.shape[1])
+
+
+def _split(weight: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
+    return _floats(weight, r, weight.shape[1]), _floats(weight, weight.shape[0], r), _floats(weight, r)
+
+
+def _turned(x: Tensor, dim: int) -> Tensor:
+    """[batch, length, heads, dim] for heads [batch, heads, length, ...]."""
+    return x.new_empty(x.shape[0], x.shape[2], x.shape[1], dim)
 
 
 def _quantized(weight: Tensor, format: str, blocksize: int) -> tuple[Tensor, Tensor]:
@@ -37,74 +47,33 @@ def _quantized(weight: Tensor, format: str, blocksize: int) -> tuple[Tensor, Ten
     return _bytes(weight, parts["codes"][0][0]), _floats(weight, *parts["absmax"][0])
 
 
-@register_fake("pissa::max_abs")
-def _(weights: list[Tensor]) -> Tensor:
-    return _floats(weights[0], len(weights))
-
-
-@register_fake("pissa::svd_lowrank")
-def _(weight: Tensor, largest: float, r: int, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _floats(weight, r, weight.shape[0]), _floats(weight, r), _floats(weight, r, weight.shape[1])
-
-
-@register_fake("pissa::split_many")
-def _(
-    weights: list[Tensor], largest: list[float], ranks: list[int], *_: Any
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    a0, b0 = zip(*map(_factors, weights, ranks), strict=True)
-    return list(a0), list(b0), [_floats(weight, r) for weight, r in zip(weights, ranks, strict=True)]
-
-
-@register_fake("pissa::quantization_error")
-def _(weight: Tensor, *_: Any) -> Tensor:
-    return weight.new_empty((), dtype=torch.float64)
-
-
-@register_fake("pissa::add_second_moment")
-def _(total: Tensor, x: Tensor) -> None:
-    return None
-
-
-@register_fake("pissa::residual")
-def _(weight: Tensor, *_: Any) -> Tensor:
-    return weight.new_empty(weight.shape)
-
-
-@register_fake("pissa::residual_quantized")
-def _(weight: Tensor, a0: Tensor, b0: Tensor, scaling: float, format: str, blocksize: int) -> tuple[Tensor, Tensor]:
-    return _quantized(weight, format, blocksize)
-
-
-@register_fake("pissa::quantize")
-def _(weight: Tensor, format: str, blocksize: int, global_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    return _quantized(weight, format, blocksize)
-
-
-@register_fake("pissa::feedback_codes")
-def _(weight: Tensor, lower: Tensor, *args: Any) -> Tensor:
-    return _quantized(weight, *args[-2:])[0]
-
-
-@register_fake("pissa::merge_codes")
-def _(codes: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    return codes.new_empty(codes.numel()), codes.new_empty(4, dtype=torch.float64)
-
-
-@register_fake("pissa::quantize_absmax")
-def _(absmax: Tensor, offset: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    return _bytes(absmax, absmax.numel()), _floats(absmax, -(-absmax.numel() // NESTED_BLOCKSIZE)), _floats(absmax)
-
-
-@register_fake("pissa::dequantize")
-def _(codes: Tensor, *others: Any) -> Tensor:
-    *_, rows, cols, dtype = others
-    return codes.new_empty((rows, cols), dtype=dtype)
-
-
-@register_fake("pissa::dequantize_rows")
-def _(codes: Tensor, *others: Any) -> Tensor:
-    *_, cols, indices, dtype = others
-    return codes.new_empty((*indices.shape, cols), dtype=dtype)
+_FAKES: dict[str, Callable[..., Any]] = {
+    "max_abs": lambda weights: _floats(weights[0], len(weights)),
+    "svd_lowrank": lambda weight, _, r, *__: tuple(_floats(weight, *shape) for shape in _triplets(weight, r)),
+    "split_many": lambda weights, _, ranks, *__: tuple(map(list, zip(*map(_split, weights, ranks), strict=True))),
+    "quantization_error": lambda weight, *_: weight.new_empty((), dtype=torch.float64),
+    "add_second_moment": lambda total, x: None,
+    "residual": lambda weight, *_: weight.new_empty(weight.shape),
+    "residual_quantized": lambda weight, a0, b0, scaling, format, blocksize: _quantized(weight, format, blocksize),
+    "quantize": lambda weight, format, blocksize, _=None: _quantized(weight, format, blocksize),
+    "feedback_codes": lambda weight, lower, *others: _quantized(weight, *others[-2:])[0],
+    "merge_codes": lambda codes, *_: (codes.new_empty(codes.numel()), codes.new_empty(4, dtype=torch.float64)),
+    "quantize_absmax": lambda absmax, _: (
+        _bytes(absmax, absmax.numel()),
+        _floats(absmax, -(-absmax.numel() // NESTED_BLOCKSIZE)),
+        _floats(absmax),
+    ),
+    "dequantize": lambda codes, *others: codes.new_empty(others[-3:-1], dtype=others[-1]),
+    "dequantize_rows": lambda codes, *others: codes.new_empty((*others[-2].shape, others[-3]), dtype=others[-1]),
+    "rms_norm": lambda x, *_: (x.new_empty(x.shape), _floats(x, *x.shape[:-1])),
+    "rms_norm_backward": lambda dy, x, *_: x.new_empty(x.shape),
+    "gated": lambda gate, *_: gate.new_empty(gate.shape),
+    "gated_backward": lambda dy, gate, *_: (gate.new_empty(gate.shape), gate.new_empty(gate.shape)),
+    "attention": lambda q, k, v, *_: (_turned(q, v.shape[-1]), _floats(q, *q.shape[:3])),
+    "attention_backward": lambda dout, q, k, v, *_: tuple(_turned(x, x.shape[-1]) for x in (q, k, v)),
+}
+for _op, _fake in _FAKES.items():
+    register_fake(f"pissa::{_op}", _fake)
 
 
 # The ops that multiply have the same arguments except for the weight: either a dense weight, or four tensors, the
@@ -178,38 +147,6 @@ def _fake_token_scores(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 
 for _op in ("token_scores", "quantized_token_scores"):
     register_fake(f"pissa::{_op}", _fake_token_scores)
-
-
-@register_fake("pissa::rms_norm")
-def _(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), _floats(x, *x.shape[:-1])
-
-
-@register_fake("pissa::rms_norm_backward")
-def _(dy: Tensor, x: Tensor, *_: Any) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-@register_fake("pissa::gated")
-def _(gate: Tensor, *_: Any) -> Tensor:
-    return gate.new_empty(gate.shape)
-
-
-@register_fake("pissa::gated_backward")
-def _(dy: Tensor, gate: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return gate.new_empty(gate.shape), gate.new_empty(gate.shape)
-
-
-@register_fake("pissa::attention")
-def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    batch, heads, queries, _dim = q.shape
-    return q.new_empty(batch, queries, heads, v.shape[-1]), _floats(q, batch, heads, queries)
-
-
-@register_fake("pissa::attention_backward")
-def _(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = (x.new_empty(x.transpose(1, 2).shape) for x in (q, k, v))
-    return dq, dk, dv
 
 
 # ---- Gradients -------------------------------------------------------------------------------------------------------
@@ -397,12 +334,9 @@ def product(op: str, x: Tensor, weight: Sequence[Any], factors: tuple[Any, ...])
 
 def run(op: str, *arguments: Any) -> Tensor:
     """The first output of an op. Without gradients its node is passed by, which takes 9 of 22 us."""
-    function = getattr(torch.ops.pissa, op)
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        y: Tensor = function(*arguments)[0]
-        return y
-    with torch._C._AutoDispatchBelowAutograd():
-        y = function(*arguments)[0]
+    keeps_node = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    with nullcontext() if keeps_node else torch._C._AutoDispatchBelowAutograd():
+        y: Tensor = getattr(torch.ops.pissa, op)(*arguments)[0]
     return y
 
 

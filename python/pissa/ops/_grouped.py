@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pissa.ops._linear import as_ops_take, check_operands, prepare_factors
+from pissa.ops._linear import as_float32, as_ops_take, check_adapter, check_operands
 from pissa.ops._quant import QuantizedWeight, check_quantized
 from pissa.ops.checks import check_change_scaling, check_devices, check_lengths, shape_error
 
@@ -80,14 +80,13 @@ def _prepare_layer(
     """The factors of a layer in float32, after checking that they fit its weight, and that it is like the first."""
     try:
         check_quantized(weight)
-        a, b, a0, b0 = factors
         if (key := group_key(weight)) != group_key(first):
             raise ValueError("weight: got {} {}, blocksize {}, {} scales in {}; needed: what layer 0 has".format(*key))
-        checked = prepare_factors(a, b, a0, b0, *weight.shape)
-        check_devices({"x": x, "weight": weight.codes} | dict(zip(("a", "b", "a0", "b0"), checked, strict=True)))
+        check_adapter(factors, *weight.shape)
+        check_devices({"x": x, "weight": weight.codes} | dict(zip(("a", "b", "a0", "b0"), factors, strict=True)))
     except (TypeError, ValueError) as error:
         raise type(error)(f"layer {layer}: {error}") from None
-    return checked
+    return tuple(map(as_float32, factors))
 
 
 def group_key(weight: QuantizedWeight) -> tuple[object, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,20 +21,23 @@ from pissa.ops.checks import (
 )
 
 
-def prepare_factors(
-    a: Tensor, b: Tensor, a0: Tensor | None, b0: Tensor | None, out_features: int, in_features: int
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Returns the factors in float32 after checking that they fit each other and the layer."""
-    if (a0 is None) != (b0 is None):
-        raise ValueError("factors: give a0 with b0, or neither")
-    check_factors("a", a, "b", b, out_features, in_features)
-    if a0 is None or b0 is None:
-        return a.float(), b.float(), None, None
+def check_adapter(factors: Sequence[Tensor | None], out_features: int, in_features: int) -> None:
+    """Checks that a, b, a0 and b0, or the first two, or none are given, and that they fit each other and the layer."""
+    a, b, a0, b0 = factors
+    if (a is None) != (b is None) or (a0 is None) != (b0 is None) or (a0 is not None and a is None):
+        raise ValueError("factors: give a with b, and a0 with b0 in addition, or none of them")
+    if a is not None and b is not None:
+        check_factors("a", a, "b", b, out_features, in_features)
     for name, start, factor in (("a0", a0, a), ("b0", b0, b)):
-        if check_tensor(name, start).shape != factor.shape:
-            raise shape_error(name, start, f"that of {name[0]}, {list(factor.shape)}")
-        check_frozen(name, start)
-    return a.float(), b.float(), a0.float(), b0.float()
+        if start is not None and factor is not None:
+            if check_tensor(name, start).shape != factor.shape:
+                raise shape_error(name, start, f"that of {name[0]}, {list(factor.shape)}")
+            check_frozen(name, start)
+
+
+def as_float32(factor: Tensor | None) -> Tensor | None:
+    """A factor as the ops take it."""
+    return factor.float() if factor is not None and factor.dtype in FLOATS else factor
 
 
 def check_operands(x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None) -> Tensor:
@@ -71,20 +75,13 @@ def _must_check(x: Tensor, *frozen: object) -> bool:
     return torch.compiler.is_compiling() or x.is_meta or any(isinstance(t, Tensor) and t.requires_grad for t in frozen)
 
 
-def _as_float32(factor: Tensor | None) -> Tensor | None:
-    return factor.float() if factor is not None and factor.dtype in FLOATS else factor
+def _check_linear(x: Tensor, weight: Any, bias: Tensor | None, factors: tuple[Tensor | None, ...]) -> None:
+    tensors = {"x": x, "weight": check_operands(x, weight, bias), "bias": bias}
+    check_adapter(factors, *weight.shape)
+    check_devices(tensors | dict(zip(_FACTORS, factors, strict=True)))
 
 
-def _check_linear(
-    x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None, factors: tuple[Tensor | None, ...]
-) -> None:
-    held = check_operands(x, weight, bias)
-    a, b, a0, b0 = factors
-    if (a is None) != (b is None) or (a0 is None) != (b0 is None) or (a0 is not None and a is None):
-        raise ValueError("factors: give a with b, and a0 with b0 in addition, or none of them")
-    if a is not None and b is not None:
-        prepare_factors(a, b, a0, b0, *weight.shape)
-    check_devices({"x": x, "weight": held, "bias": bias, "a": a, "b": b, "a0": a0, "b0": b0})
+_FACTORS = ("a", "b", "a0", "b0")
 
 
 def linear(
@@ -140,7 +137,7 @@ def linear(
         if _must_check(x, weight, a0, b0):
             _check_linear(x, weight, bias, factors)
         x, op, slots = as_ops_take(x, weight)
-        return _autograd.product(op, x, slots, (bias, *map(_as_float32, factors), float(scaling), implicit))
+        return _autograd.product(op, x, slots, (bias, *map(as_float32, factors), float(scaling), implicit))
     except Exception:
         _check_linear(x, weight, bias, factors)
         raise
@@ -185,15 +182,15 @@ def add_low_rank(
     try:
         if _must_check(x, y, a0, b0):
             _check_low_rank(y, x, factors)
-        return _autograd.run("add_low_rank", y, x, *map(_as_float32, factors), float(scaling), a0 is not None)
+        return _autograd.run("add_low_rank", y, x, *map(as_float32, factors), float(scaling), a0 is not None)
     except Exception:
         _check_low_rank(y, x, factors)
         raise
 
 
-def _check_low_rank(y: Tensor, x: Tensor, factors: tuple[Any, ...]) -> None:
+def _check_low_rank(y: Tensor, x: Tensor, factors: tuple[Tensor | None, ...]) -> None:
     y, x = check_tensor("y", y), check_tensor("x", x)
     if y.dim() < 1 or x.dim() < 1 or y.shape[:-1] != x.shape[:-1]:
         raise shape_error("y", y, f"[..., out] with x's leading dimensions, {list(x.shape[:-1])}")
-    prepare_factors(*factors, y.shape[-1], x.shape[-1])
-    check_devices(dict(zip(("y", "x", "a", "b", "a0", "b0"), (y, x, *factors), strict=True)))
+    check_adapter(factors, y.shape[-1], x.shape[-1])
+    check_devices({"y": y, "x": x} | dict(zip(_FACTORS, factors, strict=True)))
