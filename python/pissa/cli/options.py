@@ -13,7 +13,7 @@ from typing import Any, get_type_hints
 import trl
 import yaml
 from peft import LoraConfig
-from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
+from trl import ModelConfig, ScriptArguments, TrlParser
 
 import pissa
 from pissa.cli.selftest import has_passed_on_gpu
@@ -128,21 +128,21 @@ def trl_parser(trainer: str, **options: Any) -> TrlParser:
     first = make_dataclass("Options", ours, namespace={"_argument_group_name": "model, data and method"})
     changed = _fields(config, {*_ALIASES, *_DEFAULTS, *_TYPES}, **_RATE.get(trainer, {}))
     training = make_dataclass("Training", changed, bases=(config,))
-    parser = TrlParser((first, training, DatasetMixtureConfig), **options)
+    parser = TrlParser((first, training), **options)
     file = "YAML file of options by their long names; flags take precedence"
     parser.add_argument("--config", metavar="FILE", help=file)
     return parser
 
 
-def parse(args: Namespace, trainer: str) -> tuple[Any, Any, Any]:
-    """Returns our options, the trainer's, and TRL's mixture of data sets, from `args.argv` and `args.config`."""
+def parse(args: Namespace, trainer: str) -> tuple[Any, Any]:
+    """Returns our options and the trainer's, from `args.argv` and `args.config`."""
     file = ["--config", args.config] if args.config else []  # TRL looks for these two words
     with user_errors(OSError, ValueError, TypeError, yaml.YAMLError):
-        ours, training, mixture, _ = trl_parser(trainer).parse_args_and_config([*args.argv, *file])
+        ours, training, _ = trl_parser(trainer).parse_args_and_config([*args.argv, *file])
     # The options are pickled with each checkpoint, which is impossible for an object of a class that is defined here.
     training.__class__ = type(training).__base__
     training.per_device_eval_batch_size = training.per_device_eval_batch_size or training.per_device_train_batch_size
-    return ours, training, mixture
+    return ours, training
 
 
 def flag(name: str) -> str:
@@ -193,7 +193,7 @@ def record(out: Path, *options: Any) -> None:
         new(RUN_FILE).write_text(yaml.safe_dump(_as_dict(*options), sort_keys=False))
 
 
-def check_same_run(out: Path, ours: Any, training: Any, mixture: Any) -> None:
+def check_same_run(out: Path, ours: Any, training: Any) -> None:
     """Checks that a folder contains a run with the same options, or names each one that differs. A rate that is to be
     found becomes the rate that the run used."""
     path = out / RUN_FILE
@@ -205,7 +205,7 @@ def check_same_run(out: Path, ours: Any, training: Any, mixture: Any) -> None:
         before = _METHOD | dict(yaml.safe_load(path.read_text(encoding="utf-8")))
     if training.learning_rate == AUTO:
         training.learning_rate = before.get("learning_rate", AUTO)
-    now = _as_dict(ours, training, mixture)
+    now = _as_dict(ours, training)
     if names := [name for name in now if not name.startswith(_FREE) and before.get(name) != now[name]]:
         what = "; ".join(f"{flag(name)} was {before.get(name)}, is {now[name]}" for name in names)
         raise UserError(f"--resume: {out} holds another run: {what}; give the same options or another --out")

@@ -40,7 +40,7 @@ from pissa.cli.selftest import has_passed_on_gpu
 from pissa.cli.sources import ALLOWED, Records, is_records, records
 from pissa.cli.templates import check_continues, give_template
 from pissa.cli.terminal import UserError, count_of, first_interrupt, print_row, user_errors
-from pissa.cli.verification import step0_check
+from pissa.cli.verification import packing_check, step0_check
 from pissa.containers.checkpoint import AS_STORED, PISSA_RECORD, Contents, ModelFolder
 from pissa.containers.messages import first_line
 from pissa.containers.staged import check_unused
@@ -58,17 +58,17 @@ class Training(NamedTuple):
 
     def run(self, args: argparse.Namespace) -> int:
         """Runs one training. Returns the exit code."""
-        ours, training, mixture = parse(args, self.trainer)
+        ours, training = parse(args, self.trainer)
         screen = io.StringIO() if training.process_index else sys.stderr if ours.json else sys.stdout
         with contextlib.redirect_stdout(screen):
             _check_device(training)
-            config, source = _complete_options(ours, training, mixture)
+            config, source = _complete_options(ours, training)
             contents = source.contents
             code = {"revision": ours.model_revision, "trust_remote_code": training.trust_remote_code}
             is_gguf = contents is Contents.GGUF
             processor = source.tokenizer() if is_gguf else _load(ours, AutoProcessor.from_pretrained, **code)
             tokenizer = getattr(processor, "tokenizer", processor)
-            train, held_out = _data(ours, training, mixture, self.rows, tokenizer)
+            train, held_out = _data(ours, training, self.rows, tokenizer)
             model = _model(ours, training, config, contents, train, **code)
             if training.gradient_checkpointing is None:
                 training.gradient_checkpointing = needs_checkpointing(training, model, train)
@@ -99,7 +99,7 @@ class Training(NamedTuple):
                     training.learning_rate = suggestion.rate
                     print_row("rate", suggestion.text)
                 if trainer.is_world_process_zero() and not ours.resume:
-                    record(Path(training.output_dir), ours, training, mixture)
+                    record(Path(training.output_dir), ours, training)
                 checkpoint = _checkpoint(ours, training)
                 began = time.perf_counter()
                 before = answer(trainer, tokenizer)
@@ -134,17 +134,16 @@ def _check_device(training: Any) -> None:
         raise UserError(f"--use_cpu false: {gpu} has not been tested; allowed once {needed}")
 
 
-def _complete_options(ours: Any, training: Any, mixture: Any) -> tuple[pissa.PissaConfig, ModelFolder]:
+def _complete_options(ours: Any, training: Any) -> tuple[pissa.PissaConfig, ModelFolder]:
     """Completes and checks the options. Returns the configuration of the method, and the model."""
-    data = ours.dataset_name or mixture.datasets
-    for name, value in {"model": ours.model_name_or_path, "data": data}.items():
+    for name, value in {"model": ours.model_name_or_path, "data": ours.dataset_name}.items():
         if not value:
             raise UserError(f"--{name} is missing; needed: --model and --data")
     name = ours.model_name_or_path
     if not training.output_dir:
         if ours.resume:
             raise UserError("--resume: --out is missing; needed: the folder of the run, or its run.yaml as --config")
-        model, file = (Path(os.path.abspath(given)) for given in (name, ours.dataset_name or "mixture"))
+        model, file = (Path(os.path.abspath(given)) for given in (name, ours.dataset_name))
         training.output_dir = _new_folder(f"{model.name}-{file.stem}")
     out = Path(training.output_dir)
     with user_errors(OSError, ValueError, before=f"--model {name}: "):
@@ -155,7 +154,7 @@ def _complete_options(ours: Any, training: Any, mixture: Any) -> tuple[pissa.Pis
     config = adapter_config(ours, training.seed, split)
     ours.dtype = ours.dtype or _own_dtype(model_folder)
     if ours.resume:
-        check_same_run(out, ours, training, mixture)
+        check_same_run(out, ours, training)
     elif training.process_index == 0:
         with user_errors(ValueError, before="--out "):
             check_unused(out, "go on with that run by --resume, or " if (out / RUN_FILE).is_file() else "")
@@ -179,7 +178,7 @@ def _own_dtype(folder: ModelFolder) -> str:
 _ONLY_TRL = {"image", "images", "tools", "input_ids"}
 
 
-def _data(ours: Any, training: Any, mixture: Any, rows: Callable[..., Any], tokenizer: Any) -> tuple[Any, Any]:
+def _data(ours: Any, training: Any, rows: Callable[..., Any], tokenizer: Any) -> tuple[Any, Any]:
     """The training data and the held-out data, in TRL's form."""
 
     def source(label: str, name: str, split: str) -> Any:
@@ -202,16 +201,12 @@ def _data(ours: Any, training: Any, mixture: Any, rows: Callable[..., Any], toke
             print(shown(examples[0], tokenizer))
         return datasets.Dataset.from_list(examples)
 
-    if mixture.datasets:
-        both = trl.get_dataset(mixture)
-        train, held_out = both["train"], both.get("test")
-    else:
-        asked = training.eval_strategy != "no" and not is_records(ours.dataset_name)
-        name = ours.eval_data or (ours.dataset_name if asked else None)
-        train = source("data", ours.dataset_name, ours.dataset_train_split)
-        held_out = source("held out", name, ours.dataset_test_split) if name else None
-        if name is None and isinstance(train, datasets.Dataset):
-            train, held_out = _hold_out(train, ours.held_out, training.seed)
+    asked = training.eval_strategy != "no" and not is_records(ours.dataset_name)
+    name = ours.eval_data or (ours.dataset_name if asked else None)
+    train = source("data", ours.dataset_name, ours.dataset_train_split)
+    held_out = source("held out", name, ours.dataset_test_split) if name else None
+    if name is None and isinstance(train, datasets.Dataset):
+        train, held_out = _hold_out(train, ours.held_out, training.seed)
     if held_out is None:
         training.eval_strategy = IntervalStrategy.NO
     elif training.eval_strategy == IntervalStrategy.NO:
@@ -299,12 +294,18 @@ def _batches(trainer: Any, count: int) -> list[Any]:
 
 
 def _check(trainer: Any) -> dict[str, Any]:
+    (batch,) = _batches(trainer, 1)
     with user_errors(ValueError, before="the first batch: ", after="; if --max-length cuts images, raise it"):
-        difference, bound = step0_check(trainer.model, _batches(trainer, 1)[0])
+        difference, bound = step0_check(trainer.model, batch)
     passed = difference <= bound  # False for NaN
     print_row("check", f"logits at step 0 differ by {difference:.1e} from the base's (allowed: up to {bound:.1e})")
     if not passed:
         print_row("check", "FAILED: the untrained adapter changes the model; report it with `pissa selftest`")
+    if getattr(trainer, "padding_free", False) and not (off := packing_check(trainer.model, batch)) <= bound:
+        raise UserError(
+            f"--packing: this model mixes the texts of a row: logits differ by {off:.1e} from those of a text alone "
+            f"(allowed: up to {bound:.1e}); leave --packing and --padding-free out"
+        )
     return {"difference": difference, "bound": bound, "passed": passed}
 
 

@@ -116,6 +116,20 @@ def step0_check(model: PeftModel, batch: dict[str, Any]) -> Step0:
     return Step0(_relative_difference(enabled, disabled), _rounding_bound(model))
 
 
+def packing_check(model: PeftModel, batch: dict[str, Any]) -> float:
+    """Returns the relative difference of the logits of a batch's last text, packed with others in one row, from those
+    of the text alone. Models whose state goes on from one text to the next differ by about 1.
+
+    Args:
+        model: see `step0_check`.
+        batch: a row of texts as a TRL trainer packs it, with position_ids that begin anew with each text.
+    """
+    inputs = {key: value for key, value in batch.items() if key not in _NOT_THE_MODELS}
+    last = int((inputs["position_ids"][0] == 0).nonzero()[-1])
+    alone = _logits(model, {"input_ids": inputs["input_ids"][:, last:]})
+    return _relative_difference(_logits(model, inputs)[last:], alone)
+
+
 def _rounding_bound(model: PeftModel) -> float:
     """Returns the largest relative difference of logits that rounding explains between two passes that compute the same
     function but may round differently.
