@@ -216,9 +216,10 @@ void attention_backward(const Executor& executor, const Kernels& kernels, const 
   const Products multiply{kernels, precision_of(q.format)};
   const Sight sight(executor, problem);
 
-  const std::int64_t fitting = kSums / (key_heads * k.length * (k.dim + v.dim));
-  const std::int64_t parts = std::clamp<std::int64_t>(
-      std::min({ceil_div(kTasks, key_heads), group * q.length / kLeastQueries, fitting}), 1, group * blocks);
+  const auto at_least_one = [](std::int64_t count) { return std::max<std::int64_t>(count, 1); };  // an empty batch
+  const std::int64_t fitting = kSums / at_least_one(key_heads * k.length * (k.dim + v.dim));
+  const std::int64_t parts = at_least_one(
+      std::min({ceil_div(kTasks, at_least_one(key_heads)), group * q.length / kLeastQueries, fitting}));
   std::vector<Sums> kept(parts > 1 ? key_heads * parts : 0);
   const auto finish = [&](std::int64_t key_head, const Sums& sums) {
     store(kernels, sums.k.view(), dk.head(key_head / k.heads, key_head % k.heads));

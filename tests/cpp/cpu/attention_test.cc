@@ -221,6 +221,8 @@ TEST_P(AttentionTest, AgreesWithFloat64) {
   }
   check({.batch = 3, .heads = 8, .group = 2});  // a task for each head of keys
   check({.queries = 1, .keys = 5});
+  check({.batch = 0, .causal = true});
+  check({.batch = 2, .queries = 0, .keys = 5, .masked = Mask::padded_left});
   check({.queries = 9, .keys = 4, .causal = true});  // of which the first see nothing
 }
 
