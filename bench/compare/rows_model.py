@@ -73,6 +73,12 @@ def model_rows(tiny: bool) -> Iterator[Row]:
             max_pairs=5,
             memory=True,
         )
+    for model, build in (
+        ("SmolLM2-135M", partial(_token, partial(language_model, tiny, torch.bfloat16))),
+        ("Llama-3.2-1B's shape", partial(_token, partial(_random_llama, "tiny" if tiny else "1b"))),
+    ):
+        against = "PEFT + bitsandbytes in eval mode"
+        yield Row(f"a decoded token of {model}, nf4, r = {R}", against, build, setting="tuned")
     yield Row(
         f"wrapping SmolLM2-135M, float32, r = {R}",
         "PEFT, pissa_niter_16",
@@ -93,11 +99,39 @@ def _step(tiny: bool, quant: str | None, dtype: torch.dtype, peer_dtype: torch.d
 
 
 def _step_of_shape(shape: str, dtype: torch.dtype) -> Case:
+    model = _random_llama(shape).train()
+    model.config.use_cache = False
+    return step_case(model, "nf4", dtype, dtype)
+
+
+def _random_llama(shape: str) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**SHAPES[shape], use_cache=False)).to(torch.bfloat16).train()
-    return step_case(model, "nf4", dtype, dtype)
+    return LlamaForCausalLM(LlamaConfig(**SHAPES[shape])).to(torch.bfloat16)
+
+
+def _token(make: Callable[[], nn.Module]) -> Case:
+    """A token after 64 others, whose keys and values are kept."""
+    base = make()
+    model = pissa.wrap(copy.deepcopy(base), r=R, quant="nf4", task_type="CAUSAL_LM", progressbar=False).eval()
+    peer = same_in_nf4(model, base, torch.bfloat16).eval()
+    tokens = torch.randint(base.config.vocab_size, (1, 65), generator=torch.Generator().manual_seed(0))
+
+    @torch.no_grad()
+    def decoder(side: nn.Module) -> Callable[[], Tensor]:
+        cache = side(input_ids=tokens[:, :-1], use_cache=True).past_key_values
+
+        @torch.no_grad()
+        def decode() -> Tensor:
+            logits = side(input_ids=tokens[:, -1:], past_key_values=cache, use_cache=True).logits
+            cache.crop(-1)
+            return logits
+
+        return decode
+
+    ours, theirs = decoder(model), decoder(peer)
+    return Case(ours, theirs, lambda: agree(GRADIENT_BOUND, logits=(ours(), theirs())))
 
 
 class Trainer:
