@@ -71,15 +71,10 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
 
     # -- the base function
 
-    _base: Base | None = None
-
     @property
     def base(self) -> Base:
         """The base, whether or not adapters are merged."""
-        module = self.base_layer if self.lora_unmerged is None else self.lora_unmerged
-        if self._base is None or self._base.module is not module:  # every call asks for it
-            self.__dict__["_base"] = base_of(module)  # not as a second submodule
-        return cast(Base, self._base)
+        return base_of(self.base_layer if self.lora_unmerged is None else self.lora_unmerged)
 
     @property
     def matrix_shape(self) -> tuple[int, int]:

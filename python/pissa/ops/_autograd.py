@@ -325,8 +325,8 @@ def product(op: str, x: Tensor, weight: Sequence[Any], factors: tuple[Any, ...])
     graph, and it is not being traced. (On CUDA the forward also keeps sums of factors, which the backward would have to
     recompute.)"""
     operands = (*weight, *factors)  # one argument: as fifteen, they take 9 us more in the two nodes
-    has_graph = factors[1] is not None and x.grad_fn is not None and torch.is_grad_enabled()
-    if not has_graph or torch.compiler.is_compiling() or x.device.type != "cpu":
+    one_node = torch.compiler.is_compiling() or x.device.type != "cpu" or not torch.is_grad_enabled()
+    if one_node or factors[1] is None or x.grad_fn is None:
         return run(op, x, *operands)
     y: Tensor = _Product.apply(_Operands.apply(x, operands), *factors[:3], op, operands)  # type: ignore[no-untyped-call, unused-ignore]
     return y
