@@ -59,10 +59,10 @@ struct QuantizedTensors {
     Scales result = info(format).scales == ScaleKind::tiles ? tiles(rows, cols) : in_blocks(rows, cols);
     const ScalarType dtype = absmax.scalar_type();
     const ScaleKind kind = info(format).scales;
-    if (kind == ScaleKind::within) return result;
     PISSA_CHECK(!nested_absmax || kind == ScaleKind::nested || kind == ScaleKind::e4m3, info(format).name,
                 ": has no nested scales; got nested_absmax");
     PISSA_CHECK(has_dtype(dtype), "absmax: got another dtype than scales of ", info(format).name, " have");
+    if (kind == ScaleKind::within) return result;
     if (dtype == ScalarType::Float) result.absmax = absmax.const_data_ptr<float>();
     else if (dtype == ScalarType::Byte) result.absmax8 = absmax.const_data_ptr<std::uint8_t>();
     else result.absmax16 = static_cast<const std::uint16_t*>(absmax.const_data_ptr());
@@ -87,7 +87,7 @@ struct QuantizedTensors {
       case ScaleKind::tiles:
         return dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Byte;
       case ScaleKind::within:
-        return true;  // it is empty
+        return dtype == ScalarType::Byte;  // of none
     }
     return false;
   }
@@ -106,6 +106,8 @@ struct QuantizedTensors {
 
   Scales in_blocks(std::int64_t rows, std::int64_t cols) const {
     check_blocksize(format, blocksize, cols);
+    PISSA_CHECK(!is_read_only(format) || cols % blocksize == 0, info(format).name, ": got a weight of ", cols,
+                " columns; needed: a multiple of ", blocksize);
     const std::int64_t blocks = is_read_only(format) ? 0 : ceil_div(rows * cols, blocksize);
     PISSA_CHECK(absmax.numel() == blocks, "absmax: got ", absmax.numel(), " elements; needed: ", blocks);
     return {blocksize};

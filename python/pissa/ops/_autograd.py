@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.library import register_autograd, register_fake
 
 from pissa.ops._load import _C  # importing it defines the ops
+from pissa.ops.checks import check_devices
 from pissa.ops.formats import FORMATS, NESTED_BLOCKSIZE
 
 _FEW_TOKENS: int = _C.limits()["few_tokens"]
@@ -97,6 +98,7 @@ def _kept(x: Tensor, out_features: int, a: Tensor | None, a0: Tensor | None, imp
 
 
 def _fake_linear(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    check_devices(dict(enumerate((x, *args))))  # as the kernels do
     *weight, _bias, a, _b, a0, _b0, _scaling, implicit = args
     out_features = _out_features(weight)
     return x.new_empty((*x.shape[:-1], out_features)), _kept(x, out_features, a, a0, implicit)
@@ -132,6 +134,7 @@ def _(dy: Tensor, x: Tensor, offsets: list[int], *args: Any) -> tuple[Tensor, li
 
 @register_fake("pissa::add_low_rank")
 def _(base: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    check_devices(dict(enumerate((base, x, *args))))
     a, _b, a0, _b0, _scaling, implicit = args
     return base.new_empty(base.shape), _kept(x, base.shape[-1], a, a0, implicit)
 

@@ -82,8 +82,9 @@ def _prepare_layer(
         check_quantized(weight)
         if (key := group_key(weight)) != group_key(first):
             raise ValueError("weight: got {} {}, blocksize {}, {} scales in {}; needed: what layer 0 has".format(*key))
-        check_adapter(factors, *weight.shape)
-        check_devices({"x": x, "weight": weight.codes} | dict(zip(("a", "b", "a0", "b0"), factors, strict=True)))
+        named = dict(zip(("a", "b", "a0", "b0"), factors, strict=True))
+        check_adapter(named, *weight.shape)
+        check_devices({"x": x, "weight": weight.codes, **named})
     except (TypeError, ValueError) as error:
         raise type(error)(f"layer {layer}: {error}") from None
     return tuple(map(as_float32, factors))

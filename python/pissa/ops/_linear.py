@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -20,19 +21,21 @@ from pissa.ops.checks import (
     shape_error,
 )
 
+Factors = Mapping[str, Tensor | None]
+"""a, b, a0 and b0 by name."""
 
-def check_adapter(factors: Sequence[Tensor | None], out_features: int, in_features: int) -> None:
+
+def check_adapter(factors: Factors, out_features: int, in_features: int) -> None:
     """Checks that a, b, a0 and b0, or the first two, or none are given, and that they fit each other and the layer."""
-    a, b, a0, b0 = factors
+    a, b, a0, b0 = factors.values()
     if (a is None) != (b is None) or (a0 is None) != (b0 is None) or (a0 is not None and a is None):
         raise ValueError("factors: give a with b, and a0 with b0 in addition, or none of them")
     if a is not None and b is not None:
         check_factors("a", a, "b", b, out_features, in_features)
     for name, start, factor in (("a0", a0, a), ("b0", b0, b)):
-        if start is not None and factor is not None:
-            if check_tensor(name, start).shape != factor.shape:
-                raise shape_error(name, start, f"that of {name[0]}, {list(factor.shape)}")
-            check_frozen(name, start)
+        if start is not None and factor is not None and check_tensor(name, start).shape != factor.shape:
+            raise shape_error(name, start, f"that of {name[0]}, {list(factor.shape)}")
+    check_frozen(a0=a0, b0=b0)
 
 
 def as_float32(factor: Tensor | None) -> Tensor | None:
@@ -49,7 +52,7 @@ def check_operands(x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | N
         held = check_tensor("weight", weight)
         if weight.dim() != 2:
             raise shape_error("weight", weight, "[out, in]")
-        check_frozen("weight", weight)
+        check_frozen(weight=weight)
     out_features, in_features = weight.shape
     if x.dim() < 1 or x.shape[-1] != in_features:
         raise shape_error("x", x, f"[..., in] with in = {in_features}")
@@ -64,24 +67,29 @@ def as_ops_take(x: Tensor, weight: Tensor | QuantizedWeight) -> tuple[Tensor, st
         x = x.to(torch.get_autocast_dtype(x.device.type))
     if isinstance(weight, Tensor):
         return x, "linear", [weight]
-    *parts, (out_features, _), blocksize = weight
+    *parts, (out_features, in_features), blocksize = weight
+    if x.shape[-1] != in_features:  # the op infers it from x
+        raise shape_error("x", x, f"[..., in] with in = {in_features}")
     return x, "quantized_linear", [*parts, blocksize, out_features]
 
 
-def _must_check(x: Tensor, *frozen: object) -> bool:
-    """Whether arguments have to be checked before they are computed with: 26 us, half of what a small product takes.
-    Otherwise the compiled op finds what does not fit, but for a frozen tensor that wants a gradient, and then the
-    checks say what it was."""
-    return torch.compiler.is_compiling() or x.is_meta or any(isinstance(t, Tensor) and t.requires_grad for t in frozen)
+def _run(compute: Callable[[], Tensor], check: Callable[[], None]) -> Tensor:
+    """What `compute` returns. Checks take 26 us, half of what a small product does. So they are made after the compiled
+    op has refused its arguments, to say what is wrong, or where it computes nothing: on the meta device."""
+    if not torch.compiler.is_compiling():
+        # An error comes again below, unless a check finds its reason. Checkpoints end by one of another kind.
+        with suppress(RuntimeError, TypeError, ValueError, AttributeError, IndexError):
+            y = compute()
+            if not y.is_meta:
+                return y
+    check()
+    return compute()
 
 
-def _check_linear(x: Tensor, weight: Any, bias: Tensor | None, factors: tuple[Tensor | None, ...]) -> None:
-    tensors = {"x": x, "weight": check_operands(x, weight, bias), "bias": bias}
+def _check_linear(x: Tensor, weight: Any, bias: Tensor | None, factors: Factors) -> None:
+    held = check_operands(x, weight, bias)
     check_adapter(factors, *weight.shape)
-    check_devices(tensors | dict(zip(_FACTORS, factors, strict=True)))
-
-
-_FACTORS = ("a", "b", "a0", "b0")
+    check_devices({"x": x, "weight": held, "bias": bias, **factors})
 
 
 def linear(
@@ -132,15 +140,14 @@ def linear(
         TypeError, ValueError: an argument is invalid; the message names it.
     """
     check_change_scaling(scaling)
-    factors = a, b, a0, b0
-    try:
-        if _must_check(x, weight, a0, b0):
-            _check_linear(x, weight, bias, factors)
-        x, op, slots = as_ops_take(x, weight)
-        return _autograd.product(op, x, slots, (bias, *map(as_float32, factors), float(scaling), implicit))
-    except Exception:
-        _check_linear(x, weight, bias, factors)
-        raise
+    factors = {"a": a, "b": b, "a0": a0, "b0": b0}
+
+    def compute() -> Tensor:
+        check_frozen(weight=weight, a0=a0, b0=b0)
+        given, op, slots = as_ops_take(x, weight)
+        return _autograd.product(op, given, slots, (bias, *map(as_float32, factors.values()), float(scaling), implicit))
+
+    return _run(compute, lambda: _check_linear(x, weight, bias, factors))
 
 
 def add_low_rank(
@@ -178,19 +185,18 @@ def add_low_rank(
         TypeError, ValueError: an argument is invalid; the message names it.
     """
     check_change_scaling(scaling)
-    factors = a, b, a0, b0
-    try:
-        if _must_check(x, y, a0, b0):
-            _check_low_rank(y, x, factors)
-        return _autograd.run("add_low_rank", y, x, *map(as_float32, factors), float(scaling), a0 is not None)
-    except Exception:
-        _check_low_rank(y, x, factors)
-        raise
+    factors = {"a": a, "b": b, "a0": a0, "b0": b0}
+
+    def compute() -> Tensor:
+        check_frozen(a0=a0, b0=b0)
+        return _autograd.run("add_low_rank", y, x, *map(as_float32, factors.values()), float(scaling), a0 is not None)
+
+    return _run(compute, lambda: _check_low_rank(y, x, factors))
 
 
-def _check_low_rank(y: Tensor, x: Tensor, factors: tuple[Tensor | None, ...]) -> None:
+def _check_low_rank(y: Tensor, x: Tensor, factors: Factors) -> None:
     y, x = check_tensor("y", y), check_tensor("x", x)
     if y.dim() < 1 or x.dim() < 1 or y.shape[:-1] != x.shape[:-1]:
         raise shape_error("y", y, f"[..., out] with x's leading dimensions, {list(x.shape[:-1])}")
     check_adapter(factors, y.shape[-1], x.shape[-1])
-    check_devices({"y": y, "x": x} | dict(zip(_FACTORS, factors, strict=True)))
+    check_devices({"y": y, "x": x, **factors})

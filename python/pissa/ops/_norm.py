@@ -30,7 +30,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, *, offset: float = 0.
     x, weight = check_tensor("x", x), check_tensor("weight", weight)
     if weight.dim() != 1 or x.dim() < 1 or x.shape[-1] != len(weight) or not len(weight):
         raise shape_error("weight", weight, f"[n] for an x of [..., n], {list(x.shape)}")
-    check_frozen("weight", weight)
+    check_frozen(weight=weight)
     check_number("eps", eps, "a finite number, at least 0", least=0)
     check_number("offset", offset)
     check_devices({"x": x, "weight": weight})

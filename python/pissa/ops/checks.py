@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -60,18 +60,16 @@ def check_tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...] = FLO
     return value
 
 
-def check_devices(tensors: Mapping[str, Tensor | None]) -> None:
-    """Checks that all are on the device of the first, which the error names. None is an argument that was not given."""
-    devices = [tensor.device for tensor in tensors.values() if tensor is not None]
-    if all(device == devices[0] for device in devices):  # runs before each product: only comparisons while all is well
-        return
-    places: dict[str, list[str]] = {}
-    for name, tensor in tensors.items():
-        if tensor is not None:
-            places.setdefault(str(tensor.device), []).append(name)
-    first, *others = places
-    by_device = "; ".join(f"{', '.join(places[place])} on {place}" for place in (*others, first))
-    raise ValueError(f"{by_device}; needed: all tensors on one device; move them with .to('{first}')")
+def check_devices(arguments: Mapping[Any, object]) -> None:
+    """Checks that the tensors among the arguments are on the device of the first, which the error names."""
+    places: dict[torch.device, list[str]] = {}
+    for name, value in arguments.items():
+        if isinstance(value, Tensor):
+            places.setdefault(value.device, []).append(str(name))
+    if len(places) > 1:
+        first, *others = places
+        by_device = "; ".join(f"{', '.join(places[place])} on {place}" for place in (*others, first))
+        raise ValueError(f"{by_device}; needed: all tensors on one device; move them with .to('{first}')")
 
 
 def check_matrix(weight: object, name: str = "weight") -> Tensor:
@@ -188,7 +186,8 @@ def check_product(names: Sequence[str], largest: float, norm_a: float, norm_b: f
         )
 
 
-def check_frozen(name: str, tensor: Tensor) -> None:
-    """Raises ValueError if a tensor that gets no gradient requires one."""
-    if tensor.requires_grad:
-        raise ValueError(f"{name}: requires grad, but is frozen here and would get none; pass {name}.detach()")
+def check_frozen(**tensors: object) -> None:
+    """Raises ValueError if a tensor that gets no gradient requires one. The arguments have the tensors' names."""
+    for name, tensor in tensors.items():
+        if isinstance(tensor, Tensor) and tensor.requires_grad:
+            raise ValueError(f"{name}: requires grad, but is frozen here and would get none; pass {name}.detach()")

@@ -125,7 +125,7 @@ def changed(name: str, layer: int, change: Any) -> Any:
     [
         (lambda given: {"weights": []}, ValueError, "weights: got none; needed: that of one layer at least"),
         (lambda given: {"a": given["a"][1:]}, ValueError, "a: got 6; needed: one for each of the 7 weights"),
-        (lambda given: {"b0": None}, ValueError, "factors: give a0 with b0, or neither"),
+        (lambda given: {"b0": None}, ValueError, "factors: give a with b, and a0 with b0"),
         (lambda given: {"scaling": float("nan")}, ValueError, "scaling: got nan; allowed: a finite number"),
         (lambda given: {"x": given["x"][None]}, ValueError, r"x: got shape \[1, 41, 64\]; needed: \[rows, in\]"),
         (lambda given: {"x": given["x"][:, 1:]}, ValueError, r"x: got shape \[41, 63\]; needed: \[..., in\] with in"),
