@@ -253,8 +253,13 @@ void attention_backward(const Executor& executor, const Kernels& kernels, const 
         }
         // Packing a first operand across its rows takes as long as its product with 64 columns.
         const auto add_transposed = [&](const MutableMatrix& a, const Matrix& other, const Buffer& sum) {
-          const MutableMatrix turned = turned_memory.view(count, rows.count);
-          kernels.transpose(row_of(a, 0), rows.count, count, row_of(turned, 0));
+          MutableMatrix turned = turned_memory.view(count, rows.count);
+          if (kernels.bf16 && multiply.precision == Precision::bf16 && rows.count % 32 == 0) {
+            turned.format = Format::bf16;
+            kernels.transpose_to_bf16(row_of(a, 0), rows.count, count, turned.data);
+          } else {
+            kernels.transpose(row_of(a, 0), rows.count, count, row_of(turned, 0));
+          }
           multiply(turned, Op::n, other, Op::n, rows_of(sum.view(), from, count), true);
         };
         add_transposed(p, part(dout), sums.v);

@@ -14,7 +14,8 @@ struct Cut {
   std::int64_t rows = 0, cols = 0;
 };
 
-constexpr std::int64_t kLeastCols = 128;
+// A block is at least so large, unless the output is smaller: in narrower ones codes are decoded up to twice as slowly.
+constexpr std::int64_t kLeastRows = 28, kLeastCols = 128;
 
 /// How long `threads` threads take for blocks that each take one of them 1. With `uneven`, half of them take 2.
 inline std::int64_t rounds_of(std::int64_t blocks, std::int64_t threads, bool uneven) {
@@ -36,7 +37,7 @@ inline Cut best_cut(std::int64_t m, std::int64_t n, std::int64_t tile_rows, std:
   const std::int64_t most = std::max(3 * threads, row_pieces * col_pieces + threads);
   Cut best;
   std::int64_t least = std::numeric_limits<std::int64_t>::max();
-  for (std::int64_t i = row_pieces; i == row_pieces || (i * col_pieces <= most && i * 2 * tile_rows <= m); ++i) {
+  for (std::int64_t i = row_pieces; i == row_pieces || (i * col_pieces <= most && i * kLeastRows <= m); ++i) {
     const std::int64_t rows = step(m, i, tile_rows);
     for (std::int64_t j = col_pieces; j == col_pieces || (i * j <= most && j * kLeastCols <= n); ++j) {
       const std::int64_t cols = step(n, j, 32);

@@ -32,6 +32,7 @@ const Kernels& kernels() {
                                     gated,
                                     gated_backward,
                                     transpose_matrix,
+                                    transpose_to_bf16,
                                     gram};
   return table;
 }

@@ -103,6 +103,9 @@ struct Kernels {
   /// to[j * rows + i] = from[i * cols + j].
   void (*transpose)(const float* from, std::int64_t rows, std::int64_t cols, float* to);
 
+  /// The same rounded to bf16, for a multiple of 32 rows. Null unless `bf16`.
+  void (*transpose_to_bf16)(const float* from, std::int64_t rows, std::int64_t cols, void* to);
+
   /// gram[i * ld_gram + j] = <row i, other j> in f64, for i in [first, last) and j <= i; `others` may be `rows`.
   void (*gram)(const float* rows, const float* others, std::int64_t cols, std::int64_t ld, std::int64_t first,
                std::int64_t last, double* gram, std::int64_t ld_gram);

@@ -26,7 +26,7 @@ void decode(const Matrix& matrix, std::int64_t row, std::int64_t col, std::int64
 void encode(const float* values, std::int64_t count, Format format, void* to) {
   switch (format) {
     case Format::f32:
-      __builtin_memcpy(to, values, count * sizeof(float));
+      copy_elements(values, count, static_cast<float*>(to));
       break;
     case Format::bf16:
       encode_bf16(values, count, static_cast<std::uint16_t*>(to));

@@ -106,8 +106,18 @@ class Output {
              element(problem_.out, (block_.row + i + k) * problem_.out.ld + block_.col));
     }
   }
+  // Where rows of the block may be summed as they are stored, without c: in f32, whole tiles, over the addend if there
+  // is one. Otherwise null.
+  float* in_place(std::int64_t i, std::int64_t rows, std::int64_t tile_rows, std::int64_t tile_cols) const {
+    const MutableMatrix& out = problem_.out;
+    const bool over = !has_addend() || (problem_.addend.data == out.data && problem_.addend.ld == out.ld);
+    const bool whole = rows % tile_rows == 0 && block_.cols % tile_cols == 0;
+    if (!stored_by_row() || out.format != Format::f32 || problem_.bias || !over || !whole) return nullptr;
+    return reinterpret_cast<float*>(element(out, (block_.row + i) * out.ld + block_.col));
+  }
   bool has_addend() const { return static_cast<bool>(problem_.addend); }
   bool stored_by_row() const { return problem_.out && !problem_.transposed; }
+  std::int64_t ld() const { return problem_.out.ld; }
 
  private:
   const GemmProblem& problem_;
@@ -203,17 +213,20 @@ void multiply(const Run& run, const Block& block, const Panels& panels, const Ou
     pad_words(length, whole, kCols, ceil_div(block.cols, kCols), stride, panels.b);
     for (std::int64_t i = 0; i < block.rows; i += kRows) {
       const std::int64_t rows = smaller(kRows, block.rows - i);
-      float* c = panels.c + (once ? 0 : i * kNc);
-      if (begins) output.begin(i, rows, c);
+      constexpr std::int64_t kTileRows = Product::Tiles::kMultiply ? kRows : kRowStep;
+      float* const stored = run.first && run.last ? output.in_place(i, rows, kTileRows, kCols) : nullptr;
+      float* c = stored ? stored : panels.c + (once ? 0 : i * kNc);
+      const std::int64_t ld_c = stored ? output.ld() : kNc;
+      if (begins && !stored) output.begin(i, rows, c);
       run.visit<Product>(from, length, [&](const Term& term, std::int64_t k0, std::int64_t depth, std::int64_t at) {
         pack_a<Product, kRows>(term, {term.a, block.row + i, rows, k0, depth, term.scale}, at, panels);
       });
       pad_words(length, whole, 1, rows, kStripLd, panels.a);
       const float* b = panels.b;
       for (std::int64_t j = 0; j < block.cols; j += kCols, b += stride) {
-        multiply_tile<Product, vecs>(tiles, rows, whole, panels.a, b, c + j, !begins || output.has_addend());
+        multiply_tile<Product, vecs>(tiles, rows, whole, panels.a, b, c + j, ld_c, !begins || output.has_addend());
       }
-      if (ends) output.end(i, rows, c);
+      if (ends && !stored) output.end(i, rows, c);
     }
   }
 }

@@ -63,10 +63,10 @@ PISSA_INLINE void accumulate_tile(std::int64_t length, const float* a, const flo
 
 // c[rows, vecs * kWidth] = or += a_strip * b_strip; length is at least 1.
 template <class Product, int rows, int vecs>
-void micro_kernel(std::int64_t length, const float* a, const float* b, float* c, bool accumulate) {
+void micro_kernel(std::int64_t length, const float* a, const float* b, float* c, std::int64_t ld_c, bool accumulate) {
   if (length < 1) __builtin_unreachable();  // otherwise GCC keeps zeros for this case in memory, 2% of the time
   for (int i = 0; i < rows; ++i) {
-    for (int j = 0; j < vecs * kWidth; j += 16) __builtin_prefetch(c + i * kNc + j, 1);
+    for (int j = 0; j < vecs * kWidth; j += 16) __builtin_prefetch(c + i * ld_c + j, 1);
   }
   Vec::Reg sum[rows][vecs];
   for (int i = 0; i < rows; ++i) {
@@ -75,7 +75,7 @@ void micro_kernel(std::int64_t length, const float* a, const float* b, float* c,
   accumulate_tile<Product, rows, vecs>(length, a, b, sum);
   for (int i = 0; i < rows; ++i) {
     for (int j = 0; j < vecs; ++j) {
-      float* to = c + i * kNc + j * kWidth;
+      float* to = c + i * ld_c + j * kWidth;
       Vec::store(to, accumulate ? Vec::add(Vec::load(to), sum[i][j]) : sum[i][j]);
     }
   }
@@ -84,21 +84,22 @@ void micro_kernel(std::int64_t length, const float* a, const float* b, float* c,
 // Calls the kernel for the number of rows left in a tile, rounded up to kRowStep; c has memory for them.
 template <class Product, int vecs, int rows = Vec::kRows>
 PISSA_INLINE void dispatch_rows(std::int64_t wanted, std::int64_t length, const float* a, const float* b, float* c,
-                                bool accumulate) {
+                                std::int64_t ld_c, bool accumulate) {
   if constexpr (rows > kRowStep) {
     if (wanted <= rows - kRowStep) {
-      return dispatch_rows<Product, vecs, rows - kRowStep>(wanted, length, a, b, c, accumulate);
+      return dispatch_rows<Product, vecs, rows - kRowStep>(wanted, length, a, b, c, ld_c, accumulate);
     }
   }
-  micro_kernel<Product, rows, vecs>(length, a, b, c, accumulate);
+  micro_kernel<Product, rows, vecs>(length, a, b, c, ld_c, accumulate);
 }
 
 // c[rows, vecs * kWidth] = or += a_strip * b_strip, for up to Tiles::kRows rows. The rows of c below them may change.
 template <class Product, int vecs>
 PISSA_INLINE void multiply_tile([[maybe_unused]] const typename Product::Tiles& tiles, std::int64_t rows,
-                                std::int64_t length, const float* a, const float* b, float* c, bool accumulate) {
-  if constexpr (Product::Tiles::kMultiply) tiles.multiply(length, a, kStripLd, b, c, kNc, accumulate);
-  else dispatch_rows<Product, vecs>(rows, length, a, b, c, accumulate);
+                                std::int64_t length, const float* a, const float* b, float* c, std::int64_t ld_c,
+                                bool accumulate) {
+  if constexpr (Product::Tiles::kMultiply) tiles.multiply(length, a, kStripLd, b, c, ld_c, accumulate);
+  else dispatch_rows<Product, vecs>(rows, length, a, b, c, ld_c, accumulate);
 }
 
 }  // namespace

@@ -163,5 +163,29 @@ void transpose_matrix(const float* from, std::int64_t rows, std::int64_t cols, f
   }
 }
 
+#if PISSA_HAS_BF16
+// Pairs of rows become rows of words, which are transposed as such: half as many as there are numbers.
+void transpose_to_bf16(const float* from, std::int64_t rows, std::int64_t cols, void* to) {
+  constexpr std::int64_t kCols = 256, kRows = 2 * kWidth;
+  float words[kWidth * kCols], row[kCols];
+  const Matrix matrix{from, rows, cols, cols, Format::f32};
+  for (std::int64_t first = 0; first < cols; first += kCols) {
+    const std::int64_t count = smaller(kCols, cols - first);
+    for (std::int64_t i = 0; i < rows; i += kRows) {
+      rows_across_inner<Bf16, kRows>({matrix, first, count, i, kRows}, kCols, kRows, words, row);
+      for (std::int64_t j = 0; j < count; j += kWidth) {
+        Vec::Reg square[kWidth];
+        for (int k = 0; k < kWidth; ++k) square[k] = Vec::load(words + k * kCols + j);
+        Vec::transpose(square);
+        float* out = static_cast<float*>(to) + ((first + j) * rows + i) / 2;
+        for (std::int64_t k = 0; k < smaller(kWidth, count - j); ++k) Vec::store(out + k * rows / 2, square[k]);
+      }
+    }
+  }
+}
+#else
+constexpr auto transpose_to_bf16 = nullptr;
+#endif
+
 }  // namespace
 }  // namespace pissa::cpu::PISSA_ISA

@@ -138,16 +138,11 @@ float softmax_row(float* row, std::int64_t count, const std::uint8_t* mask, floa
   return largest + __builtin_logf(static_cast<float>(sum.total[0]));
 }
 
-void softmax_backward_row(float* __restrict row, float* __restrict dp, std::int64_t count, const std::uint8_t* mask, float log_sum,
+void softmax_backward_row(float* row, float* dp, std::int64_t count, const std::uint8_t* mask, float log_sum,
                           float less, float scale) {
-  for (std::int64_t i = 0; i < count; ++i) {
-    row[i] = exp_of(row[i] * scale - log_sum);
-    dp[i] = row[i] * (dp[i] - less) * scale;
-  }
-  if (mask) {
-    hide(row, count, mask, 0.0f);
-    hide(dp, count, mask, 0.0f);
-  }
+  for (std::int64_t i = 0; i < count; ++i) row[i] = exp_of(row[i] * scale - log_sum);
+  if (mask) hide(row, count, mask, 0.0f);
+  for (std::int64_t i = 0; i < count; ++i) dp[i] = row[i] * (dp[i] - less) * scale;
 }
 
 }  // namespace
