@@ -2,7 +2,7 @@
 
     python -m bench.compare.packing --model FOLDER --data train.jsonl --json bench/results/packing.json
 
-Both sides train a LoRA, r = 16, in bfloat16, on the same 128 examples: batches of 8 in random order, and rows of 2,048
+Both sides train a LoRA, r = 16, in bfloat16, on the same 64 examples: batches of 8 in random order, and rows of 2,048
 tokens by TRL's packing. The sides alternate, three times each, in one process; a rate is of tokens that have a label.
 The losses of the untrained model are compared, over all labels.
 """
@@ -26,7 +26,7 @@ from bench.compare.records import machine, write
 from pissa.cli.data import IGNORED, encode, read_chats
 from pissa.cli.sources import records
 
-EXAMPLES, BATCH, ROW, REPEATS = 128, 8, 2048, 3
+EXAMPLES, BATCH, ROW, REPEATS = 64, 8, 2048, 3
 
 
 def arguments() -> argparse.Namespace:
