@@ -42,7 +42,11 @@ WORK = {
 def speed() -> Figure:
     """How many times as long PEFT with bitsandbytes takes, with its default settings and with its best ones."""
     files = [json.loads((DATA / name).read_text()) for name in ("zen4_2_cores.json", "zen4_2_cores_models.json")]
-    rows = {(row["work"], row["setting"]): row for file in files for row in file["rows"]}  # the second file is newer
+    rows: dict[tuple[str, str], Any] = {}
+    for row in (row for file in files for row in file["rows"]):
+        known = rows.setdefault((row["work"], row["setting"]), row)
+        if row["ratio_median"] < known["ratio_median"]:  # of PEFT in bfloat16 and in float32, the faster
+            rows[row["work"], row["setting"]] = row
     figure, (axes,) = figures.panels(["How many times as fast as PEFT + bitsandbytes, 4 bits, on a CPU"], height=3.2)
     for place, work in enumerate(WORK):
         for setting, offset, color in (("default", -0.19, pictures.PISSA), ("tuned", 0.19, TUNED)):
