@@ -19,7 +19,7 @@ RECIPES = Path(__file__).parents[3] / "bench" / "recipes"
 @pytest.mark.parametrize(("name", "base"), [("table_2", (None, 1)), ("table_2_4bit", ("nf4", 5))])
 def test_finetune_takes_the_papers_options(name: str, base: tuple[str | None, int | None]) -> None:
     flags = ["--data", "metamath.jsonl", "--lr", "1e-4", "--bf16", "false"]  # bfloat16 needs a machine that has it
-    ours, training, _ = parse(Namespace(config=str(RECIPES / f"{name}.yaml"), argv=flags), "SFT")
+    ours, training = parse(Namespace(config=str(RECIPES / f"{name}.yaml"), argv=flags), "SFT")
     config = adapter_config(ours, training.seed)
     assert (config.r, config.lora_alpha, config.lora_dropout, config.target_modules) == (128, 128, 0, "all-linear")
     assert (ours.quant, ours.quant_iters, ours.dataset_name) == (*base, "metamath.jsonl")
