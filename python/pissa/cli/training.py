@@ -295,17 +295,17 @@ def _batches(trainer: Any, count: int) -> list[Any]:
 
 def _check(trainer: Any) -> dict[str, Any]:
     (batch,) = _batches(trainer, 1)
-    with user_errors(ValueError, before="the first batch: ", after="; if --max-length cuts images, raise it"):
+    packs = getattr(trainer, "padding_free", False)
+    after = "; leave --packing and --padding-free out" if packs else "; if --max-length cuts images, raise it"
+    with user_errors(ValueError, before="the first batch: ", after=after):
         difference, bound = step0_check(trainer.model, batch)
     passed = difference <= bound  # False for NaN
     print_row("check", f"logits at step 0 differ by {difference:.1e} from the base's (allowed: up to {bound:.1e})")
     if not passed:
         print_row("check", "FAILED: the untrained adapter changes the model; report it with `pissa selftest`")
-    if getattr(trainer, "padding_free", False) and not (off := packing_check(trainer.model, batch)) <= bound:
-        raise UserError(
-            f"--packing: this model mixes the texts of a row: logits differ by {off:.1e} from those of a text alone "
-            f"(allowed: up to {bound:.1e}); leave --packing and --padding-free out"
-        )
+    if packs and not (off := packing_check(trainer.model, batch)) <= bound:
+        what = f"logits differ by {off:.1e} from those of a text alone (allowed: up to {bound:.1e})"
+        raise UserError(f"--packing: this model mixes the texts of a row: {what}{after}")
     return {"difference": difference, "bound": bound, "passed": passed}
 
 
