@@ -235,6 +235,21 @@ def test_logits_that_are_no_numbers_do_not_pass(monkeypatch: pytest.MonkeyPatch)
     assert training._check(SimpleNamespace(model=None))["passed"] is False
 
 
+@pytest.mark.parametrize("difference", [0.5, math.nan])
+def test_a_model_that_mixes_packed_texts_is_refused(
+    difference: float,
+    base: Path,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(training, "packing_check", lambda *_: difference)
+    assert main(command(base, data, tmp_path / "run", "--packing", "true", "--max-length", "64")) == 2
+    assert "mixes the texts of a row: logits differ" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_json_is_all_there_is_on_stdout(
     base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
