@@ -26,7 +26,7 @@ struct Attention {
   Heads v;  ///< [batch, heads / group, keys, dim of values]
   float scale = 1;
   bool causal = false;                 ///< the last query sees all keys, one before it all but the last, and so on
-  const std::uint8_t* mask = nullptr;  ///< [batch, heads, queries, keys]: 1 where a query may see a key
+  const std::uint8_t* mask = nullptr;  ///< [batch, heads, queries, keys]: not 0 where a query may see a key
   std::int64_t mask_batch = 0, mask_head = 0, mask_row = 0;  ///< strides
 };
 

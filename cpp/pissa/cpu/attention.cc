@@ -27,7 +27,7 @@ constexpr std::int64_t kKeys = 256;
 // its sums takes longer than it saves, or all sums together would be larger than kSums, 64 MB.
 constexpr std::int64_t kTasks = 32, kLeastQueries = 384, kSums = 16 << 20;
 
-// The keys [first, end) that a query sees: all of them or, if there is a mask, which begins at `first`, where it is 1.
+// The keys [first, end) that a query sees: all of them or, if there is a mask, which begins at `first`, where it is not 0.
 struct Seen {
   std::int64_t first = 0, end = 0;
   const std::uint8_t* mask = nullptr;
@@ -36,17 +36,20 @@ struct Seen {
 // What a row of a mask lets a query see of the keys [0, end). Masks for causality, padding and packed sequences hide no
 // key between two that they show, so that they need not be looked at again.
 Seen seen_through(const std::uint8_t* mask, std::int64_t end) {
-  const auto word = [&](std::int64_t at) {
-    std::uint64_t eight;
-    std::memcpy(&eight, mask + at, sizeof eight);
-    return eight;
+  const auto word_is_hidden = [&](std::int64_t at) {
+    std::uint64_t word;
+    if (at < 0 || at + 8 > end) return false;
+    std::memcpy(&word, mask + at, sizeof word);
+    return word == 0;
   };
-  while (end >= 8 && word(end - 8) == 0) end -= 8;
+  while (word_is_hidden(end - 8)) end -= 8;
   while (end > 0 && !mask[end - 1]) --end;
   if (end == 0) return {};
-  const auto first = static_cast<const std::uint8_t*>(std::memchr(mask, 1, static_cast<std::size_t>(end)));
-  const bool all = !std::memchr(first, 0, static_cast<std::size_t>(mask + end - first));
-  return {first - mask, end, all ? nullptr : first};
+  std::int64_t first = 0;
+  while (word_is_hidden(first)) first += 8;
+  while (!mask[first]) ++first;
+  const bool all = !std::memchr(mask + first, 0, static_cast<std::size_t>(end - first));
+  return {first, end, all ? nullptr : mask + first};
 }
 
 // The keys that every query sees. A mask is read once, for all heads that it is the same for.
@@ -84,7 +87,7 @@ class Sight {
   std::vector<Seen> masked_;
 };
 
-// Numbers of adjacent keys that a query sees, all or where the mask is 1.
+// Numbers of adjacent keys that a query sees, all or where the mask is not 0.
 struct Visible {
   float* row;
   std::int64_t count;

@@ -86,7 +86,7 @@ struct Kernels {
                       ScoreState& state);
 
   /// Turns a row of products [count] into exp(scale * product - m), where m is the largest scale * product, and into 0
-  /// where mask is 0, if there is a mask, whose last number is 1. share: 1 / their sum, which makes them the softmax; 0 of
+  /// where mask is 0, if there is a mask, whose last number is not. share: 1 / their sum, which makes them the softmax; 0 of
   /// nothing. Returns the logarithm of the sum of exp(scale * product); -infinity of nothing.
   float (*softmax_row)(float* row, std::int64_t count, const std::uint8_t* mask, float scale, float* share);
 
