@@ -280,12 +280,13 @@ void dot_tile(const Matrix& weight, std::int64_t n, std::int64_t k0, std::int64_
     }
   };
   const std::int64_t total = weight.rows * weight.cols;
+  const std::int64_t ahead = cols * weight.cols / 2;  // in the rows after these
   const std::int64_t whole = smaller(chunks, (total - (first - lead)) / kChunk);
   for (std::int64_t chunk = 0; chunk < whole; ++chunk) {
     const std::uint8_t* codes[cols];
     for (int j = 0; j < cols; ++j) {
       codes[j] = bytes[j] + chunk * Product::kDecodeBytes;
-      __builtin_prefetch(codes[j] + 2048);
+      __builtin_prefetch(codes[j] + ahead);
     }
     add_chunk(chunk, codes);
   }

@@ -404,7 +404,7 @@ void gguf_tile(const std::uint8_t* weight, std::int64_t ld, std::int64_t count, 
     const std::uint8_t* blocks[cols];
     for (int j = 0; j < cols; ++j) {
       blocks[j] = weight + j * ld;
-      for (int byte = 0; byte < Codes::kBytes; byte += 64) __builtin_prefetch(blocks[j] + 512 + byte);
+      for (int byte = 0; byte < Codes::kBytes; byte += 64) __builtin_prefetch(blocks[j] + cols * ld + byte);
     }
     if constexpr (Codes::kIsNibbles) add_nibbles<Codes, Product>(blocks, x.from(k), sum, least);
     else if constexpr (Codes::template looks_up_bits<Product>())

@@ -115,7 +115,7 @@ void int8_tile(const std::int8_t* codes, std::int64_t ld, std::int64_t count, co
   std::int64_t k = 0;
   for (; k + kWidth <= count; k += kWidth) {
     for (int j = 0; j < cols; ++j) {
-      __builtin_prefetch(codes + j * ld + k + 2048);
+      __builtin_prefetch(codes + (j + cols) * ld + k);
       values[j] = Vec::load_i8(codes + j * ld + k);
     }
     add(k, values);
