@@ -1,20 +1,29 @@
 """The models that docs/your-data.md names: their shapes, and what training them on 500 examples takes.
 
-Minutes are computed by the committed rates (tokens a second times parameters), memory by the rule of `pissa report`.
+Minutes are computed by the committed rates (tokens a second times parameters), memory by `training_memory`.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 
-from pissa.checkpoints.training_memory import quantised_bytes, training_memory
+from pissa.checkpoints.training_memory import training_memory
 from pissa.config import Form
+from pissa.ops.formats import FORMATS
 
 EXAMPLES, TOKENS, BATCH, RANK = 500, 200, 8, 16
 PROCESS = 300e6
 """Bytes of torch and transformers themselves (docs/speed.md)."""
+
+
+def quantised_bytes(shape: tuple[int, int], form: Form) -> int:
+    """The bytes of a weight in codes."""
+    format = FORMATS[form.name]
+    tensors = format.tensors(shape, *format.options(form.blocksize, form.double_quant, shape[1]))
+    return sum(math.prod(size) * kept.itemsize for size, kept in tensors.values())
 
 
 class Model(NamedTuple):

@@ -5,5 +5,5 @@
 - `init`: writes residuals as a checkpoint, with the start factors as a LoRA in it
 - `load`: a PissaModel over the mapped files of such a folder
 - `trained`, `merge`: a checkpoint with an adapter merged into it
-- `spectra`, `training_memory`: what a checkpoint offers PiSSA
+- `training_memory`: what a training step takes
 """

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from collections.abc import Mapping
 
 import torch
-
-from pissa.config import Form
-from pissa.ops.formats import FORMATS
 
 
 def training_memory(
@@ -54,10 +50,3 @@ def training_memory(
     }
     by_kind = {method: stored | {"activations": tokens * count} for method, count in of_a_token.items()}
     return {method: parts | {"total": sum(parts.values())} for method, parts in by_kind.items()}
-
-
-def quantised_bytes(shape: tuple[int, int], form: Form) -> int:
-    """The bytes of a weight in codes."""
-    format = FORMATS[form.name]
-    tensors = format.tensors(shape, *format.options(form.blocksize, form.double_quant, shape[1]))
-    return sum(math.prod(size) * kept.itemsize for size, kept in tensors.values())

@@ -24,7 +24,6 @@ COMMANDS = {
     "merge": "merge an adapter into a checkpoint on disk, using little memory",
     "export": "write an adapter for another runtime: bitsandbytes, vLLM, llama.cpp",
     "convert": "turn a PiSSA adapter of any layout into a plain LoRA",
-    "report": "report spectra, and the memory of a training before it starts",
     "run": "run a PEFT training program with pissa's PiSSA and 4-bit LoRA",
     "env": "report what is installed, and whether its versions fit",
     "selftest": "check this installation; run it before you report a problem",
@@ -33,7 +32,6 @@ COMMANDS = {
 _HOMES = {
     **{name: f"folders:{name.upper()}" for name in ("init", "merge", "export", "convert")},
     **{name: f"training:{name.upper()}" for name in ("finetune", "dpo")},
-    "report": "report:REPORT",
     "start": "guide",  # a module of that name is in base
 }
 

@@ -27,7 +27,6 @@ from pissa import ops
 from pissa.base.weights import CodedLinear
 from pissa.checkpoints.init import init
 from pissa.checkpoints.merge import merge
-from pissa.checkpoints.spectra import report
 from pissa.integrations.export import export
 from pissa.layers.experts import UnfusedExperts
 from released_folders import DENSE_LAYOUTS, FIELDS, release, released
@@ -309,13 +308,6 @@ def test_init_merge_and_export_read_it_as_the_dense_checkpoint(
     for name, value in expected.state_dict().items():
         assert torch.equal(ours.state_dict()[name], value), name
     assert dense.is_dir()
-
-
-def test_a_report_counts_the_bytes_of_the_files(tmp_path: Path) -> None:
-    released("gpt_oss", "mxfp4-gpt-oss", tmp_path / "model")
-    found = report(tmp_path / "model", [4], length=8)
-    tensors = load_file(tmp_path / "model" / "model.safetensors").values()
-    assert found["memory"]["plain"]["weights"] == sum(tensor.nbytes for tensor in tensors)
 
 
 def test_a_format_whose_blocks_do_not_divide_rows_is_refused_before_anything_is_replaced() -> None:

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 import pissa
-from pissa.checkpoints.training_memory import quantised_bytes, training_memory
+from bench.compare.models import quantised_bytes
+from pissa.checkpoints.training_memory import training_memory
 from pissa.config import Form
 from pissa.layers.layer import pissa_layers
 
