@@ -211,9 +211,13 @@ OUR_PYTEST = $(PYTEST) --dist loadfile
 # model/test_on_cuda.py shows the same in every run.
 ON_CUDA := $(addprefix layers/test_,layer.py kinds.py) base/test_bitsandbytes.py ops/test_gpu.py model/test_model.py
 
+# Also without our kernels: the ops, a layer of each kind, and a model from its training to a conversation.
+COMPOSITE := ops layers/test_kinds.py journeys/test_finetune_then_generate.py
+
 test-python: $(BUILD)/venv-test.stamp
 	$(TEST_PYTHON) -m pissa
 	$(OUR_PYTEST) --durations 20
+	PISSA_COMPOSITE=1 $(OUR_PYTEST) -W ignore::pissa.notices.CompositeWarning $(COMPOSITE:%=tests/python/%)
 
 test-python-nightly: $(BUILD)/venv-test.stamp
 	$(OUR_PYTEST) -m "nightly and not slow and not gpu"

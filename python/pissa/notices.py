@@ -64,3 +64,7 @@ class InstructionSetWarning(PissaWarning):
 
 class NoEndTokenWarning(PissaWarning):
     """The tokenizer of a GGUF file has no token that ends an answer."""
+
+
+class CompositeWarning(PissaWarning):
+    """On this device PyTorch's operations compute the layers, more slowly than our kernels would."""

@@ -5,10 +5,12 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
+#include <iterator>
 #include <vector>
 
 #include "pissa/core/format.h"
 #include "pissa/core/fused_linear.h"
+#include "pissa/core/merge_codes.h"
 #include "pissa/core/nested_scales.h"
 #include "pissa/core/rsvd.h"
 
@@ -17,6 +19,16 @@ namespace pissa::python {
 inline const char* name(ScaleKind kind) {
   constexpr const char* kNames[] = {"float32", "nested", "e8m0", "e4m3", "bfloat16", "tiles", "within"};
   return kNames[static_cast<int>(kind)];
+}
+
+template <Format format = Format::nf4>
+std::vector<float> levels(Format of) {
+  if constexpr (format != Format::mxfp4_gguf) {
+    if (of != format) return levels<static_cast<Format>(static_cast<int>(format) + 1)>(of);
+  }
+  std::vector<float> values;
+  for (int code = 0; code < 1 << info(format).bits; ++code) values.push_back(level_of_code<format>(code));
+  return values;
 }
 
 // Of the quantised formats. blocksizes is empty where a block is a row.
@@ -35,6 +47,7 @@ inline pybind11::dict formats() {
     entry["usual_blocksize"] = row.blocks.usual;
     entry["scales"] = name(row.scales);
     entry["block_bytes"] = row.block_bytes;
+    entry["levels"] = levels(format);
     table[row.name] = entry;
   }
   return table;
@@ -42,6 +55,7 @@ inline pybind11::dict formats() {
 
 inline pybind11::dict limits() {
   pybind11::dict table;
+  table["dynamic_map"] = std::vector<float>(std::begin(kDynamicMap), std::end(kDynamicMap));
   table["few_tokens"] = kFewTokens;
   table["nested_blocksize"] = kNestedBlocksize;
   table["passes_per_step"] = kPassesPerStep;
@@ -53,11 +67,13 @@ inline void define_limits(pybind11::module_& m) {
   m.def(
       "formats", formats,
       "The quantised formats by name: bits of a code, blocksizes (none: a block is a row), usual_blocksize, what its\n"
-      "scales may be (nested: also float32), and the bytes of a block with its scales within (others: 0).");
+      "scales may be (nested: also float32), the bytes of a block with its scales within (others: 0), and the level of\n"
+      "each code, which its scale multiplies.");
   m.def(
       "limits", limits,
-      "Rows of x up to which factors are not summed (few_tokens), scales that are quantised together\n"
-      "(nested_blocksize), reads of a weight in a step of the SVD (passes_per_step), and scores of a token (scores).");
+      "The levels of nested scales (dynamic_map), rows of x up to which factors are not summed (few_tokens), scales\n"
+      "that are quantised together (nested_blocksize), reads of a weight in a step of the SVD (passes_per_step), and\n"
+      "scores of a token (scores).");
 }
 
 }  // namespace pissa::python

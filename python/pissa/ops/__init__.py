@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from pissa.ops import composite as composite
 from pissa.ops import formats
 from pissa.ops._attention import attention
 from pissa.ops._gated import gated

@@ -16,7 +16,7 @@ from pissa.ops.checks import check_devices
 from pissa.ops.formats import FORMATS, NESTED_BLOCKSIZE
 
 _FEW_TOKENS: int = _C.limits()["few_tokens"]
-_SCORES: int = _C.limits()["scores"]
+SCORES: int = _C.limits()["scores"]
 
 # ---- Fakes -----------------------------------------------------------------------------------------------------------
 # torch calls each with all arguments of its op, by position.
@@ -81,12 +81,12 @@ for _op, _fake in _FAKES.items():
 # format, the block size and out_features of a quantised one. The last of these gives the number of rows.
 
 
-def _out_features(weight: list[Any]) -> int:
+def out_features_of(weight: Sequence[Any]) -> int:
     rows: int = weight[-1].shape[0] if isinstance(weight[-1], Tensor) else weight[-1]
     return rows
 
 
-def _kept(x: Tensor, out_features: int, a: Tensor | None, a0: Tensor | None, implicit: bool) -> Tensor:
+def kept_of(x: Tensor, out_features: int, a: Tensor | None, a0: Tensor | None, implicit: bool) -> Tensor:
     """What the forward keeps for the backward: x Aᵀ; on CUDA in x's half precision, and after sums of factors in it."""
     if a is None:
         return _floats(x, 0)
@@ -100,8 +100,8 @@ def _kept(x: Tensor, out_features: int, a: Tensor | None, a0: Tensor | None, imp
 def _fake_linear(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     check_devices(dict(enumerate((x, *args))))  # as the kernels do
     *weight, _bias, a, _b, a0, _b0, _scaling, implicit = args
-    out_features = _out_features(weight)
-    return x.new_empty((*x.shape[:-1], out_features)), _kept(x, out_features, a, a0, implicit)
+    out_features = out_features_of(weight)
+    return x.new_empty((*x.shape[:-1], out_features)), kept_of(x, out_features, a, a0, implicit)
 
 
 def _fake_gradients(x: Tensor, out_features: int, a: Tensor | None, need_dx: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -111,7 +111,7 @@ def _fake_gradients(x: Tensor, out_features: int, a: Tensor | None, need_dx: boo
 
 def _fake_linear_backward(dy: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     *weight, a, _b, _a0, _b0, _kept, _scaling, _implicit, need_dx = args
-    return _fake_gradients(x, _out_features(weight), a, need_dx)
+    return _fake_gradients(x, out_features_of(weight), a, need_dx)
 
 
 for _op in ("linear", "quantized_linear"):
@@ -136,7 +136,7 @@ def _(dy: Tensor, x: Tensor, offsets: list[int], *args: Any) -> tuple[Tensor, li
 def _(base: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     check_devices(dict(enumerate((base, x, *args))))
     a, _b, a0, _b0, _scaling, implicit = args
-    return base.new_empty(base.shape), _kept(x, base.shape[-1], a, a0, implicit)
+    return base.new_empty(base.shape), kept_of(x, base.shape[-1], a, a0, implicit)
 
 
 @register_fake("pissa::add_low_rank_backward")
@@ -145,7 +145,7 @@ def _(dy: Tensor, x: Tensor, a: Tensor, *args: Any) -> tuple[Tensor, Tensor, Ten
 
 
 def _fake_token_scores(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    return _floats(x, *x.shape[:-1], _SCORES), x.new_empty(x.shape if args[-1] else (0,))
+    return _floats(x, *x.shape[:-1], SCORES), x.new_empty(x.shape if args[-1] else (0,))
 
 
 for _op in ("token_scores", "quantized_token_scores"):

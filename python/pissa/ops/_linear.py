@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.amp import is_autocast_available
 
 from pissa.ops import _autograd
+from pissa.ops._load import has_kernels
 from pissa.ops._quant import QuantizedWeight, check_quantized
 from pissa.ops.checks import (
     FLOATS,
@@ -63,8 +65,9 @@ def check_operands(x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | N
 
 def as_ops_take(x: Tensor, weight: Tensor | QuantizedWeight) -> tuple[Tensor, str, list[Any]]:
     """Returns x (under autocast in autocast's dtype), the name of the op, and the weight as the op takes it."""
-    if not x.is_meta and torch.is_autocast_enabled(x.device.type):  # autocast does not know the meta device
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    device = x.device.type
+    if is_autocast_available(device) and torch.is_autocast_enabled(device):  # not every device has it
+        x = x.to(torch.get_autocast_dtype(device))
     if isinstance(weight, Tensor):
         return x, "linear", [weight]
     *parts, (out_features, in_features), blocksize = weight
@@ -73,15 +76,13 @@ def as_ops_take(x: Tensor, weight: Tensor | QuantizedWeight) -> tuple[Tensor, st
     return x, "quantized_linear", [*parts, blocksize, out_features]
 
 
-def _run(compute: Callable[[], Tensor], check: Callable[[], None]) -> Tensor:
-    """What `compute` returns. Checks take 26 us, half of what a small product does. So they are made after the compiled
-    op has refused its arguments, to say what is wrong, or where it computes nothing: on the meta device."""
-    if not torch.compiler.is_compiling():
-        # An error comes again below, unless a check finds its reason. Checkpoints end by one of another kind.
-        with suppress(RuntimeError, TypeError, ValueError, AttributeError, IndexError):
-            y = compute()
-            if not y.is_meta:
-                return y
+def _run(x: Tensor, compute: Callable[[], Tensor], check: Callable[[], None]) -> Tensor:
+    """What `compute` returns. Checks take 26 us, half of what a small product does. So where our kernels compute, they
+    are made after a kernel has refused its arguments, to say what is wrong."""
+    # An error comes again below, unless a check finds its reason. Checkpoints end by one of another kind.
+    with suppress(RuntimeError, TypeError, ValueError, AttributeError, IndexError):
+        if not torch.compiler.is_compiling() and has_kernels(x.device):
+            return compute()
     check()
     return compute()
 
@@ -147,7 +148,7 @@ def linear(
         given, op, slots = as_ops_take(x, weight)
         return _autograd.product(op, given, slots, (bias, *map(as_float32, factors.values()), float(scaling), implicit))
 
-    return _run(compute, lambda: _check_linear(x, weight, bias, factors))
+    return _run(x, compute, lambda: _check_linear(x, weight, bias, factors))
 
 
 def add_low_rank(
@@ -191,7 +192,7 @@ def add_low_rank(
         check_frozen(a0=a0, b0=b0)
         return _autograd.run("add_low_rank", y, x, *map(as_float32, factors.values()), float(scaling), a0 is not None)
 
-    return _run(compute, lambda: _check_low_rank(y, x, factors))
+    return _run(x, compute, lambda: _check_low_rank(y, x, factors))
 
 
 def _check_low_rank(y: Tensor, x: Tensor, factors: Factors) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,7 @@ except ImportError as error:
         "with a wheel for this Python; a source folder alone is not enough. torch must be 2.10 or newer."
     ) from error
 
-__all__ = ["_C", "cuda_problem"]
+__all__ = ["FORCED", "_C", "cuda_problem", "has_kernels"]
 
 _CUDA = 13  # the major version of CUDA that the library is built for, which torch must have loaded too
 # The CUDA libraries that the library links, their own dependencies first, and the package that contains each.
@@ -78,5 +79,12 @@ def _load_cuda(library: Path) -> str | None:
 if failure := _C.isa_failure():
     warnings.warn(f"{failure}; please report it with what `pissa env` prints", InstructionSetWarning, stacklevel=2)
 
-# Why tensors on CUDA cannot be used here; None if they can.
+# Why our kernels do not compute on CUDA here; None if they do.
 cuda_problem: str | None = _load_cuda(Path(_C.__file__).with_name(f"libpissa_cuda{_CUDA}.so"))
+# Whether PyTorch's operations compute instead of our kernels (ops/composite.py), which is asked for to report a fault.
+FORCED = os.environ.get("PISSA_COMPOSITE") == "1"
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether our kernels compute on a device. On the meta device, too, they do not."""
+    return not FORCED and (device.type == "cpu" or (device.type == "cuda" and cuda_problem is None))

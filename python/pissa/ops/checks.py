@@ -36,7 +36,6 @@ def check_tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...] = FLO
 
     Raises:
         TypeError: it is no tensor, sharded, sparse, or in another dtype than `dtypes`.
-        ValueError: it is on a device on which pissa cannot compute. The meta device is allowed.
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}; needed: a torch.Tensor")
@@ -50,13 +49,6 @@ def check_tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...] = FLO
         raise TypeError(f"{name}: got dtype {str(value.dtype).removeprefix('torch.')}; allowed: {allowed}")
     if value.layout != torch.strided:
         raise TypeError(f"{name}: got layout {value.layout}; needed: a dense (strided) tensor")
-    if value.device.type == "cuda":
-        if _load.cuda_problem is not None:
-            raise ValueError(f"{name}: is on {value.device}; {_load.cuda_problem}; or move it with .to('cpu')")
-    elif value.device.type not in ("cpu", "meta"):
-        raise ValueError(
-            f"{name}: is on {value.device}; pissa computes on the CPU and with CUDA: move it with .to('cpu')"
-        )
     return value
 
 

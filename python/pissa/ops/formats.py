@@ -27,6 +27,8 @@ class QuantFormat:
     """Bits of a code."""
     blocksizes: tuple[int, ...]
     usual_blocksize: int
+    levels: tuple[float, ...]
+    """The level of each code, which its block's scale multiplies."""
     scales: str
     """The kind of its scales, one of "float32", "nested" (quantised too, or float32), "e8m0", "e4m3" (one byte each),
     "bfloat16", "tiles" (float32, bfloat16 or E8M0) and "within" (inside the blocks of codes)."""
@@ -101,7 +103,13 @@ def _ceil_div(a: int, b: int) -> int:
 
 READ: dict[str, QuantFormat] = {
     name: QuantFormat(
-        name, row["bits"], tuple(row["blocksizes"]), row["usual_blocksize"], row["scales"], row["block_bytes"]
+        name,
+        row["bits"],
+        tuple(row["blocksizes"]),
+        row["usual_blocksize"],
+        tuple(row["levels"]),
+        row["scales"],
+        row["block_bytes"],
     )
     for name, row in _C.formats().items()
 }

@@ -6,15 +6,17 @@ import torch
 from torch import Tensor
 
 import devices
+from pissa.ops._load import FORCED
 
 EPS = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # unit roundoff
 
 
 def unit_errors(k: int, activations: torch.dtype) -> float:
     """Of sums of k terms in float32; with bfloat16 activations of both factors, and between them, as well. On CUDA that
-    goes for float16 too, and an output in half precision may be rounded twice more (cpp/pissa/cuda/backend.h)."""
+    goes for float16 too, and an output in half precision may be rounded twice more (cpp/pissa/cuda/backend.h), as it is
+    by PyTorch's operations (ops/composite.py)."""
     sums = k * EPS[torch.float32]
-    if devices.on_cpu():
+    if devices.on_cpu() and not FORCED:
         return sums + (3.03 * EPS[torch.bfloat16] if activations == torch.bfloat16 else 0.0)
     return sums + (0.0 if activations == torch.float32 else 5.05 * EPS[activations])
 
