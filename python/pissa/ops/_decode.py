@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from pissa.ops._load import _C
-from pissa.ops.formats import NESTED_BLOCKSIZE, READ
+from pissa.ops.formats import NESTED_BLOCKSIZE, READ, QuantFormat
 
 
 @cache
@@ -30,15 +31,16 @@ def _planes(values: Tensor, shifts: Iterable[int], mask: int) -> Tensor:
     return torch.cat([values >> shift & mask for shift in shifts], -1)
 
 
-def _unpacked(codes: Tensor, format: str) -> Tensor:
-    """Codes [n, elements] of bytes [n, bytes]."""
-    if format == "nf3":
+def _levels(codes: Tensor, format: QuantFormat) -> Tensor:
+    """The levels [n, elements] of codes [n, bytes]: those of a byte are found together."""
+    if format.bits == 3:
         low, middle, high = codes.view(len(codes), -1, 3).int().unbind(-1)
-        return _planes((low | middle << 8 | high << 16)[..., None], range(0, 24, 3), 7).flatten(1)
-    if READ[format].bits == 8:
-        return codes
-    shifts = (4, 0) if format == "nf4" else range(0, 8, READ[format].bits)
-    return _planes(codes[..., None], shifts, (1 << READ[format].bits) - 1).flatten(1)
+        bits = _planes((low | middle << 8 | high << 16)[..., None], range(0, 24, 3), 7)
+        return _table(format.levels, codes.device)[bits].flatten(1)
+    shifts = (4, 0) if format.name == "nf4" else range(0, 8, format.bits)
+    of_bytes = [format.levels[byte >> shift & (1 << format.bits) - 1] for byte in range(256) for shift in shifts]
+    table = _table(tuple(of_bytes), codes.device).view(256, -1)
+    return functional.embedding(codes.int(), table).flatten(1)
 
 
 _SMALL = {"q4_0": (2, 0, 0), "iq4_nl": (2, 0, 0), "q4_1": (4, 0, 2), "q5_0": (6, 2, 0), "q5_1": (8, 4, 2)}
@@ -113,16 +115,15 @@ class Codes:
 
     def decode_long(self, rows: Tensor) -> Tensor:
         """The long rows of these numbers, float32."""
-        codes, name = self.codes[rows], self.format.name
-        levels = _table(self.format.levels, codes.device)
+        codes = self.codes[rows]
         if self.format.is_read_only:
-            bits, scales, minima = _gguf(codes.view(-1, self.format.block_bytes), name)
-            values = levels[bits.int()].view(*scales.shape, -1) * scales[..., None]
+            bits, scales, minima = _gguf(codes.view(-1, self.format.block_bytes), self.format.name)
+            values = _table(self.format.levels, codes.device)[bits.int()].view(*scales.shape, -1) * scales[..., None]
             return (values if minima is None else values + minima[..., None]).view(len(rows), -1)
-        values = levels[_unpacked(codes, name).int()]
+        values = _levels(codes, self.format)
         tall = self.blocksize if len(self.scales) < self.long_rows else 1
         scales = self.scales[rows // tall].repeat_interleave(self.blocksize, 1)[:, : values.shape[1]]
-        return values * scales * _INT8_STEP if name == "int8" else values * scales
+        return values * scales * _INT8_STEP if self.format.name == "int8" else values * scales
 
     def decode(self, first: int, last: int) -> Tensor:
         """Rows [first, last) in float32. The first is a multiple of `together`."""
@@ -136,4 +137,4 @@ class Codes:
 
 
 def _padded(values: Tensor, count: int) -> Tensor:
-    return torch.nn.functional.pad(values.reshape(-1), (0, count - values.numel()))
+    return functional.pad(values.reshape(-1), (0, count - values.numel()))
