@@ -81,24 +81,23 @@ def _passes(name: str, check: Callable[[], Iterable[str] | None]) -> bool:
 
 
 def _devices(asked: str | None) -> Iterator[torch.device]:
-    """Yields the devices to test and prints each one first. Reports why a GPU is not tested, unless it was excluded."""
+    """Yields the devices to test and prints each one first, with what computes there if our kernels do not."""
     import torch
 
     import pissa
     from pissa.ops._load import cuda_problem
 
     has_gpu = torch.cuda.is_available()
-    problem = cuda_problem if has_gpu else "torch finds no GPU here"
-    if asked == "cuda" and problem is not None:
-        raise UserError(f"--device cuda: {problem}; without --device all is tested that can be used")
+    if asked == "cuda" and not has_gpu:
+        raise UserError("--device cuda: torch finds no GPU here; without --device all is tested that can be used")
     if asked != "cuda":
         print(f"\ncpu: {pissa.build_info()['isa']}")
         yield torch.device("cpu")
-    if asked != "cpu" and problem is None:
+    if asked != "cpu" and has_gpu:
         print(f"\ncuda: {torch.cuda.get_device_name()}")
+        if cuda_problem is not None:
+            print(f"PyTorch's operations compute there: {cuda_problem}")
         yield torch.device("cuda")
-    elif asked is None and has_gpu:
-        print(f"\nThe GPU was not tested: {problem}")
 
 
 # ---- The GPU ---------------------------------------------------------------------------------------------------------

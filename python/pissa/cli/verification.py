@@ -6,6 +6,7 @@ import math
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -28,6 +29,8 @@ def checks(device: torch.device, models: bool) -> Iterator[tuple[str, Callable[[
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             name = f"linear, {form} weight, {str(dtype).removeprefix('torch.')}"
             yield name, partial(wrong_in_linear, form, dtype, device)
+    for form in FORMATS:
+        yield f"grouped linear, {form} weights", partial(wrong_in_group, form, device)
     for form in ("implicit", *FORMATS) if models else ():
         yield f"a model, {form}: trained, saved, loaded", partial(wrong_in_model, form, device)
 
@@ -47,9 +50,9 @@ def wrong_in_linear(form: str, dtype: torch.dtype, device: torch.device) -> Iter
         form: the form of the weight, "dense" or a format.
         dtype: the dtype of the activations, and of a dense weight.
     """
-    for rows in (4, 150):  # few rows and many rows use different kernels
-        shapes = {"x": (rows, 448), "weight": (264, 448), "bias": (264,), "dy": (rows, 264)}
-        shapes |= {"a": (8, 448), "b": (264, 8), "a0": (8, 448), "b0": (264, 8)}
+    for rows, out in ((4, 264), (40, 264), (150, 264), (4, 8192)):  # each by kernels of its own
+        shapes = {"x": (rows, 448), "weight": (out, 448), "bias": (out,), "dy": (rows, out)}
+        shapes |= {"a": (8, 448), "b": (out, 8), "a0": (8, 448), "b0": (out, 8)}
         generator = torch.Generator().manual_seed(0)
         # The terms of a sum have similar sizes, so that none is lost in the rounding of another.
         operands = {
@@ -66,7 +69,20 @@ def wrong_in_linear(form: str, dtype: torch.dtype, device: torch.device) -> Iter
         bound = 4 * (math.sqrt(448) * 2.0**-24 + torch.finfo(dtype).eps)
         for name, tensor in exact.items():
             error = (got[name].cpu().double() - tensor).abs().max() / tensor.abs().max()
-            yield from _check_at_most(f"error of {name} ({rows} rows)", error.item(), bound)
+            yield from _check_at_most(f"error of {name} ({rows} rows, {out} columns)", error.item(), bound)
+
+
+def wrong_in_group(form: str, device: torch.device) -> Iterator[str]:
+    """Compares layers that are computed together with each by itself, in bfloat16. Each rounds up to five times."""
+    generator, offsets = torch.Generator().manual_seed(0), (0, 3, 43, 45)
+    x, *dense = (torch.randn(rows, 448, generator=generator).to(device) for rows in (45, 264, 264, 264))
+    a, b = ([torch.randn(*size, generator=generator).to(device) for _ in dense] for size in ((8, 448), (264, 8)))
+    weights = [ops.quantize(weight / math.sqrt(448), form) for weight in dense]
+    together = ops.grouped_linear(x.bfloat16(), weights, offsets, a=a, b=b)
+    parts = zip(x.bfloat16().split([last - first for first, last in pairwise(offsets)]), weights, a, b, strict=True)
+    apart = torch.cat([ops.linear(rows, weight, a=of_a, b=of_b) for rows, weight, of_a, of_b in parts])
+    error = (together - apart).abs().max() / apart.abs().max()
+    yield from _check_at_most("difference", error.item(), 4 * torch.finfo(torch.bfloat16).eps)
 
 
 def _linear64(

@@ -55,7 +55,7 @@ def test_all_is_right_without_network_and_without_files(
     assert (code, failed(out)) == (0, set())
     forms = len(ops.formats.FORMATS) + 1
     count = len(re.findall(r" \.+ ok ", out))
-    assert count == 1 + 3 * forms + forms
+    assert count == 1 + 3 * forms + (forms - 1) + forms
     assert f"{count} of {count} checks passed" in out
     assert "`pissa env`" in out.splitlines()[-2]
     assert max(map(len, out.splitlines()[1:])) < 80
@@ -83,8 +83,11 @@ def test_a_gpu_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert (code, "--device cuda: torch finds no GPU here" in out) == (2, True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr("pissa.ops._load.cuda_problem", "torch is built for CUDA 12.8")
-    code, out = run(capsys)
-    assert (code, "\nThe GPU was not tested: torch is built for CUDA 12.8\n" in out) == (0, True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "some GPU")
+    with CudaStandIn():
+        monkeypatch.setattr("pissa.ops._load.cuda_problem", "torch is built for CUDA 12.8")
+        code, out = run(capsys)
+    assert (code, "\nPyTorch's operations compute there: torch is built for CUDA 12.8\n" in out) == (0, True)
     code, out = run(capsys, "--device", "cpu")
     assert (code, "GPU" in out) == (0, False)
 
@@ -107,7 +110,7 @@ PLANTED: dict[str, tuple[Callable[..., Any], str]] = {
     "output": (lambda x, w, *args, **kw: LINEAR(x, w, *args, **kw) * (1.5 if of_int8(w) else 1), "int8 w"),
     "few rows": (lambda x, *args, **kw: LINEAR(x, *args, **kw) * (1.5 if len(x) < 16 else 1), "linear"),
     "NaN": (lambda *args, **kw: LINEAR(*args, **kw) * torch.nan, "linear"),
-    "gradient": (half_gradient, "linear"),
+    "gradient": (half_gradient, " weight, "),
 }
 
 
@@ -131,7 +134,7 @@ def test_a_check_that_raises_has_failed(monkeypatch: pytest.MonkeyPatch, capsys:
     with monkeypatch.context() as patch:
         patch.setattr(ops, "quantize", broken)
         code, out = run(capsys)
-        assert (code, len(failed(out))) == (1, 3 * len(ops.formats.FORMATS))  # those of a dense weight run
+        assert (code, len(failed(out))) == (1, 4 * len(ops.formats.FORMATS))  # those of a dense weight run
     monkeypatch.setattr(selftest, "_import_ops", broken)
     code, out = run(capsys)
     assert (code, "0 of 1 checks passed" in out) == (1, True)

@@ -71,6 +71,13 @@ def test_tiles_of_fp8(tall: int, wide: int, scales: torch.dtype) -> None:
     assert same_bits(composite._dequantize(*held(weight), torch.float32), ops.dequantize(weight))
 
 
+def test_an_unknown_label_gives_nan() -> None:
+    x, weight = torch.randn(3, 8), torch.randn(5, 8)
+    scores, dx = composite._token_scores(x, weight, None, torch.tensor([1, 5, -1]), 1.0, 0.0, True)
+    assert scores[:, 0].isnan().tolist() == dx.isnan().all(1).tolist() == [False, True, True]
+    assert not dx[0].isnan().any()
+
+
 def _environment(**more: str) -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name != "PISSA_COMPOSITE"} | more
 

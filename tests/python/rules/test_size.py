@@ -12,9 +12,10 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[3] / "python" / "pissa"
 
-LIMIT = 13_913
-"""Lines of code with the ops in PyTorch's operations, 289, for which `pissa report` went, 116. (Those in C++ are not
-counted.) There is no air: what comes next begins with what goes. Is there a second way to do something?"""
+LIMIT = 13_926
+"""Lines of code with the ops in PyTorch's operations, 302 with their checks, for which `pissa report` went, 116. (Those
+in C++ are not counted.) There is no air: what comes next begins with what goes. Is there a second way to do
+something?"""
 
 _NOT_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 
