@@ -142,8 +142,13 @@ device_tests() { # the files that take --device, side by side; the rehearsal a s
   done
   return $status
 }
+export ROUTES='
+from pissa.ops import _load
+words = _load.routes()
+assert "wrong" not in words, f"not measured: the self-test closed a route of this GPU ({words})"'
 measure() { # STAGE SECONDS ROWS...: in a process of its own, and in another one what an error of the GPU has left
   local before status=3
+  [ "$device" != cuda ] || "$python" -c "$ROUTES" || return
   while [ $status = 3 ] || [ $status -gt 128 ]; do
     before=$(wc -c <"$log")
     # shellcheck disable=SC2086

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "pissa/cuda/of_thread.h"
+#include "pissa/cuda/routes.h"
 
 namespace pissa::cuda {
 namespace {
@@ -122,6 +123,16 @@ void read_back(const Context& context, const void* device, void* host, std::int6
     check(cudaStreamSynchronize(context.stream), context, "cudaStreamSynchronize");
     std::copy_n(piece.data(), size, static_cast<char*>(host) + done);
   }
+}
+
+bool is_capturing(const Context& context) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  check(cudaStreamIsCapturing(context.stream, &status), context, "cudaStreamIsCapturing");
+  return status != cudaStreamCaptureStatusNone;
+}
+
+bool may_launch_early(const Context& context) {
+  return capability(context.device) >= 90 && is_open(context.device, Route::early_launch) && !is_capturing(context);
 }
 
 std::string describe(cudaError_t status) {

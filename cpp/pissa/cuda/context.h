@@ -99,7 +99,9 @@ void launch_with(std::span<cudaLaunchAttribute> attributes, const Context& conte
   config.stream = context.stream;
   config.attrs = attributes.data();
   config.numAttrs = static_cast<unsigned>(attributes.size());
-  check(cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...), context, name, "grid", grid.x, "x", grid.y);
+  const cudaError_t status = cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...);
+  if (succeeded(status)) return;  // an error of a kernel before this one, maybe of another library, comes here too
+  check(status, context, message(name, ", or a kernel before it,").c_str(), "grid", grid.x, "x", grid.y);
 }
 
 /// Launches a kernel without attributes.
@@ -109,15 +111,22 @@ void launch(const Context& context, const char* name, void (*kernel)(Params...),
   launch_with({}, context, name, kernel, grid, threads, args...);
 }
 
+/// Whether the stream is being captured into a graph.
+bool is_capturing(const Context& context);
+
+/// Whether launch_dependent may ask for an early start: on compute capability 9.0, where that was not found to be wrong
+/// (routes.h), and outside of a capture, in which drivers have refused it (SGLang #18596).
+bool may_launch_early(const Context& context);
+
 /// Launches a kernel that may start before its predecessor on the stream has ended, if the predecessor calls
-/// allow_dependent_launch and the device has compute capability 9.0. The kernel has to call wait_for_earlier_kernels.
+/// allow_dependent_launch and the device can do so. The kernel has to call wait_for_earlier_kernels.
 template <class... Params, class... Args>
 void launch_dependent(const Context& context, const char* name, void (*kernel)(Params...), dim3 grid, unsigned threads,
                       const Args&... args) {
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
-  const std::size_t count = capability(context.device) >= 90 ? 1 : 0;
+  const std::size_t count = may_launch_early(context) ? 1 : 0;
   launch_with(std::span(&attribute, count), context, name, kernel, grid, threads, args...);
 }
 

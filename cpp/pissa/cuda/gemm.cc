@@ -6,6 +6,7 @@
 #include "pissa/cuda/elementwise.h"
 #include "pissa/cuda/factorize.h"
 #include "pissa/cuda/lt_plan.h"
+#include "pissa/cuda/routes.h"
 
 namespace pissa::cuda {
 namespace {
@@ -53,7 +54,7 @@ class PreciseMath {
 
 // By cublasLt, or where it knows no way, at any alignment, by the handle; false: the latter would leave out the bias.
 bool run(const Context& context, const BlasProblem& problem, const void* alpha, const void* beta) {
-  if (LtPlan::of(context, problem).run(context, problem, alpha, beta)) return true;
+  if (is_open(context.device, Route::lt) && LtPlan::of(context, problem).run(context, problem, alpha, beta)) return true;
   if (problem.bias) return false;
   const PreciseMath precise(context);
   const auto number = [](std::int64_t n) { return static_cast<int>(n); };
@@ -105,7 +106,7 @@ void matmul(const Context& context, const Matmul& product) {
 bool takes_bias(const Context& context, Matmul product, const Matrix& bias) {
   if (bias.format != product.out.format || reinterpret_cast<std::uintptr_t>(bias.data) % 16 != 0) return false;
   product.bias = bias;
-  return static_cast<bool>(LtPlan::of(context, problem_of(context, product)));
+  return is_open(context.device, Route::lt) && static_cast<bool>(LtPlan::of(context, problem_of(context, product)));
 }
 
 void matmul(const Context& context, double alpha, const WideMatrix& a, Op op_a, const WideMatrix& b, Op op_b,

@@ -41,6 +41,11 @@ struct Plans {
   std::map<Key, LtPlan> by_key;
 };
 
+// Of statuses with which the handle's own GEMM may still succeed: bf16 on Turing is ARCH_MISMATCH.
+bool knows_no_way(cublasStatus_t status) {
+  return status == CUBLAS_STATUS_NOT_SUPPORTED || status == CUBLAS_STATUS_ARCH_MISMATCH;
+}
+
 cublasLtHandle_t lt_handle(const Context& context) { return reinterpret_cast<cublasLtHandle_t>(context.blas); }
 
 }  // namespace
@@ -69,12 +74,17 @@ bool LtPlan::run(const Context& context, const BlasProblem& problem, const void*
                                          sizeof problem.bias),
           context, problem, "cublasLtMatmulDescSetAttribute");
   }
-  const Array<char> workspace(context, static_cast<std::int64_t>(best_->workspaceSize));
+  std::optional<Array<char>> workspace;
+  try {
+    workspace.emplace(context, static_cast<std::int64_t>(best_->workspaceSize));
+  } catch (const OutOfMemory&) {
+    return false;  // the handle has a workspace of its own
+  }
   const cublasStatus_t status = cublasLtMatmul(
       lt_handle(context), description_.get(), alpha, problem.left.data, layouts_[0].get(), problem.right.data,
       layouts_[1].get(), beta, problem.out.data, layouts_[2].get(), const_cast<void*>(problem.out.data),
-      layouts_[2].get(), &best_->algo, workspace.data(), best_->workspaceSize, context.stream);
-  if (status == CUBLAS_STATUS_NOT_SUPPORTED) return false;
+      layouts_[2].get(), &best_->algo, workspace->data(), best_->workspaceSize, context.stream);
+  if (knows_no_way(status)) return false;
   check(status, context, problem, "cublasLtMatmul");
   return true;
 }
@@ -141,9 +151,9 @@ LtPlan::LtPlan(const Context& context, const BlasProblem& problem)
   const cublasStatus_t status =
       cublasLtMatmulAlgoGetHeuristic(lt_handle(context), description_.get(), layouts_[0].get(), layouts_[1].get(),
                                      layouts_[2].get(), layouts_[2].get(), preference.get(), 1, &best, &found);
-  if (status == CUBLAS_STATUS_NOT_SUPPORTED) return;
+  if (knows_no_way(status) || status == CUBLAS_STATUS_INVALID_VALUE) return;  // of layouts that only cublasLt refuses
   check(status, context, problem, "cublasLtMatmulAlgoGetHeuristic");
-  if (found > 0) best_ = best;
+  if (found > 0 && best.state == CUBLAS_STATUS_SUCCESS) best_ = best;  // else its other members are not valid
 }
 
 }  // namespace pissa::cuda

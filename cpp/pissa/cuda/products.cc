@@ -10,6 +10,7 @@
 #include "pissa/cuda/elementwise.h"
 #include "pissa/cuda/few_rows.h"
 #include "pissa/cuda/gemm.h"
+#include "pissa/cuda/routes.h"
 
 namespace pissa::cuda {
 namespace {
@@ -167,7 +168,8 @@ void sum_of_products(const Context& context, std::span<const Term> all_terms, co
     if (!same_place(addend, out)) convert_any(context, addend, out, count);
     return;
   }
-  if (count == 1 && few_rows_fit(terms, out) && !is_quantized(addend.format)) {
+  if (count == 1 && few_rows_fit(terms, out) && !is_quantized(addend.format) &&
+      is_open(context.device, Route::few_rows)) {
     return few_rows_gemm(context, terms, addend, {}, out);
   }
 
@@ -199,7 +201,7 @@ void weight_product(const Context& context, const Matrix& x, const Weight& weigh
   if (y.rows == 0 || y.cols == 0) return;
   const WeightPlan plan(x, weight.view(), scale, precision, y);
   if (op == Op::t && scale == 1.0f && plan.format == x.format && few_rows_quantized_fits(x, weight.view(), tail) &&
-      has_tensor_cores(context, x.format)) {
+      has_tensor_cores(context, x.format) && is_open(context.device, Route::few_rows)) {
     return few_rows_quantized(context, x, weight.view(), tail, bias, y);
   }
 
@@ -236,6 +238,7 @@ void weight_product(const Context& context, const Matrix& x, const Weight& weigh
 bool grouped_product(const Context& context, const Matrix& x, std::span<const GroupedLayer> layers,
                      const MutableMatrix& y, const MutableMatrix& xa) {
   if (!has_tensor_cores(context, x.format) || !few_rows_group_fits(x, layers)) return false;
+  if (!is_open(context.device, Route::group)) return false;
   few_rows_group(context, x, layers, y, xa);
   return true;
 }

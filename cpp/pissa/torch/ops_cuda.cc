@@ -5,6 +5,8 @@
 
 #include "pissa/cuda/backend.h"
 #include "pissa/cuda/context.h"
+#include "pissa/cuda/routes.h"
+#include "pissa/cuda/self_test.h"
 #include "pissa/cuda/split_many.h"
 #include "pissa/torch/ops.h"
 
@@ -30,6 +32,11 @@ class CudaDevice {
   explicit CudaDevice(const Tensor& first, const Tensors&... others)
       : guard_(first.get_device_index()), context_(current_context(first.get_device_index())), backend_(context_) {
     (check_same_device(first, others), ...);
+    if (cuda::is_tested(context_.device)) return;
+    for (const std::string& closed : cuda::test_routes(context_)) {
+      aoti_torch_warn("test_routes", "self_test.cc", 0,
+                      (closed + ". Please report it with what `pissa env` prints").c_str());
+    }
   }
   cuda::CudaBackend& backend() { return backend_; }
   void split_many(std::span<const SplitTask> tasks, const SvdOptions& options) const {
@@ -54,7 +61,19 @@ class CudaDevice {
   cuda::CudaBackend backend_;
 };
 
+std::int64_t closed_routes(const Tensor& on) {
+  const CudaDevice device(on);
+  std::int64_t bits = 0;
+  for (const cuda::Route route : cuda::kRoutes) {
+    if (!cuda::is_open(on.get_device_index(), route)) bits |= std::int64_t{1} << static_cast<int>(route);
+  }
+  return bits;
+}
+
 }  // namespace
 }  // namespace pissa::ops
 
-STABLE_TORCH_LIBRARY_IMPL(pissa, CUDA, m) { pissa::ops::implement<pissa::ops::CudaDevice>(m); }
+STABLE_TORCH_LIBRARY_IMPL(pissa, CUDA, m) {
+  pissa::ops::implement<pissa::ops::CudaDevice>(m);
+  m.impl("closed_routes", TORCH_BOX(&pissa::ops::closed_routes));
+}

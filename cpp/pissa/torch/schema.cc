@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(pissa, m) {
+  m.def("closed_routes(Tensor on) -> int");  // on CUDA: bit i for route i of cuda/routes.h
   m.def("max_abs(Tensor[] weights) -> Tensor");
   m.def(
       "svd_lowrank(Tensor weight, float largest, int r, str svd, int? passes, int seed) -> (Tensor u, Tensor s, "

@@ -58,15 +58,15 @@ def environment() -> dict[str, Any]:
 
 
 def _cuda(build: dict[str, Any] | None) -> str:
-    """The CUDA runtime and architectures that the library was built for, and the device, or the reason for not using
-    it."""
+    """The CUDA runtime and architectures that the library was built for, the device and what its self-test found, or
+    the reason for not using it."""
     import torch
 
-    from pissa.ops._load import cuda_problem
+    from pissa.ops._load import cuda_problem, routes
 
     if cuda_problem is not None or build is None:
         return f"not used: {cuda_problem}"
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no device found"
+    device = f"{torch.cuda.get_device_name()}; {routes()}" if torch.cuda.is_available() else "no device found"
     return f"{build['runtime']}, for {' '.join(build['architectures'])}; {device}"
 
 

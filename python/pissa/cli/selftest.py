@@ -41,7 +41,8 @@ def run(args: argparse.Namespace) -> int:
         results = {f"{device.type}: {name}": _passes(name, check) for name, check in checks(device, models)}
         passed |= results
         if device.type == "cuda" and models and all(results.values()):
-            _remember_gpu()
+            _passed_file().parent.mkdir(parents=True, exist_ok=True)
+            _passed_file().touch()
     if not models:
         print("\nModels were not tested: PEFT is not installed; run `pip install peft`, or install pissa[hf]")
     print(f"\n{sum(passed.values())} of {len(passed)} checks passed, in {time.perf_counter() - began:.0f} s.")
@@ -108,11 +109,6 @@ def has_passed_on_gpu() -> bool:
     import torch
 
     return torch.cuda.is_available() and _passed_file().is_file()
-
-
-def _remember_gpu() -> None:
-    _passed_file().parent.mkdir(parents=True, exist_ok=True)
-    _passed_file().touch()
 
 
 def _passed_file() -> Path:

@@ -79,9 +79,9 @@ def wrong_in_group(form: str, device: torch.device) -> Iterator[str]:
     a, b = ([torch.randn(*size, generator=generator).to(device) for _ in dense] for size in ((8, 448), (264, 8)))
     weights = [ops.quantize(weight / math.sqrt(448), form) for weight in dense]
     together = ops.grouped_linear(x.bfloat16(), weights, offsets, a=a, b=b)
-    places = [slice(first, last) for first, last in pairwise(offsets)]
-    layers = zip(places, weights, a, b, strict=True)
-    apart = torch.cat([ops.linear(x[rows].bfloat16(), weight, a=of_a, b=of_b) for rows, weight, of_a, of_b in layers])
+    rows = [x[first:last].bfloat16() for first, last in pairwise(offsets)]
+    layers = zip(rows, weights, a, b, strict=True)
+    apart = torch.cat([ops.linear(own, weight, a=of_a, b=of_b) for own, weight, of_a, of_b in layers])
     error = (together - apart).abs().max() / apart.abs().max()
     yield from _check_at_most("difference", error.item(), 4 * torch.finfo(torch.bfloat16).eps)
 

@@ -99,8 +99,7 @@ class Codes:
         in_rows = self.format.scales in ("tiles", "within")
         self.together = 1 if in_rows else blocksize // math.gcd(blocksize, cols)
         self.long_rows = -(-rows // self.together)
-        shape = (self.long_rows * self.together, cols)
-        (size,), _ = self.format.tensors(shape, blocksize, double_quant=False)["codes"]
+        (size,), _ = self.format.tensors((self.long_rows * self.together, cols), blocksize, False)["codes"]
         self.codes = _padded(codes, size).view(self.long_rows, -1)
         if self.format.is_read_only:
             return
@@ -132,8 +131,8 @@ class Codes:
 
     def look_up(self, indices: Tensor) -> Tensor:
         long = self.decode_long(indices.flatten() // self.together).view(-1, self.together, self.cols)
-        rows = torch.arange(len(long), device=long.device)
-        return long[rows, indices.flatten() % self.together].view(*indices.shape, self.cols)
+        rows = torch.arange(len(long), device=long.device), indices.flatten() % self.together
+        return long[rows].view(*indices.shape, self.cols)
 
 
 def _padded(values: Tensor, count: int) -> Tensor:

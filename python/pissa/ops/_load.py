@@ -24,7 +24,7 @@ except ImportError as error:
         "with a wheel for this Python; a source folder alone is not enough. torch must be 2.10 or newer."
     ) from error
 
-__all__ = ["FORCED", "_C", "cuda_problem", "has_kernels"]
+__all__ = ["FORCED", "_C", "cuda_problem", "has_kernels", "routes"]
 
 _CUDA = 13  # the major version of CUDA that the library is built for, which torch must have loaded too
 # The CUDA libraries that the library links, their own dependencies first, and the package that contains each.
@@ -83,6 +83,16 @@ if failure := _C.isa_failure():
 cuda_problem: str | None = _load_cuda(Path(_C.__file__).with_name(f"libpissa_cuda{_CUDA}.so"))
 # Whether PyTorch's operations compute instead of our kernels (ops/composite.py), which is asked for to report a fault.
 FORCED = os.environ.get("PISSA_COMPOSITE") == "1"
+
+
+def routes() -> str:
+    """The ways to compute on the current GPU (cpp/pissa/cuda/routes.h), as its self-test found them, or its error."""
+    try:
+        closed = torch.ops.pissa.closed_routes(torch.empty(0, device="cuda"))
+    except RuntimeError as error:
+        return str(error)
+    names = "early_launch", "lt", "few_rows", "group"
+    return ", ".join(f"{name}: {'wrong' if closed >> i & 1 else 'good'}" for i, name in enumerate(names))
 
 
 def has_kernels(device: torch.device) -> bool:

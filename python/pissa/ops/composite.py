@@ -173,10 +173,6 @@ def _add_second_moment(total: Tensor, x: Tensor) -> None:
     total += (x.float().T @ x.float()).tril()
 
 
-def _max_abs(weights: list[Tensor]) -> Tensor:
-    return torch.stack([weight.abs().amax().float() for weight in weights])
-
-
 # ---- Registration ----------------------------------------------------------------------------------------------------
 
 
@@ -196,21 +192,19 @@ def _first(args: Sequence[Any]) -> Tensor:
 
 
 _PRODUCTS: dict[str, Callable[..., Any]] = {
-    "max_abs": _max_abs,
+    "max_abs": lambda weights: torch.stack([weight.abs().amax().float() for weight in weights]),
     "add_second_moment": _add_second_moment,
     "dequantize": _dequantize,
     "dequantize_rows": _dequantize_rows,
     "linear": _linear,
     "linear_backward": _linear_backward,
-    "quantized_linear": _linear,
-    "quantized_linear_backward": _linear_backward,
     "grouped_linear": _grouped_linear,
     "grouped_linear_backward": _grouped_linear_backward,
     "add_low_rank": _add_low_rank,
     "add_low_rank_backward": _linear_backward,
     "token_scores": _token_scores,
-    "quantized_token_scores": _token_scores,
 }
+_PRODUCTS |= {f"quantized_{op}": _PRODUCTS[op] for op in ("linear", "linear_backward", "token_scores")}
 _ONCE = "svd_lowrank split_many residual residual_quantized quantize quantize_absmax feedback_codes merge_codes"
 
 _announced: set[torch.device] = set()

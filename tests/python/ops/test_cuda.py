@@ -122,7 +122,8 @@ def test_the_environment_report_has_a_line_on_cuda(monkeypatch: pytest.MonkeyPat
     assert env._cuda(build) == expected
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "some GPU")
-    assert ("some GPU" in env._cuda(build)) == (problem is None)
+    monkeypatch.setattr(_load, "routes", lambda: "lt: wrong")
+    assert ("some GPU; lt: wrong" in env._cuda(build)) == (problem is None)
     assert "cuda" in env.environment()
     assert not any("build: cuda" in name for name in env.environment())
 

@@ -20,7 +20,9 @@ from pissa import ops
 
 ROWS, COLS, R = 32, 64, 3
 OPS = sorted(
-    name.removeprefix("pissa::") for name in torch._C._dispatch_get_all_op_names() if name.startswith("pissa::")
+    name.removeprefix("pissa::")
+    for name in torch._C._dispatch_get_all_op_names()
+    if name.startswith("pissa::") and name != "pissa::closed_routes"  # a question to CUDA
 )
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[3] / "python" / "pissa"
 
-LIMIT = 13_926
-"""Lines of code with the ops in PyTorch's operations, 302 with their checks, for which `pissa report` went, 116. (Those
+LIMIT = 13_927
+"""Lines of code with the ops in PyTorch's operations, 303 with their checks, for which `pissa report` went, 116. (Those
 in C++ are not counted.) There is no air: what comes next begins with what goes. Is there a second way to do
 something?"""
 

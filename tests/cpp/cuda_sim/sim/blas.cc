@@ -18,6 +18,7 @@ void set_no_algorithm_for(std::uint64_t m, NoAlgorithm how) {
   detail::library_modes.no_algorithm = how;
 }
 void set_solver_on_nan(OnNaN mode) { detail::library_modes.solver_on_nan = mode; }
+void set_defect(Defect defect) { detail::library_modes.defect = defect; }
 void reset_libraries() { detail::library_modes = {}; }
 
 void fail_next(cublasStatus_t status, int after) { detail::blas_failure.arm(status, after); }
@@ -34,6 +35,8 @@ const char* cublasGetStatusName(cublasStatus_t status) {
       return "CUBLAS_STATUS_NOT_INITIALIZED";
     case CUBLAS_STATUS_INVALID_VALUE:
       return "CUBLAS_STATUS_INVALID_VALUE";
+    case CUBLAS_STATUS_ARCH_MISMATCH:
+      return "CUBLAS_STATUS_ARCH_MISMATCH";
     case CUBLAS_STATUS_EXECUTION_FAILED:
       return "CUBLAS_STATUS_EXECUTION_FAILED";
     case CUBLAS_STATUS_NOT_SUPPORTED:

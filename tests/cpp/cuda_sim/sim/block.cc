@@ -1,5 +1,6 @@
 // Under ThreadSanitizer this file is not instrumented (CMakeLists.txt), so it keeps to plain arrays: templates of the
 // library would be shared with files that are.
+#include "sim/modes.h"
 #include "sim/block.h"
 
 #include <cstdio>
@@ -330,18 +331,24 @@ void sync_threads(Where where) {
 
 std::uint64_t shuffle(unsigned mask, std::uint64_t bits, int source, Where where) {
   const Slot* slots = meet(mask, "a shuffle", where, [bits](Slot& slot) { slot.bits = bits; }, kNothing);
+  source += library_modes.defect == Defect::next_lane;
   return slots[source & (kWarpSize - 1)].bits;
 }
 
 void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], bool bf16, Where where) {
+  const Defect defect = library_modes.defect;
   const auto give = [&](Slot& slot) {
-    for (int i = 0; i < 4; ++i) slot.fragments[i] = a[i];
-    for (int i = 0; i < 2; ++i) slot.fragments[4 + i] = b[i];
+    for (int i = 0; i < 4; ++i) slot.fragments[i] = a[defect == Defect::parts_of_a && i < 2 ? 1 - i : i];
+    for (int i = 0; i < 2; ++i) slot.fragments[4 + i] = b[defect == Defect::parts_of_b ? 1 - i : i];
   };
+  bf16 = bf16 != (defect == Defect::other_half);
   const Slot* slots =
       meet(kFullMask, bf16 ? "mma (bf16)" : "mma (f16)", where, give, [bf16](Slot* all) { multiply(all, bf16); });
   const double* sums = slots[lane()].sums;
-  for (int i = 0; i < 4; ++i) d[i] = static_cast<float>(d[i] + sums[i]);
+  for (int i = 0; i < 4; ++i) {
+    if (defect == Defect::sums_lost && i >= 2) continue;
+    d[i] = static_cast<float>(d[i] + sums[defect == Defect::sums_swapped && i < 2 ? 1 - i : i]);
+  }
 }
 
 void* shared_memory(const void* key, std::size_t bytes, std::size_t alignment) {

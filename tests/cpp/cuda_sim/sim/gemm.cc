@@ -55,7 +55,8 @@ cublasStatus_t cublasGemmStridedBatchedEx(cublasHandle_t handle, cublasOperation
                         .c = out,
                         .d = out,
                         .batch = batch_count,
-                        .alpha = load_scalar(scale, alpha),
+                        .alpha = load_scalar(scale, alpha) *
+                                 (library_modes.defect == cuda_sim::Defect::handle_sums ? 0.5 : 1.0),
                         .beta = load_scalar(scale, beta),
                         .bias = nullptr,
                         .rounds_parts = (handle->math & CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION) == 0,

@@ -212,6 +212,9 @@ cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t handle, cublasLtM
   for (const std::uint32_t alignment : preference->alignments) {
     if (!std::has_single_bit(alignment)) return CUBLAS_STATUS_INVALID_VALUE;
   }
+  const cuda_sim::Defect defect = library_modes.defect;
+  if (defect == cuda_sim::Defect::lt_arch) return CUBLAS_STATUS_ARCH_MISMATCH;
+  if (defect == cuda_sim::Defect::lt_layouts) return CUBLAS_STATUS_INVALID_VALUE;
   const bool knows_none = std::ranges::min(preference->alignments) < library_modes.no_algorithm_below ||
                           problem.m() == library_modes.no_algorithm_for;
   if (knows_none && library_modes.no_algorithm == cuda_sim::NoAlgorithm::none_returned) return CUBLAS_STATUS_SUCCESS;
@@ -229,6 +232,7 @@ cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t handle, cublasLtM
   std::memcpy(&results[0].algo, &algorithm, sizeof algorithm);
   results[0].workspaceSize = algorithm.workspace_bytes;
   results[0].wavesCount = 1;
+  if (defect == cuda_sim::Defect::lt_state) results[0].state = CUBLAS_STATUS_NOT_SUPPORTED;
   *returned = 1;
   return CUBLAS_STATUS_SUCCESS;
 }
@@ -243,6 +247,9 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc
   if (const cublasStatus_t status = check_handle(reinterpret_cast<cublasHandle_t>(handle))) return status;
   if (!a || !b || !d || !is_stream(stream)) return CUBLAS_STATUS_INVALID_VALUE;
   if (device_of(stream) != current_device()) return CUBLAS_STATUS_EXECUTION_FAILED;
+  const cuda_sim::Defect defect = library_modes.defect;
+  if (defect == cuda_sim::Defect::lt_refuses) return CUBLAS_STATUS_NOT_SUPPORTED;
+  if (defect == cuda_sim::Defect::lt_fails) return CUBLAS_STATUS_EXECUTION_FAILED;
   const Problem problem{*desc, *a_layout, *b_layout, *c_layout, *d_layout};
   if (const cublasStatus_t status = problem.check()) return status;
   Product product{.call = "cublasLtMatmul",
@@ -253,9 +260,10 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc
                   .c = stack(c, *c_layout),
                   .d = stack(d, *d_layout),
                   .batch = d_layout->batch,
-                  .alpha = load_scalar(desc->scale, alpha),
+                  .alpha = load_scalar(desc->scale, alpha) * (defect == cuda_sim::Defect::lt_sums ? 0.5 : 1.0),
                   .beta = load_scalar(desc->scale, beta),
-                  .bias = desc->epilogue == CUBLASLT_EPILOGUE_BIAS ? desc->bias : nullptr,
+                  .bias = desc->epilogue == CUBLASLT_EPILOGUE_BIAS && defect != cuda_sim::Defect::lt_bias ? desc->bias
+                                                                                                          : nullptr,
                   .rounds_parts = false,
                   .rounds_before_bias = false,
                   .tf32 = desc->compute == CUBLAS_COMPUTE_32F_FAST_TF32,

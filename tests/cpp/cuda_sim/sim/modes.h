@@ -14,6 +14,7 @@ struct LibraryModes {
   std::uint64_t no_algorithm_for = 0;
   NoAlgorithm no_algorithm = NoAlgorithm::none_returned;
   OnNaN solver_on_nan = OnNaN::info;
+  Defect defect = Defect::none;
 };
 
 extern LibraryModes library_modes;

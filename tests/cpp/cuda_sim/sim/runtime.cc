@@ -1,4 +1,5 @@
 // The runtime but for streams: errors, the device, memory.
+#include "sim/modes.h"
 #include "sim/runtime.h"
 
 #include <cstdio>
@@ -215,6 +216,7 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaM
   if (!reads_device) {
     const auto* first = static_cast<const unsigned char*>(from);
     taken.assign(first, first + bytes);
+    if (library_modes.defect == cuda_sim::Defect::byte_flipped && bytes > 100) taken[100] ^= 0x11;
   }
   enqueue(stream, [=, taken = std::move(taken)] {
     const void* of_device = reads_device ? from : to;

@@ -1,3 +1,4 @@
+#include "sim/modes.h"
 #include "sim/stream.h"
 
 #include <cstdint>
@@ -189,6 +190,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, std::fu
   if (config.numAttrs > 1 || config.dynamicSmemBytes != 0) return cudaErrorNotSupported;
   const bool dependent = config.numAttrs == 1;  // there is one attribute
   if (dependent && !has_dependent_launches()) return cudaErrorNotSupported;
+  if (dependent && library_modes.defect == Defect::early_refused) return cudaErrorInvalidResourceHandle;
   if (const cudaError_t error = check_stream_here(config.stream)) return error;
   record({.kind = Kind::launch,
           .name = "cudaLaunchKernelEx",
