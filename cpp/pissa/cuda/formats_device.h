@@ -4,8 +4,7 @@
 //   Octet, Line          the codes of neighbours that are loaded together
 //   Decoder, level_at    numbers from codes
 //   element              an element from its code's number and its block's scale
-//   Scaling              of a block, given its largest absolute value, whether it is whole, and QuantOutput::global:
-//   the
+//   Scaling              of a block, given its largest absolute value, whether it is whole, and QuantOutput::global: the
 //                        scale that is stored, and the elements as Encoder takes them
 //   Encoder, packed      the code of such an element, by all lanes; codes as they are stored
 //   nearest              the element nearest to a value, given its block's scale, and its code
@@ -13,6 +12,7 @@
 
 #include <bit>
 #include <cstdint>
+#include <type_traits>
 
 #include "pissa/cuda/four_bits_device.h"
 #include "pissa/cuda/fp8_device.h"
@@ -22,6 +22,26 @@
 
 namespace pissa::cuda {
 namespace {
+
+template <Format format>
+struct CodesOfFormat {
+  using type = std::conditional_t<info(format).bits == 4, Grouped<format>, FewBits<format>>;
+};
+template <>
+struct CodesOfFormat<Format::nf4> {
+  using type = Nf4;
+};
+template <>
+struct CodesOfFormat<Format::int8> {
+  using type = Int8;
+};
+template <>
+struct CodesOfFormat<Format::fp8> {
+  using type = Fp8;
+};
+/// The codes of a format with scales beside them.
+template <Format format>
+using CodesOf = typename CodesOfFormat<format>::type;
 
 /// f of the codes of a quantised format with scales beside them, on the host. The blocks of GGUF are decoded by
 /// core/gguf.h.
