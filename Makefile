@@ -104,7 +104,7 @@ $(BUILD)/wheel-cuda.stamp: $(BUILD)/venv-cuda.stamp $(SOURCES)
 	rm -rf $(BUILD)/dist-cuda
 	start=$$(date +%s); \
 	  CMAKE_BUILD_PARALLEL_LEVEL=2 $(CUDA_PYTHON) -m pip wheel -q --no-build-isolation --no-deps --wheel-dir $(BUILD)/dist-cuda \
-	    --config-settings=cmake.define.PISSA_CUDA=ON --config-settings=build-dir=$(BUILD)/cuda . && \
+	    --config-settings=cmake.define.PISSA_CUDA=ON --config-settings=cmake.define.PISSA_CUDA_ARCHITECTURES=all --config-settings=build-dir=$(BUILD)/cuda . && \
 	  echo "Built with the CUDA library, two jobs, in $$(($$(date +%s) - start)) s"
 	touch $@
 

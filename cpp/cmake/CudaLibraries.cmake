@@ -6,10 +6,9 @@
 set(PISSA_CUDA AUTO CACHE STRING "Build the CUDA backend: AUTO (if CUDA 13 is found), ON, OFF")
 set_property(CACHE PISSA_CUDA PROPERTY STRINGS AUTO ON OFF)
 set(PISSA_CUDA_ROOT "" CACHE PATH "CUDA 13 to build with: a folder with bin/nvcc; empty: PyPI wheels, then a toolkit")
-# Every architecture that CUDA 13 compiles for, but the oldest and smaller relatives of one: T4, A100, RTX 30, RTX 40, H100,
-# B200, Jetson Thor, RTX 50. Later ones compile 120's PTX.
-set(PISSA_CUDA_ARCHITECTURES 75-real 80-real 86-real 89-real 90-real 100-real 110-real 120-real 120-virtual CACHE STRING
-    "GPU architectures, as in CMAKE_CUDA_ARCHITECTURES")
+# Those of this machine's GPUs; without one, or for a wheel ("all"), every architecture that CUDA 13 compiles for, but the
+# oldest and smaller relatives of one: T4, A100, RTX 30, RTX 40, H100, B200, Jetson Thor, RTX 50. Later ones compile 120's PTX.
+set(PISSA_CUDA_ARCHITECTURES "" CACHE STRING "GPU architectures, as in CMAKE_CUDA_ARCHITECTURES; empty: this machine's; or all")
 set(PISSA_CUDA_FOUND OFF)
 if(NOT PISSA_CUDA MATCHES "^(AUTO|ON|OFF)$")
   message(FATAL_ERROR "PISSA_CUDA: got ${PISSA_CUDA}; allowed: AUTO, ON, OFF")
@@ -130,6 +129,21 @@ set(saved_flags "$ENV{NVCC_APPEND_FLAGS}")
 set(ENV{NVCC_APPEND_FLAGS} "${saved_flags} -L${cudart_folder}")
 set(CMAKE_CUDA_COMPILER "${nvcc}" CACHE FILEPATH "nvcc")
 set(CMAKE_CUDA_HOST_COMPILER "${CMAKE_CXX_COMPILER}" CACHE FILEPATH "The compiler that nvcc calls")
+set(architectures ${PISSA_CUDA_ARCHITECTURES})
+if(NOT architectures)
+  execute_process(COMMAND nvidia-smi --query-gpu=compute_cap --format=csv,noheader
+                  OUTPUT_VARIABLE capabilities RESULT_VARIABLE failed OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
+  if(NOT failed)
+    string(REGEX MATCHALL "[0-9]+\\.[0-9]+" architectures "${capabilities}")
+    list(TRANSFORM architectures REPLACE "\\." "")
+    list(TRANSFORM architectures APPEND -real)
+    list(REMOVE_DUPLICATES architectures)
+  endif()
+endif()
+if(NOT architectures OR architectures STREQUAL "all")
+  set(architectures 75-real 80-real 86-real 89-real 90-real 100-real 110-real 120-real 120-virtual)
+endif()
+set(PISSA_CUDA_ARCHITECTURES ${architectures})
 set(CMAKE_CUDA_ARCHITECTURES ${PISSA_CUDA_ARCHITECTURES})
 enable_language(CUDA)
 set(ENV{NVCC_APPEND_FLAGS} "${saved_flags}")
@@ -147,5 +161,8 @@ target_include_directories(pissa_cuda_libraries SYSTEM INTERFACE "${cudart_inclu
 target_link_libraries(pissa_cuda_libraries INTERFACE "${cuBLAS_library}" "${cuBLASLt_library}" "${cuSOLVER_library}"
                                                      "${cudart_library}" Threads::Threads ${CMAKE_DL_LIBS} rt)
 set(PISSA_CUDA_FOUND ON)
+list(LENGTH PISSA_CUDA_ARCHITECTURES minutes)
+math(EXPR minutes "2 * ${minutes}")
 list(JOIN PISSA_CUDA_ARCHITECTURES " " architectures)
-message(STATUS "CUDA backend: ${nvcc} ${nvcc_version}, ${cuBLAS_library}, ${cuSOLVER_library}, for ${architectures}")
+message(STATUS "CUDA backend: ${nvcc} ${nvcc_version}, ${cuBLAS_library}, ${cuSOLVER_library}, for ${architectures}: compiles "
+               "about ${minutes} minutes, divided by the cores; PISSA_CUDA_ARCHITECTURES names fewer, PISSA_CUDA=OFF none")

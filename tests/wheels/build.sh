@@ -27,7 +27,8 @@ wheel() {  # VERSION ARCHITECTURE OPTION...
   rm -rf "$folder/raw" "$folder/repaired"
   PATH=$folder/${python%/python}:$PATH
   "$python" -m pip wheel -q --no-build-isolation --no-deps --wheel-dir "$folder/raw" --config-settings=build-dir="$folder/$architecture" \
-    --config-settings=cmake.define.PISSA_CUDA=ON --config-settings=cmake.define.PISSA_CUDA_ROOT="$folder/cuda-$architecture/nvidia/cu13" \
+    --config-settings=cmake.define.PISSA_CUDA=ON --config-settings=cmake.define.PISSA_CUDA_ARCHITECTURES=all \
+    --config-settings=cmake.define.PISSA_CUDA_ROOT="$folder/cuda-$architecture/nvidia/cu13" \
     --config-settings=cmake.define.PISSA_MANYLINUX=ON "$@" "$repository"
   inspect "$architecture" "$folder"/raw/*.whl
   sh "$repository/tests/cuda_wheel.sh" "$folder"/raw/*.whl "$folder/cuda-$architecture/nvidia/cu13/bin/cuobjdump"

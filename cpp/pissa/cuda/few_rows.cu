@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "pissa/cuda/few_rows_device.h"
+#include "pissa/cuda/formats_device.h"
 
 namespace pissa::cuda {
 namespace {
