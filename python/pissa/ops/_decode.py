@@ -23,12 +23,19 @@ def _table(values: tuple[float, ...], device: torch.device) -> Tensor:
 _DYNAMIC_MAP = tuple(_C.limits()["dynamic_map"])
 _E8M0 = (*(2.0 ** (byte - 127) for byte in range(255)), math.nan)
 _HALF_E8M0 = tuple(2.0 ** (byte - 128) for byte in range(256))
-_INT8_STEP = 7.874015718698502e-3  # 1 / 127 in float32 (cpp/pissa/core/int8.h)
 
 
 def _planes(values: Tensor, shifts: Iterable[int], mask: int) -> Tensor:
     """Bits of values [..., n] at each shift, one after the other: [..., shifts * n]."""
     return torch.cat([values >> shift & mask for shift in shifts], -1)
+
+
+@cache
+def _levels_of_bytes(format: QuantFormat, device: torch.device) -> Tensor:
+    """The levels [256, codes] of the codes in each byte."""
+    shifts = (4, 0) if format.name == "nf4" else range(0, 8, format.bits)
+    levels = [format.levels[byte >> shift & (1 << format.bits) - 1] for byte in range(256) for shift in shifts]
+    return _table(tuple(levels), device).view(256, -1)
 
 
 def _levels(codes: Tensor, format: QuantFormat) -> Tensor:
@@ -37,10 +44,7 @@ def _levels(codes: Tensor, format: QuantFormat) -> Tensor:
         low, middle, high = codes.view(len(codes), -1, 3).int().unbind(-1)
         bits = _planes((low | middle << 8 | high << 16)[..., None], range(0, 24, 3), 7)
         return _table(format.levels, codes.device)[bits].flatten(1)
-    shifts = (4, 0) if format.name == "nf4" else range(0, 8, format.bits)
-    of_bytes = [format.levels[byte >> shift & (1 << format.bits) - 1] for byte in range(256) for shift in shifts]
-    table = _table(tuple(of_bytes), codes.device).view(256, -1)
-    return functional.embedding(codes.int(), table).flatten(1)
+    return functional.embedding(codes.int(), _levels_of_bytes(format, codes.device)).flatten(1)
 
 
 _SMALL = {"q4_0": (2, 0, 0), "iq4_nl": (2, 0, 0), "q4_1": (4, 0, 2), "q5_0": (6, 2, 0), "q5_1": (8, 4, 2)}
@@ -122,7 +126,8 @@ class Codes:
         values = _levels(codes, self.format)
         tall = self.blocksize if len(self.scales) < self.long_rows else 1
         scales = self.scales[rows // tall].repeat_interleave(self.blocksize, 1)[:, : values.shape[1]]
-        return values * scales * _INT8_STEP if self.format.name == "int8" else values * scales
+        # INT8's step is 1 / 127 in float32 (cpp/pissa/core/int8.h).
+        return values * scales * 7.874015718698502e-3 if self.format.name == "int8" else values * scales
 
     def decode(self, first: int, last: int) -> Tensor:
         """Rows [first, last) in float32. The first is a multiple of `together`."""

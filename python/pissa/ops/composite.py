@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from pissa.notices import CompositeWarning
 from pissa.ops import _autograd, _load
@@ -186,9 +186,8 @@ def _on_cpu(op: Any, *args: Any) -> Any:
     return tree_map_only(Tensor, lambda tensor: tensor.to(_first(args).device), result)
 
 
-def _first(args: Sequence[Any]) -> Tensor:
-    first: Tensor = args[0][0] if isinstance(args[0], (list, tuple)) else args[0]
-    return first
+def _first(args: Sequence[Any]) -> Any:
+    return tree_leaves(args[0])[0]
 
 
 _PRODUCTS: dict[str, Callable[..., Any]] = {
