@@ -114,7 +114,7 @@ void launch(const Context& context, const char* name, void (*kernel)(Params...),
 /// Whether the stream is being captured into a graph.
 bool is_capturing(const Context& context);
 
-/// Whether launch_dependent may ask for an early start: on compute capability 9.0, where that was not found to be wrong
+/// Whether launch_dependent may ask for an early start: from compute capability 9.0 on, where that was not found to be wrong
 /// (routes.h), and outside of a capture, in which drivers have refused it (SGLang #18596).
 bool may_launch_early(const Context& context);
 

@@ -8,7 +8,7 @@
 namespace pissa::cuda {
 namespace {
 
-constexpr std::size_t kDevices = 64;  // of one machine; what is beyond is never closed
+constexpr std::size_t kDevices = 64;  // those beyond share a state
 
 struct State {
   std::atomic<bool> tested = false;

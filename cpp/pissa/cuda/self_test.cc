@@ -21,9 +21,10 @@
 namespace pissa::cuda {
 namespace {
 
-constexpr std::int64_t kCols = 64;        // of a weight: two lines of codes
+constexpr std::int64_t kCols = 160;       // of a weight: five lines of codes, a chunk and a part of one
+constexpr std::int64_t kRows = 64;        // of x: as many as few_rows takes
 constexpr std::int64_t kNarrow = 16;      // rows of a weight for which few_rows takes its narrow blocks
-constexpr std::int64_t kDecoded = 512;    // elements of each format that the host compares
+constexpr std::int64_t kDecoded = 512;    // elements of each format that the host compares, in whole rows
 constexpr std::int64_t kSumRows = 24, kSumCols = 40, kSumInner = 96;  // of the integers' product
 
 std::vector<std::uint8_t> code_bytes_of(std::int64_t count) {
@@ -64,6 +65,16 @@ std::vector<float> integers(std::int64_t count, std::uint32_t seed) {  // from -
   return values;
 }
 
+// Row i is a row of the identity, in an order that reaches all of a weight's columns.
+std::vector<float> identity_rows() {
+  std::vector<float> values(kRows * kCols);
+  for (std::int64_t i = 0; i < kRows; ++i) values[static_cast<std::size_t>(i * kCols + 37 * i % kCols)] = 1.0f;
+  return values;
+}
+
+// Elements of a row of a format's decoded matrix.
+constexpr std::int64_t row_of(Format format) { return is_read_only(format) ? info(format).blocks.usual : kCols; }
+
 bool is_same(float a, float b) { return a == b || (std::isnan(a) && std::isnan(b)); }
 
 template <Format first = Format::nf4, class F>
@@ -100,16 +111,29 @@ class SelfTest {
         scales_(context, scales_of(2 * wide_ * kCols / 16)),
         scale_bytes_(context, scale_bytes_of(2 * wide_ * kCols / 16)),
         levels_(context, e4m3_values()),
-        identity_(context, [] {
-          std::vector<float> values(kCols * kCols);
-          for (std::size_t i = 0; i < kCols; ++i) values[i * kCols + i] = 1.0f;
-          return values;
-        }()),
-        zeros_(context, std::vector<float>(static_cast<std::size_t>(std::max(wide_, kCols)))),
+        identity_(context, identity_rows()),
+        factors_(context, integers(std::max(wide_, kCols), 3)),
         squares_(context, kMostChecks) {}
 
   std::vector<std::string> run() {
+    try {
+      return run_from_open();
+    } catch (...) {
+      open_all();
+      throw;
+    }
+  }
+
+ private:
+  static constexpr std::int64_t kMostChecks = 256;
+
+  void open_all() const {
+    for (const Route route : kRoutes) set_open(context_.device, route, true);
+  }
+
+  std::vector<std::string> run_from_open() {
     const int device = context_.device;
+    open_all();
     set_open(device, Route::lt, false);  // the handle's products are the reference
     test_foundation();
     std::array<bool, std::size(kRoutes)> right{};
@@ -138,9 +162,6 @@ class SelfTest {
     set_tested(device, true);
     return closed;
   }
-
- private:
-  static constexpr std::int64_t kMostChecks = 256;
 
   Scales scales_for(Format format) const {
     const auto blocks = [&](std::int64_t size) { return Scales{.blocksize = size, .absmax = scales_.data()}; };
@@ -179,7 +200,7 @@ class SelfTest {
     const Buffer decoded(context_, formats, kDecoded, Format::f32), sums(context_, kSumRows, kSumCols, Format::f32);
     std::int64_t row = 0;
     for_each_format([&]<Format format>() {
-      const std::int64_t of_row = is_read_only(format) ? info(format).blocks.usual : kCols;
+      constexpr std::int64_t of_row = row_of(format);
       const Matrix codes{codes_.data(), kDecoded / of_row, of_row, of_row, format,
                          is_read_only(format) ? Scales{.blocksize = of_row} : scales_for(format)};
       convert_any(context_, codes,
@@ -191,7 +212,7 @@ class SelfTest {
     const std::vector<float> found = backend_.read(sums.data<float>(), kSumRows * kSumCols);
     row = 0;
     for_each_format([&]<Format format>() {
-      for (std::int64_t i = 0; i < kDecoded; ++i) {
+      for (std::int64_t i = 0; i < kDecoded / row_of(format) * row_of(format); ++i) {
         if (!is_same(elements[static_cast<std::size_t>(row * kDecoded + i)], element<format>(i))) {
           fail(message("codes of ", info(format).name, " are decoded wrongly"));
         }
@@ -293,8 +314,8 @@ class SelfTest {
   void queue_rows(bool groups) {
     for (const Format half : {Format::f16, Format::bf16}) {
       if (half == Format::bf16 && capability(context_.device) < 80) continue;  // Turing has no tensor cores for it
-      const Buffer identity(context_, kCols, kCols, half);
-      convert(context_, {identity_.data(), kCols, kCols, kCols, Format::f32}, 1.0f, identity.view());
+      const Buffer identity(context_, kRows, kCols, half);
+      convert(context_, {identity_.data(), kRows, kCols, kCols, Format::f32}, 1.0f, identity.view());
       for_each_format([&]<Format format>() {
         if constexpr (!is_read_only(format)) {
           if (groups) return queue_group(identity.view(), format);
@@ -304,27 +325,43 @@ class SelfTest {
     }
   }
 
-  // x W^T by the handle, of the decoded weight.
+  // The adapter: A [1, kCols] and B [rows, 1] of small integers.
+  Matrix factor_a() const { return {factors_.data(), 1, kCols, kCols, Format::f32}; }
+  Matrix factor_b(std::int64_t rows) const { return {factors_.data(), rows, 1, 1, Format::f32}; }
+
+  Buffer in(Format format, const Matrix& a) const {
+    Buffer converted(context_, a.rows, a.cols, format);
+    convert(context_, a, 1.0f, converted.view());
+    return converted;
+  }
+
+  // x W^T + (x A^T) B^T by the handle, of the decoded weight, in x's format. An element of each term, and their sum in
+  // f32, are exact.
   Buffer reference(const Matrix& x, const Matrix& w) const {
     const Buffer decoded(context_, w.rows, w.cols, x.format);
     convert_any(context_, w, decoded.view());
-    Buffer sums(context_, x.rows, w.rows, Format::f32);
+    const Buffer sums(context_, x.rows, w.rows, Format::f32), xa(context_, x.rows, 1, Format::f32);
+    const Buffer a = in(x.format, factor_a()), b = in(x.format, factor_b(w.rows));
+    matmul(context_, {.a = x, .b = a.view(), .op_b = Op::t, .out = xa.view()});
+    const Buffer half_xa = in(x.format, xa.view());
     matmul(context_, {.a = x, .b = decoded.view(), .op_b = Op::t, .out = sums.view()});
-    return sums;
+    matmul(context_, {.a = half_xa.view(), .b = b.view(), .op_b = Op::t, .accumulate = true, .out = sums.view()});
+    return in(x.format, sums.view());
   }
 
+  // As a layer launches them: x A^T, beside which the kernel for x W^T may start, and that kernel.
   void queue_few_rows(const Matrix& identity, const Matrix& w) {
     for (const Matrix& x : {rows_of(identity, 24, kFewRows), identity}) {
       const Buffer expected = reference(x, w);
-      const Buffer y(context_, x.rows, w.rows, x.format);
-      few_rows_quantized(context_, x, w, {}, {}, y.view());
+      const Buffer xa(context_, x.rows, 1, x.format), y(context_, x.rows, w.rows, x.format);
+      const Precision precision = precision_of(x.format);
+      for (std::int64_t first = 0; first < x.rows; first += kFewRows) {
+        const std::array thin{Term{rows_of(x, first, kFewRows), Op::n, factor_a(), Op::t, 1.0f, precision}};
+        few_rows_gemm(context_, thin, {}, {}, rows_of(xa.view(), first, kFewRows));
+      }
+      const std::array tail{Term{xa.view(), Op::n, factor_b(w.rows), Op::t, 1.0f, precision}};
+      few_rows_quantized(context_, x, w, tail, {}, y.view());
       compare(y.view(), expected.view());
-      if (x.rows > kFewRows) continue;
-      const Buffer decoded(context_, w.rows, w.cols, x.format), sums(context_, x.rows, w.rows, Format::f32);
-      convert_any(context_, w, decoded.view());
-      const std::array terms{Term{x, Op::n, decoded.view(), Op::t, 1.0f, precision_of(x.format)}};
-      few_rows_gemm(context_, terms, {}, {}, sums.view());
-      compare(sums.view(), expected.view());
     }
   }
 
@@ -335,12 +372,11 @@ class SelfTest {
       std::vector<GroupedLayer> layers;
       std::int64_t first = 0;
       for (const std::int64_t rows : counts) {
-        const Matrix w = weight(format, kNarrow, static_cast<std::int64_t>(layers.size()) % 2 * bytes);
-        const Matrix a{zeros_.data(), 1, kCols, kCols, Format::f32}, b{zeros_.data(), kNarrow, 1, 1, Format::f32};
         Adapter adapter;
-        adapter.a = a;
-        adapter.b = b;
-        layers.push_back({w, adapter, first, rows});
+        adapter.a = factor_a();
+        adapter.b = factor_b(kNarrow);
+        layers.push_back(
+            {weight(format, kNarrow, static_cast<std::int64_t>(layers.size()) % 2 * bytes), adapter, first, rows});
         first += rows;
       }
       const Matrix x = rows_of(identity, 5, first);
@@ -360,7 +396,7 @@ class SelfTest {
   Uploaded<std::uint8_t> codes_;
   Uploaded<float> scales_;
   Uploaded<std::uint8_t> scale_bytes_;
-  Uploaded<float> levels_, identity_, zeros_;
+  Uploaded<float> levels_, identity_, factors_;
   Array<double> squares_;
   std::int64_t checks_ = 0;
 };

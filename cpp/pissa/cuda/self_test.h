@@ -3,9 +3,9 @@
 //   decoding        codes of all formats, against the core's formulas on the host
 //   the handle      a product of small integers, whose sums are exact in any order, against the host
 //   lt              the same with a bias
-//   few_rows        rows of the identity times codes: the columns of the decoded weight, which the handle's product
-//                   with the decoded weight has too; each kernel: all formats, both halves, both widths, both row
-//                   tiles, and decoded weights
+//   few_rows        rows of the identity times codes, with an adapter of rank 1 in integers: columns of the
+//                   decoded weight plus an integer, which the handle's products give too. All formats, both halves,
+//                   both widths, both row tiles; not the kernels for more than 1,024 columns, nor other kinds of scales
 //   group           the same for layers together
 //   early_launch    few_rows and group again without it, if one of them was wrong
 #pragma once

@@ -86,7 +86,7 @@ def _devices(asked: str | None) -> Iterator[torch.device]:
     import torch
 
     import pissa
-    from pissa.ops._load import cuda_problem
+    from pissa.ops._load import cuda_problem, has_kernels
 
     has_gpu = torch.cuda.is_available()
     if asked == "cuda" and not has_gpu:
@@ -96,8 +96,8 @@ def _devices(asked: str | None) -> Iterator[torch.device]:
         yield torch.device("cpu")
     if asked != "cpu" and has_gpu:
         print(f"\ncuda: {torch.cuda.get_device_name()}")
-        if cuda_problem is not None:
-            print(f"PyTorch's operations compute there: {cuda_problem}")
+        if not has_kernels(torch.device("cuda")):
+            print(f"PyTorch's operations compute there: {cuda_problem or 'PISSA_COMPOSITE=1 is set'}")
         yield torch.device("cuda")
 
 
@@ -116,8 +116,9 @@ def _passed_file() -> Path:
     import torch
 
     import pissa
+    from pissa.ops._load import has_kernels
 
-    name = re.sub(
-        r"[^\w.+]+", "_", f"{torch.cuda.get_device_name()} pissa {pissa.__version__} torch {torch.__version__}"
-    )
+    computes = "pissa" if has_kernels(torch.device("cuda")) else "composite"
+    parts = torch.cuda.get_device_name(), computes, pissa.__version__, "torch", torch.__version__
+    name = re.sub(r"[^\w.+]+", "_", " ".join(parts))
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pissa" / f"selftest_{name}"

@@ -59,6 +59,6 @@ def build_info() -> dict[str, Any]:
 
     "isas_unused": for each faster instruction set of this build "name: why it is not used". "cuda": None if the build
     has no CUDA library, otherwise its "runtime" version and GPU "architectures". Whether it can be used here is another
-    question: if not, tensors on CUDA are refused with the reason, which `pissa env` prints too.
+    question: if not, PyTorch's operations compute on CUDA, for a reason that `pissa env` prints.
     """
     return dict(_C.build_info())

@@ -17,7 +17,7 @@ from pissa.ops.formats import NESTED_BLOCKSIZE, READ, QuantFormat
 
 @cache
 def _table(values: tuple[float, ...], device: torch.device) -> Tensor:
-    return torch.tensor(values, device=device)
+    return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 _DYNAMIC_MAP = tuple(_C.limits()["dynamic_map"])
@@ -41,7 +41,7 @@ def _levels_of_bytes(format: QuantFormat, device: torch.device) -> Tensor:
 def _levels(codes: Tensor, format: QuantFormat) -> Tensor:
     """The levels [n, elements] of codes [n, bytes]: those of a byte are found together."""
     if format.bits == 3:
-        low, middle, high = codes.view(len(codes), -1, 3).int().unbind(-1)
+        low, middle, high = codes.view(len(codes), codes.shape[1] // 3, 3).int().unbind(-1)
         bits = _planes((low | middle << 8 | high << 16)[..., None], range(0, 24, 3), 7)
         return _table(format.levels, codes.device)[bits].flatten(1)
     return functional.embedding(codes.int(), _levels_of_bytes(format, codes.device)).flatten(1)
@@ -121,8 +121,9 @@ class Codes:
         codes = self.codes[rows]
         if self.format.is_read_only:
             bits, scales, minima = _gguf(codes.view(-1, self.format.block_bytes), self.format.name)
-            values = _table(self.format.levels, codes.device)[bits.int()].view(*scales.shape, -1) * scales[..., None]
-            return (values if minima is None else values + minima[..., None]).view(len(rows), -1)
+            levels = _table(self.format.levels, codes.device)[bits.int()]
+            values = torch.unflatten(levels, 1, (scales.shape[1], -1)) * scales[..., None]
+            return (values if minima is None else values + minima[..., None]).view(len(rows), self.cols)
         values = _levels(codes, self.format)
         tall = self.blocksize if len(self.scales) < self.long_rows else 1
         scales = self.scales[rows // tall].repeat_interleave(self.blocksize, 1)[:, : values.shape[1]]
@@ -135,10 +136,12 @@ class Codes:
         return self.decode_long(long).view(-1, self.cols)[: last - first]
 
     def look_up(self, indices: Tensor) -> Tensor:
-        long = self.decode_long(indices.flatten() // self.together).view(-1, self.together, self.cols)
-        rows = torch.arange(len(long), device=long.device), indices.flatten() % self.together
-        return long[rows].view(*indices.shape, self.cols)
+        """Rows of these numbers in float32; one that is not there is the first."""
+        rows = torch.where((indices >= 0) & (indices < self.rows), indices, 0).flatten()
+        long = self.decode_long(rows // self.together).view(len(rows), self.together, self.cols)
+        return long[torch.arange(len(rows), device=rows.device), rows % self.together].view(*indices.shape, self.cols)
 
 
 def _padded(values: Tensor, count: int) -> Tensor:
-    return functional.pad(values.reshape(-1), (0, count - values.numel()))
+    lacking = count - values.numel()
+    return functional.pad(values.reshape(-1), (0, lacking)) if lacking else values

@@ -52,6 +52,8 @@ def _preload_cuda_libraries() -> None:
 def _load_cuda(library: Path) -> str | None:
     """Loads the library. Returns None, or why it cannot be used and what to do about it. This is not an error yet,
     because computing on the CPU does not need the library. CUDA is not initialised."""
+    if torch.version.hip is not None:
+        return "they are for NVIDIA's GPUs and CPUs"
     if not library.exists():
         return (
             "this build of pissa has no CUDA library: build it with CUDA 13 by "

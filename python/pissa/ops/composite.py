@@ -2,8 +2,7 @@
 and NVIDIA's with a torch for CUDA 12.
 
 Products decode the weight in chunks, forward and backward. What is computed once, the start and codes, is computed on
-the CPU, so that a start has the same bits everywhere. `PISSA_COMPOSITE=1` takes the products from here on every device:
-then a wrong result is not our kernels'.
+the CPU, so that a start has the same bits everywhere. `PISSA_COMPOSITE=1` takes the products from here on every device.
 """
 
 from __future__ import annotations
@@ -46,8 +45,7 @@ def _dequantize(*args: Any) -> Tensor:
 
 
 def _dequantize_rows(*args: Any) -> Tensor:
-    *held, indices, dtype = args
-    return Codes(*held).look_up(indices).to(dtype)
+    return Codes(*args[:-2]).look_up(args[-2]).to(args[-1])
 
 
 # ---- Products --------------------------------------------------------------------------------------------------------
@@ -67,7 +65,7 @@ def _times(x: Tensor, held: Sequence[Any]) -> Tensor:
 
 
 def _times_back(dy: Tensor, held: Sequence[Any], cols: int) -> Tensor:
-    """dy W, summed in float32."""
+    """dy W: the chunks' products, which are in dy's dtype, summed in float32."""
     dx = dy.new_zeros(len(dy), cols, dtype=torch.float32)
     for place, rows in _chunks(held, cols, dy.dtype):
         dx += dy[:, place] @ rows
@@ -162,7 +160,7 @@ def _token_scores(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
         of_label = log_p.gather(1, label).masked_fill(~known, math.nan)
         entropy = -(p * log_p).sum(-1)
         top1 = z.gather(1, label)[:, 0] >= z.amax(-1)
-        scores[place] = torch.stack([of_label[:, 0], entropy, (2 * log_p).logsumexp(-1), z.mean(-1), top1], -1)
+        scores[place] = torch.stack([of_label[:, 0], entropy, (2 * log_p).logsumexp(-1), z.mean(-1), top1.float()], -1)
         if need_dx:
             gradient = (torch.zeros_like(p).scatter_(1, label, 1.0) - p) * slope
             dx[place] = _times_back(gradient.masked_fill(~known, math.nan).to(x.dtype), held, x.shape[-1]).to(x.dtype)
@@ -204,7 +202,8 @@ _PRODUCTS: dict[str, Callable[..., Any]] = {
     "token_scores": _token_scores,
 }
 _PRODUCTS |= {f"quantized_{op}": _PRODUCTS[op] for op in ("linear", "linear_backward", "token_scores")}
-_ONCE = "svd_lowrank split_many residual residual_quantized quantize quantize_absmax feedback_codes merge_codes"
+_ONCE: tuple[str, ...] = ("svd_lowrank", "split_many", "residual", "residual_quantized", "quantize", "quantize_absmax")
+_ONCE += ("feedback_codes", "merge_codes", "quantization_error")
 
 _announced: set[torch.device] = set()
 
@@ -237,12 +236,7 @@ def _register(key: str, ops: Mapping[str, Callable[..., Any]]) -> None:
             _LIBRARY.impl(op, partial(_announcing, compute), key, allow_override=True)
 
 
-for _key in ("XPU", "MPS", "MTIA", "HPU", "PrivateUse1", *(() if _load.cuda_problem is None else ("CUDA",))):
-    _register(
-        _key,
-        _PRODUCTS
-        | {op: partial(_on_cpu, getattr(torch.ops.pissa, op).default) for op in (*_ONCE.split(), "quantization_error")},
-    )
+for _key in ("XPU", "MPS", "MTIA", "HPU", "PrivateUse1", *(("CUDA",) if _load.cuda_problem or _load.FORCED else ())):
+    _register(_key, _PRODUCTS | {op: partial(_on_cpu, getattr(torch.ops.pissa, op).default) for op in _ONCE})
 if _load.FORCED:
     _register("CPU", _PRODUCTS)
-    _register("CUDA", _PRODUCTS)

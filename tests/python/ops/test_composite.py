@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pissa import ops
-from pissa.ops import composite
+from pissa.ops import _decode, composite
 from pissa.ops.formats import FORMATS, READ
 
 pytestmark = pytest.mark.cpu_only
@@ -57,8 +57,10 @@ def test_codes_become_the_kernels_bits(
     weight = weight_in(format, rows, cols)
     expected = ops.dequantize(weight)
     assert same_bits(composite._dequantize(*held(weight), torch.float32), expected)
-    indices = torch.tensor([[0, rows - 1], [3, 3]])
-    assert same_bits(composite._dequantize_rows(*held(weight), indices, torch.float32), expected[indices])
+    for indices in (torch.tensor([[0, rows - 1], [3, 3]]), torch.empty(2, 0, dtype=torch.int64)):
+        assert same_bits(composite._dequantize_rows(*held(weight), indices, torch.float32), expected[indices])
+    outside = composite._dequantize_rows(*held(weight), torch.tensor([-1, rows]), torch.float32)
+    assert same_bits(outside, expected[[0, 0]])  # as on a GPU
 
 
 @pytest.mark.parametrize("scales", [torch.float32, torch.bfloat16, torch.uint8])
@@ -69,6 +71,18 @@ def test_tiles_of_fp8(tall: int, wide: int, scales: torch.dtype) -> None:
     absmax = torch.arange(1, 1 + shape[0] * shape[1]).fmod(90).add(60).to(scales)
     weight = weight._replace(absmax=absmax, blocksize=wide)
     assert same_bits(composite._dequantize(*held(weight), torch.float32), ops.dequantize(weight))
+
+
+def test_tables_are_float32_whatever_torch_takes_by_default() -> None:
+    weight = weight_in("nf4", 8, 64)
+    _decode._table.cache_clear()
+    _decode._levels_of_bytes.cache_clear()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = composite._dequantize(*held(weight), torch.float32)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert same_bits(found, ops.dequantize(weight))
 
 
 def test_an_unknown_label_gives_nan() -> None:

@@ -1,6 +1,5 @@
 // Under ThreadSanitizer this file is not instrumented (CMakeLists.txt), so it keeps to plain arrays: templates of the
 // library would be shared with files that are.
-#include "sim/modes.h"
 #include "sim/block.h"
 
 #include <cstdio>
@@ -12,6 +11,7 @@
 #include "sim/device.h"
 #include "sim/fiber.h"
 #include "sim/memory.h"
+#include "sim/modes.h"
 #include "sim/order.h"
 #include "sim/sanitizers.h"
 

@@ -1,5 +1,4 @@
 // The runtime but for streams: errors, the device, memory.
-#include "sim/modes.h"
 #include "sim/runtime.h"
 
 #include <cstdio>
@@ -13,6 +12,7 @@
 #include "sim/control.h"
 #include "sim/ledger.h"
 #include "sim/memory.h"
+#include "sim/modes.h"
 
 namespace cuda_sim::detail {
 namespace {

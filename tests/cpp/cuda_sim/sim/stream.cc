@@ -1,4 +1,3 @@
-#include "sim/modes.h"
 #include "sim/stream.h"
 
 #include <cstdint>
@@ -14,6 +13,7 @@
 #include "sim/control.h"
 #include "sim/ledger.h"
 #include "sim/memory.h"
+#include "sim/modes.h"
 #include "sim/order.h"
 #include "sim/runtime.h"
 
