@@ -46,13 +46,4 @@ bool is_tested(int device) { return state_of(device).tested.load(std::memory_ord
 
 void set_tested(int device, bool tested) { state_of(device).tested.store(tested, std::memory_order_release); }
 
-std::string words(int device) {
-  std::string text;
-  for (const Route route : kRoutes) {
-    text += (text.empty() ? "" : ", ") + std::string(name(route)) + ": ";
-    text += !is_tested(device) ? "untested" : is_open(device, route) ? "good" : "wrong";
-  }
-  return text;
-}
-
 }  // namespace pissa::cuda

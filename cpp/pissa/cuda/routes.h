@@ -2,8 +2,6 @@
 // closed there for the rest of the process, and the other way is taken.
 #pragma once
 
-#include <string>
-
 namespace pissa::cuda {
 
 enum class Route {
@@ -25,8 +23,5 @@ void set_open(int device, Route route, bool open);
 /// Whether the self-test has run on a device.
 bool is_tested(int device);
 void set_tested(int device, bool tested);
-
-/// The names of a device's routes, each with "good", "wrong" or "untested".
-std::string words(int device);
 
 }  // namespace pissa::cuda
