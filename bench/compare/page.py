@@ -72,8 +72,44 @@ def _number(value: float) -> str:
 # ---- Tables ----------------------------------------------------------------------------------------------------------
 
 
-def rates() -> str:
-    """Models of 0.1 to 20 G parameters: tokens a second and memory of a training step."""
+def training() -> str:
+    """Models of 0.1 to 20 G parameters: tokens a second and memory of a training step, on both processors."""
+    zen4, xeon = _load("checkpoints.json"), _load(STEPS)
+    lines = []
+    for name, (model, format) in RATES.items():
+        on_both = [found[name]["result"] for found in (zen4, xeon)]
+        memory = _memory(*(max(result[part] for result in on_both) / _GB for part in ("private", "together")))
+        lines.append([model, format, *(_number(result["tokens_per_second"]) for result in on_both), memory])
+    large = [_largest(name) for name in ("released_models.json", RELEASED)]
+    memory = _memory(*(max(row[part] for row in large) for part in ("private_gb", "together_gb")))
+    lines.append(["gpt-oss-20b's shapes", "mxfp4", *map(_tokens, large), memory])
+    return _table("model | format | tokens a second: Zen 4 | Xeon | memory, GB: own, with the file's pages", lines)
+
+
+def beside() -> str:
+    """Whole models beside PEFT in the setting in which it is nearest, on both processors."""
+    machines = rows(), _load(COMPARED)["rows"]
+    works = [row["work"] for row in machines[0] if row["work"].startswith(("training step", "a decoded token"))]
+    lines = []
+    for work in dict.fromkeys(works):
+        line = [work]
+        for measured in machines:
+            nearest = min((row for row in measured if row["work"] == work), key=_ratio, default=None)
+            line.append("" if nearest is None else _shown(nearest))
+        lines.append(line)
+    return _table("work | Zen 4: peer / ours, ours, ms | Xeon", lines)
+
+
+def _ratio(row: dict[str, Any]) -> float:
+    return float(row["ratio_median"])
+
+
+def _shown(row: dict[str, Any]) -> str:
+    low, high = row["ratio_quartiles"]
+    return f"{row['ratio_median']:.2f} ({low:.2f} to {high:.2f}), {_number(row['ours_median_ms'])}"
+
+
+def xeon_rates() -> str:
     return _rates(STEPS, RELEASED)
 
 
@@ -287,7 +323,21 @@ def merges() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     table.__name__: table
     for table in (
-        *(rates, fits, models, layers, zen4_rates, zen4_layers, avx2, int8, readme, gguf_types, gguf_training),
+        *(
+            training,
+            beside,
+            fits,
+            models,
+            xeon_rates,
+            layers,
+            zen4_rates,
+            zen4_layers,
+            avx2,
+            int8,
+            readme,
+            gguf_types,
+            gguf_training,
+        ),
         merges,
     )
 }
