@@ -145,7 +145,7 @@ device_tests() { # the files that take --device, side by side; the rehearsal a s
 export ROUTES='
 from pissa.ops import _load
 words = _load.routes()
-assert words.count("good") == 4, f"not measured: of this GPU the self-test says: {words}"'
+assert words.count("good") == 4, f"no times: of this GPU the self-test says: {words}"'
 measure() { # STAGE SECONDS ROWS...: in a process of its own, and in another one what an error of the GPU has left
   local before status=3
   [ "$device" != cuda ] || "$python" -c "$ROUTES" || return
