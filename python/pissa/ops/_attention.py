@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pissa.ops._linear import under_autocast
 from pissa.ops.checks import check_devices, check_number, check_tensor, shape_error
 
 _OPS = torch.ops.pissa
@@ -42,8 +43,7 @@ def attention(
     Raises:
         TypeError, ValueError: an argument is invalid; the message names it.
     """
-    if q.device.type != "meta" and torch.is_autocast_enabled(q.device.type):
-        q, k, v = (tensor.to(torch.get_autocast_dtype(q.device.type)) for tensor in (q, k, v))
+    q, k, v = map(under_autocast, (q, k, v))
     operands = {"q": q, "k": k, "v": v}
     for name, tensor in operands.items():
         if check_tensor(name, tensor).dim() != 4:

@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, get_autocast_dtype
 from torch.amp import is_autocast_available
 
 from pissa.ops import _autograd
@@ -63,17 +63,20 @@ def check_operands(x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | N
     return held
 
 
+def under_autocast(x: Tensor) -> Tensor:
+    """x, under autocast in autocast's dtype."""
+    kind = x.device.type  # not every kind has autocast
+    return x.to(get_autocast_dtype(kind)) if is_autocast_available(kind) and torch.is_autocast_enabled(kind) else x
+
+
 def as_ops_take(x: Tensor, weight: Tensor | QuantizedWeight) -> tuple[Tensor, str, list[Any]]:
     """Returns x (under autocast in autocast's dtype), the name of the op, and the weight as the op takes it."""
-    device = x.device.type
-    if is_autocast_available(device) and torch.is_autocast_enabled(device):  # not every device has it
-        x = x.to(torch.get_autocast_dtype(device))
     if isinstance(weight, Tensor):
-        return x, "linear", [weight]
+        return under_autocast(x), "linear", [weight]
     *parts, (out_features, in_features), blocksize = weight
     if x.shape[-1] != in_features:  # the op infers it from x
         raise shape_error("x", x, f"[..., in] with in = {in_features}")
-    return x, "quantized_linear", [*parts, blocksize, out_features]
+    return under_autocast(x), "quantized_linear", [*parts, blocksize, out_features]
 
 
 def _run(x: Tensor, compute: Callable[[], Tensor], check: Callable[[], None]) -> Tensor:
