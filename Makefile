@@ -211,7 +211,7 @@ OUR_PYTEST = $(PYTEST) --dist loadfile
 # model/test_on_cuda.py shows the same in every run.
 ON_CUDA := $(addprefix layers/test_,layer.py kinds.py) base/test_bitsandbytes.py ops/test_gpu.py model/test_model.py
 
-# Also without our kernels: the ops, a layer of each kind, and a model from its training to a conversation.
+# Also without our kernels: the ops, a layer of each kind, and a model from its training to an answer.
 COMPOSITE := ops layers/test_kinds.py journeys/test_finetune_then_generate.py
 
 test-python: $(BUILD)/venv-test.stamp

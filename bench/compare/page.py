@@ -97,7 +97,7 @@ def beside() -> str:
             nearest = min((row for row in measured if row["work"] == work), key=_ratio, default=None)
             line.append("" if nearest is None else _shown(nearest))
         lines.append(line)
-    return _table("work | Zen 4: peer / ours, ours, ms | Xeon", lines)
+    return _table("work | Zen 4: PEFT's time / ours (quartiles), ours in ms | Xeon", lines)
 
 
 def _ratio(row: dict[str, Any]) -> float:

@@ -93,7 +93,7 @@ def routes() -> str:
         closed = torch.ops.pissa.closed_routes(torch.empty(0, device="cuda"))
     except RuntimeError as error:
         return str(error)
-    names = "early_launch", "lt", "few_rows", "group"
+    names = "early_launch", "lt", "few_rows", "group"  # in the order of routes.h
     return ", ".join(f"{name}: {'wrong' if closed >> i & 1 else 'good'}" for i, name in enumerate(names))
 
 
