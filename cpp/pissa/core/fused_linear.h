@@ -44,10 +44,17 @@ struct Adapter {
 /// read again.
 inline constexpr std::int64_t kFewTokens = 16;
 
-/// The format of x A^T and dy B: x's half precision if the device's products would round them to it, otherwise f32.
+/// Whether the device's products round the factors to x's half precision, once for all of them.
+template <Backend B>
+bool rounds_factors(const Matrix& x) {
+  return KeepsFactorSums<B> && x.rows > kFewTokens && x.format != Format::f32;
+}
+
+/// The format of x A^T and dy B: bf16 if they would be rounded to it, otherwise f32, in place of f16 too, which might
+/// not hold x A^T (precision_of_xa).
 template <Backend B>
 Format thin_format(const Matrix& x) {
-  return KeepsFactorSums<B> && x.rows > kFewTokens ? x.format : Format::f32;
+  return rounds_factors<B>(x) && x.format == Format::bf16 ? Format::bf16 : Format::f32;
 }
 
 /// A0 + dA and B0 + dB rounded to x's half precision, which the forward may keep for the backward.
@@ -58,7 +65,7 @@ struct FactorSums {
   /// Whether a forward at x keeps them: not if the device does not round factors, or uses them separately anyway.
   template <Backend B>
   static bool kept(const Matrix& x, const Adapter& adapter) {
-    return thin_format<B>(x) != Format::f32 && adapter.a0;
+    return rounds_factors<B>(x) && adapter.a0;
   }
   /// The number of their elements, which are stored one after the other.
   static std::int64_t size(const Adapter& adapter) {
@@ -127,7 +134,7 @@ template <Backend B, class F>
 void with_forward_tail(B& backend, const Matrix& x, const Adapter& adapter, const MutableMatrix& xa,
                        const FactorSums& sums, F write) {
   const float s = adapter.scaling;
-  const Precision precision = precision_of(x.format);
+  const Precision precision = precision_of(x.format), of_xa = precision_of_xa(x.format);
   const bool apart = x.rows <= kFewTokens;
   if constexpr (KeepsFactorSums<B>) {
     if (sums.a) backend.add_both({adapter.a0, adapter.a, sums.a}, {adapter.b0, adapter.b, sums.b});
@@ -138,12 +145,12 @@ void with_forward_tail(B& backend, const Matrix& x, const Adapter& adapter, cons
     auto x_delta_a = backend.alloc(x.rows, adapter.rank(), xa.format);
     product(backend, x, Op::n, adapter.a, Op::t, 1.0f, precision, x_delta_a.view());
     TermPair tail;
-    tail.add({xa, Op::n, adapter.b, Op::t, s, precision});
-    tail.add({x_delta_a.view(), Op::n, adapter.b0, Op::t, s, precision});
+    tail.add({xa, Op::n, adapter.b, Op::t, s, of_xa});
+    tail.add({x_delta_a.view(), Op::n, adapter.b0, Op::t, s, of_xa});
     return write(tail);
   }
   const Factor factor_b(backend, adapter.b0, adapter.b, sums.b, apart);
-  write(factor_b.times(xa, Op::t, s, precision));
+  write(factor_b.times(xa, Op::t, s, of_xa));
 }
 
 /// Computes the adapter's gradients, and calls write(tail) with the thin products that it adds to dx.
@@ -155,7 +162,7 @@ void with_backward_tail(B& backend, const Matrix& dy, const Matrix& x, const Ada
   const bool change = adapter.adds_change();
   const bool apart = x.rows <= kFewTokens;
   const Precision precision = precision_of(x.format);
-  product(backend, dy, Op::t, xa, Op::n, s, precision, grad_b);
+  product(backend, dy, Op::t, xa, Op::n, s, precision_of_xa(x.format), grad_b);
 
   // dy B, or dy dB and dy B0 separately, which are then summed
   auto dy_b = backend.alloc(dy.rows, r, change ? Format::f32 : thin_format<B>(x));

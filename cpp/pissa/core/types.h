@@ -107,11 +107,18 @@ enum class Activation { silu, gelu_tanh };
 /// The format to which a product's operands may be rounded before they are multiplied. Sums are always f32. `bf16` and
 /// `f16` are mixed precision, which a device uses if it has faster units for it. `tf32` is TF32 if the device supports
 /// it and its user has allowed it, otherwise f32. `f32` keeps every given digit.
-enum class Precision : std::uint8_t { f32, bf16, f16, tf32 };
+///
+/// `f16_scaled` is f16 for a product of which one operand, the first if both are, is f32 and may exceed f16's range,
+/// 65,504. That operand is multiplied by kScaledDown before it is rounded: it may be 4 million, and what is below 2^-19
+/// is lost. The other operand, or if it is f16 already the product, is multiplied by kScaledUp.
+enum class Precision : std::uint8_t { f32, bf16, f16, f16_scaled, tf32 };
+
+inline constexpr float kScaledDown = 0x1p-6f, kScaledUp = 0x1p6f;
 
 /// The format to which operands are rounded; f32 for those that keep their digits.
 PISSA_INLINE constexpr Format format_of(Precision precision) {
-  return precision == Precision::bf16 ? Format::bf16 : precision == Precision::f16 ? Format::f16 : Format::f32;
+  if (precision == Precision::bf16) return Format::bf16;
+  return precision == Precision::f16 || precision == Precision::f16_scaled ? Format::f16 : Format::f32;
 }
 
 /// Mixed precision in the usual sense: half-precision activations request products in their format, of the factors too.
@@ -119,6 +126,11 @@ PISSA_INLINE constexpr Format format_of(Precision precision) {
 PISSA_INLINE constexpr Precision precision_of(Format activations) {
   if (activations == Format::bf16) return Precision::bf16;
   return activations == Format::f16 ? Precision::f16 : Precision::tf32;
+}
+
+/// For products with x A^T. PiSSA's A0 has the roots of the singular values in it, so that f16 might not hold it.
+PISSA_INLINE constexpr Precision precision_of_xa(Format activations) {
+  return activations == Format::f16 ? Precision::f16_scaled : precision_of(activations);
 }
 
 /// Whether an algorithm may assume that rows are linearly independent, or must handle any rows.

@@ -27,6 +27,7 @@ __device__ __forceinline__ void multiply_few_rows(const Sum& sum) {
   float total[kRows] = {};
   for (int i = 0; i < sum.count && inside; ++i) {
     const Term& term = sum.term(i);
+    const bool beyond_f16 = term.precision == Precision::f16_scaled;
     for (std::int64_t k = part * kOctet; k < term.a.cols; k += kSplit * kOctet) {
       float b[1][kOctet];
       load_rounded(term.b, col, k, 1.0f, format_of(term.precision), b);
@@ -34,7 +35,7 @@ __device__ __forceinline__ void multiply_few_rows(const Sum& sum) {
       for (int first = 0; first < kRows; first += kRowsAtOnce) {
         if (first >= rows) break;
         float a[kRowsAtOnce][kOctet];
-        load_rounded(term.a, first, k, term.scale, format_of(term.precision), a);
+        load_rounded(term.a, first, k, term.scale, beyond_f16 ? Format::f32 : format_of(term.precision), a);
 #pragma unroll
         for (int i = 0; i < kRowsAtOnce; ++i) {
 #pragma unroll
@@ -101,7 +102,7 @@ void multiply_layers(const Context& context, const Matrix& x, std::span<const Gr
   const Precision precision = precision_of(x.format);
   const int count = adapter.a0 ? 2 : 1;
   const std::array thin{Term{x, Op::n, adapter.a, Op::t, 1.0f, precision}, Term{}};
-  const std::array tail{Term{xa, Op::n, adapter.b, Op::t, adapter.scaling, precision}, Term{}};
+  const std::array tail{Term{xa, Op::n, adapter.b, Op::t, adapter.scaling, precision_of_xa(x.format)}, Term{}};
   Group product{sum_of(std::span(thin).first(count), {}, {}, xa), {}};
   QuantizedGroup all{
       {sum_of(std::span(tail).first(count), {}, {}, y), {}}, x, weight, shift_of(weight.scales.blocksize),
@@ -150,7 +151,7 @@ bool few_rows_quantized_fits(const Matrix& x, const Matrix& weight, std::span<co
          is_quantized(weight.format) && !is_read_only(weight.format) && weight.cols % kLine == 0 &&
          weight.scales.blocksize % (kLine / scales_of_line(weight.format)) == 0 && x.ld % 8 == 0 &&
          aligned_to_16(x.data) && aligned_to_16(weight.data) && are_rows_by_rows(tail) &&
-         std::ranges::all_of(tail, [&](const Term& term) { return term.precision == precision_of(x.format); });
+         std::ranges::all_of(tail, [&](const Term& term) { return format_of(term.precision) == x.format; });
 }
 
 void few_rows_quantized(const Context& context, const Matrix& x, const Matrix& weight, std::span<const Term> tail,

@@ -77,6 +77,8 @@ __device__ __forceinline__ void add_tail(const Sum& sum, std::int64_t first_col,
   for (int i = 0; i < sum.count; ++i) {
     const Term& term = sum.term(i);
     const int chunks = static_cast<int>((term.a.cols + kTailChunk - 1) / kTailChunk);
+    const float a_scale = term.scale * (term.precision == Precision::f16_scaled ? kScaledDown : 1.0f);
+    const float b_scale = term.precision == Precision::f16_scaled ? kScaledUp : 1.0f;
     for (; turn < chunks; turn += kWarps) {
       const std::int64_t k = turn * kTailChunk + quad * kOctet;
       float b[kTiles][kOctet];
@@ -87,7 +89,7 @@ __device__ __forceinline__ void add_tail(const Sum& sum, std::int64_t first_col,
         float a[2][kOctet];
         load_rows(term.a, rows * kRows + group, 8, k, a);
         const auto scaled = [&](int row, int j) {
-          return pack_halves<format>(term.scale * a[row][j], term.scale * a[row][j + 1]);
+          return pack_halves<format>(a_scale * a[row][j], a_scale * a[row][j + 1]);
         };
 #pragma unroll
         for (int step = 0; step < kTailSteps; ++step) {
@@ -95,8 +97,8 @@ __device__ __forceinline__ void add_tail(const Sum& sum, std::int64_t first_col,
           const unsigned a_words[4] = {scaled(0, j), scaled(1, j), scaled(0, j + 2), scaled(1, j + 2)};
 #pragma unroll
           for (int tile = 0; tile < kTiles; ++tile) {
-            const unsigned b_words[2] = {pack_halves<format>(b[tile][j], b[tile][j + 1]),
-                                         pack_halves<format>(b[tile][j + 2], b[tile][j + 3])};
+            const unsigned b_words[2] = {pack_halves<format>(b_scale * b[tile][j], b_scale * b[tile][j + 1]),
+                                         pack_halves<format>(b_scale * b[tile][j + 2], b_scale * b[tile][j + 3])};
             mma_m16n8k16<format>(totals[rows][tile], a_words, b_words);
           }
         }

@@ -51,6 +51,17 @@ bool of_one_scale(std::span<const Term> terms) {
   return std::ranges::all_of(terms, [&](const Term& term) { return term.scale == terms[0].scale; });
 }
 
+// Powers of two for the factors of a product and for its sum, by Precision::f16_scaled.
+struct Powers {
+  float a = 1.0f, b = 1.0f, sum = 1.0f;
+};
+
+Powers powers_of(const Term& term) {
+  if (term.precision != Precision::f16_scaled) return {};
+  if (term.a.format == Format::f32) return {.a = kScaledDown, .b = kScaledUp};
+  return {.b = kScaledDown, .sum = kScaledUp};
+}
+
 // Several terms as one: their first factors side by side, their second ones too. One product rounds once. Its scale is
 // theirs; where they differ, the smaller factor of each carries its own.
 class Concatenation {
@@ -64,8 +75,9 @@ class Concatenation {
     std::int64_t first = 0;
     for (const Term& term : terms) {
       const bool a_is_smaller = term.a.rows * term.a.cols < term.b.rows * term.b.cols;
-      const float a_scale = together || !a_is_smaller ? 1.0f : term.scale;
-      const float b_scale = together || a_is_smaller ? 1.0f : term.scale;
+      const Powers powers = powers_of(term);
+      const float a_scale = powers.a * (together || !a_is_smaller ? 1.0f : term.scale);
+      const float b_scale = powers.b * (together || a_is_smaller ? 1.0f : term.scale);
       place(context, term.a, a_scale, term.op_a == Op::n, a_.view(), first, count);
       place(context, term.b, b_scale, term.op_b == Op::t, b_.view(), first, count);
       first += term.inner();
@@ -96,20 +108,21 @@ bool can_concatenate(std::span<const Term> terms, Format format) {
   return format != Format::f32 && terms.size() > 1 && std::ranges::all_of(terms, [&](const Term& term) {
            return term.op_a == terms[0].op_a && term.op_b == terms[0].op_b &&
                   common_format(term.a, term.b, term.precision) == format &&
-                  (term.precision != Precision::f32 || of_one_scale(terms));
+                  (term.precision != Precision::f32 || of_one_scale(terms)) && powers_of(term).sum == 1.0f;
          });
 }
 
 // sum (+)= scale * op(a) op(b)
 void add_product(const Context& context, const Term& term, Format format, bool accumulate, const MutableMatrix& sum,
                  std::int64_t count) {
-  const Converted a(context, term.a, format, count);
-  const Converted b(context, term.b, format, count);
+  const Powers powers = powers_of(term);
+  const Converted a(context, term.a, format, count, powers.a);
+  const Converted b(context, term.b, format, count, powers.b);
   matmul(context, {.a = a.view(),
                    .op_a = term.op_a,
                    .b = b.view(),
                    .op_b = term.op_b,
-                   .alpha = term.scale,
+                   .alpha = powers.sum * term.scale,
                    .accumulate = accumulate,
                    .may_use_tf32 = term.precision == Precision::tf32,
                    .out = sum,

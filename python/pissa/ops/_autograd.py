@@ -87,14 +87,15 @@ def out_features_of(weight: Sequence[Any]) -> int:
 
 
 def kept_of(x: Tensor, out_features: int, a: Tensor | None, a0: Tensor | None, implicit: bool) -> Tensor:
-    """What the forward keeps for the backward: x Aᵀ; on CUDA in x's half precision, and after sums of factors in it."""
+    """What the forward keeps for the backward: x Aᵀ; on CUDA in bfloat16 if x is, and after sums of factors in x's half
+    precision."""
     if a is None:
         return _floats(x, 0)
     tokens, r = x.numel() // x.shape[-1], a.shape[0]
     if not x.is_cuda or x.dtype == torch.float32 or tokens <= _FEW_TOKENS:
         return _floats(x, tokens * r)
     sums = 0 if a0 is None else r * (x.shape[-1] + (0 if implicit else out_features))
-    return _floats(x, -(-sums // 8) * 4 + -(-tokens * r // 2))
+    return _floats(x, -(-sums // 8) * 4 + (-(-tokens * r // 2) if x.dtype == torch.bfloat16 else tokens * r))
 
 
 def _fake_linear(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:

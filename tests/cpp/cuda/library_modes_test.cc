@@ -4,13 +4,17 @@
 #include <cublas_v2.h>
 #include <gtest/gtest.h>
 
+#include <array>
 #include <cmath>
 #include <cstdint>
+#include <span>
 #include <utility>
 #include <vector>
 
 #include "pissa/core/fused_linear.h"
+#include "pissa/core/grouped_linear.h"
 #include "pissa/core/rsvd.h"
+#include "pissa/cuda/backend.h"
 #include "pissa/cuda/context.h"
 #include "pissa/cuda/gemm.h"
 #include "pissa/cuda/lt_plan.h"
@@ -268,6 +272,60 @@ TEST_F(LibraryModes, WithoutAnAlgorithmPartsOfASumAreNotRounded) {
   cublasMath_t mode = CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION;
   cublasGetMathMode(context.blas, &mode);
   EXPECT_EQ(mode, CUBLAS_DEFAULT_MATH);
+}
+
+// x A^T is 2^17, beyond f16's range, and y 2^10 or 3 * 2^10: for few rows, some, and many, and in a group of layers.
+TEST_F(LibraryModes, AnXaBeyondTheRangeOfF16) {
+  constexpr std::int64_t kIn = 128, kOut = 64, kRank = 2;
+  const auto matrix = [](std::int64_t rows, std::int64_t cols, double value, Format format = Format::f32) {
+    return Stored(Dense(rows, cols, value), format, Stored::kAligned, Stored::kAligned);
+  };
+  const Stored dense = matrix(kOut, kIn, 0, Format::f16);
+  const std::vector<std::uint8_t> codes(kOut * kIn / 2, 0x77);  // zeros
+  const std::vector<float> scales(kOut * kIn / 64, 1.0f);
+  Matrix nf4{codes.data(), kOut, kIn, 0, Format::nf4};
+  nf4.scales.blocksize = 64;
+  nf4.scales.absmax = scales.data();
+  const Stored a = matrix(kRank, kIn, 16), b = matrix(kOut, kRank, 0x1p-8);
+  const Stored no_a = matrix(kRank, kIn, 0), no_b = matrix(kOut, kRank, 0);
+  for (const std::int64_t rows : {4, 40, 150, 300}) {
+    const Stored x = matrix(rows, kIn, 64, Format::f16), dy = matrix(rows, kOut, 0x1p-5, Format::f16);
+    for (const bool change : {false, true}) {
+      for (const Matrix& weight : {dense.view(), nf4}) {
+        for (const bool grouped : {false, true}) {
+          if (grouped && change) continue;  // no group adds the change alone
+          SCOPED_TRACE(::testing::Message() << rows << " " << change << " " << name(weight.format) << " " << grouped);
+          Adapter adapter{.a = no_a.view(), .b = no_b.view(), .a0 = a.view(), .b0 = b.view()};
+          if (change) adapter = {a.view(), b.view(), a.view(), b.view(), 1.0f, true};
+          const double xa_value = change ? 0x1p18 : 0x1p17, y_value = change ? 3072 : 1024;
+          Stored y = Stored::poisoned(rows, kOut, Format::f16);
+          Stored xa = Stored::poisoned(rows, kRank, Format::f32);
+          Stored grad_a = Stored::poisoned(kRank, kIn, Format::f32),
+                 grad_b = Stored::poisoned(kOut, kRank, Format::f32);
+          const GroupedLayer layer{weight, adapter, 0, rows};
+          const std::array grads_a{grad_a.mutable_view()}, grads_b{grad_b.mutable_view()};
+          if (grouped) {
+            grouped_linear_forward(backend, x.view(), std::span(&layer, 1), y.mutable_view(), xa.mutable_view());
+            grouped_linear_backward(backend, dy.view(), x.view(), std::span(&layer, 1), xa.view(), {}, grads_a,
+                                    grads_b);
+          } else {
+            const Format format = FactorSums::kept<cuda::CudaBackend>(x.view(), adapter) ? Format::f16 : Format::f32;
+            Stored memory = Stored::poisoned(1, FactorSums::size(adapter), format);
+            const FactorSums sums =
+                format == Format::f32 ? FactorSums{} : FactorSums::at(memory.mutable_view().data, format, adapter);
+            linear_forward(backend, x.view(), weight, {}, adapter, y.mutable_view(), xa.mutable_view(), sums);
+            linear_backward(backend, dy.view(), x.view(), weight, adapter, xa.view(), {}, grads_a[0], grads_b[0], sums);
+          }
+          const auto expect_all = [](const Stored& actual, double value) {
+            EXPECT_EQ(actual.values().values, std::vector<double>(actual.values().values.size(), value));
+          };
+          expect_all(xa, xa_value);
+          expect_all(y, y_value);
+          expect_all(grad_b, static_cast<double>(rows) * 0x1p-5 * xa_value);
+        }
+      }
+    }
+  }
 }
 
 // ---- TF32 -----------------------------------------------------------------------------------------------------------
