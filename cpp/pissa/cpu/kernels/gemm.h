@@ -210,7 +210,9 @@ void multiply(const Run& run, const Block& block, const Panels& panels, const Ou
       pack_lanes<Product, kCols>({term.b, block.col, block.cols, k0, depth}, term.op_b == Op::n, stride,
                                  panels.b + at * kCols, panels);
     });
-    pad_words(length, whole, kCols, ceil_div(block.cols, kCols), stride, panels.b);
+    const std::int64_t strips = ceil_div(block.cols, kCols);
+    pad_words(length, whole, kCols, strips, stride, panels.b);
+    Product::Tiles::arrange(whole, kCols, strips, stride, panels.b);
     for (std::int64_t i = 0; i < block.rows; i += kRows) {
       const std::int64_t rows = smaller(kRows, block.rows - i);
       constexpr std::int64_t kTileRows = Product::Tiles::kMultiply ? kRows : kRowStep;
@@ -221,7 +223,12 @@ void multiply(const Run& run, const Block& block, const Panels& panels, const Ou
       run.visit<Product>(from, length, [&](const Term& term, std::int64_t k0, std::int64_t depth, std::int64_t at) {
         pack_a<Product, kRows>(term, {term.a, block.row + i, rows, k0, depth, term.scale}, at, panels);
       });
-      pad_words(length, whole, 1, rows, kStripLd, panels.a);
+      if constexpr (Vec::kByLane) {
+        pad_words(length, whole, kRows, 1, 0, panels.a);
+        Product::Tiles::arrange(whole, kRows, 1, 0, panels.a);
+      } else {
+        pad_words(length, whole, 1, rows, kStripLd, panels.a);
+      }
       const float* b = panels.b;
       for (std::int64_t j = 0; j < block.cols; j += kCols, b += stride) {
         multiply_tile<Product, vecs>(tiles, rows, whole, panels.a, b, c + j, ld_c, !begins || output.has_addend());

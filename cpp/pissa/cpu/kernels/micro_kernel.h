@@ -3,8 +3,8 @@
 //
 // A strip of B contains a word of every column, one after the other, then the next word of every column. A strip of A
 // is read in the order in which its words become factors: row by row if they are broadcast when loaded; or, if they are
-// lanes of a register (Vec::kByLane), a word of every row, as in B. Tile registers also take A row by row, and a
-// multiple of Tiles::kDepth words of both strips.
+// lanes of a register (Vec::kByLane), a word of every row, as in B. Tiles take a multiple of Tiles::kDepth words of
+// both strips, after Tiles::arrange.
 #pragma once
 
 #include "pissa/cpu/kernels/pack.h"
@@ -98,7 +98,7 @@ template <class Product, int vecs>
 PISSA_INLINE void multiply_tile([[maybe_unused]] const typename Product::Tiles& tiles, std::int64_t rows,
                                 std::int64_t length, const float* a, const float* b, float* c, std::int64_t ld_c,
                                 bool accumulate) {
-  if constexpr (Product::Tiles::kMultiply) tiles.multiply(length, a, kStripLd, b, c, ld_c, accumulate);
+  if constexpr (Product::Tiles::kMultiply) tiles.multiply(rows, length, a, kStripLd, b, c, ld_c, accumulate);
   else dispatch_rows<Product, vecs>(rows, length, a, b, c, ld_c, accumulate);
 }
 

@@ -33,9 +33,11 @@ class Tiles {
   Tiles(const Tiles&) = delete;
   Tiles& operator=(const Tiles&) = delete;
 
+  static PISSA_INLINE void arrange(std::int64_t, int, std::int64_t, std::int64_t, float*) {}
+
   // c[32, 32] = or += a[32, length] b[length, 32], in words; leading dimensions likewise, b's is 32
-  PISSA_INLINE void multiply(std::int64_t length, const float* a, std::int64_t ld_a, const float* b, float* c,
-                             std::int64_t ld_c, bool accumulate) const {
+  PISSA_INLINE void multiply(std::int64_t, std::int64_t length, const float* a, std::int64_t ld_a, const float* b,
+                             float* c, std::int64_t ld_c, bool accumulate) const {
     constexpr int kWord = sizeof(float);
     written(c);
     if (accumulate) {

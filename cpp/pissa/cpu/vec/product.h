@@ -14,6 +14,7 @@ struct NoTiles {
   static constexpr bool kMultiply = false;
   static constexpr int kRows = Vec::kRows;
   static constexpr int kDepth = 1;
+  static PISSA_INLINE void arrange(std::int64_t, int, std::int64_t, std::int64_t, float*) {}
 };
 #if !PISSA_HAS_TILES
 using Tiles = NoTiles;

@@ -25,7 +25,10 @@
 //   row; shift_right of such words; and look_up, the table's level for the low four bits of each lane
 // - transpose: of kWidth x kWidth
 // A set that multiplies pairs of bf16 also needs Pairs (see product.h), in its own file; PISSA_HAS_BF16 declares it.
-// One that does so in tile registers also needs Tiles; PISSA_HAS_TILES declares it.
+// One that multiplies matrices of them (AMX, BFMMLA) also needs Tiles; PISSA_HAS_TILES declares it:
+// - kRows of a tile of the output; kDepth, of which a product's words are a multiple
+// - arrange: words of strips of that width, from the order of micro_kernel.h to that of multiply, in place
+// - multiply: c = or += a b, for at least the given number of rows
 #pragma once
 
 #if defined(__AVX512F__)
@@ -51,6 +54,9 @@
 #if defined(__AMX_BF16__)
 #define PISSA_HAS_TILES 1
 #include "pissa/cpu/vec/amxbf16.h"
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#define PISSA_HAS_TILES 1
+#include "pissa/cpu/vec/bfmmla.h"
 #else
 #define PISSA_HAS_TILES 0
 #endif
