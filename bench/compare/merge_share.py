@@ -3,22 +3,26 @@
     python -m bench.compare.merge_share --gsm8k FOLDER --json bench/results/merge_share.json mxfp4 model.gguf
 
 A base is a format, to which the linear layers of SmolLM2-135M-Instruct are quantised, or a GGUF file. LoRA of rank 16
-is trained on all linear layers as in `bench.compare.plain_nf4`, beside the base, and again with `merge_aware`. Held-out
-losses: of the base; of the adapter beside it; merged by `ops.merge_codes`, to the nearest codes and by dither; and
-trained through the rounding, which is the merged model. "kept" is the share of the adapter's gain. "share" and "noise"
-are what `pissa merge` says. An adapter that was trained through the rounding is also measured beside the base.
+is trained on all linear layers as in `bench.compare.plain_nf4`, beside the base, and again with `merge_aware`
+("through") or with it in the last tenth of the steps ("finish"). Held-out losses: of the base; of the adapter; merged by
+`ops.merge_codes`, to the nearest codes and by dither, and both with error feedback by the inputs of 64 training
+problems; and trained through the rounding, which is the merged model. "kept" is the share of the adapter's gain.
+"share" and "noise" are what `pissa merge` says. An adapter that was trained through the rounding is also measured
+beside the base.
 """
 
 from __future__ import annotations
 
 import argparse
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import AutoModelForCausalLM
 
 import pissa
@@ -34,8 +38,18 @@ from pissa.base.weights import CodedLinear
 from pissa.checkpoints.merge_codes import Kept
 from pissa.containers.checkpoint import ModelFolder
 from pissa.layers.layer import pissa_layers
+from pissa.model.calibrate import observe
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+ROUNDINGS = {
+    "nearest": ("nearest", 1, False),
+    "dither": ("dither", 3, False),
+    "feedback": ("nearest", 1, True),
+    "feedback, dither": ("dither", 3, True),
+}
+"""For each way to merge, the rounding, the number of draws, and whether there is error feedback."""
+CALIBRATED = 64
+"""Problems of the training whose inputs are read for the feedback."""
 FIELDS: dict[str, Any] = {"r": 16, "init": "lora", "target_modules": LINEAR, "task_type": "CAUSAL_LM"}
 
 
@@ -66,8 +80,9 @@ def load(base: str, folder: Path, aware: bool) -> Any:
 
 
 @contextmanager
-def merged(model: Any, rounding: str, draw: int = 0) -> Iterator[dict[str, float]]:
-    """The model without its adapter, and with its change in the codes. Yields the sums of `ops.Merged`."""
+def merged(model: Any, rounding: str, moments: Mapping[str, Tensor], draw: int = 0) -> Iterator[dict[str, float]]:
+    """The model without its adapter, and with its change in the codes, by error feedback for layers with a second
+    moment. Yields the sums of `ops.Merged`."""
     sums, before = dict.fromkeys(("change", "along", "square", "moved", "beyond", "elements"), 0.0), {}
     for name, layer in pissa_layers(model.base_model.model).items():
         start, scaling = layer.start_of("default"), layer.scaling["default"]
@@ -75,7 +90,8 @@ def merged(model: Any, rounding: str, draw: int = 0) -> Iterator[dict[str, float
         if not layer.base.is_quantised:
             continue
         held = layer.base.quantized
-        new = ops.merge_codes(held, a, b, scaling, rounding=rounding, seed=seed_of(name) ^ draw)
+        seed, moment = seed_of(name) ^ draw, moments.get(name)
+        new = ops.merge_codes(held, a, b, scaling, rounding=rounding, second_moment=moment, seed=seed)
         for field in ("change", "along", "square", "moved", "beyond"):
             sums[field] += getattr(new, field)
         sums["elements"] += held.shape[0] * held.shape[1]
@@ -93,32 +109,64 @@ def measure(base: str, folder: Path, rows: tuple[list[Row], list[Row]], seed: in
     """The held-out losses of one base and seed."""
     training, held_out = rows
     losses: dict[str, Any] = {}
-    for aware in (False, True):
+    for way in ("adapter", "through", "finish"):
         torch.manual_seed(seed)
-        model = load(base, folder, aware)
-        if not aware:
+        model = load(base, folder, aware=way != "adapter")
+        layers = pissa_layers(model.base_model.model).values()
+        if way == "adapter":
             with model.disable_adapter():
                 losses["base"] = held_out_loss(model, held_out)
-        train(model, training, seed)
-        losses["through" if aware else "adapter"] = held_out_loss(model, held_out)
-        if aware:
-            for layer in pissa_layers(model.base_model.model).values():
+        with last_tenth(layers) if way == "finish" else nullcontext():
+            train(model, training, seed)
+        losses[way] = held_out_loss(model, held_out)
+        if way == "through":
+            for layer in layers:
                 layer.merge_aware.clear()
             losses["through, beside the base"] = held_out_loss(model, held_out)
-            continue
-        for rounding, draws in (("nearest", 1), ("dither", 3)):
-            drawn = []
-            for draw in range(draws):
-                with merged(model, rounding, draw) as sums:
-                    drawn.append(held_out_loss(model, held_out))
-            losses[rounding] = drawn if draws > 1 else drawn[0]
-            if rounding == "dither":
-                losses |= {name: round(value, 5) for name, value in Kept.of(sums)._asdict().items()}
+        if way == "adapter":
+            losses |= merges(model, [torch.tensor([row["input_ids"]]) for row in training[:CALIBRATED]], held_out)
     gain = losses["base"] - losses["adapter"]
-    mean = sum(losses["dither"]) / len(losses["dither"])
-    kept = {"nearest": losses["nearest"], "dither": mean, "through": losses["through"]}
-    losses |= {f"kept, {name}": round((losses["base"] - loss) / gain, 4) for name, loss in kept.items()}
+    for way in (*ROUNDINGS, "through", "finish"):
+        found = torch.tensor(losses[way]).mean()  # of the draws
+        losses[f"kept, {way}"] = round((losses["base"] - float(found)) / gain, 4)
     return losses
+
+
+def merges(model: Any, calibration: list[Tensor], held_out: list[Row]) -> dict[str, Any]:
+    """The held-out losses of a model's adapter, merged in every way, and what dither keeps of it."""
+    moments = observe(model, calibration, progressbar=False).moments
+    model.train()
+    losses: dict[str, Any] = {}
+    for way, (rounding, draws, feedback) in ROUNDINGS.items():
+        drawn = []
+        for draw in range(draws):
+            with merged(model, rounding, moments if feedback else {}, draw) as sums:
+                drawn.append(held_out_loss(model, held_out))
+        losses[way] = drawn if draws > 1 else drawn[0]
+        if way == "dither":
+            losses |= {name: round(value, 5) for name, value in Kept.of(sums)._asdict().items()}
+    return losses
+
+
+@contextmanager
+def last_tenth(layers: Iterable[Any]) -> Iterator[None]:
+    """Until the last tenth of the steps, layers compute with the adapter beside the base."""
+    for layer in layers:
+        layer.merge_aware.clear()
+    steps = 0
+
+    def count(*_: object) -> None:
+        nonlocal steps
+        steps += 1
+        if steps == plain_nf4.STEPS * 9 // 10:
+            for layer in layers:
+                layer.merge_aware.add("default")
+
+    hook = register_optimizer_step_post_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def main() -> None:

@@ -63,7 +63,8 @@ def train(model: nn.Module, rows: list[Row], seed: int) -> None:
     for step in range(STEPS):
         optimizer.param_groups[0]["lr"] = RATE * min(1, (step + 1) / 2) * 0.5 * (1 + math.cos(math.pi * step / STEPS))
         optimizer.zero_grad()
-        mean_loss(model, [rows[i] for i in order[BATCH * step : BATCH * (step + 1)]]).backward()
+        places = range(BATCH * step, BATCH * (step + 1))
+        mean_loss(model, [rows[order[place % len(order)]] for place in places]).backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
 

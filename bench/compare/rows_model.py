@@ -11,14 +11,16 @@ from torch import Tensor, nn
 
 import pissa
 from bench.checkpoints.generate import SHAPES
+from bench.compare.gguf_blocks import random_blocks, weight_of
 from bench.compare.interleave import Case, Row, agree, relative_error, require
 from bench.compare.peers import lora_layers, lora_on_dense, lora_on_nf4
 from bench.compare.records import missing
 from bench.compare.weights import energy, fewest_passes, language_model
+from pissa.base.weights import CodedLinear
 from pissa.layers.layer import pissa_layers
 
 R = 16
-BATCH = (4, 128)
+BATCH, LONG = (4, 128), (1, 2048)
 # Both sides round every operation to bfloat16, 2^-9, some 600 of them one after the other (30 layers of 20). As a
 # random walk that is 5% of an activation or a gradient; a loss, the mean of 508 tokens' losses, moves far less. For
 # both sides, twice that, and once more for bitsandbytes on a CPU with AVX512_BF16: over a random Llama of two layers
@@ -29,6 +31,10 @@ LOSS_BOUND = 0.01
 _ADAPTERS = {"default": ("float32", torch.float32), "tuned": ("bfloat16", torch.bfloat16)}
 # The fastest on processors that multiply bfloat16 more slowly than float32.
 _IN_FLOAT32 = "PEFT + bitsandbytes, float32 throughout"
+_PEERS_OF_NF4 = (
+    (f"PEFT + bitsandbytes, {_ADAPTERS['tuned'][0]} adapters", torch.bfloat16),
+    (_IN_FLOAT32, torch.float32),
+)
 
 
 def model_rows(tiny: bool) -> Iterator[Row]:
@@ -50,6 +56,16 @@ def model_rows(tiny: bool) -> Iterator[Row]:
         setting="tuned",
         memory=True,
     )
+    for against, dtype in _PEERS_OF_NF4:
+        yield Row(
+            f"training step of SmolLM2-135M on a row of {LONG[1]:,} tokens, nf4, r = {R}",
+            against,
+            partial(_step, tiny, "nf4", dtype, dtype, (1, 256) if tiny else LONG),
+            1.5,
+            setting="tuned",
+            max_pairs=5,
+            memory=True,
+        )
     for setting, goal in (("default", None), ("tuned", 1.25)):
         name, dtype = _ADAPTERS[setting]
         yield Row(
@@ -60,10 +76,7 @@ def model_rows(tiny: bool) -> Iterator[Row]:
             setting=setting,
             memory=True,
         )
-    for against, dtype in (
-        (f"PEFT + bitsandbytes, {_ADAPTERS['tuned'][0]} adapters", torch.bfloat16),
-        (_IN_FLOAT32, torch.float32),
-    ):
+    for against, dtype in _PEERS_OF_NF4:
         yield Row(
             f"training step of Llama-3.2-1B's shape, nf4, r = {R}",
             against,
@@ -80,6 +93,12 @@ def model_rows(tiny: bool) -> Iterator[Row]:
         against = "PEFT + bitsandbytes in eval mode"
         yield Row(f"a decoded token of {model}, nf4, r = {R}", against, build, setting="tuned")
     yield Row(
+        f"a decoded token of Llama-3.2-1B's shape, q4_k, r = {R}",
+        "PEFT + bitsandbytes' nf4 in eval mode",
+        partial(_token_of_blocks, "100m" if tiny else "1b"),
+        setting="tuned",
+    )
+    yield Row(
         f"wrapping SmolLM2-135M, float32, r = {R}",
         "PEFT, pissa_niter_16",
         partial(_wrapping, tiny),
@@ -94,8 +113,14 @@ def model_rows(tiny: bool) -> Iterator[Row]:
     )
 
 
-def _step(tiny: bool, quant: str | None, dtype: torch.dtype, peer_dtype: torch.dtype = torch.bfloat16) -> Case:
-    return step_case(language_model(tiny, torch.bfloat16), quant, dtype, peer_dtype)
+def _step(
+    tiny: bool,
+    quant: str | None,
+    dtype: torch.dtype,
+    peer_dtype: torch.dtype = torch.bfloat16,
+    batch: tuple[int, int] = BATCH,
+) -> Case:
+    return step_case(language_model(tiny, torch.bfloat16), quant, dtype, peer_dtype, batch)
 
 
 def _step_of_shape(shape: str, dtype: torch.dtype) -> Case:
@@ -115,38 +140,53 @@ def _token(make: Callable[[], nn.Module]) -> Case:
     """A token after 64 others, whose keys and values are kept."""
     base = make()
     model = pissa.wrap(copy.deepcopy(base), r=R, quant="nf4", task_type="CAUSAL_LM", progressbar=False).eval()
-    peer = same_in_nf4(model, base, torch.bfloat16).eval()
-    tokens = torch.randint(base.config.vocab_size, (1, 65), generator=torch.Generator().manual_seed(0))
+    ours, theirs = _decoder(model), _decoder(same_in_nf4(model, base, torch.bfloat16).eval())
+    return Case(ours, theirs, lambda: agree(GRADIENT_BOUND, logits=(ours(), theirs())))
+
+
+def _token_of_blocks(shape: str) -> Case:
+    """The same of a model whose linear layers are random blocks of Q4_K, beside one of the same shapes in nf4."""
+    model = pissa.wrap(_random_llama(shape), r=R, init="lora", task_type="CAUSAL_LM", progressbar=False).eval()
+    for layer in pissa_layers(model.base_model.model).values():
+        layer.base_layer = CodedLinear(weight_of(random_blocks("q4_k", *layer.matrix_shape), "q4_k"), layer.base.bias)
+    base = _random_llama(shape)
+    start = pissa.wrap(copy.deepcopy(base), r=R, quant="nf4", task_type="CAUSAL_LM", progressbar=False)
+    ours, theirs = _decoder(model), _decoder(same_in_nf4(start, base, torch.bfloat16).eval())
+
+    def check() -> str:
+        require(bool(ours().isfinite().all()), "logits are not finite")
+        return "other weights"
+
+    return Case(ours, theirs, check)
+
+
+@torch.no_grad()
+def _decoder(side: nn.Module) -> Callable[[], Tensor]:
+    tokens = torch.randint(side.config.vocab_size, (1, 65), generator=torch.Generator().manual_seed(0))
+    cache = side(input_ids=tokens[:, :-1], use_cache=True).past_key_values
 
     @torch.no_grad()
-    def decoder(side: nn.Module) -> Callable[[], Tensor]:
-        cache = side(input_ids=tokens[:, :-1], use_cache=True).past_key_values
+    def decode() -> Tensor:
+        logits = side(input_ids=tokens[:, -1:], past_key_values=cache, use_cache=True).logits
+        cache.crop(-1)
+        return logits
 
-        @torch.no_grad()
-        def decode() -> Tensor:
-            logits = side(input_ids=tokens[:, -1:], past_key_values=cache, use_cache=True).logits
-            cache.crop(-1)
-            return logits
-
-        return decode
-
-    ours, theirs = decoder(model), decoder(peer)
-    return Case(ours, theirs, lambda: agree(GRADIENT_BOUND, logits=(ours(), theirs())))
+    return decode
 
 
 class Trainer:
     """A model with its optimizer and one batch."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, batch: tuple[int, int]) -> None:
         self.model = model
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         # A small rate: dozens of steps on one batch must not take the two models apart.
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5, fused=True)
         vocabulary = model.get_input_embeddings().num_embeddings
-        tokens = torch.randint(vocabulary, BATCH, generator=torch.Generator().manual_seed(0))
+        tokens = torch.randint(vocabulary, batch, generator=torch.Generator().manual_seed(0))
         self.tokens = tokens.to(self.trained[0].device)
         self.labels = self.tokens.clone()
-        self.labels[:, : BATCH[1] // 2] = -100  # of prompts
+        self.labels[:, : batch[1] // 2] = -100  # of prompts
 
     def loss(self) -> Tensor:
         return self.model(input_ids=self.tokens, labels=self.labels).loss
@@ -164,8 +204,10 @@ class Trainer:
         return loss.item(), torch.cat([g.float().flatten() for g in gradients])
 
 
-def training_case(model: nn.Module, peer: nn.Module, compared: str, same_gradient: bool) -> Case:
-    ours, theirs = Trainer(model), Trainer(peer)
+def training_case(
+    model: nn.Module, peer: nn.Module, compared: str, same_gradient: bool, batch: tuple[int, int] = BATCH
+) -> Case:
+    ours, theirs = Trainer(model, batch), Trainer(peer, batch)
 
     def check() -> str:
         (mine, my_gradient), (other, other_gradient) = ours.first(), theirs.first()
@@ -180,18 +222,26 @@ def training_case(model: nn.Module, peer: nn.Module, compared: str, same_gradien
     return Case(ours.step, theirs.step, check)
 
 
-def step_case(base: nn.Module, quant: str | None, dtype: torch.dtype, peer_dtype: torch.dtype = torch.bfloat16) -> Case:
+def step_case(
+    base: nn.Module,
+    quant: str | None,
+    dtype: torch.dtype,
+    peer_dtype: torch.dtype = torch.bfloat16,
+    batch: tuple[int, int] = BATCH,
+) -> Case:
     """Ours computes the peer's loss: both are the base, since ours changes nothing yet and LoRA has B = 0, or have the
     same residual and factors. Only then their gradients are equal. The peer has adapters in `dtype` and computes in
     `peer_dtype`."""
     model = pissa.wrap(copy.deepcopy(base), r=R, quant=quant, task_type="CAUSAL_LM", progressbar=False).train()
     if quant and (lacking := missing("bitsandbytes")):
-        ours = Trainer(model)
+        ours = Trainer(model, batch)
         return Case(ours.step, None, lambda: f"first loss {ours.first()[0]:.4f}", no_peer=lacking)
     if not quant:
-        return training_case(model, lora_on_dense(base, R, dtype), "both are the base", same_gradient=False)
+        return training_case(
+            model, lora_on_dense(base, R, dtype), "both are the base", same_gradient=False, batch=batch
+        )
     peer = same_in_nf4(model, base.to(peer_dtype), dtype)
-    return training_case(model, peer, "same residuals and factors", same_gradient=True)
+    return training_case(model, peer, "same residuals and factors", same_gradient=True, batch=batch)
 
 
 def same_in_nf4(model: nn.Module, base: nn.Module, dtype: torch.dtype) -> nn.Module:
