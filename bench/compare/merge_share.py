@@ -4,8 +4,8 @@
 
 A base is a format, to which the linear layers of SmolLM2-135M-Instruct are quantised, or a GGUF file. LoRA of rank 16
 is trained on all linear layers as in `bench.compare.plain_nf4`, beside the base, and again with `merge_aware`
-("through") or with it in the last tenth of the steps ("finish"). Held-out losses: of the base; of the adapter; merged by
-`ops.merge_codes`, to the nearest codes and by dither, and both with error feedback by the inputs of 64 training
+("through") or with it in the last tenth of the steps ("finish"). Held-out losses: of the base; of the adapter; merged
+by `ops.merge_codes`, to the nearest codes and by dither, and both with error feedback by the inputs of 64 training
 problems; and trained through the rounding, which is the merged model. "kept" is the share of the adapter's gain.
 "share" and "noise" are what `pissa merge` says. An adapter that was trained through the rounding is also measured
 beside the base.

@@ -18,6 +18,9 @@
 
 namespace pissa {
 
+/// Elements of a row that are merged at a time: the largest block of GGUF.
+inline constexpr std::int64_t kMergeRun = 256;
+
 enum class Rounding : std::uint8_t { nearest, dither };
 
 /// What became of a change, summed over elements.

@@ -209,6 +209,18 @@ void CpuBackend::quantize(const Matrix& a, const QuantOutput& out) const {
 // factor, packed again for each task, would take longer than the products.
 constexpr std::int64_t kQuantizedRows = 112;
 
+namespace {
+
+// The terms of those rows of a sum.
+std::array<Term, kMostTerms> rows_of(std::span<const Term> terms, std::int64_t first, std::int64_t rows) {
+  std::array<Term, kMostTerms> shifted;
+  std::copy(terms.begin(), terms.end(), shifted.begin());
+  for (std::size_t i = 0; i < terms.size(); ++i) shifted[i].a = pissa::rows_of(terms[i].a, first, rows);
+  return shifted;
+}
+
+}  // namespace
+
 void CpuBackend::gemm_quantized(std::span<const Term> terms, const Matrix& addend, const QuantOutput& out) const {
   check_terms(terms);
   if (terms.empty()) return quantize(addend, out);
@@ -218,12 +230,7 @@ void CpuBackend::gemm_quantized(std::span<const Term> terms, const Matrix& adden
   executor_.parallel_for(runs.count(), [&](std::int64_t task) {
     const BlockRuns::Run run = runs[task];
     const Buffer values(run.rows, cols);
-    std::array<Term, kMostTerms> shifted;
-    for (std::size_t i = 0; i < terms.size(); ++i) {
-      shifted[i] = terms[i];
-      shifted[i].a = rows_of(terms[i].a, run.first_row, run.rows);
-    }
-    gemm_blocks(kernels_, {shifted.data(),
+    gemm_blocks(kernels_, {rows_of(terms, run.first_row, run.rows).data(),
                            static_cast<std::int64_t>(terms.size()),
                            rows_of(addend, run.first_row, run.rows),
                            {},
@@ -251,9 +258,35 @@ void CpuBackend::gemm_quantized_within_rows(std::span<const Term> terms, const M
   });
 }
 
-MergeSums CpuBackend::merge_codes(const Matrix& weight, std::span<const Term> change, Rounding rounding,
-                                  std::uint64_t seed, std::uint8_t* codes) const {
+namespace {
+
+// As quantize_with_feedback, on the calling thread.
+void merge_with_feedback(const Kernels& kernels, const Matrix& weight, std::span<const Term> change,
+                         const Matrix& lower, std::int64_t first, std::int64_t rows, Rounding rounding,
+                         std::uint64_t seed, std::uint8_t* codes, MergeSums& sums) {
+  const Buffer errors(rows, weight.cols);  // before their column is reached, the change
+  const Buffer products(rows, kMergeRun);
+  const MutableMatrix done = errors.view();
+  gemm_blocks(kernels, {rows_of(change, first, rows).data(), static_cast<std::int64_t>(change.size()), {}, {}, done});
+  for (std::int64_t col, last = weight.cols; last > 0; last = col) {
+    col = (last - 1) / kMergeRun * kMergeRun;
+    const std::int64_t later = weight.cols - last, count = last - col;
+    const MutableMatrix group = cols_of(products.view(), 0, count);
+    const Term product{cols_of(done, last, later), Op::n, cols_of(rows_of(lower, last, later), col, count)};
+    gemm_blocks(kernels, {&product, 1, {}, {}, group});
+    for (std::int64_t i = 0; i < rows; ++i) {
+      kernels.merge_columns(weight, lower, first + i, col, count, static_cast<float*>(done.data) + i * done.ld + col,
+                            static_cast<float*>(group.data) + i * group.ld, rounding, seed, codes, sums);
+    }
+  }
+}
+
+}  // namespace
+
+MergeSums CpuBackend::merge_codes(const Matrix& weight, std::span<const Term> change, const Matrix& lower,
+                                  Rounding rounding, std::uint64_t seed, std::uint8_t* codes) const {
   check_terms(change);
+  static_assert(kMergeRun <= kNc);
   static_assert(kQuantizedRows % 8 == 0);  // so that no two tasks write to a byte
   std::vector<MergeSums> sums(ceil_div(weight.rows, kQuantizedRows));
   executor_.parallel_for(static_cast<std::int64_t>(sums.size()), [&](std::int64_t task) {
@@ -264,6 +297,9 @@ MergeSums CpuBackend::merge_codes(const Matrix& weight, std::span<const Term> ch
     std::memcpy(codes + begin, static_cast<const std::uint8_t*>(weight.data) + begin, end - begin);
     const GemmProblem problem{
         change.data(), static_cast<std::int64_t>(change.size()), {}, {}, {nullptr, rows, weight.cols}};
+    if (lower) {
+      return merge_with_feedback(kernels_, weight, change, lower, first, rows, rounding, seed, codes, sums[task]);
+    }
     for (std::int64_t col = 0; col < weight.cols; col += kNc) {
       const Block block{first, rows, col, std::min(kNc, weight.cols - col)};
       kernels_.gemm_block(problem, block, panels());

@@ -68,8 +68,9 @@ class CpuBackend {
                         const MutableMatrix& errors, std::uint8_t* codes) const;
   /// Writes all codes of a quantised weight [rows, cols] after a change, the sum of at most kMostTerms products [rows,
   /// k] [k, cols], whose first operands are not transposed. codes: code_bytes(format, rows * cols), not the old ones.
-  MergeSums merge_codes(const Matrix& weight, std::span<const Term> change, Rounding rounding, std::uint64_t seed,
-                        std::uint8_t* codes) const;
+  /// lower: empty, or for error feedback as in quantize_with_feedback, [cols, cols] f32.
+  MergeSums merge_codes(const Matrix& weight, std::span<const Term> change, const Matrix& lower, Rounding rounding,
+                        std::uint64_t seed, std::uint8_t* codes) const;
   void weight_gemm_nt(const Matrix& x, const Matrix& weight, float scale, Precision precision,
                       std::span<const Term> tail, const Matrix& bias, const MutableMatrix& y) const;
   void weight_gemm_nn(const Matrix& dy, const Matrix& weight, float scale, Precision precision,

@@ -26,6 +26,7 @@ const Kernels& kernels() {
                                     quantize,
                                     quantize_columns,
                                     merge_codes,
+                                    merge_columns,
                                     add_scores,
                                     softmax_row,
                                     softmax_backward_row,

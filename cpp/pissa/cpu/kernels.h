@@ -80,14 +80,20 @@ struct Kernels {
   void (*merge_codes)(const Matrix& weight, std::int64_t row, std::int64_t col, std::int64_t count, const float* change,
                       Rounding rounding, std::uint64_t seed, std::uint8_t* codes, MergeSums& sums);
 
+  /// The same by error feedback, for at most kMergeRun elements. `change` is overwritten by what the codes lack of it,
+  /// and `sum`, of the products of later elements' errors and their rows of `lower`, is added to.
+  void (*merge_columns)(const Matrix& weight, const Matrix& lower, std::int64_t row, std::int64_t col,
+                        std::int64_t count, float* change, float* sum, Rounding rounding, std::uint64_t seed,
+                        std::uint8_t* codes, MergeSums& sums);
+
   /// Backend::add_scores for one row. `label` counts from the first of the logits, and may be outside them. Returns the
   /// factor of what was summed before.
   float (*add_scores)(float* logits, std::int64_t count, std::int64_t label, float scale, float cap, bool gradient,
                       ScoreState& state);
 
   /// Turns a row of products [count] into exp(scale * product - m), where m is the largest scale * product, and into 0
-  /// where mask is 0, if there is a mask, whose last number is not. share: 1 / their sum, which makes them the softmax; 0 of
-  /// nothing. Returns the logarithm of the sum of exp(scale * product); -infinity of nothing.
+  /// where mask is 0, if there is a mask, whose last number is not. share: 1 / their sum, which makes them the softmax;
+  /// 0 of nothing. Returns the logarithm of the sum of exp(scale * product); -infinity of nothing.
   float (*softmax_row)(float* row, std::int64_t count, const std::uint8_t* mask, float scale, float* share);
 
   /// The same row again, given that logarithm: products become the softmax p, and dp becomes scale * p * (dp - less).

@@ -186,17 +186,23 @@ Tensor feedback_codes(const Tensor& weight, const Tensor& lower, const Tensor& a
 template <class Device>
 std::tuple<Tensor, Tensor> merge_codes(const Tensor& codes, const Tensor& absmax, const OptionalTensor& nested_absmax,
                                        const OptionalTensor& offset, const std::string& format, std::int64_t blocksize,
-                                       const Tensor& a, const Tensor& b, double scaling, bool dither,
-                                       std::int64_t seed) {
-  Device device(codes, absmax, nested_absmax, offset, a, b);
+                                       const Tensor& a, const Tensor& b, double scaling, const OptionalTensor& lower,
+                                       bool dither, std::int64_t seed) {
+  Device device(codes, absmax, nested_absmax, offset, a, b, lower);
   const Tensor a_tensor = torch::stable::contiguous(a), b_tensor = torch::stable::contiguous(b);
   const Matrix right = matrix(a_tensor), left = matrix(b_tensor);
   check_shape("b", left, left.rows, right.rows);
   const QuantizedTensors weight(codes, absmax, nested_absmax, offset, format, blocksize);
   const Tensor merged = new_tensor(codes, {weight.codes.numel()}, ScalarType::Byte);
   const std::array change{Term{left, Op::n, right, Op::n, static_cast<float>(scaling)}};
+  const OptionalTensor l_tensor = contiguous(lower);
+  const Matrix factor = l_tensor ? matrix(*l_tensor) : Matrix{};
+  if (factor) {
+    check_shape("lower", factor, right.cols, right.cols);
+    PISSA_CHECK(factor.format == Format::f32, "lower: needed float32");
+  }
   const MergeSums sums = device.backend().merge_codes(
-      weight.view(left.rows, right.cols), change, dither ? Rounding::dither : Rounding::nearest,
+      weight.view(left.rows, right.cols), change, factor, dither ? Rounding::dither : Rounding::nearest,
       static_cast<std::uint64_t>(seed), merged.mutable_data_ptr<std::uint8_t>());
   const Tensor numbers = new_tensor(codes, {4}, ScalarType::Double);
   double* to = numbers.mutable_data_ptr<double>();

@@ -26,7 +26,7 @@ STABLE_TORCH_LIBRARY(pissa, m) {
       "int blocksize) -> Tensor");
   m.def(
       "merge_codes(Tensor codes, Tensor absmax, Tensor? nested_absmax, Tensor? offset, str format, int blocksize, "
-      "Tensor a, Tensor b, float scaling, bool dither, int seed) -> (Tensor codes, Tensor sums)");
+      "Tensor a, Tensor b, float scaling, Tensor? lower, bool dither, int seed) -> (Tensor codes, Tensor sums)");
   m.def("quantize_absmax(Tensor absmax, Tensor? offset) -> (Tensor codes8, Tensor nested_absmax, Tensor offset)");
   m.def(
       "dequantize(Tensor codes, Tensor absmax, Tensor? nested_absmax, Tensor? offset, str format, int blocksize, "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import re
@@ -12,18 +11,15 @@ from typing import Any
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="report as one JSON object")
+    """It has none."""
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints the report. Returns 0 if no package is too old, otherwise 1."""
     report = environment()
-    if args.json:
-        print(json.dumps(report, indent=2))
-    else:
-        width = max(map(len, report))
-        for name, value in report.items():
-            print(f"{name:<{width}}  {', '.join(map(str, value)) if isinstance(value, list) else value}")
+    width = max(map(len, report))
+    for name, value in report.items():
+        print(f"{name:<{width}}  {', '.join(map(str, value)) if isinstance(value, list) else value}")
     return 0 if report["fits"] else 1
 
 

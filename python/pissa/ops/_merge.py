@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from pissa.ops._linear import linear
 from pissa.ops._quant import QuantizedWeight, check_quantized
-from pissa.ops.checks import check_change_scaling, check_choice, check_devices, check_factors
+from pissa.ops._second_moment import check_moments, feedback_factors
+from pissa.ops.checks import check_change_scaling, check_choice, check_devices, check_factors, check_seed
 
 _OPS = torch.ops.pissa
-
-ROUNDINGS = ("dither", "nearest")
 
 
 class Merged(NamedTuple):
@@ -35,7 +34,14 @@ class Merged(NamedTuple):
 
 
 def merge_codes(
-    weight: QuantizedWeight, a: Tensor, b: Tensor, scaling: float = 1.0, *, rounding: str = "dither", seed: int = 0
+    weight: QuantizedWeight,
+    a: Tensor,
+    b: Tensor,
+    scaling: float = 1.0,
+    *,
+    rounding: str = "dither",
+    second_moment: Tensor | None = None,
+    seed: int = 0,
 ) -> Merged:
     """Adds the change scaling * b @ a to a quantised weight. The scales stay, and nothing else is stored.
 
@@ -52,34 +58,38 @@ def merge_codes(
         b: [out, r], of the same dtypes.
         scaling: finite.
         rounding: "dither" or "nearest".
+        second_moment: E[xᵀx] of the layer's inputs, as `split` takes it. What the codes of a column lack of its change
+            is then added to the columns that are rounded after it, so that the outputs lose less (error feedback,
+            `ops._second_moment`). NaN in a change reaches these columns too.
         seed: from 0 to 2**63 - 1. Different weights need different seeds.
 
     Raises:
         TypeError, ValueError: an argument, or a part of the weight, is invalid; the message names it.
     """
     check_quantized(weight)
-    check_choice("rounding", rounding, ROUNDINGS)
+    check_choice("rounding", rounding, ("dither", "nearest"))
     check_change_scaling(scaling)
     check_factors("a", a, "b", b, *weight.shape)
     check_devices({"weight.codes": weight.codes, "a": a, "b": b})
-    if type(seed) is not int or not 0 <= seed < 2**63:
-        raise ValueError(f"seed: got {seed!r}; allowed: a whole number from 0 to 2**63 - 1")
+    check_seed(seed)
     a, b = a.detach(), b.detach()
-    merged, (along, square, moved, beyond) = unchecked_merge(weight, a, b, scaling, rounding == "dither", seed)
-    a, b = a.double(), b.double()
-    change = scaling**2 * float((b.mT @ b).mul_(a @ a.mT).sum())  # D is nowhere as a whole
+    lower = None if second_moment is None else feedback_factors(check_moments([second_moment], [a], ["weight"]))[0]
+    merged, (along, square, moved, beyond) = unchecked_merge(weight, a, b, scaling, rounding == "dither", seed, lower)
+    # D is nowhere as a whole.
+    change = scaling**2 * float((b.double().mT @ b.double()).mul_(a.double() @ a.double().mT).sum())
     return Merged(merged, change, along, square, int(moved), int(beyond))
 
 
 def unchecked_merge(
-    weight: QuantizedWeight, a: Tensor, b: Tensor, scaling: float, dither: bool, seed: int
+    weight: QuantizedWeight, a: Tensor, b: Tensor, scaling: float, dither: bool, seed: int, lower: Tensor | None = None
 ) -> tuple[QuantizedWeight, list[float]]:
-    """Returns the merged weight, and `along`, `square`, `moved` and `beyond` of `Merged`. Compiled for CPUs only."""
+    """Returns the merged weight, and `along`, `square`, `moved` and `beyond` of `Merged`. Compiled for CPUs only. With
+    `lower`, from `feedback_factors`, by error feedback."""
     used = b.any(dim=0)  # half of LoRA's are zeros
     if not used.any():
         return weight, [0.0] * 4
     parts = [None if part is None else part.cpu() for part in weight[:4]]
-    change = a[used].cpu(), b[:, used].cpu(), scaling
+    change = a[used].cpu(), b[:, used].cpu(), scaling, None if lower is None else lower.cpu()
     codes, sums = _OPS.merge_codes(*parts, weight.format, weight.blocksize, *change, dither, seed)
     return weight._replace(codes=codes.to(weight.device)), sums.tolist()
 
@@ -100,10 +110,7 @@ def linear_through(
     Raises:
         TypeError, ValueError: as for `linear`.
     """
-    y: Tensor = _AsIfAdded.apply(  # type: ignore[no-untyped-call, unused-ignore]
-        linear(x, merged, bias), x, a, b, scaling
-    )
-    return y
+    return cast(Tensor, _AsIfAdded.apply(linear(x, merged, bias), x, a, b, scaling))  # type: ignore[no-untyped-call, unused-ignore]
 
 
 class _AsIfAdded(torch.autograd.Function):

@@ -115,9 +115,13 @@ def check_svd(svd: str, passes: int | str, seed: int, name: str = "passes") -> i
     check_choice("svd", svd, get_args(Svd))
     if passes != "auto" and (type(passes) is not int or passes < PASSES_PER_STEP or passes % PASSES_PER_STEP):
         raise ValueError(f"{name}: got {passes!r}; allowed: 'auto', or an even number of at least {PASSES_PER_STEP}")
-    if type(seed) is not int or not 0 <= seed < 2**63:
-        raise ValueError(f"seed: got {seed!r}; allowed: 0 to 2^63 - 1")
+    check_seed(seed)
     return passes if isinstance(passes, int) else None
+
+
+def check_seed(seed: int) -> None:
+    if type(seed) is not int or not 0 <= seed < 2**63:
+        raise ValueError(f"seed: got {seed!r}; allowed: a whole number from 0 to 2**63 - 1")
 
 
 def check_alternation(quant_iters: object, quantise_first: bool, tolerance: object, form: str) -> None:

@@ -148,7 +148,7 @@ TEST_P(MergeCodesTest, EveryElementByTheRule) {
       const std::array change{Term{b.view(), Op::n, a.view(), Op::n, scale}};
       for (const Rounding rounding : {Rounding::dither, Rounding::nearest}) {
         std::vector<std::uint8_t> codes(bytes + 1, 0xee);
-        const MergeSums sums = backend().merge_codes(weight, change, rounding, 5, codes.data());
+        const MergeSums sums = backend().merge_codes(weight, change, {}, rounding, 5, codes.data());
         EXPECT_EQ(codes.back(), 0xee);
         const auto* old = static_cast<const std::uint8_t*>(weight.data);
         std::vector<std::uint8_t> expected(old, old + bytes);
@@ -190,6 +190,84 @@ TEST_P(MergeCodesTest, EveryElementByTheRule) {
   }
 }
 
+// Of a second moment with some memory; what is above the diagonal is not read.
+Dense lower_factor(Random& random, std::int64_t cols) {
+  Dense lower = random.dense(cols, cols);
+  for (std::int64_t i = 0; i < cols; ++i) {
+    for (std::int64_t j = 0; j < i; ++j) lower(i, j) *= 0.1;
+    lower(i, i) = 0.5 + random.uniform();
+    for (std::int64_t j = i + 1; j < cols; ++j) lower(i, j) = std::numeric_limits<double>::quiet_NaN();
+  }
+  return lower;
+}
+
+// From the last column to the first, each code follows by the rule from what the codes behind it lack. What they lack
+// is computed in f64 from the result, so that no code depends on how another was rounded.
+TEST_P(MergeCodesTest, ErrorFeedbackByTheRule) {
+  Random random(4);
+  std::vector<Form> forms = gguf_forms();
+  for (const Form form : kForms) {
+    if (is_quantized(static_cast<Format>(form)) || form == Form::nf4_nested) forms.push_back(form);
+  }
+  for (const Form form : forms) {
+    const bool in_row = is_read_only(static_cast<Format>(form)) || info(static_cast<Format>(form)).blocks.in_row;
+    const std::int64_t rows = 3, cols = in_row ? 768 : 603;
+    SCOPED_TRACE(name(form));
+    const Operand operand(random, rows, cols, form);
+    const Matrix weight = operand.view();
+    const auto* old = static_cast<const std::uint8_t*>(weight.data);
+    const Dense lower = lower_factor(random, cols);
+    const Stored factor(lower, Format::f32);
+    const Stored b(random.dense(rows, 1), Format::f32), a(random.dense(1, cols), Format::f32);
+    const Dense left = b.values(), right = a.values();
+    const std::array change{Term{b.view(), Op::n, a.view(), Op::n, 0.1f}};
+    for (const Rounding rounding : {Rounding::dither, Rounding::nearest}) {
+      std::vector<std::uint8_t> codes(code_bytes(weight.format, rows * cols));
+      const MergeSums sums = backend().merge_codes(weight, change, factor.view(), rounding, 5, codes.data());
+      MergeSums all;
+      for_each_quantised([&](auto kind) {
+        constexpr Format kFormat = decltype(kind)::kFormat;
+        if (kFormat != weight.format) return;
+        for (std::int64_t i = 0; i < rows; ++i) {
+          std::vector<double> errors(cols);
+          for (std::int64_t j = cols - 1; j >= 0; --j) {
+            const std::int64_t at = i * cols + j;
+            const float unit = unit_of(weight, at);
+            const double levels = std::isfinite(1.0f / unit) ? 1.0 / double{unit} : 0.0;
+            const double wanted = 0.1 * left(i, 0) * right(0, j);
+            double sum = 0, size = 0;
+            for (std::int64_t k = j + 1; k < cols; ++k) {
+              sum += errors[k] * lower(k, j);
+              size += std::fabs(errors[k] * lower(k, j));
+            }
+            const float threshold = rounding == Rounding::nearest
+                                        ? 0.5f
+                                        : threshold_at(threshold_key(5, 0), static_cast<std::uint32_t>(at));
+            const std::uint8_t before = read_code<kFormat>(old, at), after = read_code<kFormat>(codes.data(), at);
+            const double moved =
+                levels == 0 ? 0.0 : (level_of_code<kFormat>(after) - level_of_code<kFormat>(before)) / levels;
+            // Sums of `cols` terms in f32, and a threshold near which either level is right.
+            const double off = 1e-5 * (std::fabs(wanted) + size / lower(j, j)) + 1e-5 / std::max(levels, 1e-30);
+            bool found = level_of_code<kFormat>(after) != level_of_code<kFormat>(after) && after == before;
+            for (const double by : {-off, 0.0, off}) {
+              const auto to = static_cast<float>((wanted + sum / lower(j, j) + by) * levels);
+              const ChangedCode changed = changed_code<kFormat>(before, to, threshold);
+              found = found || level_of_code<kFormat>(changed.code) == level_of_code<kFormat>(after);
+            }
+            ASSERT_TRUE(found) << i << ", " << j << ": " << int{before} << " -> " << int{after};
+            errors[j] = wanted - (std::isnan(moved) ? 0.0 : moved);
+            all.moved += after != before;
+            all.along += (wanted - errors[j]) * wanted;
+          }
+        }
+      });
+      EXPECT_EQ(sums.moved, all.moved);
+      EXPECT_NEAR(sums.along, all.along, 1e-4 * std::fabs(all.along) + 1e-4);
+      EXPECT_GT(all.moved, 0);
+    }
+  }
+}
+
 // Tasks of 112 rows, on several threads; several terms.
 TEST_P(MergeCodesTest, ThreadsDoNotMatter) {
   Random random(3);
@@ -197,17 +275,20 @@ TEST_P(MergeCodesTest, ThreadsDoNotMatter) {
   const Stored b(random.dense(300, 9), Format::f32), a(random.dense(9, 1536), Format::f32);
   const std::array change{Term{b.view(), Op::n, a.view(), Op::n, 0.03f},
                           Term{b.view(), Op::n, a.view(), Op::n, -0.01f}};
-  std::vector<std::vector<std::uint8_t>> results;
-  std::vector<MergeSums> sums;
-  for (const std::int64_t threads : {1, 3}) {
-    const cpu::ThreadExecutor executor(threads);
-    std::vector<std::uint8_t> codes(code_bytes(Format::nf3, 300 * 1536));
-    sums.push_back(
-        cpu::CpuBackend(executor, kernels()).merge_codes(weight.view(), change, Rounding::dither, 1, codes.data()));
-    results.push_back(codes);
+  const Stored factor(lower_factor(random, 1536), Format::f32);
+  for (const Matrix& lower : {Matrix{}, factor.view()}) {
+    std::vector<std::vector<std::uint8_t>> results;
+    std::vector<MergeSums> sums;
+    for (const std::int64_t threads : {1, 3}) {
+      const cpu::ThreadExecutor executor(threads);
+      std::vector<std::uint8_t> codes(code_bytes(Format::nf3, 300 * 1536));
+      sums.push_back(cpu::CpuBackend(executor, kernels())
+                         .merge_codes(weight.view(), change, lower, Rounding::dither, 1, codes.data()));
+      results.push_back(codes);
+    }
+    EXPECT_EQ(results[0], results[1]);
+    EXPECT_EQ(sums[0].along, sums[1].along);
   }
-  EXPECT_EQ(results[0], results[1]);
-  EXPECT_EQ(sums[0].along, sums[1].along);
 }
 
 PISSA_EVERY_ISA(MergeCodesTest);

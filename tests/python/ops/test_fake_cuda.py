@@ -60,8 +60,9 @@ def calls(tokens: int = 5) -> dict[str, list[tuple[Any, ...]]]:
         "quantize": [(weight, *code) for code in codes],
         "feedback_codes": [(weight, ones(COLS, COLS, dtype=torch.float32), *parts[1:-1]) for parts in stored],
         "merge_codes": [
-            (*(part.cpu() if isinstance(part, Tensor) else part for part in parts[:-1]), a.cpu(), b.cpu(), 0.5, True, 3)
+            (*(part.cpu() if isinstance(part, Tensor) else part for part in parts[:-1]), *others, True, 3)
             for parts in stored
+            for others in ((a.cpu(), b.cpu(), 0.5, None), (a.cpu(), b.cpu(), 0.5, torch.eye(COLS)))
         ],
         "add_second_moment": [(ones(COLS, COLS, dtype=torch.float32), x)],
         "quantize_absmax": [(ones(300, dtype=torch.float32), offset) for offset in (ones(dtype=torch.float32), None)],

@@ -117,6 +117,28 @@ def test_what_is_counted(format: str) -> None:
     assert merged.moved == int((moved != 0).sum()) > 0
 
 
+@FORMAT
+@pytest.mark.parametrize("rounding", ["nearest", "dither"])
+def test_with_a_second_moment_outputs_lose_less(format: str, rounding: str) -> None:
+    """Inputs of which a few directions have most of the variance, and the loss tr(D R Dᵀ) of what is lacking, D. At
+    random, a loss is a sum over 64 rows, of which each spreads by about its size."""
+    rows = 64
+    weight, (a, b) = weight_in(format, rows), factors(rows, size=0.02 if format in ("int8", "fp8") else 0.05)
+    if READ[format].is_read_only:
+        b = b * 0.1
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(2000, 8, generator=generator) @ torch.randn(8, COLS, generator=generator)
+    moment = (x + torch.randn(2000, COLS, generator=generator)).double()
+    moment = moment.mT @ moment / 2000
+    change, old, losses = b.double() @ a.double(), ops.dequantize(weight).double(), []
+    for second_moment in (None, put(moment.float())):
+        merged = merge_codes(put(weight), put(a), put(b), rounding=rounding, second_moment=second_moment, seed=7)
+        lacking = change - (fetch(ops.dequantize(merged.weight)).double() - old)
+        losses.append(float((lacking @ moment * lacking).sum()))
+        assert merged.along == pytest.approx(float((change * (change - lacking)).sum()), rel=1e-3)
+    assert losses[1] < losses[0]
+
+
 def test_nothing_changes_nothing() -> None:
     for format in READ:
         weight, (a, b) = weight_in(format), factors()
@@ -167,6 +189,7 @@ def test_beyond_the_last_level() -> None:
         ({"a": torch.ones(3, 5)}, ValueError, r"a: .*\[r >= 1, 512\]"),
         ({"b": torch.ones(4, 4)}, ValueError, r"b: .*\[4, 3\]"),
         ({"scaling": float("nan")}, ValueError, "scaling: got nan"),
+        ({"second_moment": torch.ones(4, 4)}, ValueError, r"second_moment of weight: .*\[512, 512\]"),
         ({"rounding": "up"}, ValueError, "rounding: got 'up'; allowed: 'dither', 'nearest'"),
         ({"seed": -1}, ValueError, "seed: got -1; allowed"),
         ({"seed": 0.5}, ValueError, "seed: got 0.5; allowed"),

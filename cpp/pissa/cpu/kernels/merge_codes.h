@@ -7,9 +7,6 @@
 namespace pissa::cpu::PISSA_ISA {
 namespace {
 
-/// Elements at a time: the largest block of GGUF.
-constexpr int kMergeRun = 256;
-
 // Codes of part of a row, a byte each, and for each how many levels a change of 1 is.
 struct RowCodes {
   alignas(64) std::uint8_t code[kMergeRun];
@@ -155,6 +152,39 @@ void merge_codes(const Matrix& weight, std::int64_t row, std::int64_t col, std::
       merge_row<Codes, Rounding::nearest>(weight, row, col, count, change, seed, codes, sums);
     } else {
       merge_row<Codes, Rounding::dither>(weight, row, col, count, change, seed, codes, sums);
+    }
+  });
+}
+
+// From the last column to the first, as in core/error_feedback.h: an element's error goes into the sums of the columns
+// before it.
+void merge_columns(const Matrix& weight, const Matrix& lower, std::int64_t row, std::int64_t col, std::int64_t count,
+                   float* change, float* sum, Rounding rounding, std::uint64_t seed, std::uint8_t* codes,
+                   MergeSums& sums) {
+  with_codes(weight.format, [&](auto kind) {
+    using Codes = decltype(kind);
+    constexpr Format kFormat = Codes::kFormat;
+    RowCodes from;
+    read_codes<Codes>(weight, row, col, count, from);
+    for (std::int64_t j = count - 1; j >= 0; --j) {
+      const float* behind = static_cast<const float*>(lower.data) + (col + j) * lower.ld + col;
+      const auto at = static_cast<std::uint64_t>(row * weight.cols + col + j);
+      const float threshold =
+          rounding == Rounding::nearest ? 0.5f : threshold_at(threshold_key(seed, at), static_cast<std::uint32_t>(at));
+      const float wanted = change[j] + sum[j] / behind[j];
+      const ChangedCode changed = changed_code<kFormat>(from.code[j], wanted * from.levels[j], threshold);
+      sums.beyond += changed.beyond;
+      float error = change[j];
+      if (changed.code != from.code[j]) {
+        const double moved = double{changed.by} / from.levels[j];
+        sums.along += moved * change[j];
+        sums.square += moved * moved;
+        sums.moved += 1;
+        error -= static_cast<float>(moved);
+        put_code_of<Codes>(weight, row, col + j, changed.code, codes);
+      }
+      for (std::int64_t k = 0; k < j; ++k) sum[k] += error * behind[k];
+      change[j] = error;
     }
   });
 }
