@@ -244,24 +244,6 @@ def _bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-# ---- Runtimes --------------------------------------------------------------------------------------------------------
-
-
-def in_runtimes(format: str) -> Callable[[Options], Result]:
-    """Plain transformers, bitsandbytes and PEFT on the result, in float32: in bf16 two programs that compute the same
-    differ by 2% of the largest logit, each as much as it differs from float32."""
-
-    def measure(options: Options) -> Result:
-        out = options.work / "out"
-        with _small_model(options, "f32") as source:
-            init(options, source, out, "--quant", format)
-        found = run_module("bench.checkpoints.runtimes", out, threads=options.threads).report
-        shutil.rmtree(out)
-        return found
-
-    return measure
-
-
 # ---- The table -------------------------------------------------------------------------------------------------------
 
 
@@ -298,13 +280,6 @@ def _step_shown(result: Result) -> str:
         f"loaded in {result['report']['load']:.1f} s; {_memory(result)}, together {result['together'] / GB:.2f} GB; "
         f"{seconds:.1f} s, {result['tokens_per_second']:.3g} tokens/s, {rate:.0f} GF/s, "
         f"{result['share_of_dense_rate']:.2f} of the dense rate"
-    )
-
-
-def _runtime_shown(result: Result) -> str:
-    return (
-        f"{result['difference']:.2e} of the largest, {result['difference_in_evaluation']:.2e} in evaluation; "
-        f"loss {result['plain_loss']:.4f}, ours {result['loss']:.4f}"
     )
 
 
@@ -354,20 +329,6 @@ ROWS = {
         step_of("7b"),
         lambda result: result["together"] <= 5.5 * GB and result["share_of_dense_rate"] >= 0.92,
         _step_shown,
-    ),
-    "nf4": Row(
-        "nf4 in plain transformers + bitsandbytes + PEFT",
-        "logits within 2^-7 of the largest",
-        in_runtimes("nf4"),
-        lambda result: result["difference"] <= 2**-7,
-        _runtime_shown,
-    ),
-    "int8": Row(
-        "int8 in plain transformers + bitsandbytes + PEFT",
-        "loss within 1%",
-        in_runtimes("int8"),
-        lambda result: abs(result["plain_loss"] / result["loss"] - 1) <= 0.01,
-        _runtime_shown,
     ),
 }
 

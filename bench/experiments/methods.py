@@ -15,11 +15,10 @@ import torch
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
 from torch import nn
-from torch.optim import AdamW, Muon, Optimizer
+from torch.optim import AdamW, Optimizer
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 import pissa
-from bench.experiments.riemannion import Riemannion
 from bench.experiments.triplets import EXACT, MEDIUM, MINOR, UNIT
 from pissa import PissaConfig
 
@@ -161,12 +160,6 @@ def _loraplus(model: Any, rate: float) -> Optimizer:
     return create_loraplus_optimizer(model, AdamW, lr=rate, loraplus_lr_ratio=LORAPLUS_RATIO, weight_decay=0.0)
 
 
-def _muon(model: Any, rate: float) -> Optimizer:
-    """Muon on each factor, with steps as large as AdamW's."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return Muon(trained, rate, weight_decay=0.0, momentum=0.9, adjust_lr_fn="match_rms_adamw")
-
-
 RELEASED = ("mxfp4", "nvfp4", "int4", "fp8")
 """The formats in which models are released."""
 
@@ -182,10 +175,6 @@ METHODS: dict[str, Method] = {
     "adalora": Method("AdaLoRA", _adalora, moves_ranks=True),
     "loraplus": Method("LoRA+", _peft(), optimizer=_loraplus),
     "full": Method("full", _everything, full=True),
-    "lora_muon": Method("LoRA, Muon", _peft(), optimizer=_muon),
-    "pissa_muon": Method("PiSSA, Muon", _ours(), optimizer=_muon),
-    "lora_product": Method("LoRA, Muon on B A", _ours(init="lora"), optimizer=Riemannion),
-    "pissa_product": Method("PiSSA, Muon on B A", _ours(), optimizer=Riemannion),
     "medium": Method("medium components", _ours(init=MEDIUM.name)),
     "minor": Method("minor components", _ours(init=MINOR.name)),
     "qlora": Method("QLoRA", _nf4(init="lora"), dense=False),

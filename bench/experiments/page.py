@@ -10,6 +10,8 @@ from bench.experiments.figures import Figure, save
 
 CONCLUSIONS = "conclusions.md"
 """Beside README.md: what people conclude from it, inserted at its start."""
+EARLIER = "earlier.md"
+"""The sections of studies whose programs are no longer here, inserted at its end."""
 
 _HEAD = """\
 # The paper's claims, every method at its best rate
@@ -53,6 +55,8 @@ def write_page(experiments: Sequence[Experiment], known: Known, options: Options
             save(figure, pictures / name)
         shown = [f"![{_alternative(figure)}](pictures/{name})" for name, figure in section.pictures.items()]
         parts += [_title(experiment, wanted[experiment.name], known), section.text, *shown]
+    if (earlier := folder / EARLIER).exists():
+        parts.append(earlier.read_text(encoding="utf-8"))
     (folder / "README.md").write_text("\n\n".join(part.strip("\n") for part in parts) + "\n", encoding="utf-8")
 
 

@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from bench.compare.svd_quality import power_law
 from bench.compare.weights import language_model
 from bench.experiments.encoder import load_model, minilm
 from bench.experiments.experiment import Cell, Options, Result
@@ -29,10 +28,20 @@ PARTS = {
     "smollm2": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
 }
 """The linear layers of a block, as the ends of their names tell them; the longest end that fits counts."""
+
+
+def power_law(size: int, exponent: float) -> Tensor:
+    """[size, size] with random singular vectors and the singular values i^-exponent, computed in float64."""
+    generator = torch.Generator().manual_seed(0)
+    normal = (torch.randn(size, size, generator=generator, dtype=torch.float64) for _ in range(2))
+    u, v = (torch.linalg.qr(matrix).Q for matrix in normal)
+    return ((u * torch.arange(1, size + 1, dtype=torch.float64) ** -exponent) @ v.mT).float()
+
+
 MADE: dict[str, Callable[[int], Tensor]] = {
     "gaussian": lambda size: torch.randn(size, size, generator=torch.Generator().manual_seed(0)),
-    "power law 0.45": lambda size: power_law(size, 0.45)[0].float(),
-    "power law 1": lambda size: power_law(size, 1.0)[0].float(),
+    "power law 0.45": lambda size: power_law(size, 0.45),
+    "power law 1": lambda size: power_law(size, 1.0),
 }
 """Square matrices by their side; the singular values of power laws are i^-p."""
 

@@ -8,12 +8,10 @@ from bench.experiments.claims.components import Components
 from bench.experiments.claims.equal_rates import EqualRates
 from bench.experiments.claims.fast_svd import FastSvd
 from bench.experiments.claims.few_steps import FewSteps
-from bench.experiments.claims.first_steps import FirstSteps
 from bench.experiments.claims.forgetting import Forgetting
 from bench.experiments.claims.methods import Methods
 from bench.experiments.claims.mnist import Mnist
 from bench.experiments.claims.nlu import NLU
-from bench.experiments.claims.optimisers import Optimisers
 from bench.experiments.claims.quant_errors import QuantErrors
 from bench.experiments.claims.ranks import Ranks
 from bench.experiments.claims.released import Released
@@ -27,13 +25,11 @@ _ALL: tuple[Experiment, ...] = (
     Methods(),
     EqualRates(),
     FewSteps(),
-    FirstSteps(),
     StartNorm(),
     AnyStart(),
     Repairs(),
     RepairWidth(),
     Released(),
-    Optimisers(),
     Alternations(),
     NLU(),
     Ranks(),

@@ -48,7 +48,7 @@ constexpr std::int64_t oversampling(std::int64_t r) { return std::max<std::int64
 
 /// Passes over W for rank r: the requested number, or otherwise enough to lose no more energy on power-law spectra
 /// sigma_i = i^-p than torch.svd_lowrank with niter = 16, which needs 34. p = 0.2 is the hardest, with about the same
-/// loss at any rank (bench/compare/svd_quality.py has the numbers). Subspace iteration is torch's method, except for
+/// loss at any rank (bench/results/svd_quality.json has the numbers). Subspace iteration is torch's method, except for
 /// oversampling.
 constexpr std::int64_t passes_for(std::int64_t r, const SvdOptions& options) {
   if (options.passes) return *options.passes;

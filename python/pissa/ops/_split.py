@@ -47,7 +47,7 @@ _OPS = torch.ops.pissa
 
 TOLERANCE = 1e-3
 """The default tolerance of alternations. The fifth alternation of nf4 gains 1 to 2% at r = 16 and 64; at r = 128 some
-weights have nothing left to gain by then (bench/compare/quant_iters.py)."""
+weights have nothing left to gain by then (bench/results/quant_iters.json)."""
 
 
 class Split(NamedTuple):
@@ -228,7 +228,8 @@ def _residual(task: _Task, taken: tuple[Tensor, Tensor], form: str) -> Tensor | 
 
 def _fast_passes(r: int) -> int:
     """The passes for factors that are only subtracted from the weight. With T = 5, nf4 then loses at most 0.6 points of
-    the error removed, compared with all passes; with 6 at r = 128 it would lose 2.3 (bench/compare/quant_iters.py)."""
+    the error removed, compared with all passes; with 6 at r = 128 it would lose 2.3
+    (bench/results/quant_iters.json)."""
     return 6 if r <= 64 else 8
 
 

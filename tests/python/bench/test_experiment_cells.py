@@ -1,4 +1,4 @@
-"""bench.experiments: quantisation errors, truncated SVDs and first gradients."""
+"""bench.experiments: quantisation errors and truncated SVDs."""
 
 from __future__ import annotations
 
@@ -106,33 +106,6 @@ def test_energy_and_difference_are_those_of_numpy_in_float64(options: Any) -> No
     assert SvdCell("spikes", "torch", "exact", r).run(options)["difference"] < 1e-4  # float32's, over a gap of 1%
 
 
-# ---- First gradients -------------------------------------------------------------------------------------------------
-
-
-def test_gradients_of_starts_are_products_with_the_gradient_of_the_weight(options: Any) -> None:
-    """With G that of W, and W's principal part U S Vᵀ: ∂A = Bᵀ G, ∂B = G Aᵀ, where B = U √S and A = √S Vᵀ."""
-    from transformers import DataCollatorWithPadding
-
-    from bench.experiments.encoder import load, load_model
-    from bench.experiments.gradient import GradientCell
-
-    data = load("films", options)
-    model = load_model(data.folder, 0, True).eval()
-    model(**DataCollatorWithPadding(data.tokenizer)(data.train[:16])).loss.backward()
-    linear = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and name != "classifier"}
-    squares = dict.fromkeys(("a", "b", "step"), 0.0)
-    for module in linear.values():
-        u, s, vh = np.linalg.svd(module.weight.detach().double().numpy(), full_matrices=False)
-        b, a = u[:, :16] * np.sqrt(s[:16]), np.sqrt(s[:16])[:, None] * vh[:16]
-        gradient = module.weight.grad.double().numpy()
-        found = {"a": b.T @ gradient, "b": gradient @ a.T, "step": b @ b.T @ gradient + gradient @ a.T @ a}
-        squares = {name: squares[name] + np.linalg.norm(found[name]) ** 2 for name in found}
-    result = GradientCell("pissa", 0).run(options)
-    assert result["layers"] == len(linear)
-    # The 16th and the 17th of 64 random singular values are 2% apart: 10 passes find the span to about 1e-3.
-    assert result["norms"] == pytest.approx({name: np.sqrt(square) for name, square in squares.items()}, rel=1e-3)
-
-
 # ---- Answers that are generated --------------------------------------------------------------------------------------
 
 
@@ -177,39 +150,6 @@ def test_components_of_the_middle_and_the_end_of_the_spectrum(name: str, first: 
     start, part = adapted(model).start_of("default"), slice(first, first + 4)
     # Singular vectors turn by rounding errors of the weight over the gap, 1/19 - 1/20 at the end of the spectrum.
     assert error(start.b0.double() @ start.a0.double(), (u[:, part] * s[part]) @ vh[part]) < 9600 * EPS[torch.float32]
-
-
-# ---- An optimiser of products ----------------------------------------------------------------------------------------
-
-
-def test_a_step_does_not_see_how_long_the_factors_are() -> None:
-    """Two factors with the same product have the same one after each step: it moves along the orthogonal
-    factor of the projected gradient, with AdamW's root mean square, up to what the cut to rank r takes."""
-    import pissa
-    from bench.experiments.riemannion import Riemannion
-    from one_layer import OneLayer, adapted
-
-    def products(length: float, lr: float = 0.1) -> list[torch.Tensor]:
-        torch.manual_seed(0)
-        model = pissa.wrap(OneLayer(torch.nn.Linear(24, 32, bias=False)), r=4, target_modules=["proj"])
-        layer = adapted(model)
-        start, (da, db) = layer.start_of("default"), layer.factor_parameters("default")
-        with torch.no_grad():
-            da.copy_((length - 1) * start.a0)
-            db.copy_((1 / length - 1) * start.b0)
-        optimizer, found = Riemannion(model, lr), []
-        for _ in range(3):
-            optimizer.zero_grad()
-            model(torch.eye(24)).sin().sum().backward()
-            optimizer.step()
-            found.append(((start.b0 + db) @ (start.a0 + da)).detach())
-        return found
-
-    for one, other in zip(products(1), products(5), strict=True):
-        assert (one - other).norm() < 1e-4 * one.norm()
-    first, second, *_ = products(1, lr=1e-3)
-    norms = torch.linalg.svdvals(second - first)[:8] / (1e-3 * 0.2 * (24 * 32 / 8) ** 0.5)
-    assert (norms - 1).abs().max() < 0.3  # of rank 2 r; the cut takes what is not tangential
 
 
 @pytest.mark.parametrize("fields", [{}, {"quant": "nf4", "repair": "pissa"}], ids=str)
