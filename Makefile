@@ -230,7 +230,7 @@ QUICK := $(addprefix rules/test_,style.py rooms.py bases.py peft_private.py cpp_
   conversion/test_convert_ranks.py cli/test_cli_convert.py
 
 quick: module
-	cmake --build $(TREE) --target cpu_test tiles_test
+	cmake --build $(TREE) --target quick_tests
 	[ $(BUILD)/quick-cpp.stamp -nt $(TREE)/tests/cpp/cpu_test ] || \
 	  { ctest --test-dir $(TREE) --output-on-failure -j $(JOBS) -L '^(cpu|tiles)$$' && touch $(BUILD)/quick-cpp.stamp; }
 	PYTHONPATH=$(abspath python) $(OUR_PYTEST) $(QUICK:%=tests/python/%)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,11 @@ WORKFLOWS = {path.name: path.read_text() for path in sorted((ROOT / ".github/wor
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 CIBUILDWHEEL = PYPROJECT["tool"]["cibuildwheel"]
 # What a job may beyond reading the repository.
-RIGHTS = {("docs.yml", "publish"): {"pages", "id-token"}, ("release.yml", "publish"): {"id-token"}}
+RIGHTS = {
+    ("docs.yml", "publish"): {"pages", "id-token"},
+    **{("release.yml", job): {"id-token"} for job in ("rehearse", "publish")},
+    ("release.yml", "announce"): {"contents"},
+}
 every = pytest.mark.parametrize("name", WORKFLOWS)
 
 
@@ -57,11 +62,21 @@ def test_what_it_calls_exists(name: str) -> None:
 
 def test_a_release_is_tested_on_avx512bf16() -> None:
     """Of a set that the machine lacks nothing is tested; the published speeds come from this one."""
-    assert jobs("release.yml")["tests"]["with"] == {"require-isas": "avx512bf16"}
-    assert jobs("tests.yml")["all"]["steps"][-1] == {
-        "run": "bash .ci/run",
-        "env": {"PISSA_REQUIRE_ISAS": "${{ inputs.require-isas }}"},
-    }
+    tests = jobs("release.yml")["tests"]
+    assert tests["uses"].endswith("/everything.yml")
+    assert tests["with"] == {"require-isas": "avx512bf16"}
+    [step] = [step for step in jobs("everything.yml")["all"]["steps"] if step.get("run") == "bash .ci/run"]
+    assert step["env"] == {"PISSA_REQUIRE_ISAS": "${{ inputs.require-isas }}"}
+
+
+def test_a_release_has_the_notes_of_its_version() -> None:
+    version = PYPROJECT["project"]["version"]
+    notes = [sys.executable, str(ROOT / ".ci/notes.py")]
+    printed = subprocess.run([*notes, version], capture_output=True, text=True, check=True).stdout
+    assert printed.startswith("### Added\n")
+    assert printed.strip() in (ROOT / "CHANGELOG.md").read_text()
+    assert "\n## " not in printed
+    assert "no section '## 0.0.9" in subprocess.run([*notes, "0.0.9"], capture_output=True, text=True).stderr
 
 
 def test_each_python_is_tested_and_gets_a_wheel() -> None:
