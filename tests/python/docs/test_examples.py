@@ -1,0 +1,90 @@
+"""Every program of examples/ runs, on small models and data, and its notebook."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
+
+import gguf_fixtures
+import pages
+import pissa
+from pissa.cli import main
+from released_folders import released
+from runs import save_preferences, save_sums
+from tiny_model import save_tiny_model, tiny_tokenizer
+
+EXAMPLES = pages.ROOT / "examples"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("models") / "base")
+
+
+def run(example: str, *arguments: Path) -> str:
+    """What the program prints. As a user's: warnings do not end it."""
+    command = [sys.executable, EXAMPLES / example, *arguments, "--steps", "2"]
+    return subprocess.run([str(word) for word in command], capture_output=True, text=True, check=True).stdout
+
+
+def test_all_are_tested_and_short() -> None:
+    programs = {path.name: len(path.read_text().splitlines()) for path in EXAMPLES.glob("*.py")}
+    assert set(programs) == {"loop.py", "trl_sft.py", "dpo.py", "gguf_file.py", "released_model.py"}
+    assert max(programs.values()) <= 80
+
+
+def test_loop(base: Path, tmp_path: Path) -> None:
+    assert "step 1: loss" in run("loop.py", base, save_sums(tmp_path), tmp_path / "out")
+    pissa.PissaModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), tmp_path / "out")
+
+
+def test_trl_sft(base: Path, tmp_path: Path) -> None:
+    run("trl_sft.py", base, save_sums(tmp_path), tmp_path / "out")
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+
+
+def test_dpo(base: Path, tmp_path: Path) -> None:
+    run("dpo.py", base, save_preferences(tmp_path), tmp_path / "out")
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+
+
+def test_gguf_file(base: Path, tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    gguf_fixtures.write(LlamaForCausalLM.from_pretrained(base), "llama", file, gguf_fixtures.mixed)
+    printed = run("gguf_file.py", file, save_sums(tmp_path), tmp_path / "merged.gguf")
+    assert "merged.gguf" in printed.splitlines()[-1]
+    assert (tmp_path / "merged.gguf").stat().st_size >= file.stat().st_size
+
+
+def test_released_model(tmp_path: Path) -> None:
+    released("llama", "fp8-tiles", tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    run("released_model.py", tmp_path / "model", save_sums(tmp_path), tmp_path / "out")
+    tensors = [load_file(tmp_path / folder / "model.safetensors") for folder in ("model", "out")]
+    assert tensors[0].keys() == tensors[1].keys()
+    assert any(not torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
+
+
+def test_notebook(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its commands are ours, and its model is a small one."""
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for cell in json.loads((EXAMPLES / "notebook.ipynb").read_text())["cells"]:
+        text = "".join(cell["source"]).replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(base))
+        if cell["cell_type"] == "markdown" or text.startswith("%pip install"):
+            continue
+        if text.startswith("!pissa "):
+            assert main(shlex.split(text)[1:]) == 0, text
+        else:
+            exec(compile(text, "a cell", "exec"), names)
+    LlamaForCausalLM.from_pretrained("merged")
