@@ -44,10 +44,6 @@ RATES = {
 # The results with the current code, on an Intel processor.
 COMPARED, STEPS, RELEASED = (f"xeon_2_cores{name}.json" for name in ("", "_checkpoints", "_released"))
 
-# A step of bench.compare's models.
-STEP = "training step of SmolLM2-135M, nf4, r = 16"
-STEP_TOKENS = 4 * 127
-
 
 def _load(name: str) -> Any:
     return json.loads((RESULTS / name).read_text())
@@ -240,44 +236,31 @@ def int8() -> str:
 
 
 def readme() -> str:
-    steps = [row for row in _load(COMPARED)["rows"] if row["work"] == STEP]
-    found = _load(STEPS)["step-7b"]["result"]
+    """What 500 examples take, of the 4-bit models that were measured, beside PEFT in the setting in which it is
+    nearest."""
+    measured, steps = _load(COMPARED)["rows"], _load(STEPS)
+    lines = []
+    for name, (model, format) in RATES.items():
+        if format != "nf4" or name == "step-350m":
+            continue
+        found, work = steps[name]["result"], f"training step of {model}, nf4, r = 16".replace("shapes", "shape")
+        nearest = min((row["ratio_median"] for row in measured if row["work"] == work), default=None)
+        peer = "not measured" if nearest is None else f"{nearest:.1f} times as long"
+        lines.append([f"{model}, nf4", *_for_examples(found["together"] / _GB, found["tokens_per_second"]), peer])
     large = _largest(RELEASED)
-    mapped = large["together_gb"] - large["private_gb"]
-    text = " ".join((ROOT / "bench" / "experiments" / "conclusions.md").read_text().split())
-    loss = re.search(r"(0\.\d+ ± 0\.\d+) with both \([^)]*\); QLoRA's ends (0\.\d+ ± 0\.\d+) above", text)
-    assert loss is not None
+    of_large = _for_examples(large["together_gb"], 512 / large["steps"][-1])
+    lines.append(["gpt-oss-20b's shapes, MXFP4 as released", *of_large, "only decoded to 16 bits, 42 GB"])
     return _table(
-        "training on two cores of an Intel Xeon without AMX, rank 16 | pissa | PEFT 0.21, bitsandbytes 0.50",
-        [
-            ["SmolLM2-135M, nf4, 4 x 127 tokens", *_sides(steps[0])],
-            ["the same, with PEFT's fastest settings", *_sides(min(steps, key=lambda row: row["peer_median_ms"]))],
-            [
-                "Llama-2-7B's shapes, nf4, 512 tokens",
-                f"{_number(found['tokens_per_second'])} tokens/s, {found['together'] / _GB:.1f} GB",
-                "not measured",
-            ],
-            [
-                "gpt-oss-20b's shapes, MXFP4 as released, 512 tokens",
-                f"{_tokens(large)} tokens/s, {large['private_gb']:.1f} GB (and a mapped file of {mapped:.0f} GB)",
-                "only decoded to 16 bits",
-            ],
-            [
-                "held-out loss that a 4-bit base costs, SmolLM2 on GSM8K",
-                f"{loss[1]} nats (LoRA, calibrated)",
-                f"{loss[2]} nats (QLoRA)",
-            ],
-            ["PiSSA in [twenty-one situations](docs/situations.md)", "correct", "wrong, or an error"],
-        ],
+        "500 examples of 200 tokens, once through | memory, with the file's pages | two cores | eight cores | PEFT, "
+        "bitsandbytes",
+        lines,
     )
 
 
-def _sides(row: dict[str, Any]) -> list[str]:
-    times = row["ours_median_ms"], row["peer_median_ms"]
-    return [
-        f"{_number(1e3 * STEP_TOKENS / ms)} tokens/s, {growth:.0f} MiB"
-        for ms, growth in zip(times, row["growth_mib"], strict=True)
-    ]
+def _for_examples(memory: float, tokens_per_second: float) -> tuple[str, str, str]:
+    """Memory, and the time on two cores and, by the same rate, on eight."""
+    minutes = EXAMPLES * TOKENS / tokens_per_second / 60
+    return f"{memory:.1f} GB", _duration(minutes), _duration(minutes / 4)
 
 
 def gguf_types() -> str:

@@ -1,5 +1,6 @@
-"""Fine-tune language models with PiSSA (arXiv 2404.02948): the principal singular components of each weight become the
-adapter, and the rest is frozen, in 4 bits if requested (QPiSSA).
+"""Fine-tune language models on a CPU: LoRA and PiSSA, with the weights in 16, 8 or 4 bits, behind PEFT's interface. In
+PiSSA (arXiv 2404.02948) the principal singular components of each weight become the adapter, and the rest is frozen, in
+4 bits if requested (QPiSSA).
 
     model = pissa.wrap(model, r=16)                  # PiSSA
     model = pissa.wrap(model, r=16, quant="nf4")     # QPiSSA

@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parser_for(named: Collection[str]) -> argparse.ArgumentParser:
     """Returns a parser for all commands. Only the named commands get their arguments."""
     parser = argparse.ArgumentParser(
-        prog="pissa", description="Fine-tune language models with PiSSA and QPiSSA (arXiv 2404.02948)."
+        prog="pissa", description="Fine-tune language models on a CPU: LoRA and PiSSA, in 16, 8 or 4 bits."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in COMMANDS.items():

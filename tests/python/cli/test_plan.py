@@ -234,7 +234,7 @@ def test_a_run_says_what_it_will_take(
     (tmp_path / "base").symlink_to(base)
     monkeypatch.chdir(tmp_path)
     [line] = re.findall(r"^pissa finetune .*$", (pages.ROOT / "README.md").read_text(), flags=re.MULTILINE)
-    assert main(shlex.split(line)[1:]) == 0
+    assert main(shlex.split(line.replace(pages.MODEL, "base"))[1:]) == 0
     said, out = capsys.readouterr().out, tmp_path / "trained"
     assert "train.jsonl, 500 examples, " in said
     assert re.search(r"\nheld out  25 of them, chosen at random", said)

@@ -20,7 +20,6 @@ from daily import each
 from pissa.cli import main
 from tiny_model import save_tiny_model, tiny_tokenizer
 
-NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"  # of the hub: a folder stands for it
 NIGHTLY = ("trainers", "troubleshooting", "large-checkpoints", "choices")
 """Pages that take half of the time, in trainings and checkpoints that other tests have, too."""
 DAILY = [page for page in pages.PAGES if page.stem not in NIGHTLY]
@@ -32,7 +31,7 @@ FRAGMENT = "py"  # Python that runs nowhere, "...", or in docs/situations.py
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with everything that the pages' examples start from."""
     folder = tmp_path_factory.mktemp("made")
-    save_tiny_model(folder / "base")
+    save_tiny_model(folder / "base", max_position_embeddings=256)
     tokenizer = tiny_tokenizer()
     tokenizer.save_pretrained(folder / "moe")
     with torch.random.fork_rng():
@@ -77,14 +76,14 @@ def test_every_block_runs(page: Path, here: Path) -> None:
             for side in (before, after):
                 _python(side, names | _loaded())
         elif language == "sh":
-            for line in text.replace("\\\n", "").splitlines():
+            for line in text.replace("\\\n", "").replace(pages.MODEL, "base").splitlines():
                 _command(line.partition("#")[0].strip(), here)
         else:
             assert language in (TEXT, FRAGMENT), f"{page.name}: {language!r} is no language of blocks:\n{text}"
 
 
 def _python(text: str, names: dict[str, Any]) -> None:
-    exec(compile(text.replace(NAME, "base"), "a block", "exec"), names)
+    exec(compile(text.replace(pages.MODEL, "base"), "a block", "exec"), names)
 
 
 def _loaded() -> dict[str, Any]:

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[3]
+MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+"""The pages' name of the Hub, for which tests have a small model in a folder `base`."""
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
