@@ -232,4 +232,5 @@ def test_what_a_forward_keeps(dtype: torch.dtype, tokens: int, start: bool, impl
                 _, kept = op(*first, *factors, 1.0, implicit)
                 assert kept.dtype == torch.float32
                 in_halves = device == "cuda" and dtype != torch.float32 and tokens > 16
-                assert kept.shape == (tokens + halves // 2 if in_halves else 2 * tokens,)
+                of_xa = tokens if in_halves and dtype == torch.bfloat16 else 2 * tokens  # float16 might not hold it
+                assert kept.shape == (of_xa + (halves // 2 if in_halves else 0),)
