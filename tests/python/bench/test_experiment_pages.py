@@ -22,9 +22,10 @@ def _bench_can_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_committed_page_is_that_of_the_committed_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They have losses that are not reached, or by some seeds only, and differences that do not show."""
     from bench.experiments.__main__ import PAGE, main
-    from bench.experiments.page import CONCLUSIONS
+    from bench.experiments.page import CONCLUSIONS, EARLIER
 
-    (tmp_path / CONCLUSIONS).write_text((PAGE / CONCLUSIONS).read_text())
+    for name in (CONCLUSIONS, EARLIER):
+        (tmp_path / name).write_text((PAGE / name).read_text())
     monkeypatch.setattr("sys.argv", ["experiments", "--only-page", "--page", str(tmp_path)])
     assert main() == 0
     assert (tmp_path / "README.md").read_text() == (PAGE / "README.md").read_text()
