@@ -363,7 +363,7 @@ figures: $(BUILD)/experiments.stamp $(BUILD)/venv-test.stamp
 docs: tools-docs $(BUILD)/docs.stamp $(BUILD)/venv-test.stamp
 	rm -rf build/doxygen build/docs
 	doxygen docs/Doxyfile
-	timeout 120 $(TEST_PYTHON) -m sphinx --fail-on-warning --keep-going --quiet -b html docs build/docs
+	$(TEST_PYTHON) -m sphinx --fail-on-warning --keep-going --quiet -b html docs build/docs
 	$(TEST_PYTHON) docs/man.py build/docs/pissa.1
 
 $(BUILD)/docs.stamp: $(BUILD)/venv-test-deps.stamp

@@ -182,10 +182,10 @@ def main() -> None:
             texts = problems(options.gsm8k, ModelFolder.open(Path(base)).tokenizer())
         for seed in options.seeds:
             found = measure(base, task.folder, texts, seed)
-            rows.append({"of": Path(base).name, "seed": seed, **found})
+            rows.append({"of": Path(base).name, "steps": options.steps, "seed": seed, **found})
             print(rows[-1], flush=True)
     if options.json:
-        about = {"machine": machine(), "steps": options.steps, "batch": BATCH, "rate": RATE}
+        about = {"machine": machine(), "batch": BATCH, "rate": RATE}
         write(options.json, {**about, "rows": rows})
 
 

@@ -297,10 +297,12 @@ def merges() -> str:
     """What is left of a training after merges into the codes of its base."""
     lines = []
     for row in _load("merge_share.json")["rows"]:
-        kept = (f"{max(row[f'kept, {how}'], 0):.0%}" for how in ("nearest", "dither", "through"))
+        ways = "nearest", "dither", "feedback, dither", "through"
+        kept = [f"{max(row[f'kept, {way}'], 0):.0%}" if f"kept, {way}" in row else "" for way in ways]
         of = row["of"].removesuffix(".gguf") + (f", seed {row['seed']}" if row["seed"] else "")
-        lines.append([of, f"{row['base']:.3f} → {row['adapter']:.3f}", *kept])
-    return _table("base | held-out loss, adapter beside it | kept: nearest | at random | trained through it", lines)
+        lines.append([of, str(row["steps"]), f"{row['base']:.3f} → {row['adapter']:.3f}", *kept])
+    kept = "kept: nearest | at random | with feedback | trained through it"
+    return _table(f"base | steps | held-out loss, adapter beside it | {kept}", lines)
 
 
 TABLES: dict[str, Callable[[], str]] = {
