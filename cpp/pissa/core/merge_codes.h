@@ -154,6 +154,12 @@ PISSA_INLINE constexpr float threshold_at(std::uint32_t key, std::uint32_t low_p
   return (static_cast<float>(bits >> 8) + 0.5f) * 0x1p-24f;
 }
 
+/// The threshold of the element at that position in the flattened weight.
+PISSA_INLINE constexpr float threshold_of(Rounding rounding, std::uint64_t seed, std::uint64_t position) {
+  if (rounding == Rounding::nearest) return 0.5f;
+  return threshold_at(threshold_key(seed, position), static_cast<std::uint32_t>(position));
+}
+
 // ---- Codes beside their scales
 
 /// Code i of a format whose scales are not within; bitsandbytes has the first of two in the high nibble.

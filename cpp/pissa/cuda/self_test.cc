@@ -358,7 +358,7 @@ class SelfTest {
         const std::array thin{Term{rows_of(x, first, kFewRows), Op::n, factor_a(), Op::t, 1.0f, precision}};
         few_rows_gemm(context_, thin, {}, {}, rows_of(xa.view(), first, kFewRows));
       }
-      const std::array tail{Term{xa.view(), Op::n, factor_b(w.rows), Op::t, 1.0f, precision}};
+      const std::array tail{Term{xa.view(), Op::n, factor_b(w.rows), Op::t, 1.0f, precision_of_xa(x.format)}};
       few_rows_quantized(context_, x, w, tail, {}, y.view());
       compare(y.view(), expected.view());
     }

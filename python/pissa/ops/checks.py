@@ -120,6 +120,7 @@ def check_svd(svd: str, passes: int | str, seed: int, name: str = "passes") -> i
 
 
 def check_seed(seed: int) -> None:
+    """Checks the seed of a generator in the core."""
     if type(seed) is not int or not 0 <= seed < 2**63:
         raise ValueError(f"seed: got {seed!r}; allowed: a whole number from 0 to 2**63 - 1")
 

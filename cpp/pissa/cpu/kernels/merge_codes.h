@@ -128,9 +128,7 @@ PISSA_INLINE void merge_row(const Matrix& weight, std::int64_t row, std::int64_t
       for (; some != 0; some &= some - 1) {  // a byte of them is 1 or 0
         const std::int64_t i = word + __builtin_ctzll(some) / 8;
         const std::uint64_t at = position + static_cast<std::uint64_t>(i);
-        const float threshold = rounding == Rounding::nearest
-                                    ? 0.5f
-                                    : threshold_at(threshold_key(seed, at), static_cast<std::uint32_t>(at));
+        const float threshold = threshold_of(rounding, seed, at);
         const ChangedCode changed = changed_code<kFormat>(from.code[i], change[i] * from.levels[i], threshold);
         sums.beyond += changed.beyond;
         if (changed.code == from.code[i]) continue;
@@ -169,8 +167,7 @@ void merge_columns(const Matrix& weight, const Matrix& lower, std::int64_t row, 
     for (std::int64_t j = count - 1; j >= 0; --j) {
       const float* behind = static_cast<const float*>(lower.data) + (col + j) * lower.ld + col;
       const auto at = static_cast<std::uint64_t>(row * weight.cols + col + j);
-      const float threshold =
-          rounding == Rounding::nearest ? 0.5f : threshold_at(threshold_key(seed, at), static_cast<std::uint32_t>(at));
+      const float threshold = threshold_of(rounding, seed, at);
       const float wanted = change[j] + sum[j] / behind[j];
       const ChangedCode changed = changed_code<kFormat>(from.code[j], wanted * from.levels[j], threshold);
       sums.beyond += changed.beyond;
