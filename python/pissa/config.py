@@ -106,9 +106,9 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
             "lora". For comparison: "lora" starts from B = 0, "loftq"
             (with `quant`) from the error of the format, and "activations" (with `quant`) from the part of that error
             which matters most to the outputs, given the layer's inputs (QERA, arXiv 2410.06040). "activations" needs a
-            calibration; see `pissa.wrap`. "given" marks an adapter whose factors come from elsewhere: from other
-            adapters (`add_weighted_adapter`) or from a plain LoRA (`peft.set_peft_model_state_dict`). It cannot be
-            requested. A method of your own is one that you have added to `pissa.INIT_METHODS`.
+            calibration; see `pissa.wrap`. "given" marks an adapter whose factors come from a plain LoRA
+            (`peft.set_peft_model_state_dict`). It cannot be requested. A method of your own is one that you have added
+            to `pissa.INIT_METHODS`.
         repair: the start that a stored base lacks and adds again exactly: that of `init` (None), or that of any other
             method. With `init="lora", repair="pissa", quant="nf4"`, LoRA trains on QPiSSA's base. With `init="pissa",
             repair="lora"`, PiSSA trains on the plainly quantised weight, from which LoRA's start takes nothing out.

@@ -83,7 +83,7 @@ def decompose(
     if INIT_METHODS[config.init].is_given:
         raise ValueError(
             f"init={config.init!r} marks an adapter whose factors came from elsewhere, and cannot start one. To copy "
-            "one: model.add_weighted_adapter([name], [1.0], new_name, 'cat'). To take over a plain LoRA: make the "
+            "one: save it, and call model.load_adapter(folder, new_name). To take over a plain LoRA: make the "
             "adapter with any other init, then call peft.set_peft_model_state_dict"
         )
     check_values(model, adapter_name)

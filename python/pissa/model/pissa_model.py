@@ -30,7 +30,6 @@ from pissa.distributed import failing_together, is_of_an_engine, is_partitioned,
 from pissa.layers.experts import fuse_experts, unfused_experts
 from pissa.layers.layer import PissaLayer, pissa_layers
 from pissa.layers.tokens import TrainableTokensWrapper, check_tokens_can_be_merged
-from pissa.model.combination import config_of_sum, set_to_sum
 from pissa.model.decompose import decompose
 from pissa.model.fused_head import fuse_head, over_trls_head
 from pissa.model.fused_layers import fuse_layers
@@ -43,7 +42,7 @@ from pissa.model.inject import (
     restored_on_error,
 )
 from pissa.model.store import store
-from pissa.model.tuner import BUILDING, load_whole, refuse_residuals, start_at_zero
+from pissa.model.tuner import BUILDING, load_whole, refuse_residuals
 from pissa.peft_private import MendedPeftModel
 
 
@@ -87,16 +86,13 @@ class PissaModel(MendedPeftModel):
         """
         with restored_on_error(self), failing_together():
             config = as_pissa(peft_config)
-            self._check_new_name(adapter_name)
+            if adapter_name in self.peft_config:
+                raise ValueError(f"Adapter with name '{adapter_name}' already exists.")
+            check_adapter_name(adapter_name, self.base_model.model)
             self._inject(adapter_name, config, autocast_adapter_dtype)
             base = self.base_model.model
             replacements = decompose(base, adapter_name, config, progressbar=False)
         store(base, adapter_name, config, replacements)
-
-    def _check_new_name(self, adapter_name: str) -> None:
-        if adapter_name in self.peft_config:
-            raise ValueError(f"Adapter with name '{adapter_name}' already exists.")
-        check_adapter_name(adapter_name, self.base_model.model)
 
     def _inject(self, adapter_name: str, config: PissaConfig, autocast_adapter_dtype: bool) -> None:
         """Adds the layers of another adapter, which have no start factors yet."""
@@ -123,58 +119,13 @@ class PissaModel(MendedPeftModel):
             parts.add("attention")
         return parts if getattr(base, "_fused_shape", True) else parts - {"head"}
 
-    def add_weighted_adapter(
-        self,
-        adapters: list[str],
-        weights: list[float],
-        adapter_name: str,
-        combination_type: str = "svd",
-        svd_rank: int | None = None,
-        svd_clamp: float | None = None,
-        svd_full_matrices: bool = True,
-        svd_driver: str | None = None,
-        density: float | None = None,
-        majority_sign_method: str = "total",
-    ) -> None:
-        """Adds an adapter whose change of each weight is the sum of weight * s (B A - B0 A0) over `adapters`. It is an
-        ordinary adapter, which starts at zero: it can be trained, saved and combined again.
-
-        An adapter of rank r that starts from B0 A0 makes a change of rank 2r, the rank of its plain LoRA. The ranks
-        below are those of the plain LoRAs.
-
-        Args:
-            adapters: names of the adapters. They may differ in their layers and ranks.
-            weights: a finite number for each adapter, of any sign.
-            adapter_name: name of the new adapter.
-            combination_type: "cat" is the whole sum; its rank is the sum of the adapters' ranks. "svd" is the best
-                approximation of the sum at rank `svd_rank`. "linear" is "svd" at the adapters' largest rank. (PEFT's
-                "linear" sums factors, which does not give the sum of the changes.) PEFT's other types, which prune, are
-                refused.
-            svd_rank: rank for "svd" (default: the adapters' largest rank). A layer that needs a lower rank gets the
-                lower one.
-            svd_clamp: must be None. It would clip factors, and one change has many pairs of factors.
-            svd_full_matrices, svd_driver, density, majority_sign_method: accepted for compatibility with PEFT; without
-                effect.
-
-        On any failure the model is left as it was.
-
-        Raises:
-            ValueError: an invalid argument, which is named, or an adapter that trains more than factors (DoRA, biases,
-                `modules_to_save`).
-        """
-        with restored_on_error(self), failing_together():
-            self._check_new_name(adapter_name)
-            if svd_clamp is not None:
-                raise ValueError(f"svd_clamp={svd_clamp!r} is not supported: leave it out, no factor needs clipping")
-            if not adapters or len(adapters) != len(weights):
-                raise ValueError(
-                    f"got {len(adapters)} adapters and {len(weights)} weights; needed: one weight for each adapter"
-                )
-            base, terms = self.base_model.model, list(zip(adapters, weights, strict=True))
-            config = config_of_sum(base, self.peft_config, terms, combination_type, svd_rank)
-            self._inject(adapter_name, config, autocast_adapter_dtype=True)
-            start_at_zero(self, adapter_name)
-            set_to_sum(base, adapter_name, terms)
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Raises ValueError: PEFT's method would sum dA and dB, which gives no sum of the changes."""
+        raise ValueError(
+            "add_weighted_adapter: PiSSA's adapters are not summed, because PEFT sums the parameters, which are "
+            "differences from factors here. Write each as a plain LoRA (`pissa convert RUN LORA`), load these with "
+            "peft, and call PEFT's add_weighted_adapter with combination_type='cat', which is exact"
+        )
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merges the adapters into dense weights that replace the base, as in PEFT. Trained tokens are merged into the

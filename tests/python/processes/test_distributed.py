@@ -59,10 +59,6 @@ def test_processes_start_together_with_the_bits_of_one(some: Found) -> None:
         assert found == expected
 
 
-def test_all_processes_combine_adapters_to_the_same_bits(some: Found) -> None:
-    assert len(set(some["combined"])) == 1
-
-
 def test_each_process_decomposes_a_share(some: Found) -> None:
     shares = some["shares"]
     names = [name for share in shares for name in share]

@@ -27,7 +27,6 @@ from torch.nn.parallel import DistributedDataParallel
 import pissa
 from distributed_worker import DAILY, FORMS, bits, llama, mixtral, sgd, shard, share, tokens, train
 from language_models import assert_same, logits, snapshot
-from oracle import change_a_little
 from pissa import PissaModel
 from pissa.base.digest import fingerprint
 from pissa.base.remembered import ResidualFingerprint, WeightFingerprint
@@ -53,7 +52,7 @@ def message(call: Callable[[], Any]) -> list[str]:
 
 def checks(folder: Path) -> dict[str, Callable[[], Any]]:
     """By name."""
-    found: list[Callable[[Path], Any]] = [combined, shares, failing, nan, ddp, fsdp2, suggested]
+    found: list[Callable[[Path], Any]] = [shares, failing, nan, ddp, fsdp2, suggested]
     found += [other_models, sharded_weights, mixed_precision, parts_sharded_alone, fsdp1]
     found += [accelerate_fsdp2, files, merged_while_sharded]
     # Last what can end the process, where gradients of different parameters meet.
@@ -89,16 +88,6 @@ def started() -> dict[str, str]:
     model = pissa.wrap(llama(), r=4)
     model.add_adapter("second", pissa.PissaConfig(r=2, svd="subspace"))
     return found | {"second": bits(model.state_dict())}
-
-
-def combined(folder: Path) -> str:
-    """The bits of an adapter made of others, where each process would compute other factors."""
-    model = pissa.wrap(llama(), r=4)
-    model.add_adapter("second", pissa.PissaConfig(r=4))
-    for layer in pissa_layers(model.base_model.model, "second").values():
-        change_a_little(layer, "second", seed=rank())
-    model.add_weighted_adapter(["default", "second"], [1.0, -1.0], "sum")
-    return bits({name: value for name, value in model.state_dict().items() if ".sum." in name})
 
 
 def shares(folder: Path) -> dict[str, int]:
