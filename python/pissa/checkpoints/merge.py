@@ -8,8 +8,9 @@ import math
 import os
 import warnings
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from pissa.adapters.lora_folder import LoraFactors, LoraFolder, open_adapter
 from pissa.adapters.peft_layout import MAGNITUDE, PREFIX, base_weight_key, is_mirrored
 from pissa.base.classes import adopt, is_linear
 from pissa.checkpoints.load import of_layer
-from pissa.checkpoints.merge_codes import Kept, check_low_rank, coded_units, merged_layers
+from pissa.checkpoints.merge_codes import Kept, check_low_rank, coded_units, merged_layers, moments_of
 from pissa.checkpoints.output import Output
 from pissa.checkpoints.rewrite import LayerPlan, Plan, Result, Rewrite, Unit, Written, add_up, matrix_shape, square
 from pissa.checkpoints.trained import TrainedWeights, read_adapter
@@ -31,6 +32,7 @@ from pissa.containers.checkpoint import READ, Checkpoint, Contents
 from pissa.containers.messages import quote
 from pissa.containers.model_folder import Part
 from pissa.containers.tensor_file import INDEX
+from pissa.model.batches import Batch, digest_of
 from pissa.ops.checks import check_choice
 from pissa.ops.formats import FORMATS
 
@@ -234,6 +236,7 @@ def merge(
     target: str | os.PathLike[str],
     *,
     quant: str | None = None,
+    calibration: Iterable[Batch] | None = None,
     progressbar: bool = False,
 ) -> Merged:
     """Writes the checkpoint `source`, a folder or a name on the Hub, with the adapter in folder `adapter` merged into
@@ -255,6 +258,9 @@ def merge(
             with bitsandbytes would quantise the merged weights. "same": the codes of the base, whose scales stay, with
             the change rounded at random (`ops.merge_codes`); for a GGUF file, `pissa.export` to "gguf-model" does that.
             None: dense.
+        calibration: with `quant` "same": batches of what the model will read, as `pissa.calibrate` takes them. The
+            rounding errors of a layer are then carried on to where they change its outputs least (error feedback). The
+            trained model runs once, whole in memory. A layer that is not linear is rounded at random alone.
         progressbar: show one bar over the bytes of the checkpoint on stderr.
 
     Raises:
@@ -270,9 +276,12 @@ def merge(
         if quant == SAME and (contents := checkpoint.contents) not in (Contents.RELEASED, Contents.BITSANDBYTES):
             to = ' pissa.export(..., to="gguf-model") merges into a GGUF file' if contents is Contents.GGUF else ""
             raise ValueError(f'quant: got "same", and {checkpoint.name} contains {contents.value}: leave it out.{to}')
+        if calibration is not None and quant != SAME:
+            raise ValueError(f'calibration: got one, and quant={quant!r}; it is for quant="same": leave it out')
         weights = read_adapter(open_adapter(Path(adapter)), checkpoint)
         plan = plan_merge(checkpoint, weights.folder, form, checkpoint.coded if quant == SAME else ())
         run = (_MergeInCodes if quant == SAME else _Merge)(plan, weights, form, Path(target))
+        run.calibration = None if calibration is None else list(calibration)
         written = run.run(progressbar)
         for doubt in weights.doubts():
             warnings.warn(doubt, stacklevel=2)
@@ -292,6 +301,7 @@ def merge(
 
 class _Merge(Rewrite):
     command = "merge"
+    calibration: list[Batch] | None = None
 
     def __init__(self, plan: Plan, adapter: TrainedWeights, form: Form, target: Path) -> None:
         super().__init__(plan, target)
@@ -347,13 +357,18 @@ class _MergeInCodes(_Merge):
         super().__init__(plan, adapter, form, target)
 
     def identity(self) -> dict[str, Any]:
-        return super().identity() | {"form": SAME}
+        read = {} if self.calibration is None else {"calibration": digest_of(self.calibration)}
+        return super().identity() | {"form": SAME, **read}
+
+    @cached_property
+    def moments(self) -> Mapping[str, Tensor]:
+        return moments_of(self.adapter, self.calibration)
 
     def write(self, out: Output, unit: Unit) -> dict[str, Result]:
         if unit.name not in self.coded:
             return super().write(out, unit)
         results = []
-        for sums, parts in merged_layers(self.adapter, unit):
+        for sums, parts in merged_layers(self.adapter, unit, self.moments):
             results.append({"error_squared": sums["change"] - 2 * sums["along"] + sums["square"], **sums})
             for name, codes, member in parts:
                 weight, stored = self.source.coded[name], self.source.stored

@@ -3,7 +3,7 @@ changes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -12,9 +12,11 @@ from torch import Tensor
 from pissa import ops
 from pissa.base.digest import seed_of
 from pissa.base.released_layouts import join_rows
-from pissa.checkpoints.load import of_layer
+from pissa.checkpoints.load import load, of_layer
 from pissa.checkpoints.rewrite import Plan, Result, Unit
 from pissa.checkpoints.trained import TrainedWeights
+from pissa.model.batches import Batch
+from pissa.model.calibrate import observe
 
 DENSE = "`pissa merge` without --quant writes a dense model"
 
@@ -70,19 +72,32 @@ def check_low_rank(adapter: TrainedWeights) -> None:
         raise ValueError(f"{path} was trained on a residual, whose codes lack its start: {DENSE}")
 
 
-def merged_layers(adapter: TrainedWeights, unit: Unit) -> Iterator[tuple[Result, list[tuple[str, Tensor, int | None]]]]:
+def moments_of(adapter: TrainedWeights, calibration: Iterable[Batch] | None) -> Mapping[str, Tensor]:
+    """The second moments of what the adapted linear layers of the trained model read, by layer; none without a
+    calibration. The whole model runs in memory."""
+    if calibration is None:
+        return {}
+    model = load(adapter.source.folder, adapter=adapter.folder.path, is_trainable=False)
+    return observe(model, calibration, progressbar=False).moments
+
+
+def merged_layers(
+    adapter: TrainedWeights, unit: Unit, moments: Mapping[str, Tensor]
+) -> Iterator[tuple[Result, list[tuple[str, Tensor, int | None]]]]:
     """Yields for each layer of a unit the sums of `ops.Merged`, with the number of elements, and the new codes: the
-    name of each weight of the checkpoint, uint8, and the number of the matrix in a stack."""
+    name of each weight of the checkpoint, uint8, and the number of the matrix in a stack. A layer whose inputs have a
+    second moment is rounded with error feedback."""
     source = adapter.source
     for layer, (a, b) in zip(unit.layers, adapter.factors(unit), strict=True):
         weights = [source.coded[part.tensor].read(part.member) for part in layer.parts]
         with of_layer(layer.name):
             weight = join_rows(weights)
+            moment = moments.get(layer.name)
             if layer.parts[0].transposed != source.coded[layer.parts[0].tensor].is_transposed:
-                a, b = b.mT, a.mT
+                a, b, moment = b.mT, a.mT, None  # the columns of these codes are outputs
             adapter.check_base(layer, weight)
-            scaling = adapter.scaling(layer, unit.name)
-            merged = ops.merge_codes(weight, a.contiguous(), b.contiguous(), scaling, seed=seed_of(layer.name))
+            scaling, seed = adapter.scaling(layer, unit.name), seed_of(layer.name)
+            merged = ops.merge_codes(weight, a.contiguous(), b.contiguous(), scaling, second_moment=moment, seed=seed)
         sums = {"elements": weight.shape[0] * weight.shape[1], **merged._asdict()}
         del sums["weight"]
         parts = torch.split(merged.weight.codes, [part.codes.numel() for part in weights])

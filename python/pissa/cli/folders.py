@@ -66,6 +66,21 @@ def _add_adapter(
     add("--json", action="store_true", help="report as one JSON object")
 
 
+def _add_calibration(parser: argparse.ArgumentParser, text: str) -> None:
+    add = parser.add_argument
+    add("--calibration", metavar="FILE", help=text)
+    add("--columns", type=columns, metavar="NAME=COLUMN,...", help=COLUMNS_HELP)
+    # About ten thousand tokens. bench/experiments, `repairs`, compares other numbers.
+    add("--examples", type=positive_int, default=64, metavar="N", help="examples for the calibration")
+
+
+def _calibration(args: argparse.Namespace, model: str | Path) -> list[Any] | None:
+    """What the options of `_add_calibration` name, for the tokenizer of a model; None without them."""
+    from pissa.cli.data import batches_of
+
+    return None if args.calibration is None else batches_of(args.calibration, args.examples, model, args.columns)
+
+
 def _options(args: argparse.Namespace, *names: str) -> dict[str, Any]:
     """The named options, which are also arguments of a function."""
     return {name: getattr(args, name) for name in names}
@@ -103,10 +118,7 @@ def _add_init(parser: argparse.ArgumentParser) -> None:
         "with --quant: records like what the model will read. Error feedback then chooses the "
         "codes, and the outputs lose less; with --init lora this makes a better checkpoint for any QLoRA program"
     )
-    add("--calibration", metavar="FILE", help=calibration)
-    add("--columns", type=columns, metavar="NAME=COLUMN,...", help=COLUMNS_HELP)
-    # About ten thousand tokens. bench/experiments, `repairs`, compares other numbers.
-    add("--examples", type=positive_int, default=64, metavar="N", help="examples for the calibration")
+    _add_calibration(parser, calibration)
     add("--quant-iters", type=positive_int, default=1, metavar="T", help="alternations of SVD and quantisation")
     add("--svd-passes", type=passes, default="auto", metavar="N", help="passes over each matrix (even)")
     add("--seed", type=int, default=0, metavar="N", help="seed of the random sketch")
@@ -139,7 +151,6 @@ def _init(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         # PEFT imports bitsandbytes if it is installed. That takes a second and 40 MB, and nothing here uses it.
         sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
     from pissa.checkpoints.init import init
-    from pissa.cli.data import batches_of
     from pissa.config import PissaConfig
     from pissa.containers.checkpoint import INITIAL_FOLDER
 
@@ -151,9 +162,7 @@ def _init(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         raise UserError("--init activations: got no --calibration; give --calibration FILE, or another --init")
     with user_errors(TypeError), _processes():  # raised for a layer of a kind that cannot be adapted
         method = _options(args, *_METHOD)
-        batches = (
-            None if args.calibration is None else batches_of(args.calibration, args.examples, args.source, args.columns)
-        )
+        batches = _calibration(args, args.source)
         done = init(
             args.source,
             args.target,
@@ -180,6 +189,9 @@ INIT = FolderCommand(_add_init, _init)
 # ---- pissa merge -----------------------------------------------------------------------------------------------------
 
 
+_READ = "records like what the model will read, by which rounding errors are carried on (error feedback)"
+
+
 def _add_merge(parser: argparse.ArgumentParser) -> None:
     base = f"{_BASE}; or a folder that pissa init has written"
     _add_adapter(parser, "new folder, or the folder of an interrupted run", base, base_is_required=True)
@@ -187,6 +199,7 @@ def _add_merge(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quant", metavar="FORMAT", help=f"{quant} (default: dense)")
     data = "records with questions and answers: compare the loss of base, adapter and merged model on them"
     parser.add_argument("--data", metavar="DATA", help=data)
+    _add_calibration(parser, f"with --quant same: {_READ}")
 
 
 def _merge(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -194,7 +207,8 @@ def _merge(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     from pissa.cli.held_out import losses, read_rows
 
     rows = read_rows(args.base, args.data) if args.data else []  # before the merge, which nothing repeats
-    done = merge(args.adapter, args.base, args.target, quant=args.quant, progressbar=True)
+    batches = _calibration(args, args.base)
+    done = merge(args.adapter, args.base, args.target, quant=args.quant, calibration=batches, progressbar=True)
     found = losses(args.base, args.adapter, args.target, rows) if rows else {}
     yield vars(done) | _kept_as_dicts(done) | {"loss": found}
     print_row("adapter", f"{args.adapter}: {done.what}, {done.layers} layers")
@@ -234,14 +248,17 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", required=True, choices=RUNTIMES, help=runtimes)
     check = "for gguf and gguf-model: compare what llama.cpp generates with the model; needs llama-cpp-python"
     parser.add_argument("--check", action="store_true", help=check)
+    _add_calibration(parser, f"for gguf-model: {_READ}")
 
 
 def _export(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    from pissa.adapters.lora_folder import open_adapter
     from pissa.integrations.export import export
 
     if args.check and not args.to.startswith("gguf"):
         raise UserError(f"--check: got --to {args.to}; it compares with llama.cpp, which --to gguf is for")
-    done = export(args.adapter, args.target, args.to, base=args.base, progressbar=True)
+    batches = _calibration(args, args.base or open_adapter(args.adapter).named_base or args.adapter)
+    done = export(args.adapter, args.target, args.to, base=args.base, calibration=batches, progressbar=True)
     yield done._asdict() | _kept_as_dicts(done)
     print_row("adapter", f"{args.adapter}: {done.what}, {done.layers} layers")
     print_row("written", done.written)

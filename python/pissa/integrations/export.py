@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from pkgutil import resolve_name
 
@@ -17,6 +18,7 @@ from pissa.containers.checkpoint import AS_STORED, READ, Checkpoint
 from pissa.integrations import RUNTIMES
 from pissa.integrations.bnb4 import ResidualExport
 from pissa.integrations.exported import MERGE, Exported, no_base
+from pissa.model.batches import Batch
 from pissa.ops.checks import check_choice
 
 
@@ -26,6 +28,7 @@ def export(
     to: str,
     *,
     base: str | os.PathLike[str] | None = None,
+    calibration: Iterable[Batch] | None = None,
     progressbar: bool = False,
 ) -> Exported:
     """Writes the adapter in folder `adapter` to `target` for another runtime::
@@ -53,6 +56,7 @@ def export(
         to: the runtime, one of `pissa.integrations.RUNTIMES`.
         base: the model that the adapter was trained on, a folder, a GGUF file or a name on the Hub (default: the one
             that the adapter names). For "gguf" and "gguf-model": the GGUF file with which llama.cpp runs the adapter.
+        calibration: for "gguf-model": batches of what the model will read, for error feedback as in `pissa.merge`.
         progressbar: show one bar over the bytes of the checkpoint on stderr.
 
     Raises:
@@ -63,9 +67,12 @@ def export(
         OSError: the disk is full or fails.
     """
     check_choice("to", to, tuple(RUNTIMES))
+    if calibration is not None and to != "gguf-model":
+        raise ValueError(f'calibration: got one, and to={to!r}; it is for to="gguf-model": leave it out')
     opened, target = open_adapter(Path(adapter)), Path(target)
     if to in _EXPORTERS:
-        done: Exported = resolve_name(f"pissa.integrations.{_EXPORTERS[to]}")(opened, base, target)
+        others = {} if calibration is None else {"calibration": calibration}
+        done: Exported = resolve_name(f"pissa.integrations.{_EXPORTERS[to]}")(opened, base, target, **others)
         return done
     base = base or opened.named_base
     if base is None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
+from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import cast
@@ -18,7 +19,7 @@ from pissa import ops
 from pissa.adapters.lora_folder import LoraFolder
 from pissa.base.digest import bytes_of
 from pissa.checkpoints.merge import plan_merge
-from pissa.checkpoints.merge_codes import Kept, check_low_rank, coded_units, merged_layers
+from pissa.checkpoints.merge_codes import Kept, check_low_rank, coded_units, merged_layers, moments_of
 from pissa.checkpoints.rewrite import Result, add_up
 from pissa.checkpoints.trained import read_adapter
 from pissa.containers.checkpoint import Checkpoint, Contents
@@ -27,13 +28,16 @@ from pissa.containers.gguf_model import GgufSource
 from pissa.containers.hub import Name
 from pissa.containers.staged import staged
 from pissa.integrations.exported import MERGE, Exported, no_base
+from pissa.model.batches import Batch
 
 
 @torch.no_grad()
-def export_model(adapter: LoraFolder, base: Name | None, target: Path) -> Exported:
+def export_model(
+    adapter: LoraFolder, base: Name | None, target: Path, calibration: Iterable[Batch] | None = None
+) -> Exported:
     """Merges the adapter into the codes of the GGUF file `base`, and writes the new file `target`, or its parts, and
-    beside it a Modelfile. Matrices that the file has dense get the sum. Raises ValueError for another base, and for
-    anything in an adapter but low-rank changes of matrices, which is named."""
+    beside it a Modelfile. Matrices that the file has dense get the sum. `calibration`: see `merge`. Raises ValueError
+    for another base, and for anything in an adapter but low-rank changes of matrices, which is named."""
     if target.suffix != ".gguf":
         raise ValueError(f"{target} does not end with .gguf, by which programs know such files: give another name")
     model = base or adapter.named_base
@@ -58,6 +62,7 @@ def export_model(adapter: LoraFolder, base: Name | None, target: Path) -> Export
     for name in (target.name, *names, modelfile):
         if (path := target.with_name(name)).exists():
             raise ValueError(f"{path} exists already and nothing is overwritten; choose a new file")
+    moments = moments_of(trained, calibration)
     results: dict[str, Result] = {}
     with staged(target.parent) as new, ExitStack() as opened:
         handles, moved = {}, {}
@@ -81,7 +86,7 @@ def export_model(adapter: LoraFolder, base: Name | None, target: Path) -> Export
 
         for unit in units:
             sums = []
-            for result, parts in merged_layers(trained, unit):
+            for result, parts in merged_layers(trained, unit, moments):
                 sums.append(result)
                 for name, codes, member in parts:
                     put(name, codes, member)

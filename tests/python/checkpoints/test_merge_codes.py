@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from pissa.checkpoints.merge import merge
 from pissa.cli import main
 from pissa.containers.checkpoint import Checkpoint
 from pissa.layers.layer import pissa_layers
+from pissa.model.calibrate import observe
 from released_folders import DENSE_LAYOUTS, FIELDS, released
 
 pytestmark = pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning")
@@ -43,14 +45,15 @@ def adapter_on(base: Path, folder: Path, **fields: Any) -> Any:
     return model.eval()
 
 
-def merged_in_memory(model: Any) -> dict[str, ops.Merged]:
+def merged_in_memory(model: Any, moments: Mapping[str, Tensor] | None = None) -> dict[str, ops.Merged]:
     """The layers in codes by their names, each merged in the order of the model's matrix."""
-    found = {}
+    found, moments = {}, moments or {}
     for name, layer in pissa_layers(model.base_model.model).items():
         if layer.base.is_quantised:
             a, b = layer.start_of("default").factors_of_change(layer.deltas("default"))
-            codes = layer.base.quantized
-            found[name] = ops.merge_codes(codes, a.detach(), b.detach(), layer.scaling["default"], seed=seed_of(name))
+            options = {"second_moment": moments.get(name), "seed": seed_of(name)}
+            given = layer.base.quantized, a.detach(), b.detach(), layer.scaling["default"]
+            found[name] = ops.merge_codes(*given, **options)
     return found
 
 
@@ -80,6 +83,47 @@ def test_only_codes_change_and_as_in_memory(kind: str, layout: str, tokens: Tens
     assert 0.8 < done.kept.share < 1.2
     again = logits(pissa.load(tmp_path / "merged", init="lora", dtype=torch.float32, **FIELDS), tokens)
     assert (again - logits(model, tokens)).isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["mxfp4-compressed", "mxfp4-gpt-oss", "gguf"])
+def test_error_feedback_by_what_the_trained_model_reads(kind: str, tokens: Tensor, tmp_path: Path) -> None:
+    if kind == "gguf":
+        base, target = tmp_path / "base.gguf", tmp_path / "merged.gguf"
+        gguf_fixtures.write(gguf_fixtures.make("llama"), "llama", base, without_floats)
+        write = partial(pissa.export, tmp_path / "run", target, "gguf-model")
+    else:
+        base, target = tmp_path / "model", tmp_path / "merged"
+        released("gpt_oss" if "gpt_oss" in kind.replace("-", "_") else "llama", kind, base)
+        write = partial(merge, tmp_path / "run", base, target, quant="same")
+    adapter_on(base, tmp_path / "run")
+    write(calibration=[tokens])
+    model = pissa.load(base, adapter=tmp_path / "run", is_trainable=False)
+    moments = observe(model, [tokens], progressbar=False).moments
+    expected, new = merged_in_memory(model, moments), Checkpoint.open(target)
+    assert expected.keys() <= moments.keys()
+    for name, merged in expected.items():
+        assert torch.equal(new.codes(new.coded_layers[name]).codes, merged.weight.codes), name
+    random = merged_in_memory(model)
+    assert any(not torch.equal(random[name].weight.codes, merged.weight.codes) for name, merged in expected.items())
+
+
+def test_a_calibration_is_a_part_of_the_run(tokens: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    released("llama", "mxfp4-compressed", tmp_path / "model")
+    adapter_on(tmp_path / "model", tmp_path / "run")
+    with pytest.raises(ValueError, match=r"calibration: got one, and quant=None; it is for quant=\"same\""):
+        merge(tmp_path / "run", tmp_path / "model", tmp_path / "out", calibration=[tokens])
+    with pytest.raises(ValueError, match=r"calibration: got one, and to='vllm'; it is for to=\"gguf-model\""):
+        pissa.export(tmp_path / "run", tmp_path / "out", "vllm", calibration=[tokens])
+    assert not (tmp_path / "out").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(merge_module, "merged_layers", Interrupted(merge_module.merged_layers, at=5))
+        with pytest.raises(KeyboardInterrupt):
+            merge(tmp_path / "run", tmp_path / "model", tmp_path / "out", quant="same", calibration=[tokens])
+    with pytest.raises(ValueError, match="another plan: calibration was '"):
+        merge(tmp_path / "run", tmp_path / "model", tmp_path / "out", quant="same")
+    merge(tmp_path / "run", tmp_path / "model", tmp_path / "out", quant="same", calibration=[tokens])
+    with pytest.raises(pissa.CompletedError):
+        merge(tmp_path / "run", tmp_path / "model", tmp_path / "out", quant="same", calibration=[tokens])
 
 
 def test_codes_of_bitsandbytes(tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
@@ -140,7 +184,8 @@ def test_losses_on_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         assert main([*given, *arguments, "--data", str(tmp_path / "misspelt.jsonl")]) == 2
         assert not (tmp_path / f"{name}-out").exists()  # a merge in vain could not be repeated there
         capsys.readouterr()
-        assert main([*given, *arguments, "--data", str(tmp_path / "data.jsonl")]) == 0
+        calibration = ["--calibration", str(tmp_path / "data.jsonl"), "--examples", "1"] if name == "codes" else []
+        assert main([*given, *arguments, *calibration, "--data", str(tmp_path / "data.jsonl")]) == 0
         [line] = [line for line in capsys.readouterr().out.splitlines() if "adapter " in line and "merged " in line]
         losses = {word: float(number) for word, number in re.findall(r"(base|adapter|merged) ([0-9.]+)", line)}
         assert losses.keys() == {"base", "adapter", "merged"}
