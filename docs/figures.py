@@ -6,6 +6,8 @@ python docs/figures.py    # writes docs/pictures/*.png
 from __future__ import annotations
 
 import json
+import runpy
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -163,6 +165,39 @@ def fused() -> Figure:
     return figure
 
 
+def rooms() -> Figure:
+    """The rooms of python/pissa from the highest down: their lines of code, and which rooms their modules import."""
+    rules = HERE.parent / "tests" / "python" / "rules"
+    tests, sizes = (runpy.run_path(str(rules / f"test_{name}.py")) for name in ("rooms", "size"))
+    names, lines = list(reversed(tests["ROOMS"])), sizes["rooms"]()
+    for name in names:
+        if (module := sizes["PACKAGE"] / f"{name}.py").exists():
+            lines[name] = sizes["lines_of_code"](module)
+    room_of = tests["room_of"]
+    pairs = Counter(
+        (room_of(module), room)
+        for module in tests["MODULES"].keys() - tests["FACE"]
+        for room in {room_of(name) for name in tests["IMPORTS"][module] if name.startswith("pissa.")}
+    )
+    figure, (bars, dots) = figures.panels(["lines of code", "modules that import each room"], height=3.4)
+    for axes in (bars, dots):
+        axes.set_yticks(range(len(names)), names)
+        axes.invert_yaxis()
+    bars.barh(range(len(names)), [lines[name] for name in names], color=TRAINED)
+    bars.grid(axis="y", visible=False)
+    for row, name in enumerate(names):
+        bars.text(lines[name] + 30, row, f"{lines[name]:,}", va="center", fontsize=7.5)
+    bars.set_xlim(0, 1.25 * max(lines[name] for name in names))
+    columns = [*names, "_C"]
+    for (importer, imported), count in pairs.items():
+        place = columns.index(imported), names.index(importer)
+        dots.scatter(*place, s=140, color="0.88" if importer == imported else TUNED, linewidth=0)
+        dots.text(*place, str(count), ha="center", va="center", fontsize=7)
+    dots.set_xticks(range(len(columns)), columns, rotation=60, ha="right", rotation_mode="anchor")
+    dots.set_ylim(len(names) - 0.4, -0.6)
+    return figure
+
+
 def _canvas(axes: Axes, x: tuple[float, float], y: tuple[float, float]) -> None:
     axes.set_xlim(*x)
     axes.set_ylim(*y)
@@ -184,7 +219,7 @@ def _text(axes: Axes, x: float, y: float, text: str) -> None:
     axes.text(x, y, text, ha="center", va="center")
 
 
-PICTURES: dict[str, Callable[[], Any]] = {"speed": speed, "valley": valley, "split": split, "fused": fused}
+PICTURES: dict[str, Callable[[], Any]] = {draw.__name__: draw for draw in (speed, valley, split, fused, rooms)}
 
 
 def main() -> None:
