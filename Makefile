@@ -16,8 +16,9 @@ PYTHON ?= python3
 BUILD := build/$(shell $(PYTHON) -c 'import sys; print("python%d.%d" % sys.version_info[:2])' 2>/dev/null)
 SOURCES := CMakeLists.txt pyproject.toml $(shell find cpp python -type f -not -name '*.so' -not -path '*/__pycache__/*')
 GOOGLETEST_DIR ?= /usr/src/googletest
-# make wheel CUDA=ON: with the CUDA library too
+# make wheel CUDA=ON: with the CUDA library too, for all GPUs or for those named, as CMake names their architectures
 CUDA := OFF
+GPUS := all
 # CMake's tree of this Python: the wheel's and, in the same tree, that of the optimised C++ tests
 TREE := $(BUILD)/release
 
@@ -34,7 +35,7 @@ JOBS := $(shell env -u OMP_NUM_THREADS nproc)
 
 .PHONY: demo test nightly quick module build-cpp test-cpp test-python test-python-nightly test-oldest \
   test-arm test-torch-headers versions test-cuda-build test-gpu-rehearsal test-peft test-slow fuzz test-serving \
-  test-programs experiments-quick size docs figures wheel wheels test-wheels macos-objects tools tools-arm-compiler tools-arm \
+  test-programs experiments-quick size docs figures recordings wheel wheels test-wheels macos-objects tools tools-arm-compiler tools-arm \
   tools-docs tools-wheels clean
 .DELETE_ON_ERROR:
 
@@ -104,7 +105,7 @@ $(BUILD)/wheel-cuda.stamp: $(BUILD)/venv-cuda.stamp $(SOURCES)
 	rm -rf $(BUILD)/dist-cuda
 	start=$$(date +%s); \
 	  CMAKE_BUILD_PARALLEL_LEVEL=2 $(CUDA_PYTHON) -m pip wheel -q --no-build-isolation --no-deps --wheel-dir $(BUILD)/dist-cuda \
-	    --config-settings=cmake.define.PISSA_CUDA=ON --config-settings=cmake.define.PISSA_CUDA_ARCHITECTURES=all --config-settings=build-dir=$(BUILD)/cuda . && \
+	    --config-settings=cmake.define.PISSA_CUDA=ON --config-settings='cmake.define.PISSA_CUDA_ARCHITECTURES=$(GPUS)' --config-settings=build-dir=$(BUILD)/cuda . && \
 	  echo "Built with the CUDA library, two jobs, in $$(($$(date +%s) - start)) s"
 	touch $@
 
@@ -261,7 +262,7 @@ versions: $(BUILD)/venv-test.stamp
 
 test-cuda-build: $(BUILD)/wheel-cuda.stamp $(BUILD)/venv-test.stamp
 	sh tests/cuda_isolation.sh $(abspath $(CUDA_PYTHON))
-	sh tests/cuda_wheel.sh $(BUILD)/dist-cuda/*.whl $(BUILD)/venv-cuda/lib/python*/site-packages/nvidia/cu13/bin/cuobjdump $(TEST_PYTHON)
+	GPUS='$(GPUS)' sh tests/cuda_wheel.sh $(BUILD)/dist-cuda/*.whl $(BUILD)/venv-cuda/lib/python*/site-packages/nvidia/cu13/bin/cuobjdump $(TEST_PYTHON)
 
 # bench/gpu.sh, with the simulated GPU in the place of one.
 test-gpu-rehearsal: $(BUILD)/venv-test.stamp $(BUILD)/tree.stamp
@@ -358,8 +359,12 @@ $(BUILD)/programs/%.stamp: $(BUILD)/wheel.stamp
 figures: $(BUILD)/experiments.stamp $(BUILD)/venv-test.stamp
 	PYTHONPATH=. $(TEST_PYTHON) docs/figures.py
 
+# Terminals of a training and a conversation, in docs/pictures: some minutes.
+recordings: $(BUILD)/venv-demo.stamp $(BUILD)/smollm2.stamp
+	$(BUILD)/venv-demo/bin/python -m pip install -q pyte rich
+	PATH=$(abspath $(BUILD)/venv-demo/bin):$$PATH PYTHONPATH=. $(BUILD)/venv-demo/bin/python docs/recordings.py
+
 # docs/, with what the comments of the C++ headers and the docstrings of the installed package say. A warning is an error.
-# Limited to two minutes.
 docs: tools-docs $(BUILD)/docs.stamp $(BUILD)/venv-test.stamp
 	rm -rf build/doxygen build/docs
 	doxygen docs/Doxyfile

@@ -2,7 +2,7 @@
 # A wheel with the CUDA library, of any architecture, on a machine without a GPU: what the library links, where it looks for
 # it, what of torch and of its own it shows, for which GPUs it has code, how large it is; and, if PYTHON is given, that beside
 # its torch the wheel imports without a word.
-# Usage: cuda_wheel.sh WHEEL CUOBJDUMP [PYTHON]
+# Usage: cuda_wheel.sh WHEEL CUOBJDUMP [PYTHON]; GPUS names the architectures that it was built for, if not all, as CMake does.
 set -eu
 wheel=$1 cuobjdump=$2 python=${3-}
 folder=$(mktemp -d)
@@ -40,7 +40,8 @@ expect "undefined C++ names of torch" "" "$(echo "$undefined" | grep -E '^_ZNK?(
 expect "undefined functions of CUDA's driver and runtime" "" "$(echo "$undefined" | grep -E '^_*cu(da)?[A-Z]' | line)"
 expect "symbols that show" "" "$(symbols defined | grep -v '^_Z' | line)"
 
-expect "code for GPUs" "75 80 86 89 90 100 110 120" \
+gpus=$(echo "${GPUS:-all}" | sed 's/^all$/75 80 86 89 90 100 110 120/; s/-[a-z]*//g; s/;/ /g')
+expect "code for GPUs" "$gpus" \
   "$("$cuobjdump" --list-elf "$library" | sed -n 's/.*\.sm_\([0-9a-z]*\)\.cubin/\1/p' | line)"
 expect "PTX" "120" "$("$cuobjdump" --list-ptx "$library" | sed -n 's/.*\.sm_\([0-9a-z]*\)\.ptx/\1/p' | line)"
 
