@@ -69,8 +69,8 @@ def verdict(spreads: Mapping[str, Spread | None], what: str = "loss", largest: b
     if len(found) < 2:
         return "Not enough is known to compare."
     ordered = sorted(found, key=lambda name: found[name].mean, reverse=largest)
-    first = f"The {'largest' if largest else 'least'} {what}: {label(ordered[0])}"
+    first = f"{'Highest' if largest else 'Lowest'} {what}: {label(ordered[0])}"
     if tables.winner(found, largest):
         return f"{first}, apart from each other method by more than two standard errors of the difference."
     alike = [label(name) for name in ordered[1:] if not tables.differ(found[ordered[0]], found[name])]
-    return f"{first}. Within two standard errors of it: {'; '.join(alike)}."
+    return f"{first}; not distinguishable from it: {'; '.join(alike)}."

@@ -88,7 +88,7 @@ def _title(experiment: Experiment, cells: Sequence[Cell], known: Known) -> str:
         [
             f"## {experiment.title}",
             f"**In the paper**: {experiment.claim}.",
-            f"`python -m bench.experiments {experiment.name} --data …`: {count}, {seconds:,.0f} s of a processor, "
-            "those that it shares with other sections included.",
+            f"`python -m bench.experiments {experiment.name} --data …`: {count}, {seconds:,.0f} CPU seconds (some "
+            "shared with other sections).",
         ]
     )

@@ -153,8 +153,8 @@ def _meaning(known: Known, options: Options) -> str:
         if exact is None or None in others.values():
             continue
         apart = [passes for passes, other in others.items() if other is not None and tables.differ(other, exact)]
-        which = f"with {', '.join(map(str, apart))} passes" if apart else "with no number of passes"
-        found.append(f"Rank {r}: the held-out loss differs from the exact decomposition's {which}.")
+        which = f"{', '.join(map(str, apart))} passes change" if apart else "no number of passes changes"
+        found.append(f"Rank {r}: {which} the held-out loss.")
     return " ".join(found)
 
 

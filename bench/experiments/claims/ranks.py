@@ -43,7 +43,7 @@ class Ranks(Experiment):
         pairs = [(one, other) for r in RANKS if (one := pissa[r]) is not None and (other := lora[r]) is not None]
         better = sum(one.mean < other.mean for one, other in pairs)
         text = [
-            f"{measures.TASKS['films']}: loss at the best rate, n = 1 seed, which tells no difference from chance.",
+            f"{measures.TASKS['films']}: loss at the best rate, one seed only: differences may be chance.",
             tables.table(head, rows),
             f"PiSSA is below LoRA at {better} of {len(pairs)} ranks. `quant-errors` has the error of 4 bits by rank.",
         ]

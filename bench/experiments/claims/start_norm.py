@@ -29,8 +29,8 @@ class StartNorm(Experiment):
     name = "start-norm"
     title = "The norm of the start"
     claim = (
-        "nothing of this; its start has the singular values' norm. The orthonormal start has the same directions, each "
-        "of norm 1"
+        "not covered; PiSSA's initial factors carry the singular values. The orthonormal start has the same "
+        "directions, each of norm 1"
     )
 
     def wanted(self, known: Known, options: Options) -> list[Cell]:

@@ -1,5 +1,5 @@
-// The simulated device: that it finds what it is there to find in kernels. That threads, shuffles, atomics and products
-// of tiles do what they say, the tests of our kernels need.
+// The simulated device: that it finds what it is there to find in kernels. Our kernels' tests cover threads,
+// shuffles, atomics and tiles.
 #include <gtest/gtest.h>
 
 #include <bit>

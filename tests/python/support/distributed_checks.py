@@ -1,5 +1,5 @@
-"""The checks that `distributed_worker.py` runs in every process. Each returns what the test of its name looks at; what
-is wrong in the process itself raises."""
+"""The checks that `distributed_worker.py` runs in every process. Each returns what the test of its name looks at, and
+raises on its own process's errors."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """What `distributed_worker.py` checks of models that are sharded before they are wrapped. Each check returns what the
-test of its name looks at; what is wrong in the process itself raises."""
+test of its name looks at, and raises on its own process's errors."""
 
 from __future__ import annotations
 
