@@ -364,11 +364,12 @@ recordings: $(BUILD)/venv-demo.stamp $(BUILD)/smollm2.stamp
 	$(BUILD)/venv-demo/bin/python -m pip install -q pyte rich
 	PATH=$(abspath $(BUILD)/venv-demo/bin):$$PATH PYTHONPATH=. $(BUILD)/venv-demo/bin/python docs/recordings.py
 
-# docs/, with what the comments of the C++ headers and the docstrings of the installed package say. A warning is an error.
+# The book: docs/ and some pages of bench/, with what the comments of the C++ headers and the docstrings of the installed
+# package say. A warning is an error.
 docs: tools-docs $(BUILD)/docs.stamp $(BUILD)/venv-test.stamp
 	rm -rf build/doxygen build/docs
 	doxygen docs/Doxyfile
-	$(TEST_PYTHON) -m sphinx --fail-on-warning --keep-going --quiet -b html docs build/docs
+	$(TEST_PYTHON) -m sphinx --fail-on-warning --keep-going --quiet -c docs -b html . build/docs
 	$(TEST_PYTHON) docs/man.py build/docs/pissa.1
 
 $(BUILD)/docs.stamp: $(BUILD)/venv-test-deps.stamp

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pissa
+
+sys.path.append(str(Path(__file__).parent))  # for book.py
 
 project = "pissa"
 author = "the authors of pissa"
 copyright = "2026, the authors of pissa"
 version = release = pissa.__version__
 
-extensions = ["myst_parser", "breathe", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
-myst_enable_extensions = ["colon_fence", "deflist"]
+extensions = ["myst_parser", "breathe", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton", "book"]
 myst_heading_anchors = 3  # every heading can be linked to, and links to headings are checked
 nitpicky = True  # warn about references that cannot be resolved
 
@@ -38,4 +42,20 @@ html_copy_source = False
 html_static_path = ["static"]
 html_css_files = ["tables.css"]
 templates_path: list[str] = []
-exclude_patterns = ["pypi.md"]  # written for the package index
+
+# The source is the repository, so that a relative link leads to the same page here and on GitHub.
+root_doc = "docs/index"
+include_patterns = [
+    "docs/**/*.md",
+    "docs/*.md",
+    "CONTRIBUTING.md",
+    "bench/speed.md",
+    "bench/situations.md",
+    "bench/recipes/README.md",
+    "bench/experiments/README.md",
+    "bench/experiments/PROTOCOL.md",
+]
+exclude_patterns = [
+    "docs/pypi.md",  # written for the package index
+    *(".*", "build", "cpp", "python", "tests", "examples", "bench/results"),  # not searched
+]

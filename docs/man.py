@@ -14,7 +14,7 @@ def main() -> None:
     parser = parser_for(COMMANDS)
     page = Manpage(parser)
     page.manual = "pissa"
-    page.description = "fine-tune language models with PiSSA and QPiSSA"
+    page.description = "fine-tune language models on a CPU: LoRA and PiSSA, in 16, 8 or 4 bits"
     # troff would interpret a line of text that begins with a quote as a macro.
     Path(sys.argv[1]).write_text(str(page).replace("\n'", "\n\\(aq"), encoding="utf-8")
 

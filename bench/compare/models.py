@@ -1,4 +1,4 @@
-"""The models that docs/your-data.md names: their shapes, and what training them on 500 examples takes.
+"""The models that docs/what-fits.md names: their shapes, and what training them on 500 examples takes.
 
 Minutes are computed by the committed rates (tokens a second times parameters), memory by `training_memory`.
 """
@@ -16,7 +16,7 @@ from pissa.ops.formats import FORMATS
 
 EXAMPLES, TOKENS, BATCH, RANK = 500, 200, 8, 16
 PROCESS = 300e6
-"""Bytes of torch and transformers themselves (docs/speed.md)."""
+"""Bytes of torch and transformers themselves (bench/speed.md)."""
 
 
 def quantised_bytes(shape: tuple[int, int], form: Form) -> int:

@@ -1,4 +1,4 @@
-"""The tables of README.md and of docs/speed.md, what-fits.md, your-data.md and gguf.md, from the committed results.
+"""The tables of README.md, of bench/speed.md and of the book's pages, from the committed results.
 
     python -m bench.compare.page    # writes them; a test fails if they differ from the results
 
@@ -23,7 +23,8 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "bench" / "results"
 PAGES = (
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("speed", "what-fits", "your-data", "gguf", "released-models")),
+    ROOT / "bench" / "speed.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("speed", "what-fits", "gguf", "released-models")),
 )
 
 GGUF_TOKENS = (1, 16, 128, 512)
@@ -135,21 +136,17 @@ def _rate(model: str, format: str, result: dict[str, Any]) -> list[str]:
 
 
 def fits() -> str:
-    """The 4-bit rows: time and memory of a start and of a step."""
-    found = _load("checkpoints.json")
+    """The 4-bit rows: memory and rate of a step."""
+    found, large = _load(STEPS), _largest(RELEASED)
     lines = []
     for name, (model, format) in RATES.items():
-        start = found.get(name.removeprefix("step-"))
-        if format != "nf4" or start is None:
-            continue
-        result = found[name]["result"]
-        own, together = result["private"] / _GB, result["together"] / _GB
-        seconds = f"{start['result']['own_seconds']:.0f} s"
-        lines.append([model, f"{own:.1f} GB", f"{together:.1f} GB", seconds, _number(result["tokens_per_second"])])
-    large = _largest()
-    own, together, start = large["private_gb"], large["together_gb"], f"{large['load']:.0f} s"
-    lines.append(["gpt-oss-20b's shapes, mxfp4", f"{own:.1f} GB", f"{together:.1f} GB", start, _tokens(large)])
-    return _table("model, in nf4 | own memory | with the file's pages | start | tokens a second", lines)
+        if format == "nf4":
+            result = found[name]["result"]
+            memory = [f"{result[part] / _GB:.1f} GB" for part in ("private", "together")]
+            lines.append([f"{model}, nf4", *memory, _number(result["tokens_per_second"])])
+    memory = [f"{large[part]:.1f} GB" for part in ("private_gb", "together_gb")]
+    lines.append(["gpt-oss-20b's shapes, mxfp4", *memory, _tokens(large)])
+    return _table("model | own memory | with the file's pages | tokens a second", lines)
 
 
 def models() -> str:

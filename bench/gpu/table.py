@@ -1,4 +1,4 @@
-"""What was measured: records, one line of JSON each, and the table of docs/speed.md. It does not need torch.
+"""What was measured: records, one line of JSON each, and the table of bench/speed.md. It does not need torch.
 
 python -m bench.gpu.table LOG RESULTS.json TREE    # prints the table, writes the rows; TREE is of the sources now
 """

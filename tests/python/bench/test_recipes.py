@@ -1,4 +1,4 @@
-"""bench/recipes: what docs/paper.md tells the owner of a GPU to run is read as it is meant."""
+"""bench/recipes: what its README.md tells the owner of a GPU to run is read as it is meant."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ NIGHTLY = ("trainers", "troubleshooting", "large-checkpoints", "choices")
 """Pages that take half of the time, in trainings and checkpoints that other tests have, too."""
 DAILY = [page for page in pages.PAGES if page.stem not in NIGHTLY]
 TEXT = "text"  # what a program prints, or what needs several processes, or files that only others have
-FRAGMENT = "py"  # Python that runs nowhere, "...", or in docs/situations.py
+FRAGMENT = "py"  # Python that runs nowhere, "...", or in bench/situations.py
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +43,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     (folder / "fragen.csv").write_text("frage;antwort\n" + "".join(f"{i}+1?;{i + 1}\n" for i in range(16)))
     command = ["finetune", "--model", str(folder / "base"), "--data", str(folder / "train.jsonl"), "--steps", "2"]
-    for out, more in {"run": [], "run4bit": ["--quant", "nf4"]}.items():
+    for out, more in {"trained": [], "trained4bit": ["--quant", "nf4"]}.items():
         assert main([*command, *more, "--rank", "4", "--out", str(folder / out)]) == 0
-    shutil.copytree(folder / "run", folder / "adapter")
+    for copy in ("run", "adapter"):
+        shutil.copytree(folder / "trained", folder / copy)
     base = LlamaForCausalLM.from_pretrained(folder / "base")
     gguf_fixtures.write(base, "llama", folder / "model.gguf", gguf_fixtures.mixed)
     return folder

@@ -1,7 +1,7 @@
 """Writes situations.md: what PEFT's PiSSA and pissa do in twenty-one situations. Both are run here.
 
-    python docs/situations.py            # writes the page
-    python docs/situations.py --check    # only runs both sides
+    python bench/situations.py            # writes the page
+    python bench/situations.py --check    # only runs both sides
 
 Exit status 1: PEFT's side has been fixed, or ours is wrong. The situation is named.
 """
@@ -148,7 +148,7 @@ def _refused(outcome: Outcome) -> bool:
 SITUATIONS = (
     Situation(
         "An adapter is loaded after another seed",
-        "error of the logits after loading",
+        "is the relative error of the logits after reloading",
         """
         model = peft.get_peft_model(base(), lora(init_lora_weights="pissa_niter_4"))
         train(model)
@@ -168,7 +168,7 @@ SITUATIONS = (
     ),
     Situation(
         "The adapter is disabled, or unloaded",
-        "error of the logits against the base's",
+        "is the error of the logits against the base's",
         """
         model = peft.get_peft_model(base(), lora())
         error(logits(model.unload()), logits(base()))
@@ -180,7 +180,7 @@ SITUATIONS = (
     ),
     Situation(
         "A second adapter is added",
-        "error of the first adapter's logits",
+        "is the error of the first adapter's logits",
         """
         model = peft.get_peft_model(base(), lora())
         first = logits(model)
@@ -196,7 +196,7 @@ SITUATIONS = (
     ),
     Situation(
         "The model without its adapter is the reference of DPO, GRPO or KTO",
-        "error of the reference against the policy, which are equal before the first step",
+        "is the error of the reference against the policy, which are equal before the first step",
         """
         model = peft.get_peft_model(base(), lora())
         with model.disable_adapter():
@@ -212,7 +212,7 @@ SITUATIONS = (
     ),
     Situation(
         "The output layer is tied to the embeddings",
-        "error of the embeddings",
+        "is the error of the embeddings",
         """
         model = peft.get_peft_model(base(tie_word_embeddings=True), lora(target_modules=["lm_head"]))
         error(model.get_input_embeddings().weight, base(tie_word_embeddings=True).get_input_embeddings().weight)
@@ -224,7 +224,7 @@ SITUATIONS = (
     ),
     Situation(
         "The output layer is trained whole, and the adapter is converted to a plain LoRA",
-        "error of the logits of the LoRA on the unmodified base",
+        "is the error of the logits of the LoRA on the unmodified base",
         """
         model = peft.get_peft_model(base(), lora(modules_to_save=["lm_head"]))
         model.peft_config["default"].init_lora_weights = True
@@ -243,7 +243,7 @@ SITUATIONS = (
     ),
     Situation(
         "DoRA is converted to a plain LoRA",
-        "whether the folder has the trained magnitudes",
+        "says whether the folder has the trained magnitudes",
         """
         model = peft.get_peft_model(base(), lora(use_dora=True))
         model.peft_config["default"].init_lora_weights = True
@@ -262,7 +262,7 @@ SITUATIONS = (
     ),
     Situation(
         "A mixture keeps its experts in one parameter",
-        "error of the logits before the first step",
+        "is the error of the logits before the first step",
         """
         config = lora(target_modules=["q_proj"], target_parameters=["experts.gate_up_proj"])
         model = peft.get_peft_model(mixture(), config)
@@ -275,7 +275,7 @@ SITUATIONS = (
     ),
     Situation(
         "An embedding is adapted",
-        "whether it starts from principal components, and not from 0",
+        "says whether it starts from principal components, and not from 0",
         """
         model = peft.get_peft_model(base(), lora(target_modules=["embed_tokens"]))
         bool(model.get_input_embeddings().lora_embedding_A["default"].any())
@@ -287,7 +287,7 @@ SITUATIONS = (
     ),
     Situation(
         "A convolution is adapted",
-        "whether it is",
+        "says whether it is",
         """
         model = peft.get_peft_model(convolution(), lora(target_modules=["0"]))
         "0.lora_A.default.weight" in dict(model.base_model.model.named_parameters())
@@ -299,7 +299,7 @@ SITUATIONS = (
     ),
     Situation(
         "bitsandbytes has loaded the model in 4 bits",
-        "whether the layer is adapted",
+        "says whether the layer is adapted",
         """
         model = peft.get_peft_model(in_4_bits(), lora(target_modules=["0"]))
         "0.lora_A.default.weight" in dict(model.base_model.model.named_parameters())
@@ -311,7 +311,7 @@ SITUATIONS = (
     ),
     Situation(
         "The same, in the dtype that FSDP asks for",
-        "whether its start is finite",
+        "says whether its start is finite",
         """
         model = peft.get_peft_model(in_4_bits(storage=torch.bfloat16), lora(target_modules=["0"]))
         model.base_model.model[0].lora_A["default"].weight.isfinite().all().item()
@@ -323,7 +323,7 @@ SITUATIONS = (
     ),
     Situation(
         "A weight is on the meta device",
-        "what is said",
+        "says what is printed",
         """
         peft.get_peft_model(base().to("meta"), lora())
         """,
@@ -335,7 +335,7 @@ SITUATIONS = (
     ),
     Situation(
         "accelerate has offloaded the model",
-        "error of the logits before the first step",
+        "is the error of the logits before the first step",
         """
         model = peft.get_peft_model(cpu_offload(base()), lora())
         error(logits(model), logits(base()))
@@ -347,7 +347,7 @@ SITUATIONS = (
     ),
     Situation(
         "The model is in bfloat16",
-        "error of the logits before the first step",
+        "is the error of the logits before the first step",
         """
         model = peft.get_peft_model(base(torch.bfloat16), lora())
         error(logits(model), logits(base(torch.bfloat16)))
@@ -359,7 +359,7 @@ SITUATIONS = (
     ),
     Situation(
         "Dropout is asked for",
-        "error of the logits before the first step, in training mode",
+        "is the error of the logits before the first step, in training mode",
         """
         model = peft.get_peft_model(base(), lora(lora_dropout=0.1)).train()
         error(logits(model), logits(base()))
@@ -371,7 +371,7 @@ SITUATIONS = (
     ),
     Situation(
         "The rank is larger than a layer",
-        "whether the factors have that rank",
+        "says whether the factors have that rank",
         """
         model = peft.get_peft_model(base(), lora(r=33, target_modules=["k_proj"]))
         all(len(weight) == 33 for name, weight in model.named_parameters() if "lora_A" in name)
@@ -384,7 +384,7 @@ SITUATIONS = (
     ),
     Situation(
         "A path ends with a slash",
-        "error of the logits of the converted LoRA",
+        "is the error of the logits of the converted LoRA",
         """
         model = peft.get_peft_model(base(), lora())
         model.peft_config["default"].init_lora_weights = True
@@ -403,7 +403,7 @@ SITUATIONS = (
     ),
     Situation(
         "rsLoRA with ranks by layer is converted to a plain LoRA",
-        "error of the logits of the LoRA on the unmodified base",
+        "is the error of the logits of the LoRA on the unmodified base",
         """
         model = peft.get_peft_model(base(), lora(use_rslora=True, rank_pattern={"q_proj": 2}))
         model.peft_config["default"].init_lora_weights = True
@@ -422,7 +422,7 @@ SITUATIONS = (
     ),
     Situation(
         "An untrained adapter is merged in bfloat16",
-        "whether each weight is the base's",
+        "says whether each weight is the base's",
         """
         model = peft.get_peft_model(base(torch.bfloat16), lora()).merge_and_unload()
         all(torch.equal(a, b) for a, b in zip(model.parameters(), base(torch.bfloat16).parameters()))
@@ -434,7 +434,7 @@ SITUATIONS = (
     ),
     Situation(
         "The model comes from a GGUF file",
-        "whether Trainer has taken a step",
+        "says whether Trainer has taken a step",
         """
         trainer(peft.get_peft_model(from_gguf(), lora())).train().global_step == 1
         """,
@@ -496,8 +496,8 @@ def main() -> int:
     lines = [
         "# Twenty-one situations",
         "",
-        f"What PiSSA does in PEFT {peft.__version__}, and in pissa. `python docs/situations.py` runs both sides and",
-        "writes this page; it fails when PEFT has mended a situation. `base()` is a Llama of two layers, `mixture()` a",
+        f"What PiSSA does in PEFT {peft.__version__}, and in pissa. `python bench/situations.py` runs both sides and",
+        "writes this page; it fails once PEFT has fixed one of them. `base()` is a Llama of two layers, `mixture()` a",
         "Mixtral of four experts, `lora()` PEFT's `LoraConfig` with r = 4 and PiSSA as its start. `train` takes three",
         "steps. Errors are relative, in the Frobenius norm.",
         "",
@@ -506,13 +506,13 @@ def main() -> int:
     for number, situation in enumerate(SITUATIONS, 1):
         theirs, ours = outcome_of(situation.theirs), outcome_of(situation.ours)
         for name, holds, outcome in (
-            ("PEFT has mended it", situation.wrong(theirs), theirs),
+            ("PEFT has fixed it", situation.wrong(theirs), theirs),
             ("pissa is wrong", situation.right(ours), ours),
         ):
             if not holds:
                 print(f"{number}. {situation.title}: {name}: {shown(outcome)}", file=sys.stderr)
                 failed = 1
-        lines += [f"## {number}. {situation.title}", "", f"The last line tells {situation.what}.", ""]
+        lines += [f"## {number}. {situation.title}", "", f"The last line {situation.what}.", ""]
         lines += side(f"PEFT {peft.__version__}", situation.theirs, theirs) + side("pissa", situation.ours, ours)
     if not options.check and not failed:
         PAGE.write_text("\n".join(lines).rstrip() + "\n")
