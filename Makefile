@@ -35,7 +35,7 @@ JOBS := $(shell env -u OMP_NUM_THREADS nproc)
 
 .PHONY: demo test nightly quick module build-cpp test-cpp test-python test-python-nightly test-oldest \
   test-arm test-torch-headers versions test-cuda-build test-gpu-rehearsal test-peft test-slow fuzz test-serving \
-  test-programs experiments-quick size docs figures recordings wheel wheels test-wheels macos-objects tools tools-arm-compiler tools-arm \
+  test-programs experiments-quick size docs figures first-run wheel wheels test-wheels macos-objects tools tools-arm-compiler tools-arm \
   tools-docs tools-wheels clean
 .DELETE_ON_ERROR:
 
@@ -359,10 +359,15 @@ $(BUILD)/programs/%.stamp: $(BUILD)/wheel.stamp
 figures: $(BUILD)/experiments.stamp $(BUILD)/venv-test.stamp
 	PYTHONPATH=. $(TEST_PYTHON) docs/figures.py
 
-# Terminals of a training and a conversation, in docs/pictures: some minutes.
-recordings: $(BUILD)/venv-demo.stamp $(BUILD)/smollm2.stamp
+# README's example, as it runs here: its figures, and its terminals as pictures; ten minutes.
+first-run: $(BUILD)/venv-demo.stamp $(BUILD)/smollm2.stamp
 	$(BUILD)/venv-demo/bin/python -m pip install -q pyte rich
-	PATH=$(abspath $(BUILD)/venv-demo/bin):$$PATH PYTHONPATH=. $(BUILD)/venv-demo/bin/python docs/recordings.py
+	rm -rf $(BUILD)/reviews
+	$(BUILD)/venv-demo/bin/python -m pip download -q --no-deps --no-binary vaderSentiment -d $(BUILD)/reviews vaderSentiment==3.3.2
+	for archive in vaderSentiment-3.3.2.tar.gz vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz; do \
+	  tar -xzf $(BUILD)/reviews/$$archive -C $(BUILD)/reviews || exit 1; done
+	PATH=$(abspath $(BUILD)/venv-demo/bin):$$PATH PYTHONPATH=. $(BUILD)/venv-demo/bin/python docs/first_run.py \
+	  --reviews $(BUILD)/reviews/hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt
 
 # The book: docs/ and some pages of bench/, with what the comments of the C++ headers and the docstrings of the installed
 # package say. A warning is an error.

@@ -243,15 +243,12 @@ def readme() -> str:
         found, work = steps[name]["result"], f"training step of {model}, nf4, r = 16".replace("shapes", "shape")
         nearest = min((row["ratio_median"] for row in measured if row["work"] == work), default=None)
         peer = "not measured" if nearest is None else f"{nearest:.1f} times as long"
-        lines.append([f"{model}, nf4", *_for_examples(found["together"] / _GB, found["tokens_per_second"]), peer])
+        of_size = _for_examples(found["together"] / _GB, found["tokens_per_second"])
+        lines.append([f"{model}, nf4".replace("shapes", "size"), *of_size, peer])
     large = _largest(RELEASED)
     of_large = _for_examples(large["together_gb"], 512 / large["steps"][-1])
-    lines.append(["gpt-oss-20b's shapes, MXFP4 as released", *of_large, "only decoded to 16 bits, 42 GB"])
-    return _table(
-        "500 examples of 200 tokens, once through | memory, with the file's pages | two cores | eight cores | PEFT, "
-        "bitsandbytes",
-        lines,
-    )
+    lines.append(["gpt-oss-20b's size, MXFP4 as released", *of_large, "only decoded to 16 bits, 42 GB"])
+    return _table("model | memory | two cores | eight, estimated | PEFT with bitsandbytes", lines)
 
 
 def _for_examples(memory: float, tokens_per_second: float) -> tuple[str, str, str]:

@@ -24,7 +24,7 @@ NIGHTLY = ("trainers", "troubleshooting", "large-checkpoints", "choices")
 """Pages that take half of the time, in trainings and checkpoints that other tests have, too."""
 DAILY = [page for page in pages.PAGES if page.stem not in NIGHTLY]
 TEXT = "text"  # what a program prints, or what needs several processes, or files that only others have
-FRAGMENT = "py"  # Python that runs nowhere, "...", or in bench/situations.py
+FRAGMENT = "py"  # Python that runs nowhere, "...", or in docs/situations.py
 
 
 @pytest.fixture(scope="module")

@@ -25,6 +25,6 @@ def test_tables_are_those_of_the_committed_results() -> None:
 
 @pytest.mark.nightly
 def test_the_situations_are_still_wrong_in_peft_and_right_here() -> None:
-    program = [sys.executable, str(ROOT / "bench" / "situations.py"), "--check"]
+    program = [sys.executable, str(ROOT / "docs" / "situations.py"), "--check"]
     found = subprocess.run(program, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr

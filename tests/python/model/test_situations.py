@@ -1,6 +1,6 @@
 """Twenty-one situations in which PEFT's own PiSSA (0.21) is wrong, silent or unavailable, or needs care, a test each.
 
-They test what pissa does. What PEFT does is run by bench/situations.py, every night. All else that an adapter has to do
+They test what pissa does. What PEFT does is run by docs/situations.py, every night. All else that an adapter has to do
 is tested with its kind: layers/test_kinds.py, model/test_architectures.py.
 """
 

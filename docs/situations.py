@@ -1,7 +1,7 @@
-"""Writes situations.md: what PEFT's PiSSA and pissa do in twenty-one situations. Both are run here.
+"""Writes bench/situations.md: what PEFT's PiSSA and pissa do in twenty-one situations. Both are run here.
 
-    python bench/situations.py            # writes the page
-    python bench/situations.py --check    # only runs both sides
+    python docs/situations.py            # writes the page
+    python docs/situations.py --check    # only runs both sides
 
 Exit status 1: PEFT's side has been fixed, or ours is wrong. The situation is named.
 """
@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 import pissa  # noqa: F401
 
-PAGE = Path(__file__).with_suffix(".md")
+PAGE = Path(__file__).parents[1] / "bench" / "situations.md"
 TOKENS = torch.arange(24).reshape(2, 12)
 
 
@@ -496,7 +496,7 @@ def main() -> int:
     lines = [
         "# Twenty-one situations",
         "",
-        f"What PiSSA does in PEFT {peft.__version__}, and in pissa. `python bench/situations.py` runs both sides and",
+        f"What PiSSA does in PEFT {peft.__version__}, and in pissa. `python docs/situations.py` runs both sides and",
         "writes this page; it fails once PEFT has fixed one of them. `base()` is a Llama of two layers, `mixture()` a",
         "Mixtral of four experts, `lora()` PEFT's `LoraConfig` with r = 4 and PiSSA as its start. `train` takes three",
         "steps. Errors are relative, in the Frobenius norm.",
