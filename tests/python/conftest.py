@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 import devices
+import missing_calls
 import unrun
 
 HELP = f"where the tests of ops, layers and models compute: cpu, cuda, or {devices.STAND_IN}, which needs no GPU"
@@ -21,6 +23,17 @@ HELP = f"where the tests of ops, layers and models compute: cpu, cuda, or {devic
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", help=HELP)
+    parser.addoption(
+        "--without-system-calls",
+        default="",
+        help=f"calls of the system to take away, with commas, or all of them: {', '.join(missing_calls.CALLS)}",
+    )
+
+
+def missing(config: pytest.Config) -> tuple[str, ...]:
+    """The calls that are taken away."""
+    asked = config.getoption("--without-system-calls")
+    return missing_calls.CALLS if asked == "all" else tuple(filter(None, asked.split(",")))
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -28,6 +41,8 @@ def pytest_configure(config: pytest.Config) -> None:
         devices.select(config.getoption("--device"))
     except RuntimeError as error:
         raise pytest.UsageError(str(error)) from None
+    if unknown := set(missing(config)).difference(missing_calls.CALLS):
+        raise pytest.UsageError(f"--without-system-calls: got {', '.join(unknown)}; allowed: {missing_calls.CALLS}")
     # peft 0.21 asks transformers 5 for a property that it has renamed
     config.addinivalue_line("filterwarnings", "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
     # torch, when it traces, reads .grad of every tensor that it meets, also where that is no leaf: a loss, and since
@@ -45,16 +60,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("cpu_only"):
                 item.add_marker(pytest.mark.skip(reason="about the CPU's kernels"))
+    for item in items:
+        needed = [call for mark in item.iter_markers("system_calls") for call in mark.args]
+        if taken := set(needed).intersection(missing(config)):
+            item.add_marker(pytest.mark.skip(reason=f"about what {', '.join(sorted(taken))} gives"))
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    """Each test, its fixtures included, inside the stand-in if it is asked for."""
-    if item.config.getoption("--device") != devices.STAND_IN:
-        return (yield)
-    from cuda_stand_in import CudaStandIn  # imports pissa, which not every use of this file needs
+    """Each test, its fixtures included, inside the stand-in and without system calls if that is asked for."""
+    with ExitStack() as surroundings:
+        if item.config.getoption("--device") == devices.STAND_IN:
+            from cuda_stand_in import CudaStandIn  # imports pissa, which not every use of this file needs
 
-    with CudaStandIn():
+            surroundings.enter_context(CudaStandIn())
+        missing_calls.take_away(missing(item.config), surroundings.enter_context(pytest.MonkeyPatch.context()))
         return (yield)
 
 

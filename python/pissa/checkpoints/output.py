@@ -7,7 +7,6 @@ from all ranks, and finished batches are recorded, so that a run that was killed
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -16,15 +15,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 from torch import Tensor
 
 from pissa.base.digest import bytes_of
 from pissa.containers.messages import file_errors, quote, read_object
-from pissa.containers.staged import CompletedError, check_unused, flush_folder, put_in_place, staged
+from pissa.containers.staged import CompletedError, check_unused, put_in_place, staged
 from pissa.containers.tensor_file import Layout
 from pissa.distributed import agree, rank
+from pissa.system import allocate, flush, flush_folder, lock
 
 UNFINISHED = ".unfinished"
 """The hidden folder."""
@@ -71,10 +71,10 @@ class Output:
         self._notes = self._hidden / "done"  # a JSON file for each finished batch
         self.done: dict[str, Any] = {}
         """The results of the finished batches: those of all earlier runs, and of this process."""
-        self._handles: dict[str, int] = {}  # for the files that this process writes
+        self._opened: dict[str, BinaryIO] = {}  # the files that this process writes
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="pissa-output")
         self._noting: Future[None] | None = None
-        self._lock: int | None = None
+        self._lock: int | None = None  # an open file, locked by rank 0 for all ranks
         self._made: list[Path] = []
 
     def __enter__(self) -> Output:
@@ -114,12 +114,12 @@ class Output:
                 f"{self._files / file}: tensor {quote(name)}: got {tensor.dtype} {list(tensor.shape)}; planned: "
                 f"{dtype} {list(shape)}"
             )
-        if file not in self._handles:
-            self._handles[file] = os.open(self._files / file, os.O_RDWR)
+        if file not in self._opened:
+            self._opened[file] = open(self._files / file, "rb+", buffering=0)  # noqa: SIM115  closed by _close
+        self._opened[file].seek(offset)
         left = bytes_of(tensor.detach().cpu().contiguous())
         while left:
-            written = os.pwrite(self._handles[file], left, offset)
-            left, offset = left[written:], offset + written
+            left = left[os.write(self._opened[file].fileno(), left) :]
 
     def add(self, batch: str, result: Mapping[str, Any]) -> None:
         """Records that all tensors of a batch have been written, with a JSON object, as soon as they are on the disk.
@@ -157,7 +157,11 @@ class Output:
         if not self._hidden.exists():
             check_unused(self.folder)
         self._hidden.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock_folder(self._hidden)
+        self._lock = os.open(self._hidden / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+        if not (lock(self._lock) and os.fstat(self._lock).st_nlink > 0):  # or a run has ended and removed it
+            raise ValueError(
+                f"another run is writing to {self.folder}: wait until it has ended, or choose a new folder"
+            )
         if (self._hidden / IDENTITY).exists():
             self._check_identity()
             self._check_whole()
@@ -181,7 +185,7 @@ class Output:
             path = self.path(name)
             try:
                 with open(path, "wb") as file:
-                    os.posix_fallocate(file.fileno(), 0, layout.size)
+                    allocate(file.fileno(), layout.size)
                     file.write(layout.header)
             except OSError as error:
                 raise OSError(
@@ -237,8 +241,8 @@ class Output:
         shutil.rmtree(self._hidden, ignore_errors=True)  # NFS keeps a file that is open, as the lock was
 
     def _note(self, batch: str, result: str) -> None:
-        for handle in list(self._handles.values()):  # the other thread may open one meanwhile
-            os.fdatasync(handle)
+        for file in list(self._opened.values()):  # the other thread may open one meanwhile
+            flush(file.fileno())
         with staged(self._notes) as new:
             new(f"{batch}.json").write_text(result)
 
@@ -249,9 +253,9 @@ class Output:
 
     def _close(self) -> None:
         self._thread.shutdown()
-        for handle in self._handles.values():
-            os.close(handle)
-        self._handles.clear()
+        for file in self._opened.values():
+            file.close()
+        self._opened.clear()
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
@@ -264,19 +268,3 @@ def _holds(path: Path, layout: Layout) -> bool:
             return path.stat().st_size == layout.size and file.read(len(layout.header)) == layout.header
     except FileNotFoundError:
         return False
-
-
-def _lock_folder(hidden: Path) -> int:
-    """Returns an open file with the lock of a run, which rank 0 holds for all ranks."""
-    handle = os.open(hidden / "lock", os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        is_mine = os.fstat(handle).st_nlink > 0  # no run has finished and removed it meanwhile
-    except BlockingIOError:
-        is_mine = False
-    except OSError:  # a file system without locks, on which a second run is not noticed
-        is_mine = True
-    if not is_mine:
-        os.close(handle)
-        raise ValueError(f"another run is writing to {hidden.parent}: wait until it has ended, or choose a new folder")
-    return handle

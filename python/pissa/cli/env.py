@@ -9,6 +9,8 @@ import re
 from importlib import metadata
 from typing import Any
 
+from pissa.system import busy_cores
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """There are none."""
@@ -38,7 +40,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         **{name: version or "not installed" for name, version in versions.items()},
         "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
-        "cores": f"{os.cpu_count()}; in the last minute programs kept {os.getloadavg()[0]:.1f} of them busy",
+        "cores": f"{os.cpu_count()}; in the last minute programs kept {busy_cores():.1f} of them busy",
         **{f"build: {key}": value for key, value in info.items() if key not in ("version", "cuda")},
         "cuda": _cuda(info["cuda"]),
     }

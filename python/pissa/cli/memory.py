@@ -8,15 +8,14 @@ from pathlib import Path
 import psutil
 import torch
 
+from pissa.system import peak_resident
+
 
 def peak_memory() -> int:
     """Peak memory so far, in bytes: the memory allocated on a GPU or, without one, the resident memory of this
-    process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    # Not getrusage: its maximum survives exec, so a child would start with the maximum of its parent.
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return 1024 * int(lines["VmHWM"].split()[0])
+    process, or what is resident now, where the system does not know the peak."""
+    resident = peak_resident() or psutil.Process().memory_info().rss
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resident
 
 
 def free_memory() -> int:

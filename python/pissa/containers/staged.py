@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from pissa.system import flush_folder
+
 
 class CompletedError(Exception):
     """An earlier run has already written everything. Nothing has been changed."""
@@ -64,12 +66,3 @@ def put_in_place(files: Mapping[Path, Path]) -> None:
         os.replace(temporary, final)
     for folder in {final.parent for final in files.values()}:
         flush_folder(folder)
-
-
-def flush_folder(folder: Path) -> None:
-    """Makes new names in the folder durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -8,7 +8,6 @@ import math
 import mmap
 import os
 import re
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
@@ -22,6 +21,7 @@ from torch import Tensor
 from pissa.base.digest import bytes_of, xxh3, xxh3_of_text
 from pissa.containers.messages import file_errors, quote, read_object
 from pissa.ops.checks import FLOATS
+from pissa.system import map_private, read_ahead, release
 
 DTYPES = {
     "U64": torch.uint64,
@@ -146,14 +146,14 @@ class MappedFile:
             begin += -begin % mmap.PAGESIZE
             end -= end % mmap.PAGESIZE if end < len(self._map) else 0
             if begin < end:
-                self._map.madvise(mmap.MADV_DONTNEED, begin, end - begin)
+                release(self._map, begin, end - begin)
 
     def ahead(self, names: Sequence[str]) -> None:
         """Asks the system to read these tensors from the disk now. Returns at once."""
         # madvise would do the same but block Python's other threads.
         with suppress(OSError), open(self.path, "rb") as file:
             for begin, end in self._ranges(names):
-                os.posix_fadvise(file.fileno(), begin, end - begin, os.POSIX_FADV_WILLNEED)
+                read_ahead(file.fileno(), begin, end - begin)
 
     def _ranges(self, names: Sequence[str]) -> list[tuple[int, int]]:
         """The bytes of these tensors, in as few ranges as possible."""
@@ -234,22 +234,15 @@ def file_state(path: Path) -> tuple[int, int, int]:
 
 
 def _map_file(path: Path, size: int) -> mmap.mmap:
-    """Maps a file: writable, as torch requires, but private. Without a reserve the system sets no memory aside, unless
-    it never promises more than it has."""
-    flags, access = mmap.MAP_PRIVATE | _MAP_NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
     with open(path, "rb") as file:
         try:
-            return mmap.mmap(file.fileno(), size, flags=flags, prot=access)
+            return map_private(file.fileno(), size)
         except OSError as error:
             how = (
                 f"{error.strerror}: the file, {size:,} bytes, cannot be mapped. If `sysctl vm.overcommit_memory` is 2, "
                 "the system sets that much memory aside: set it to 0, or add swap; otherwise, raise `ulimit -v`"
             )
             raise OSError(error.errno, how, str(path)) from error
-
-
-_MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0
-"""Python has a name for it since 3.13."""
 
 
 def _entries(header: Mapping[str, Any], start: int) -> dict[str, Entry]:

@@ -175,12 +175,12 @@ def test_a_lock_that_its_run_has_removed_is_not_taken(tmp_path: Path, monkeypatc
     flock = fcntl.flock
 
     def late(handle: int, mode: int) -> None:
-        (tmp_path / "lock").unlink()
+        (tmp_path / UNFINISHED / "lock").unlink()
         flock(handle, mode)
 
     monkeypatch.setattr(fcntl, "flock", late)
     with pytest.raises(ValueError, match="another run is writing"):
-        output._lock_folder(tmp_path)
+        entered(tmp_path).__enter__()
 
 
 def test_without_locks_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,7 +279,7 @@ def test_a_disk_that_fails_while_it_is_written(tmp_path: Path, monkeypatch: pyte
     def fail(*_: object) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(os, "pwrite", fail)
+    monkeypatch.setattr(os, "write", fail)
     with pytest.raises(OSError, match=f"{tmp_path}/out cannot be written: Input/output error"):
         write(tmp_path / "out")
 

@@ -19,6 +19,7 @@ PEFT = {"torch", "peft", "transformers", "accelerate"}
 # those before it. Beside each room, the libraries that it may use.
 ROOMS: dict[str, set[str]] = {
     "notices": set(),
+    "system": set(),
     "ops": {"torch"},
     "distributed": {"torch"},
     "peft_private": PEFT,

@@ -98,7 +98,7 @@ def content(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-CALLS = ("open", "write", "pwrite", "posix_fallocate", "fsync", "fdatasync", "replace", "mkdir", "unlink", "rmdir")
+CALLS = ("open", "write", "ftruncate", "posix_fallocate", "fsync", "fdatasync", "replace", "mkdir", "unlink", "rmdir")
 
 
 def kill_at(last: int) -> None:
@@ -110,7 +110,7 @@ def kill_at(last: int) -> None:
             nonlocal made
             made += 1
             if made == last:
-                if name in ("write", "pwrite"):
+                if name == "write":
                     call(args[0], memoryview(args[1])[: len(args[1]) // 2], *args[2:])
                 os.kill(os.getpid(), signal.SIGKILL)
             return call(*args, **kwargs)

@@ -1,0 +1,89 @@
+"""Calls of the operating system that not all systems have, and what happens where one is missing. macOS and Windows
+have not been tried: the tests take the calls away on Linux."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+_MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0
+"""Python has a name for it since 3.13."""
+
+
+def allocate(file: int, size: int) -> None:
+    """Gives an open file its size on the disk. Without posix_fallocate (macOS, Windows) it only gets its length, and a
+    full disk is noticed when the file is written."""
+    os.ftruncate(file, size)
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file, 0, size)
+
+
+def read_ahead(file: int, begin: int, size: int) -> None:
+    """Asks the system to read a part of an open file from the disk now. Without posix_fadvise (macOS, Windows) it is
+    read when it is used."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file, begin, size, os.POSIX_FADV_WILLNEED)
+
+
+def map_private(file: int, size: int) -> mmap.mmap:
+    """Maps an open file: writable, as torch requires, but private. Without a reserve the system sets no memory aside,
+    unless it never promises more than it has. Without MAP_PRIVATE (Windows) it may set aside as much as the file has.
+    """
+    if not hasattr(mmap, "MAP_PRIVATE"):
+        return mmap.mmap(file, size, access=mmap.ACCESS_COPY)
+    return mmap.mmap(file, size, mmap.MAP_PRIVATE | _MAP_NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE)
+
+
+def release(mapped: mmap.mmap, begin: int, size: int) -> None:
+    """Releases the memory of whole pages of a mapped file. Without MADV_DONTNEED (Windows), the system does so when it
+    needs the memory."""
+    if hasattr(mmap, "MADV_DONTNEED"):
+        mapped.madvise(mmap.MADV_DONTNEED, begin, size)
+
+
+def lock(file: int) -> bool:
+    """Locks an open file until it is closed. Returns False if another process has the lock. Where there are no locks,
+    on some disks and without fcntl (Windows), it returns True, and the other process is not noticed."""
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (ImportError, OSError) as error:
+        return not isinstance(error, BlockingIOError)
+    return True
+
+
+def flush(file: int) -> None:
+    """Brings an open file's content to the disk. Without fdatasync (macOS, Windows) its times are written, too."""
+    getattr(os, "fdatasync", os.fsync)(file)
+
+
+def flush_folder(folder: Path) -> None:
+    """Makes new names in a folder durable. Without O_DIRECTORY (Windows) folders cannot be opened, and after a power
+    failure the newest names may be missing."""
+    if hasattr(os, "O_DIRECTORY"):
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def peak_resident() -> int:
+    """Peak of this process's resident memory so far, in bytes. Without /proc (macOS) it is that of getrusage, and
+    without that (Windows) 0, for unknown."""
+    with suppress(FileNotFoundError):
+        return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+    with suppress(ImportError):  # on Linux, its maximum survives exec: a child would start with that of its parent
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return 0
+
+
+def busy_cores() -> float:
+    """How many cores programs kept busy in the last minute. Without getloadavg (Windows) it is NaN, for unknown."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")

@@ -1,0 +1,62 @@
+"""Other systems than Linux: no module needs what they lack when it is imported, and only system.py calls it at all."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+
+IMPORT_ALL = """
+import ast, importlib, mmap, os, pkgutil, signal, sys
+from pathlib import Path
+
+import torch  # and all other packages that ours import, with what these need of this system
+package = Path(sys.argv[1], "python/pissa")
+for path in package.rglob("*.py"):
+    for node in ast.walk(ast.parse(path.read_text())):
+        named = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        for name in [*named, getattr(node, "module", None) or ""]:
+            if name and not name.startswith(("pissa", "llama_cpp", "deepspeed", "fcntl", "resource", "readline")):
+                importlib.import_module(name)
+
+for name in ("fcntl", "resource", "termios", "tty", "pty", "pwd", "grp", "readline", "curses", "syslog"):
+    sys.modules[name] = None
+lacking = {
+    os: "posix_fallocate posix_fadvise fdatasync O_DIRECTORY O_NOFOLLOW pread pwrite preadv pwritev sendfile "
+        "copy_file_range fork forkpty getuid geteuid getgid getegid getgroups getpgid setsid killpg mkfifo mknod "
+        "sched_getaffinity sched_setaffinity sched_yield sysconf getloadavg uname statvfs fstatvfs wait3 wait4 nice",
+    mmap: "MAP_PRIVATE MAP_SHARED MAP_ANONYMOUS PROT_READ PROT_WRITE MADV_DONTNEED MADV_WILLNEED MADV_SEQUENTIAL",
+    signal: "SIGKILL SIGHUP SIGALRM SIGUSR1 SIGPIPE alarm setitimer pause",
+}
+for module, names in lacking.items():
+    for name in names.split():
+        delattr(module, name)
+
+import pissa
+found = ["pissa", *(module.name for module in pkgutil.walk_packages(pissa.__path__, "pissa."))]
+for name in found:
+    if name not in ("pissa.__main__", "pissa.cli.startup.peft"):  # which run
+        importlib.import_module(name)
+print(len(found))
+"""
+
+
+def test_every_module_can_be_imported_without_what_windows_lacks() -> None:
+    command = [sys.executable, "-c", IMPORT_ALL, ROOT]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout.split()[-1]) > 120
+
+
+@pytest.mark.nightly
+def test_only_one_module_calls_what_windows_lacks(tmp_path: Path) -> None:
+    """As mypy knows it, from typeshed. Windows lacks what macOS lacks, too."""
+    options = ["--config-file", "pyproject.toml", "--platform", "win32", "--cache-dir", str(tmp_path)]
+    command = [sys.executable, "-m", "mypy", *options]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert set(re.findall(r"^(.+?):\d+: error", run.stdout, flags=re.MULTILINE)) == {"python/pissa/system.py"}, run

@@ -1,0 +1,72 @@
+"""Calls of the operating system taken away, one by one, as on the systems that lack them (python/pissa/system.py).
+Processes that a test starts keep them."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import sys
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+MACOS = ("posix_fallocate", "posix_fadvise", "fdatasync", "/proc")
+"""What macOS lacks. Windows lacks all."""
+
+ATTRIBUTES = {
+    "posix_fallocate": (os, "posix_fallocate"),
+    "posix_fadvise": (os, "posix_fadvise"),
+    "fdatasync": (os, "fdatasync"),
+    "O_DIRECTORY": (os, "O_DIRECTORY"),  # to open folders
+    "pwrite": (os, "pwrite"),
+    "getloadavg": (os, "getloadavg"),
+    "MAP_PRIVATE": (mmap, "MAP_PRIVATE"),
+    "MADV_DONTNEED": (mmap, "MADV_DONTNEED"),
+}
+MODULES = ("fcntl", "resource")
+CALLS = (*ATTRIBUTES, *MODULES, "/proc", "unlinked")
+"""All of them. "unlinked": an open file cannot be removed."""
+
+
+def take_away(calls: Iterable[str], patch: pytest.MonkeyPatch) -> None:
+    """Takes away calls of that list, until `patch` is undone."""
+    for call in calls:
+        if call in ATTRIBUTES:
+            patch.delattr(*ATTRIBUTES[call])
+        elif call in MODULES:
+            patch.setitem(sys.modules, call, None)
+        elif call == "/proc":
+            patch.setattr("pissa.system.Path", lambda path: Path("/missing"))
+        else:
+            _keep_open_files(patch)
+
+
+def _keep_open_files(patch: pytest.MonkeyPatch) -> None:
+    """Windows refuses to remove a file that is open or mapped, but for a temporary one, which it removes when it is
+    closed. That it also refuses to rename them is not imitated."""
+    unlink = os.unlink
+
+    def refuse(path: Any, *, dir_fd: int | None = None) -> None:
+        status = os.stat(path, dir_fd=dir_fd, follow_symlinks=False)
+        if (status.st_dev, status.st_ino) in _open_files():
+            raise PermissionError(13, "The process cannot access the file because it is being used", os.fspath(path))
+        unlink(path, dir_fd=dir_fd)
+
+    patch.setattr(os, "unlink", refuse)
+    patch.setattr(os, "remove", refuse)
+    patch.setattr(tempfile, "TemporaryFile", tempfile.NamedTemporaryFile)
+
+
+def _open_files() -> set[tuple[int, int]]:
+    """Device and number of each file that this process has open; Python keeps one open that it maps."""
+    found = set()
+    for handle in map(int, os.listdir("/proc/self/fd")):
+        try:
+            status = os.fstat(handle)
+        except OSError:  # that of the listing
+            continue
+        found.add((status.st_dev, status.st_ino))
+    return found
