@@ -61,16 +61,19 @@ struct NextCodes {
 
 template <Format format>
 inline constexpr NextCodes<format> kNextCodes = [] {
-  constexpr float kInfinity = float_of(0x7f800000u);
+  constexpr float kInfinity = float_of(0x7f800000u), kNan = float_of(0x7fc00000u);
   constexpr int kCodes = NextCodes<format>::kCodes;
+  float targets[kCodes]{};  // once, because clang evaluates at most 2^20 steps for a constant
+  for (int code = 0; code < kCodes; ++code) targets[code] = is_target<format>(code) ? level_of_code<format>(code) : kNan;
   NextCodes<format> next{};
   for (int i = 0; i < 2 * kCodes; ++i) {
-    const float level = level_of_code<format>(i % kCodes), sign = i < kCodes ? 1.0f : -1.0f;
+    const float level = level_of_code<format>(i % kCodes);
     next.code[i] = static_cast<std::uint8_t>(i % kCodes);
     next.distance[i] = kInfinity;
     for (int code = 0; code < kCodes; ++code) {
-      const float distance = sign * (level_of_code<format>(code) - level);
-      if (!is_target<format>(code) || !(distance > 0.0f) || !(distance < next.distance[i])) continue;
+      if (!(i < kCodes ? targets[code] > level : targets[code] < level)) continue;  // NaN, whose sums are no constants
+      const float distance = i < kCodes ? targets[code] - level : level - targets[code];
+      if (!(distance < next.distance[i])) continue;
       next.code[i] = static_cast<std::uint8_t>(code);
       next.distance[i] = distance;
     }

@@ -4,7 +4,6 @@
 #include <array>
 #include <bit>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
 #include <new>
 #include <numeric>
@@ -26,13 +25,20 @@ namespace {
 
 constexpr std::int64_t kAlignment = 64;
 
+// Not std::aligned_alloc, which Windows lacks.
+void* new_block(std::int64_t bytes) {
+  return ::operator new(static_cast<std::size_t>(bytes), std::align_val_t{kAlignment});
+}
+
+void delete_block(void* data) { ::operator delete(data, std::align_val_t{kAlignment}); }
+
 // Freed memory of the calling thread, kept for the next buffer of the same size. The first access to a page costs a
 // fault, about 1 us, which made the sums of the factors, 1 MB each, more expensive than the products that they are for.
 // The pool is bounded.
 class Pool {
  public:
   ~Pool() {
-    for (const Block& block : blocks_) std::free(block.data);
+    for (const Block& block : blocks_) delete_block(block.data);
   }
   void* take(std::int64_t bytes) {
     const auto found = std::find_if(blocks_.rbegin(), blocks_.rend(), [&](const Block& b) { return b.bytes == bytes; });
@@ -72,9 +78,7 @@ std::int64_t allocated_bytes(std::int64_t count, Format format) {
 void* allocate(std::int64_t bytes) {
   if (bytes == 0) return nullptr;
   void* data = pool().take(bytes);
-  if (!data) data = std::aligned_alloc(kAlignment, static_cast<std::size_t>(bytes));
-  if (!data) throw std::bad_alloc();
-  return data;
+  return data ? data : new_block(bytes);
 }
 
 // Scratch of the calling thread: 1.9 MB, allocated on first use, freed with the thread.
@@ -113,7 +117,7 @@ Buffer::Buffer(std::int64_t rows, std::int64_t cols, Format format)
       data_(allocate(allocated_bytes(rows * cols, format)), Free{allocated_bytes(rows * cols, format)}) {}
 
 void Buffer::Free::operator()(void* data) const {
-  if (!pool().keep(data, bytes)) std::free(data);
+  if (!pool().keep(data, bytes)) delete_block(data);
 }
 
 void CpuBackend::run(const GemmProblem& problem) const {
