@@ -79,6 +79,15 @@ def test_a_release_has_the_notes_of_its_version() -> None:
     assert "no section '## 0.0.9" in subprocess.run([*notes, "0.0.9"], capture_output=True, text=True).stderr
 
 
+def test_a_citation_names_the_version() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == PYPROJECT["project"]["version"]
+    [date] = re.findall(
+        rf"^## {citation['version']} \((.+)\)$", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE
+    )
+    assert date in ("unreleased", str(citation["date-released"]))
+
+
 def test_each_python_is_tested_and_gets_a_wheel() -> None:
     prefix = "Programming Language :: Python :: 3."
     promised = [kind.removeprefix(prefix) for kind in PYPROJECT["project"]["classifiers"] if kind.startswith(prefix)]
