@@ -6,6 +6,7 @@
 # make test-arm   the kernels for ARM, under an emulator; needs g++-aarch64-linux-gnu and qemu-user, too    (9 minutes)
 # make wheels the sdist and wheels with CUDA for x86-64 and AArch64, for every Python found; needs g++-aarch64-linux-gnu, too    (20 to 25 minutes)
 # make test-wheels   those wheels in fresh systems, beside two releases of torch; needs debootstrap, too, and root    (5 minutes or more for each)
+# make coverage   how many lines the daily tests run, in Python and, by gcov, in C++
 # make docs   the book, into build/docs; needs doxygen, too    (half a minute, once all is built)
 #
 # All need a C++20 compiler and Python >= 3.10 with its headers, and do the rest themselves, inside build/. With
@@ -36,7 +37,7 @@ JOBS := $(shell env -u OMP_NUM_THREADS nproc)
 .PHONY: demo test nightly quick module build-cpp test-cpp test-python test-python-nightly test-oldest \
   test-arm test-torch-headers versions test-cuda-build test-gpu-rehearsal test-peft test-slow fuzz test-serving \
   test-programs experiments-quick size docs figures first-run wheel wheels test-wheels macos-objects tools tools-arm-compiler tools-arm \
-  tools-docs tools-wheels clean
+  tools-docs tools-wheels coverage clean
 .DELETE_ON_ERROR:
 
 demo: $(BUILD)/venv-demo.stamp $(BUILD)/smollm2.stamp
@@ -49,7 +50,7 @@ test:
 	@$(TEST_PYTHON) -m pissa | grep isas_
 
 # What a change may wait for until the night. With an emulator and a cross compiler also: make test-arm.
-nightly: test-cpp-asan test-cpp-tsan test-cuda-build test-gpu-rehearsal test-peft experiments-quick test-python-nightly
+nightly: test-cpp-asan test-cpp-tsan macos-objects test-cuda-build test-gpu-rehearsal test-peft experiments-quick test-python-nightly
 	sh tests/torch_headers.sh $(BUILD)/torch-headers $(BUILD_PYTHON) 2.11 2.12
 
 # ---- What must be there already ----
@@ -212,6 +213,9 @@ OUR_PYTEST = $(PYTEST) --dist loadfile
 # model/test_on_cuda.py shows the same in every run.
 ON_CUDA := $(addprefix layers/test_,layer.py kinds.py) base/test_bitsandbytes.py ops/test_gpu.py model/test_model.py
 
+# Without the calls that macOS or Windows lack, at night: what reads and writes files.
+WITHOUT_CALLS := containers checkpoints adapters cli
+
 # Also without our kernels: the ops, a layer of each kind, and a model from its training to an answer.
 COMPOSITE := ops layers/test_kinds.py journeys/test_finetune_then_generate.py
 
@@ -223,6 +227,7 @@ test-python: $(BUILD)/venv-test.stamp
 test-python-nightly: $(BUILD)/venv-test.stamp
 	$(OUR_PYTEST) -m "nightly and not slow and not gpu"
 	$(OUR_PYTEST) --device cuda-stand-in -m "not slow" $(ON_CUDA:%=tests/python/%)
+	$(OUR_PYTEST) --without-system-calls all $(WITHOUT_CALLS:%=tests/python/%)
 
 # The rules, the ops, a layer of each kind, files, conversion, the command line: in the source tree, with the module out of
 # CMake's tree before what the environment may have installed. The first time it installs pissa.
@@ -268,6 +273,20 @@ test-cuda-build: $(BUILD)/wheel-cuda.stamp $(BUILD)/venv-test.stamp
 test-gpu-rehearsal: $(BUILD)/venv-test.stamp $(BUILD)/tree.stamp
 	cmake --build $(TREE) --target cuda_sim_test
 	sh tests/gpu_rehearsal.sh $(BUILD)/rehearsal $(abspath $(TEST_PYTHON)) $(abspath $(TREE))
+
+# How many lines the daily tests run: a table in build/coverage/summary.md, for a page of the nightly run. Processes that
+# the Python tests start are not counted. gcov counts those tests of C++ that run on the CPU.
+gcovr = $(TEST_PYTHON) -m gcovr --root . --filter cpp/pissa/$(1)/ --txt-summary build/coverage | sed -n 's/^lines: \([0-9.]*\)%.*/\1/p'
+
+coverage: export COVERAGE_FILE := $(abspath build/coverage/python)
+coverage: test-cpp-coverage $(BUILD)/venv-test.stamp
+	$(TEST_PYTHON) -m pip install -q 'pytest-cov>=7' 'gcovr>=8'
+	$(OUR_PYTEST) --cov pissa --cov-report=
+	{ echo '| lines of | run by the tests, % |'; echo '|---|---|'; \
+	  echo "| python/pissa | $$($(TEST_PYTHON) -m coverage report --format=total --precision=1) |"; \
+	  echo "| cpp/pissa/core | $$($(call gcovr,core)) |"; \
+	  echo "| cpp/pissa/cpu | $$($(call gcovr,cpu)) |"; } >build/coverage/summary.md
+	@cat build/coverage/summary.md
 
 # PEFT's own tests, of the version that is installed, over our classes: tests/peft_suite says how. They come with its source
 # package; parameterized is what some of them need beside our own test dependencies.
