@@ -55,6 +55,7 @@ def test_nothing_is_there_before_all_is(tmp_path: Path) -> None:
     assert sorted(content(folder)) == sorted([*FILES, "config.json", FINISHED])
 
 
+@pytest.mark.system_calls("fdatasync")
 def test_every_process_flushes_before_the_first_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rank 0 puts the files in place, and can flush only what its own machine has."""
     events: list[object] = []
@@ -153,6 +154,7 @@ def test_what_a_run_left_before_it_had_an_identity_is_not_used(tmp_path: Path) -
     assert content(tmp_path / "out") == content(tmp_path / "new")
 
 
+@pytest.mark.system_calls("fcntl")
 def test_one_run_at_a_time(tmp_path: Path) -> None:
     with entered(tmp_path / "out"), pytest.raises(ValueError, match=r"another run is writing to .*/out: wait"):
         entered(tmp_path / "out").__enter__()
@@ -171,6 +173,7 @@ def test_a_second_run_of_a_complete_folder_says_so(tmp_path: Path) -> None:
         entered(tmp_path / "out").__enter__()
 
 
+@pytest.mark.system_calls("fcntl", "unlinked")
 def test_a_lock_that_its_run_has_removed_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flock = fcntl.flock
 
@@ -255,6 +258,7 @@ def test_another_tensor_than_planned_is_refused(name: str, tensor: Tensor, membe
 # ---- A full disk -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.system_calls("posix_fallocate")
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
 def test_a_full_disk_leaves_nothing(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = {name: Layout({"x": (torch.uint8, (3_000_000_000,))}) for name in ("a.safetensors", "b.safetensors")}

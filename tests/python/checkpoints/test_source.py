@@ -122,6 +122,7 @@ def mapped_bytes() -> int:
     return int(fields["RssFile"].split()[0]) * 1024
 
 
+@pytest.mark.system_calls("MADV_DONTNEED")
 def test_released_pages_leave_the_memory(tmp_path: Path) -> None:
     names = [f"layers.{number}" for number in range(16)]
     save(tmp_path, {name: torch.randn(512, 1024) for name in names}, shards=False)  # 16 of 2 MB
@@ -140,6 +141,7 @@ def test_released_pages_leave_the_memory(tmp_path: Path) -> None:
     assert [float(source.read(name).sum()) for name in names] == sums
 
 
+@pytest.mark.system_calls("MADV_DONTNEED")
 def test_pages_of_a_neighbour_stay(tmp_path: Path) -> None:
     """Rounded inwards: writing shows which pages have been given back, for then the file's own come again."""
     names = ["a", "b", "c"]

@@ -73,6 +73,7 @@ def test_a_file_that_the_system_does_not_map_is_not_called_damaged(
         TensorFile(tmp_path / "file")
 
 
+@pytest.mark.system_calls("unlinked")
 def test_scratch_gives_back_what_was_put_and_leaves_nothing(tmp_path: Path) -> None:
     tensors = tensors_of_all_dtypes()
     with Scratch(tmp_path) as scratch:

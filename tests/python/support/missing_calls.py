@@ -8,6 +8,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def take_away(calls: Iterable[str], patch: pytest.MonkeyPatch) -> None:
     """Takes away calls of that list, until `patch` is undone."""
     for call in calls:
         if call in ATTRIBUTES:
-            patch.delattr(*ATTRIBUTES[call])
+            patch.delattr(*ATTRIBUTES[call], raising=False)
         elif call in MODULES:
             patch.setitem(sys.modules, call, None)
         elif call == "/proc":
@@ -45,13 +46,12 @@ def take_away(calls: Iterable[str], patch: pytest.MonkeyPatch) -> None:
 
 
 def _keep_open_files(patch: pytest.MonkeyPatch) -> None:
-    """Windows refuses to remove a file that is open or mapped, but for a temporary one, which it removes when it is
-    closed. That it also refuses to rename them is not imitated."""
+    """Windows refuses to remove a file that is open, but for a temporary one, which it removes when it is closed. It
+    refuses the same for mapped files, and to rename either: that is not imitated."""
     unlink = os.unlink
 
     def refuse(path: Any, *, dir_fd: int | None = None) -> None:
-        status = os.stat(path, dir_fd=dir_fd, follow_symlinks=False)
-        if (status.st_dev, status.st_ino) in _open_files():
+        if os.stat(path, dir_fd=dir_fd, follow_symlinks=False).st_ino in _open_files():
             raise PermissionError(13, "The process cannot access the file because it is being used", os.fspath(path))
         unlink(path, dir_fd=dir_fd)
 
@@ -60,13 +60,11 @@ def _keep_open_files(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(tempfile, "TemporaryFile", tempfile.NamedTemporaryFile)
 
 
-def _open_files() -> set[tuple[int, int]]:
-    """Device and number of each file that this process has open; Python keeps one open that it maps."""
-    found = set()
+def _open_files() -> set[int]:
+    """The numbers of the files that this process has open, and not only mapped: Python keeps those open."""
+    numbers = set()
     for handle in map(int, os.listdir("/proc/self/fd")):
-        try:
-            status = os.fstat(handle)
-        except OSError:  # that of the listing
-            continue
-        found.add((status.st_dev, status.st_ino))
-    return found
+        with suppress(OSError):  # that of the listing
+            numbers.add(os.fstat(handle).st_ino)
+    mapped = {int(line.split()[4]) for line in Path("/proc/self/maps").read_text().splitlines()}
+    return numbers - mapped
