@@ -6,13 +6,20 @@ set -eu
 zig=$1 python=$2
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
-includes=$("$python" - <<'EOP'
+includes=$("$python" - "$folder/python" <<'EOP'
 import importlib.util
+import shutil
+import sys
 import sysconfig
 from pathlib import Path
 
-site = Path(sysconfig.get_path("purelib"))
-folders = [sysconfig.get_path("include"), site / "cmeel.prefix/include/eigen3"]
+site, headers = Path(sysconfig.get_path("purelib")), Path(sysconfig.get_path("include"))
+shutil.copytree(headers, sys.argv[1])
+# Debian's pyconfig.h only includes that of the compiler's architecture, from a folder of its own.
+config = Path("/usr/include", sysconfig.get_config_var("MULTIARCH") or "", headers.name, "pyconfig.h")
+if config.is_file():
+    shutil.copy(config, sys.argv[1])
+folders = [sys.argv[1], site / "cmeel.prefix/include/eigen3"]
 folders += [Path(importlib.util.find_spec(name).origin).parent / "include" for name in ("pybind11", "torch")]
 print(*(f"-isystem {folder}" for folder in folders))
 EOP
