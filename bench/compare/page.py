@@ -251,6 +251,24 @@ def readme() -> str:
     return _table("model | memory | two cores | eight, estimated | PEFT with bitsandbytes", lines)
 
 
+def first_run() -> str:
+    """What docs/first_run.py has shown and counted."""
+    found = _load("first_run.json")
+    training, chat = ("\n".join(found["shown"][name]) for name in ("finetune", "chat"))
+    loss = re.findall(r"held out  loss (\S+) before, (\S+) after", training)[0]
+    [(minutes, seconds)] = re.findall(r"training: 100%.*\[(\d+):(\d+)<00:00", training)
+    [memory] = re.findall(r"peak memory (\S+ GB)", training)
+    answers = [answer.split("\n")[0].split(". ")[0] for answer in re.split(r"--- \w+\n", chat)[1:]]
+    return _table(
+        f"  | before | after {round(int(minutes) + int(seconds) / 60)} minutes, with {memory} of memory",
+        [
+            [f"reviews sorted rightly, of {found['of']} others", *map(str, found["right"].values())],
+            ["held-out loss", *loss],
+            ["the answer to the first of these reviews", *answers],
+        ],
+    )
+
+
 def _for_examples(memory: float, tokens_per_second: float) -> tuple[str, str, str]:
     """Memory, and the time on two cores and, by the same rate, on eight."""
     minutes = EXAMPLES * TOKENS / tokens_per_second / 60
@@ -314,6 +332,7 @@ TABLES: dict[str, Callable[[], str]] = {
             avx2,
             int8,
             readme,
+            first_run,
             gguf_types,
             gguf_training,
         ),
