@@ -34,7 +34,7 @@ export CMAKE_CUDA_COMPILER_LAUNCHER := ccache
 endif
 JOBS := $(shell env -u OMP_NUM_THREADS nproc)
 
-.PHONY: demo test nightly quick module build-cpp test-cpp test-python test-python-nightly test-oldest \
+.PHONY: demo test nightly quick module build-cpp test-cpp test-python test-python-nightly test-python-without-calls test-oldest \
   test-arm test-torch-headers versions test-cuda-build test-gpu-rehearsal test-peft test-slow fuzz test-serving \
   test-programs experiments-quick size docs figures first-run wheel wheels test-wheels macos-objects tools tools-arm-compiler tools-arm \
   tools-docs tools-wheels coverage clean
@@ -50,7 +50,8 @@ test:
 	@$(TEST_PYTHON) -m pissa | grep isas_
 
 # What a change may wait for until the night. With an emulator and a cross compiler also: make test-arm.
-nightly: test-cpp-asan test-cpp-tsan macos-objects test-cuda-build test-gpu-rehearsal test-peft experiments-quick test-python-nightly
+nightly: test-cpp-asan test-cpp-tsan macos-objects test-cuda-build test-gpu-rehearsal test-peft experiments-quick \
+  test-python-nightly test-python-without-calls
 	sh tests/torch_headers.sh $(BUILD)/torch-headers $(BUILD_PYTHON) 2.11 2.12
 
 # ---- What must be there already ----
@@ -227,6 +228,8 @@ test-python: $(BUILD)/venv-test.stamp
 test-python-nightly: $(BUILD)/venv-test.stamp
 	$(OUR_PYTEST) -m "nightly and not slow and not gpu"
 	$(OUR_PYTEST) --device cuda-stand-in -m "not slow" $(ON_CUDA:%=tests/python/%)
+
+test-python-without-calls: $(BUILD)/venv-test.stamp
 	$(OUR_PYTEST) --without-system-calls all $(WITHOUT_CALLS:%=tests/python/%)
 
 # The rules, the ops, a layer of each kind, files, conversion, the command line: in the source tree, with the module out of
