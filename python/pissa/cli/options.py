@@ -59,9 +59,11 @@ _DEFAULTS: dict[str, Any] = {
     **{"bf16": False, "gradient_checkpointing": None, "dtype": None, "use_cpu": not has_passed_on_gpu()},
     **{name: default if isinstance(default, bool) else None for name, default in _METHOD.items()},
 }
-# PiSSA's best rate at rank 16, on GSM8K and on sums (bench/experiments, SmolLM2-135M). The paper's 2e-5 is for 7
+# The start's best rate at rank 16, on GSM8K and on sums (bench/experiments, SmolLM2-135M). The paper's 2e-5 is for 7
 # billion parameters and rank 128. For preferences, TRL's default remains.
-_RATE = {"SFT": {"learning_rate": 2e-4}}
+_RATE = {"SFT": {"learning_rate": None}}
+_RATES = {("lora", False): 2e-3, ("lora", True): 1e-3}  # by init and use_rslora
+_OTHERS_RATE = 2e-4
 # Rank 64 lowers the loss on GSM8K by 0.026 ± 0.008 and takes 1.5 times as long. On films the difference was within
 # noise (bench/experiments, start-norm).
 _RANK = 16
@@ -77,7 +79,8 @@ _TYPES: dict[str, Any] = {
 _HELP = {
     "model_name_or_path": "folder of a model, GGUF file, name of one on the hub, or folder that pissa init has written",
     "dataset_name": "file of records (.jsonl, .json, .csv, .tsv, .parquet), text or folder of texts (.txt), data set",
-    "learning_rate": f"peak learning rate, or {AUTO}: the one that pissa.suggest_lr finds",
+    "learning_rate": f"peak learning rate, or {AUTO}: the one that pissa.suggest_lr finds. Of finetune, by the start: "
+    "2e-4, with --init lora 2e-3, with --use-rslora, too, 1e-3",
     "r": f"rank of the adapters (default: {_RANK})",
     "output_dir": "new folder of the run: adapter, checkpoints, options (default: model and data in its name)",
     "num_train_epochs": "passes over the data, unless --steps says how many steps",
@@ -175,6 +178,11 @@ def adapter_config(ours: Any, seed: int, split: pissa.PissaConfig | None = None)
             raise UserError(f"{flag(name)} {given}: {split_with}; leave {flag(name)} out")
         setattr(ours, name, value)
     return config
+
+
+def rate_of(config: pissa.PissaConfig) -> float:
+    """The learning rate of a supervised training that does not name one."""
+    return _RATES.get((config.init, config.use_rslora), _OTHERS_RATE)
 
 
 # ---- run.yaml --------------------------------------------------------------------------------------------------------

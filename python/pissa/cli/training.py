@@ -32,7 +32,7 @@ from pissa.adapters.pissa_layout import AdapterRecord
 from pissa.cli.card import write_card
 from pissa.cli.data import encode, read_chats, read_preferences, shown
 from pissa.cli.memory import free_memory
-from pissa.cli.options import AUTO, RUN_FILE, adapter_config, check_same_run, parse, record
+from pissa.cli.options import AUTO, RUN_FILE, adapter_config, check_same_run, parse, rate_of, record
 from pissa.cli.outcome import answer, method_name, report, show_answers
 from pissa.cli.plan import collate, make_plan, needs_checkpointing
 from pissa.cli.progress import CompleteError, LossBar, Watch
@@ -152,6 +152,7 @@ def _complete_options(ours: Any, training: Any) -> tuple[pissa.PissaConfig, Mode
         is_residual = model_folder.contents is Contents.RESIDUAL
         split = AdapterRecord.read(model_folder.folder / PISSA_RECORD).config if is_residual else None
     config = adapter_config(ours, training.seed, split)
+    training.learning_rate = training.learning_rate or rate_of(config)
     ours.dtype = ours.dtype or _own_dtype(model_folder)
     if ours.resume:
         check_same_run(out, ours, training)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import functools
 import io
@@ -31,6 +32,7 @@ import runs
 from daily import each
 from pissa.base.weights import CodedLinear
 from pissa.cli import main, training
+from pissa.cli.options import adapter_config, parse, rate_of
 from pissa.cli.verification import Step0
 from released_folders import release
 from runs import cut_last_step, exact, history, logged, refused, same_weights
@@ -385,6 +387,16 @@ def test_bfloat16_trains_for_epochs_of_accumulated_batches(method: str, base: Pa
     assert losses[-1] < losses[0]
 
 
+RATES = {"": 2e-4, "--init lora": 2e-3, "--init lora --use-rslora": 1e-3, "--init lora --lr 1e-4": 1e-4}
+
+
+@pytest.mark.parametrize(("options", "rate"), RATES.items())
+def test_the_rate_that_is_not_given_suits_the_start(options: str, rate: float) -> None:
+    args = argparse.Namespace(argv=["--model", "m", "--data", "d", *options.split()], config=None)
+    ours, trainers = parse(args, "SFT")
+    assert (trainers.learning_rate or rate_of(adapter_config(ours, seed=0))) == rate
+
+
 # ---- The command itself ----
 
 
@@ -393,7 +405,7 @@ def test_help_shows_every_option_with_its_default(capsys: pytest.CaptureFixture[
         main(["finetune", "--help"])
     assert stop.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    for default in ("pissa", "16", "krylov", "auto", "8", "0.0002", "0.03", "512", "100", "0", "1.0"):
+    for default in ("pissa", "16", "krylov", "auto", "8", "0.03", "512", "100", "0", "1.0"):
         assert f"(default: {default})" in text
     for name in ("--model", "--data", "--out", "--rank", "--lr", "--steps", "--gradient-checkpointing", "--use_dora"):
         assert f" {name}" in text

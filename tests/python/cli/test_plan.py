@@ -243,6 +243,7 @@ def test_a_run_says_what_it_will_take(
     assert "float32" in said.partition("model ")[2].partition("\n")[0]  # the checkpoint's
     assert f"next      pissa chat {out.name}" in said
     assert len(logged(out)) == 60 == math.ceil(475 / 8)
+    assert max(row.get("learning_rate", 0) for row in history(out)) == 2e-4
     assert [row["step"] for row in history(out) if "eval_loss" in row] == [0, 12, 24, 36, 48, 60]
     for label in ("asked", "expected", "before", "after"):
         assert re.search(rf"\n{label:<9} \S", said)
