@@ -12,7 +12,7 @@ from bench.experiments.figures import label
 from bench.experiments.sweep import Spread, Sweep, loss_of, spread
 
 NAMES = {
-    **{"gsm8k": "GSM8K", "gsm8k_24": "GSM8K, 24 steps", "gsm8k_4": "GSM8K, batches of 4"},
+    **{"gsm8k": "GSM8K", "gsm8k_250": "GSM8K, 250 steps", "gsm8k_24": "GSM8K, 24 steps", "gsm8k_4": "GSM8K, batches of 4"},
     **{"sums": "sums", "sentences": "sentences"},
     **{"films": "films", "films_100": "films, 100 steps", "products": "products"},
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bench.experiments.claims.alpha import Alpha
 from bench.experiments.claims.alternations import Alternations
 from bench.experiments.claims.any_start import AnyStart
 from bench.experiments.claims.components import Components
@@ -9,6 +10,7 @@ from bench.experiments.claims.equal_rates import EqualRates
 from bench.experiments.claims.fast_svd import FastSvd
 from bench.experiments.claims.few_steps import FewSteps
 from bench.experiments.claims.forgetting import Forgetting
+from bench.experiments.claims.longer import Longer
 from bench.experiments.claims.methods import Methods
 from bench.experiments.claims.mnist import Mnist
 from bench.experiments.claims.nlu import NLU
@@ -26,6 +28,8 @@ _ALL: tuple[Experiment, ...] = (
     EqualRates(),
     FewSteps(),
     StartNorm(),
+    Alpha(),
+    Longer(),
     AnyStart(),
     Repairs(),
     RepairWidth(),

@@ -4,14 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 
-from bench.experiments import figures, measures, tables
+from bench.experiments import figures, grid, measures, tables
 from bench.experiments.claims.methods import DENSE, FOUR_BIT, TASKS, sweeps
 from bench.experiments.experiment import Cell, Experiment, Known, Options, Result, Section
 from bench.experiments.figures import label
 from bench.experiments.grid import wanted
-from bench.experiments.sweep import Spread, loss_of
+from bench.experiments.sweep import SEEDS, Spread, Sweep, loss_of
+
+
+CURVED = {"lora": (), "pissa": (), "medium": SEEDS, "minor": SEEDS, "full": (), "rslora": ()}
+"""The methods with a loss on prose at each rate, and the seeds that follow at the best one."""
+
+
+def curves(options: Options) -> dict[str, Sweep]:
+    """Seed 3's."""
+    each = {method: grid.language_sweep("gsm8k", method) for method in CURVED}
+    return {
+        method: grid.sized(replace(sweep, cell=replace(sweep.cell, seed=3), seeds=CURVED[method]), options)
+        for method, sweep in each.items()
+    }
 
 
 class Forgetting(Experiment):
@@ -20,7 +34,8 @@ class Forgetting(Experiment):
     claim = "nothing of this. MiLoRA (arXiv 2406.09044) trains the minor components instead, so that less is forgotten"
 
     def wanted(self, known: Known, options: Options) -> list[Cell]:
-        return wanted([sweep for task in TASKS for sweep in sweeps(task, options).values()], known, options)
+        best = wanted([sweep for task in TASKS for sweep in sweeps(task, options).values()], known, options)
+        return [*best, *wanted(curves(options).values(), known, options)]
 
     def section(self, known: Known, options: Options) -> Section:
         text = []
