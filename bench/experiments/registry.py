@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from bench.experiments.claims.alpha import Alpha
-from bench.experiments.claims.alternations import Alternations
 from bench.experiments.claims.any_start import AnyStart
 from bench.experiments.claims.components import Components
 from bench.experiments.claims.equal_rates import EqualRates
@@ -17,7 +16,6 @@ from bench.experiments.claims.nlu import NLU
 from bench.experiments.claims.quant_errors import QuantErrors
 from bench.experiments.claims.ranks import Ranks
 from bench.experiments.claims.released import Released
-from bench.experiments.claims.repair_width import RepairWidth
 from bench.experiments.claims.repairs import Repairs
 from bench.experiments.claims.start_norm import StartNorm
 from bench.experiments.claims.suggested import Suggested
@@ -32,9 +30,7 @@ _ALL: tuple[Experiment, ...] = (
     Longer(),
     AnyStart(),
     Repairs(),
-    RepairWidth(),
     Released(),
-    Alternations(),
     NLU(),
     Ranks(),
     Components(),
