@@ -86,7 +86,7 @@ _STYLES = {
     "medium": Style(GREEN, "s", _DASHED),
     "minor": Style(ORANGE, "^", _DOTTED),
     "lora_256": Style(GREEN, "v", _DOTTED),
-    "pissa_64": Style(PINK, "s", _DASHED),
+    "pissa_64": Style(BLACK, "s", _DASHED),
     "pissa_256": Style(ORANGE, "^", _DOTTED),
     "qlora": Style(LORA, "o", _SOLID, hollow=True),
     "loftq": Style(LOFTQ, "s", _DASHED, hollow=True),
