@@ -17,22 +17,25 @@ from bench.experiments.sweep import SEEDS, Spread, Sweep, loss_of
 
 SEED = 3
 """Measured at all rates, without the losses on the way that SEEDS have."""
-CURVED = {"lora": (), "pissa": (), "medium": SEEDS, "minor": SEEDS, "full": (), "rslora": ()}
-"""The methods with a loss on prose at all rates, and the seeds that follow at the best one."""
+CURVED = ("lora", "pissa", "medium", "minor", "full", "rslora")
+"""The methods with a loss on prose at all rates."""
+AT_EQUAL_LOSS = {"medium": 5e-4, "minor": 5e-4}
+"""Rates at which seed 3 ends with the loss of PiSSA's best one."""
 
 
 def curves(options: Options) -> dict[str, Sweep]:
     sweeps = {method: grid.language_sweep("gsm8k", method) for method in CURVED}
     return {
-        method: grid.sized(replace(sweep, cell=replace(sweep.cell, seed=SEED), seeds=CURVED[method]), options)
+        method: grid.sized(replace(sweep, cell=replace(sweep.cell, seed=SEED), seeds=()), options)
         for method, sweep in sweeps.items()
     }
 
 
 def sweeps(task: str, options: Options) -> dict[str, Sweep]:
-    """Those whose best rates are compared. The medium and the minor components have none of seed 0."""
-    others = {method: sweep for method, sweep in curves(options).items() if CURVED[method] and task == "gsm8k"}
-    return methods.sweeps(task, options) | others
+    """Those whose best rates are compared, and on GSM8K two of one rate."""
+    cells = {method: replace(curves(options)[method].cell, rate=rate) for method, rate in AT_EQUAL_LOSS.items()}
+    others = {method: grid.sized(Sweep(cell, points=1, extends=False), options) for method, cell in cells.items()}
+    return methods.sweeps(task, options) | (others if task == "gsm8k" else {})
 
 
 class Forgetting(Experiment):
@@ -44,7 +47,7 @@ class Forgetting(Experiment):
     )
 
     def wanted(self, known: Known, options: Options) -> list[Cell]:
-        at_best = [sweep for task in methods.TASKS for sweep in methods.sweeps(task, options).values()]
+        at_best = [sweep for task in methods.TASKS for sweep in sweeps(task, options).values()]
         return [*grid.wanted(at_best, known, options), *grid.wanted(curves(options).values(), known, options)]
 
     def section(self, known: Known, options: Options) -> Section:
