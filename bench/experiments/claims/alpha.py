@@ -21,6 +21,7 @@ SCALINGS = {
 def sweeps(start: str, options: Options) -> dict[str, Sweep]:
     each = {method: grid.language_sweep("gsm8k", method) for method in SCALINGS[start]}
     if start == "PiSSA":
+        each["pissa_64"] = replace(each["pissa_64"], seeds=())
         each["pissa_256"] = replace(each["pissa_256"], points=3, seeds=())
     return {method: grid.sized(sweep, options) for method, sweep in each.items()}
 
