@@ -87,7 +87,7 @@ _STYLES = {
     "minor": Style(ORANGE, "^", _DOTTED),
     "lora_256": Style(GREEN, "v", _DOTTED),
     "pissa_64": Style(BLACK, "s", _DASHED),
-    "pissa_256": Style(ORANGE, "^", _DOTTED),
+    "pissa_256": Style(GREEN, "^", _DOTTED),
     "qlora": Style(LORA, "o", _SOLID, hollow=True),
     "loftq": Style(LOFTQ, "s", _DASHED, hollow=True),
     "qpissa_1": Style(QPISSA, "D", _SOLID, hollow=True),
