@@ -27,7 +27,7 @@ BLUE, RED, PINK, LOFTQ = LORA, PISSA, QPISSA, GREEN
 
 WIDTH = 6.5  # inches: A4's text
 DPI = 130
-COLORS = 32  # of a PNG's palette: a third of the bytes
+COLORS = 64  # of a PNG's palette: less than half of the bytes. 32 turn blue beside many others into green
 SWEEP_NOTE = "n = 1 seed; ringed: the best rate; arrow: diverged, or far above all"
 GAP_NOTE = "bars: two standard errors of the differences, seed by seed; each method at its best rate"
 HEIGHTS = 1.35  # a loss that is above the lowest one by this factor is drawn at the top edge

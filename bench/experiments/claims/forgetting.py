@@ -32,10 +32,9 @@ def curves(options: Options) -> dict[str, Sweep]:
 
 
 def sweeps(task: str, options: Options) -> dict[str, Sweep]:
-    """Those whose best rates are compared, and on GSM8K two of one rate."""
-    cells = {method: replace(curves(options)[method].cell, rate=rate) for method, rate in AT_EQUAL_LOSS.items()}
-    others = {method: grid.sized(Sweep(cell, points=1, extends=False), options) for method, cell in cells.items()}
-    return methods.sweeps(task, options) | (others if task == "gsm8k" else {})
+    """Those of which one rate is compared, the best one or that of AT_EQUAL_LOSS."""
+    others = {method: curves(options)[method] for method in AT_EQUAL_LOSS} if task == "gsm8k" else {}
+    return methods.sweeps(task, options) | others
 
 
 class Forgetting(Experiment):
@@ -47,8 +46,10 @@ class Forgetting(Experiment):
     )
 
     def wanted(self, known: Known, options: Options) -> list[Cell]:
-        at_best = [sweep for task in methods.TASKS for sweep in sweeps(task, options).values()]
-        return [*grid.wanted(at_best, known, options), *grid.wanted(curves(options).values(), known, options)]
+        at_best = [sweep for task in methods.TASKS for sweep in methods.sweeps(task, options).values()]
+        each = curves(options)
+        equal = [each[method].at(rate, seed) for method, rate in AT_EQUAL_LOSS.items() for seed in SEEDS]
+        return [*grid.wanted([*at_best, *each.values()], known, options), *([] if options.quick else equal)]
 
     def section(self, known: Known, options: Options) -> Section:
         text, over_rates = _over_rates(curves(options), known)
@@ -61,8 +62,10 @@ class Forgetting(Experiment):
             columns = _means(before), tables.column(lost), tables.column(losses)
             rows = [[label(m), *(column[m] for column in columns), tables.count(lost[m])] for m in results]
             head = ["loss on prose before", "forgotten: its increase", "loss on the task", "seeds"]
-            text.append(tables.table([f"{measures.TASKS[task]}, rank 16, best rates", *head], rows))
+            text.append(tables.table([f"{measures.TASKS[task]}, rank 16", *head], rows))
             text.append(measures.verdict(lost, "increase on prose"))
+            if task == "gsm8k":
+                text += _less_pissa(losses, lost)
             for method, spread in losses.items():
                 if spread is not None and (other := lost[method]) is not None:
                     figures.dot(one, method, spread, other)
@@ -83,9 +86,9 @@ def forgotten(result: Result) -> float:
 
 
 def _at_best(sweep: Sweep, known: Known) -> list[Result]:
-    """The results with a loss on prose at the best rate, in the same order of seeds for all methods."""
-    best = sweep.best(known)
-    cells = [] if best is None else [sweep.at(best, seed) for seed in (*SEEDS, SEED)]
+    """The results with a loss on prose at the rate that is compared, in the same order of seeds for all methods."""
+    rate = AT_EQUAL_LOSS.get(sweep.cell.method) or sweep.best(known)
+    cells = [] if rate is None else [sweep.at(rate, seed) for seed in (*SEEDS, SEED)]
     return [known[cell] for cell in takewhile(known.__contains__, cells)]
 
 
@@ -117,6 +120,16 @@ def _over_rates(each: Mapping[str, Sweep], known: Known) -> tuple[list[str], fig
         f"loss on the task; and, from low rates up, where that first reaches {tables.number(target, 3)}, as all do."
     )
     return [text, tables.table(["method", "increase at equal loss", "at each rate"], rows)], figure
+
+
+def _less_pissa(losses: Mapping[str, Spread | None], lost: Mapping[str, Spread | None]) -> list[str]:
+    rows = [
+        [label(method), *(tables.difference(of[method], of["pissa"]) for of in (losses, lost))]
+        for method in CURVED
+        if method != "pissa"
+    ]
+    text = "The medium and the minor components are at 5e-4, where they end with PiSSA's loss on seed 3. Less PiSSA's:"
+    return [text, tables.table(["method", "loss on the task", "forgotten"], rows)]
 
 
 def _means(spreads: Mapping[str, Spread | None]) -> dict[str, str]:
