@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from bench.experiments import figures, grid, measures, tables
+from bench.experiments import grid, measures, tables
 from bench.experiments.experiment import Cell, Experiment, Known, Options, Section
 from bench.experiments.figures import label
 from bench.experiments.language import LanguageCell
@@ -66,8 +66,4 @@ class Longer(Experiment):
             "steps and at a third of it.",
             tables.table(head, rows),
         ]
-        figure, axes = figures.panels(["40 steps", "250 steps"], height=2.4)
-        figures.sweeps(axes[0], each, known)
-        figures.against_rate(axes[1], lines, best)
-        figures.legend(figure, METHODS, f"SmolLM2 on GSM8K; held-out sets differ; {figures.SWEEP_NOTE}")
-        return Section("\n\n".join(text), {"longer.png": figure})
+        return Section("\n\n".join(text))
