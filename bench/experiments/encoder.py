@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -31,18 +31,10 @@ from bench.experiments.methods import METHODS, MoveRanks, Reading, Setting, warm
 from bench.experiments.numbers import log_of, rounded
 from bench.packages import required_package
 
-_FILMS, _PRODUCTS = "movieReviewSnippets_GroundTruth.txt", "amazonReviewSnippets_GroundTruth.txt"
-
-
-class Size(NamedTuple):
-    file: str
-    steps: int = 50
-    longest: int = 32
-    """Tokens; what is longer is cut."""
-    schedule: str = "linear"
-
-
-SIZES = {"films": Size(_FILMS), "products": Size(_PRODUCTS), "films_100": Size(_FILMS, 100, 48, "cosine")}
+FILES = {"films": "movieReviewSnippets_GroundTruth.txt", "products": "amazonReviewSnippets_GroundTruth.txt"}
+STEPS = 50
+LONGEST = 32
+"""Tokens; what is longer is cut."""
 BATCH = 16
 HELD_OUT = 1024
 EVAL_BATCH = 64
@@ -68,7 +60,7 @@ class EncoderCell(Cell):
 
     def run(self, options: Options) -> Result:
         data, method, begun = load(self.task, options), METHODS[self.method], time.process_time()
-        steps = 3 if options.quick else SIZES[self.task].steps
+        steps = 3 if options.quick else STEPS
         setting = self._setting(steps)
         if method.reading:
             setting = setting._replace(calibration=calibration_of(self.task, method.reading, options))
@@ -98,11 +90,11 @@ class Data:
     def __init__(self, task: str, options: Options) -> None:
         self.folder = Path(options.model) if options.model else minilm()
         self.tokenizer = AutoTokenizer.from_pretrained(self.folder)
-        rated = _INVENTED * 40 if options.quick else _rated(options.path("reviews") / SIZES[task].file)
+        rated = _INVENTED * 40 if options.quick else _rated(options.path("reviews") / FILES[task])
         order = np.random.default_rng(0).permutation(len(rated))
         rows = [{"text": rated[i][0], "label": int(rated[i][1] > 0)} for i in order]
         held_out = 32 if options.quick else min(HELD_OUT, len(rows) // 4)
-        tokens = self.tokenizer([row["text"] for row in rows], truncation=True, max_length=SIZES[task].longest)
+        tokens = self.tokenizer([row["text"] for row in rows], truncation=True, max_length=LONGEST)
         rows = [
             {"input_ids": ids, "attention_mask": mask, "labels": row["label"]}
             for row, ids, mask in zip(rows, tokens["input_ids"], tokens["attention_mask"], strict=True)
@@ -162,7 +154,7 @@ def _trainer(model: Any, data: Data, cell: EncoderCell, steps: int, out: Path) -
         per_device_train_batch_size=BATCH,
         per_device_eval_batch_size=EVAL_BATCH,
         learning_rate=cell.rate,
-        lr_scheduler_type=SIZES[cell.task].schedule,
+        lr_scheduler_type="linear",
         warmup_steps=max(1, steps // 20),
         weight_decay=0.0,
         logging_steps=1,

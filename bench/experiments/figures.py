@@ -27,7 +27,7 @@ BLUE, RED, PINK, LOFTQ = LORA, PISSA, QPISSA, GREEN
 
 WIDTH = 6.5  # inches: A4's text
 DPI = 130
-COLORS = 32  # of a PNG's palette: a third of the bytes
+COLORS = 64  # of a PNG's palette: less than half of the bytes. 32 turn blue beside many others into green
 SWEEP_NOTE = "n = 1 seed; ringed: the best rate; arrow: diverged, or far above all"
 GAP_NOTE = "bars: two standard errors of the differences, seed by seed; each method at its best rate"
 HEIGHTS = 1.35  # a loss that is above the lowest one by this factor is drawn at the top edge
@@ -85,6 +85,9 @@ _STYLES = {
     "full": Style(GREY, "h", _BOTH),
     "medium": Style(GREEN, "s", _DASHED),
     "minor": Style(ORANGE, "^", _DOTTED),
+    "lora_256": Style(GREEN, "v", _DOTTED),
+    "pissa_64": Style(BLACK, "s", _DASHED),
+    "pissa_256": Style(GREEN, "^", _DOTTED),
     "qlora": Style(LORA, "o", _SOLID, hollow=True),
     "loftq": Style(LOFTQ, "s", _DASHED, hollow=True),
     "qpissa_1": Style(QPISSA, "D", _SOLID, hollow=True),

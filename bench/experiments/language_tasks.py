@@ -68,8 +68,8 @@ class _Size(NamedTuple):
 
 _SIZES = {
     "gsm8k": _Size(40, 2, 104, 40),
+    "gsm8k_250": _Size(250, 2, 120, 40),
     "gsm8k_24": _Size(24, 2, 96, 24),
-    "gsm8k_4": _Size(40, 4, 128, 24),
     "sentences": _Size(24, 4, 44, 48),
     "sums": _Size(48, 8, 64, 200),
 }

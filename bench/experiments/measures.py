@@ -12,11 +12,10 @@ from bench.experiments.figures import label
 from bench.experiments.sweep import Spread, Sweep, loss_of, spread
 
 NAMES = {
-    **{"gsm8k": "GSM8K", "gsm8k_24": "GSM8K, 24 steps", "gsm8k_4": "GSM8K, batches of 4"},
-    **{"sums": "sums", "sentences": "sentences"},
-    **{"films": "films", "films_100": "films, 100 steps", "products": "products"},
+    **{"gsm8k": "GSM8K", "gsm8k_250": "GSM8K, 250 steps", "gsm8k_24": "GSM8K, 24 steps"},
+    **{name: name for name in ("sums", "sentences", "films", "products")},
 }
-ENCODED = ("films", "films_100", "products")
+ENCODED = ("films", "products")
 TASKS = {task: f"{'MiniLM' if task in ENCODED else 'SmolLM2'} on {name}" for task, name in NAMES.items()}
 """Titles."""
 

@@ -101,12 +101,11 @@ def _peft(**fields: Any) -> Callable[[nn.Module, Setting], nn.Module]:
             model,  # type: ignore[arg-type]
             LoraConfig(
                 r=setting.r,
-                lora_alpha=setting.r,
                 target_modules=setting.target_modules,
                 task_type=setting.task_type,
                 rank_pattern=dict(setting.rank_pattern),
                 alpha_pattern=dict(setting.rank_pattern),
-                **fields,
+                **{"lora_alpha": setting.r} | fields,
             ),
         )
 
@@ -177,6 +176,9 @@ METHODS: dict[str, Method] = {
     "full": Method("full", _everything, full=True),
     "medium": Method("medium components", _ours(init=MEDIUM.name)),
     "minor": Method("minor components", _ours(init=MINOR.name)),
+    "lora_256": Method("LoRA, alpha 256", _peft(lora_alpha=256)),
+    "pissa_64": Method("PiSSA, alpha 64", _ours(lora_alpha=64)),
+    "pissa_256": Method("PiSSA, alpha 256", _ours(lora_alpha=256)),
     "qlora": Method("QLoRA", _nf4(init="lora"), dense=False),
     "loftq": Method("LoftQ, T = 5", _nf4(init="loftq", quant_iters=5), dense=False),
     "qpissa_1": Method("QPiSSA, T = 1", _nf4(), dense=False),

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from bench.experiments.claims.alternations import Alternations
+from bench.experiments.claims.alpha import Alpha
 from bench.experiments.claims.any_start import AnyStart
 from bench.experiments.claims.components import Components
 from bench.experiments.claims.equal_rates import EqualRates
 from bench.experiments.claims.fast_svd import FastSvd
 from bench.experiments.claims.few_steps import FewSteps
 from bench.experiments.claims.forgetting import Forgetting
+from bench.experiments.claims.longer import Longer
 from bench.experiments.claims.methods import Methods
 from bench.experiments.claims.mnist import Mnist
 from bench.experiments.claims.nlu import NLU
 from bench.experiments.claims.quant_errors import QuantErrors
 from bench.experiments.claims.ranks import Ranks
 from bench.experiments.claims.released import Released
-from bench.experiments.claims.repair_width import RepairWidth
 from bench.experiments.claims.repairs import Repairs
 from bench.experiments.claims.start_norm import StartNorm
 from bench.experiments.claims.suggested import Suggested
@@ -26,11 +26,11 @@ _ALL: tuple[Experiment, ...] = (
     EqualRates(),
     FewSteps(),
     StartNorm(),
+    Alpha(),
+    Longer(),
     AnyStart(),
     Repairs(),
-    RepairWidth(),
     Released(),
-    Alternations(),
     NLU(),
     Ranks(),
     Components(),

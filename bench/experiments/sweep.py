@@ -62,17 +62,17 @@ class Sweep:
     """One method on one task: `cell` with the rates of the grid, and with further seeds at the best of them."""
 
     cell: Any
-    """Its rate is the middle of the sweep, in RATES; its seed is 0."""
+    """Its rate is the middle of the sweep, in RATES; its seed is the one that chooses the best rate, mostly 0."""
     seeds: tuple[int, ...] = SEEDS
     points: int = POINTS
     extends: bool = True
     """Whether the sweep goes on beyond an end that is the best."""
 
-    def at(self, rate: float, seed: int = 0) -> Any:
-        return replace(self.cell, rate=rate, seed=seed)
+    def at(self, rate: float, seed: int | None = None) -> Any:
+        return replace(self.cell, rate=rate, seed=self.cell.seed if seed is None else seed)
 
     def losses(self, known: Known) -> dict[float, float]:
-        """The held-out losses of seed 0 by rate, ascending; infinite where training diverged."""
+        """The held-out losses of the first seed by rate, ascending; infinite where training diverged."""
         return {rate: loss_of(known[self.at(rate)]) for rate in RATES if self.at(rate) in known}
 
     def wanted(self, known: Known) -> list[Any]:
@@ -94,7 +94,7 @@ class Sweep:
 
     def best(self, known: Known) -> float | None:
         """The rate of the least loss; None while the sweep is not complete, or its best is at an end."""
-        wanted = [cell for cell in self.wanted(known) if cell.seed == 0]
+        wanted = [cell for cell in self.wanted(known) if cell.seed == self.cell.seed]
         if any(cell not in known for cell in wanted):
             return None
         losses = self.losses(known)
@@ -103,7 +103,7 @@ class Sweep:
     def at_best(self, known: Known) -> list[Result]:
         """The results of the seeds at the best rate, up to the first that is not known yet."""
         best = self.best(known)
-        cells = [] if best is None else [self.at(best, seed) for seed in (0, *self.seeds)]
+        cells = [] if best is None else [self.at(best, seed) for seed in (self.cell.seed, *self.seeds)]
         return [known[cell] for cell in takewhile(known.__contains__, cells)]
 
     def width(self, known: Known) -> float | None:
