@@ -52,4 +52,4 @@ def test_the_parts_of_others_are_listed_with_their_licences() -> None:
     assert set(parts) == (ours | {"CUDA runtime"} if pissa.build_info()["cuda"] else ours)
     assert all(version[0].isdigit() and version[-1].isdigit() for version in parts.values())
     assert all(f"\n{part} " in installed["NOTICE"].read_text() for part in parts)
-    assert {"LICENSE", *(f"{part}.txt" for part in ours)} <= installed.keys()
+    assert {"LICENSE", *(f"LICENSE.{part}" for part in ours)} <= installed.keys()
