@@ -190,7 +190,7 @@ def stand_in() -> None:
     hotswap.hotswap_adapter = watched(hotswap.hotswap_adapter)
     peft.auto.check_file_exists_on_hf_hub = save_and_load.check_file_exists_on_hf_hub = is_in_cache
     pissa.PissaModel.add_adapter = watched(functools.wraps(add_adapter)(add))
-    for name in ("load_adapter", "save_pretrained"):
+    for name in ("load_adapter", "add_weighted_adapter", "save_pretrained"):
         setattr(pissa.PissaModel, name, watched(getattr(pissa.PissaModel, name)))
 
 
