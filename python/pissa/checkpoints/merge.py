@@ -260,7 +260,8 @@ def merge(
             None: dense.
         calibration: with `quant` "same": batches of what the model will read, as `pissa.calibrate` takes them. The
             rounding errors of a layer are then carried on to where they change its outputs least (error feedback). The
-            trained model runs once, whole in memory. A layer that is not linear is rounded at random alone.
+            base runs once, whole in memory, to measure its layers' inputs. A layer that is not linear is rounded at
+            random alone.
         progressbar: show one bar over the bytes of the checkpoint on stderr.
 
     Raises:
@@ -280,8 +281,9 @@ def merge(
             raise ValueError(f'calibration: got one, and quant={quant!r}; it is for quant="same": leave it out')
         weights = read_adapter(open_adapter(Path(adapter)), checkpoint)
         plan = plan_merge(checkpoint, weights.folder, form, checkpoint.coded if quant == SAME else ())
-        run = (_MergeInCodes if quant == SAME else _Merge)(plan, weights, form, Path(target))
-        run.calibration = None if calibration is None else list(calibration)
+        run: _Merge = _Merge(plan, weights, form, Path(target))
+        if quant == SAME:
+            run = _MergeInCodes(plan, weights, form, Path(target), None if calibration is None else list(calibration))
         written = run.run(progressbar)
         for doubt in weights.doubts():
             warnings.warn(doubt, stacklevel=2)
@@ -301,7 +303,6 @@ def merge(
 
 class _Merge(Rewrite):
     command = "merge"
-    calibration: list[Batch] | None = None
 
     def __init__(self, plan: Plan, adapter: TrainedWeights, form: Form, target: Path) -> None:
         super().__init__(plan, target)
@@ -351,9 +352,11 @@ class _MergeInCodes(_Merge):
 
     not_copied = (INDEX,)
 
-    def __init__(self, plan: Plan, adapter: TrainedWeights, form: Form, target: Path) -> None:
+    def __init__(
+        self, plan: Plan, adapter: TrainedWeights, form: Form, target: Path, calibration: list[Batch] | None
+    ) -> None:
         check_low_rank(adapter)
-        self.coded = {unit.name for unit in coded_units(plan)}
+        self.coded, self.calibration = {unit.name for unit in coded_units(plan)}, calibration
         super().__init__(plan, adapter, form, target)
 
     def identity(self) -> dict[str, Any]:

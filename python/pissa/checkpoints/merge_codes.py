@@ -73,8 +73,8 @@ def check_low_rank(adapter: TrainedWeights) -> None:
 
 
 def moments_of(adapter: TrainedWeights, calibration: Iterable[Batch] | None) -> Mapping[str, Tensor]:
-    """The second moments of what the adapted linear layers of the trained model read, by layer; none without a
-    calibration. The whole model runs in memory."""
+    """The second moments of what the adapted linear layers read in the base, by layer; none without a calibration. The
+    whole model runs in memory."""
     if calibration is None:
         return {}
     model = load(adapter.source.folder, adapter=adapter.folder.path, is_trainable=False)

@@ -14,8 +14,9 @@ from pissa.system import peak_resident
 def peak_memory() -> int:
     """Peak memory so far, in bytes: the memory allocated on a GPU or, without one, the resident memory of this
     process, or what is resident now, where the system does not know the peak."""
-    resident = peak_resident() or psutil.Process().memory_info().rss
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resident
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return peak_resident() or psutil.Process().memory_info().rss
 
 
 def free_memory() -> int:

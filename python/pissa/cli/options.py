@@ -59,11 +59,11 @@ _DEFAULTS: dict[str, Any] = {
     **{"bf16": False, "gradient_checkpointing": None, "dtype": None, "use_cpu": not has_passed_on_gpu()},
     **{name: default if isinstance(default, bool) else None for name, default in _METHOD.items()},
 }
-# The start's best rate at rank 16, on GSM8K and on sums (bench/experiments, SmolLM2-135M). The paper's 2e-5 is for 7
-# billion parameters and rank 128. For preferences, TRL's default remains.
-_RATE = {"SFT": {"learning_rate": None}}
-_RATES = {("lora", False): 2e-3, ("lora", True): 1e-3}  # by init and use_rslora
-_OTHERS_RATE = 2e-4
+# The best rates at rank 16, on GSM8K and on sums (bench/experiments, SmolLM2-135M): PiSSA's, for all other starts, too,
+# and LoRA's, by use_rslora. The paper's 2e-5 is for 7 billion parameters and rank 128. For preferences, TRL's default
+# remains.
+_PISSAS_RATE, _LORAS_RATE = 2e-4, {False: 2e-3, True: 1e-3}
+_BY_START = {"SFT": {"learning_rate": None}}
 # Rank 64 lowers the loss on GSM8K by 0.026 ± 0.008 and takes 1.5 times as long. On films the difference was within
 # noise (bench/experiments, start-norm).
 _RANK = 16
@@ -129,7 +129,7 @@ def trl_parser(trainer: str, **options: Any) -> TrlParser:
         *_fields(pissa.PissaConfig, _METHOD),
     ]
     first = make_dataclass("Options", ours, namespace={"_argument_group_name": "model, data and method"})
-    changed = _fields(config, {*_ALIASES, *_DEFAULTS, *_TYPES}, **_RATE.get(trainer, {}))
+    changed = _fields(config, {*_ALIASES, *_DEFAULTS, *_TYPES}, **_BY_START.get(trainer, {}))
     training = make_dataclass("Training", changed, bases=(config,))
     parser = TrlParser((first, training), **options)
     file = "YAML file of options by their long names; flags take precedence"
@@ -182,7 +182,7 @@ def adapter_config(ours: Any, seed: int, split: pissa.PissaConfig | None = None)
 
 def rate_of(config: pissa.PissaConfig) -> float:
     """The learning rate of a supervised training that does not name one."""
-    return _RATES.get((config.init, config.use_rslora), _OTHERS_RATE)
+    return _LORAS_RATE[config.use_rslora] if config.init == "lora" else _PISSAS_RATE
 
 
 # ---- run.yaml --------------------------------------------------------------------------------------------------------

@@ -152,7 +152,8 @@ def _complete_options(ours: Any, training: Any) -> tuple[pissa.PissaConfig, Mode
         is_residual = model_folder.contents is Contents.RESIDUAL
         split = AdapterRecord.read(model_folder.folder / PISSA_RECORD).config if is_residual else None
     config = adapter_config(ours, training.seed, split)
-    training.learning_rate = training.learning_rate or rate_of(config)
+    if training.learning_rate is None:
+        training.learning_rate = rate_of(config)
     ours.dtype = ours.dtype or _own_dtype(model_folder)
     if ours.resume:
         check_same_run(out, ours, training)

@@ -85,15 +85,17 @@ def test_only_codes_change_and_as_in_memory(kind: str, layout: str, tokens: Tens
     assert (again - logits(model, tokens)).isfinite().all()
 
 
-@pytest.mark.parametrize("kind", ["mxfp4-compressed", "mxfp4-gpt-oss", "gguf"])
-def test_error_feedback_by_what_the_trained_model_reads(kind: str, tokens: Tensor, tmp_path: Path) -> None:
-    if kind == "gguf":
+@pytest.mark.parametrize(
+    ("kind", "layout"), [("llama", "mxfp4-compressed"), ("gpt_oss", "mxfp4-gpt-oss"), ("llama", "gguf")]
+)
+def test_error_feedback_by_what_the_base_reads(kind: str, layout: str, tokens: Tensor, tmp_path: Path) -> None:
+    if layout == "gguf":
         base, target = tmp_path / "base.gguf", tmp_path / "merged.gguf"
-        gguf_fixtures.write(gguf_fixtures.make("llama"), "llama", base, without_floats)
+        gguf_fixtures.write(gguf_fixtures.make(kind), kind, base, without_floats)
         write = partial(pissa.export, tmp_path / "run", target, "gguf-model")
     else:
         base, target = tmp_path / "model", tmp_path / "merged"
-        released("gpt_oss" if "gpt_oss" in kind.replace("-", "_") else "llama", kind, base)
+        released(kind, layout, base)
         write = partial(merge, tmp_path / "run", base, target, quant="same")
     adapter_on(base, tmp_path / "run")
     write(calibration=[tokens])
