@@ -262,7 +262,7 @@ def first_run() -> str:
     return _table(
         f"  | before | after {round(int(minutes) + int(seconds) / 60)} minutes, with {memory} of memory",
         [
-            [f"reviews sorted rightly, of {found['of']} others", *map(str, found["right"].values())],
+            [f"reviews sorted correctly, of {found['of']} others", *map(str, found["right"].values())],
             ["held-out loss", *loss],
             ["the answer to the first of these reviews", *answers],
         ],
