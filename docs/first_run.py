@@ -127,7 +127,8 @@ def draw(path: Path, lines: list[str]) -> None:
         console = Console(record=True, width=COLUMNS, file=nowhere, highlight=False)
         for line in lines:
             console.print(line, markup=False)
-        console.save_svg(str(path), title="")
+        drawn = console.export_svg(title="")
+    path.write_text(re.sub(r" *@font-face {.*?}\n", "", drawn, flags=re.DOTALL), encoding="utf-8")  # fonts of a server
 
 
 if __name__ == "__main__":
