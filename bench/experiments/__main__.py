@@ -1,6 +1,6 @@
 """The paper's claims on models and data that two cores can train, every method at its best rate.
 
-    python -m bench.experiments NAME --data gsm8k=DIR reviews=DIR mnist=DIR    # runs what is missing, writes the page
+    python -m bench.experiments NAME --data gsm8k=DIR reviews=DIR    # runs what is missing, writes the page
     python -m bench.experiments NAME --only-page                               # writes the page from known results
     python -m bench.experiments --list
 

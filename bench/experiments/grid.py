@@ -51,6 +51,11 @@ _LANGUAGE = {
     "nf2_both": 2e-3,
     **dict.fromkeys(RELEASED, 2e-3),
 }
+# On GSM8K with SmolLM2, at rank 16.
+_BEST = {
+    **dict.fromkeys(["lora", "qlora", "repair_1", "feedback_repair", "lora_on_5", "own_codes"], 2e-3),
+    **{"rslora": 1e-3, "unit": 1e-3, "pissa": 2e-4, "qpissa_5": 5e-4, "full": 1e-4},
+}
 _ENCODER = {
     "lora": 5e-3,
     "gaussian": 5e-3,
@@ -71,6 +76,11 @@ _TIMES = {1: 2.5, 4: 2.0, 16: 1.0, 64: 0.5, 128: 0.4}
 
 def language_sweep(task: str, method: str, r: int = 16) -> Sweep:
     return Sweep(LanguageCell(task, method, r, _LANGUAGE[method] * _TIMES[r]))
+
+
+def second_sweep(task: str, method: str) -> Sweep:
+    """On a second model: of three rates, around the best one of the first."""
+    return Sweep(LanguageCell(task, method, 16, _BEST[method]), points=3)
 
 
 def encoder_sweep(task: str, method: str, r: int = 16, seeds: tuple[int, ...] = SEEDS) -> Sweep:

@@ -56,7 +56,7 @@ class LanguageCell(Cell):
         task, method = task_of(self.task, options), METHODS[self.method]
         begun = time.process_time()
         model = load_model(task.folder, method, options.quick)
-        setting = Setting(self.r, self.seed, task.steps, "CAUSAL_LM")
+        setting = Setting(self.r, self.seed, task.steps, "CAUSAL_LM", file=task.file)
         if method.reading:
             setting = setting._replace(calibration=calibration_of(self.task, method.reading, options))
         model = method.wrap(model, setting)
@@ -119,7 +119,7 @@ def make_trainer(model: Any, task: LanguageTask, cell: LanguageCell, out: Path) 
     cut at norm 1. A base and its activations are bfloat16, adapters and their products float32."""
     method = METHODS[cell.method]
     disable_progress_bars()
-    curved = cell.seed in SEEDS and method.dense and not task.exact
+    curved = cell.seed in SEEDS and method.dense and not (task.exact or task.file)
     curve = {"eval_strategy": "steps", "eval_steps": max(1, task.steps // CURVE)} if curved else {}
     args = SFTConfig(
         output_dir=str(out),

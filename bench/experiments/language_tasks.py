@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import reasoning_gym
 from transformers import AutoTokenizer
 
-from bench.compare.weights import smollm2
+from bench.compare.weights import smollm2, unpacked
 from bench.experiments.experiment import Options
-from bench.packages import required_package
+from bench.packages import required_package, unpack
 from pissa.cli.data import encode, read_chats
 from pissa.cli.sources import records
 from pissa.cli.templates import Chat
@@ -43,6 +44,8 @@ class LanguageTask(NamedTuple):
     """Training examples that are too long for the training, which calibrations read."""
     prose: list[Row]
     """The text behind `unrelated`."""
+    file: Path | None
+    """The GGUF file that the model was decoded from, where it has codes of its own."""
 
     def texts(self, what: str, examples: int) -> list[Row]:
         """What a base is calibrated on: the first training examples ("task"), and longer ones when there are too few;
@@ -64,6 +67,8 @@ class _Size(NamedTuple):
     held_out: int
     prose: tuple[int, int] = (12, 96)
     """Rows that are measured, and tokens in each."""
+    file: str = ""
+    """The name of the model's GGUF file among the data; SmolLM2 if it is empty."""
 
 
 _SIZES = {
@@ -72,6 +77,8 @@ _SIZES = {
     "gsm8k_24": _Size(24, 2, 96, 24),
     "sentences": _Size(24, 4, 44, 48),
     "sums": _Size(48, 8, 64, 200),
+    "gemma_gsm8k": _Size(40, 2, 128, 40, file="gemma"),
+    "gemma_sums": _Size(48, 8, 64, 200, file="gemma"),
 }
 _QUICK = _Size(2, 1, 256, 2, (2, 8))
 _READ = 256
@@ -85,13 +92,17 @@ def load_task(name: str, options: Options) -> LanguageTask:
     Raises:
         SystemExit: a model or data that are needed are not there.
     """
-    folder = Path(options.model) if options.model else smollm2()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.chat_template = PLAIN_TEMPLATE
     size = _SIZES[name]
+    file = options.path(size.file) if size.file and not options.quick else None
+    ours = unpacked(size.file, partial(unpack, file)) if file else smollm2()
+    folder = Path(options.model) if options.model else ours
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if not file:  # others get the Alpaca prompt
+        tokenizer.chat_template = PLAIN_TEMPLATE
+    exact = name.endswith("sums")
     if name == "sentences":
         train, test = _sentences()
-    elif name == "sums" or options.quick:  # which are short: a vocabulary of 49,152 makes a tiny model's tokens dear
+    elif exact or options.quick:  # which are short: a vocabulary of 49,152 makes a tiny model's tokens dear
         train, test = _sums(size.held_out)
     else:
         train, test = _gsm8k(options.path("gsm8k"))
@@ -105,8 +116,8 @@ def load_task(name: str, options: Options) -> LanguageTask:
     count, length = size.prose
     prose = _prose(tokenizer, count + _PROSE, length)
     return LanguageTask(
-        *(folder, tokenizer, size.steps, size.batch, short, held_out, prose[:count], name == "sums"),
-        *(longer, prose[count:]),
+        *(folder, tokenizer, size.steps, size.batch, short, held_out, prose[:count], exact, longer, prose[count:]),
+        file,
     )
 
 
@@ -160,4 +171,6 @@ def _prose(tokenizer: Any, count: int, length: int) -> list[Row]:
     book = (package / "data" / "in_the_year_2889.txt").read_text(encoding="utf-8")
     text = book.partition("*** START OF")[2].partition("***")[2].strip()
     tokens = tokenizer(text, add_special_tokens=False).input_ids[: count * length]
-    return [{"input_ids": row, "labels": row} for i in range(count) if (row := tokens[i * length : (i + 1) * length])]
+    starts = range(0, len(tokens), length)
+    rows = [tokenizer("").input_ids + tokens[start : start + length] for start in starts]  # of Gemma's, "" has a token
+    return [{"input_ids": row, "labels": row} for row in rows]

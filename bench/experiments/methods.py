@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import cache
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
@@ -58,6 +59,8 @@ class Setting(NamedTuple):
     """Ranks of layers that have another than r; the scaling stays 1. PEFT's LoRA and our methods take it."""
     calibration: pissa.Calibration | None = None
     """Of the dense model, for a method that has a `reading`."""
+    file: Path | None = None
+    """The GGUF file that the model was decoded from."""
 
 
 class Method(NamedTuple):
@@ -151,6 +154,13 @@ def _repaired(label: str, reading: Reading = Reading(), quant: str = "nf4", **fi
     return Method(label, _ours(**{"init": "lora", "quant": quant} | fields), dense=False, reading=reading)
 
 
+def _own_codes(model: nn.Module, setting: Setting) -> nn.Module:
+    """LoRA's start on the file's own codes, in the place of the decoded model."""
+    fields: dict[str, Any] = {"target_modules": setting.target_modules, "task_type": setting.task_type}
+    assert setting.file is not None
+    return pissa.load(setting.file, r=setting.r, init="lora", seed=setting.seed, dtype=torch.bfloat16, **fields)
+
+
 def _everything(model: nn.Module, setting: Setting) -> nn.Module:
     return model.requires_grad_()
 
@@ -203,5 +213,6 @@ METHODS: dict[str, Method] = {
     "nf3_repair": _repaired("nf3, repair", quant="nf3", repair="activations"),
     "nf3_both": _repaired("nf3, both", quant="nf3", repair="activations", error_feedback=True),
     "nf2_both": _repaired("nf2, both", quant="nf2", repair="activations", error_feedback=True),
+    "own_codes": Method("the file's own codes", _own_codes, dense=False),
     **{format: Method(f"{format}(W)", _ours(init="lora", quant=format), dense=False) for format in RELEASED},
 }

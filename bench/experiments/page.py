@@ -34,7 +34,7 @@ This page is made from `bench/results/experiments/*.jsonl` and its conclusions:
     # this page again
     python -m bench.experiments --only-page
     # the cells that are missing
-    python -m bench.experiments --data gsm8k=DIR reviews=DIR mnist=DIR
+    python -m bench.experiments --data gsm8k=DIR reviews=DIR
     # all of it again, elsewhere
     python -m bench.experiments --data … --results DIR --page DIR
 """

@@ -9,9 +9,9 @@ from bench.experiments.claims.equal_rates import EqualRates
 from bench.experiments.claims.fast_svd import FastSvd
 from bench.experiments.claims.few_steps import FewSteps
 from bench.experiments.claims.forgetting import Forgetting
+from bench.experiments.claims.gemma import Gemma
 from bench.experiments.claims.longer import Longer
 from bench.experiments.claims.methods import Methods
-from bench.experiments.claims.mnist import Mnist
 from bench.experiments.claims.nlu import NLU
 from bench.experiments.claims.quant_errors import QuantErrors
 from bench.experiments.claims.ranks import Ranks
@@ -28,6 +28,7 @@ _ALL: tuple[Experiment, ...] = (
     StartNorm(),
     Alpha(),
     Longer(),
+    Gemma(),
     AnyStart(),
     Repairs(),
     Released(),
@@ -37,7 +38,6 @@ _ALL: tuple[Experiment, ...] = (
     QuantErrors(),
     FastSvd(),
     Forgetting(),
-    Mnist(),
     Suggested(),
 )
 EXPERIMENTS: dict[str, Experiment] = {experiment.name: experiment for experiment in _ALL}
