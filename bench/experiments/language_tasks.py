@@ -25,6 +25,9 @@ PLAIN_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
+# For a model that knows no chats: lines, behind the start token.
+BARE_TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
+
 
 class LanguageTask(NamedTuple):
     """Rows have input_ids and labels. Labels are -100 except for the tokens of answers."""
@@ -77,7 +80,7 @@ _SIZES = {
     "gsm8k_24": _Size(24, 2, 96, 24),
     "sentences": _Size(24, 4, 44, 48),
     "sums": _Size(48, 8, 64, 200),
-    "gemma_gsm8k": _Size(40, 2, 128, 40, file="gemma"),
+    "gemma_gsm8k": _Size(40, 2, 96, 40, file="gemma"),
     "gemma_sums": _Size(48, 8, 64, 200, file="gemma"),
 }
 _QUICK = _Size(2, 1, 256, 2, (2, 8))
@@ -97,8 +100,7 @@ def load_task(name: str, options: Options) -> LanguageTask:
     ours = unpacked(size.file, partial(unpack, file)) if file else smollm2()
     folder = Path(options.model) if options.model else ours
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    if not file:  # others get the Alpaca prompt
-        tokenizer.chat_template = PLAIN_TEMPLATE
+    tokenizer.chat_template = BARE_TEMPLATE if file else PLAIN_TEMPLATE
     exact = name.endswith("sums")
     if name == "sentences":
         train, test = _sentences()
