@@ -125,7 +125,9 @@ class _LabelledTrainer(SFTTrainer):
         targets = given.pop("labels")[:, 1:]
         counted = targets != IGNORED
         first = 0 if self.compute_metrics else int(counted.any(0).nonzero()[0])
-        outputs = model(**given, use_cache=False, logits_to_keep=targets.shape[1] + 1 - first)
+        # As indices: of a slice, which is not contiguous, torch's product in bfloat16 takes 18 times as long.
+        places = torch.arange(first, targets.shape[1] + 1)
+        outputs = model(**given, use_cache=False, logits_to_keep=places)
         kept = outputs.logits[:, :-1][counted[:, first:]]
         loss = nn.functional.cross_entropy(kept.float(), targets[counted])
         return (loss, outputs) if return_outputs else loss
