@@ -10,6 +10,7 @@ import runpy
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -123,6 +124,38 @@ def _valleys(axes: Axes, lora: dict[float, float], pissa: dict[float, float], to
         axes.text(place, 0.95, text, ha=end, va="top", transform=axes.get_xaxis_transform(), **look)
 
 
+# The ways of a merge into few bits, in bench/results/merge_share.json: label, colour, marker.
+WAYS = {
+    "nearest": ("to the nearest code", "0.5", "X"),
+    "dither": ("at random", "#56B4E9", "o"),
+    "feedback": ("error feedback", "#E69F00", "s"),
+    "feedback, dither": ("at random, with feedback", "#0072B2", "D"),
+    "through": ("trained through the rounding", "black", "|"),
+}
+
+
+def merges() -> Figure:
+    """What a merge into few bits keeps of a training's gain, by the way of rounding. Seeds are averaged."""
+    rows = json.loads((DATA / "merge_share.json").read_text())["rows"]
+    names = [f"{row['of'].removesuffix('.gguf').replace('-Instruct', '')}, {row['steps']} steps" for row in rows]
+    places = {name: place for place, name in enumerate(dict.fromkeys(names))}
+    figure, (axes,) = figures.panels(["kept of the gain in held-out loss"], height=3.6)
+    for way, (label, color, marker) in WAYS.items():
+        kept: dict[str, list[float]] = {}
+        for name, row in zip(names, rows, strict=True):
+            if (share := row.get(f"kept, {way}")) is not None:
+                kept.setdefault(name, []).append(100 * share)
+        points = [fmean(shares) for shares in kept.values()], [places[name] for name in kept]
+        axes.scatter(*points, s=60 if marker == "|" else 28, color=color, marker=marker, label=label, zorder=3)
+    axes.set_yticks(range(len(places)), list(places))
+    axes.invert_yaxis()
+    axes.set_xlim(-4, 104)
+    axes.set_xlabel("% (100: the adapter beside the base)")
+    axes.legend(loc="center left", bbox_to_anchor=(0.12, 0.5), frameon=True)
+    figures.note(figure, "SmolLM2-135M where no model is named; LoRA, rank 16, on GSM8K, 2 problems a step")
+    return figure
+
+
 def split() -> Figure:
     """A weight, its singular values, and its two parts."""
     figure, axes = figures.panels(["the weight's singular values", "what becomes of them"], height=2.2)
@@ -219,7 +252,7 @@ def _text(axes: Axes, x: float, y: float, text: str) -> None:
     axes.text(x, y, text, ha="center", va="center")
 
 
-PICTURES: dict[str, Callable[[], Any]] = {draw.__name__: draw for draw in (speed, valley, split, fused, rooms)}
+PICTURES: dict[str, Callable[[], Any]] = {draw.__name__: draw for draw in (speed, valley, merges, split, fused, rooms)}
 
 
 def main() -> None:
