@@ -53,7 +53,7 @@ _LANGUAGE = {
 }
 # On GSM8K with SmolLM2, at rank 16.
 _BEST = {
-    **dict.fromkeys(["lora", "qlora", "repair_1", "feedback_repair", "lora_on_5", "own_codes"], 2e-3),
+    **dict.fromkeys(["lora", "qlora", "feedback_repair", "lora_on_5", "own_codes"], 2e-3),
     **{"rslora": 1e-3, "unit": 1e-3, "pissa": 2e-4, "qpissa_5": 5e-4, "full": 1e-4},
 }
 _ENCODER = {

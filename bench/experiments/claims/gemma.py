@@ -11,8 +11,8 @@ from bench.experiments.figures import label
 from bench.experiments.sweep import Sweep
 
 DENSE = ("lora", "rslora", "pissa", "unit", "full")
-FOUR_BIT = ("qlora", "repair_1", "feedback_repair", "lora_on_5", "qpissa_5", "own_codes")
-METHODS = {"gsm8k": (*DENSE, *FOUR_BIT), "sums": ("lora", "rslora", "pissa", "qlora", "feedback_repair", "lora_on_5")}
+FOUR_BIT = ("qlora", "feedback_repair", "lora_on_5", "qpissa_5", "own_codes")
+METHODS = {"gsm8k": (*DENSE, *FOUR_BIT), "sums": ("lora", "rslora", "pissa")}
 
 
 def sweeps(task: str, options: Options) -> dict[str, tuple[Sweep, Sweep]]:
