@@ -1,4 +1,4 @@
-"""A GGUF file as the base, on a CPU: trained as it lies there, and one new file out.
+"""Trains an adapter on a GGUF file as it is, on a CPU, and merges it into a new file of the same types.
 
 python examples/gguf_file.py model.gguf train.jsonl OUT.gguf   # {"question": …, "answer": …} on each line
 """

@@ -1,4 +1,4 @@
-"""A model as it is released, in FP8, MXFP4, NVFP4 or INT4: trained on its own codes, and merged into them again.
+"""Trains an adapter on a model as it is released, in FP8, MXFP4, NVFP4 or INT4, and merges it into the same format.
 
 python examples/released_model.py MODEL train.jsonl OUT   # {"question": …, "answer": …} on each line
 """

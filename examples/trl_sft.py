@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer, in 4 bits, on a base that is calibrated on the first examples.
+"""TRL's SFTTrainer, on a 4-bit base that is calibrated on the first eight examples.
 
 python examples/trl_sft.py MODEL train.jsonl OUT     # train.jsonl: {"question": …, "answer": …} on each line
 """
@@ -34,7 +34,7 @@ def chat(record: dict[str, str]) -> dict[str, list[dict[str, str]]]:
 data = data.map(chat, remove_columns=data.column_names)
 texts = [tokenizer.apply_chat_template(row["prompt"] + row["completion"], tokenize=False) for row in list(data)[:8]]
 batches = [tokenizer(text, add_special_tokens=False, return_tensors="pt") for text in texts]
-# Eight examples choose the codes: what the layers read weighs the errors.
+# A repair keeps the part of the 4-bit error that changes the outputs on these examples most.
 model = pissa.wrap(model, r=16, quant="nf4", calibration=batches, task_type="CAUSAL_LM")
 
 arguments = SFTConfig(

@@ -135,20 +135,6 @@ def _rate(model: str, format: str, result: dict[str, Any]) -> list[str]:
     return [model, format, _number(rate), growth, memory, f"{result['share_of_dense_rate']:.2f}"]
 
 
-def fits() -> str:
-    """The 4-bit rows: memory and rate of a step."""
-    found, large = _load(STEPS), _largest(RELEASED)
-    lines = []
-    for name, (model, format) in RATES.items():
-        if format == "nf4":
-            result = found[name]["result"]
-            memory = [f"{result[part] / _GB:.1f} GB" for part in ("private", "together")]
-            lines.append([f"{model}, nf4", *memory, _number(result["tokens_per_second"])])
-    memory = [f"{large[part]:.1f} GB" for part in ("private_gb", "together_gb")]
-    lines.append(["gpt-oss-20b's shapes, mxfp4", *memory, _tokens(large)])
-    return _table("model | own memory | with the file's pages | tokens a second", lines)
-
-
 def models() -> str:
     """Minutes and memory of 500 examples, for models to choose from. A model's rate times its parameters lies between
     those of the two measured models next to it in size."""
@@ -323,7 +309,6 @@ TABLES: dict[str, Callable[[], str]] = {
         *(
             training,
             beside,
-            fits,
             models,
             xeon_rates,
             layers,
