@@ -79,14 +79,14 @@ def __getattr__(name: str) -> Any:
     if name == "__version__":
         return resolve_name("pissa.ops:build_info")()["version"]
     if name not in _HOMES:
-        raise AttributeError(f"module 'pissa' has no attribute {name!r}")
+        raise AttributeError(f"module 'pissa' has no attribute {name!r} [P003]")
     try:
         return resolve_name(_HOMES[name])
     except ModuleNotFoundError as error:
         if error.name in ("peft", "transformers", "accelerate", "safetensors", "huggingface_hub", "tqdm", "xxhash"):
             raise ModuleNotFoundError(
                 f"pissa.{name} needs {error.name}, which is not installed: run `pip install {error.name}`, or install "
-                "pissa[hf]",
+                "pissa[hf] [P002]",
                 name=error.name,
             ) from error
         raise

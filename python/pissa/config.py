@@ -271,18 +271,18 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
             if f.name not in SUPPORTED and value != default:
                 raise ValueError(
                     f"{f.name}={value!r} is not supported with PiSSA; leave it out (default {default!r}), or "
-                    "use peft.LoraConfig for a plain LoRA adapter"
+                    "use peft.LoraConfig for a plain LoRA adapter [P013]"
                 )
 
     def _check_scaling(self) -> None:
         for name, rank in self._of_layers("r", "rank_pattern"):
             if not _is_int(rank) or rank < 1:  # PEFT's words
-                raise ValueError(f"`{name}` should be a positive integer value but the value passed is {rank!r}")
+                raise ValueError(f"`{name}` should be a positive integer value but the value passed is {rank!r} [P014]")
         for name, alpha in self._of_layers("lora_alpha", "alpha_pattern"):
             if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not 0 < alpha < math.inf:
-                raise ValueError(f"{name}: got {alpha!r}; allowed: a positive number (factors are scaled by 1/alpha)")
+                raise ValueError(f"{name}: got {alpha!r}; allowed: a positive number (factors scale by 1/alpha) [P014]")
         if not isinstance(self.lora_dropout, (int, float)) or not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"lora_dropout: got {self.lora_dropout!r}; allowed: 0 to 1, without 1")
+            raise ValueError(f"lora_dropout: got {self.lora_dropout!r}; allowed: 0 to 1, without 1 [P014]")
 
     def _of_layers(self, name: str, pattern: str) -> Iterator[tuple[str, Any]]:
         """Yields a field, and the values that a pattern has for some layers, under the names used in messages."""
@@ -343,7 +343,7 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
             if needs_codes and self.quant is None:
                 raise ValueError(
                     f"{name}: got {getattr(self, name)!r} without quant, and nothing else is quantised: give "
-                    f"quant={' or '.join(map(repr, FORMATS))} with it, or leave {name} out"
+                    f"quant={' or '.join(map(repr, FORMATS))} with it, or leave {name} out [P032]"
                 )
 
     def _check_start(self) -> None:
@@ -358,7 +358,7 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
         if self.quant_iters > 1 and start not in (*ALTERNATING, "given"):
             raise ValueError(
                 f"quant_iters: got {self.quant_iters}, but the residual lacks the start of {start!r}; allowed: "
-                f"1, or more with {' or '.join(map(repr, ALTERNATING))} as init or repair"
+                f"1, or more with {' or '.join(map(repr, ALTERNATING))} as init or repair [P031]"
             )
 
     def _check_blocks(self) -> None:
@@ -369,7 +369,7 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
         elif self.blocksize != PissaConfig.blocksize:
             raise ValueError(
                 f"blocksize: got {self.blocksize!r}; with quant={self.quant!r} a block is "
-                f"{format.usual_blocksize or 'a row'}: leave blocksize out"
+                f"{format.usual_blocksize or 'a row'}: leave blocksize out [P035]"
             )
 
 
@@ -395,7 +395,7 @@ def exactly(name: str) -> str:
 def _refuse(target: nn.Module, adapter_name: str, **kwargs: Any) -> NoReturn:
     raise TypeError(
         "a PissaConfig needs pissa.wrap(model, config), or peft.get_peft_model, got one of PEFT's functions below "
-        "them, which put layers into a model and cannot start an adapter"
+        "them, which put layers into a model and cannot start an adapter [P012]"
     )
 
 

@@ -62,7 +62,7 @@ def check_whole(tensors: Mapping[str, Tensor]) -> None:
             f"the model is sharded: this process holds only a part of {sharded[0]}. Gather it on all ranks by "
             "accelerator.get_state_dict(model), or torch.distributed.checkpoint.state_dict.get_model_state_dict(model, "
             "options=StateDictOptions(full_state_dict=True, cpu_offload=True)), and pass it as state_dict, with "
-            "is_main_process"
+            "is_main_process [P048]"
         )
 
 
@@ -173,7 +173,7 @@ def agree(value: object = None) -> list[Any]:
     values, errors = zip(*_gather(value, None), strict=True)
     for other, error in enumerate(errors):
         if error is not None:
-            raise RankError(f"rank {other} failed, so this one stops too. The error there: {error}")
+            raise RankError(f"rank {other} failed, so this one stops too [P046]. The error there: {error}")
     return list(values)
 
 

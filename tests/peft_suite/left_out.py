@@ -75,7 +75,7 @@ REFUSALS: dict[str, str] = {
     r"with target_modules='all-linear'": "target_parameters name single experts' parameters, all-linear all of them",
     r": a PissaConfig needs pissa.wrap": "PEFT's low-level functions cannot start the adapter",
     r": the model carries an adapter already": "wrapping a wrapped model",
-    r": adapter_name: got .* could not be distinguished": "an adapter of the name of a parameter",
+    r": adapter_name: got .* could not be told apart": "an adapter of the name of a parameter",
     r": add_weighted_adapter: PiSSA's adapters are not summed": "sums of adapters",
     r": rank \d+ is too large for layer": "a rank above the smaller side of the layer's weight",
     r": Incompatible PEFT types found: PISSA and LORA": "hot-swapping ends before anything is touched",

@@ -37,7 +37,7 @@ Choice choose(std::span<const Candidate> candidates, const std::string& wanted) 
     }
     choice.unused.insert(choice.unused.begin(), candidate->isa + (": " + reason));
   }
-  PISSA_CHECK(choice.kernels, "PISSA_ISA: got '", wanted, "'; this build on this machine has: ", runnable);
+  PISSA_CHECK(choice.kernels, "PISSA_ISA: got '", wanted, "'; this build on this machine has: ", runnable, " [P007]");
   return choice;
 }
 

@@ -156,7 +156,8 @@ class SelfTest {
       set_open(device, route, is_right(route));
       if (is_right(route)) continue;
       closed.push_back(message(name(route), " computes wrongly on CUDA device ", device, " (compute capability ",
-                               capability(device) / 10, ".", capability(device) % 10, "), so ", instead(route)));
+                               capability(device) / 10, ".", capability(device) % 10, "), so ", instead(route),
+                               " [P005]"));
     }
     set_tested(device, true);
     return closed;
@@ -224,7 +225,7 @@ class SelfTest {
   [[noreturn]] void fail(const std::string& what) const {
     throw std::runtime_error(message("the self-test of CUDA device ", context_.device, " failed: ", what,
                                      "; set PISSA_COMPOSITE=1, with which PyTorch's operations compute, and report it "
-                                     "with what `pissa env` prints"));
+                                     "with what `pissa env` prints [P006]"));
   }
 
   // a [rows, inner] and b [cols, inner]. Sums are at most 4 * 96: a bias of 3 beside them is exact in f16.

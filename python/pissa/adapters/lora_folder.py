@@ -132,9 +132,9 @@ def open_adapter(folder: Path) -> LoraFolder:
     """Determines what an adapter's folder is. No other code does. A folder of ours whose plain LoRA another program has
     replaced is that plain LoRA, with a warning."""
     if not folder.is_dir():
-        raise ValueError(f"{folder} is {'not a folder' if folder.exists() else 'missing'}; needed: an adapter's folder")
+        raise ValueError(f"{folder} is {'a file' if folder.exists() else 'missing'}; needed: an adapter folder [P071]")
     if not has_adapter(folder):
-        raise ValueError(f"{folder} holds no adapter: there is no {ADAPTER_CONFIG}")
+        raise ValueError(f"{folder} holds no adapter: there is no {ADAPTER_CONFIG} [P071]")
     config, weights = read_lora_config(folder / ADAPTER_CONFIG), TensorFile(folder / ADAPTER_WEIGHTS)
     factors = _factors(config, folder / ADAPTER_CONFIG, weights)
     ours = None
@@ -146,7 +146,7 @@ def open_adapter(folder: Path) -> LoraFolder:
         if weights.metadata[MARK] != ours.tensors.digest:
             raise ValueError(
                 f"{weights.path} is not that of {PISSA_WEIGHTS}, because saving was interrupted, or it is from another "
-                "folder. Load the adapter with PissaModel.from_pretrained, which does not need it, and save it again"
+                "folder. Load the adapter by PissaModel.from_pretrained, which does not need it, and save that [P058]"
             )
         times = 2 if any(layer.has_b0 for layer in ours.layers.values()) else 1
         check_same_layers(
@@ -206,7 +206,7 @@ def read_lora_config(path: Path) -> dict[str, Any]:
         defaults = {field.name: default_of(field) for field in dataclasses.fields(LoraConfig)}
         for name, value in config.items():
             if name not in _KNOWN and value != defaults.get(name) and value not in (None, False, {}, []):
-                raise ValueError(f"{name} is {quote(value)}, a variant of LoRA that cannot be converted")
+                raise ValueError(f"{name} is {quote(value)}, a variant of LoRA that cannot be converted [P070]")
         config = {name: defaults[name] for name in _USED} | config
         for name, expected in _USED.items():
             if not isinstance(config[name], expected):
@@ -277,7 +277,7 @@ def _factors(config: dict[str, Any], config_path: Path, weights: TensorFile) -> 
         for key, shape in factors[target].shapes(rank).items():
             weights.expect(key, shape, SAVED_FLOATS, f"{target}, whose rank is {rank} in {config_path.name}")
     if not factors:
-        raise ValueError(f"{weights.path} holds no factors: no tensor is called lora_A or lora_embedding_A")
+        raise ValueError(f"{weights.path} holds no factors: no tensor is called lora_A or lora_embedding_A [P071]")
     return factors
 
 

@@ -188,8 +188,8 @@ def check_uniform(model: nn.Module, factors: Mapping[str, tuple[int, float]]) ->
             for index in range(1, len(experts)):
                 if factors.get(layer := f"{path}.{index}.{name}") != first:
                     raise ValueError(
-                        f"layer {layer} is not adapted like {path}.0.{name}; the experts of a module need one "
-                        "rank and alpha, or none of them an adapter: see target_modules, rank_pattern, alpha_pattern"
+                        f"layer {layer} is not adapted like {path}.0.{name}; the experts of a module need one rank "
+                        "and alpha, or none of them an adapter: see target_modules, rank_pattern, alpha_pattern [P024]"
                     )
 
 

@@ -64,7 +64,7 @@ MARK = "pissa"
 
 RECIPE = ("recipe.a", "recipe.b")
 
-SAVED = "It is not as save_pretrained wrote it: save the adapter again, or take the file from a copy"
+SAVED = "It is not as save_pretrained wrote it: save the adapter again, or take the file from a copy [P058]"
 """The advice for a file of ours that cannot be read."""
 
 
@@ -99,7 +99,7 @@ def config_from_json(fields: dict[str, Any]) -> PissaConfig:
         if name not in known and not (value is False or value in (None, "", [], {}, _FORMER_FIELDS.get(name))):
             raise ValueError(
                 f"config has an unknown field {quote(name)}, with the value {quote(value)}: another version of pissa "
-                "or peft may know it"
+                "or peft may know it [P059]"
             )
     return PissaConfig(**{name: value for name, value in fields.items() if name in known})
 
@@ -226,7 +226,7 @@ class AdapterRecord:
         if (format := fields["format"]) != FORMAT:
             raise ValueError(
                 f"format {quote(format)} of pissa {fields.get('pissa_version')!r} is not {FORMAT}, which pissa "
-                f"{ops.build_info()['version']} reads; peft.PeftModel.from_pretrained reads the folder as a plain LoRA"
+                f"{ops.build_info()['version']} reads; peft.PeftModel.from_pretrained reads the plain LoRA [P059]"
             )
         if fields.pop("xxh3") != checksum(fields):
             raise ValueError("xxh3 is not the checksum of the other fields: one of them has been changed")
@@ -314,7 +314,7 @@ class PissaFolder(AdapterRecord):
         if codes is not None and codes.digest != record.codes:
             raise ValueError(
                 f"{codes.path} is not that of {PISSA_WEIGHTS}, because saving was interrupted, or it is from another "
-                "folder. Save the adapter again, or take both files from a copy"
+                "folder. Save the adapter again, or take both files from a copy [P058]"
             )
         return PissaFolder(**vars(record), path=path, tensors=tensors, codes_file=codes)
 
@@ -407,9 +407,9 @@ def _no_adapter(folder: Path) -> str:
     if os.path.isfile(folder / ADAPTER_CONFIG):
         return (
             f"{folder} holds a plain PEFT adapter (no {PISSA_RECORD}): use peft.PeftModel.from_pretrained, or "
-            "peft.PeftConfig.from_pretrained for its configuration"
+            "peft.PeftConfig.from_pretrained for its configuration [P055]"
         )
-    return f"{folder} holds no PiSSA adapter: there is no {PISSA_RECORD}"
+    return f"{folder} holds no PiSSA adapter: there is no {PISSA_RECORD} [P055]"
 
 
 _FREE = {"inference_mode", "lora_dropout", "base_model_name_or_path", "revision", "task_type", "auto_mapping"}
@@ -425,12 +425,12 @@ def _check_alike(config: PissaConfig, saved: PissaConfig, folder: Path) -> None:
     if not isinstance(config, PissaConfig):
         raise TypeError(
             f"config must be a pissa.PissaConfig, got {type(config).__name__}: pissa.PissaConfig.from_pretrained reads "
-            "the one in the folder"
+            "the one in the folder [P011]"
         )
     for name in [f.name for f in _config_fields() if f.name not in _FREE]:
         value, needed = getattr(config, name), getattr(saved, name)
         if value != needed:
             raise ValueError(
                 f"config: {name} is {value!r}, the adapter in {folder} was saved with {needed!r}: leave config out, or "
-                "change the one that pissa.PissaConfig.from_pretrained reads there, in inference_mode or lora_dropout"
+                "change that of pissa.PissaConfig.from_pretrained(folder), in inference_mode or lora_dropout [P060]"
             )

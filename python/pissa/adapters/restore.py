@@ -126,13 +126,13 @@ class _Restoration:
         if any(map(is_partitioned, adapters)) or any(map(is_of_an_engine, self.model.modules())):
             raise ValueError(
                 "the model is partitioned by DeepSpeed ZeRO-3, its adapters too: load the adapter before "
-                "deepspeed.initialize, or resume with the engine's load_checkpoint"
+                "deepspeed.initialize, or resume with the engine's load_checkpoint [P051]"
             )
         for key, table in tables.items():
             if key in self.folder.tensors.entries and is_partitioned(table.parameter):
                 raise ValueError(
                     f"{self.folder.path} has the base's {key}, which DeepSpeed ZeRO-3 has partitioned here. Load the "
-                    "model without zero.Init, the folder onto it, and let deepspeed.initialize partition it then"
+                    "model without zero.Init, the folder onto it, and let deepspeed.initialize partition it then [P051]"
                 )
 
     def _check_layers(self) -> None:
@@ -141,7 +141,7 @@ class _Restoration:
             f"{self.folder.path} does not fit adapter {name!r}",
             "in the model",
             {path: rank_and_scaling(layer.r[name], layer.scaling[name]) for path, layer in layers},
-            "in the folder",
+            "in the folder [P056]",
             {path: rank_and_scaling(record.r, record.scaling) for path, record in self.folder.layers.items()},
         )
         if any(name in layer.merged_adapters for _, layer in layers):
@@ -196,7 +196,7 @@ class _Restoration:
             else:
                 reason = (
                     "the model's embedding, which the model's other adapters were trained with. Load the folder onto a "
-                    "base of its own with from_pretrained"
+                    "base of its own with from_pretrained [P057]"
                 )
             raise ValueError(f"{self.folder.tensors.path}: tensor {key!r} differs from {reason}")
 
@@ -239,7 +239,7 @@ class _Restoration:
         return ValueError(
             f"the model is not the base that {self.folder.path} was trained on: {what} has other values, in "
             f"{dtype_of(recorded)}, in which it was trained. Load the same checkpoint; to apply the adapter to "
-            "another base all the same, use peft.PeftModel.from_pretrained, for which the folder is a plain LoRA"
+            "another base all the same, use peft.PeftModel.from_pretrained, for which the folder is a plain LoRA [P053]"
         )
 
     def _check_form(self, name: str, layer: PissaLayer) -> None:
@@ -249,7 +249,7 @@ class _Restoration:
         if record.form != base.form and is_dtensor(base.parameter):
             raise ValueError(
                 f"{folder.path} keeps the base of layer {name} as {record.form.describe()}, and in the model its "
-                "weight is sharded by fully_shard, which keeps it: load the folder first, and shard the model then"
+                "weight is sharded by fully_shard, which keeps it: load the folder first, shard the model then [P049]"
             )
         if self.alone and self.adapter_name not in layer.lora_start and base.form == IMPLICIT:
             return
@@ -258,7 +258,7 @@ class _Restoration:
             raise ValueError(
                 f"{folder.path} was trained on another base function: the residual of layer {name} was "
                 f"{record.form.describe()} and is {base.form.describe()} in this model, or has other "
-                "values. Load the folder onto an unmodified base of its own with from_pretrained"
+                "values. Load the folder onto an unmodified base of its own with from_pretrained [P054]"
             )
 
 
@@ -270,7 +270,7 @@ def as_pissa(config: LoraConfig) -> PissaConfig:
     if isinstance(config, PissaConfig):
         return copy.deepcopy(config)
     if not isinstance(config, LoraConfig):
-        raise TypeError(f"config must be a pissa.PissaConfig or a peft.LoraConfig, got {type(config).__name__}")
+        raise TypeError(f"config must be a pissa.PissaConfig or a peft.LoraConfig, got {type(config).__name__} [P011]")
     if config.init_lora_weights is not True:
         raise ValueError(
             f"init_lora_weights={config.init_lora_weights!r} is not supported together with a PiSSA adapter: leave it "
@@ -291,7 +291,7 @@ def read_plain_lora(folder: Path) -> tuple[PissaConfig, LoraFolder]:
         name = "use_dora" if lora.config["use_dora"] else "init_lora_weights"
         raise ValueError(
             f"{lora.config_path} has {name}={lora.config[name]!r}, and such an adapter is a plain LoRA only once it "
-            "is converted, or merged: see pissa.convert, peft.PeftModel.merge_and_unload"
+            "is converted, or merged: see pissa.convert, peft.PeftModel.merge_and_unload [P064]"
         )
     known = {field.name for field in dataclasses.fields(LoraConfig) if field.init} - {"runtime_config"}
     fields = {name: value for name, value in lora.config.items() if name in known}

@@ -133,7 +133,7 @@ def from_state(entries: Mapping[str, Tensor]) -> ops.QuantizedWeight:
 def _int8_from_state(entries: Mapping[str, Tensor]) -> ops.QuantizedWeight:
     if not {"weight", "SCB"} <= entries.keys():
         raise ValueError(
-            f"no 8-bit weight of bitsandbytes: got the entries {sorted(entries)}; needed: weight and its scales SCB"
+            f"no 8-bit weight of bitsandbytes: got the entries {sorted(entries)}; needed: weight and scales, SCB [P037]"
         )
     codes, scales = entries["weight"], entries["SCB"]
     if codes.dtype != torch.int8 or codes.dim() != 2:
@@ -158,8 +158,8 @@ def nf4_from_state(entries: Mapping[str, Tensor]) -> tuple[ops.QuantizedWeight, 
         needed |= set() if mean is None else {"weight.nested_absmax", "weight.nested_quant_map"}
     if not quant_types or not needed <= entries.keys():
         raise ValueError(
-            f"no 4-bit weight of bitsandbytes: got the entries {sorted(entries)}; needed: weight, and of it absmax, "
-            "quant_map, quant_state.bitsandbytes__nf4; with double quantisation also nested_absmax, nested_quant_map"
+            f"no 4-bit weight of bitsandbytes: got the entries {sorted(entries)}; needed: weight, its absmax, "
+            "quant_map, quant_state.bitsandbytes__nf4; with double quantisation nested_absmax, nested_quant_map [P037]"
         )
     codes, absmax, nested = as_bytes(entries["weight"]), entries["weight.absmax"], entries.get("weight.nested_absmax")
     is_nested = mean is not None
@@ -215,7 +215,7 @@ def _need(is_right: bool, name: str, got: object, needed: str) -> None:
     if not is_right:
         raise ValueError(
             f"{_STATE}: {name}: got {text}; needed: {needed}. The state dict is damaged, or not bitsandbytes' own: "
-            "quantise the weight again"
+            "quantise the weight again [P037]"
         )
 
 

@@ -150,6 +150,6 @@ def unshard(base: Base, gathered: Tensor | None) -> Base:
     if gathered is None:
         raise ValueError(
             "a base weight was sharded before its fingerprint was known: call torch.distributed.init_process_group "
-            "before pissa.wrap, or give save_pretrained a state_dict that has the frozen weights too"
+            "before pissa.wrap, or give save_pretrained a state_dict that has the frozen weights too [P052]"
         )
     return base.with_parameter(gathered)

@@ -98,7 +98,7 @@ def _read_exponents(scale: Tensor, name: str) -> Tensor:
         raise ValueError(f"{name}: got {scale.dtype}; needed: uint8 or float8_e8m0fnu, powers of two")
     exponents = scale.view(torch.uint8)
     if exponents.numel() and int(exponents.max()) == 255:
-        raise ValueError(f"{name}: a scale is NaN (255)")
+        raise ValueError(f"{name}: a scale is NaN (255) [P077]")
     return exponents
 
 
@@ -221,7 +221,7 @@ def join_rows(weights: Sequence[ops.QuantizedWeight]) -> ops.QuantizedWeight:
     if others:  # gate and up of an expert: scales are positive, so the second one's use the other half of the table
         second = tables[others[0]]
         if int(absmax.max()) > 127 or any(tables[number][1] != second[1] for number in others):
-            raise ValueError("weights of several global scales, or of negative scales, cannot be joined by their rows")
+            raise ValueError("weights of several global scales, or of negative ones, cannot be joined by rows [P078]")
         absmax = torch.cat([weight.absmax | (number in others) << 7 for number, weight in enumerate(weights)])
         table = torch.cat([tables[0][:128], second[:128]])
     return first._replace(codes=codes, absmax=absmax, nested_absmax=table, shape=(rows, first.shape[1]))

@@ -90,7 +90,7 @@ class SplitPlan(Plan):
         if config.modules_to_save:
             raise ValueError(
                 f"modules_to_save={config.modules_to_save}, given or by task_type={config.task_type!r}, is trained "
-                "whole and starts with the training: leave it out here, and give it to the trainer"
+                "whole and starts with the training: leave it out here, and give it to the trainer [P087]"
             )
         adapted, stacks = pissa_layers(base), unfused_experts(base)
         check_uniform(base, {name: (layer.r["default"], layer.scaling["default"]) for name, layer in adapted.items()})
@@ -107,7 +107,7 @@ class SplitPlan(Plan):
             if shape != layer.matrix_shape:
                 raise ValueError(
                     f"{source.path_of(parts[name][0].tensor)}: layer {name} is {list(shape)}, needed is "
-                    f"{list(layer.matrix_shape)}: config.json belongs to another checkpoint"
+                    f"{list(layer.matrix_shape)}: config.json belongs to another checkpoint [P086]"
                 )
             form, origin = configs[name].form, layer.origin("default", configs[name])
             layers[name] = SplitLayer(
@@ -144,20 +144,20 @@ def _float32(shapes: Iterable[Mapping[str, tuple[int, ...]]]) -> Layout:
 def _check_config(config: PissaConfig, experts: str) -> None:
     if experts not in (DENSE, config.quant):
         raise ValueError(
-            f"experts: got {experts!r}; allowed: {DENSE!r}, or the format of the other layers, quant={config.quant!r}"
+            f"experts: got {experts!r}; allowed: {DENSE!r}, or that of the other layers, quant={config.quant!r} [P089]"
         )
     for name in ("modules_to_save", "trainable_token_indices", "use_dora", "repair"):
         if value := getattr(config, name):
             raise ValueError(
                 f"{name}={value!r} is not for a checkpoint, whose adapter is a plain LoRA on the residual: leave it "
-                "out, and give it to the trainer (repair: to pissa.load, with the folder)"
+                "out, and give it to the trainer (repair: to pissa.load, with the folder) [P087]"
             )
     if INIT_METHODS[config.init].is_given:
-        raise ValueError(f"init={config.init!r} takes its factors from elsewhere, and cannot start from a checkpoint")
+        raise ValueError(f"init={config.init!r} takes factors from elsewhere and cannot start from a checkpoint [P087]")
     if config.residual == "implicit":
         raise ValueError(
             'residual="implicit" leaves the weights as they are, so there is nothing to write: load the model and call '
-            "pissa.wrap"
+            "pissa.wrap [P087]"
         )
 
 
@@ -167,7 +167,7 @@ def _dense(config: PissaConfig) -> PissaConfig:
         raise ValueError(
             f"init={config.init!r} starts from the error of the format, but a dense residual, such as that of "
             f"fused experts, has none: give experts={config.quant!r} or another init, or leave the experts out with "
-            "exclude_modules"
+            "exclude_modules [P089]"
         )
     changed: dict[str, Any] = {"quant": None, "quant_iters": 1, "error_feedback": False, "residual": "explicit"}
     return config if config.quant is None else dataclasses.replace(config, **changed)
@@ -186,7 +186,7 @@ def _check_layer(name: str, layer: PissaLayer, config: PissaConfig, uses: Counte
     elif uses[id(layer.base.parameter)] > 1:
         why = f"the weight of layer {name} is tied to another module's, which would get the residual too"
     if why is not None:
-        raise ValueError(f"{why}; {leave_out(name)}")
+        raise ValueError(f"{why}; {leave_out(name)} [P088]")
 
 
 def _parts(

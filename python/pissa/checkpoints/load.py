@@ -86,7 +86,7 @@ def mapped_model(checkpoint: Checkpoint, dtype: torch.dtype | None) -> PreTraine
                 output_loading_info=True,
             )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ValueError(f"{folder} cannot be loaded by transformers: {first_line(error)}") from error
+        raise ValueError(f"{folder} cannot be loaded by transformers: {first_line(error)} [P086]") from error
     if missing := sorted(info["missing_keys"]):
         raise ValueError(
             f"{folder} lacks {len(missing)} tensors of a {transformers_class.__name__}, {quote(missing[0])} the first"
@@ -128,7 +128,7 @@ class _ReadByLoad(QuantizationConfigMixin):  # type: ignore[misc]
     """Refuses a model with quantised experts, which transformers would treat as missing and initialise at random."""
 
     def __init__(self, **_: Any) -> None:
-        raise ValueError("the experts of this model are quantised, which pissa.load(folder) reads, not from_pretrained")
+        raise ValueError("the experts are quantised, which pissa.load(folder) reads, not from_pretrained [P090]")
 
 
 def load(
@@ -238,7 +238,7 @@ def _config(
     """The configuration of the adapter. `split` is the record of a folder that `pissa init` has written."""
     sources = {"config": config is not None, "its fields": bool(fields), "adapter": saved is not None}
     if sum(sources.values()) > 1:
-        raise TypeError(f"give one of config, its fields and adapter, got {' and '.join(filter(sources.get, sources))}")
+        raise TypeError(f"give config, its fields or adapter, got {' and '.join(filter(sources.get, sources))} [P091]")
     if saved is not None:
         return saved.config
     if split is not None and config is None and not fields:
@@ -250,7 +250,7 @@ def _config(
         if config.form not in (IMPLICIT, form):
             raise ValueError(
                 f"the residuals of {folder} are {form.describe()} and cannot become {config.form.describe()}: leave "
-                "quant, blocksize, double_quant and residual out"
+                "quant, blocksize, double_quant and residual out [P091]"
             )
         config.base_model_name_or_path = split.config.base_model_name_or_path
     return config
@@ -303,7 +303,7 @@ def _packed_base(
         if "SCB" in (entries := coded.entries()):
             raise ValueError(
                 "its weight is in 8 bits, with which only bitsandbytes computes: "
-                "pissa.wrap(AutoModelForCausalLM.from_pretrained(folder), ...)"
+                "pissa.wrap(AutoModelForCausalLM.from_pretrained(folder), ...) [P090]"
             )
         return linear4bit(entries, dense.bias, compute_dtype)
 
@@ -320,7 +320,7 @@ def _fill_split(model: nn.Module, checkpoint: Checkpoint, split: AdapterRecord, 
         if name not in adapted:
             raise ValueError(
                 f"layer {quote(name)} has no adapter, but {folder} keeps a residual of it, which lacks its principal "
-                "part: include it in target_modules, as the default configuration does"
+                "part: include it in target_modules, as the default configuration does [P091]"
             )
     layers = {name: layer for name, layer in adapted.items() if name in records}
     starts = _starts(model, layers, folder, split)
@@ -338,14 +338,14 @@ def _fill_split(model: nn.Module, checkpoint: Checkpoint, split: AdapterRecord, 
             if comparison is Match.OTHER:
                 raise ValueError(
                     f"its residual does not have the fingerprint in {folder / PISSA_RECORD}: a file is "
-                    "damaged, or belongs to another folder"
+                    "damaged, or belongs to another folder [P091]"
                 )
             if not is_fingerprint(record.start, *start.known_by):
                 files = [INITIAL_WEIGHTS, *([PISSA_WEIGHTS] if record.recipe is not None else [])]
                 raise ValueError(
                     f"its start factors do not have the fingerprint in {folder / PISSA_RECORD}: "
                     f"{' or '.join(str(folder / file) for file in files)} is damaged, or belongs to another folder; "
-                    "take it from a copy, or split the model again"
+                    "take it from a copy, or split the model again [P091]"
                 )
         layer.weight_fingerprint.remember(layer.base, record.weight)
         layer.store_base(residual, start, config)

@@ -79,7 +79,7 @@ class UnitPlanner:
         if layers[0].shape != (needed[::-1] if layers[0].mirrored else needed):
             raise ValueError(
                 f"layer {layers[0].name} is {list(layers[0].shape)} in {self.source.folder}, and its factors in "
-                f"{self.adapter.weights.path} are for {list(needed)}: it is not the base of the adapter"
+                f"{self.adapter.weights.path} are for {list(needed)}: it is not the base of the adapter [P092]"
             )
         return Unit(factors.target, layers, factors)
 
@@ -96,8 +96,8 @@ class UnitPlanner:
         module_class = nn.Linear if base is None else base.module_class
         if others := self.source.tied(f"{name}.weight"):
             raise ValueError(
-                f"layer {name} shares its weight with {others[0]}, which would change too; {_IN_MEMORY}, or untie them "
-                "in the checkpoint first"
+                f"layer {name} shares its weight with {others[0]}, which would change too; untie them in the "
+                f"checkpoint first, or {_IN_MEMORY}"
             )
         if self.adapter.config["use_dora"] and module_class not in (nn.Linear, Conv1D):
             raise ValueError(
@@ -136,7 +136,7 @@ class UnitPlanner:
         except AttributeError:
             raise ValueError(
                 f"the model in {self.source.folder} has no layer {name}, which {self.adapter.weights.path} adapts: it "
-                "is not the base of the adapter"
+                "is not the base of the adapter [P092]"
             ) from None
 
     # -- what the adapter contains in addition to factors
@@ -204,7 +204,7 @@ class UnitPlanner:
         return tuple(indices or ())
 
 
-_IN_MEMORY = "merge in memory, with PeftModel.from_pretrained or PissaModel.from_pretrained and merge_and_unload"
+_IN_MEMORY = "merge in memory, with PeftModel.from_pretrained or PissaModel.from_pretrained and merge_and_unload [P093]"
 
 
 @dataclass(frozen=True)
@@ -333,7 +333,7 @@ class _Merge(Rewrite):
         norm_squared = square(weight)
         error_squared = 0.0 if written is weight else square(weight.sub_(written))
         if not math.isfinite(norm_squared + error_squared):
-            raise ValueError(f"layer {layer.name}: its merged weight is not finite in {layer.dtype}")
+            raise ValueError(f"layer {layer.name}: its merged weight is not finite in {layer.dtype} [P094]")
         self.write_layer(out, layer, new)
         return {"error_squared": error_squared, "norm_squared": norm_squared}
 

@@ -81,7 +81,9 @@ class Output:
         try:
             if all(agree(self._is_complete())):
                 shutil.rmtree(self._hidden, ignore_errors=True)  # of a run that was killed while it ended
-                raise CompletedError(f"{self.folder} is complete: an earlier run with the same arguments has ended")
+                raise CompletedError(
+                    f"{self.folder} is complete since an earlier run with the same arguments; nothing is written [P080]"
+                )
             if rank() == 0:
                 self._begin()
             agree()
@@ -101,7 +103,7 @@ class Output:
         self._close()
         is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
         if isinstance(error, OSError) and error.strerror and (is_full or error.filename is None):
-            remedy = "; make room, and the same command goes on" if is_full else ""
+            remedy = "; make room, and the same command goes on [P082]" if is_full else ""
             raise OSError(f"{self.folder} cannot be written: {error.strerror}{remedy}") from error
 
     def write(self, file: str, name: str, tensor: Tensor, member: int | None = None) -> None:
@@ -160,7 +162,7 @@ class Output:
         self._lock = os.open(self._hidden / "lock", os.O_RDWR | os.O_CREAT, 0o666)
         if not (lock(self._lock) and os.fstat(self._lock).st_nlink > 0):  # or a run has ended and removed it
             raise ValueError(
-                f"another run is writing to {self.folder}: wait until it has ended, or choose a new folder"
+                f"another run is writing to {self.folder}: wait until it has ended, or choose a new folder [P081]"
             )
         if (self._hidden / IDENTITY).exists():
             self._check_identity()
@@ -190,7 +192,7 @@ class Output:
             except OSError as error:
                 raise OSError(
                     f"{path} cannot be written ({error.strerror}): {needed / 1e9:.3g} GB are needed, and "
-                    f"{free / 1e9:.3g} GB free there: make room, or take a folder on another disk"
+                    f"{free / 1e9:.3g} GB free there: make room, or take a folder on another disk [P082]"
                 ) from error
         for folder in {(self._files / name).parent for name in self._layouts}:
             flush_folder(folder)
@@ -209,7 +211,7 @@ class Output:
             what = "; ".join(f"{name} was {quote(was.get(name))}, is {quote(now.get(name))}" for name in changed[:3])
             more = f"; and {len(changed) - 3} more" if len(changed) > 3 else ""
             raise ValueError(
-                f"{self._hidden} is of an unfinished run with another plan: {what}{more}. {self._remedy()}"
+                f"{self._hidden} is of an unfinished run with another plan: {what}{more}. {self._remedy()} [P079]"
             )
 
     def _check_whole(self) -> None:
@@ -219,7 +221,7 @@ class Output:
             if not _holds(self._files / name, layout) and not _holds(self.folder / name, layout):
                 raise ValueError(
                     f"{self._files / name} is missing or does not have the {layout.size} bytes that this unfinished "
-                    f"run gave it: remove {self._hidden} to start anew"
+                    f"run gave it: remove {self._hidden} to start anew [P079]"
                 )
 
     def _remedy(self) -> str:

@@ -123,12 +123,12 @@ class Ours(TrainedWeights):
             if name not in ours.layers:
                 raise ValueError(
                     f"{path} does not adapt layer {name}, of which {source.folder} has a residual: it was not trained "
-                    "on it; give the base that it was trained on"
+                    "on it; give the base that it was trained on [P092]"
                 )
             if self.ours.layers[name].form == IMPLICIT:
                 raise ValueError(
                     f"{path} was trained on the unmodified base, and {source.folder} has a residual of layer {name}: "
-                    "give the unmodified base"
+                    "give the unmodified base [P092]"
                 )
 
     @property
@@ -198,7 +198,7 @@ class Ours(TrainedWeights):
         return (
             f"{self.source.folder} is not the base that {self.ours.path} was trained on: the {what} of layer "
             f"{layer.name} has other values. Give the same checkpoint; to merge into another base all the same, "
-            f"convert the adapter to a plain LoRA first"
+            f"convert the adapter to a plain LoRA first [P092]"
         )
 
 

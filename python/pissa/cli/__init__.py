@@ -62,13 +62,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         message, code = str(error), 2
     except CompletedError as done:
-        message, code = f"{done}; nothing is written", 0
+        message, code = str(done), 0
     except ModuleNotFoundError as error:
         from pissa.cli.env import needed
 
         message, code = str(error), 2
         if error.name in needed():
-            how = f"run `pip install {error.name}`, or install pissa[cli]"
+            how = f"run `pip install {error.name}`, or install pissa[cli] [P002]"
             message = f"needs {error.name}, which is not installed: {how}"
         elif "pip install" not in message:
             raise

@@ -91,17 +91,17 @@ def _load(args: argparse.Namespace) -> tuple[Any, Any]:
         raise UserError(f"{option}: {args.source} has no adapter; give a run or an adapter, or leave {option} out")
     base = args.source if lora is None else args.base or lora.named_base
     if base is None:
-        raise UserError(f"{args.source} names no base; give the model that it was trained on: --base DIR_OR_NAME")
-    hint = "; give the model that the adapter was trained on: --base DIR_OR_NAME"
+        raise UserError(f"{args.source} names no base; give the model it was trained on: --base DIR_OR_NAME [P112]")
+    hint = "; give the model that the adapter was trained on: --base DIR_OR_NAME [P112]"
     if lora is None:
-        hint = "; there is no adapter either: a run that has not ended has it in its last checkpoint-N"
+        hint = "; there is no adapter either: a run that has not ended has it in its last checkpoint-N [P113]"
     with user_errors(OSError, ValueError, after=hint):
         opened = ModelFolder.open(base, config_from=args.config_from)
     is_residual = opened.contents in (Contents.RESIDUAL, Contents.PEFT_RESIDUAL)
     is_ours = lora is not None and lora.ours is not None
     if args.compare and lora and not is_ours and (is_residual or not lora.leaves_base):
         raise UserError(
-            f"--compare: {args.source} was trained on a residual, which is not the base; run pissa convert first"
+            f"--compare: {args.source} was trained on a residual, which is not the base; run pissa convert first [P114]"
         )
     with user_errors(OSError, ValueError, KeyError, TypeError, RuntimeError, before=f"{args.source}: "):
         if lora is None:
@@ -142,9 +142,9 @@ class Conversation:
         if tokenizer.chat_template is not None:
             self.ends.update(end_of_answer(tokenizer))
         elif args.system is not None:
-            raise UserError("--system: the tokenizer has no chat template, which would place it; leave it out")
+            raise UserError("--system: the tokenizer has no chat template, which would place it; leave it out [P115]")
         else:
-            print_row("note", "the tokenizer has no chat template: each text is continued as it is, without the others")
+            print_row("note", "the tokenizer has no chat template: each text is continued, without the others [P115]")
 
     def begin(self) -> None:
         """Forgets all messages but the system prompt."""

@@ -35,4 +35,4 @@ def note_on_cores(others: float) -> str:
         return ""
     left = max(1, round(cores - others))
     fewer = f", or write OMP_NUM_THREADS={left} before the command" if left < threads else ""
-    return f"other programs use {others:.1f} of {cores} cores, which slows threads down several times: end them{fewer}"
+    return f"other programs use {others:.1f} of {cores} cores, which slows threads severalfold: end them{fewer} [P096]"

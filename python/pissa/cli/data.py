@@ -57,7 +57,7 @@ def read_preferences(records: Records) -> list[tuple[Chat, Chat]]:
         values, _ = _form(where, record, [(*prompt, "chosen", "rejected")])
         chosen, rejected = (_chat(where, _messages(where, values, (*prompt, name))) for name in ("chosen", "rejected"))
         if chosen.messages[:-1] != rejected.messages[:-1]:
-            raise UserError(f"{where}: chosen and rejected answer different messages; needed: the same before both")
+            raise UserError(f"{where}: chosen and rejected answer different messages; needed: the same ones [P105]")
         pairs.append((chosen, rejected))
     return pairs
 
@@ -72,12 +72,12 @@ def _form(where: str, record: Any, forms: Sequence[tuple[str, ...]]) -> tuple[di
                 return lower, form
         given = f"the columns {', '.join(map(quote, record)) or 'none'}"
         if suggested := _suggested(record, forms):
-            raise UserError(f"{where}: found {given}; tell what they are: --columns {suggested}")
+            raise UserError(f"{where}: found {given}; tell what they are: --columns {suggested} [P103]")
     allowed = ", or ".join(" and ".join(f'"{key}"' for key in form) for form in forms)
     mapped = ",".join(f"{name}=COLUMN" for name in forms[min(3, len(forms) - 1)])
     raise UserError(
         f'{where}: found {given}; allowed: an object with {allowed}, which are texts, or messages: [{{"role": "user", '
-        f'"content": "..."}}, {{"role": "assistant", "content": "..."}}]; other columns are named by --columns {mapped}'
+        f'"content": "..."}}, {{"role": "assistant", "content": "..."}}]; name other columns: --columns {mapped} [P103]'
     )
 
 
@@ -96,7 +96,7 @@ def _messages(where: str, record: dict[str, Any], form: tuple[str, ...]) -> list
         raise UserError(
             f'{where}: found "{image}"; a file of records contains only text; allowed: as --data a folder of the '
             'images with metadata.jsonl, whose rows name theirs in "file_name" or "images_file_names", or another data '
-            f'set with a column "{image}"'
+            f'set with a column "{image}" [P106]'
         )
     parts = [record[key] for key in form]
     more = record.get("input")
@@ -114,7 +114,7 @@ def _chat(where: str, messages: list[Any]) -> Chat:
     for message in messages:
         names = ("from", "value") if isinstance(message, dict) and "from" in message else ("role", "content")
         if not isinstance(message, dict) or not {*names} <= message.keys():
-            raise UserError(f'{where}: found the message {quote(message)}; needed: "role" and "content"')
+            raise UserError(f'{where}: found the message {quote(message)}; needed: "role" and "content" [P103]')
         role, text = (message[name] for name in names)
         role = _SPEAKERS.get(role, role) if isinstance(role, str) else role
         if role not in _ROLES:
@@ -122,13 +122,13 @@ def _chat(where: str, messages: list[Any]) -> Chat:
         if not isinstance(text, str) or not text.strip() or _HALF.search(text):
             raise UserError(
                 f"{where}: the {role}'s content is {quote(text)}; needed: a text that is not empty, without half of a "
-                "surrogate pair, such as \\ud83d alone"
+                "surrogate pair, such as \\ud83d alone [P103]"
             )
         chat.messages.append({"role": role, "content": text})
     roles = [message["role"] for message in chat.messages]
     if roles[-2:] != ["user", "assistant"] and not chat.is_text:
         given = ", ".join(roles) or "none"
-        raise UserError(f"{where}: the messages' roles are: {given}; needed: the last two are user, assistant")
+        raise UserError(f"{where}: the messages' roles are: {given}; needed: the last two are user, assistant [P103]")
     return chat
 
 

@@ -175,7 +175,7 @@ def adapter_config(ours: Any, seed: int, split: pissa.PissaConfig | None = None)
         value = sorted(value) if isinstance(value, set) else value
         if split and given not in (None, value) and not (isinstance(given, bool) and given == default):
             split_with = f"{ours.model_name_or_path} was split with {flag(name)} {value}"
-            raise UserError(f"{flag(name)} {given}: {split_with}; leave {flag(name)} out")
+            raise UserError(f"{flag(name)} {given}: {split_with}; leave {flag(name)} out [P111]")
         setattr(ours, name, value)
     return config
 
@@ -206,7 +206,7 @@ def check_same_run(out: Path, ours: Any, training: Any) -> None:
     found becomes the rate that the run used."""
     path = out / RUN_FILE
     if not path.is_file():
-        raise UserError(f"--resume: {out} holds no run ({RUN_FILE} is missing); leave --resume out to start one")
+        raise UserError(f"--resume: {out} holds no run ({RUN_FILE} is missing); leave --resume out to start one [P099]")
     needed = "Needed: options by name; leave --resume out and give another --out to start anew"
     with user_errors(ValueError), file_errors(path, needed):
         # A run of an earlier version may have recorded fewer options of the method.
@@ -216,7 +216,7 @@ def check_same_run(out: Path, ours: Any, training: Any) -> None:
     now = _as_dict(ours, training)
     if names := [name for name in now if not name.startswith(_FREE) and before.get(name) != now[name]]:
         what = "; ".join(f"{flag(name)} was {before.get(name)}, is {now[name]}" for name in names)
-        raise UserError(f"--resume: {out} holds another run: {what}; give the same options or another --out")
+        raise UserError(f"--resume: {out} holds another run: {what}; give the same options or another --out [P099]")
 
 
 def _as_dict(*options: Any) -> dict[str, Any]:

@@ -76,13 +76,13 @@ class Plan(NamedTuple):
     def notes(self, free: int) -> Iterator[str]:
         """Yields what to change, where that is advisable. `free` is how many more bytes the process can get."""
         if self.seconds > 86_400:
-            yield "that is more than a day. Fewer --steps, a smaller --max-length or a smaller model take less time"
+            yield "that is more than a day. Fewer --steps, a smaller --max-length or model take less time [P098]"
         if self.memory > peak_memory() + free:
             how = "--gradient-checkpointing, a smaller --batch-size or --max-length, or --quant nf4 take less"
-            yield f"only {as_size(free)} of memory are free. {how}"
+            yield f"only {as_size(free)} of memory are free. {how} [P098]"
         if self.empty:
             why = "the answers are cut away, or have no labels. A larger --max-length keeps more of them"
-            yield f"{self.empty:.0%} of the batches have no token to learn, and teach nothing: {why}"
+            yield f"{self.empty:.0%} of the batches have no token to learn, and teach nothing: {why} [P097]"
         if busy := note_on_cores(self.others):
             yield busy
 

@@ -30,14 +30,14 @@ def run(args: argparse.Namespace) -> int:
     PYTHONPATH, adapters that PEFT makes are pissa's in the cases that `integrations.peft` describes."""
     program: list[str] = args.program[1:] if args.program[:1] == ["--"] else args.program
     if not program:
-        raise UserError(f"got no program; {_ALLOWED}")
+        raise UserError(f"got no program; {_ALLOWED} [P116]")
     name, *arguments = program
     # A command of this environment takes precedence over those on PATH.
     executable = shutil.which(name, path=os.path.dirname(sys.executable)) or shutil.which(name)
     if name == "-m" or name.endswith(".py"):
         executable, arguments = sys.executable, program
     if executable is None:
-        raise UserError(f"{name} is not a command of this environment, and not on PATH; {_ALLOWED}")
+        raise UserError(f"{name} is not a command of this environment, and not on PATH; {_ALLOWED} [P116]")
     folders = filter(None, [peft.FOLDER, os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(folders)}
     if args.init is not None:

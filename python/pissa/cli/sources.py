@@ -43,11 +43,11 @@ def records(source: str, columns: Mapping[str, str] | None = None, rows: Iterabl
         if columns and isinstance(record, dict):
             if missing := [column for column in columns.values() if column not in record]:
                 names = ", ".join(map(quote, record))
-                raise UserError(f"{where}: --columns names {quote(missing[0])}; allowed: {names}")
+                raise UserError(f"{where}: --columns names {quote(missing[0])}; allowed: {names} [P104]")
             record = {name: record[column] for name, column in columns.items()}
         yield where, record
     if is_empty:
-        raise UserError(f"{source}: is empty; needed: at least one record")
+        raise UserError(f"{source}: is empty; needed: at least one record [P101]")
 
 
 def _read(source: str) -> Records:
@@ -55,16 +55,16 @@ def _read(source: str) -> Records:
     if path.is_dir():
         texts = _texts(path)
         if not texts:
-            raise UserError(f"{source}: is a folder with other files than texts; {ALLOWED}")
+            raise UserError(f"{source}: is a folder with other files than texts; {ALLOWED} [P101]")
         for text in texts:
             yield from _text(text)
         return
     if not path.is_file():
         names = os.listdir(path.parent) if path.parent.is_dir() else []
         near = " or ".join(str(path.parent / name) for name in get_close_matches(path.name, names))
-        raise UserError(f"{source}: no such file{near and f'; did you mean {near}?'}; {ALLOWED}")
+        raise UserError(f"{source}: no such file{near and f'; did you mean {near}?'}; {ALLOWED} [P101]")
     if path.suffix.lower() not in _KINDS:
-        raise UserError(f"{source}: is of an unknown kind; {ALLOWED}")
+        raise UserError(f"{source}: is of an unknown kind; {ALLOWED} [P101]")
     yield from _KINDS[path.suffix.lower()](path)
 
 
@@ -75,10 +75,10 @@ def _texts(folder: Path) -> list[Path]:
 
 
 def _content(path: Path) -> str:
-    with user_errors(OSError, ValueError, before=f"{path}: cannot be read: ", after="; allowed: a text file in UTF-8"):
+    with user_errors(OSError, ValueError, before=f"{path}: cannot be read: ", after="; allowed: UTF-8 [P102]"):
         text = path.read_bytes().decode("utf-8-sig")
     if not text.strip():
-        raise UserError(f"{path}: is empty; needed: at least one record")
+        raise UserError(f"{path}: is empty; needed: at least one record [P101]")
     return text
 
 
@@ -89,7 +89,7 @@ def _text(path: Path) -> Records:
 def _json(path: Path) -> Records:
     value = _value(str(path), _content(path))
     if not isinstance(value, list) or not value:
-        raise UserError(f"{path}: found {quote(value)}; needed in a .json file: a list of records")
+        raise UserError(f"{path}: found {quote(value)}; needed in a .json file: a list of records [P101]")
     yield from ((f"{path}: record {number}", record) for number, record in enumerate(value, 1))
 
 
@@ -110,7 +110,7 @@ def _table(path: Path) -> Records:
     """Rows of texts. Spreadsheets write semicolons where the comma separates decimals."""
     content = _content(path)
     separator = max(",;\t", key=content.partition("\n")[0].count)
-    needed = f"; needed: cells between {separator!r}, and in double quotes those with {separator!r} or a line break"
+    needed = f"; needed: cells between {separator!r}, in double quotes those with {separator!r} or a line break [P102]"
     csv.field_size_limit(2**31 - 1)
     reader = csv.reader(io.StringIO(content, newline=""), delimiter=separator, strict=True)
     with user_errors(csv.Error, before=f"{path}: not a table: ", after=needed):
@@ -128,7 +128,7 @@ def _parquet(path: Path) -> Records:
     import datasets
 
     errors = (OSError, ValueError, datasets.exceptions.DatasetsError)
-    with user_errors(*errors, before=f"{path}: cannot be read: ", after="; allowed: a table in Parquet"):
+    with user_errors(*errors, before=f"{path}: cannot be read: ", after="; allowed: a table in Parquet [P102]"):
         rows = datasets.Dataset.from_parquet(str(path))
     yield from _numbered(str(path), rows)
 

@@ -27,7 +27,7 @@ ALPACA = (
 _THINKING, _THOUGHT = "<think>\n", "</think>"
 _INSEPARABLE = (
     "the tokenizer's chat template changes the prompt once the answer follows, so prompt and answer cannot be "
-    "separated; use another template, or remove it to train with the Alpaca prompt"
+    "separated; use another template, or remove it to train with the Alpaca prompt [P108]"
 )
 
 
@@ -94,7 +94,7 @@ def _answer(prompt: str, text: str, content: str) -> str:
     if thinks and _THOUGHT not in answer:
         raise UserError(
             "the tokenizer's chat template takes out what is before </think>, so it cannot be learned; take it out "
-            "of the answers, or use another template"
+            "of the answers, or use another template [P109]"
         )
     return answer
 
@@ -111,7 +111,7 @@ def end_of_answer(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _text(messages: Sequence[dict[str, str]], tokenizer: PreTrainedTokenizerBase, **options: Any) -> str:
-    needed = "; needed: messages that the model knows, in the order that it knows"
+    needed = "; needed: messages that the model knows, in the order that it knows [P110]"
     with user_errors(TemplateError, TypeError, before="the tokenizer's chat template refuses: ", after=needed):
         return str(tokenizer.apply_chat_template(list(messages), tokenize=False, **options))
 

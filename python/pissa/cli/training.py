@@ -131,7 +131,7 @@ def _check_device(training: Any) -> None:
     elif has_passed_on_gpu():
         print_row("device", f"{gpu}: {needed}; --use_cpu true takes the CPU")
     else:
-        raise UserError(f"--use_cpu false: {gpu} has not been tested; allowed once {needed}")
+        raise UserError(f"--use_cpu false: {gpu} has not been tested; allowed once {needed} [P095]")
 
 
 def _complete_options(ours: Any, training: Any) -> tuple[pissa.PissaConfig, ModelFolder]:
@@ -187,7 +187,7 @@ def _data(ours: Any, training: Any, rows: Callable[..., Any], tokenizer: Any) ->
         data = None
         if not is_records(name):
             before = f"{name}: cannot be loaded as a data set: "
-            allowed = f"; {ALLOWED}, or the folder or name of a data set with the split {split}"
+            allowed = f"; {ALLOWED}, or the folder or name of a data set with the split {split} [P101]"
             with user_errors(OSError, ValueError, datasets.exceptions.DatasetsError, before=before, after=allowed):
                 data = datasets.load_dataset(name, ours.dataset_config, split=split, streaming=ours.dataset_streaming)
             name = f"{name}, split {split}"
@@ -236,7 +236,7 @@ _EVALUATE = 0.2
 def _load(ours: Any, load: Callable[..., Any], **options: Any) -> Any:
     name = ours.model_name_or_path
     before = f"--model {name}: cannot be loaded as a causal language model with its tokenizer: "
-    needed = "; needed: a folder that save_pretrained wrote, or a name on the model hub"
+    needed = "; needed: a folder that save_pretrained wrote, or a name on the model hub [P100]"
     with user_errors(OSError, ValueError, KeyError, TypeError, before=before, after=needed):
         try:
             return load(name, **options)
@@ -298,16 +298,16 @@ def _batches(trainer: Any, count: int) -> list[Any]:
 def _check(trainer: Any) -> dict[str, Any]:
     (batch,) = _batches(trainer, 1)
     packs = getattr(trainer, "padding_free", False)
-    after = "; leave --packing and --padding-free out" if packs else "; if --max-length cuts images, raise it"
+    after = "; leave --packing and --padding-free out" if packs else "; if --max-length cuts images, raise it [P106]"
     with user_errors(ValueError, before="the first batch: ", after=after):
         difference, bound = step0_check(trainer.model, batch)
     passed = difference <= bound  # False for NaN
     print_row("check", f"logits at step 0 differ by {difference:.1e} from the base's (allowed: up to {bound:.1e})")
     if not passed:
-        print_row("check", "FAILED: the untrained adapter changes the model; report it with `pissa selftest`")
+        print_row("check", "FAILED: the untrained adapter changes the model; report it with `pissa selftest` [P038]")
     if packs and not (off := packing_check(trainer.model, batch)) <= bound:
         what = f"logits differ by {off:.1e} from those of a text alone (allowed: up to {bound:.1e})"
-        raise UserError(f"--packing: this model mixes the texts of a row: {what}{after}")
+        raise UserError(f"--packing: this model mixes the texts of a row: {what}{after} [P107]")
     return {"difference": difference, "bound": bound, "passed": passed}
 
 

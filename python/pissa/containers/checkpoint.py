@@ -166,7 +166,7 @@ class ModelFolder:
             by = f" (quant_method {quote(self.quant_method)} in config.json)" if self.quant_method else ""
             needed = ", or ".join(contents.value for contents in allowed)
             raise ValueError(
-                f"{self.name} contains {self.contents.value}{by}; needed: {needed}; {_INSTEAD[self.contents]}"
+                f"{self.name} contains {self.contents.value}{by}; needed: {needed}; {_INSTEAD[self.contents]} [P073]"
             )
 
     def _contents(self) -> Contents:
@@ -378,5 +378,5 @@ def check_not_residual(model: nn.Module) -> None:
         raise ValueError(
             f"the model in {getattr(config, 'name_or_path', None) or 'memory'} is a residual of `pissa init`, which "
             "lacks what its adapter starts from: use pissa.load(folder), which puts both together, or the model that "
-            f"was split. If its adapter has been merged into it since, delete model.config.{RESIDUAL_KEY}"
+            f"was split. If its adapter has been merged into it since, delete model.config.{RESIDUAL_KEY} [P074]"
         )

@@ -132,7 +132,7 @@ def coded_weights(source: Source, dtype: torch.dtype) -> dict[str, CodedWeight]:
         if not any(other in tensors for other in SCALES):
             raise ValueError(
                 f"{source.path_of(name)}: {quote(name)} has no scales beside it ({', '.join(SCALES)}): a shard is "
-                "missing, or the checkpoint is of a layout that is not read"
+                "missing, or the checkpoint is of a layout that is not read [P076]"
             )
         coded[weight] = ReleasedWeight(source, tensors, torch.bfloat16)
         known |= set(tensors.values())

@@ -46,7 +46,7 @@ class GgufFile(MappedFile):
 
     remedy = (
         "Files of GGUF's versions 2 and 3 are read. If this is one, it is damaged or incomplete: download or copy it "
-        "again"
+        "again [P085]"
     )
 
     def __init__(self, path: Path) -> None:

@@ -106,7 +106,7 @@ def _fetch(model_id: Name, what: str, patterns: list[str], options: dict[str, An
     except Exception as error:  # its own, the system's, and those of its HTTP package
         raise ValueError(
             f"{missing}, and huggingface_hub, asked for a repository of that name, says: {first_line(error)}; "
-            "needed: a folder that save_pretrained wrote, or a name on the Hub"
+            "needed: a folder that save_pretrained wrote, or a name on the Hub [P055]"
         ) from error
 
 

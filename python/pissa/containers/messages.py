@@ -34,7 +34,7 @@ def file_errors(path: Path, remedy: str) -> Iterator[None]:
         yield
     except OSError as error:
         if not isinstance(error, _LASTING) and error.errno is not None:
-            text = f"{error.strerror}; nothing is wrong with the file as far as is known: try again"
+            text = f"{error.strerror}; nothing is wrong with the file as far as is known: try again [P075]"
             raise OSError(error.errno, text, str(path)) from error
         raise ValueError(f"{path} cannot be read: {error.strerror or first_line(error)}. {remedy}") from error
     except Exception as error:

@@ -49,14 +49,14 @@ def model_config(folder: str | os.PathLike[str]) -> Any:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
-NO_MODEL = f"It describes no model that transformers {transformers.__version__} can build"
+NO_MODEL = f"It describes no model that transformers {transformers.__version__} can build [P086]"
 """For errors of transformers, of huggingface_hub, and of Python for values that these have not checked."""
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """Reads the object in the config.json of a model's folder, unchanged."""
     with file_errors(
-        folder / CONFIG, "It is damaged, or the folder is no model's; needed: a folder that save_pretrained wrote"
+        folder / CONFIG, "It is damaged or the folder is no model's; needed: a folder that save_pretrained wrote [P085]"
     ):
         return read_object(folder / CONFIG)
 

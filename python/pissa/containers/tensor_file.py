@@ -102,7 +102,7 @@ class MappedFile:
                 what = f"a link to {os.readlink(path)}, which is {what}"
             pickle = path.with_suffix(".bin")
             beside = f" ({pickle.name} next to it is a pickle, which is never read)" if os.path.lexists(pickle) else ""
-            raise ValueError(f"{path} is {what}: download or copy it again{beside}")
+            raise ValueError(f"{path} is {what}: download or copy it again{beside} [P085]")
         with file_errors(path, self.remedy):
             self._check()
             self._state = file_state(path)
@@ -131,7 +131,7 @@ class MappedFile:
         with file_errors(self.path, self.remedy):
             state = file_state(self.path)
         if state != self._state:
-            raise OSError(f"{self.path} has changed since its header was read: start again when nobody writes to it")
+            raise OSError(f"{self.path} has changed since it was opened: start again when nobody writes to it [P085]")
         dtype, shape, offset, nbytes = self.entries[name]
         with file_errors(self.path, self.remedy):
             if nbytes == 0:
@@ -169,7 +169,7 @@ class MappedFile:
 class TensorFile(MappedFile):
     """A mapped safetensors file."""
 
-    remedy = "It is damaged, incomplete or no safetensors file: download or copy it again"
+    remedy = "It is damaged, incomplete or no safetensors file: download or copy it again [P085]"
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
@@ -202,7 +202,8 @@ class TensorFile(MappedFile):
         if dtype not in dtypes or stored != list(shape):
             allowed = " or ".join(map(str, dtypes))
             raise ValueError(
-                f"{self.path}: tensor {quote(name)} is {dtype} {stored}, expected {allowed} {list(shape)}, for {demand}"
+                f"{self.path}: tensor {quote(name)} is {dtype} {stored}, expected {allowed} {list(shape)}, "
+                f"for {demand} [P057]"
             )
 
     def expect_checksums(self) -> None:
@@ -210,7 +211,7 @@ class TensorFile(MappedFile):
         if self._checksums is None:
             raise ValueError(
                 f"{self.path} has no checksums of its {len(self.entries)} tensors: save_pretrained did not write it; "
-                "save the adapter again, or take the file from a copy"
+                "save the adapter again, or take the file from a copy [P058]"
             )
 
     def read(self, name: str) -> Tensor:
@@ -219,11 +220,11 @@ class TensorFile(MappedFile):
         if self._checksums is not None and xxh3(tensor) != self._checksums[name]:
             raise ValueError(
                 f"{self.path}: tensor {quote(name)} is damaged: its checksum is not the one that was written; save "
-                "the adapter again, or take the file from a copy"
+                "the adapter again, or take the file from a copy [P058]"
             )
         values = tensor if tensor.dtype in SAVED_FLOATS else tensor.float()  # torch cannot check float8
         if tensor.is_floating_point() and not torch.isfinite(values).all():
-            raise ValueError(f"{self.path}: tensor {quote(name)} holds NaN or Inf")
+            raise ValueError(f"{self.path}: tensor {quote(name)} holds NaN or Inf [P058]")
         return tensor
 
 
@@ -240,7 +241,7 @@ def _map_file(path: Path, size: int) -> mmap.mmap:
         except OSError as error:
             how = (
                 f"{error.strerror}: the file, {size:,} bytes, cannot be mapped. If `sysctl vm.overcommit_memory` is 2, "
-                "the system sets that much memory aside: set it to 0, or add swap; otherwise, raise `ulimit -v`"
+                "the system sets that much memory aside: set it to 0, or add swap; otherwise, raise `ulimit -v` [P083]"
             )
             raise OSError(error.errno, how, str(path)) from error
 
@@ -275,7 +276,7 @@ class Source:
             if lacking := sorted(promised - file.entries.keys()):
                 raise ValueError(
                     f"{file.path}: tensor {quote(lacking[0])} is missing, which {INDEX} says is there: the files do "
-                    "not belong together; download or copy them again"
+                    "not belong together; download or copy them again [P085]"
                 )
             if twice := sorted(file.entries.keys() & self._holders.keys()):
                 other = self._holders[twice[0]]
@@ -348,14 +349,14 @@ def _index(folder: Path) -> Path | None:
         what = f", but {', '.join(names[:3])}" if names else ""
         raise ValueError(
             f"{folder} holds neither {WEIGHTS} nor {INDEX}{what}; {needed}. Pickles and GGUF are never read: take a "
-            "revision with safetensors"
+            "revision with safetensors [P084]"
         )
     return folder / INDEX
 
 
 def shards(index: Path) -> dict[str, set[str]]:
     """The shards that the index names, each with the tensors that should be in it."""
-    with file_errors(index, "It is damaged: download or copy it again"):
+    with file_errors(index, "It is damaged: download or copy it again [P085]"):
         files = dict(read_object(index)["weight_map"])
         if not all(isinstance(file, str) for file in files.values()):
             raise ValueError("weight_map has something else than names of files")

@@ -83,7 +83,7 @@ def convert(
     folder = lora.folder
     if lora.what == PLAIN and rank is None:
         raise ValueError(
-            f"{source} is a plain LoRA already. Give rank to lower its rank, or initial if it was trained on a residual"
+            f"{source} is a plain LoRA already. Give rank to lower it, or initial if trained on a residual [P066]"
         )
 
     ranks, others, energy, lost = {}, set(folder.other_keys), 0.0, 0.0

@@ -55,13 +55,13 @@ class PlainLora:
                 f"{folder.config_path}: init_lora_weights is {folder.config['init_lora_weights']!r}, which changes the "
                 f"base, and the folder lacks the factors that were taken out of it. {_CONVERT}. If it was not saved "
                 "then, train again and save with PEFT's path_initial_model_for_weight_conversion, which writes a plain "
-                "LoRA"
+                "LoRA [P067]"
             )
         for field in ("modules_to_save", "trainable_token_indices"):
             if folder.config.get(field) and not folder.other_keys:
                 raise ValueError(
                     f"{folder.weights.path} lacks {field}, which PEFT leaves out when it subtracts the initial "
-                    f"adapter. Take the adapter that was trained. {_CONVERT}"
+                    f"adapter. Take the adapter that was trained. {_CONVERT} [P069]"
                 )
         _check_base(folder, base)
         return PlainLora(folder, PLAIN)
@@ -127,7 +127,7 @@ def _check_base(folder: LoraFolder, base: Name | None) -> None:
     if (model := named if base is None else base) is not None and is_elsewhere(model):
         raise ValueError(
             f"{folder.path} was trained on {model}, which is not here and may be a residual. Give the model that it "
-            f"was trained on (base). If that is a residual of which you have only the initial adapter: {_CONVERT}"
+            f"was trained on (base). If that is a residual, and you have only its initial adapter: {_CONVERT} [P068]"
         )
     if named is not None and is_elsewhere(named):
         warnings.warn(
@@ -165,4 +165,4 @@ def check_start(trained: LoraFolder, initial: LoraFolder) -> None:
         for folder in (trained, initial)
     )
     what = f"{initial.weights.path} is not where {trained.weights.path} started from"
-    check_same_layers(what, "in the trained adapter", ours, "in the initial one", theirs)
+    check_same_layers(what, "in the trained adapter", ours, "in the initial one [P069]", theirs)

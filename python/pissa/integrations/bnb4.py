@@ -43,7 +43,7 @@ class ResidualExport(Rewrite):
         if not any(layer.is_packed for layer in layers):
             raise ValueError(
                 f"{self.folder.path} has no linear layer in 4 bits, the only kind of layer that "
-                f"bitsandbytes stores in 4 bits: run {MERGE}"
+                f"bitsandbytes stores in 4 bits: run {MERGE} [P118]"
             )
         changed = {tensor for layer in layers for tensor in layer.tensors}
         super().__init__(Plan(adapter.source, units, kept=adapter.source.coded.keys() - changed), target)
@@ -68,7 +68,7 @@ class ResidualExport(Rewrite):
         if factors.is_fused and factors.layers[0] in planner.source.coded_layers:
             raise ValueError(
                 f"{planner.source.folder} has the experts of {factors.target} in 4 bits, which only pissa.load reads: "
-                "give the checkpoint that was split (base)"
+                "give the checkpoint that was split (base) [P118]"
             )
         unit, form = planner.unit_of(factors), self.adapter.ours.layers[factors.layers[0]].form
         is_packed = form.name == KEPT_IN_4_BITS and not unit.layers[0].transposed

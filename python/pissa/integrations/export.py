@@ -101,10 +101,10 @@ def _require_4_bits(adapter: TrainedWeights) -> Ours:
     if adapter.source.coded and adapter.source.contents not in AS_STORED:
         raise ValueError(
             f"{path} is a plain LoRA on {adapter.source.folder}, which transformers and PEFT load as they are: there "
-            f"is nothing to export; for one dense checkpoint run {MERGE}"
+            f"is nothing to export; for one dense checkpoint run {MERGE} [P118]"
         )
     names = " and ".join(sorted(form.name for form in forms))
     raise ValueError(
         f"{path} is {adapter.what} on a base that was not in 4 bits ({names}), which 4 bits cannot hold exactly: "
-        f"run {MERGE}, and with --quant {KEPT_IN_4_BITS} for a model in 4 bits, with the error that is reported"
+        f"run {MERGE}, and with --quant {KEPT_IN_4_BITS} for a model in 4 bits, with the error that is reported [P117]"
     )

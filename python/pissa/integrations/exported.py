@@ -57,7 +57,7 @@ def read_factors(folder: LoraFolder, base: Name | None, runtime: str) -> PlainLo
         text = ", ".join(f"{name}={quote(value)}" for name, value in unsupported.items())
         raise ValueError(
             f"{folder.path} has {text}: {runtime} takes nothing from an adapter but factors of layers. "
-            f"Run {MERGE}, which has them in the weights, and serve that"
+            f"Run {MERGE}, which has them in the weights, and serve that [P120]"
         )
     unchanged = set[str]() if base is None or not folder.other_keys else _unchanged(folder, base)
     for key in folder.other_keys:
@@ -65,7 +65,7 @@ def read_factors(folder: LoraFolder, base: Name | None, runtime: str) -> PlainLo
             hint = "if it is the base's own, give that (base); else r" if base is None else "R"
             raise ValueError(
                 f"{folder.weights.path}: tensor {quote(key)} is not a factor of a layer, and {runtime} takes only "
-                f"those from an adapter. {hint}un {MERGE}, which has it in the weights, and serve that"
+                f"those from an adapter. {hint}un {MERGE}, which has it in the weights, and serve that [P120]"
             )
     return lora
 

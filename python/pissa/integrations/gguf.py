@@ -33,12 +33,12 @@ def export_lora(adapter: LoraFolder, base: Name | None, target: Path) -> Exporte
     if model is None:
         raise no_base(adapter)
     if target.exists():
-        raise ValueError(f"{target} exists already and nothing is overwritten; choose a new file")
+        raise ValueError(f"{target} exists already and nothing is overwritten; choose a new file [P065]")
     checkpoint = Checkpoint.open(model)
     if checkpoint.contents is not Contents.GGUF:
         raise ValueError(
             f"{checkpoint.name} contains {checkpoint.contents.value}; needed: the GGUF file with which llama.cpp runs "
-            f"the adapter, whose names and order of rows it has (base); or run {MERGE}, and convert that"
+            f"the adapter, whose names and order of rows it has (base); or run {MERGE}, and convert that [P123]"
         )
     lora, source = read_factors(adapter, base, "llama.cpp"), cast(GgufSource, checkpoint.stored)
     places = {name: _place(lora.folder, source, name) for name in lora.folder.factors}
@@ -89,7 +89,7 @@ def _place(adapter: LoraFolder, source: GgufSource, target: str) -> Place:
             return place
         reason = f"for a weight {list(shape)}, which is {list(stored)} in the file"
     raise ValueError(
-        f"{adapter.weights.path} has factors of layer {quote(target)}, {reason}: run {MERGE}, and convert that"
+        f"{adapter.weights.path} has factors of layer {quote(target)}, {reason}: run {MERGE}, and convert that [P122]"
     )
 
 

@@ -61,7 +61,7 @@ def export_model(
     modelfile = f"{target.stem}.Modelfile"
     for name in (target.name, *names, modelfile):
         if (path := target.with_name(name)).exists():
-            raise ValueError(f"{path} exists already and nothing is overwritten; choose a new file")
+            raise ValueError(f"{path} exists already and nothing is overwritten; choose a new file [P065]")
     moments = moments_of(trained, calibration)
     results: dict[str, Result] = {}
     with staged(target.parent) as new, ExitStack() as opened:

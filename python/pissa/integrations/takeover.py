@@ -141,7 +141,7 @@ def _refuse_fused_kernel(name: str, layer: nn.Module) -> None:
             f"layer {name}: a gradient has come to its lora_A or lora_B, but the layer was not called. A fused kernel "
             "has taken them for the factors of a plain LoRA; they hold the differences from the start factors. Switch "
             "such kernels off (axolotl: lora_mlp_kernel, lora_qkv_kernel, lora_o_kernel and lora_embedding_kernel: "
-            "false), or train a plain LoRA on a checkpoint that `pissa init` has split"
+            "false), or train a plain LoRA on a checkpoint that `pissa init` has split [P039]"
         )
 
     trained: list[Any] = [parameter for parameter in layer.parameters() if parameter.requires_grad]

@@ -47,7 +47,7 @@ def export_lora(adapter: LoraFolder, base: Name | None, target: Path) -> Exporte
     if not allowed:
         raise ValueError(
             f"{adapter.path} has rank {rank} as a LoRA; vLLM allows {RANKS[-1]}: lower it with pissa convert --rank "
-            f"{RANKS[-1]}"
+            f"{RANKS[-1]} [P119]"
         )
     places, model = _places(lora, base or adapter.named_base), lora.base_name(base)
     with staged(target) as new, Scratch(target) as tensors:
@@ -89,14 +89,14 @@ def _places(lora: PlainLora, base: Name | None) -> dict[str, Places]:
     all_factors, path = lora.folder.factors, lora.folder.weights.path
     for target, factors in all_factors.items():
         if len(factors.row) > 1:
-            raise ValueError(f"layer {target} is a convolution, for which vLLM takes no adapter: run {MERGE}")
+            raise ValueError(f"layer {target} is a convolution, for which vLLM takes no adapter: run {MERGE} [P120]")
     fused = {target for target, factors in all_factors.items() if factors.is_fused}
     if not fused:
         return {}
     if base is None:
         raise ValueError(
             f"{path} has factors of fused experts, {min(fused)} the first, which vLLM names as the checkpoint of the "
-            "base does: give the unmodified model (base)"
+            "base does: give the unmodified model (base) [P121]"
         )
     source = Checkpoint.open(base)
     planner = UnitPlanner(source, lora.folder)
@@ -108,14 +108,14 @@ def _places(lora: PlainLora, base: Name | None) -> dict[str, Places]:
     if stacked and model_type not in _STACKED:
         raise ValueError(
             f"the checkpoint in {source.folder} has {min(stacked)} as a stack, whose factors vLLM reads for "
-            f"{', '.join(_STACKED)}, not for {model_type}: run {MERGE}"
+            f"{', '.join(_STACKED)}, not for {model_type}: run {MERGE} [P121]"
         )
     modules = Counter(target.rpartition(".")[0] for target in stacked)
     for module, leaf in (target.rpartition(".")[::2] for target in sorted(stacked)):
         if modules[module] == 1:
             raise ValueError(
                 f"{path} has factors of only {quote(leaf)} in {module}: of a stack of experts vLLM takes "
-                f"both gate_up_proj and down_proj, or neither; run {MERGE}"
+                f"both gate_up_proj and down_proj, or neither; run {MERGE} [P121]"
             )
     return {target: [_parts(layer, source) for layer in layers[target]] for target in layers.keys() - stacked}
 

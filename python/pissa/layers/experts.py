@@ -210,7 +210,7 @@ def unfuse_experts(model: nn.Module, config: PissaConfig) -> None:
         if type(fused).__name__ in _WITHOUT_GRADIENTS:
             raise TypeError(
                 f"{path} is a {type(fused).__name__}, whose kernels return no gradients: pissa.load(folder) trains "
-                "over the codes in the model's files"
+                "over the codes in the model's files [P022]"
             )
         own = fused.named_parameters(recurse=False) if "expert" in type(fused).__name__.lower() else ()
         stacks = [name for name, parameter in own if parameter.dim() == 3]
@@ -220,7 +220,7 @@ def unfuse_experts(model: nn.Module, config: PissaConfig) -> None:
         if config.use_dora:
             raise TypeError(
                 f"{path} holds fused experts, for which PEFT's files have no magnitudes: leave use_dora out, or leave "
-                f"the experts out with exclude_modules, for instance [{path.rpartition('.')[2]!r}]"
+                f"the experts out with exclude_modules, for instance [{path.rpartition('.')[2]!r}] [P016]"
             )
         model.set_submodule(path, UnfusedLlama4Experts(fused) if _is_llama4(fused) else UnfusedExperts(fused))
     _target(unfused_experts(model), config)
@@ -239,7 +239,7 @@ def _wanted(path: str, weights: list[str], config: PissaConfig) -> bool:
     if not is_wanted and any(check_target_module_exists(probe, f"{path}.{name}") for name in weights):
         raise ValueError(
             f"target_modules={config.target_modules!r} matches a parameter of {path}, whose experts are adapted as "
-            f"separate layers: let the pattern match {path}.0.{weights[0]}"
+            f"separate layers: let the pattern match {path}.0.{weights[0]} [P021]"
         )
     return is_wanted
 
@@ -261,12 +261,12 @@ def _check_experts(path: str, fused: Any) -> None:
     is_known = _is_llama4(fused) or (class_name not in _OF_THEIR_OWN and all(hasattr(fused, name) for name in contract))
     advice = f"leave the experts out with exclude_modules, for instance [{path.rpartition('.')[2]!r}]"
     if not is_known:
-        raise TypeError(f"{path} is a {class_name}, which computes its experts in a way of its own; {advice}")
+        raise TypeError(f"{path} is a {class_name}, which computes its experts in a way of its own; {advice} [P023]")
     for name in _weight_names(fused):
         weights = fused._parameters.get(name)
         if type(weights) is not nn.Parameter or weights.dim() != 3:
             raise TypeError(
-                f"{path}.{name} is a {type(weights).__name__}, not a dense parameter [experts, ...]; {advice}"
+                f"{path}.{name} is a {type(weights).__name__}, not a dense parameter [experts, ...]; {advice} [P023]"
             )
 
 
@@ -282,12 +282,12 @@ def _target(unfused: dict[str, UnfusedExperts], config: PissaConfig) -> None:
     if parameters - known:
         raise ValueError(
             f"target_parameters: {sorted(parameters - known)} are not weights of fused experts; PiSSA adapts layers: "
-            "name them in target_modules"
+            "name them in target_modules [P021]"
         )
     if layers and isinstance(config.target_modules, str):
         raise ValueError(
             f"target_parameters={sorted(parameters)} together with target_modules={config.target_modules!r}: give "
-            'target_modules as a list, or leave target_parameters out ("all-linear" has the experts too)'
+            'target_modules as a list, or leave target_parameters out ("all-linear" has the experts too) [P021]'
         )
     if unfused and not isinstance(config.target_modules, str):
         config.target_modules = _add_present_names(config.target_modules) | layers

@@ -137,7 +137,7 @@ def make_layer(
     _check_weight(base, name)
     layer_class = LAYER_CLASSES[base.module_class]
     if config.use_dora and layer_class is not PissaLinear:
-        raise TypeError(f"{name} is a {type(target).__name__}, and use_dora is for linear layers; {leave_out(name)}")
+        raise TypeError(f"{name} is a {type(target).__name__}; use_dora is for linear layers; {leave_out(name)} [P016]")
     layer = layer_class(target, adapter_name, config, model_dtype=model_dtype, **kwargs)
     layer.base_layer = base.module  # set after construction: PEFT would warn about an unknown layer type
     return layer
@@ -147,18 +147,18 @@ def _base_for(target: nn.Module, name: str) -> Base:
     try:
         base = adopt(target)
     except TypeError as error:
-        raise TypeError(f"{name} is {error}; {leave_out(name)}") from None
+        raise TypeError(f"{name} is {error}; {leave_out(name)} [P015]") from None
     if base is not None:
         return base
     class_name = f"{type(target).__module__}.{type(target).__qualname__}"
     if isinstance(target, FSDPModule):
         raise TypeError(
             f"{name} is sharded by its own fully_shard ({class_name}), and PiSSA computes with its weight outside of "
-            f"its forward pass: call fully_shard on the blocks of the model instead, or {leave_out(name)}"
+            f"its forward pass: call fully_shard on the blocks of the model instead, or {leave_out(name)} [P050]"
         )
     raise TypeError(
         f"{name} is a {class_name}; PiSSA adapts nn.Linear, Conv1D, nn.Embedding, nn.Conv1d to 3d, bitsandbytes' "
-        f"layers and transformers' fused experts; {leave_out(name)}"
+        f"layers and transformers' fused experts; {leave_out(name)} [P015]"
     )
 
 
@@ -167,7 +167,7 @@ def _check_weight(base: Base, name: str) -> None:
     if is_of_an_engine(base.module):
         raise TypeError(
             f"the weight of {name} belongs to a DeepSpeed engine, which would not see a new adapter: wrap the model "
-            "before deepspeed.initialize. It may have been loaded under zero.Init"
+            "before deepspeed.initialize. It may have been loaded under zero.Init [P051]"
         )
     # For any other sharded weight, no process can be given a copy with which its module computes.
     if is_sharded(weight) and not (is_partitioned(weight) or (is_managed(base.module) and is_data_parallel(weight))):
@@ -183,7 +183,7 @@ def _check_weight(base: Base, name: str) -> None:
         raise TypeError(
             f"the weight of {name} is a {type(weight).__name__} of {weight.dtype}, but PiSSA decomposes "
             "plain float32, bfloat16 and float16 weights: load the model in one of these "
-            "(quant then stores it in a quantised format)"
+            "(quant then stores it in a quantised format) [P017]"
         )
 
 
@@ -198,11 +198,11 @@ def check_values(model: nn.Module, adapter_name: str) -> None:
         if (fused := path.rpartition(".")[0]) in experts:
             raise ValueError(
                 f"{fused}.{weight} is on the meta device: fused experts cannot be fetched from where accelerate has "
-                f"offloaded them; load the model without offloading, or {leave_out(fused)}"
+                f"offloaded them; load the model without offloading, or {leave_out(fused)} [P018]"
             )
         raise ValueError(
             f"the weight of {name} is on the meta device and holds no values: load or materialise it first (a model "
-            "that accelerate offloads, device_map=..., is fetched layer by layer)"
+            "that accelerate offloads, device_map=..., is fetched layer by layer) [P018]"
         )
 
 
@@ -215,12 +215,12 @@ def check_parents(model: nn.Module, adapter_name: str) -> None:
             raise TypeError(
                 f"{name} is in a {type(parent).__name__}, which in evaluation computes from the weights of its layers "
                 "and would leave the adapter out: call torch.backends.mha.set_fastpath_enabled(False) first, or "
-                f"{leave_out(name)}"
+                f"{leave_out(name)} [P020]"
             )
         if name.endswith(".dt_proj") and _is_read(model, name):
             raise TypeError(
                 f"{name} is in a {type(parent).__name__}, which multiplies by its weight and never calls it, and would "
-                f"leave the adapter out; {leave_out(name)}"
+                f"leave the adapter out; {leave_out(name)} [P020]"
             )
 
 

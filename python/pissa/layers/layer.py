@@ -121,7 +121,7 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
             raise ValueError(
                 f"rank {r} is too large for layer {self._target_name}: its weight is {out_features} "
                 f"x {in_features}, so at most {limit}. Give rank_pattern={{{self._target_name!r}: {limit}}}, "
-                "lower r, or leave it out with exclude_modules"
+                "lower r, or leave it out with exclude_modules [P008]"
             )
         with self.base.device:  # PEFT creates the factors on the CPU, and the host waits for each when it is moved
             super().update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)
@@ -232,18 +232,18 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
                 raise ValueError(
                     f"adapter_names: layer {self._target_name} is an expert's, whose rows are tokens from any row of "
                     f"the batch, and is adapted by {', '.join(sorted(names))}. Call set_adapter and compute the rows "
-                    "of each adapter in a separate batch, or adapt no experts (exclude_modules)"
+                    "of each adapter in a separate batch, or adapt no experts (exclude_modules) [P045]"
                 )
             return cast(Tensor, self.base_layer(x))
         if len(adapter_names) != len(x):
             raise ValueError(
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
                 f"{len(adapter_names)} and {len(x)} respectively, in layer {self._target_name}. Give one name for each "
-                "row of the batch; a layer with other rows (an expert's) cannot be adapted then (exclude_modules)"
+                "row of the batch; a layer with other rows (an expert's) cannot be adapted (exclude_modules) [P045]"
             )
         if self.merged:
             raise ValueError(
-                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first [P045]"
             )
         y = cast(Tensor, self.base_layer(x))
         for name in names:
@@ -290,7 +290,9 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
         if is_dtensor(base.parameter):
             merged.weight = nn.Parameter(shard_as(base.parameter, cast(Tensor, merged.weight)), requires_grad=False)
         if safe_merge and not torch.isfinite(cast(Tensor, merged.weight)).all():
-            raise ValueError(f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken")
+            raise ValueError(
+                f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken [P072]"
+            )
         self.lora_unmerged, self.base_layer = base.module, merged
         self.merged_adapters.extend(names)
 

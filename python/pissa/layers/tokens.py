@@ -103,12 +103,12 @@ def mend_token_layers(model: nn.Module) -> None:
             if type(weight) is not nn.Parameter or weight.dim() != 2 or not weight.is_floating_point():
                 raise TypeError(
                     f"trainable_token_indices replaces rows of a dense weight, and {name} is a {type(base).__name__}: "
-                    "leave it out"
+                    "leave it out [P026]"
                 )
             if is_offloaded(base):
                 raise ValueError(
                     f"{name} is offloaded, and trainable_token_indices replaces rows of a weight that is in memory: "
-                    "give it a device of its own in device_map"
+                    "give it a device of its own in device_map [P026]"
                 )
             module.__class__ = TrainableTokensWrapper
             module.token_adapter.__class__ = TrainableTokensLayer
@@ -119,7 +119,7 @@ def _refuse_tied(name: str, field: str) -> None:
     raise TypeError(
         f"{name} is in {field}, and its weight is tied to an embedding whose tokens are trained "
         f"(trainable_token_indices), which trains the same rows of {leaf} as well: leave {leaf!r} out of {field}, or "
-        "load the model with tie_word_embeddings=False"
+        "load the model with tie_word_embeddings=False [P026]"
     )
 
 

@@ -77,7 +77,7 @@ def check_wanted(config: PissaConfig, calibration: object) -> None:
         wanted = "error_feedback=True" if config.error_feedback else "init or repair 'activations'"
         raise ValueError(
             f"calibration: got None; {wanted} weighs errors by the layers' inputs: give pissa.wrap or pissa init "
-            "batches of what the model will read, as pissa.calibrate takes them"
+            "batches of what the model will read, as pissa.calibrate takes them [P033]"
         )
     if calibration is not None and not config.needs_calibration:
         raise ValueError(
@@ -231,7 +231,7 @@ class _Observer:
                 continue
             siblings = [other for other in means if _of_experts(other) == _of_experts(name) is not None]
             if not siblings:
-                raise ValueError(f"layer {name}: no batch has reached it; leave it out with exclude_modules")
+                raise ValueError(f"layer {name}: no batch has reached it; leave it out with exclude_modules [P034]")
             tokens = sum(self._tokens[other] for other in siblings)
             moments[name] = sum((means[other] * (self._tokens[other] / tokens) for other in siblings), torch.zeros(()))
         return Calibration(moments, max(self._tokens.values()))

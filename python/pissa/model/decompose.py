@@ -84,7 +84,7 @@ def decompose(
         raise ValueError(
             f"init={config.init!r} marks an adapter whose factors came from elsewhere, and cannot start one. To copy "
             "one: save it, and call model.load_adapter(folder, new_name). To take over a plain LoRA: make the "
-            "adapter with any other init, then call peft.set_peft_model_state_dict"
+            "adapter with any other init, then call peft.set_peft_model_state_dict [P029]"
         )
     check_values(model, adapter_name)
     layers = pissa_layers(model, adapter_name)
@@ -219,13 +219,13 @@ def _check_same_on_all_ranks(
                 raise ValueError(
                     f"the model differs between processes: layer {name} has other weights on rank {number} than on "
                     "rank 0, or other adapters. Load the same checkpoint in every process (not only on rank "
-                    "0, as fsdp_cpu_ram_efficient_loading does), or draw random weights with the same seed"
+                    "0, as fsdp_cpu_ram_efficient_loading does), or draw random weights with the same seed [P047]"
                 )
         for name in first_fields:
             if other_fields[name] != first_fields[name]:
                 raise ValueError(
                     f"the configuration differs between processes: {name} is {first_fields[name]!r} on rank 0 and "
-                    f"{other_fields[name]!r} on rank {number}; give every process the same one"
+                    f"{other_fields[name]!r} on rank {number}; give every process the same one [P047]"
                 )
 
 
@@ -256,7 +256,7 @@ def _to_store(
         if not isinstance(layer, PissaLinear):
             raise ValueError(
                 f"layer {name} is a {type(layer.base.module).__name__}, whose base stays as it is and cannot become "
-                f"{config.form.describe()}; {leave_out(name)}"
+                f"{config.form.describe()}; {leave_out(name)} [P028]"
             )
         if layer.base.form == IMPLICIT and uses[id(layer.base.parameter)] > 1:
             tied.append(name)
@@ -265,12 +265,12 @@ def _to_store(
             raise ValueError(
                 f"the base of layer {name} is {layer.base.form.describe()} and cannot become "
                 f"{config.form.describe()}: other adapters are changes to that function. "
-                "Leave quant and residual out, and the adapter takes the base as it is"
+                "Leave quant and residual out, and the adapter takes the base as it is [P028]"
             )
         if distributed.is_dtensor(layer.base.parameter):
             raise ValueError(
                 f"the weight of layer {name} is sharded by fully_shard, which keeps it, so that its base cannot become "
-                f"{config.form.describe()}: wrap the model first and shard it then, fully_shard(pissa.wrap(model, ...))"
+                f"{config.form.describe()}: wrap the model first and shard it then: fully_shard(pissa.wrap(...)) [P049]"
             )
         stored[name] = layer
     if tied:

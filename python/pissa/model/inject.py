@@ -37,13 +37,13 @@ def check_adapter_name(name: str, model: nn.Module) -> None:
     ):
         raise ValueError(
             f"adapter_name: got {quote(name)}; allowed: a string of 1 to 200 bytes, printable, without '.', '/' "
-            "and '\\'"
+            "and '\\' [P027]"
         )
     names_in_use = {part for key, _ in model.named_parameters() for part in key.split(".")}
     if name in names_in_use | _PEFTS_NAMES or hasattr(nn.ModuleDict(), name) or hasattr(nn.ParameterDict(), name):
         raise ValueError(
             f"adapter_name: got {name!r}, which is part of the names of the model's parameters or an attribute of "
-            f"torch's modules, so the adapter could not be distinguished; give another name, such as {name + '_1'!r}"
+            f"torch's modules, so it could not be told apart; give another name, such as {name + '_1'!r} [P027]"
         )
 
 
@@ -53,7 +53,7 @@ def check_plain(model: nn.Module, adapter_name: str) -> None:
         raise ValueError(
             "the model carries an adapter already, because wrapping changes it in place. To wrap it anew: model = "
             "model.unload() first, or load it again if its base was stored (quant, residual='explicit'); for a "
-            "second adapter: model.add_adapter(name, config), model.load_adapter(folder, name)"
+            "second adapter: model.add_adapter(name, config), model.load_adapter(folder, name) [P009]"
         )
     check_adapter_name(adapter_name, model)
 
@@ -61,7 +61,7 @@ def check_plain(model: nn.Module, adapter_name: str) -> None:
 def own_config(config: PissaConfig) -> PissaConfig:
     """Returns a copy, because PEFT writes into the configuration that it is given."""
     if not isinstance(config, PissaConfig):
-        raise TypeError(f"config must be a pissa.PissaConfig, got {type(config).__name__}")
+        raise TypeError(f"config must be a pissa.PissaConfig, got {type(config).__name__} [P011]")
     return copy.deepcopy(config)
 
 
@@ -188,7 +188,7 @@ def check_trained(model: nn.Module, config: PissaConfig) -> None:
             raise ValueError(
                 f"{field}={value!r} trains a part of the model itself, which fully_shard has sharded, together "
                 f"with parameters that it does not know: wrap the model first and shard it then, or leave {field} out "
-                "(a task type such as SEQ_CLS adds its head to modules_to_save)"
+                "(a task type such as SEQ_CLS adds its head to modules_to_save) [P049]"
             )
 
 

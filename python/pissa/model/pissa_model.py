@@ -87,7 +87,7 @@ class PissaModel(MendedPeftModel):
         with restored_on_error(self), failing_together():
             config = as_pissa(peft_config)
             if adapter_name in self.peft_config:
-                raise ValueError(f"Adapter with name '{adapter_name}' already exists.")
+                raise ValueError(f"Adapter with name '{adapter_name}' already exists. [P027]")
             check_adapter_name(adapter_name, self.base_model.model)
             self._inject(adapter_name, config, autocast_adapter_dtype)
             base = self.base_model.model
@@ -100,7 +100,7 @@ class PissaModel(MendedPeftModel):
         if any(map(is_sharded, adapters)) or any(map(is_of_an_engine, self.modules())):
             raise ValueError(
                 "the model's adapters are sharded, and FSDP or DeepSpeed would not see a new one: add it before "
-                "fully_shard or deepspeed.initialize"
+                "fully_shard or deepspeed.initialize [P051]"
             )
         prepare(self.base_model.model, config)
         super().add_adapter(adapter_name, config, autocast_adapter_dtype=autocast_adapter_dtype)
@@ -244,14 +244,14 @@ class PissaModel(MendedPeftModel):
             kwargs: ignored, as PEFT does.
         """
         if not safe_serialization:
-            raise ValueError("safe_serialization=False would write pickle; PiSSA adapters are safetensors only")
+            raise ValueError("safe_serialization=False would write pickle; PiSSA adapters are safetensors only [P062]")
         if os.path.isfile(save_directory):
-            raise ValueError(f"Provided path ({save_directory}) should be a directory, not a file")
+            raise ValueError(f"Provided path ({save_directory}) should be a directory, not a file [P062]")
         names = list(self.peft_config) if selected_adapters is None else selected_adapters
         if unknown := [name for name in names if name not in self.peft_config]:
             raise ValueError(
                 f"You passed an invalid `selected_adapters` arguments, current supported adapter names are "
-                f"{list(self.peft_config)} - got {unknown}."
+                f"{list(self.peft_config)} - got {unknown}. [P062]"
             )
         if is_main_process:
             warn_of_plain_lora(self)
@@ -399,7 +399,7 @@ def _check_options(**options: Any) -> None:
             raise ValueError(
                 f"{name}={quote(value)} is not supported: an adapter is restored as a whole, into layers of the names "
                 "that it was saved with. Load the base that it was trained on, or use peft.PeftModel.from_pretrained, "
-                "for which the folder is a plain LoRA"
+                "for which the folder is a plain LoRA [P061]"
             )
 
 
@@ -419,13 +419,13 @@ def _check_can_be_resized(base: Any) -> None:
     names = {module: name for name, module in base.named_modules()}
     for module in (base.get_input_embeddings(), base.get_output_embeddings()):
         if module is not None and base_of(module).is_quantised:
-            raise ValueError(f"the vocabulary cannot be resized: the weight of {names[module]} is in codes")
+            raise ValueError(f"the vocabulary cannot be resized: the weight of {names[module]} is in codes [P025]")
         if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
             field = "target_modules" if isinstance(module, PissaLayer) else "modules_to_save"
             field = "trainable_token_indices" if isinstance(module, TrainableTokensWrapper) else field
             raise ValueError(
                 f"the vocabulary cannot be resized: {names[module]} is trained ({field}). Resize it before pissa.wrap; "
-                "or, for what has been trained so far: model = model.merge_and_unload(), resize that, and wrap it anew"
+                "or, for what has been trained: model = model.merge_and_unload(), resize that, and wrap it anew [P025]"
             )
 
 

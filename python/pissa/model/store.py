@@ -17,7 +17,7 @@ from pissa.model.decompose import Replacement, groups, share_fingerprints
 
 _PARTLY_STORED = (
     "pissa was replacing the model's dense weights by residuals, and freed each when it was replaced: some are gone, "
-    "others are still there, and the adapter is incomplete. Load the model again, and wrap that"
+    "others are still there, and the adapter is incomplete. Load the model again, and wrap that [P030]"
 )
 
 

@@ -135,7 +135,7 @@ def _check_names(state_dict: Mapping[str, Tensor], layers: Mapping[str, PissaLay
             raise ValueError(
                 f"the state dict has {name}, which is not a name in the whole model's: give the state dict of the "
                 "PissaModel, or a part of that with its names. pissa.lora_state_dict(model) gathers what FSDP2 has "
-                "sharded"
+                "sharded [P063]"
             )
 
 
@@ -154,7 +154,7 @@ def _is_of_rank(ranks: Mapping[str, int], parts: Sequence[FactorTensors], state_
     raise ValueError(
         f"the state dict does not fit the adapter: {key} is {list(shapes[key]) if key in shapes else 'missing'}; "
         f"needed: {list(shape)}. All layers of the adapter need factors of its rank, or of twice that, as "
-        "get_peft_model_state_dict gives them"
+        "get_peft_model_state_dict gives them [P063]"
     )
 
 
@@ -166,7 +166,7 @@ def _remove_start(a: Tensor, b: Tensor, start: StartFactors, name: str) -> Matri
         raise ValueError(
             f"the state dict does not fit the adapter: in layer {name} it is of twice the rank, but not [A ; dA] and "
             "[dB | B0] with this adapter's start factors, in float32. To add it as another adapter: "
-            "model.load_adapter(folder, name)"
+            "model.load_adapter(folder, name) [P063]"
         )
     return da, db
 
@@ -186,7 +186,7 @@ def refuse_residuals(base: nn.Module, prefix: str, keep_vars: bool) -> None:
             raise ValueError(
                 f"the base has no state dict of its own: {name} keeps a residual stored as {form.describe()}, "
                 "not its weight. Take the state dict of the PissaModel, which has all of it, or the base's after "
-                "model.unload(), as dense weights"
+                "model.unload(), as dense weights [P063]"
             )
 
 

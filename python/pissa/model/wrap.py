@@ -91,11 +91,11 @@ def wrap(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
-            f"model must be a torch.nn.Module, got {type(model).__name__}; pissa.load(folder) makes a model of a folder"
+            f"model must be a torch.nn.Module, got {type(model).__name__}; pissa.load(folder) makes one [P010]"
         )
     with restored_on_error(model), failing_together():
         if config is not None and config_fields:
-            raise TypeError(f"give either config or its fields, got config and {', '.join(sorted(config_fields))}")
+            raise TypeError(f"give config or its fields, got config and {', '.join(sorted(config_fields))} [P011]")
         config = own_config(PissaConfig(**config_fields) if config is None else config)
         repairs = config.repair is not None or config.init == "loftq"
         if calibration is not None and config.quant is not None and not (config.needs_calibration or repairs):
@@ -156,7 +156,7 @@ class _TunerToCome(nn.Module):
         if not type(peft_model).__module__.startswith(PeftModel.__module__):
             raise TypeError(
                 f"a PissaConfig makes a pissa.PissaModel, and {type(peft_model).__name__} is a class of its own; use "
-                "pissa.wrap(model, config), or one of PEFT's classes"
+                "pissa.wrap(model, config), or one of PEFT's classes [P012]"
             )
         model, config = self.arguments
         ours = wrap(model, config, adapter_name=adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)

@@ -31,7 +31,7 @@ def check_adapter(factors: Factors, out_features: int, in_features: int) -> None
     """Checks that a, b, a0 and b0, or the first two, or none are given, and that they fit each other and the layer."""
     a, b, a0, b0 = factors.values()
     if (a is None) != (b is None) or (a0 is None) != (b0 is None) or (a0 is not None and a is None):
-        raise ValueError("factors: give a with b, and a0 with b0 in addition, or none of them")
+        raise ValueError("factors: give a with b, and a0 with b0 in addition, or none of them [P124]")
     if a is not None and b is not None:
         check_factors("a", a, "b", b, out_features, in_features)
     for name, start, factor in (("a0", a0, a), ("b0", b0, b)):

@@ -21,7 +21,7 @@ try:
 except ImportError as error:
     raise ImportError(
         f"pissa's compiled core could not be loaded: {error}. It is built by `pip install .` from a clone or comes "
-        "with a wheel for this Python; a source folder alone is not enough. torch must be 2.10 or newer."
+        "with a wheel for this Python; a source folder alone is not enough. torch must be 2.10 or newer. [P001]"
     ) from error
 
 __all__ = ["FORCED", "_C", "cuda_problem", "has_kernels", "routes"]
@@ -57,12 +57,12 @@ def _load_cuda(library: Path) -> str | None:
     if not library.exists():
         return (
             "this build of pissa has no CUDA library: build it with CUDA 13 by "
-            "`pip install . --config-settings=cmake.define.PISSA_CUDA=ON` in a clone"
+            "`pip install . --config-settings=cmake.define.PISSA_CUDA=ON` in a clone [P004]"
         )
     cuda = torch.version.cuda
     if cuda is None or int(cuda.split(".")[0]) != _CUDA:
         built = f"torch {torch.__version__} is built {'without CUDA' if cuda is None else f'for CUDA {cuda}'}"
-        return f"{built}: install a build of torch for CUDA {_CUDA} (https://pytorch.org/get-started)"
+        return f"{built}: install a build of torch for CUDA {_CUDA} (https://pytorch.org/get-started) [P004]"
     load: Callable[[str], None] = torch.ops.load_library
     try:
         try:
@@ -73,7 +73,7 @@ def _load_cuda(library: Path) -> str | None:
     except OSError as error:
         return (
             f"pissa's CUDA library could not be loaded: {error.__cause__ or error}; CUDA's own libraries "
-            "come with `pip install nvidia-cublas nvidia-cusolver`, or with pissa[cuda]"
+            "come with `pip install nvidia-cublas nvidia-cusolver`, or with pissa[cuda] [P004]"
         )
     return None
 

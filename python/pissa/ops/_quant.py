@@ -132,7 +132,9 @@ def e4m3_values(device: torch.device) -> Tensor:
 def check_offset(offset: float, name: str = "weight") -> None:
     """Raises ValueError unless the scales have a finite mean."""
     if not math.isfinite(offset):
-        raise ValueError(f"{name}: the mean of its scales overflows float32; use double_quant=False or smaller weights")
+        raise ValueError(
+            f"{name}: the mean of its scales overflows float32; use double_quant=False or smaller weights [P036]"
+        )
 
 
 def offsets_of(parts: Sequence[Tensor | QuantizedWeight]) -> Tensor:

@@ -42,7 +42,7 @@ def check_tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...] = FLO
     if type(value).__name__ == "DTensor":
         raise TypeError(
             f"{name}: got a DTensor, sharded over processes; needed: a whole tensor. With FSDP call fully_shard on the "
-            "blocks of the model, whose forward gathers them, not on the parts of an adapted layer"
+            "blocks of the model, whose forward gathers them, not on the parts of an adapted layer [P050]"
         )
     if value.dtype not in dtypes:
         allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
@@ -91,7 +91,7 @@ def check_weights(weights: Sequence[object], names: Sequence[str]) -> tuple[list
 def check_finite(largest: float, name: str = "weight") -> None:
     """Raises ValueError unless a weight with this largest element is finite."""
     if not math.isfinite(largest):
-        raise ValueError(f"{name}: contains NaN or Inf; only finite weights can be decomposed or quantised")
+        raise ValueError(f"{name}: contains NaN or Inf; only finite weights can be decomposed or quantised [P019]")
 
 
 def check_lengths(lists: Mapping[str, Sequence[object] | None], count: int) -> None:
@@ -179,7 +179,7 @@ def check_product(names: Sequence[str], largest: float, norm_a: float, norm_b: f
     if not scaling * norm_a * norm_b + largest < torch.finfo(torch.float32).max:
         raise ValueError(
             f"{a0}, {b0}: contain NaN or Inf, or their product overflows float32: got norms {norm_a:.3g} and "
-            f"{norm_b:.3g}, scaling {scaling:g}; needed: scaling * ‖b0‖ * ‖a0‖ + max|weight| below 3.4e38"
+            f"{norm_b:.3g}, scaling {scaling:g}; needed: scaling * ‖b0‖ * ‖a0‖ + max|weight| below 3.4e38 [P125]"
         )
 
 

@@ -70,7 +70,7 @@ class QuantFormat:
             allowed = ", ".join(map(str, self.blocksizes)) or f"None, because a block of {self.name} is a row"
             raise ValueError(f"blocksize: got {blocksize!r}; allowed: {allowed}")
         if double_quant and not self.has_double_quant:
-            raise ValueError(f"double_quant: got {double_quant!r}; allowed: False; {self.name} has scales of one kind")
+            raise ValueError(f"double_quant: got {double_quant!r}; allowed for {self.name}: False [P035]")
 
     def tensors(
         self, shape: tuple[int, int], blocksize: int, double_quant: bool

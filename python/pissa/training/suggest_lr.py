@@ -91,14 +91,14 @@ class _Trial:
         if not trained:
             raise ValueError(
                 "nothing is trained: no parameter of the model has requires_grad; wrap it with pissa.wrap, or load the "
-                "adapter with is_trainable=True"
+                "adapter with is_trainable=True [P040]"
             )
         if sharded := [name for name, parameter in trained.items() if is_sharded(parameter)]:
-            raise ValueError(f"the model is sharded ({sharded[0]}): call suggest_lr before it is")
+            raise ValueError(f"the model is sharded ({sharded[0]}): call suggest_lr before it is [P044]")
         if len(batches) < 2:
             raise ValueError(
                 f"batches: got {len(batches)}; needed: at least 2, because a rate is judged by batches on which it "
-                "was not trained"
+                "was not trained [P042]"
             )
         self.parameters = list(trained.values())
         self.devices = sorted({parameter.device.index for parameter in self.parameters if parameter.is_cuda})
@@ -117,13 +117,13 @@ class _Trial:
         self._model.train()
         loss = self._loss(self._model, self.seen[0])
         if not torch.isfinite(loss):
-            raise ValueError(f"the loss of the first batch is {loss.item()} before any training; needed: a finite one")
+            raise ValueError(f"the loss of the first batch is {loss.item()} before training; needed: finite [P041]")
         if not loss.requires_grad:
-            raise ValueError("the loss does not depend on what is trained: it has no gradient")
+            raise ValueError("the loss does not depend on what is trained: it has no gradient [P040]")
         torch.autograd.backward(loss)
         slope: float = get_total_norm([p.grad for p in self.parameters if p.grad is not None], 1.0).item()
         if not 0 < slope < math.inf:
-            raise ValueError(f"the gradient of the first batch has norm {slope}; needed: a positive, finite one")
+            raise ValueError(f"the gradient of the first batch has norm {slope}; needed: a positive, finite one [P041]")
         return float(mean(agree((abs(loss.item()) or 1.0) / slope)))
 
     def __call__(self, rate: float) -> float:
@@ -168,7 +168,7 @@ def _bracket(trial: Callable[[float], float], first: float) -> dict[float, float
     least, most = min(losses), max(losses)
     raise ValueError(
         f"no rate from {least:.1e} to {most:.1e} is better than half and twice of it: the loss is "
-        f"{_format_loss(losses[least])} at one end and {_format_loss(losses[most])} at the other; give more batches"
+        f"{_format_loss(losses[least])} at one end, {_format_loss(losses[most])} at the other; give more batches [P043]"
     )
 
 
@@ -190,11 +190,11 @@ def own_loss(model: nn.Module, batch: Any) -> Tensor:
     if not isinstance(batch, Mapping):
         raise TypeError(
             f"batches: got one of type {type(batch).__name__}; allowed: mappings of keyword arguments of the model, or "
-            "give loss=, a function of model and batch"
+            "give loss=, a function of model and batch [P042]"
         )
     loss: Tensor | None = model(**batch).loss
     if loss is None:
-        raise ValueError("the model gives no loss for the first batch; give batches with labels, or loss=")
+        raise ValueError("the model gives no loss for the first batch; give batches with labels, or loss= [P042]")
     return loss
 
 

@@ -186,7 +186,7 @@ TEST_F(CudaSelfTest, TheSentenceSaysWhatComputesInstead) {
   cuda::LtPlan::forget(context);
   EXPECT_EQ(cuda::test_routes(context),
             std::vector<std::string>{"lt computes wrongly on CUDA device 0 (compute capability 9.0), so cuBLAS's handle "
-                                     "multiplies"});
+                                     "multiplies [P005]"});
 }
 
 }  // namespace

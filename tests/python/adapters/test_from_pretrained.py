@@ -138,7 +138,7 @@ def test_a_given_configuration_is_used(folder: Path, tiny_llama: Make, tokens: T
         ({"init": "lora"}, "init is 'lora'"),
         (
             {"quant": "nf4"},
-            "quant is 'nf4'.*PissaConfig.from_pretrained reads there, in inference_mode or lora_dropout",
+            "quant is 'nf4'.*PissaConfig.from_pretrained\\(folder\\), in inference_mode or lora_dropout",
         ),
         ({"use_dora": True}, "use_dora is True"),
         ({"r": 8}, "r is 8"),

@@ -145,7 +145,7 @@ def test_our_8_bit_residual_is_a_layer_of_bitsandbytes() -> None:
     ("change", "words"),
     [
         ({"SCB": None}, r"no 8-bit weight of bitsandbytes: got the entries \['weight', 'weight_format'\]; needed"),
-        ({"weight": None}, r"no 8-bit weight .*; needed: weight and its scales SCB"),
+        ({"weight": None}, r"no 8-bit weight .*; needed: weight and scales, SCB"),
         ({"weight": torch.zeros(OUT, IN)}, r"weight: got torch.float32 \[64, 128\]; needed: torch.int8 \[out, in\]"),
         ({"weight": torch.zeros(3, dtype=torch.int8)}, r"weight: got torch.int8 \[3\]; needed"),
         ({"SCB": torch.zeros(IN)}, r"SCB: got torch.float32 \[128\]; needed: torch.float32 \[64\]"),

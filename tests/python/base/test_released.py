@@ -165,7 +165,7 @@ def test_what_cannot_be_joined() -> None:
         join_rows([mx, other])
     doubled, halved = (other._replace(nested_absmax=factor * scales_of(other)) for factor in (2.0, 0.5))
     for weights in ([other, doubled, halved], [other._replace(absmax=other.absmax | 128), doubled]):
-        with pytest.raises(ValueError, match="several global scales, or of negative scales"):
+        with pytest.raises(ValueError, match="several global scales, or of negative ones"):
             join_rows(weights)
     codes = torch.zeros(200, 256, dtype=torch.uint8).view(torch.float8_e4m3fn)
     cut = released_weight({"weight": codes, "weight_scale_inv": torch.ones(2, 2)})

@@ -209,9 +209,7 @@ def test_a_dense_folder_is_mapped_and_wrapped(source: Path, tokens: Tensor, tmp_
 
 
 def test_wrap_names_load_for_a_folder() -> None:
-    with pytest.raises(
-        TypeError, match=r"model must be a torch.nn.Module, got str; pissa.load\(folder\) makes a model"
-    ):
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got str; pissa.load\(folder\) makes one"):
         pissa.wrap("folder", r=R)  # type: ignore[arg-type]
 
 

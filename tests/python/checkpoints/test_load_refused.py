@@ -191,7 +191,7 @@ def test_the_dtype_to_compute_in(made: Path, tmp_path: Path) -> None:
 def test_one_configuration(made: Path) -> None:
     config = pissa.PissaConfig(r=R)
     for given in ({"config": config, "r": R}, {"config": config, "adapter": "run"}, {"r": R, "adapter": "run"}):
-        with pytest.raises((TypeError, ValueError), match=r"give one of config, its fields and adapter|holds no PiSSA"):
+        with pytest.raises((TypeError, ValueError), match=r"give config, its fields or adapter|holds no PiSSA"):
             pissa.load(made / "split", **given)
     with pytest.raises(TypeError, match=r"config must be a pissa.PissaConfig"):
         pissa.load(made / "split", {"r": R})  # type: ignore[arg-type]

@@ -163,7 +163,9 @@ def test_one_run_at_a_time(tmp_path: Path) -> None:
 def test_a_second_run_of_a_complete_folder_says_so(tmp_path: Path) -> None:
     write(tmp_path / "out")
     before = content(tmp_path / "out")
-    with pytest.raises(CompletedError, match=f"{tmp_path}/out is complete: an earlier run with the same arguments"):
+    with pytest.raises(
+        CompletedError, match=f"{tmp_path}/out is complete since an earlier run with the same arguments"
+    ):
         entered(tmp_path / "out").__enter__()
     with pytest.raises(ValueError, match=r"is not empty .* nothing is overwritten"):
         entered(tmp_path / "out", rank=8).__enter__()

@@ -252,7 +252,7 @@ def test_a_text_is_continued_where_there_is_no_template(
     with generations(monkeypatch) as given:
         assert main(["chat", str(folder), "--max-tokens", "2"]) == 0
     assert [prompt for prompt, _ in given] == ["one", "two"]
-    assert capsys.readouterr().err.count("has no chat template: each text is continued as it is") == 1
+    assert capsys.readouterr().err.count("has no chat template: each text is continued, without the others") == 1
     message = refused(["chat", str(folder), "--prompt", "one", "--system", "Count."], capsys)
     assert "--system: the tokenizer has no chat template" in message
 
@@ -347,7 +347,9 @@ def test_what_cannot_be_asked_is_refused(
     asked = ["--prompt", "1"]
     assert "there is no such folder" in refused(["chat", str(tmp_path / "no"), *asked], capsys)
     message = refused(["chat", str(tmp_path), *asked], capsys)
-    assert message.endswith("; there is no adapter either: a run that has not ended has it in its last checkpoint-N")
+    assert message.endswith(
+        "; there is no adapter either: a run that has not ended has it in its last checkpoint-N [P113]"
+    )
     initial = shutil.copytree(base, tmp_path / "residual") / "pissa_init"
     initial.mkdir()
     (initial / "adapter_config.json").write_text("{}")
@@ -355,7 +357,7 @@ def test_what_cannot_be_asked_is_refused(
     assert f"--compare: {base} has no adapter" in refused(["chat", str(base), *asked, "--compare"], capsys)
     assert f"--base: {base} has no adapter" in refused(["chat", str(base), *asked, "--base", str(base)], capsys)
     message = refused(["chat", str(ran), *asked, "--base", str(tmp_path / "no")], capsys)
-    assert message.endswith("; give the model that the adapter was trained on: --base DIR_OR_NAME")
+    assert message.endswith("; give the model that the adapter was trained on: --base DIR_OR_NAME [P112]")
     other = save_tiny_model(tmp_path / "other", intermediate_size=48)
     assert "belongs to another base" in refused(["chat", str(ran), *asked, "--base", str(other)], capsys)
     unnamed = tmp_path / "unnamed"

@@ -56,8 +56,8 @@ def test_notes_are_lines_of_their_own(base: Path, tmp_path: Path, capsys: pytest
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "Give rank to lower its rank"),
-        (["--initial", "nowhere"], "nowhere is missing; needed: an adapter's folder"),
+        ([], "Give rank to lower it"),
+        (["--initial", "nowhere"], "nowhere is missing; needed: an adapter folder"),
     ],
 )
 def test_refusals(

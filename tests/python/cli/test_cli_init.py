@@ -138,8 +138,8 @@ def test_an_interrupted_run_goes_on(
     assert main(arguments) == 0
     out, err = capsys.readouterr()
     assert out == ""
-    assert f"\npissa init: {tmp_path}/out is complete: an earlier run" in f"\n{err}"
-    assert err.endswith("; nothing is written\n")
+    assert f"\npissa init: {tmp_path}/out is complete since an earlier run" in f"\n{err}"
+    assert err.endswith("; nothing is written [P080]\n")
     assert main([*arguments[:-1], "8"]) == 2
     assert "nothing is overwritten" in capsys.readouterr().err
     assert contents(tmp_path / "out") == before

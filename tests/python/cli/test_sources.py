@@ -86,7 +86,7 @@ def test_every_form_is_read(name: str, tmp_path: Path) -> None:
 )
 def test_an_unknown_form_is_refused_with_names_to_map(record: dict[str, str], suggested: str, tmp_path: Path) -> None:
     path = written(tmp_path / "data.jsonl", json.dumps(record))
-    with pytest.raises(UserError, match=f"--columns {suggested}$") as refusal:
+    with pytest.raises(UserError, match=rf"--columns {suggested} \[P103\]$") as refusal:
         chats(path)
     found = f"{path}:1: found the columns {', '.join(map(repr, record))}; "
     assert str(refusal.value).startswith(found + ("allowed: " if "COLUMN" in suggested else "tell what they are: "))
@@ -121,7 +121,7 @@ def test_preferences_may_repeat_the_prompt() -> None:
     assert read_preferences(records("set", rows=[record])) == [pair]
     with pytest.raises(UserError, match="set: row 1: chosen and rejected answer different messages; needed: the same"):
         read_preferences(records("set", rows=[record | {"rejected": [*turns("H"), no]}]))
-    with pytest.raises(UserError, match=r"--columns prompt=question,chosen=chosen,rejected=worse$"):
+    with pytest.raises(UserError, match=r"--columns prompt=question,chosen=chosen,rejected=worse \[P103\]$"):
         read_preferences(records("set", rows=[{"question": "q", "chosen": "a", "worse": "b"}]))
 
 
@@ -151,7 +151,7 @@ def test_a_table_is_read_as_texts(name: str, text: str, encoding: str, tmp_path:
     [
         ("question,answer\nq,a\na, b,c\n", r"csv:3: found 3 cells; the first line has 2; needed: cells between ','"),
         ("question,answer\nq\n", r"csv:2: found 1 cells; the first line has 2; needed"),
-        ('question,answer\nq,"a\n', r"csv: not a table: .*; needed: cells between ',', and in double quotes"),
+        ('question,answer\nq,"a\n', r"csv: not a table: .*; needed: cells between ',', in double quotes"),
         ("question|answer\nq|a\n", r"csv:2: found the columns 'question\|answer'; allowed"),
         ("question,answer\nq,a\nb,\n", r"csv:3: the assistant's content is ''; needed: a text that is not empty"),
         ("question,answer\n", "csv: is empty; needed: at least one record"),

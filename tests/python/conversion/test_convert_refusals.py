@@ -50,7 +50,7 @@ def spoil_config(**fields: object) -> Callable[[Path], None]:
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
 SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no folder": (shutil.rmtree, r"adapter is missing; needed: an adapter's folder"),
+    "no folder": (shutil.rmtree, r"adapter is missing; needed: an adapter folder"),
     "no config": (lambda folder: (folder / NAMES[0]).unlink(), "holds no adapter: there is no adapter_config.json"),
     "a pickle": (
         lambda folder: (folder / NAMES[1]).rename(folder / "adapter_model.bin"),

@@ -1,7 +1,8 @@
-"""docs/troubleshooting.md quotes messages as the sources have them, and names every warning.
+"""docs/troubleshooting.md has an entry for each code that a message ends with, such as [P012], and names every warning.
 
-A message is a heading of the third level in backquotes, or in backquotes in a paragraph that begins with "Also:". In it
-an ellipsis, …, stands for what varies. The name of a class of `pissa.notices` may precede it, as Python prints it.
+An entry is a heading of the third level with a text in backquotes: its code, if it has one, and what its message says.
+In it an ellipsis, …, stands for what varies. A warning has its class in place of a code, and what the build says has
+neither.
 """
 
 from __future__ import annotations
@@ -23,24 +24,24 @@ VARIES = "\0"
 """In the texts of the sources, what is put in when they run."""
 
 
-def quoted(page: str) -> list[tuple[str, str]]:
-    """The messages of a page: the name of the warning's class, or "", and the text."""
+def entries(page: str) -> list[tuple[str, str]]:
+    """The entries of a page: the code, the class of the warning, or "", and the text."""
     found = []
-    for entry in re.findall(r"^### (`[^\n]*`)$|^Also: (.*?)\n\n", page, flags=re.DOTALL | re.MULTILINE):
-        for _, message in re.findall(r"(`+)(.+?)\1(?!`)", "".join(entry), flags=re.DOTALL):
-            name, _, text = message.strip().partition(": ")
-            found.append((name, text) if name in WARNINGS else ("", message.strip()))
+    for code, _, message in re.findall(r"^### (?:(\S+) )?(`+)([^\n]+?)\2$", page, flags=re.MULTILINE):
+        name, _, text = message.strip().partition(": ")
+        found.append((name, text) if name in WARNINGS else (code, message.strip()))
     return found
 
 
 def in_python(source: str) -> Iterator[str]:
     """The strings of a module, each whole however many lines it has, without docstrings."""
     tree = ast.parse(source)
-    docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    skipped = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}  # docstrings
+    skipped |= {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
     for node in ast.walk(tree):
         if isinstance(node, ast.JoinedStr):
             yield "".join(str(part.value) if isinstance(part, ast.Constant) else VARIES for part in node.values)
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in skipped:
             yield node.value
 
 
@@ -66,14 +67,18 @@ def in_make(source: str) -> Iterator[str]:
 
 
 @cache
-def texts() -> list[str]:
-    """All strings that can be a message, or part of one."""
+def texts() -> dict[Path, list[str]]:
+    """All strings of each file that can be a message, or part of one."""
     readers = {
         in_python: sorted((ROOT / "python" / "pissa").rglob("*.py")),
         in_cpp: [path for path in sorted((ROOT / "cpp" / "pissa").rglob("*")) if path.suffix in (".h", ".cc", ".cu")],
         in_make: [ROOT / "Makefile", ROOT / "CMakeLists.txt", *sorted((ROOT / "cpp" / "cmake").glob("*.cmake"))],
     }
-    return [text for reader, paths in readers.items() for path in paths for text in reader(path.read_text())]
+    return {path: list(reader(path.read_text())) for reader, paths in readers.items() for path in paths}
+
+
+def codes(*parts: str) -> list[str]:
+    return [code for part in parts for code in re.findall(r"\[(P\d+)\]", part)]
 
 
 def is_in(message: str, text: str) -> bool:
@@ -86,12 +91,37 @@ def is_in(message: str, text: str) -> bool:
     return True
 
 
-def test_every_message_is_one_of_the_sources() -> None:
-    messages = [text for _, text in quoted(PAGE)]
-    assert len(messages) > 100  # the markup is as it was
-    assert [message for message in messages if not any(is_in(message, text) for text in texts())] == []
+def says(file: list[str], code: str, message: str) -> bool:
+    """Whether a file has a message with this code, whole or in parts, of which the last has the code."""
+    own = [text for text in file if is_in(message, text)]
+    return any(code in codes(text) for text in own) or (code in codes(*file) and any(not codes(text) for text in own))
+
+
+def test_every_code_has_one_entry_and_every_entry_a_message() -> None:
+    named = [code for code, _ in entries(PAGE) if code and code not in WARNINGS]
+    raised = {code for file in texts().values() for code in codes(*file)}
+    assert len(named) > 100  # the markup is as it was
+    assert sorted(named) == sorted(raised)
+
+
+def test_a_code_is_at_the_end_of_a_message_or_of_a_sentence_of_it() -> None:
+    with_codes = [text for file in texts().values() for text in file if codes(text)]
+    assert [text for text in with_codes if not re.search(r"(?:^|\S) \[P\d{3}\](?:$|\. )", text)] == []
+    assert [text for text in with_codes if len(codes(text)) > 1] == []
+
+
+def test_every_heading_is_what_a_message_says() -> None:
+    wrong = []
+    for name, message in entries(PAGE):
+        if name and name not in WARNINGS:
+            found = any(says(file, name, message) for file in texts().values())
+        else:
+            found = any(is_in(message, text) and not codes(text) for file in texts().values() for text in file)
+        if not found:
+            wrong.append(f"{name} {message}")
+    assert wrong == []
 
 
 def test_every_warning_has_an_entry() -> None:
-    assert {name for name, _ in quoted(PAGE)} - {""} == WARNINGS - {"PissaWarning"}
+    assert {name for name, _ in entries(PAGE) if name in WARNINGS} == WARNINGS - {"PissaWarning"}
     assert "`pissa.notices.PissaWarning`" in PAGE

@@ -102,7 +102,7 @@ def test_interrupted_storing_says_how_to_go_on(tiny_llama: Make, monkeypatch: py
     monkeypatch.setattr(PissaLayer, "store_base", _interrupted_at(9, PissaLayer.store_base))
     with pytest.raises(KeyboardInterrupt) as caught:
         pissa.wrap(tiny_llama(), r=4, quant="nf4")
-    assert caught.value.__notes__[-1].endswith("the adapter is incomplete. Load the model again, and wrap that")
+    assert caught.value.__notes__[-1].endswith("the adapter is incomplete. Load the model again, and wrap that [P030]")
 
 
 def _interrupted_at(call: int, function: Callable[..., Any]) -> Callable[..., Any]:

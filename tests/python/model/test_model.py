@@ -151,7 +151,7 @@ def test_generic_module_and_bar(capsys: pytest.CaptureFixture[str], monkeypatch:
 
 
 def test_config_and_fields_together(tiny_llama: Make) -> None:
-    with pytest.raises(TypeError, match="either config or its fields, got config and r"):
+    with pytest.raises(TypeError, match="give config or its fields, got config and r"):
         pissa.wrap(tiny_llama(), PissaConfig(r=4), r=8)
     with pytest.raises(TypeError, match=r"pissa\.PissaConfig, got LoraConfig"):
         pissa.wrap(tiny_llama(), peft.LoraConfig())

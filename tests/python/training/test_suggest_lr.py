@@ -217,7 +217,7 @@ def falling(model: nn.Module, batch: object) -> Tensor:
     [
         ([], falling, "batches: got 0; needed: at least 2"),
         (["a"], falling, "batches: got 1; needed: at least 2"),
-        (["a", "b"], infinite, "loss of the first batch is nan before any training"),
+        (["a", "b"], infinite, "loss of the first batch is nan before training"),
         (["a", "b"], constant, "does not depend on what is trained"),
         (["a", "b"], flat, r"gradient of the first batch has norm 0\.0"),
         (["a", "b"], falling, r"no rate from .* to .* is better than half and twice of it"),
