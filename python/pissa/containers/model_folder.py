@@ -56,7 +56,7 @@ NO_MODEL = f"It describes no model that transformers {transformers.__version__} 
 def read_config(folder: Path) -> dict[str, Any]:
     """Reads the object in the config.json of a model's folder, unchanged."""
     with file_errors(
-        folder / CONFIG, "It is damaged, or the folder is no model's; needed: one that save_pretrained wrote [P085]"
+        folder / CONFIG, "It is damaged or the folder is no model's; needed: a folder that save_pretrained wrote [P085]"
     ):
         return read_object(folder / CONFIG)
 
