@@ -33,7 +33,7 @@ ifneq ($(shell command -v ccache),)
 export CMAKE_CXX_COMPILER_LAUNCHER := ccache
 export CMAKE_CUDA_COMPILER_LAUNCHER := ccache
 endif
-JOBS := $(shell env -u OMP_NUM_THREADS nproc)
+JOBS := $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 
 .PHONY: demo test nightly quick module build-cpp test-cpp test-python test-python-nightly test-python-without-calls test-oldest \
   test-arm test-torch-headers versions test-cuda-build test-gpu-rehearsal test-peft test-slow fuzz test-serving \
@@ -258,7 +258,7 @@ quick: module
 # python/pissa as `PYTHONPATH=python` finds it, with its compiled module.
 module: $(BUILD)/tree.stamp $(if $(wildcard $(BUILD)/venv-test.stamp),,$(BUILD)/venv-test.stamp)
 	cmake --build $(TREE) --target _C
-	cp -u $(TREE)/_C*.so python/pissa/
+	cmake -E copy_if_different $(TREE)/_C*.so python/pissa/
 
 # Ours beside the oldest release of everything that pyproject.toml allows, but for torch, whose oldest comes from PyPI with
 # 3 GB of CUDA: make test-oldest NEWEST= takes it, too. What those releases deprecate of each other is no error here.
