@@ -14,9 +14,7 @@ namespace pissa::bench {
 namespace {
 
 // In seconds.
-double now() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
+double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 class SimulatedThreads final : public cpu::Executor {
  public:
@@ -117,8 +115,8 @@ void attention(benchmark::State& state, bool backward) {
   forward();
   const double time = threads.seconds([&] {
     if (!backward) return forward();
-    cpu::attention_backward(threads, cpu::kernels(), problem, view(out, heads), sums, view(out, heads),
-                            view(dq, heads), view(dk, shared), view(dv, shared));
+    cpu::attention_backward(threads, cpu::kernels(), problem, view(out, heads), sums, view(out, heads), view(dq, heads),
+                            view(dk, shared), view(dv, shared));
   });
   for (auto _ : state) state.SetIterationTime(time);
 }

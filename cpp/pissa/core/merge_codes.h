@@ -64,7 +64,8 @@ inline constexpr NextCodes<format> kNextCodes = [] {
   constexpr float kInfinity = float_of(0x7f800000u), kNan = float_of(0x7fc00000u);
   constexpr int kCodes = NextCodes<format>::kCodes;
   float targets[kCodes]{};  // once, because clang evaluates at most 2^20 steps for a constant
-  for (int code = 0; code < kCodes; ++code) targets[code] = is_target<format>(code) ? level_of_code<format>(code) : kNan;
+  for (int code = 0; code < kCodes; ++code)
+    targets[code] = is_target<format>(code) ? level_of_code<format>(code) : kNan;
   NextCodes<format> next{};
   for (int i = 0; i < 2 * kCodes; ++i) {
     const float level = level_of_code<format>(i % kCodes);

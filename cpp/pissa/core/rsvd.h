@@ -59,9 +59,9 @@ constexpr std::int64_t passes_for(std::int64_t r, const SvdOptions& options) {
 /// Columns of a block: enough for r vectors and the oversampling after `steps` blocks. For the same number of basis
 /// vectors, more and narrower blocks find better ones, but a pass over W has a fixed cost, however narrow it is. On a
 /// hard spectrum (4096 x 4096, r = 128), 6 blocks of 72 lose 1.8% of the energy; 3 of 144, for the same work, lose
-/// 3.8%. Multiples of 14 fill the CPU's register tiles. From five blocks on, seven eighths of r and the oversampling are
-/// enough for small ranks: 5 blocks of 63, r = 64, take 1.2 times as long as 4 of 70 and lose a fifth; 5 of 70 take 1.3
-/// times.
+/// 3.8%. Multiples of 14 fill the CPU's register tiles. From five blocks on, seven eighths of r and the oversampling
+/// are enough for small ranks: 5 blocks of 63, r = 64, take 1.2 times as long as 4 of 70 and lose a fifth; 5 of 70
+/// take 1.3 times.
 constexpr std::int64_t block_size(std::int64_t r, std::int64_t steps) {
   constexpr std::int64_t kTile = 14;
   constexpr std::int64_t kNarrow = 5 * kTile;

@@ -23,11 +23,12 @@ constexpr std::int64_t kQueries = 64;
 // Keys whose scores the backward pass holds at a time: with their gradients and the turned ones 192 KB, in L2.
 constexpr std::int64_t kKeys = 256;
 
-// The backward pass has at least kTasks tasks, unless one would have fewer than kLeastQueries queries, with which adding
-// its sums takes longer than it saves, or all sums together would be larger than kSums, 64 MB.
+// The backward pass has at least kTasks tasks, unless one would have fewer than kLeastQueries queries, with which
+// adding its sums takes longer than it saves, or all sums together would be larger than kSums, 64 MB.
 constexpr std::int64_t kTasks = 32, kLeastQueries = 384, kSums = 16 << 20;
 
-// The keys [first, end) that a query sees: all of them or, if there is a mask, which begins at `first`, where it is not 0.
+// The keys [first, end) that a query sees: all of them or, if there is a mask, those where it is not 0. The mask begins
+// at `first`.
 struct Seen {
   std::int64_t first = 0, end = 0;
   const std::uint8_t* mask = nullptr;
@@ -124,8 +125,8 @@ struct Rows {
   std::array<Seen, kQueries> seen;
 };
 
-// Memory for a number for each query of a block and each of `keys` keys. Every block takes it from the same piece: fresh
-// pages for each, larger than the last, took 27% of the backward pass at 2,048 tokens.
+// Memory for a number for each query of a block and each of `keys` keys. Every block takes it from the same piece:
+// fresh pages for each, larger than the last, took 27% of the backward pass at 2,048 tokens.
 class Scores {
  public:
   explicit Scores(std::int64_t keys) : buffer_(kQueries, keys) {}
@@ -209,8 +210,8 @@ void attention_forward(const Executor& executor, const Kernels& kernels, const A
   });
 }
 
-// Each of `parts` tasks takes every parts-th block of the queries that share a head of keys. Neither their number nor the
-// order of sums depends on the number of threads.
+// Each of `parts` tasks takes every parts-th block of the queries that share a head of keys. Neither their number nor
+// the order of sums depends on the number of threads.
 void attention_backward(const Executor& executor, const Kernels& kernels, const Attention& problem, const Heads& out,
                         const float* log_sums, const Heads& dout, const Heads& dq, const Heads& dk, const Heads& dv) {
   const Heads &q = problem.q, &k = problem.k, &v = problem.v;
@@ -221,8 +222,8 @@ void attention_backward(const Executor& executor, const Kernels& kernels, const 
 
   const auto at_least_one = [](std::int64_t count) { return std::max<std::int64_t>(count, 1); };  // an empty batch
   const std::int64_t fitting = kSums / at_least_one(key_heads * k.length * (k.dim + v.dim));
-  const std::int64_t parts = at_least_one(
-      std::min({ceil_div(kTasks, at_least_one(key_heads)), group * q.length / kLeastQueries, fitting}));
+  const std::int64_t parts =
+      at_least_one(std::min({ceil_div(kTasks, at_least_one(key_heads)), group * q.length / kLeastQueries, fitting}));
   std::vector<Sums> kept(parts > 1 ? key_heads * parts : 0);
   const auto finish = [&](std::int64_t key_head, const Sums& sums) {
     store(kernels, sums.k.view(), dk.head(key_head / k.heads, key_head % k.heads));

@@ -114,8 +114,8 @@ void launch(const Context& context, const char* name, void (*kernel)(Params...),
 /// Whether the stream is being captured into a graph.
 bool is_capturing(const Context& context);
 
-/// Whether launch_dependent may ask for an early start: from compute capability 9.0 on, where that was not found to be wrong
-/// (routes.h), and outside of a capture, in which drivers have refused it (SGLang #18596).
+/// Whether launch_dependent may ask for an early start: from compute capability 9.0 on, where that was not found to be
+/// wrong (routes.h), and outside of a capture, in which drivers have refused it (SGLang #18596).
 bool may_launch_early(const Context& context);
 
 /// Launches a kernel that may start before its predecessor on the stream has ended, if the predecessor calls

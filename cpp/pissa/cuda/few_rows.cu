@@ -104,9 +104,12 @@ void multiply_layers(const Context& context, const Matrix& x, std::span<const Gr
   const std::array thin{Term{x, Op::n, adapter.a, Op::t, 1.0f, precision}, Term{}};
   const std::array tail{Term{xa, Op::n, adapter.b, Op::t, adapter.scaling, precision_of_xa(x.format)}, Term{}};
   Group product{sum_of(std::span(thin).first(count), {}, {}, xa), {}};
-  QuantizedGroup all{
-      {sum_of(std::span(tail).first(count), {}, {}, y), {}}, x, weight, shift_of(weight.scales.blocksize),
-      static_cast<int>(layers.size()), {}};
+  QuantizedGroup all{{sum_of(std::span(tail).first(count), {}, {}, y), {}},
+                     x,
+                     weight,
+                     shift_of(weight.scales.blocksize),
+                     static_cast<int>(layers.size()),
+                     {}};
   std::int64_t most_rows = 0;
   for (std::size_t i = 0; i < layers.size(); ++i) {
     const GroupedLayer& layer = layers[i];
@@ -157,7 +160,8 @@ bool few_rows_quantized_fits(const Matrix& x, const Matrix& weight, std::span<co
 void few_rows_quantized(const Context& context, const Matrix& x, const Matrix& weight, std::span<const Term> tail,
                         const Matrix& bias, const MutableMatrix& y) {
   const RowSum sum = sum_of(tail, {}, bias, y);
-  with_codes(weight.format, [&](auto codes) { FewRowsOf<decltype(codes)::kFormat>::multiply(context, x, weight, sum); });
+  with_codes(weight.format,
+             [&](auto codes) { FewRowsOf<decltype(codes)::kFormat>::multiply(context, x, weight, sum); });
 }
 
 bool few_rows_group_fits(const Matrix& x, std::span<const GroupedLayer> layers) {

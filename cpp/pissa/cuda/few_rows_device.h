@@ -1,5 +1,5 @@
-// What the kernels for few rows share, of dense factors (few_rows.cu) and of a quantised weight (few_rows_of.h). Included
-// by .cu files only.
+// What the kernels for few rows share, of dense factors (few_rows.cu) and of a quantised weight (few_rows_of.h).
+// Included by .cu files only.
 #pragma once
 
 #include "pissa/cuda/few_rows_launches.h"

@@ -36,8 +36,8 @@ inline RowSum sum_of(std::span<const Term> terms, const Matrix& addend, const Ma
 }
 
 // ---- The layers of a group ---------------------------------------------------------------------------------------
-// What the layers share is in a sum of all rows and a weight; what each has of its own, in a table that is a part of the
-// kernel's argument: no copy to the device, nothing to wait for.
+// What the layers share is in a sum of all rows and a weight; what each has of its own, in a table that is a part of
+// the kernel's argument: no copy to the device, nothing to wait for.
 
 inline constexpr int kLayersOfLaunch = 128;
 inline constexpr std::size_t kArgumentBytes = 32764;  // that CUDA 13 allows

@@ -4,8 +4,8 @@
 //   Octet, Line          the codes of neighbours that are loaded together
 //   Decoder, level_at    numbers from codes
 //   element              an element from its code's number and its block's scale
-//   Scaling              of a block, given its largest absolute value, whether it is whole, and QuantOutput::global: the
-//                        scale that is stored, and the elements as Encoder takes them
+//   Scaling              of a block, given its largest absolute value, whether it is whole, and QuantOutput::global:
+//                        the scale that is stored, and the elements as Encoder takes them
 //   Encoder, packed      the code of such an element, by all lanes; codes as they are stored
 //   nearest              the element nearest to a value, given its block's scale, and its code
 #pragma once

@@ -54,7 +54,8 @@ class PreciseMath {
 
 // By cublasLt, or where it knows no way, at any alignment, by the handle; false: the latter would leave out the bias.
 bool run(const Context& context, const BlasProblem& problem, const void* alpha, const void* beta) {
-  if (is_open(context.device, Route::lt) && LtPlan::of(context, problem).run(context, problem, alpha, beta)) return true;
+  if (is_open(context.device, Route::lt) && LtPlan::of(context, problem).run(context, problem, alpha, beta))
+    return true;
   if (problem.bias) return false;
   const PreciseMath precise(context);
   const auto number = [](std::int64_t n) { return static_cast<int>(n); };

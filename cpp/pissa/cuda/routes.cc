@@ -30,7 +30,8 @@ const char* name(Route route) {
 
 const char* instead(Route route) {
   constexpr const char* kInstead[] = {"kernels wait for each other", "cuBLAS's handle multiplies",
-                                      "cuBLAS multiplies, and weights are decoded into memory first", "experts are computed one by one"};
+                                      "cuBLAS multiplies, and weights are decoded into memory first",
+                                      "experts are computed one by one"};
   return kInstead[static_cast<int>(route)];
 }
 

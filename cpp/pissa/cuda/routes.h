@@ -1,5 +1,5 @@
-// Ways to compute on a GPU beside which there is another one. What the self-test (self_test.h) finds wrong on a device is
-// closed there for the rest of the process, and the other way is taken.
+// Ways to compute on a GPU beside which there is another one. What the self-test (self_test.h) finds wrong on a device
+// is closed there for the rest of the process, and the other way is taken.
 #pragma once
 
 namespace pissa::cuda {

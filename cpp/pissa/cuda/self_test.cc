@@ -24,9 +24,9 @@
 namespace pissa::cuda {
 namespace {
 
-constexpr std::int64_t kCols = 160;    // of a weight: five lines of codes, a chunk and a part of one
-constexpr std::int64_t kRows = 64;     // of x: as many as few_rows takes
-constexpr std::int64_t kNarrow = 16;   // rows of a weight for which few_rows takes its narrow blocks
+constexpr std::int64_t kCols = 160;     // of a weight: five lines of codes, a chunk and a part of one
+constexpr std::int64_t kRows = 64;      // of x: as many as few_rows takes
+constexpr std::int64_t kNarrow = 16;    // rows of a weight for which few_rows takes its narrow blocks
 constexpr std::int64_t kDecoded = 512;  // elements of each format that the host compares, in whole rows
 constexpr std::int64_t kSumRows = 24, kSumCols = 40, kSumInner = 96;  // of the integers' product
 
@@ -201,8 +201,8 @@ class SelfTest {
     std::int64_t row = 0;
     for_each_format([&]<Format format>() {
       constexpr std::int64_t of_row = row_of(format);
-      const Matrix codes{codes_.data(), kDecoded / of_row, of_row, of_row, format,
-                         is_read_only(format) ? Scales{.blocksize = of_row} : scales_for(format)};
+      const Scales scales = is_read_only(format) ? Scales{.blocksize = of_row} : scales_for(format);
+      const Matrix codes{codes_.data(), kDecoded / of_row, of_row, of_row, format, scales};
       convert_any(context_, codes,
                   {decoded.data<float>() + row++ * kDecoded, kDecoded / of_row, of_row, of_row, Format::f32});
     });

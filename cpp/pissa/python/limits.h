@@ -67,8 +67,8 @@ inline void define_limits(pybind11::module_& m) {
   m.def(
       "formats", formats,
       "The quantised formats by name: bits of a code, blocksizes (none: a block is a row), usual_blocksize, what its\n"
-      "scales may be (nested: also float32), the bytes of a block with its scales within (others: 0), and the level of\n"
-      "each code, which its scale multiplies.");
+      "scales may be (nested: also float32), the bytes of a block with its scales within (others: 0), and the level\n"
+      "of each code, which its scale multiplies.");
   m.def(
       "limits", limits,
       "The levels of nested scales (dynamic_map), rows of x up to which factors are not summed (few_tokens), scales\n"

@@ -58,11 +58,16 @@ enum class Mask { none, random, packed, padded_left, padded_right };
 bool shown(Mask mask, Random& random, std::int64_t query, std::int64_t queries, std::int64_t key, std::int64_t keys) {
   const auto sequence = [](std::int64_t at, std::int64_t length) { return (5 * at > length) + (2 * at > length); };
   switch (mask) {
-    case Mask::random: return random.below(3) > 0 && query != 2;  // which sees nothing
-    case Mask::packed: return sequence(query, queries) == sequence(key, keys);
-    case Mask::padded_left: return key >= keys / 3;
-    case Mask::padded_right: return key < keys - keys / 3;
-    default: return true;
+    case Mask::random:
+      return random.below(3) > 0 && query != 2;  // which sees nothing
+    case Mask::packed:
+      return sequence(query, queries) == sequence(key, keys);
+    case Mask::padded_left:
+      return key >= keys / 3;
+    case Mask::padded_right:
+      return key < keys - keys / 3;
+    default:
+      return true;
   }
 }
 

@@ -1,4 +1,6 @@
 // The self-test of a GPU: each defect that is planted closes its route, after which results are right in spite of it.
+#include "pissa/cuda/self_test.h"
+
 #include <cuda_runtime.h>
 #include <gtest/gtest.h>
 
@@ -12,7 +14,6 @@
 #include "pissa/cuda/context.h"
 #include "pissa/cuda/lt_plan.h"
 #include "pissa/cuda/routes.h"
-#include "pissa/cuda/self_test.h"
 #include "sim/control.h"
 #include "support/matrices.h"
 #include "support/reference.h"
@@ -184,9 +185,10 @@ TEST_F(CudaSelfTest, OnceAndNeverInsideACapture) {
 TEST_F(CudaSelfTest, TheSentenceSaysWhatComputesInstead) {
   cuda_sim::set_defect(Defect::lt_sums);
   cuda::LtPlan::forget(context);
-  EXPECT_EQ(cuda::test_routes(context),
-            std::vector<std::string>{"lt computes wrongly on CUDA device 0 (compute capability 9.0), so cuBLAS's handle "
-                                     "multiplies [P005]"});
+  EXPECT_EQ(
+      cuda::test_routes(context),
+      std::vector<std::string>{"lt computes wrongly on CUDA device 0 (compute capability 9.0), so cuBLAS's handle "
+                               "multiplies [P005]"});
 }
 
 }  // namespace

@@ -79,27 +79,27 @@ void reset_libraries();
 enum class Defect {
   none,
   // of the tensor cores' instruction
-  parts_of_a,     // registers 0 and 1 change places
-  parts_of_b,     // likewise
-  sums_swapped,   // sums 0 and 1 change places
-  sums_lost,      // the lower half of the rows is not added to
-  other_half,     // bf16 is taken for f16, and f16 for bf16
+  parts_of_a,    // registers 0 and 1 change places
+  parts_of_b,    // likewise
+  sums_swapped,  // sums 0 and 1 change places
+  sums_lost,     // the lower half of the rows is not added to
+  other_half,    // bf16 is taken for f16, and f16 for bf16
   // of shuffles
-  next_lane,      // a value comes from the lane after the one that was asked for
+  next_lane,  // a value comes from the lane after the one that was asked for
   // of launches
   early_refused,  // with the attribute: cudaErrorInvalidResourceHandle
   // of copies to the device
-  byte_flipped,   // of more than 100 bytes one
+  byte_flipped,  // of more than 100 bytes one
   // of cublasLt
-  lt_sums,        // half of them
-  lt_bias,        // not added
-  lt_state,       // the heuristic's result is not valid
-  lt_arch,        // CUBLAS_STATUS_ARCH_MISMATCH
-  lt_layouts,     // CUBLAS_STATUS_INVALID_VALUE of the heuristic
-  lt_refuses,     // the product is not supported after all
-  lt_fails,       // CUBLAS_STATUS_EXECUTION_FAILED
+  lt_sums,     // half of them
+  lt_bias,     // not added
+  lt_state,    // the heuristic's result is not valid
+  lt_arch,     // CUBLAS_STATUS_ARCH_MISMATCH
+  lt_layouts,  // CUBLAS_STATUS_INVALID_VALUE of the heuristic
+  lt_refuses,  // the product is not supported after all
+  lt_fails,    // CUBLAS_STATUS_EXECUTION_FAILED
   // of the handle's product
-  handle_sums,    // half of them
+  handle_sums,  // half of them
 };
 void set_defect(Defect defect);
 

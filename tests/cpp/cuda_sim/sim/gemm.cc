@@ -47,23 +47,23 @@ cublasStatus_t cublasGemmStridedBatchedEx(cublasHandle_t handle, cublasOperation
                  static_cast<std::uint64_t>(cols), ld,   stride};
   };
   const Stack out = stack(c, c_type, m, n, ldc, stride_c);
-  const Product product{.call = "cublasGemmStridedBatchedEx",
-                        .op_a = transa,
-                        .op_b = transb,
-                        .a = stack(a, a_type, a_rows, a_cols, lda, stride_a),
-                        .b = stack(b, b_type, b_rows, b_cols, ldb, stride_b),
-                        .c = out,
-                        .d = out,
-                        .batch = batch_count,
-                        .alpha = load_scalar(scale, alpha) *
-                                 (library_modes.defect == cuda_sim::Defect::handle_sums ? 0.5 : 1.0),
-                        .beta = load_scalar(scale, beta),
-                        .bias = nullptr,
-                        .rounds_parts = (handle->math & CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION) == 0,
-                        .rounds_before_bias = false,
-                        .tf32 = compute == CUBLAS_COMPUTE_32F_FAST_TF32 ||
-                                (handle->math & CUBLAS_TF32_TENSOR_OP_MATH) == CUBLAS_TF32_TENSOR_OP_MATH,
-                        .flushes = library_modes.flush_denormals};
+  const Product product{
+      .call = "cublasGemmStridedBatchedEx",
+      .op_a = transa,
+      .op_b = transb,
+      .a = stack(a, a_type, a_rows, a_cols, lda, stride_a),
+      .b = stack(b, b_type, b_rows, b_cols, ldb, stride_b),
+      .c = out,
+      .d = out,
+      .batch = batch_count,
+      .alpha = load_scalar(scale, alpha) * (library_modes.defect == cuda_sim::Defect::handle_sums ? 0.5 : 1.0),
+      .beta = load_scalar(scale, beta),
+      .bias = nullptr,
+      .rounds_parts = (handle->math & CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION) == 0,
+      .rounds_before_bias = false,
+      .tf32 = compute == CUBLAS_COMPUTE_32F_FAST_TF32 ||
+              (handle->math & CUBLAS_TF32_TENSOR_OP_MATH) == CUBLAS_TF32_TENSOR_OP_MATH,
+      .flushes = library_modes.flush_denormals};
   record_product(product);
   enqueue(handle->stream, [=] { product.run(); });
   return CUBLAS_STATUS_SUCCESS;

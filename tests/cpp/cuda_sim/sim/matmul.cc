@@ -252,22 +252,22 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc
   if (defect == cuda_sim::Defect::lt_fails) return CUBLAS_STATUS_EXECUTION_FAILED;
   const Problem problem{*desc, *a_layout, *b_layout, *c_layout, *d_layout};
   if (const cublasStatus_t status = problem.check()) return status;
-  Product product{.call = "cublasLtMatmul",
-                  .op_a = desc->op_a,
-                  .op_b = desc->op_b,
-                  .a = stack(a, *a_layout),
-                  .b = stack(b, *b_layout),
-                  .c = stack(c, *c_layout),
-                  .d = stack(d, *d_layout),
-                  .batch = d_layout->batch,
-                  .alpha = load_scalar(desc->scale, alpha) * (defect == cuda_sim::Defect::lt_sums ? 0.5 : 1.0),
-                  .beta = load_scalar(desc->scale, beta),
-                  .bias = desc->epilogue == CUBLASLT_EPILOGUE_BIAS && defect != cuda_sim::Defect::lt_bias ? desc->bias
-                                                                                                          : nullptr,
-                  .rounds_parts = false,
-                  .rounds_before_bias = false,
-                  .tf32 = desc->compute == CUBLAS_COMPUTE_32F_FAST_TF32,
-                  .flushes = library_modes.flush_denormals};
+  Product product{
+      .call = "cublasLtMatmul",
+      .op_a = desc->op_a,
+      .op_b = desc->op_b,
+      .a = stack(a, *a_layout),
+      .b = stack(b, *b_layout),
+      .c = stack(c, *c_layout),
+      .d = stack(d, *d_layout),
+      .batch = d_layout->batch,
+      .alpha = load_scalar(desc->scale, alpha) * (defect == cuda_sim::Defect::lt_sums ? 0.5 : 1.0),
+      .beta = load_scalar(desc->scale, beta),
+      .bias = desc->epilogue == CUBLASLT_EPILOGUE_BIAS && defect != cuda_sim::Defect::lt_bias ? desc->bias : nullptr,
+      .rounds_parts = false,
+      .rounds_before_bias = false,
+      .tf32 = desc->compute == CUBLAS_COMPUTE_32F_FAST_TF32,
+      .flushes = library_modes.flush_denormals};
   if (product.beta != 0 && !c) return CUBLAS_STATUS_INVALID_VALUE;
   const bool in_place = c == d && product.beta != 0;
   if (in_place && (c_layout->ld != d_layout->ld || c_layout->batch_stride != d_layout->batch_stride)) {
