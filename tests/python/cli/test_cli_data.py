@@ -75,7 +75,7 @@ def test_a_data_set_is_read_as_a_file_is(base: Path, tmp_path: Path, capsys: pyt
     Dataset.from_list([{"query": "q", "response": "a"}]).to_parquet(tmp_path / "set" / "train.parquet")
     message = refused(command("finetune", base, tmp_path / "set", tmp_path / "c", *SHORT), capsys)
     assert f"{tmp_path / 'set'}, split train: row 1: found the columns 'query', 'response'; " in message
-    assert message.endswith("--columns question=query,answer=response")
+    assert message.endswith("--columns question=query,answer=response [P103]")
 
 
 def test_a_table_of_preferences_is_trained(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
