@@ -37,6 +37,9 @@ class Gemma(Experiment):
         for task in METHODS:
             each = sweeps(task, options)
             losses = {method: measures.over_seeds(gemma, known) for method, (gemma, _) in each.items()}
+            if not any(losses.values()):
+                text.append(f"On {measures.NAMES[task]}, nothing has been run yet.")
+                continue
             firsts = {method: measures.over_seeds(smollm2, known) for method, (_, smollm2) in each.items()}
             exact = task == "sums"
             rows = []
