@@ -112,8 +112,8 @@ REFUSED: dict[str, Refused] = {
     "embedding in 4 bits": one(lambda: nn.Embedding(8, 8), "layer it is a Embedding.* cannot become nf4", quant="nf4"),
     "embedding in 8 bits": one(lambda: nn.Embedding(8, 8), "layer it is a Embedding.* become int8", quant="int8"),
     "convolution in 4 bits": one(lambda: nn.Conv2d(8, 8, 3), "layer it is a Conv2d.* cannot become nf4", quant="nf4"),
-    "DoRA of a convolution": one(lambda: nn.Conv2d(8, 8, 3), "it is a Conv2d, and use_dora", use_dora=True),
-    "DoRA of an embedding": one(lambda: nn.Embedding(8, 8), "it is a Embedding, and use_dora", use_dora=True),
+    "DoRA of a convolution": one(lambda: nn.Conv2d(8, 8, 3), "it is a Conv2d; use_dora", use_dora=True),
+    "DoRA of an embedding": one(lambda: nn.Embedding(8, 8), "it is a Embedding; use_dora", use_dora=True),
     "a parameter": Refused(dict, {"target_parameters": ["proj.weight"]}, r"target_parameters: \['proj.weight'\]"),
     "an unknown name": Refused(dict, {"target_modules": ["nope"]}, "Target modules {'nope'} not found"),
 }
