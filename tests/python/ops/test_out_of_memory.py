@@ -22,7 +22,8 @@ limits = resource.getrlimit(resource.RLIMIT_AS)
 resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (64 << 20), limits[1]))
 try:
     ops.attention(q, k, k)
-except MemoryError:
+except (MemoryError, RuntimeError) as error:  # the latter of torch 2.15, whose stable ABI keeps the words alone
+    assert isinstance(error, MemoryError) or "bad_alloc" in str(error), error
     assert torch.equal(ops.attention(q, few, few), expected)
     print("no memory")
 """
