@@ -47,7 +47,7 @@ class LanguageTask(NamedTuple):
     """Training examples that are too long for the training, which calibrations read."""
     prose: list[Row]
     """The text behind `unrelated`."""
-    file: Path | None
+    file: Path | None = None
     """The GGUF file that the model was decoded from, where it has codes of its own."""
 
     def texts(self, what: str, examples: int) -> list[Row]:
