@@ -2,6 +2,7 @@
 
     python -m bench.experiments NAME --data gsm8k=DIR reviews=DIR    # runs what is missing, writes the page
     python -m bench.experiments NAME --only-page                               # writes the page from known results
+    python -m bench.experiments --again --data gsm8k=DIR reviews=DIR           # 20 known cells elsewhere, compared
     python -m bench.experiments --list
 
 Each cell writes a line of JSON to bench/results/experiments/KIND.jsonl. A cell that is already there is not run again.
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from bench.experiments.again import compare
 from bench.experiments.experiment import Options
 from bench.experiments.page import write_page
 from bench.experiments.registry import EXPERIMENTS
@@ -41,6 +43,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--results", type=Path, metavar="DIR", help="folder of results instead of the committed one")
     parser.add_argument("--page", type=Path, metavar="DIR", help="folder of README.md and pictures, likewise")
     parser.add_argument("--only-page", action="store_true", help="run nothing")
+    parser.add_argument("--again", action="store_true", help="run 20 known cells again, and compare; no page")
     parser.add_argument("--list", action="store_true", help="the experiments and what they are about")
     options = parser.parse_args(given)
     if unknown := [name for name in options.names if name not in EXPERIMENTS]:
@@ -69,6 +72,8 @@ def main() -> int:
     options = Options(given.model, tuple(given.data), given.quick)
     chosen = [EXPERIMENTS[name] for name in given.names or EXPERIMENTS]
     results = Results(folder)
+    if given.again:
+        return compare(results, folder / "again", options, given.jobs)
     failed = []
     if not given.only_page:
         wanted = lambda: [cell for experiment in chosen for cell in experiment.wanted(results, options)]  # noqa: E731

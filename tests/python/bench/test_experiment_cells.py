@@ -133,6 +133,34 @@ def test_an_answer_is_right_by_its_first_line() -> None:
     assert generated(Scripted(), task) == 0.5
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of TRL and transformers, about their options
+def test_the_loss_of_labels_alone_is_trls(tmp_path: Path) -> None:
+    """Before, in and after a training: to float32's rounding, in sums of fewer than 64 terms."""
+    from bench.experiments.language import LanguageCell, make_trainer
+    from bench.experiments.language_tasks import LanguageTask
+    from bench.experiments.methods import METHODS, Setting
+    from checkpoint_folders import llama
+    from reference import EPS
+
+    tokenizer, generator = tiny_tokenizer(), torch.Generator().manual_seed(1)
+    rows = []
+    for prompt, length in zip([1, 4, 2, 3, 1, 2] * 3, [9, 6, 13, 7, 12, 8] * 3, strict=True):
+        ids = torch.randint(len(tokenizer), (length,), generator=generator).tolist()
+        rows.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]})
+    found = []
+    for file in (None, tmp_path / "model.gguf"):
+        task = LanguageTask(tmp_path, tokenizer, 3, 2, rows, rows[:9], [], False, [], [], file)
+        torch.manual_seed(0)
+        model = METHODS["lora"].wrap(llama(vocab_size=len(tokenizer)), Setting(4, 0, 3, "CAUSAL_LM"))
+        trainer = make_trainer(model, task, LanguageCell("gsm8k", "lora", 4, 1e-2), tmp_path)
+        losses = [trainer.evaluate()["eval_loss"]]
+        trainer.train()
+        norms = [row["grad_norm"] for row in trainer.state.log_history if "grad_norm" in row]
+        found.append([*losses, *norms, trainer.evaluate()["eval_loss"]])
+    assert len(found[0]) == 5
+    assert found[1] == pytest.approx(found[0], rel=64 * EPS[torch.float32])
+
+
 # ---- Starts from other components ------------------------------------------------------------------------------------
 
 
