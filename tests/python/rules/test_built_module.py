@@ -47,7 +47,7 @@ def test_stub_lists_what_the_module_has() -> None:
     actual = {name: getattr(_C, name).__doc__ for name in dir(_C) if not name.startswith("_")}
     assert declared.keys() == actual.keys()
     for name, doc in declared.items():
-        assert doc in actual[name]
+        assert " ".join(doc.split()) in " ".join(actual[name].split())  # each file wraps to its own width
 
 
 def test_the_version_stands_in_pyproject_alone() -> None:
