@@ -23,7 +23,7 @@ Choice choose(std::span<const Candidate> candidates, const std::string& wanted) 
       reason = candidate->lacking;
     } else if (!wanted.empty()) {
       if (wanted != candidate->isa) reason = "PISSA_ISA is " + wanted;
-    } else if (candidate->kernels().tiles) {
+    } else if (candidate->kernels().matrix_units) {
       const auto slower = std::find_if(candidate + 1, candidates.rend(), [](const auto& c) { return !c.lacking; });
       if (!multiply_alike(candidate->kernels(), slower->kernels())) {
         reason = "its self-test failed";
@@ -56,14 +56,15 @@ bool multiply_alike(const Kernels& tested, const Kernels& reference) {
   };
   const std::vector<std::uint16_t> x = signed_bytes(kRows * kInner), w = signed_bytes(kCols * kInner);
   const Matrix a{x.data(), kRows, kInner, kInner, Format::bf16}, b{w.data(), kCols, kInner, kInner, Format::bf16};
-  const Term term{a, Op::n, b, Op::t, 1.0f, Precision::bf16};
-  const auto product = [&](const Kernels& kernels) {
+  const auto product = [&](const Kernels& kernels, Precision precision) {
+    const Term term{a, Op::n, b, Op::t, 1.0f, precision};
     std::vector<float> out(kRows * kCols, std::numeric_limits<float>::quiet_NaN());
     const ThreadExecutor executor(1);
     CpuBackend(executor, kernels).gemm({&term, 1}, {}, {out.data(), kRows, kCols, kCols, Format::f32});
     return out;
   };
-  return product(tested) == product(reference);
+  const auto alike = [&](Precision precision) { return product(tested, precision) == product(reference, precision); };
+  return alike(Precision::bf16) && alike(Precision::f32);
 }
 
 }  // namespace pissa::cpu

@@ -3,10 +3,12 @@
 #include <cstdlib>
 #include <utility>
 
+#include "pissa/cpu/blas.h"
 #include "pissa/cpu/choice.h"
 #include "pissa/cpu/kernels.h"
 
 #if defined(PISSA_ARM) && defined(__APPLE__)
+#include <dlfcn.h>
 #include <sys/sysctl.h>
 #elif defined(PISSA_ARM)
 #include <sys/auxv.h>
@@ -29,6 +31,27 @@ bool has_bf16() {
   constexpr unsigned long kHwcap2Bf16 = 1UL << 14;  // HWCAP2_BF16 of Linux, which older headers lack
   return (getauxval(AT_HWCAP2) & kHwcap2Bf16) != 0;
 #endif
+}
+#endif
+
+#if defined(PISSA_ARM) && defined(__APPLE__)
+const Kernels& neon() { return has_bf16() ? neonbf16::kernels() : baseline::kernels(); }
+
+// Of Accelerate, which every macOS has; null if this one is different.
+Sgemm accelerate_sgemm() {
+  static const auto sgemm = [] {
+    void* library = dlopen("/System/Library/Frameworks/Accelerate.framework/Accelerate", RTLD_LAZY | RTLD_LOCAL);
+    return library ? reinterpret_cast<Sgemm>(dlsym(library, "cblas_sgemm")) : nullptr;
+  }();
+  return sgemm;
+}
+
+const Kernels& accelerate_kernels() {
+  static const Kernels table =
+      with_blas("accelerate", neon(), [](const GemmProblem& problem, const Block& block, const Panels& panels) {
+        gemm_block_by(accelerate_sgemm(), neon(), problem, block, panels);
+      });
+  return table;
 }
 #endif
 
@@ -59,6 +82,9 @@ std::vector<Candidate> candidates() {
   std::vector<Candidate> all{{"baseline", baseline::kernels, nullptr}};
 #if defined(PISSA_ARM)
   all.push_back({"neonbf16", neonbf16::kernels, has_bf16() ? nullptr : "the processor lacks the BF16 extension"});
+#if defined(__APPLE__)
+  all.push_back({"accelerate", accelerate_kernels, accelerate_sgemm() ? nullptr : "the system lacks Accelerate"});
+#endif
 #elif defined(PISSA_X86)
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

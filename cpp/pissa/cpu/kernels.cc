@@ -18,6 +18,7 @@ const Kernels& kernels() {
   static constexpr Kernels table = {PISSA_NAME(PISSA_ISA),
                                     PISSA_HAS_BF16,
                                     PISSA_HAS_TILES,
+                                    true,
                                     Tiles::kRows,
                                     gemm_block,
                                     decode,

@@ -51,10 +51,11 @@ struct Block {
 struct Kernels {
   const char* isa;
   bool bf16;               // whether Precision::bf16 rounds operands to bf16 here; without such units it is f32
-  bool tiles;              // whether it multiplies in tile registers, which requires a self-test (choice.h)
+  bool matrix_units;       // tile registers or a BLAS multiply, which requires a self-test (choice.h)
+  bool any_cut;            // whether an element's value does not depend on how the output is cut
   std::int64_t tile_rows;  // of the GEMM's register tile; a block with a multiple of them has no short tile
 
-  /// One block of the output, at most kMc x kNc. An element's value does not depend on how the output is cut.
+  /// One block of the output, at most kMc x kNc.
   void (*gemm_block)(const GemmProblem& problem, const Block& block, const Panels& panels);
 
   /// out[0, count) = elements [col, col + count) of a row of the matrix, as f32.

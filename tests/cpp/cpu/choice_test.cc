@@ -22,7 +22,7 @@ const Kernels& tiles() {
   static const Kernels table = [] {
     Kernels kernels = baseline_kernels();
     kernels.isa = "tiles";
-    kernels.tiles = true;
+    kernels.matrix_units = true;
     kernels.gemm_block = product;
     return kernels;
   }();

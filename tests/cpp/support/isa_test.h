@@ -1,5 +1,5 @@
 // A test that runs once per instruction set of this machine; or, in tiles_test, by the kernels for tile registers,
-// which are emulated.
+// which are emulated; or, in blas_test, by those with a BLAS's products.
 #pragma once
 
 #include <gtest/gtest.h>
@@ -14,7 +14,7 @@
 
 namespace pissa::test {
 
-/// What a program tests: support/tested_isas.cc or, of its tile registers, support/tested_tiles.cc.
+/// What a program tests: support/tested_isas.cc, tested_tiles.cc or tested_blas.cc.
 std::vector<std::string> tested_isas();
 const cpu::Kernels& tested_kernels(const std::string& isa);
 
