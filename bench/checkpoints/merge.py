@@ -2,7 +2,7 @@
 
     python -m bench.checkpoints.merge measure --work DIR --json bench/results/merge_models.json
 
-The bases are Qwen2.5-7B's shapes in a GGUF file in Q4_K_M (4.4 GB), the same with 4 of 28 layers in bitsandbytes' NF4,
+The bases are Qwen2.5-7B's shapes in a GGUF file in Q4_K_M (4.7 GB), the same with 4 of 28 layers in bitsandbytes' NF4,
 and gpt-oss-20b in MXFP4 (13.8 GB). The adapter is LoRA on all linear layers and experts, with random B: of rank 16, on
 gpt-oss of rank 4. Each merge has its own process. A copy is made before, of files that are in the system's cache as far
 as they have room there.

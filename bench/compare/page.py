@@ -70,7 +70,7 @@ def _number(value: float) -> str:
 
 
 def training() -> str:
-    """Models of 0.1 to 20 G parameters: tokens a second and memory of a training step, on both processors."""
+    """Models of 0.1 to 20 G parameters: tokens per second and memory of a training step, on both processors."""
     zen4, xeon = _load("checkpoints.json"), _load(STEPS)
     lines = []
     for name, (model, format) in RATES.items():
@@ -80,7 +80,7 @@ def training() -> str:
     large = [_largest(name) for name in ("released_models.json", RELEASED)]
     memory = _memory(*(max(row[part] for row in large) for part in ("private_gb", "together_gb")))
     lines.append(["gpt-oss-20b's shapes", "mxfp4", *map(_tokens, large), memory])
-    return _table("model | format | tokens a second: Zen 4 | Xeon | memory, GB: own, with the file's pages", lines)
+    return _table("model | format | tokens per second: Zen 4 | Xeon | memory, GB: private, with the file's pages", lines)
 
 
 def beside() -> str:
@@ -122,7 +122,7 @@ def _rates(steps: str, released: str) -> str:
         ["gpt-oss-20b's shapes", "mxfp4", _tokens(large), "", _memory(large["private_gb"], large["together_gb"]), ""]
     )
     return _table(
-        "model | format | tokens a second | tokens a second x parameters, G | memory, GB: own, with the file's pages "
+        "model | format | tokens per second | tokens per second x parameters, G | memory, GB: private, with the file's pages "
         "| of torch's dense rate",
         lines,
     )
@@ -162,7 +162,7 @@ def _largest(released: str = "released_models.json") -> dict[str, Any]:
 
 
 def _tokens(row: dict[str, Any]) -> str:
-    """Tokens a second of a row of bench.checkpoints.released. Steps have 512 tokens, and the first one reads pages."""
+    """Tokens per second of a row of bench.checkpoints.released. Steps have 512 tokens, and the first one reads pages."""
     return _number(512 / row["steps"][-1])
 
 
@@ -288,7 +288,7 @@ def gguf_training() -> str:
                 f"{row['private_gb']:.1f}, {row['mapped_gb']:.1f}",
             ]
         )
-    return _table("model | base | held-out loss | tokens a second | memory, GB: own, mapped", lines)
+    return _table("model | base | held-out loss | tokens per second | memory, GB: private, mapped", lines)
 
 
 def merges() -> str:
