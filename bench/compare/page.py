@@ -30,6 +30,7 @@ PAGES = (
 GGUF_TOKENS = (1, 16, 128, 512)
 
 _GB = 1e9
+_PARTS = "memory, GB: private, with the file's pages"
 _TABLE = re.compile(r"(?<=<!-- table: )(\w+)( -->\n).*?(?=<!-- end -->)", re.DOTALL)
 
 # Rows of bench.checkpoints, and what the page calls their models.
@@ -80,7 +81,7 @@ def training() -> str:
     large = [_largest(name) for name in ("released_models.json", RELEASED)]
     memory = _memory(*(max(row[part] for row in large) for part in ("private_gb", "together_gb")))
     lines.append(["gpt-oss-20b's shapes", "mxfp4", *map(_tokens, large), memory])
-    return _table("model | format | tokens per second: Zen 4 | Xeon | memory, GB: private, with the file's pages", lines)
+    return _table(f"model | format | tokens per second: Zen 4 | Xeon | {_PARTS}", lines)
 
 
 def beside() -> str:
@@ -122,8 +123,7 @@ def _rates(steps: str, released: str) -> str:
         ["gpt-oss-20b's shapes", "mxfp4", _tokens(large), "", _memory(large["private_gb"], large["together_gb"]), ""]
     )
     return _table(
-        "model | format | tokens per second | tokens per second x parameters, G | memory, GB: private, with the file's pages "
-        "| of torch's dense rate",
+        f"model | format | tokens per second | tokens per second x parameters, G | {_PARTS} | of torch's dense rate",
         lines,
     )
 
@@ -162,7 +162,7 @@ def _largest(released: str = "released_models.json") -> dict[str, Any]:
 
 
 def _tokens(row: dict[str, Any]) -> str:
-    """Tokens per second of a row of bench.checkpoints.released. Steps have 512 tokens, and the first one reads pages."""
+    """Those per second in a row of bench.checkpoints.released. Steps have 512, and the first one reads pages."""
     return _number(512 / row["steps"][-1])
 
 

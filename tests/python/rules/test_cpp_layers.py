@@ -20,7 +20,9 @@ SOURCES = sorted(
     for path in (ROOT / folder).rglob(pattern)
 )
 # The standard library's and the system's. Intrinsics have a rule of their own.
-SYSTEM_HEADER = re.compile(r"[a-z_]+|(sys|sanitizer)/\w+\.h|(arm_neon|cpuid|immintrin|math|pthread|ucontext|unistd)\.h")
+SYSTEM_HEADER = re.compile(
+    r"[a-z_]+|(sys|sanitizer)/\w+\.h|(arm_neon|cpuid|dlfcn|immintrin|math|pthread|ucontext|unistd)\.h"
+)
 
 CUDA = ["cuda_runtime.h", "cuda_bf16.h", "cuda_fp16.h", "cublas_v2.h", "cublasLt.h", "cusolverDn.h"]
 TORCH = ["torch/csrc/stable/*", "torch/headeronly/*"]
