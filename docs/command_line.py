@@ -40,25 +40,25 @@ TEXTS = {
     "rank_pattern": "ranks of some layers, as JSON",
     "alpha_pattern": "alphas of some layers, as JSON",
     "trainable_token_indices": "tokens whose embeddings are trained, as JSON",
-    "per_device_train_batch_size": "examples a step, in each process",
-    "max_steps": "steps, whatever --epochs says (default: by --epochs)",
-    "lr_scheduler_type": "how the rate falls: cosine, linear, constant, ...",
-    "warmup_steps": "share of the steps in which the rate rises; from 1 on, their number",
+    "per_device_train_batch_size": "examples per step and process",
+    "max_steps": "number of steps, in place of --epochs (default: by --epochs)",
+    "lr_scheduler_type": "schedule of the learning rate: cosine, linear, constant, ...",
+    "warmup_steps": "steps in which the rate rises: their share or, from 1 on, their number",
     "gradient_accumulation_steps": "batches of --batch-size in a step",
     "bf16": "autocast to bfloat16",
     "gradient_checkpointing": "compute activations twice instead of keeping them "
     "(default: if they would fill more than half of the free memory)",
     "logging_steps": "steps between two reports",
-    "report_to": "programs that get the losses: tensorboard, wandb, ...",
+    "report_to": "trackers that receive the losses: tensorboard, wandb, ...",
     "save_steps": "steps between two checkpoints",
-    "save_total_limit": "checkpoints that are kept",
-    "seed": "seed of the order of the data, of dropout, and of the decomposition (default: 0)",
+    "save_total_limit": "number of checkpoints to keep",
+    "seed": "seed for data order, dropout and decomposition (default: 0)",
     "use_cpu": "train on the CPU (default: unless pissa selftest --device cuda has passed)",
     "train_sampling_strategy": "order of the examples: random, sequential, group_by_length, batch_rebalance",
-    "max_length": "longest example, in tokens; what is longer is cut",
+    "max_length": "length in tokens at which longer examples are cut",
     "packing": "put several examples into one row",
     "padding_free": "put the examples of a batch into one row",
-    "beta": "how strongly the policy is held to the reference",
+    "beta": "how strongly the policy is tied to the reference",
     "config": "YAML file of options by their long names; flags take precedence",
 }
 OUR_TEXTS = ("output_dir", "num_train_epochs", "learning_rate")
@@ -67,9 +67,9 @@ OUR_TEXTS = ("output_dir", "num_train_epochs", "learning_rate")
 HEAD = f"""\
 # Command line
 
-`pissa COMMAND --help` prints the same and more. In a name, `_` stands for `-`, too. The exit status is 0 on success, 1
-if a check failed, 2 if the input was wrong, and 130 if the command was interrupted. `docs/command_line.py` makes this
-page from the parsers, with TRL {trl.__version__} and transformers {transformers.__version__}.
+`pissa COMMAND --help` prints the same and more. Option names may contain `_` in place of `-`. The exit status is 0 on
+success, 1 if a check failed, 2 if the input was wrong, and 130 if the command was interrupted. `docs/command_line.py`
+makes this page from the parsers, with TRL {trl.__version__} and transformers {transformers.__version__}.
 
 ```sh
 pissa finetune --model HuggingFaceTB/SmolLM2-135M-Instruct --data train.jsonl --out trained --epochs 2

@@ -16,16 +16,16 @@ from pissa.containers.staged import CompletedError
 # `run(args)` and either `add_arguments(parser)` or the `trainer` of TRL whose options it takes. It is imported only
 # when that command is given.
 COMMANDS = {
-    "start": "ask for model, data and time, and propose a training",
+    "start": "ask for model, data and time, and propose a training run",
     "finetune": "fine-tune a causal language model on your data",
     "dpo": "train a causal language model on your preferences",
-    "chat": "ask a trained model, and compare it with its base",
+    "chat": "ask a trained model and compare it with its base",
     "init": "split a checkpoint on disk into residuals and a LoRA, using little memory",
     "merge": "merge an adapter into a checkpoint on disk, using little memory",
     "export": "write an adapter for another runtime: bitsandbytes, vLLM, llama.cpp",
     "convert": "turn a PiSSA adapter of any layout into a plain LoRA",
     "run": "run a PEFT training program with pissa's PiSSA and 4-bit LoRA",
-    "env": "report what is installed, and whether its versions fit",
+    "env": "report what is installed and whether its versions fit",
     "selftest": "check this installation; run it before you report a problem",
 }
 

@@ -31,14 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source = "folder of a run, an adapter or a model, a GGUF file, or its name on the Hugging Face Hub"
     add("source", metavar="RUN", help=source)
     add("--base", metavar="DIR_OR_NAME", help="model of the adapter (default: the one that the adapter names)")
-    add("--config-from", metavar="DIR_OR_NAME", help="model whose config.json and tokenizer are taken for a GGUF file")
-    add("--compare", action="store_true", help="show the base's answer too: the adapter is disabled for it")
-    add("--prompt", metavar="TEXT", help="answer this and end, as is done with all that comes from a pipe")
+    add("--config-from", metavar="DIR_OR_NAME", help="model whose config.json and tokenizer are used for a GGUF file")
+    add("--compare", action="store_true", help="also show the base's answer, with the adapter disabled")
+    add("--prompt", metavar="TEXT", help="answer this prompt and exit; text from a pipe is treated likewise")
     add("--system", metavar="TEXT", help="system prompt")
-    add("--max-tokens", type=positive_int, default=512, metavar="N", help="most tokens of an answer")
-    sampling = (
-        "0: the likeliest token each time; above: sampled (default: what the model's generation_config.json says)"
-    )
+    add("--max-tokens", type=positive_int, default=512, metavar="N", help="longest answer, in tokens")
+    sampling = "0: always the likeliest token; above 0: sampled (default: as in the model's generation_config.json)"
     add("--temperature", type=_temperature, metavar="T", help=sampling)
 
 

@@ -60,7 +60,7 @@ def _add_adapter(
 ) -> None:
     """Adds the arguments that all commands which read an adapter share."""
     add = parser.add_argument
-    add("adapter", type=Path, metavar="ADAPTER", help="folder of the adapter: one of pissa or PEFT, or a LoRA")
+    add("adapter", type=Path, metavar="ADAPTER", help="the adapter's folder: a plain LoRA, or saved by pissa or PEFT")
     add("target", type=Path, metavar="OUT", help=target)
     add("--base", required=base_is_required, metavar="DIR_OR_NAME", help=base)
     add("--json", action="store_true", help="report as one JSON object")
@@ -115,16 +115,16 @@ def _add_init(parser: argparse.ArgumentParser) -> None:
     init = "start of the adapter: pissa, lora (plain QLoRA), loftq, activations (calibrated)"
     add("--init", default="pissa", metavar="METHOD", help=init)
     calibration = (
-        "with --quant: records like what the model will read. Error feedback then chooses the "
-        "codes, and the outputs lose less; with --init lora this makes a better checkpoint for any QLoRA program"
+        "with --quant: records like those that the model will read. Error feedback then chooses codes "
+        "that keep the outputs closer; with --init lora, the checkpoint is better for any QLoRA program"
     )
     _add_calibration(parser, calibration)
     add("--quant-iters", type=positive_int, default=1, metavar="T", help="alternations of SVD and quantisation")
     add("--svd-passes", type=passes, default="auto", metavar="N", help="passes over each matrix (even)")
     add("--seed", type=int, default=0, metavar="N", help="seed of the random sketch")
-    memory = "limit for matrices and results in memory; a matrix that needs more gets it"
+    memory = "memory limit for matrices and results; a larger matrix may exceed it"
     add("--memory", type=_memory, default="1GB", metavar="SIZE", help=memory)
-    experts = "how fused experts are kept with --quant: dense, or in the same format, which only pissa.load reads"
+    experts = "format of fused experts with --quant: dense, or the same one, which only pissa.load reads"
     add("--experts", metavar="FORMAT", default="dense", help=experts)
     add("--device", default="cpu", metavar="DEV", help="where matrices are split, e.g. cuda")
     add("--json", action="store_true", help="report as one JSON object")
@@ -189,13 +189,13 @@ INIT = FolderCommand(_add_init, _init)
 # ---- pissa merge -----------------------------------------------------------------------------------------------------
 
 
-_READ = "records like what the model will read, by which rounding errors are carried on (error feedback)"
+_READ = "records like those that the model will read, for error feedback"
 
 
 def _add_merge(parser: argparse.ArgumentParser) -> None:
     base = f"{_BASE}; or a folder that pissa init has written"
     _add_adapter(parser, "new folder, or the folder of an interrupted run", base, base_is_required=True)
-    quant = "form of the linear layers: dense, nf4 or int8 (as of bitsandbytes), same: the codes of the base"
+    quant = "form of the linear layers: dense, nf4 or int8 (as in bitsandbytes), or same: the base's own codes"
     parser.add_argument("--quant", metavar="FORMAT", help=f"{quant} (default: dense)")
     data = "records with questions and answers: compare the loss of base, adapter and merged model on them"
     parser.add_argument("--data", metavar="DATA", help=data)
@@ -287,7 +287,7 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     initial = "the adapter as it was saved before training, or a residual model that contains it in pissa_init"
     initial = f"if PEFT trained the adapter on a residual: {initial}"
     parser.add_argument("--initial", type=Path, metavar="DIR", help=initial)
-    rank = "largest rank of a layer (best approximation)"
+    rank = "rank to which layers are reduced, by the best approximation"
     parser.add_argument("--rank", type=positive_int, metavar="N", help=rank)
 
 

@@ -77,17 +77,17 @@ _TYPES: dict[str, Any] = {
     **dict.fromkeys(_NAMES, list[str]),
 }
 _HELP = {
-    "model_name_or_path": "folder of a model, GGUF file, name of one on the hub, or folder that pissa init has written",
+    "model_name_or_path": "folder of a model, GGUF file, name of either on the Hub, or folder written by pissa init",
     "dataset_name": "file of records (.jsonl, .json, .csv, .tsv, .parquet), text or folder of texts (.txt), data set",
-    "learning_rate": f"peak learning rate, or {AUTO}: the one that pissa.suggest_lr finds. Of finetune, by the start: "
-    "2e-4, with --init lora 1e-3, with --use-rslora, too, 5e-4",
+    "learning_rate": f"peak learning rate, or {AUTO}, which finds one (pissa.suggest_lr). For finetune, the default "
+    "is 2e-4; with --init lora, it is 1e-3, and with --init lora --use-rslora, 5e-4",
     "r": f"rank of the adapters (default: {_RANK})",
-    "output_dir": "new folder of the run: adapter, checkpoints, options (default: model and data in its name)",
-    "num_train_epochs": "passes over the data, unless --steps says how many steps",
+    "output_dir": "new folder for adapter, checkpoints and options (default: named after model and data)",
+    "num_train_epochs": "passes over the data, unless --steps is given",
 }
 _CHOICES = {"quant": tuple(FORMATS), "repair": tuple(pissa.INIT_METHODS)}
 _OWN = (
-    ("config_from", str, None, "model whose config.json and tokenizer are taken for the GGUF file that is --model"),
+    ("config_from", str, None, "model whose config.json and tokenizer are used for the GGUF file given as --model"),
     ("eval_data", str, None, "held-out data: the loss is computed before and after training"),
     ("columns", columns, None, COLUMNS_HELP),
     (
@@ -96,7 +96,7 @@ _OWN = (
         None,
         "examples to hold out of --data (default: a twentieth, at least 8, at most 200; 0: none)",
     ),
-    ("minutes", minutes_of, None, "most minutes that the training may take: it gets so many steps, or fewer"),
+    ("minutes", minutes_of, None, "longest time to train, in minutes; limits the number of steps"),
     ("calibrate", bool, False, "with --quant: fit the codes to the data (--repair activations, --error-feedback)"),
     ("calibration", int, 64, "number of training examples for --repair activations and --error-feedback"),
     ("resume", bool, False, "continue from the last checkpoint in the folder"),

@@ -162,4 +162,4 @@ columns = number(
     "NAME=COLUMN, separated by commas, such as question=frage,answer=antwort",
     lambda value: all(value) and all(value.values()),
 )
-COLUMNS_HELP = "columns of the data by the names that they should have, such as question=frage,answer=antwort"
+COLUMNS_HELP = "columns to use under other names, such as question=frage,answer=antwort"
