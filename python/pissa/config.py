@@ -151,8 +151,8 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
 
     # LoraConfig's default is 8, whatever the rank is.
     lora_alpha: float | None = field(default=None, metadata={"help": "LoRA alpha (default: the rank)"})
-    init: str = field(default="pissa", metadata={"help": "Start of the adapter: pissa, lora, loftq or activations"})
-    repair: str | None = field(default=None, metadata={"help": "The start that a stored base lacks (None: init's)"})
+    init: str = field(default="pissa", metadata={"help": "Initialisation: pissa, lora, loftq or activations"})
+    repair: str | None = field(default=None, metadata={"help": "Initialisation that a base lacks (None: init's)"})
     svd: Svd = field(default="krylov", metadata={"help": "Decomposition: krylov or subspace"})
     svd_passes: Passes = field(default="auto", metadata={"help": "Passes over each weight, even, or auto"})
     seed: int = field(default=0, metadata={"help": "Seed of the random sketch"})

@@ -112,7 +112,7 @@ def _add_init(parser: argparse.ArgumentParser) -> None:
     modules = "layers to adapt (default: all linear ones except the output layer)"
     add("--target-modules", nargs="+", metavar="NAME", help=modules)
     add("--exclude-modules", nargs="+", metavar="NAME", help="layers not to adapt")
-    init = "start of the adapter: pissa, lora (plain QLoRA), loftq, activations (calibrated)"
+    init = "initialisation of the adapter: pissa, lora (plain QLoRA), loftq, activations (calibrated)"
     add("--init", default="pissa", metavar="METHOD", help=init)
     calibration = (
         "with --quant: records like those that the model will read. Error feedback then chooses codes "

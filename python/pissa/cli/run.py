@@ -19,7 +19,7 @@ _ALLOWED = "give a command, a .py file, or -m MODULE, and its arguments: pissa r
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "pissa run [--init pissa] [--] PROGRAM [ARGUMENT ...]"
-    start = "start of adapters for which the program chooses none, as TRL's scripts do"
+    start = "initialisation of adapters for which the program chooses none, as TRL's scripts do"
     parser.add_argument("--init", choices=["pissa"], help=start)
     program = "a command, a .py file, or -m MODULE; and its arguments"
     parser.add_argument("program", nargs=argparse.REMAINDER, metavar="PROGRAM", help=program)
