@@ -145,12 +145,12 @@ $(WHEELS)/tools.stamp: | tools
 	touch $@
 
 # CUDA to compile wheels of an architecture with: programs for this machine, headers and libraries for the other.
-$(WHEELS)/cuda-%.stamp: $(WHEELS)/tools.stamp
+$(WHEELS)/cuda-%.stamp: $(WHEELS)/tools.stamp | $(BUILD)/venv-build.stamp
 	rm -rf $(@:.stamp=)
 	$(WHEELS)/tools/bin/python -m pip download -q --no-deps -d $(@:.stamp=)/parts $(CUDA_COMPILER)
 	$(WHEELS)/tools/bin/python -m pip download -q --no-deps -d $(@:.stamp=)/parts --only-binary :all: \
 	  $(foreach tag,2_17 2_27 2_28,--platform manylinux_$(tag)_$*) --platform manylinux2014_$* $(CUDA_LIBRARIES)
-	for part in $(@:.stamp=)/parts/*.whl; do unzip -qo "$$part" -d $(@:.stamp=) || exit 1; done
+	for part in $(@:.stamp=)/parts/*.whl; do cmake -E chdir $(@:.stamp=) cmake -E tar xf "$$part" || exit 1; done
 	rm -rf $(@:.stamp=)/parts
 	touch $@
 
@@ -165,11 +165,11 @@ test-wheels: tools-wheels $(WHEELS)/tools.stamp
 	$(WHEELS)/tools/bin/python tests/wheels/installed.py $(WHEELS) $(PYTHONS)
 
 # torch for macOS, to link with: whatever release pip is held to for this machine.
-$(WHEELS)/torch-macos.stamp: $(WHEELS)/tools.stamp
+$(WHEELS)/torch-macos.stamp: $(WHEELS)/tools.stamp | $(BUILD)/venv-build.stamp
 	rm -rf $(@:.stamp=)
 	PIP_CONSTRAINT=/dev/null $(WHEELS)/tools/bin/python -m pip download -q --no-deps -d $(@:.stamp=) --only-binary :all: \
 	  --platform macosx_14_0_arm64 --python-version 3.12 'torch>=2.10'
-	unzip -qo $(@:.stamp=)/*.whl -d $(@:.stamp=)
+	cmake -E chdir $(@:.stamp=) cmake -E tar xf $(@:.stamp=)/*.whl  # which unpacks zip, too
 	rm $(@:.stamp=)/*.whl
 	touch $@
 

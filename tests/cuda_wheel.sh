@@ -4,7 +4,7 @@
 # its torch the wheel imports without a word.
 # Usage: cuda_wheel.sh WHEEL CUOBJDUMP [PYTHON]; GPUS names the architectures that it was built for, if not all, as CMake does.
 set -eu
-wheel=$1 cuobjdump=$2 python=${3-}
+wheel=$(realpath "$1") cuobjdump=$2 python=${3-}
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 failed=0
@@ -21,7 +21,7 @@ symbols() {
     awk -v test="$1" '$8 != "" && $5 != "LOCAL" && ($7 == "UND") == (test == "undefined") && $1 ~ /^[0-9]+:$/ {sub("@.*", "", $8); print $8}'
 }
 
-unzip -qo "$wheel" -d "$folder"
+cmake -E chdir "$folder" cmake -E tar xf "$wheel"  # which unpacks zip, too
 library=$folder/pissa/libpissa_cuda13.so
 [ -f "$library" ] || { echo "$wheel has no pissa/libpissa_cuda13.so" >&2; exit 1; }
 

@@ -44,7 +44,7 @@ wheel() {  # VERSION ARCHITECTURE OPTION...
 # Of a wheel's module: its architecture, what it links, and that it looks in no folder of ours. That torch's library is among
 # what it links matters: where it was cross-compiled there was no such library.
 inspect() {  # ARCHITECTURE WHEEL
-  unzip -qo "$2" 'pissa/_C*.so' -d "$folder/raw"
+  cmake -E chdir "$folder/raw" cmake -E tar xf "$2"
   readelf -hd "$folder"/raw/pissa/_C*.so >"$folder/raw/module"
   got=$(sed -n -e 's/^ *Machine: *//p' -e 's/.*(NEEDED).*\[\(.*\)\]/\1/p' -e 's/.*(\(R.*PATH\)).*/\1/p' "$folder/raw/module" |
     sed 's/.*X86-64/x86_64/; s/AArch64/aarch64/; /^ld-linux/d' | LC_ALL=C sort | tr '\n' ' ')
