@@ -1,5 +1,5 @@
 # make demo   fine-tune a small language model three ways, side by side   (6 to 10 minutes on two cores)
-# make test   build the wheel, install it into a clean environment, test it    (12 minutes on two cores; 7 once all is built)
+# make test   build the wheel, install it into a clean environment, test it    (19 minutes on two cores; 10 once all is built)
 # make quick  the core of everything, in the source tree, for work on the code (a minute after an edit of Python)
 # make nightly what is too long to wait for: sanitizers, the CUDA library, PEFT's tests, every architecture (about 50 minutes, by its parts)
 # make test-oldest   our Python tests beside the oldest release of everything that pyproject.toml allows
