@@ -301,7 +301,7 @@ class Screen:
         os.write(self.terminal, text.encode())
 
     def interrupt(self) -> int:
-        """The exit code after a Ctrl-C. Python's readline sees one that comes before it waits only with the next."""
+        """The exit code after Ctrl-C, which is pressed again if readline missed it, because it was not waiting yet."""
         self.type("\x03")
         if not select.select([self.terminal], [], [], 10)[0]:
             self.type("\x03")
