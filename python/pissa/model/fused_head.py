@@ -40,6 +40,11 @@ class ScoredOutput(CausalLMOutputWithPast):  # type: ignore[misc]
     aux_loss: Tensor | None = None
     """None, as TRL's trainers require."""
 
+    # TRL 1.14 reads these.
+    num_correct_tokens = property(lambda self: self.is_top1.sum())
+    entropy_sum = property(lambda self: self.entropy.sum())
+    num_valid_tokens = property(lambda self: self.label_mask.sum())
+
 
 def fuse_head(model: Any) -> None:
     """Makes an (unwrapped) causal language model of transformers compute its loss on a CPU, in training mode or for a
@@ -60,6 +65,7 @@ def fuse_head(model: Any) -> None:
         return
     replaced: Any = model.forward
     own: Any = replaced.__func__  # a copy of the model calls it on itself
+    always_asked = own.__name__ == _TRL_1_14
 
     @functools.wraps(type(model).forward)
     def forward(self: Any, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
@@ -70,16 +76,17 @@ def fuse_head(model: Any) -> None:
         head: Any = self.get_output_embeddings()
         loss_alone = (labels is not None or shifted is not None) and not _asks_for_more(self, others)
         product = frozen_product(head) if loss_alone else None
-        shape = None
+        dense = product is not None and isinstance(product[0], Tensor)  # TRL's own reads the weight of any head as such
+        shape, asked = None, fused_lm_head or always_asked
         # A trainer of TRL asks for a fused head in evaluation, too. Its own took 1.3 GiB more for batches of 8 x 400
         # tokens of SmolLM2, and 1.5 times as long; and references of DPO then round as the policy does.
-        wanted = computes_steps(self) or (fused_lm_head and not torch.compiler.is_compiling())
+        wanted = computes_steps(self) or (asked and not torch.compiler.is_compiling())
         if product is not None and head.weight.device.type == "cpu" and wanted:
             shape = _tried_shape(self, product)
         if product is not None and shape is not None:
             rows = _backbone(self)(*args, **(others | {"use_cache": False, "return_dict": True})).last_hidden_state
             logits, find = shape.logits(head, rows), functools.partial(shape.scores, product)
-        elif loss_alone and fused_lm_head and product is None:  # TRL's own way ignores an adapter of the head
+        elif loss_alone and asked and not dense:
             rows, logits, find = own(self, *args, **others).logits, None, _scores_of_logits
         else:
             return own(self, *args, **kwargs, **({"fused_lm_head": True} if fused_lm_head else {}))
@@ -106,6 +113,8 @@ def over_trls_head(peft_model: Any, _: Any) -> None:
 
 
 _OURS = "_pissas_head"
+_TRL_1_14 = "_chunked_ce_forward"
+"""The name of the forward pass of TRL 1.14, the last for Python 3.10, which no argument asks for."""
 
 
 def _is_trls(model: Any) -> bool:
@@ -116,7 +125,7 @@ def _is_trls(model: Any) -> bool:
     names = inspect.getclosurevars(trls).nonlocals
     former = getattr(names.get("original_forward"), "__func__", None)
     plain = names.get("temperature") == 1.0 and not names.get("cast_lm_head_to_fp32", False)
-    return plain and (hasattr(former, _OURS) or former is type(model).forward)
+    return (plain or trls.__name__ == _TRL_1_14) and (hasattr(former, _OURS) or former is type(model).forward)
 
 
 _Product = tuple[Tensor | ops.QuantizedWeight, Tensor | None]
@@ -163,7 +172,7 @@ def _try_shape(model: Any, product: _Product) -> _LogitsShape | None:
     labels = ids.clone()
     labels[0, 4] = IGNORED
     with evaluation_mode(model), torch.no_grad(), torch.random.fork_rng():
-        expected = model(input_ids=ids, labels=labels)
+        expected = type(model).forward(model, input_ids=ids, labels=labels)  # without a head of TRL's or of ours
         hidden = _backbone(model)(input_ids=ids, use_cache=False, return_dict=True).last_hidden_state[:, :-1]
         loss = -shape.scores(product, hidden, labels[:, 1:]).log_probs.sum() / 7
         size = 1 + float(expected.logits.abs().max())

@@ -8,7 +8,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import trl
 import yaml
 from transformers.models.llama.modeling_llama import LlamaAttention
 
@@ -79,8 +78,7 @@ def test_gradient_checkpointing_changes_no_bit(
     assert main(command(split, data, tmp_path / "run", "--gradient-checkpointing")) == 0
     # Of two layers: three times to try the fused head, twice to check the start, twice in each of two batches that are
     # timed, and of four steps.
-    tried = 3 if hasattr(trl.trainer.utils, "add_fused_lm_head") else 0  # which TRL before 1.15 has not
-    assert len(calls) == 2 * (tried + 2 + 2 * 2 + 2 * 4)
+    assert len(calls) == 2 * (3 + 2 + 2 * 2 + 2 * 4)
     assert logged(tmp_path / "run") == logged(trained[0])
     assert same_weights(tmp_path / "run", trained[0])
 

@@ -4,6 +4,7 @@ to the model."""
 from __future__ import annotations
 
 import copy
+import importlib
 import pickle
 from typing import Any
 
@@ -258,20 +259,44 @@ def test_the_generators_and_modes_are_left_as_they_were() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def trls_head(model: nn.Module, temperature: float = 1.0) -> dict[str, Any]:
+    """Puts TRL's head over a model's. Returns the arguments that ask for it."""
+    utils = pytest.importorskip("trl.trainer.utils")
+    if hasattr(utils, "add_fused_lm_head"):
+        utils.add_fused_lm_head(model, temperature=temperature)
+        return {"fused_lm_head": True}
+    if temperature != 1:
+        pytest.skip("TRL 1.14's has no temperature")
+    importlib.import_module("trl.trainer.sft_trainer")._patch_chunked_ce_lm_head(model, chunk_size=8)
+    return {}
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("before", [True, False])
 def test_a_head_of_trls_is_replaced_unless_it_has_a_temperature(before: bool, temperature: float) -> None:
-    utils = pytest.importorskip("trl.trainer.utils")
-    if not hasattr(utils, "add_fused_lm_head"):
-        pytest.skip("TRL before 1.15 has none")
     inner, batch = ARCHITECTURES["llama3"].make(), half_masked("llama3")
     model = None if before else pissa.wrap(inner, r=2)
-    utils.add_fused_lm_head(inner, temperature=temperature)
+    asked = trls_head(inner, temperature)
     model = model or pissa.wrap(inner, r=2)
-    output = model.train()(**batch, fused_lm_head=True)
+    output = model.train()(**batch, **asked)
     assert isinstance(output, fused_head.ScoredOutput) == (temperature == 1.0)
     own = ARCHITECTURES["llama3"].make()(**batch).loss
     assert (abs(output.loss - own) < 1e-5) == (temperature == 1.0)
+
+
+def test_codes_are_never_read_by_a_head_of_trls() -> None:
+    """In evaluation mode, and where the model computes logits as its configuration does not say."""
+    model, batch = ARCHITECTURES["llama3"].make().requires_grad_(False).eval(), half_masked("llama3")
+    model.lm_head = CodedLinear(ops.quantize(model.lm_head.weight, blocksize=64), None)
+    own = model(**batch).loss
+    for scale in (None, 0.5):  # which a Llama does not heed
+        other = copy.deepcopy(model)
+        other.config.logit_scale = scale
+        asked = trls_head(other)
+        found = fused(other).eval()(**batch, **asked)
+        assert isinstance(found, fused_head.ScoredOutput)
+        torch.testing.assert_close(found.loss, own, rtol=1e-5, atol=1e-6)
+        assert found.num_valid_tokens == (batch["labels"][:, 1:] != -100).sum()
 
 
 def test_which_models_are_left_to_themselves() -> None:

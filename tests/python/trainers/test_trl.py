@@ -72,10 +72,11 @@ def test_supervised_fine_tuning(form: str, packing: bool, base: Base, tokenizer:
 # -- a loss without logits
 
 
-@pytest.mark.skipif(Version(version("trl")) < Version("1.15"), reason="TRL before 1.15 asks a head for other sums")
 @pytest.mark.parametrize("method", ["SFT", "DPO", "KTO"])
 def test_a_fused_head_has_their_losses(method: str, base: Base, tokenizer: Any, tmp_path: Path) -> None:
     """And their metrics, with accumulated gradients. Losses are of two sums of float32 in orders of their own."""
+    if method != "SFT" and Version(version("trl")) < Version("1.15"):
+        pytest.skip("TRL before 1.15 computes these losses from logits")
 
     def run(fused: bool) -> Any:
         model = wrapped(base(), "implicit", fuse=fused)
