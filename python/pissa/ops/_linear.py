@@ -63,10 +63,16 @@ def check_operands(x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | N
     return held
 
 
+@torch.compiler.assume_constant_result
+def _has_autocast(kind: str) -> bool:
+    """Not every kind of device has it. Before torch 2.12, torch.compile cannot trace the question."""
+    return is_autocast_available(kind)
+
+
 def under_autocast(x: Tensor) -> Tensor:
     """x, under autocast in autocast's dtype."""
-    kind = x.device.type  # not every kind has autocast
-    return x.to(get_autocast_dtype(kind)) if is_autocast_available(kind) and torch.is_autocast_enabled(kind) else x
+    kind = x.device.type
+    return x.to(get_autocast_dtype(kind)) if _has_autocast(kind) and torch.is_autocast_enabled(kind) else x
 
 
 def as_ops_take(x: Tensor, weight: Tensor | QuantizedWeight) -> tuple[Tensor, str, list[Any]]:
@@ -82,10 +88,11 @@ def as_ops_take(x: Tensor, weight: Tensor | QuantizedWeight) -> tuple[Tensor, st
 def _run(x: Tensor, compute: Callable[[], Tensor], check: Callable[[], None]) -> Tensor:
     """What `compute` returns. Checks take 26 us, half of what a small product does. So where our kernels compute, they
     are made after a kernel has refused its arguments, to say what is wrong."""
-    # An error comes again below, unless a check finds its reason. Checkpoints end by one of another kind.
-    with suppress(RuntimeError, TypeError, ValueError, AttributeError, IndexError):
-        if not torch.compiler.is_compiling() and has_kernels(x.device):
-            return compute()
+    if not torch.compiler.is_compiling():
+        # An error comes again below, unless a check finds its reason. Checkpoints end by one of another kind.
+        with suppress(RuntimeError, TypeError, ValueError, AttributeError, IndexError):
+            if has_kernels(x.device):
+                return compute()
     check()
     return compute()
 
