@@ -24,8 +24,8 @@ def tokens_per_second(history: Sequence[Mapping[str, Any]]) -> float:
 
 
 class LossBar(ProgressCallback):  # type: ignore[misc]
-    """A progress bar with the loss, the latest held-out loss and tokens per second. ProgressCallback prints a line for
-    each step."""
+    """A progress bar with tokens per second, the loss and the latest held-out loss, which fits 80 columns: tqdm cuts
+    what does not, and a number that is cut is another one. ProgressCallback prints a line for each step."""
 
     _held_out = ""
 
@@ -33,13 +33,14 @@ class LossBar(ProgressCallback):  # type: ignore[misc]
         super().on_train_begin(*args, **kwargs)
         if self.training_bar is not None:
             self.training_bar.set_description("training", refresh=False)
+            self.training_bar.bar_format = "{desc}{n_fmt}/{total_fmt} |{bar}| [{elapsed}<{remaining}{postfix}]"
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
         if "eval_loss" in logs:
             self._held_out = f", held out {logs['eval_loss']:.3f}"
         if self.training_bar is not None and "loss" in logs:
-            speed = f", {rate:,.0f} tokens/s" if (rate := tokens_per_second(state.log_history)) else ""
-            self.training_bar.set_postfix_str(f"loss {logs['loss']:.3f}{self._held_out}{speed}", refresh=False)
+            speed = f"{rate:,.0f} tokens/s, " if (rate := tokens_per_second(state.log_history)) else ""
+            self.training_bar.set_postfix_str(f"{speed}loss {logs['loss']:.3f}{self._held_out}", refresh=False)
 
 
 class CompleteError(Exception):

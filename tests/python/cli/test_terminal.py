@@ -1,8 +1,13 @@
-"""pissa.cli.terminal: tables."""
+"""What a run shows in the terminal: tables, the bar."""
 
 from __future__ import annotations
 
+import time
+
+from transformers.trainer_callback import TrainerState
+
 from pissa.cli.outcome import loss_table
+from pissa.cli.progress import LossBar
 from pissa.cli.terminal import format_table
 
 
@@ -27,3 +32,19 @@ def test_a_table_of_losses_has_a_row_for_each_evaluation() -> None:
         "0                           3.0000",
         "2            1.5000         1.7500",
     ]
+
+
+def test_the_bar_of_a_training_fits_80_columns() -> None:
+    """tqdm leaves the last one free."""
+    shown, state = LossBar(), TrainerState(max_steps=240, is_world_process_zero=True)
+    shown.on_train_begin(None, state, None)
+    bar = shown.training_bar
+    bar.dynamic_ncols, bar.ncols, bar.n, bar.start_t = None, 79, 120, time.time() - 620
+    state.log_history = [{"step": step, "loss": 1.5, "num_tokens": 700 * step, "seconds": 0.5} for step in (1, 2)]
+    shown.on_log(None, state, None, {"eval_loss": 1.469})
+    shown.on_log(None, state, None, {"loss": 1.463})
+    text = str(bar)
+    assert len(text) <= 79
+    assert text.startswith("training: 120/240 |")
+    assert text.endswith("| [10:20<10:20, 1,400 tokens/s, loss 1.463, held out 1.469]")
+    bar.close()
