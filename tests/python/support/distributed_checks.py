@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from packaging.version import Version
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
@@ -39,6 +40,8 @@ from pissa.model import decompose as decomposition
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 ALL = StateDictOptions(full_state_dict=True)
 """On every process, not on the first alone."""
+SHARDS_BYTES = Version(torch.__version__) >= Version("2.12")
+"""Whether FSDP2 takes codes in uint8."""
 
 
 def message(call: Callable[[], Any]) -> list[str]:
@@ -52,11 +55,11 @@ def message(call: Callable[[], Any]) -> list[str]:
 
 def checks(folder: Path) -> dict[str, Callable[[], Any]]:
     """By name."""
-    found: list[Callable[[Path], Any]] = [shares, failing, nan, ddp, fsdp2, suggested]
-    found += [other_models, sharded_weights, mixed_precision, parts_sharded_alone, fsdp1]
-    found += [accelerate_fsdp2, files, merged_while_sharded]
-    # Last what can end the process, where gradients of different parameters meet.
-    return {"started": started} | {check.__name__: partial(check, folder) for check in [*found, experts]}
+    found: list[Callable[[Path], Any]] = [shares, failing, nan, ddp, suggested, other_models, sharded_weights, fsdp1]
+    if SHARDS_BYTES:
+        found += [fsdp2, mixed_precision, parts_sharded_alone, accelerate_fsdp2, files, merged_while_sharded]
+        found += [experts]  # last what can end the process, where gradients of different parameters meet
+    return {"started": started} | {check.__name__: partial(check, folder) for check in found}
 
 
 def resumes(folder: Path) -> dict[str, Callable[[], Any]]:
