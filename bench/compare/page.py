@@ -242,7 +242,7 @@ def first_run() -> str:
     found = _load("first_run.json")
     training, chat = ("\n".join(found["shown"][name]) for name in ("finetune", "chat"))
     loss = re.findall(r"held out  loss (\S+) before, (\S+) after", training)[0]
-    [(minutes, seconds)] = re.findall(r"training: 100%.*\[(\d+):(\d+)<00:00", training)
+    [(minutes, seconds)] = re.findall(r"training: .*\[(\d+):(\d+)<00:00", training)
     [memory] = re.findall(r"peak memory (\S+ GB)", training)
     answers = [answer.split("\n")[0].split(". ")[0] for answer in re.split(r"--- \w+\n", chat)[1:]]
     return _table(
