@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 from transformers.trainer_callback import TrainerState
 
 from pissa.cli.outcome import loss_table
@@ -39,7 +37,7 @@ def test_the_bar_of_a_training_fits_80_columns() -> None:
     shown, state = LossBar(), TrainerState(max_steps=240, is_world_process_zero=True)
     shown.on_train_begin(None, state, None)
     bar = shown.training_bar
-    bar.dynamic_ncols, bar.ncols, bar.n, bar.start_t = None, 79, 120, time.time() - 620
+    bar.dynamic_ncols, bar.ncols, bar.n, bar.start_t, bar._time = None, 79, 120, 0, lambda: 620
     state.log_history = [{"step": step, "loss": 1.5, "num_tokens": 700 * step, "seconds": 0.5} for step in (1, 2)]
     shown.on_log(None, state, None, {"eval_loss": 1.469})
     shown.on_log(None, state, None, {"loss": 1.463})
