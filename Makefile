@@ -37,7 +37,7 @@ JOBS := $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || getconf _NPROCESSORS
 
 .PHONY: demo test nightly quick module build-cpp test-cpp test-python test-python-nightly test-python-without-calls test-oldest \
   test-arm test-torch-headers versions test-cuda-build test-gpu-rehearsal test-peft test-slow fuzz test-serving \
-  test-programs experiments-quick size docs figures first-run wheel wheels test-wheels macos-wheel tools tools-arm-compiler tools-arm \
+  test-programs experiments-quick style docs figures first-run wheel wheels test-wheels macos-wheel tools tools-arm-compiler tools-arm \
   tools-docs tools-wheels coverage clean
 .DELETE_ON_ERROR:
 
@@ -245,7 +245,7 @@ test-python-without-calls: $(BUILD)/venv-test.stamp
 
 # The rules, the ops, a layer of each kind, files, conversion, the command line: in the source tree, with the module out of
 # CMake's tree before what the environment may have installed. The first time it installs pissa.
-QUICK := $(addprefix rules/test_,style.py rooms.py bases.py peft_private.py cpp_layers.py built_module.py) \
+QUICK := $(addprefix rules/test_,rooms.py bases.py peft_private.py cpp_layers.py built_module.py) \
   $(addprefix ops/test_,ops_linear.py ops_nf4.py low_rank.py) layers/test_kinds.py $(addprefix adapters/test_,save.py restore.py) \
   conversion/test_convert_ranks.py cli/test_cli_convert.py
 
@@ -261,14 +261,13 @@ module: $(BUILD)/tree.stamp $(if $(wildcard $(BUILD)/venv-test.stamp),,$(BUILD)/
 	cmake -E copy_if_different $(TREE)/_C*.so python/pissa/
 
 # Ours beside the oldest release of everything that pyproject.toml allows, but for torch, whose oldest comes from PyPI with
-# 3 GB of CUDA: make test-oldest NEWEST= takes it, too. What those releases deprecate of each other is no error here, nor
-# what mypy finds of types that they lack.
+# 3 GB of CUDA: make test-oldest NEWEST= takes it, too.
 NEWEST := torch
 
 test-oldest: TEST_PYTHON := $(BUILD)/venv-oldest/bin/python
 test-oldest: $(BUILD)/venv-oldest.stamp
 	$(TEST_PYTHON) -m pissa
-	$(OUR_PYTEST) -W default --deselect "tests/python/rules/test_style.py::test_types_and_style[mypy --config-file]"
+	$(OUR_PYTEST)
 
 $(BUILD)/venv-oldest.stamp: $(BUILD)/wheel.stamp $(REQUIREMENTS)
 	$(PYTHON) -m venv --clear $(BUILD)/venv-oldest
@@ -335,9 +334,11 @@ experiments-quick: $(BUILD)/experiments.stamp $(BUILD)/venv-test.stamp
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive HF_HUB_OFFLINE=1 $(TEST_PYTHON) -m bench.experiments --quick --jobs $(JOBS) \
 	  --results $(BUILD)/experiments/results --page $(BUILD)/experiments/page
 
-# Lines of code of each room, and how many python/pissa may have: a rule of the tests.
-size: $(BUILD)/venv-test-deps.stamp
-	@$(TEST_PYTHON) tests/python/rules/test_size.py
+# Types and style of Python. pre-commit checks the style, too.
+style: $(BUILD)/venv-test-deps.stamp
+	$(TEST_PYTHON) -m mypy
+	$(TEST_PYTHON) -m ruff check .
+	$(TEST_PYTHON) -m ruff format --check python tests bench
 
 test-slow: $(BUILD)/venv-test.stamp
 	$(TEST_PYTHON) -m pip install -q "$$(ls $(BUILD)/dist/*.whl)[demo]"

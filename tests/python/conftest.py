@@ -43,14 +43,8 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(str(error)) from None
     if unknown := set(missing(config)).difference(missing_calls.CALLS):
         raise pytest.UsageError(f"--without-system-calls: got {', '.join(unknown)}; allowed: {missing_calls.CALLS}")
-    # peft 0.21 asks transformers 5 for a property that it has renamed
-    config.addinivalue_line("filterwarnings", "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-    # torch, when it traces, reads .grad of every tensor that it meets, also where that is no leaf: a loss, and since
-    # 2.15 opcheck's own copies of its arguments. It hides the warning, but not from filters that make errors of
-    # warnings. Only these two reads of torch's are exempt: from any other module the warning is an error.
-    message = "The .grad attribute of a Tensor that is not a leaf Tensor is being accessed"
-    modules = r"torch\._subclasses\.meta_utils|torch\._dynamo\.variables\.builder"
-    config.addinivalue_line("filterwarnings", f"ignore:{message}:UserWarning:{modules}")
+    # Our own warnings only: what other packages deprecate of each other is not ours to mend.
+    config.addinivalue_line("filterwarnings", "error::pissa.notices.PissaWarning")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

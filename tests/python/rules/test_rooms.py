@@ -108,10 +108,3 @@ def test_no_circle() -> None:
         list(TopologicalSorter(graph).static_order())
     except CycleError as error:
         pytest.fail(f"a circle of imports: {error.args[1]}")
-
-
-def test_no_two_modules_share_a_file_name() -> None:
-    # cli/startup/peft.py must have the name of the package that it precedes on Python's path.
-    names = [path.name for path in MODULES.values() if path.name != "__init__.py" and path.parent.name != "startup"]
-    twice = {name for name in names if names.count(name) > 1}
-    assert not twice
