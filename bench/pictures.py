@@ -1,4 +1,4 @@
-"""The picture of the losses of runs, and the colours that all pictures of bench and of the book use."""
+"""The picture of what runs have learned, and the colours that all pictures of bench and of the book use."""
 
 from __future__ import annotations
 
@@ -44,33 +44,49 @@ def smoothed(losses: Sequence[float], window: int) -> list[float]:
 
 
 @mpl.rc_context(_PAGE)
-def draw_losses(
-    runs: Mapping[str, tuple[Sequence[int], Sequence[float]]],
+def draw_learning(
+    runs: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]],
+    right: Mapping[str, int],
+    chance: int,
+    of: int,
     path: Path,
     title: str,
-    unit: str = "answer token",
-    held_out: tuple[Sequence[int], Sequence[float]] = ((), ()),
 ) -> None:
-    """Draws the losses of runs, in nats per `unit`, over their steps, and writes a PNG. The losses are thin lines,
-    their running means thick ones.
+    """Draws what runs have learned, and writes a PNG: on the left their losses in nats per answer token, of the steps
+    (thin lines, their running means thick) and held out (points); on the right the number of right answers.
 
     Args:
-        runs: by label: the method, PiSSA, QPiSSA, LoRA or QLoRA, and after a space anything else to be shown.
-        held_out: steps and losses of held-out data, drawn as points.
+        runs: by method: `losses` and `held_out`, each pairs of a step and a loss.
+        right: right answers of `of`, "before" and by method.
+        chance: right answers of somebody who always gives the most frequent one: a dashed line.
     """
     # The object interface needs no window system and no global state of pyplot.
-    figure = Figure(figsize=(7.2, 4.4))
-    axes = figure.subplots()
-    window = max(1, max(len(losses) for _, losses in runs.values()) // 6) | 1
-    for label, (steps, losses) in runs.items():
-        style = STYLES[label.partition(" ")[0]]
-        axes.plot(steps, losses, color=style["color"], linewidth=0.7, alpha=0.3)
-        marker = "o" if len(losses) == 1 else None
-        axes.plot(steps, smoothed(losses, window), linewidth=2.2, marker=marker, label=label, **style)
-    if held_out[0]:
-        axes.plot(*held_out, color="0.2", linewidth=1, marker="o", markersize=4, label="held out")
-    axes.legend(labelcolor="linecolor", title=f"mean of {window} steps" if window > 1 else None)
-    axes.set(title=title, xlabel="optimiser step", ylabel=f"loss (nats per {unit})")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    figure = Figure(figsize=(9.6, 4.2))
+    figure.suptitle(title, x=0.01, ha="left")
+    losses, scores = figure.subplots(1, 2, width_ratios=(3, 2))
+    window = max(1, max(len(run["losses"]) for run in runs.values()) // 6) | 1
+    for method, run in runs.items():
+        style = STYLES[method]
+        steps, values = zip(*run["losses"], strict=True)
+        losses.plot(steps, values, color=style["color"], linewidth=0.7, alpha=0.3)
+        losses.plot(steps, smoothed(values, window), linewidth=2.2, label=f"{method}, mean of {window} steps", **style)
+        losses.plot(
+            *zip(*run["held_out"], strict=True), color=style["color"], linestyle="", marker="o", label="held out"
+        )
+    losses.legend(labelcolor="linecolor")
+    losses.set(title="loss, nats per answer token", xlabel="optimiser step")
+    losses.set_ylim(bottom=0)
+    losses.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    names = ["before", *(f"after {method}" for method in runs)]
+    colours = ["0.6", *(STYLES[method]["color"] for method in runs)]
+    bars = scores.bar(names, [right["before"], *(right[method] for method in runs)], color=colours, width=0.6)
+    scores.bar_label(bars)
+    scores.axhline(chance, color="0.2", linewidth=1, linestyle="--")
+    label = f"always the same\nanswer: {chance}"
+    scores.annotate(label, (-0.4, chance), (0, 3), textcoords="offset points", fontsize=8)
+    scores.set(title=f"right answers, of {of}", ylim=(0, of))
+    scores.grid(axis="x", visible=False)
+    scores.set_axisbelow(True)
+    scores.yaxis.set_major_locator(MaxNLocator(integer=True))
     with staged(path.parent) as new:
         figure.savefig(new(path.name), format="png")

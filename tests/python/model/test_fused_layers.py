@@ -430,7 +430,8 @@ def test_evaluation_and_disabled_adapters_are_the_base(monkeypatch: pytest.Monke
     model.eval()(**batch)
 
 
-def test_another_adapters_layers_are_fused() -> None:
+def test_another_adapters_layers_are_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "build_info", lambda: {"isa": "avx2"})  # with AMX, dense layers keep torch's product
     model = wrapped_llama(target_modules=["q_proj"])
     model.add_adapter("other", pissa.PissaConfig(r=2, target_modules=["k_proj"]))
     projection: Any = model.base_model.model.model.layers[0].self_attn.k_proj
