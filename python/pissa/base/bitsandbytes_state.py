@@ -115,7 +115,8 @@ def _nested_map() -> Tensor:
     blocksize, shape = 32, (256, 32)
     ones = torch.full((math.prod(shape) // 2,), 0xFF, dtype=torch.uint8)
     scales, scale_of_scales = torch.arange(256, dtype=torch.uint8), torch.ones(1, dtype=torch.float32)
-    weight = ops.QuantizedWeight(ones, scales, scale_of_scales, torch.zeros(()), "nf4", shape, blocksize)
+    offset = torch.zeros((), dtype=torch.float32)
+    weight = ops.QuantizedWeight(ones, scales, scale_of_scales, offset, "nf4", shape, blocksize)
     return ops.dequantize(weight)[:, 0].contiguous()
 
 

@@ -135,7 +135,7 @@ class Lora(InitMethod):
         check_weights([weight for weight, _ in in_memory], [name for _, name in in_memory])
         factors = [_draw(task, number) for number in range(len(task.weights))]
         return [
-            StartFactors(a0, torch.zeros(weight.shape[0], origin.r, device=device), origin)
+            StartFactors(a0, a0.new_zeros(weight.shape[0], origin.r), origin)
             for a0, weight, origin in zip(_send(factors, device), task.weights, task.origins, strict=True)
         ]
 

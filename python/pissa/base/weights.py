@@ -312,7 +312,8 @@ class CodedEmbedding(WholeCodes):
 
     def forward(self, input: Tensor) -> Tensor:
         rows = ops.embedding(input, self.quantized, self.looked_up_dtype)
-        return rows * torch.as_tensor(self.embed_scale).to(rows) if hasattr(self.template, "embed_scale") else rows
+        scale = getattr(self.template, "embed_scale", 1.0)
+        return rows * (scale.to(rows) if isinstance(scale, Tensor) else scale)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         self.looked_up_dtype = fn(torch.empty(0, dtype=self.looked_up_dtype)).dtype

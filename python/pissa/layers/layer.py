@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar, cast
 
 import torch
@@ -185,10 +186,11 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
 
     def zero_start(self, adapter_name: str, origin: Origin, recipe_rank: int | None = None) -> StartFactors:
         """Start factors of zero, and a recipe of that rank, on the adapter's device."""
-        (out_features, in_features), device = self.matrix_shape, self.device_of(adapter_name)
+        out_features, in_features = self.matrix_shape
+        zeros = partial(torch.zeros, dtype=torch.float32, device=self.device_of(adapter_name))
 
         def factors(r: int) -> tuple[Tensor, Tensor]:
-            return torch.zeros(r, in_features, device=device), torch.zeros(out_features, r, device=device)
+            return zeros(r, in_features), zeros(out_features, r)
 
         return StartFactors(*factors(origin.r), origin, None if recipe_rank is None else factors(recipe_rank))
 

@@ -12,6 +12,7 @@ from bnb_layers import IN, OUT, R, bnb, contents, decoded, inputs, linear4bit, l
 from devices import fetch, put
 from one_layer import adapted, filled, wrap
 from pissa import ops
+from pissa.base import bitsandbytes_state
 from pissa.base.bitsandbytes import from_bitsandbytes
 from pissa.base.bitsandbytes_state import entry_layout, from_state, to_bitsandbytes
 from pissa.base.stored import QuantizedLinear
@@ -36,6 +37,16 @@ def test_our_codes_are_a_layer_of_bitsandbytes(nested: bool, blocksize: int) -> 
     assert torch.equal(dense, ops.dequantize(ours))
     expected = entry_layout(Form.quantised("nf4", blocksize, nested), (OUT, IN), torch.bfloat16)
     assert {name: (value.dtype, tuple(value.shape)) for name, value in entries.items()} == expected
+
+
+def test_the_map_of_nested_scales_does_not_depend_on_the_default_dtype() -> None:
+    expected = bitsandbytes_state._nested_map()
+    bitsandbytes_state._nested_map.cache_clear()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(bitsandbytes_state._nested_map(), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 @storages

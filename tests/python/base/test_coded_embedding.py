@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
 from bench.compare.gguf_blocks import random_blocks, weight_of
@@ -50,6 +51,18 @@ def test_what_is_looked_up_is_scaled_as_before() -> None:
     unloaded = embedding.dense_module(embedding.matrix().bfloat16())
     assert type(unloaded) is type(dense)
     assert torch.equal(unloaded(IDS), dense(IDS))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_scale_that_is_a_number_is_not_rounded(dtype: torch.dtype) -> None:
+    dense, weight = BartScaledWordEmbedding(20, 256, 0, embed_scale=257**0.5).to(dtype), codes("q8_0")
+    embedding = CodedEmbedding(weight, dense)
+    dense.weight = nn.Parameter(ops.dequantize(weight, dtype))
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(embedding(IDS), dense(IDS))
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_a_cast_changes_what_is_looked_up_and_not_the_codes() -> None:
