@@ -63,7 +63,8 @@ class PissaLinear(PissaLayer, LoraLinear):  # type: ignore[misc]
         known = adapter_name, str(scaling), xxh3(a, b)
         if self._merged is None or self._merged[0] != known:
             held, seed = cast(Any, self.base).quantized, seed_of(self._target_name)
-            self._merged = known, unchecked_merge(held, a, b, scaling, True, seed)[0]
+            with torch.inference_mode(False):  # an evaluation in that mode would leave what no training step takes
+                self._merged = known, unchecked_merge(held, a, b, scaling, True, seed)[0]
         return self._merged[1]
 
     def compute_adapted(self, x: Tensor, names: Sequence[str]) -> Tensor:

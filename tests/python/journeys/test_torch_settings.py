@@ -1,4 +1,4 @@
-"""What a script has set of torch when it calls us changes nothing of a training."""
+"""What a script has set of torch when it calls us, or sets between two steps, changes nothing of a training."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+import gguf_fixtures
 import pissa
 from language_models import FORMS, Make, logits, moved, train
+from released_folders import FIELDS, released
 
 KINDS: dict[str, dict[str, Any]] = {
     **FORMS,
@@ -72,3 +74,30 @@ def test_a_plain_lora_is_added(default_dtype: torch.dtype, small_llama: Make, to
     torch.set_default_dtype(torch.float32)
     again = pissa.PissaModel.from_pretrained(small_llama(), tmp_path / "run" / "second")
     assert torch.equal(logits(again, tokens), logits(model, tokens))
+
+
+def assert_evaluation_changes_nothing(first: Any, second: Any, tokens: Tensor) -> None:
+    """Of two models that are alike, one is evaluated in inference mode before and between the steps."""
+    for _ in range(2):
+        with torch.inference_mode():
+            second.eval()(input_ids=tokens, labels=tokens)
+            second.train()(input_ids=tokens, labels=tokens)
+        assert train(second, tokens, 2) == train(first.train(), tokens, 2)
+
+
+@kinds
+def test_evaluation_in_inference_mode(fields: dict[str, Any], small_llama: Make, tokens: Tensor) -> None:
+    first, second = (pissa.wrap(small_llama(), r=4, **fields) for _ in range(2))
+    assert_evaluation_changes_nothing(first, second, tokens)
+
+
+@pytest.mark.parametrize("merge_aware", [False, True])
+@pytest.mark.parametrize("kind", ["gguf", "fp8-tiles"])
+def test_evaluation_of_codes_in_inference_mode(kind: str, merge_aware: bool, tokens: Tensor, tmp_path: Path) -> None:
+    path = tmp_path / ("base.gguf" if kind == "gguf" else "base")
+    if kind == "gguf":
+        gguf_fixtures.write(gguf_fixtures.make("llama"), "llama", path, gguf_fixtures.mixed)
+    else:
+        released("llama", kind, path)
+    fields = {**FIELDS, "init": "lora", "merge_aware": merge_aware}
+    assert_evaluation_changes_nothing(*(pissa.load(path, **fields) for _ in range(2)), tokens.clamp(max=90))
