@@ -6,14 +6,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from pissa import ops
 from pissa.base.bitsandbytes import BnbLinear, from_bitsandbytes, is_bitsandbytes, why_unusable
-from pissa.base.protocol import Base
+from pissa.base.protocol import Base, unshard
 from pissa.base.released_layouts import released_linear
-from pissa.base.weights import CodedLinear, Dense, HoldsCodes, OwnBase, is_offloaded
-from pissa.distributed import is_partitioned, whole_tensor
+from pissa.base.weights import CodedLinear, Dense, HoldsCodes, OwnBase, WholeCodes, is_offloaded
+from pissa.distributed import is_partitioned, is_sharded, whole_tensor
 
 
 def base_of(module: nn.Module) -> Base:
@@ -73,6 +74,44 @@ def frozen_product(module: Any) -> tuple[Tensor | ops.QuantizedWeight, Tensor | 
     return whole_tensor(module.weight), None if module.bias is None else whole_tensor(module.bias)
 
 
+def has_own_codes(module: nn.Module) -> bool:
+    """Whether the module is one of ours that holds codes, which no other program reads."""
+    return isinstance(module, HoldsCodes)
+
+
+def has_codes(module: nn.Module) -> bool:
+    """Whether the module itself, one of ours or of another library, holds a matrix in codes."""
+    tensors = (*module._parameters.values(), *module._buffers.values())
+    return has_own_codes(module) or any(tensor is not None and _is_in_codes(tensor) for tensor in tensors)
+
+
+def _is_in_codes(tensor: Tensor) -> bool:
+    is_plain = type(tensor) in (Tensor, nn.Parameter) or is_sharded(tensor)  # others decode themselves, as torchao's do
+    return tensor.dim() > 1 and (not is_plain or tensor.dtype in _DTYPES_OF_CODES)
+
+
+_DTYPES_OF_CODES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+def decoded_module(module: nn.Module, dtype: torch.dtype) -> nn.Module | None:
+    """A dense module in `dtype` that computes what a module whose whole weight is codes does; None for any other
+    module, and for codes that are not read here."""
+    base = _coded_base(module)
+    if base is None:
+        return None
+    return base.dense_module(unshard(base, whole_tensor(base.parameter)).matrix().to(dtype))
+
+
+def _coded_base(module: nn.Module) -> Base | None:
+    if isinstance(module, WholeCodes):
+        return module
+    try:
+        base = adopt(module)
+    except (TypeError, ValueError):
+        return None
+    return base if base is not None and base.is_quantised else None
+
+
 def computing_parameters(module: nn.Module) -> list[Tensor]:
     """A module's own parameters, except codes, whose dtype means nothing."""
     return [] if isinstance(module, HoldsCodes) else list(module.parameters(recurse=False))
@@ -93,6 +132,15 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+def never_repack(model: nn.Module) -> None:
+    """Keeps the 4-bit layers that bitsandbytes computes from repacking their codes when they are evaluated on a CPU.
+    bitsandbytes 0.50.2 does not undo all of it: once a state dict has been taken, as for every save, a repacked layer
+    computes with its scales in another order."""
+    for module in model.modules():
+        if is_bitsandbytes(module, "Linear4bit"):
+            vars(module)["support_avx512bf16_for_cpu"] = False
 
 
 def has_4_bits(model: nn.Module) -> bool:

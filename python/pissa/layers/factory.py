@@ -117,6 +117,11 @@ def _lower_ranks(config: PissaConfig, ranks: dict[str, int]) -> None:
 
 def layer_factory(model: nn.Module) -> Callable[..., PissaLayer]:
     """Returns `make_layer` for the layers of `model`. A configuration holds it, so it can be pickled."""
+    return partial(make_layer, model_dtype=computing_dtype(model))
+
+
+def computing_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype in which a model computes: that of its first dense parameter."""
     dtypes = (
         parameter.dtype
         for name, module in model.named_modules()
@@ -124,7 +129,7 @@ def layer_factory(model: nn.Module) -> Callable[..., PissaLayer]:
         for parameter in computing_parameters(module)
         if type(parameter) is nn.Parameter and parameter.is_floating_point()
     )
-    return partial(make_layer, model_dtype=next(dtypes, torch.get_default_dtype()))
+    return next(dtypes, torch.get_default_dtype())
 
 
 def make_layer(

@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
+from pissa.base.classes import never_repack
 from pissa.config import PissaConfig
 from pissa.containers.checkpoint import check_not_residual
 from pissa.containers.messages import quote
@@ -70,8 +71,16 @@ def drop_gguf_mark(model: nn.Module) -> None:
     still calls the model quantised by a method that cannot be trained or saved, and its Trainer refuses it."""
     is_dense = all(parameter.is_floating_point() for parameter in model.parameters())
     if getattr(model, "quantization_method", None) == "gguf" and is_dense:
-        quantizer: Any = model.hf_quantizer
+        drop_quantization(model)
+
+
+def drop_quantization(model: nn.Module) -> None:
+    """Takes from a model of transformers, which is dense, what says that it is quantised."""
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
         quantizer.remove_quantization_config(model)
+    for name in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
+        vars(model).pop(name, None)
 
 
 def prepare(model: nn.Module, config: PissaConfig) -> None:
@@ -88,6 +97,7 @@ def prepare(model: nn.Module, config: PissaConfig) -> None:
 def complete(model: nn.Module, config: PissaConfig, adapter_name: str) -> None:
     """Finishes the adapter that PEFT has injected. Afterwards, it lacks only its start factors."""
     mend_token_layers(model)
+    never_repack(model)
     if config.modules_to_save:  # PEFT adds the names of a task's head whenever a model is made or restored
         config.modules_to_save = list(dict.fromkeys(config.modules_to_save))
     check_parents(model, adapter_name)

@@ -21,13 +21,14 @@ from pissa.adapters.pissa_layout import ADAPTER_FILES, PissaFolder
 from pissa.adapters.rest import Rest
 from pissa.adapters.restore import as_pissa, load_factors, read_plain_lora, restore
 from pissa.adapters.save import save_adapter, warn_of_plain_lora
-from pissa.base.classes import base_of
+from pissa.base.classes import base_of, decoded_module, has_codes, has_own_codes
 from pissa.base.forwards import replaced_parts, restore_forwards
-from pissa.config import PissaConfig
+from pissa.config import IMPLICIT, PissaConfig
 from pissa.containers.hub import adapter_folder
 from pissa.containers.messages import quote
 from pissa.distributed import failing_together, is_of_an_engine, is_partitioned, is_sharded
 from pissa.layers.experts import fuse_experts, unfused_experts
+from pissa.layers.factory import computing_dtype
 from pissa.layers.layer import PissaLayer, pissa_layers
 from pissa.layers.tokens import TrainableTokensWrapper, check_tokens_can_be_merged
 from pissa.model.decompose import decompose
@@ -38,11 +39,12 @@ from pissa.model.inject import (
     check_plain,
     complete,
     drop_gguf_mark,
+    drop_quantization,
     prepare,
     restored_on_error,
 )
 from pissa.model.store import store
-from pissa.model.tuner import BUILDING, load_whole, refuse_residuals
+from pissa.model.tuner import BUILDING, load_whole, refuse_codes, refuse_residuals
 from pissa.peft_private import MendedPeftModel
 
 
@@ -180,20 +182,28 @@ class PissaModel(MendedPeftModel):
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> nn.Module:
-        """Returns the model with the adapters merged into dense weights, as in PEFT. Fused experts are fused again.
+        """Returns the model with the adapters merged into dense weights, as in PEFT. Fused experts are fused again. If
+        a merged weight was codes, all other codes are decoded, too, into weights of the model's dtype, so that the
+        model can be saved.
 
         Raises:
             ValueError: as for `merge_adapter`.
         """
-        check_tokens_can_be_merged(self.base_model.model, adapter_names)
+        base = self.base_model.model
+        check_tokens_can_be_merged(base, adapter_names)
+        changed = _changed_by_unloading(base, merges=True)
         model = self.base_model.merge_and_unload(
             progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
         )
-        return _as_given(model)
+        if changed or any(map(has_own_codes, model.modules())):
+            _decode(model)
+        return _as_given(model, changed or self.is_from_files)
 
     def unload(self) -> nn.Module:
-        """Returns the base without adapters, as in PEFT. Fused experts are fused again."""
-        return _as_given(self.base_model.unload())
+        """Returns the base without adapters, as in PEFT. Fused experts are fused again. A base in codes of
+        `pissa.load` keeps them, and cannot be saved."""
+        changed = _changed_by_unloading(self.base_model.model, merges=False)
+        return _as_given(self.base_model.unload(), changed or self.is_from_files)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Returns the numbers of trainable parameters and of all parameters. A quantised element counts as one."""
@@ -403,13 +413,40 @@ def _check_options(**options: Any) -> None:
             )
 
 
-def _as_given(model: nn.Module) -> nn.Module:
-    """Returns an unloaded model, restored to its state before it was wrapped."""
+def _changed_by_unloading(base: nn.Module, *, merges: bool) -> bool:
+    """Whether some layer of an (unwrapped) model, which may have been codes, becomes dense when it is unloaded; or has
+    become so before."""
+    bases = [layer.base for layer in pissa_layers(base).values()]
+    is_dense_then = any(own.form != IMPLICIT or (merges and own.is_quantised) for own in bases)
+    return is_dense_then or refuse_codes in base._state_dict_pre_hooks.values()
+
+
+def _decode(model: nn.Module) -> None:
+    """Replaces all modules of an unloaded model whose weights are codes by dense ones. Tied weights stay tied."""
+    dtype, weights = computing_dtype(model), dict[int, nn.Parameter]()
+    modules = dict[nn.Module, nn.Module | None]()
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if module not in modules:
+            dense: Any = decoded_module(module, dtype)
+            if dense is not None:
+                dense.weight = weights.setdefault(id(module.weight), dense.weight)
+            modules[module] = dense
+        if (replacement := modules[module]) is not None:
+            model.set_submodule(name, replacement)
+
+
+def _as_given(model: nn.Module, changed: bool) -> nn.Module:
+    """Returns an unloaded model, restored to its state before it was wrapped. `changed` says that a quantisation in the
+    model's configuration does not describe it any more."""
     fuse_experts(model)
     restore_forwards(model)
     hooks = model._state_dict_pre_hooks
-    for key in [key for key, hook in hooks.items() if hook is refuse_residuals]:
+    for key in [key for key, hook in hooks.items() if hook in (refuse_residuals, refuse_codes)]:
         del hooks[key]
+    if not any(map(has_codes, model.modules())):
+        drop_quantization(model)
+    elif changed:
+        model.register_state_dict_pre_hook(refuse_codes)  # type: ignore[no-untyped-call]
     return model
 
 

@@ -26,6 +26,7 @@ from pissa.adapters.peft_layout import (
     is_of_a_layer,
     magnitude_key,
 )
+from pissa.base.classes import has_codes, has_own_codes
 from pissa.base.start import StartFactors
 from pissa.config import IMPLICIT, PissaConfig, PissaType
 from pissa.distributed import check_whole, shard_as
@@ -176,8 +177,9 @@ BUILDING = ContextVar("BUILDING", default=False)
 
 
 def refuse_residuals(base: nn.Module, prefix: str, keep_vars: bool) -> None:
-    """A hook of `base.state_dict()`, which `peft.get_base_model_state_dict` calls. Raises ValueError as long as layers
-    keep residuals under the names of their weights. A PissaModel's state dict contains these as they are."""
+    """A hook of `base.state_dict()`, which `peft.get_base_model_state_dict` and transformers' `save_pretrained` call.
+    Raises ValueError as long as layers keep residuals, or codes of ours, under the names of their weights. A
+    PissaModel's state dict contains these as they are."""
     if prefix:
         return
     for name, layer in pissa_layers(base).items():
@@ -188,6 +190,22 @@ def refuse_residuals(base: nn.Module, prefix: str, keep_vars: bool) -> None:
                 "not its weight. Take the state dict of the PissaModel, which has all of it, or the base's after "
                 "model.unload(), as dense weights [P063]"
             )
+    _refuse(base, has_own_codes)
+
+
+def refuse_codes(base: nn.Module, prefix: str, keep_vars: bool) -> None:
+    """The same for a model without adapters in which codes are left that its configuration does not describe."""
+    if not prefix:
+        _refuse(base, has_codes)
+
+
+def _refuse(base: nn.Module, is_in_codes: Callable[[nn.Module], bool]) -> None:
+    if name := next((name for name, module in base.named_modules() if is_in_codes(module)), None):
+        raise ValueError(
+            f"the model has no state dict of its own: {name} is in codes, which nothing would read under the name of a "
+            "weight. For a dense model, call merge_and_unload() instead of unload(), or save the adapter and run "
+            "`pissa merge ADAPTER OUT --base BASE`; the codes alone are what was loaded [P134]"
+        )
 
 
 # Registers our classes in the public tables of PEFT and transformers. All other entries stay as they are.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from one_layer import (
 from oracle import change_a_little, deltas64, weight64
 from pissa import notices, ops
 from pissa.base.bitsandbytes import BnbLinear4bit
+from pissa.base.classes import decoded_module, has_codes
 from pissa.base.stored import QuantizedLinear, ResidualLinear
 from reference import EPS, assert_close
 
@@ -288,6 +290,34 @@ def test_a_layer_that_bitsandbytes_has_repacked_is_refused() -> None:
         wrap(layer, r=R)
 
 
+@pytest.mark.cpu_only
+@nesting
+def test_a_layer_without_an_adapter_is_evaluated_and_saved(nested: bool) -> None:
+    """On a CPU with AVX512-BF16, bitsandbytes would repack it, and not find back when its state dict is taken."""
+    other, x = linear4bit(nested, dtype=torch.bfloat16), inputs(20, dtype=torch.bfloat16)
+    model = pissa.wrap(nn.ModuleDict({"proj": linear4bit(), "other": other}), r=R, target_modules=["proj"])
+    expected = other(x)
+    with torch.no_grad():
+        model.eval()
+        assert error(other(x), expected) < 2 * EPS[torch.bfloat16]
+        model.state_dict()
+        for is_training in (True, False):
+            assert error(other.train(is_training)(x), expected) < 2 * EPS[torch.bfloat16]
+
+
+@nesting
+def test_layers_without_an_adapter_are_decoded(nested: bool) -> None:
+    for layer in (linear4bit(nested), linear8bit()):
+        weight = decoded(layer)
+        dense: Any = decoded_module(layer, torch.float32)
+        assert type(dense) is nn.Linear
+        assert dense.bias is layer.bias
+        assert_close(dense.weight, weight, 2 * EPS[torch.float32] * weight.abs(), "decoded")
+    layer = linear4bit(quant_type="fp4")
+    assert has_codes(layer)
+    assert decoded_module(layer, torch.float32) is None
+
+
 # ---- 8 bits ----------------------------------------------------------------------------------------------------------
 
 
@@ -378,3 +408,57 @@ def test_a_model_that_transformers_has_loaded_quantised(
     unloaded.save_pretrained(tmp_path / "again")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", device_map=str(tokens.device)).train()
     assert error(logits(again, tokens), before) < 4 * EPS[torch.bfloat16]
+
+
+# ---- A model of transformers, saved without its adapters -------------------------------------------------------------
+
+
+@pytest.fixture
+def of_transformers(tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> Any:
+    """Makes a model that transformers has quantised to 4 bits."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    tiny_llama(intermediate_size=128).save_pretrained(tmp_path / "base")
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    return partial(
+        AutoModelForCausalLM.from_pretrained,
+        tmp_path / "base",
+        quantization_config=config,
+        device_map=str(tokens.device),
+    )
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.filterwarnings("ignore::pissa.notices.RequantizedWarning")
+def test_all_layers_are_dense_or_none_is(merged: bool, of_transformers: Any, tokens: Tensor, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    fields = {"target_modules": ["q_proj"]} if merged else {"quant": "nf4", "exclude_modules": ["lm_head"]}
+    wrapped = pissa.wrap(of_transformers(), r=R, **fields)
+    model = wrapped.merge_and_unload() if merged else wrapped.unload()
+    assert not any(map(has_codes, model.modules()))
+    assert not hasattr(model.config, "quantization_config")
+    assert not getattr(model, "is_loaded_in_4bit", False)
+    model.save_pretrained(tmp_path / "out")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", device_map=str(tokens.device))
+    assert torch.equal(logits(again, tokens), logits(model, tokens))
+
+
+def test_an_adapter_on_a_dense_layer_leaves_the_codes(of_transformers: Any, tokens: Tensor, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = pissa.wrap(of_transformers(), r=R, target_modules=["lm_head"]).merge_and_unload()
+    assert isinstance(model.model.layers[0].mlp.up_proj, bnb.nn.Linear4bit)
+    model.save_pretrained(tmp_path / "out")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", device_map=str(tokens.device))
+    assert error(logits(again, tokens), logits(model, tokens)) < 4 * EPS[torch.bfloat16]
+
+
+@pytest.mark.filterwarnings("ignore::pissa.notices.RequantizedWarning")
+def test_a_mixture_that_no_configuration_describes_is_refused(of_transformers: Any, tmp_path: Path) -> None:
+    model = pissa.wrap(of_transformers(), r=R, target_modules=["q_proj"], quant="nf4").unload()
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.k_proj is in codes"):
+            model.save_pretrained(tmp_path / "out")
+        model = pissa.wrap(model, r=R, target_modules=["k_proj"]).unload()  # which changes nothing
+    assert not [*(tmp_path / "out").glob("*.safetensors")]

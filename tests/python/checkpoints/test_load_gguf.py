@@ -75,6 +75,31 @@ def test_a_trained_adapter_is_saved_and_loaded(kind: str, start: str, tmp_path: 
         assert error(logits(again, TOKENS), logits(twin, TOKENS)) <= BOUND
 
 
+@pytest.mark.parametrize("kind", each(["qwen2", "gpt_oss", "gemma4_moe"], {"qwen2", "gpt_oss"}))
+def test_a_merged_model_is_dense_and_is_saved(kind: str, tmp_path: Path) -> None:
+    """Also embeddings, tied ones once, and the experts, to which no adapter belongs."""
+    path, _, _ = written(kind, tmp_path)
+    model = moved(pissa.load(path, r=2, target_modules=["q_proj"], init="lora")).eval()
+    trained = logits(model, TOKENS)
+    merged: Any = model.merge_and_unload()
+    assert error(logits(merged, TOKENS), trained) <= BOUND
+    tied = merged.get_input_embeddings().weight is merged.get_output_embeddings().weight
+    assert tied == merged.config.tie_word_embeddings
+    merged.save_pretrained(tmp_path / "out")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert type(again) is type(merged)
+    assert torch.equal(logits(again, TOKENS), logits(merged, TOKENS))
+
+
+def test_codes_are_not_saved_as_weights(tmp_path: Path) -> None:
+    path, _, _ = written("llama", tmp_path)
+    model = pissa.load(path, r=2, target_modules=["q_proj"], init="lora")
+    for base in (model.get_base_model(), model.unload()):
+        with pytest.raises(ValueError, match=r"model\.embed_tokens is in codes, .* merge_and_unload\(\)"):
+            base.save_pretrained(tmp_path / "out")
+    assert not [*(tmp_path / "out").glob("*.safetensors")]
+
+
 def test_a_mixture_computes_from_codes_where_nothing_adapts_it(tmp_path: Path) -> None:
     path, twin, _ = written("mixtral", tmp_path)
     model = pissa.load(path, r=2, target_modules=["v_proj"], init="lora")
