@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.integrations import deepspeed
@@ -34,7 +35,7 @@ from pissa.config import IMPLICIT, PissaConfig
 from pissa.containers.checkpoint import AS_STORED, EXPERT, PISSA_RECORD, RESIDUAL_KEY, Checkpoint, Contents
 from pissa.containers.coded_weights import BitsandbytesWeight
 from pissa.containers.hub import Name, adapter_folder
-from pissa.containers.messages import first_line, quote
+from pissa.containers.messages import first_line, is_short_of_memory, quote
 from pissa.containers.model_folder import Part, class_of
 from pissa.containers.tensor_file import TensorFile
 from pissa.distributed import failing_together
@@ -86,6 +87,8 @@ def mapped_model(checkpoint: Checkpoint, dtype: torch.dtype | None) -> PreTraine
                 output_loading_info=True,
             )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
+        if is_short_of_memory(error):
+            raise
         raise ValueError(f"{folder} cannot be loaded by transformers: {first_line(error)} [P086]") from error
     if missing := sorted(info["missing_keys"]):
         raise ValueError(
@@ -271,6 +274,11 @@ def _fill_packed(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
         tied = checkpoint.tied(parameter) if parameter in checkpoint.tensors else []
         for path in (layer, *(name.removesuffix(".weight") for name in tied)):
             module = model.get_submodule(path)
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                raise ValueError(
+                    f"layer {quote(path)} is in codes, and modules_to_save and trainable_token_indices train a dense "
+                    "weight: adapt it (target_modules) instead, or load a dense model [P135]"
+                )
             adapted = module if isinstance(module, PissaLayer) else None
             dense = base_of(module) if adapted is None else adapted.base
             base = _packed_base(dense, checkpoint, parts, compute_dtype, path)

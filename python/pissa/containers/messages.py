@@ -22,6 +22,13 @@ def first_line(error: Exception) -> str:
     return (f"{first} {second}" if first.endswith(":") else first).strip() or type(error).__name__
 
 
+def is_short_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there is no memory, for which torch has no class of its own on the CPU."""
+    words = ("DefaultCPUAllocator", "not enough memory", "bad_alloc", "annot allocate memory", "out of memory")
+    is_torchs = isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    return isinstance(error, MemoryError) or is_torchs
+
+
 _LASTING = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
 
 
@@ -29,7 +36,7 @@ _LASTING = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectory
 def file_errors(path: Path, remedy: str) -> Iterator[None]:
     """Turns every error in the block, which only reads the file, into a ValueError that names the file. The message
     ends with `remedy`, how to continue. An OSError that may be gone the next time, such as that of a server, stays an
-    OSError."""
+    OSError, and a lack of memory stays what it is."""
     try:
         yield
     except OSError as error:
@@ -38,6 +45,8 @@ def file_errors(path: Path, remedy: str) -> Iterator[None]:
             raise OSError(error.errno, text, str(path)) from error
         raise ValueError(f"{path} cannot be read: {error.strerror or first_line(error)}. {remedy}") from error
     except Exception as error:
+        if is_short_of_memory(error):
+            raise
         reason = f"{error} is missing" if isinstance(error, KeyError) else first_line(error)
         raise ValueError(f"{path} cannot be read: {reason.rstrip('.')}. {remedy}") from error
 

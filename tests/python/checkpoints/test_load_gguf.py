@@ -91,6 +91,20 @@ def test_a_merged_model_is_dense_and_is_saved(kind: str, tmp_path: Path) -> None
     assert torch.equal(logits(again, TOKENS), logits(merged, TOKENS))
 
 
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("lm_head", {"modules_to_save": ["lm_head"]}),
+        ("model.embed_tokens", {"modules_to_save": ["embed_tokens"]}),
+        ("model.embed_tokens", {"trainable_token_indices": [5]}),
+    ],
+)
+def test_a_layer_in_codes_is_not_trained_as_a_whole(name: str, fields: dict[str, Any], tmp_path: Path) -> None:
+    path, _, _ = written("llama", tmp_path)
+    with pytest.raises(ValueError, match=rf"layer '{name}' is in codes, .*: adapt it \(target_modules\)"):
+        pissa.load(path, r=2, init="lora", **fields)
+
+
 def test_codes_are_not_saved_as_weights(tmp_path: Path) -> None:
     path, _, _ = written("llama", tmp_path)
     model = pissa.load(path, r=2, target_modules=["q_proj"], init="lora")

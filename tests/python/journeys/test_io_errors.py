@@ -6,6 +6,7 @@ import errno
 import os
 import re
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,11 @@ import pissa
 from checkpoint_folders import contents
 from language_models import train
 from pissa.checkpoints import rewrite
+from pissa.checkpoints.init import init as run
 from pissa.checkpoints.output import UNFINISHED
 from pissa.cli import main
+from pissa.containers import coded_weights
+from released_folders import released
 
 
 def done(out: Path) -> int:
@@ -73,4 +77,31 @@ def test_a_run_that_fails_to_read_goes_on(
     assert os.strerror(errno.ESTALE) in (message := capsys.readouterr().err)
     assert re.search("goes on|again", message)
     assert main(arguments) == 0
+    assert contents(out) == expected
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError("none left"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_a_run_that_is_short_of_memory_goes_on(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not taken for a damaged file, and what has been done is kept."""
+    monkeypatch.setattr(rewrite, "BATCH", 1)
+    released("llama", "fp8-tiles", base := tmp_path / "base")
+    config, out, real, calls = pissa.PissaConfig(r=4), tmp_path / "out", coded_weights.released_weight, count(1)
+    run(base, out, config)
+    expected = contents(out)
+    out.rename(tmp_path / "undisturbed")
+
+    def once(parts: Any) -> Any:
+        if next(calls) == 9:
+            raise error
+        return real(parts)
+
+    monkeypatch.setattr(coded_weights, "released_weight", once)
+    with pytest.raises(type(error), match=str(error)):
+        run(base, out, config)
+    assert done(out) >= 3
+    run(base, out, config)
     assert contents(out) == expected
