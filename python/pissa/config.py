@@ -169,7 +169,7 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
     """The methods that `init` and `repair` may name. `base.init_methods` sets it."""
 
     reader: ClassVar[Callable[..., PissaConfig]]
-    """Called by `from_pretrained`. `files.pissa_layout` sets it, because files depend on the configuration, which
+    """Called by `from_pretrained`. `adapters.pissa_layout` sets it, because files depend on the configuration, which
     cannot import them."""
 
     def __post_init__(self) -> None:

@@ -54,12 +54,13 @@ class Deltas(NamedTuple):
 
 class StartFactors(KeepsDtype):
     """The frozen factors from which an adapter starts: a0 float32 [r, in], b0 float32 [out, r]. scaling * b0 @ a0 is
-    the principal part, or what replaces it. For an orthonormal start, they are its singular vectors.
+    the principal part, or what replaces it; LoRA's b0 is zero.
 
     Args:
         recipe: how a weight is stored for this start: the factors a [k, in] and b [out, k], float32, of Q = format(W -
             scaling * b @ a). k may be 0. None: a0 and b0 themselves. Only a residual that is made again needs it.
-            Therefore it is neither a part of the state dict nor moved to another device.
+            Therefore it is not a part of the state dict, and does not follow the module to another device: once the
+            residual is stored, a recipe of rank 1 or more is on the CPU.
     """
 
     a0: Tensor

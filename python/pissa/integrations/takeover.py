@@ -43,8 +43,8 @@ def make(
     tell: Callable[[str], None] | None,
     **kwargs: Any,
 ) -> nn.Module:
-    """Returns the result of `peft.get_peft_model`, which has chosen PEFT's class `kind` and its arguments. `start` and
-    `tell` are those of `peft.enable`."""
+    """Returns the result of `peft.get_peft_model`, which has chosen PEFT's class `peft_class` and its arguments.
+    `start` and `tell` are those of `peft.enable`."""
     if not isinstance(config, LoraConfig) or config.peft_type != PeftType.LORA:
         return peft_class(model, config, **kwargs)
     init = config.init_lora_weights

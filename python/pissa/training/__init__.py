@@ -1,2 +1,2 @@
-"""Additions to the training of a wrapped model: a learning rate, a faster step, and the adapter in memory for an engine
-that generates."""
+"""Additions to the training of a wrapped model: a learning rate, and the adapter in memory for an engine that
+generates."""
