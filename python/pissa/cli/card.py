@@ -17,7 +17,7 @@ _CARD = """\
 
 # {title}
 
-A PiSSA adapter for {base}, trained by `pissa {command}` with [TRL](https://github.com/huggingface/trl).
+A {method} adapter for {base}, trained by `pissa {command}` with [TRL](https://github.com/huggingface/trl).
 
 To ask it:
 
@@ -47,13 +47,14 @@ print(tokenizer.decode(answer, skip_special_tokens=True))
 """
 
 
-def write_card(folder: Path, run: str, base: str, command: str) -> None:
+def write_card(folder: Path, run: str, base: str, method: str, command: str) -> None:
     """Writes the card into the folder of a run.
 
     Args:
         run: the name of the run, a folder or a name on the Hub.
         base: the model that it was trained on, a folder or a name on the Hub. Only the latter is put into the metadata,
             which the Hub reads.
+        method: its name, such as "LoRA".
         command: the command that trained it.
     """
     run, name = absolute(run), absolute(base)
@@ -64,5 +65,7 @@ def write_card(folder: Path, run: str, base: str, command: str) -> None:
     text = yaml.safe_dump(metadata, sort_keys=False)
     with staged(folder) as new:
         new("README.md").write_text(
-            _CARD.format(metadata=text, title=Path(run).name, base=name, run=run, command=command, **words)
+            _CARD.format(
+                metadata=text, title=Path(run).name, base=name, run=run, method=method, command=command, **words
+            )
         )

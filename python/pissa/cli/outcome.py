@@ -21,8 +21,13 @@ from pissa.containers.checkpoint import Contents
 
 
 def method_name(ours: Any, config: pissa.PissaConfig) -> str:
-    name = "LoRA" if config.init == "lora" else "PiSSA"
-    return f"Q{name} ({ours.quant})" if ours.quant else name
+    """Such as "LoRA", "QPiSSA (nf4)", "PiSSA with DoRA"; of other initialisations, the value of `init`."""
+    known = {"lora": "LoRA", "pissa": "PiSSA"}.get(config.init)
+    name = known or config.init
+    if ours.quant:
+        name = f"{'Q' * bool(known)}{name} ({ours.quant})"
+    more = " and ".join(word for word, used in (("DoRA", config.use_dora), ("rsLoRA", config.use_rslora)) if used)
+    return f"{name} with {more}" if more else name
 
 
 def answer(trainer: Any, tokenizer: Any) -> str | None:

@@ -22,7 +22,7 @@ import torch
 import trl
 from accelerate import DistributedType
 from transformers import AutoProcessor
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import ProgressCallback, TrainerState
 from transformers.trainer_utils import IntervalStrategy
 from trl.trainer.utils import create_model_from_path
@@ -83,7 +83,8 @@ class Training(NamedTuple):
                 trainer: Any = made(model, args=training, callbacks=[watch], **names)
             training.model_init_kwargs = recorded
             base = model.peft_config["default"].base_model_name_or_path or ours.model_name_or_path
-            trainer.create_model_card = partial(_card, training, base, args.command)
+            trainer.create_model_card = partial(_card, training, base, method_name(ours, config), args.command)
+            trainer._save = partial(_save_data, trainer._save, training)
             if "ref" in model.peft_config:  # TRL's copy of the adapter, which computes what the base does
                 model.delete_adapter("ref")
             if not training.disable_tqdm:
@@ -311,11 +312,18 @@ def _check(trainer: Any) -> dict[str, Any]:
     return {"difference": difference, "bound": bound, "passed": passed}
 
 
-def _card(training: Any, base: str, command: str, **_: Any) -> None:
+def _card(training: Any, base: str, method: str, command: str, **_: Any) -> None:
     """Writes the model card, in place of TRL's, whenever the trainer would."""
     if training.process_index == 0:
         out = training.output_dir
-        write_card(Path(out), (training.push_to_hub and training.hub_model_id) or out, base, command)
+        write_card(Path(out), (training.push_to_hub and training.hub_model_id) or out, base, method, command)
+
+
+def _save_data(save: Callable[..., None], training: Any, folder: str | None = None, **state: Any) -> None:
+    """Saves as the Trainer does, but no pickle of its options, which nothing reads: the folder may be given away."""
+    save(folder, **state)
+    if training.should_save:
+        Path(folder or training.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
 
 # ---- Training, and after ---------------------------------------------------------------------------------------------

@@ -89,6 +89,10 @@ def test_a_run_leaves_adapter_and_losses(method: str, trained: Callable[[str], R
     assert [row["learning_rate"] for row in steps] == pytest.approx([0, *cosine])
 
     assert (out / "adapter_model.safetensors").is_file()
+    # No pickle: a run's folder is given away, its checkpoints are not.
+    suffixes = {path.suffix for path in out.iterdir() if path.is_file()}
+    assert suffixes <= {".safetensors", ".json", ".yaml", ".jinja", ".md"}
+    assert not list(out.rglob("training_args.bin"))
     run = yaml.safe_load((out / "run.yaml").read_text())
     quant = {"qpissa": "nf4", "qpissa int8": "int8", "qpissa calibrated": "nf4"}.get(method)
     assert (run["quant"], run["r"], run["lora_alpha"], run["init"]) == (
@@ -127,7 +131,8 @@ def test_the_card_of_a_run_is_true(
     out = trained("qpissa").folder
     _, metadata, text = (out / "README.md").read_text().split("---\n", 2)
     assert "base_model" not in yaml.safe_load(metadata)
-    assert f"A PiSSA adapter for {base}, " in text
+    assert f"A QPiSSA (nf4) adapter for {base}, " in text
+    assert "A LoRA adapter for " in (trained("lora").folder / "README.md").read_text()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "stdin", io.StringIO("17+1"))
     capsys.readouterr()
