@@ -5,8 +5,11 @@ python docs/figures.py    # writes docs/pictures/*.png
 
 from __future__ import annotations
 
+import ast
+import io
 import json
 import runpy
+import tokenize
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -169,7 +172,7 @@ def split() -> Figure:
     _canvas(axes[1], (0, 13), (0, 6))
     _box(axes[1], 0.3, 1, 4, 4, "W", "0.95")
     _text(axes[1], 4.8, 3, "=")
-    _box(axes[1], 5.3, 1, 4, 4, "residual\nfrozen,\n16, 8 or 4 bits", FROZEN)
+    _box(axes[1], 5.3, 1, 4, 4, "residual:\nfrozen,\nstored only if\nquantised", FROZEN)
     _text(axes[1], 9.8, 3, "+")
     _box(axes[1], 10.2, 1, 0.8, 4, "B", TRAINED)
     _box(axes[1], 11.2, 4.2, 1.7, 0.8, "A", TRAINED)
@@ -200,13 +203,11 @@ def fused() -> Figure:
 
 def rooms() -> Figure:
     """The rooms of python/pissa from the highest down: their lines of code, and which rooms their modules import."""
-    rules = HERE.parent / "tests" / "python" / "rules"
-    tests, sizes = (runpy.run_path(str(rules / f"test_{name}.py")) for name in ("rooms", "size"))
-    names, lines = list(reversed(tests["ROOMS"])), sizes["rooms"]()
-    for name in names:
-        if (module := sizes["PACKAGE"] / f"{name}.py").exists():
-            lines[name] = sizes["lines_of_code"](module)
-    room_of = tests["room_of"]
+    package = HERE.parent / "python" / "pissa"
+    tests = runpy.run_path(str(HERE.parent / "tests" / "python" / "rules" / "test_rooms.py"))
+    names, room_of = list(reversed(tests["ROOMS"])), tests["room_of"]
+    files = {name: [*(package / name).rglob("*.py"), *package.glob(f"{name}.py")] for name in names}
+    lines = {name: sum(map(_lines_of_code, files[name])) for name in names}
     pairs = Counter(
         (room_of(module), room)
         for module in tests["MODULES"].keys() - tests["FACE"]
@@ -229,6 +230,20 @@ def rooms() -> Figure:
     dots.set_xticks(range(len(columns)), columns, rotation=60, ha="right", rotation_mode="anchor")
     dots.set_ylim(len(names) - 0.4, -0.6)
     return figure
+
+
+_NOT_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+
+
+def _lines_of_code(path: Path) -> int:
+    """Without docstrings, comments and blank lines."""
+    text = path.read_text()
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    code = {line for token in tokens if token.type not in _NOT_CODE for line in range(token.start[0], token.end[0] + 1)}
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            code -= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+    return len(code)
 
 
 def _canvas(axes: Axes, x: tuple[float, float], y: tuple[float, float]) -> None:
