@@ -501,9 +501,9 @@ def main() -> int:
         "Mixtral of four experts, `lora()` PEFT's `LoraConfig` with r = 4 and PiSSA as its start. `train` takes three",
         "steps. Errors are relative, in the Frobenius norm.",
         "",
-        "In nineteen situations, pissa computes the right result. The other two, 13 and 17, ask for something impossible,",
-        "and pissa raises an error that names the layer and what is allowed. Not all are serious: in 18, PEFT only refuses",
-        "a path that ends with a slash.",
+        "In nineteen situations, pissa computes the right result. The other two, 13 and 17, ask for something",
+        "impossible, and pissa raises an error that names the layer and what is allowed. Not all are serious: in 18,",
+        "PEFT only refuses a path that ends with a slash.",
         "",
     ]
     failed = 0
