@@ -81,6 +81,12 @@ class Form(NamedTuple):
 IMPLICIT = Form("implicit")
 
 
+_INIT_HELP = (
+    "Initialisation: pissa, lora, loftq or activations. On a 16-bit base at the default rates, pissa and lora are "
+    "level; lora suits bases in codes (quant, released models, GGUF), rewards, and a search for the best rate"
+)
+
+
 @dataclass
 class PissaConfig(LoraConfig):  # type: ignore[misc]
     """Configuration of a PiSSA adapter: `peft.LoraConfig` with the paper's defaults and the fields below.
@@ -102,10 +108,11 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
     "lm_head"]`.
 
     Args:
-        init: "pissa" starts from the principal singular components; one whose singular value is 0 starts as with
-            "lora". For comparison: "lora" starts from B = 0, "loftq"
-            (with `quant`) from the error of the format, and "activations" (with `quant`) from the part of that error
-            which matters most to the outputs, given the layer's inputs (QERA, arXiv 2410.06040). "activations" needs a
+        init: "pissa", the default, starts from the principal singular components; one whose singular value is 0 starts
+            as with "lora", which starts from B = 0. On a 16-bit base at their default rates, both are level; on a base
+            in codes, for rewards, and at its own best rate, "lora" is the better choice (docs/choices.md). "loftq"
+            (with `quant`) starts from the error of the format, and "activations" (with `quant`) from the part of that
+            error which matters most to the outputs, given the layer's inputs (QERA, arXiv 2410.06040), which needs a
             calibration; see `pissa.wrap`. "given" marks an adapter whose factors come from a plain LoRA
             (`peft.set_peft_model_state_dict`). It cannot be requested. A method of your own is one that you have added
             to `pissa.INIT_METHODS`.
@@ -151,7 +158,7 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
 
     # LoraConfig's default is 8, whatever the rank is.
     lora_alpha: float | None = field(default=None, metadata={"help": "LoRA alpha (default: the rank)"})
-    init: str = field(default="pissa", metadata={"help": "Initialisation: pissa, lora, loftq or activations"})
+    init: str = field(default="pissa", metadata={"help": _INIT_HELP})
     repair: str | None = field(default=None, metadata={"help": "Initialisation that a base lacks (None: init's)"})
     svd: Svd = field(default="krylov", metadata={"help": "Decomposition: krylov or subspace"})
     svd_passes: Passes = field(default="auto", metadata={"help": "Passes over each weight, even, or auto"})
