@@ -80,15 +80,17 @@ def test_released_model(tmp_path: Path) -> None:
 def test_notebook(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its commands are ours, and its model is a small one."""
+    """Its commands are ours, and its model is a small one. Each cell that prints has the output of a real model."""
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     for cell in json.loads((EXAMPLES / "notebook.ipynb").read_text())["cells"]:
         text = "".join(cell["source"]).replace(pages.MODEL, str(base))
         if cell["cell_type"] == "markdown" or text.startswith("%pip install"):
             continue
+        capsys.readouterr()
         if text.startswith("!pissa "):
             assert main(shlex.split(text)[1:]) == 0, text
         else:
             exec(compile(text, "a cell", "exec"), names)
+        assert bool(capsys.readouterr().out) == bool(cell["outputs"]), text
     LlamaForCausalLM.from_pretrained("merged")
