@@ -289,16 +289,18 @@ def _calibration(train: Any, count: int) -> list[torch.Tensor]:
     return [torch.tensor([row["input_ids"]]) for row in rows]
 
 
-def _batches(trainer: Any, count: int) -> list[Any]:
-    """At most `count` batches of the training data, in random order."""
-    rows, size = iter(trainer.train_dataset.shuffle(seed=trainer.args.seed)), trainer.args.per_device_train_batch_size
+def _batches(trainer: Any, count: int, size: int | None = None) -> list[Any]:
+    """At most `count` batches of the training data, in random order, of `size` examples or as many as in training."""
+    rows = iter(trainer.train_dataset.shuffle(seed=trainer.args.seed))
+    size = size or trainer.args.per_device_train_batch_size
     batches = itertools.islice(iter(lambda: list(itertools.islice(rows, size)), []), count)
     return [collate(trainer, batch) for batch in batches]
 
 
 def _check(trainer: Any) -> dict[str, Any]:
-    (batch,) = _batches(trainer, 1)
     packs = getattr(trainer, "padding_free", False)
+    # Texts are packed only with others. Otherwise one is enough: logits of more would take more memory than a step.
+    (batch,) = _batches(trainer, 1, None if packs else 1)
     after = "; leave --packing and --padding-free out" if packs else "; if --max-length cuts images, raise it [P106]"
     with user_errors(ValueError, before="the first batch: ", after=after):
         difference, bound = step0_check(trainer.model, batch)

@@ -242,6 +242,21 @@ def test_logits_that_are_no_numbers_do_not_pass(monkeypatch: pytest.MonkeyPatch)
     assert training._check(SimpleNamespace(model=None))["passed"] is False
 
 
+def test_the_check_computes_the_logits_of_one_example(
+    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a large vocabulary, those of a whole batch take more memory than the training."""
+    sizes = []
+
+    def step0(_: Any, batch: dict[str, torch.Tensor]) -> Step0:
+        sizes.append(len(batch["input_ids"]))
+        return Step0(0.0, 1.0)
+
+    monkeypatch.setattr(training, "step0_check", step0)
+    assert main(command(base, data, tmp_path / "run", steps=1)) == 0
+    assert sizes == [1]
+
+
 @pytest.mark.parametrize("difference", [0.5, math.nan])
 def test_a_model_that_mixes_packed_texts_is_refused(
     difference: float,
