@@ -15,8 +15,8 @@ from pissa.config import Form
 from pissa.ops.formats import FORMATS
 
 EXAMPLES, TOKENS, BATCH, RANK = 500, 200, 8, 16
-PROCESS = 300e6
-"""Bytes of torch and transformers themselves (bench/speed.md)."""
+PROCESS = 550e6
+"""Bytes of `pissa finetune` once torch, transformers and TRL are imported, before it opens a model."""
 
 
 def quantised_bytes(shape: tuple[int, int], form: Form) -> int:
@@ -62,6 +62,12 @@ class Model(NamedTuple):
             self.shapes, RANK, weights=weights, dtype=torch.bfloat16, hidden=self.hidden, tokens=BATCH * TOKENS
         )
         return PROCESS + parts["checkpointing" if quant else "plain"]["total"]
+
+    @property
+    def memory_to_quantise(self) -> float:
+        """Bytes of the process while --quant quantises the model, which is in bfloat16 before."""
+        factors = sum(min(RANK, *shape) * sum(shape) for shape in self.shapes.values())
+        return PROCESS + 2 * self.parameters + 4 * factors
 
 
 MODELS = (

@@ -145,10 +145,11 @@ def models() -> str:
     for model in MODELS:
         growth = float(numpy.interp(math.log(model.parameters), sizes, growths))
         minutes = EXAMPLES * TOKENS * model.parameters / growth / 60
-        memory = [f"{model.memory(quant) / _GB:.1f}" for quant in (None, "nf4")]
+        uses = (model.memory(None), model.memory("nf4"), model.memory_to_quantise)
+        memory = [f"{use / _GB:.1f}" for use in uses]
         name = f"[{model.name.partition('/')[2]}](https://huggingface.co/{model.name})"
         lines.append([name, model.licence, *map(_duration, (minutes, minutes / 4)), *memory])
-    return _table("model | licence | two cores | eight cores | memory, GB | in nf4, GB", lines)
+    return _table("model | licence | two cores | eight cores | memory, GB | in nf4, GB | to quantise, GB", lines)
 
 
 def _duration(minutes: float) -> str:
