@@ -235,7 +235,7 @@ def readme() -> str:
     large = _largest(RELEASED)
     of_large = _for_examples(large["together_gb"], 512 / large["steps"][-1])
     lines.append(["gpt-oss-20b's size, MXFP4 as released", *of_large, "only decoded to 16 bits, 42 GB"])
-    return _table("model | memory | two cores | eight, estimated | PEFT with bitsandbytes", lines)
+    return _table("model | memory | two cores | eight: a quarter of it | PEFT with bitsandbytes", lines)
 
 
 def demo() -> str:

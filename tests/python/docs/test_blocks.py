@@ -42,6 +42,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder / "preferences.jsonl", [{"prompt": f"{i}+1", "chosen": f"{i + 1}", "rejected": "no"} for i in range(16)]
     )
     (folder / "fragen.csv").write_text("frage;antwort\n" + "".join(f"{i}+1?;{i + 1}\n" for i in range(16)))
+    (folder / "examples").mkdir()
+    shutil.copy(pages.ROOT / "examples" / "tickets.csv", folder / "examples")
     command = ["finetune", "--model", str(folder / "base"), "--data", str(folder / "train.jsonl"), "--steps", "2"]
     for out, more in {"trained": [], "trained4bit": ["--quant", "nf4"]}.items():
         assert main([*command, *more, "--rank", "4", "--out", str(folder / out)]) == 0

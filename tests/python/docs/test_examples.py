@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import runpy
 import shlex
 import subprocess
 import sys
@@ -41,6 +43,15 @@ def test_all_are_tested_and_short() -> None:
     programs = {path.name: len(path.read_text().splitlines()) for path in EXAMPLES.glob("*.py")}
     assert set(programs) == {"loop.py", "trl_sft.py", "dpo.py", "gguf_file.py", "released_model.py"}
     assert max(programs.values()) <= 80
+
+
+def test_the_table_is_what_its_program_writes() -> None:
+    program = runpy.run_path(str(pages.ROOT / "docs" / "tickets.py"))
+    with (EXAMPLES / "tickets.csv").open(newline="", encoding="utf-8") as file:
+        head, *rows = map(tuple, csv.reader(file))
+    assert head == ("message", "team")
+    assert rows == program["rows"]()
+    assert len({message for message, _ in rows}) == len(rows) == 300
 
 
 def test_loop(base: Path, tmp_path: Path) -> None:
