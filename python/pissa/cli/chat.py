@@ -71,7 +71,6 @@ def _say(text: str) -> None:
 def _load(args: argparse.Namespace) -> tuple[Any, Any]:
     """The model that RUN is, or its adapter on its base, and the tokenizer."""
     from peft import PeftModel
-    from transformers import AutoTokenizer
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
     import pissa
@@ -79,7 +78,7 @@ def _load(args: argparse.Namespace) -> tuple[Any, Any]:
     from pissa.adapters.pissa_layout import ADAPTER_FILES
     from pissa.containers.checkpoint import AS_STORED, Contents, ModelFolder
     from pissa.containers.hub import adapter_folder
-    from pissa.containers.model_folder import class_of
+    from pissa.containers.model_folder import class_of, load_tokenizer
 
     with user_errors(OSError, ValueError):
         folder = adapter_folder(args.source, ADAPTER_FILES)
@@ -117,7 +116,7 @@ def _load(args: argparse.Namespace) -> tuple[Any, Any]:
             model = class_of(opened.built_config()).from_pretrained(base, dtype="auto")
             model = PeftModel.from_pretrained(model, folder) if lora else model
         has_own = lora is not None and get_tokenizer_config(args.source)
-        tokenizer = AutoTokenizer.from_pretrained(args.source) if has_own else opened.tokenizer()
+        tokenizer = load_tokenizer(args.source) if has_own else opened.tokenizer()
     print_row("model", f"{base}, {model.dtype}".replace("torch.", "") + (f", with {args.source}" if lora else ""))
     return model, tokenizer
 

@@ -176,7 +176,7 @@ def batches_of(file: str, examples: int, model: str | Path, columns: Mapping[str
 
     from pissa.containers.checkpoint import ModelFolder
 
-    with user_errors(OSError, ValueError, before=f"{model} has no tokenizer, which a calibration needs: "):
+    with user_errors(OSError, ValueError, before=f"{model}: a calibration needs its tokenizer: "):
         tokenizer = ModelFolder.open(model).tokenizer()
     give_template(tokenizer)
     texts = ["".join(prompt_and_answer(chat, tokenizer)) for chat in read_chats(records(file, columns))[:examples]]

@@ -42,7 +42,7 @@ from pissa.cli.templates import check_continues, give_template
 from pissa.cli.terminal import UserError, count_of, first_interrupt, print_row, user_errors
 from pissa.cli.verification import packing_check, step0_check
 from pissa.containers.checkpoint import AS_STORED, PISSA_RECORD, Contents, ModelFolder
-from pissa.containers.messages import first_line
+from pissa.containers.messages import CodeError, first_line
 from pissa.containers.staged import check_unused
 from pissa.notices import InexactLoraWarning
 from pissa.training.suggest_lr import own_loss
@@ -66,7 +66,7 @@ class Training(NamedTuple):
             contents = source.contents
             code = {"revision": ours.model_revision, "trust_remote_code": training.trust_remote_code}
             is_gguf = contents is Contents.GGUF
-            processor = source.tokenizer() if is_gguf else _load(ours, AutoProcessor.from_pretrained, **code)
+            processor = source.tokenizer(**code) if is_gguf else _load(ours, partial(_processor, source), **code)
             tokenizer = getattr(processor, "tokenizer", processor)
             train, held_out = _data(ours, training, self.rows, tokenizer)
             model = _model(ours, training, config, contents, train, **code)
@@ -234,6 +234,17 @@ _EVALUATE = 0.2
 """The held-out data are evaluated after each fifth of the steps."""
 
 
+def _processor(source: ModelFolder, name: str, **options: Any) -> Any:
+    """The processor of a model: its tokenizer, unless it also reads images or sounds."""
+    if not options["trust_remote_code"]:
+        source.check_no_code()
+    try:
+        return AutoProcessor.from_pretrained(name, **options)
+    except ValueError:  # which does not say why there is no tokenizer
+        source.tokenizer(**options)
+        raise
+
+
 def _load(ours: Any, load: Callable[..., Any], **options: Any) -> Any:
     name = ours.model_name_or_path
     before = f"--model {name}: cannot be loaded as a causal language model with its tokenizer: "
@@ -241,6 +252,8 @@ def _load(ours: Any, load: Callable[..., Any], **options: Any) -> Any:
     with user_errors(OSError, ValueError, KeyError, TypeError, before=before, after=needed):
         try:
             return load(name, **options)
+        except CodeError as error:
+            raise UserError(f"--model {error}") from error
         except ImportError as error:  # a processor of images or videos, or the model's own code
             raise UserError(f"--model {name}: {first_line(error).partition('. ')[0]}; install it") from error
 

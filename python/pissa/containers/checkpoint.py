@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from pissa import ops
 from pissa.base.released_layouts import join_rows
@@ -27,7 +27,17 @@ from pissa.containers.gguf_model import GgufSource
 from pissa.containers.gguf_tokenizer import tokenizer_of
 from pissa.containers.hub import Name, find_file, model_files, weight_files
 from pissa.containers.messages import file_errors, quote
-from pissa.containers.model_folder import CONFIG, NO_MODEL, Composition, Part, class_of, model_config, read_config
+from pissa.containers.model_folder import (
+    CONFIG,
+    NO_MODEL,
+    Composition,
+    Part,
+    check_no_code,
+    class_of,
+    load_tokenizer,
+    model_config,
+    read_config,
+)
 from pissa.containers.tensor_file import Entry, Source
 from pissa.layers.experts import WEIGHTS, is_transposed
 
@@ -122,7 +132,12 @@ class ModelFolder:
         return cls(folder, None if folder == Path(name) else str(name), described)
 
     def built_config(self) -> Any:
-        """The content of config.json, as transformers takes it."""
+        """The content of config.json, as transformers takes it.
+
+        Raises:
+            ValueError: transformers has no such model, or only the code that comes with it builds it.
+        """
+        self.check_no_code()
         if not self.files:
             return model_config(self.folder)
         with file_errors(self._description, NO_MODEL):
@@ -135,20 +150,25 @@ class ModelFolder:
             model: PreTrainedModel = class_of(config)(config)
         return model
 
+    def check_no_code(self) -> None:
+        """Raises ValueError if only the code that comes with the model builds it."""
+        check_no_code(self.described, self.config)
+
     @property
     def _description(self) -> Path:
         """The file that describes the model, for errors."""
         return self.described if self._by_metadata else self.described / CONFIG
 
     def tokenizer(self, **options: Any) -> Any:
-        """The tokenizer. The options are those of transformers, without effect on a GGUF file's own.
+        """The tokenizer. The options are those of transformers, without effect on a GGUF file's own. Code that comes
+        with it is only run with trust_remote_code=True.
 
         Raises:
             ValueError, OSError, KeyError, TypeError: there is none that transformers can build.
         """
         if self._by_metadata:
             return tokenizer_of(self.files[0])
-        return AutoTokenizer.from_pretrained(self.described, **options)
+        return load_tokenizer(self.described, **options)
 
     @contextmanager
     def small_files(self) -> Iterator[Path]:

@@ -29,6 +29,17 @@ def is_short_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or is_torchs
 
 
+class CodeError(ValueError):
+    """A model or its tokenizer is code that comes with it, which is not run."""
+
+    def __init__(self, name: object, file: str, names: object) -> None:
+        super().__init__(
+            f"{name} needs code that comes with it ({quote(names)} in {file}), which is not run; read it first: "
+            "`pissa finetune` and `pissa dpo` run it with --trust-remote-code, and in Python, transformers loads the "
+            "model with trust_remote_code=True, for pissa.wrap [P126]"
+        )
+
+
 _LASTING = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
 
 

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import transformers
-from transformers import AutoConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
@@ -23,28 +23,57 @@ from transformers.core_model_loading import (
     dot_natural_key,
     rename_source_key,
 )
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-from pissa.containers.messages import file_errors, quote, read_object
+from pissa.containers.messages import CodeError, file_errors, quote, read_object
 
 CONFIG = "config.json"
 
 
 def class_of(config: Any) -> Any:
     """The transformers class that a config.json names."""
-    names = config.architectures if isinstance(config.architectures, list) else ()
-    for name in names:
-        model_class = getattr(transformers, name, None) if isinstance(name, str) else None
-        if isinstance(model_class, type) and issubclass(model_class, PreTrainedModel):
-            return model_class
+    if found := _class_named(config.architectures):
+        return found
     raise ValueError(
         f"architectures is {quote(config.architectures)}; needed: a class of transformers {transformers.__version__}, "
         "such as LlamaForCausalLM"
     )
 
 
+def _class_named(architectures: object) -> type[PreTrainedModel] | None:
+    for name in architectures if isinstance(architectures, list) else ():
+        found = getattr(transformers, name, None) if isinstance(name, str) else None
+        if isinstance(found, type) and issubclass(found, PreTrainedModel):
+            return found
+    return None
+
+
+def check_no_code(folder: Path, config: Mapping[str, Any]) -> None:
+    """Raises CodeError if the model with that content of config.json is not one of transformers' own, but comes with
+    its code. transformers would load another model in its place, or none."""
+    is_own = config.get("model_type") in CONFIG_MAPPING and _class_named(config.get("architectures"))
+    if (names := config.get("auto_map")) and not is_own:
+        raise CodeError(folder, CONFIG, names)
+
+
+def load_tokenizer(name: str | os.PathLike[str], *, trust_remote_code: bool = False, **options: Any) -> Any:
+    """The tokenizer in a folder, or of a name on the Hub. Code that comes with it is only run if it is trusted: where
+    transformers is not told, it asks on stdin.
+
+    Raises:
+        CodeError: it needs that code.
+        ValueError, OSError, KeyError, TypeError: there is none that transformers can build.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, **options)
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise CodeError(name, "tokenizer_config.json", get_tokenizer_config(name).get("auto_map")) from error
+
+
 def model_config(folder: str | os.PathLike[str]) -> Any:
-    """The config.json of a model's folder, or of its name on the Hub, as transformers takes it. Code that comes with a
-    model is not run."""
+    """The config.json of a model's folder, as transformers takes it. Code that comes with the model is not run."""
     with file_errors(Path(folder) / CONFIG, NO_MODEL):
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
