@@ -7,7 +7,6 @@ import re
 from argparse import Namespace
 from collections.abc import Collection
 from dataclasses import field, fields, make_dataclass
-from pathlib import Path
 from typing import Any, get_type_hints
 
 import trl
@@ -29,19 +28,17 @@ from pissa.cli.terminal import (
     user_errors,
 )
 from pissa.config import default_of
-from pissa.containers.messages import file_errors
-from pissa.containers.staged import staged
 from pissa.ops.formats import FORMATS
 
 AUTO = "auto"
-RUN_FILE = "run.yaml"
 
 # The fields of LoraConfig that mean the same for PiSSA and that the user may choose.
 _STRUCTURES = ("rank_pattern", "alpha_pattern", "trainable_token_indices")
 _NAMES = ("target_modules", "exclude_modules", "target_parameters", "layers_pattern", "modules_to_save")
 _VALUES = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "bias", "layers_to_transform")
 _NO_OPTIONS = {f.name for f in fields(LoraConfig)}.difference(_VALUES, _STRUCTURES, _NAMES) | {"seed"}  # the run's own
-_METHOD = {f.name: default_of(f) for f in fields(pissa.PissaConfig) if f.name not in _NO_OPTIONS}
+METHOD = {f.name: default_of(f) for f in fields(pissa.PissaConfig) if f.name not in _NO_OPTIONS}
+"""The fields of PissaConfig that are options, and their defaults."""
 
 _ALIASES = {
     **{"model_name_or_path": "--model", "dataset_name": "--data", "output_dir": "--out", "r": "--rank"},
@@ -57,7 +54,7 @@ _DEFAULTS: dict[str, Any] = {
     **{"per_device_eval_batch_size": None, "gradient_accumulation_steps": 1, "output_dir": ""},
     **{"logging_steps": 1, "save_steps": 100, "save_total_limit": 2},
     **{"bf16": False, "gradient_checkpointing": None, "dtype": None, "use_cpu": not has_passed_on_gpu()},
-    **{name: default if isinstance(default, bool) else None for name, default in _METHOD.items()},
+    **{name: default if isinstance(default, bool) else None for name, default in METHOD.items()},
 }
 # For any task: on GSM8K and sums with SmolLM2-135M and Gemma 3 270M, rank 16 (bench/experiments), the mean loss is 0.68
 # with PiSSA at 2e-4 and LoRA at 1e-3, and 0.69 with rsLoRA at 2e-4. At 5e-4, rsLoRA is better in three of the four, but
@@ -109,7 +106,7 @@ def _fields(config: type, names: Collection[str], **defaults: Any) -> list[tuple
     hints, options = get_type_hints(config), []
     defaults = _DEFAULTS | defaults
     for f in (f for f in fields(config) if f.name in names):
-        shown = f" (default: {_METHOD[f.name]})" if isinstance(_METHOD.get(f.name), (str, int, float)) else ""
+        shown = f" (default: {METHOD[f.name]})" if isinstance(METHOD.get(f.name), (str, int, float)) else ""
         text = _HELP.get(f.name, f.metadata["help"].replace("%", "%%").replace("%%%%", "%%") + shown)
         metadata = {"help": text, "aliases": _ALIASES.get(f.name, [])}
         if choices := _CHOICES.get(f.name, f.metadata.get("choices")):
@@ -126,7 +123,7 @@ def trl_parser(trainer: str, **options: Any) -> TrlParser:
         *_fields(ModelConfig, ("model_name_or_path", "model_revision", "attn_implementation", "dtype")),
         *_fields(ScriptArguments, {f.name for f in fields(ScriptArguments)} - {"ignore_bias_buffers"}),
         *((name, type, field(default=default, metadata={"help": text})) for name, type, default, text in _OWN),
-        *_fields(pissa.PissaConfig, _METHOD),
+        *_fields(pissa.PissaConfig, METHOD),
     ]
     first = make_dataclass("Options", ours, namespace={"_argument_group_name": "model, data and method"})
     changed = _fields(config, {*_ALIASES, *_DEFAULTS, *_TYPES}, **_BY_START.get(trainer, {}))
@@ -161,7 +158,7 @@ def adapter_config(ours: Any, seed: int, split: pissa.PissaConfig | None = None)
             raise UserError("--calibrate: nothing is quantised, so nothing is fitted to data; give --quant nf4 with it")
         ours.repair, ours.error_feedback = ours.repair or "activations", True
     # A switch that has its default is not given.
-    values = {name: getattr(ours, name) for name, default in _METHOD.items() if getattr(ours, name) is not default}
+    values = {name: getattr(ours, name) for name, default in METHOD.items() if getattr(ours, name) is not default}
     given = {name: value for name, value in values.items() if value is not None} | {"r": ours.r or _RANK}
     for name in ("target_modules", "exclude_modules"):
         # PEFT reads a string as an expression for whole names, and the names in a list as endings.
@@ -170,7 +167,7 @@ def adapter_config(ours: Any, seed: int, split: pissa.PissaConfig | None = None)
                 given[name] = only
     with user_errors(TypeError, ValueError):
         config = split or pissa.PissaConfig(**given, seed=seed, task_type="CAUSAL_LM")
-    for name, default in _METHOD.items():
+    for name, default in METHOD.items():
         given, value = getattr(ours, name), getattr(config, name)
         value = sorted(value) if isinstance(value, set) else value
         if split and given not in (None, value) and not (isinstance(given, bool) and given == default):
@@ -183,44 +180,3 @@ def adapter_config(ours: Any, seed: int, split: pissa.PissaConfig | None = None)
 def rate_of(config: pissa.PissaConfig) -> float:
     """The learning rate of a supervised training that does not name one."""
     return _LORAS_RATE if config.init == "lora" and not config.use_rslora else _RATE
-
-
-# ---- run.yaml --------------------------------------------------------------------------------------------------------
-
-# Prefixes of the options in which a resumed run may differ: where it writes, what it reports, when it evaluates.
-_FREE = (
-    *("output_dir", "resume", "json", "report_to", "run_name", "project", "trackio", "disable_tqdm", "logging_"),
-    *("log_", "save_", "eval_s", "eval_on", "per_device_eval", "hub_", "push_to_hub", "dataloader_", "ddp_", "fsdp"),
-    *("do_eval", "gradient_checkpointing"),
-)
-
-
-def record(out: Path, *options: Any) -> None:
-    """Creates the folder and writes run.yaml, which --config reads."""
-    with staged(out) as new:
-        new(RUN_FILE).write_text(yaml.safe_dump(_as_dict(*options), sort_keys=False))
-
-
-def check_same_run(out: Path, ours: Any, training: Any) -> None:
-    """Checks that a folder contains a run with the same options, or names each one that differs. A rate that is to be
-    found becomes the rate that the run used."""
-    path = out / RUN_FILE
-    if not path.is_file():
-        raise UserError(f"--resume: {out} holds no run ({RUN_FILE} is missing); leave --resume out to start one [P099]")
-    needed = "Needed: options by name; leave --resume out and give another --out to start anew"
-    with user_errors(ValueError), file_errors(path, needed):
-        # A run of an earlier version may have recorded fewer options of the method.
-        before = _METHOD | dict(yaml.safe_load(path.read_text(encoding="utf-8")))
-    if training.learning_rate == AUTO:
-        training.learning_rate = before.get("learning_rate", AUTO)
-    now = _as_dict(ours, training)
-    if names := [name for name in now if not name.startswith(_FREE) and before.get(name) != now[name]]:
-        what = "; ".join(f"{flag(name)} was {before.get(name)}, is {now[name]}" for name in names)
-        raise UserError(f"--resume: {out} holds another run: {what}; give the same options or another --out [P099]")
-
-
-def _as_dict(*options: Any) -> dict[str, Any]:
-    """All options by name, as JSON and YAML store them, except those that concern only this machine."""
-    values = {f.name: getattr(part, f.name) for part in options for f in fields(part) if f.init}
-    plain: dict[str, Any] = json.loads(json.dumps(values, default=vars))
-    return {name: value for name, value in plain.items() if name not in ("hub_token", "use_cpu")}

@@ -32,10 +32,19 @@ from pissa.adapters.pissa_layout import AdapterRecord
 from pissa.cli.card import write_card
 from pissa.cli.data import encode, read_chats, read_preferences, shown
 from pissa.cli.memory import free_memory
-from pissa.cli.options import AUTO, RUN_FILE, adapter_config, check_same_run, parse, rate_of, record
+from pissa.cli.options import AUTO, adapter_config, parse, rate_of
 from pissa.cli.outcome import answer, method_name, report, show_answers
 from pissa.cli.plan import collate, make_plan, needs_checkpointing
 from pissa.cli.progress import CompleteError, LossBar, Watch
+from pissa.cli.run_folder import (
+    RUN_FILE,
+    check_same_data,
+    check_same_run,
+    digest_of,
+    last_checkpoint,
+    record,
+    taken_folder,
+)
 from pissa.cli.selftest import has_passed_on_gpu
 from pissa.cli.sources import ALLOWED, Records, is_records, records
 from pissa.cli.templates import check_continues, give_template
@@ -43,7 +52,6 @@ from pissa.cli.terminal import UserError, count_of, first_interrupt, print_row, 
 from pissa.cli.verification import packing_check, step0_check
 from pissa.containers.checkpoint import AS_STORED, PISSA_RECORD, Contents, ModelFolder
 from pissa.containers.messages import CodeError, first_line
-from pissa.containers.staged import check_unused
 from pissa.notices import InexactLoraWarning
 from pissa.training.suggest_lr import own_loss
 
@@ -60,15 +68,22 @@ class Training(NamedTuple):
         """Runs one training. Returns the exit code."""
         ours, training = parse(args, self.trainer)
         screen = io.StringIO() if training.process_index else sys.stderr if ours.json else sys.stdout
-        with contextlib.redirect_stdout(screen):
+        with contextlib.redirect_stdout(screen), contextlib.ExitStack() as until_the_end:
             _check_device(training)
             config, source = _complete_options(ours, training)
+            checkpoint = _checkpoint(ours, training)
+            if not ours.resume:
+                until_the_end.enter_context(taken_folder(ours, training))
             contents = source.contents
             code = {"revision": ours.model_revision, "trust_remote_code": training.trust_remote_code}
             is_gguf = contents is Contents.GGUF
             processor = source.tokenizer(**code) if is_gguf else _load(ours, partial(_processor, source), **code)
             tokenizer = getattr(processor, "tokenizer", processor)
             train, held_out = _data(ours, training, self.rows, tokenizer)
+            parts = {"training": train, "held-out": held_out}
+            digests = {name: digest for name, part in parts.items() if (digest := digest_of(part))}
+            if ours.resume:
+                check_same_data(Path(training.output_dir), digests)
             model = _model(ours, training, config, contents, train, **code)
             if training.gradient_checkpointing is None:
                 training.gradient_checkpointing = needs_checkpointing(training, model, train)
@@ -100,8 +115,7 @@ class Training(NamedTuple):
                     training.learning_rate = suggestion.rate
                     print_row("rate", suggestion.text)
                 if trainer.is_world_process_zero() and not ours.resume:
-                    record(Path(training.output_dir), ours, training)
-                checkpoint = _checkpoint(ours, training)
+                    record(Path(training.output_dir), digests, ours, training)
                 began = time.perf_counter()
                 before = answer(trainer, tokenizer)
                 result["plan"] = _plan(trainer, ours, checkpoint, loss, time.perf_counter() - began)
@@ -141,12 +155,8 @@ def _complete_options(ours: Any, training: Any) -> tuple[pissa.PissaConfig, Mode
         if not value:
             raise UserError(f"--{name} is missing; needed: --model and --data")
     name = ours.model_name_or_path
-    if not training.output_dir:
-        if ours.resume:
-            raise UserError("--resume: --out is missing; needed: the folder of the run, or its run.yaml as --config")
-        model, file = (Path(os.path.abspath(given)) for given in (name, ours.dataset_name))
-        training.output_dir = _new_folder(f"{model.name}-{file.stem}")
-    out = Path(training.output_dir)
+    if ours.resume and not training.output_dir:
+        raise UserError("--resume: --out is missing; needed: the folder of the run, or its run.yaml as --config")
     with user_errors(OSError, ValueError, before=f"--model {name}: "):
         model_folder = ModelFolder.open(name, ours.model_revision, config_from=ours.config_from)
         model_folder.require(*(contents for contents in Contents if contents is not Contents.PEFT_RESIDUAL))
@@ -157,17 +167,8 @@ def _complete_options(ours: Any, training: Any) -> tuple[pissa.PissaConfig, Mode
         training.learning_rate = rate_of(config)
     ours.dtype = ours.dtype or _own_dtype(model_folder)
     if ours.resume:
-        check_same_run(out, ours, training)
-    elif training.process_index == 0:
-        with user_errors(ValueError, before="--out "):
-            check_unused(out, "go on with that run by --resume, or " if (out / RUN_FILE).is_file() else "")
+        check_same_run(Path(training.output_dir), ours, training)
     return config, model_folder
-
-
-def _new_folder(name: str) -> str:
-    """A name that nothing in this directory has yet."""
-    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
-    return next(free for free in names if not os.path.lexists(free))
 
 
 def _own_dtype(folder: ModelFolder) -> str:
@@ -347,7 +348,7 @@ def _save_data(save: Callable[..., None], training: Any, folder: str | None = No
 def _checkpoint(ours: Any, training: Any) -> Path | None:
     """The checkpoint from which the training goes on, if any."""
     given = training.resume_from_checkpoint
-    return Path(given) if given else _last_checkpoint(Path(training.output_dir)) if ours.resume else None
+    return Path(given) if given else last_checkpoint(Path(training.output_dir)) if ours.resume else None
 
 
 def _trainers_loss(trainer: Any, model: Any, batch: Any) -> torch.Tensor:
@@ -403,12 +404,6 @@ def _train(trainer: Any, ours: Any, watch: Watch, checkpoint: Path | None, comma
         trainer.save_model()
         trainer.create_model_card()  # PEFT has added a folder's path to the metadata
         trainer.save_state()
-
-
-def _last_checkpoint(out: Path) -> Path | None:
-    """The last complete checkpoint. The Trainer writes trainer_state.json last, so only a complete one contains it."""
-    complete = [path.parent for path in out.glob("checkpoint-*/trainer_state.json")]
-    return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
 # ---- The two commands ------------------------------------------------------------------------------------------------

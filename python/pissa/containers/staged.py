@@ -17,8 +17,9 @@ class CompletedError(Exception):
 def check_unused(folder: Path, instead: str = "", besides: str = "") -> None:
     """Refuses a folder that contains anything other than `besides`, because it could be overwritten. The message puts
     `instead`, another way to continue, before "choose a new one"."""
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file; needed: a new folder [P065]")
+    if os.path.lexists(folder) and not folder.is_dir():
+        what = "leads nowhere" if folder.is_symlink() and not folder.exists() else "is a file"
+        raise ValueError(f"{folder} {what}; needed: a new folder [P065]")
     if folder.is_dir() and (names := sorted({path.name for path in folder.iterdir()} - {besides})):
         some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
         raise ValueError(f"{folder} is not empty ({some}) and nothing is overwritten; {instead}choose a new one [P065]")

@@ -228,14 +228,6 @@ def test_a_second_ctrl_c_ends_at_once(
     assert logged(tmp_path / "run", "step")[:2] == [1, 2]
 
 
-def test_a_run_goes_on_from_its_latest_complete_checkpoint(tmp_path: Path) -> None:
-    for step in (9, 100, 10, 200):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        if step < 200:
-            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").touch()
-    assert training._last_checkpoint(tmp_path) == tmp_path / "checkpoint-100"
-
-
 def test_logits_that_are_no_numbers_do_not_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "_batches", lambda *_: [{}])
     monkeypatch.setattr(training, "step0_check", lambda *_: Step0(math.nan, 1.0))

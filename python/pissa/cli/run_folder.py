@@ -1,0 +1,179 @@
+"""The folder of a run: taken by one run alone, with its options, a digest of its data, and its checkpoints."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pissa.base.digest import xxh3_of_text
+from pissa.cli.options import AUTO, METHOD, flag
+from pissa.cli.terminal import UserError, user_errors
+from pissa.containers.messages import file_errors, quote, read_object
+from pissa.containers.staged import check_unused, staged
+from pissa.distributed import RankError, agree, failing_together
+
+RUN_FILE = "run.yaml"
+_DATA_FILE = "data.json"
+
+# Prefixes of the options in which a resumed run may differ: where it writes, what it reports, when it evaluates.
+_FREE = (
+    *("output_dir", "resume", "json", "report_to", "run_name", "project", "trackio", "disable_tqdm", "logging_"),
+    *("log_", "save_", "eval_s", "eval_on", "per_device_eval", "hub_", "push_to_hub", "dataloader_", "ddp_", "fsdp"),
+    *("do_eval", "gradient_checkpointing"),
+)
+
+
+# ---- Taking it -------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def taken_folder(ours: Any, training: Any) -> Iterator[None]:
+    """Makes the folder of a new run, with run.yaml in it, so that no other run takes it; without --out, in the working
+    directory under a name that nothing there has. Of several processes the main one does it. If nothing else has been
+    written by the end of the block, both are gone again.
+
+    Raises:
+        UserError: the folder is in use, or cannot be made.
+    """
+    made: list[Path] = []
+    with user_errors(ValueError, OSError, RankError, before="--out "), failing_together():
+        if training.process_index == 0:
+            made += _make(ours, training)
+        training.output_dir = agree(training.output_dir)[0]
+    try:
+        yield
+    finally:
+        if made:
+            _remove(*made)
+
+
+def _make(ours: Any, training: Any) -> list[Path]:
+    """Returns what it has made, the innermost first: run.yaml, and the folders that did not exist."""
+    if training.output_dir:
+        out = Path(training.output_dir)
+        check_unused(out, "go on with that run by --resume, or " if (out / RUN_FILE).is_file() else "")
+        folders = [path for path in (out, *out.parents) if not path.exists()]
+        out.mkdir(parents=True, exist_ok=True)
+    else:
+        model, data = (Path(os.path.abspath(given)) for given in (ours.model_name_or_path, ours.dataset_name))
+        out = _new_folder(f"{model.name}-{data.stem}")
+        training.output_dir, folders = str(out), [out]
+    try:
+        with open(out / RUN_FILE, "x", encoding="utf-8") as file:
+            file.write(_as_yaml(ours, training))
+    except FileExistsError:
+        raise ValueError(f"{out}: another run has just taken it; choose a new one [P065]") from None
+    return [out / RUN_FILE, *folders]
+
+
+def _new_folder(name: str) -> Path:
+    """Makes a folder under the first name that nothing in this directory has."""
+    for free in itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2))):
+        with suppress(FileExistsError):
+            os.mkdir(free)
+            return Path(free)
+    raise AssertionError  # names do not end
+
+
+def _remove(run_file: Path, *folders: Path) -> None:
+    """Removes run.yaml and the folders, unless there is something else in them by now."""
+    with suppress(OSError):  # another program has removed them, or put something there
+        if [path.name for path in run_file.parent.iterdir()] == [RUN_FILE]:
+            run_file.unlink()
+            for folder in folders:
+                folder.rmdir()
+
+
+# ---- What a run is ---------------------------------------------------------------------------------------------------
+
+
+def record(out: Path, digests: dict[str, str], *options: Any) -> None:
+    """Writes run.yaml, which --config reads, once all options are known, and the digests of the data."""
+    with staged(out) as new:
+        new(_DATA_FILE).write_text(json.dumps(digests))
+        new(RUN_FILE).write_text(_as_yaml(*options), encoding="utf-8")
+
+
+def check_same_run(out: Path, ours: Any, training: Any) -> None:
+    """Checks that a folder contains a run with the same options, or names each one that differs. A rate that is to be
+    found becomes the rate that the run used."""
+    path = out / RUN_FILE
+    if not path.is_file():
+        raise UserError(f"--resume: {out} holds no run ({RUN_FILE} is missing); leave --resume out to start one [P099]")
+    needed = "Needed: options by name; leave --resume out and give another --out to start anew"
+    with user_errors(ValueError), file_errors(path, needed):
+        # A run of an earlier version may have recorded fewer options of the method.
+        before = METHOD | dict(yaml.safe_load(path.read_text(encoding="utf-8")))
+    if training.learning_rate == AUTO:
+        training.learning_rate = before.get("learning_rate", AUTO)
+    now = _as_dict(ours, training)
+    if names := [name for name in now if not name.startswith(_FREE) and before.get(name) != now[name]]:
+        what = "; ".join(f"{flag(name)} was {before.get(name)}, is {now[name]}" for name in names)
+        raise UserError(f"--resume: {out} holds another run: {what}; give the same options or another --out [P099]")
+
+
+def digest_of(rows: Any) -> str | None:
+    """A digest of encoded examples, in their order; None for a data set that is only read while training."""
+    if not hasattr(rows, "__len__"):
+        return None
+    if {*rows.column_names} & {"image", "images"}:  # by what datasets knows of their files
+        return str(rows._fingerprint)
+    return xxh3_of_text("\n".join(xxh3_of_text(json.dumps(row, sort_keys=True, default=str)) for row in rows))
+
+
+def check_same_data(out: Path, digests: dict[str, str]) -> None:
+    """Checks that a run goes on with the examples with which it began. (A run of an earlier version has no digests.)"""
+    path = out / _DATA_FILE
+    if not path.is_file():
+        return
+    needed = "Needed: digests by name; leave --resume out and give another --out to start anew"
+    with user_errors(ValueError), file_errors(path, needed):
+        before = read_object(path)
+    if changed := [name for name, digest in digests.items() if before.get(name) != digest]:
+        what = " and ".join(changed)
+        raise UserError(
+            f"--resume: {out} began with other examples: the {what} data, or the tokenizer, have changed since; give "
+            "those with which it began, or another --out to start anew [P099]"
+        )
+
+
+def _as_yaml(*options: Any) -> str:
+    return str(yaml.safe_dump(_as_dict(*options), sort_keys=False))
+
+
+def _as_dict(*options: Any) -> dict[str, Any]:
+    """All options by name, as JSON and YAML store them, except those that concern only this machine."""
+    values = {f.name: getattr(part, f.name) for part in options for f in fields(part) if f.init}
+    plain: dict[str, Any] = json.loads(json.dumps(values, default=vars))
+    return {name: value for name, value in plain.items() if name not in ("hub_token", "use_cpu")}
+
+
+# ---- Its checkpoints -------------------------------------------------------------------------------------------------
+
+
+def last_checkpoint(out: Path) -> Path | None:
+    """The last complete checkpoint. The Trainer writes trainer_state.json last, so only a complete one contains it.
+
+    Raises:
+        UserError: a folder is named almost like a checkpoint. The Trainer would count it as one, and delete it.
+    """
+    numbers = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in out.glob("checkpoint-*")}
+    if others := sorted(path.name for path, number in numbers.items() if not number):
+        raise UserError(
+            f"--resume: {out} contains {quote(others[0])}, which would be deleted as an old checkpoint; give it a name "
+            "that does not begin with checkpoint-, or move it elsewhere [P099]"
+        )
+    complete = {int(number[1]): path for path, number in numbers.items() if number and (path / _STATE).is_file()}
+    return complete[max(complete)] if complete else None
+
+
+_STATE = "trainer_state.json"

@@ -1,0 +1,101 @@
+"""The folder of a run: one run takes it, and goes on in it with the same options and data."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from pissa.cli import main, run_folder
+from pissa.cli.run_folder import digest_of, last_checkpoint, taken_folder
+from pissa.cli.terminal import UserError
+from runs import command, refused, same_weights, save_sums
+
+pytestmark = pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning")
+
+
+@pytest.fixture
+def options(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """Makes our options and the trainer's, as far as they matter here. The working directory is an empty one."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run_folder, "_as_yaml", lambda *_: "seed: 0\n")
+    ours = SimpleNamespace(model_name_or_path="models/base", dataset_name="rows.jsonl")
+    return lambda out="": (ours, SimpleNamespace(output_dir=out, process_index=0))
+
+
+def test_runs_that_begin_together_have_folders_of_their_own(options: Any) -> None:
+    one, two = options(), options()
+    with taken_folder(*one), taken_folder(*two):
+        names = [training.output_dir for _, training in (one, two)]
+        assert names == ["base-rows", "base-rows-2"]
+        for name in names:
+            Path(name, "adapter").touch()
+    assert all(Path(name, "run.yaml").is_file() for name in names)
+
+
+def test_a_folder_that_a_run_has_taken_is_refused_to_another(options: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with taken_folder(*options("new/run")):
+        with pytest.raises(UserError, match=r"--out new/run is not empty .*go on with that run by --resume"):
+            taken_folder(*options("new/run")).__enter__()
+        monkeypatch.setattr(run_folder, "check_unused", lambda *_: None)  # both have looked before one has written
+        with pytest.raises(UserError, match="--out new/run: another run has just taken it"):
+            taken_folder(*options("new/run")).__enter__()
+        assert Path("new/run/run.yaml").read_text() == "seed: 0\n"
+
+
+def test_a_run_that_writes_nothing_leaves_nothing(options: Any) -> None:
+    Path("there").mkdir()
+    for out in ("", "new/run", "there"):
+        with pytest.raises(RuntimeError), taken_folder(*options(out)):
+            raise RuntimeError
+    assert [path.name for path in Path().iterdir()] == ["there"]
+    assert not list(Path("there").iterdir())
+
+
+def test_a_link_that_leads_nowhere_is_no_new_folder(options: Any) -> None:
+    Path("link").symlink_to("nowhere")
+    with pytest.raises(UserError, match="--out link leads nowhere; needed: a new folder"):
+        taken_folder(*options("link")).__enter__()
+
+
+def test_a_run_goes_on_with_the_data_with_which_it_began(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out = save_sums(tmp_path, rows=40), tmp_path / "run"
+    run = command("finetune", base, data, out)
+    assert main(run) == 0
+    (out / "adapter_model.safetensors").rename(tmp_path / "adapter_model.safetensors")
+    lines = data.read_text().splitlines(keepends=True)
+    data.write_text("".join(reversed(lines)))  # as many, but others are held out
+    message = refused([*run, "--resume"], capsys)
+    assert "began with other examples: the training and held-out data, or the tokenizer, have changed" in message
+    data.write_text("".join(lines))
+    assert main([*run, "--resume"]) == 0
+    assert same_weights(out, tmp_path)
+
+
+def test_the_digest_is_that_of_the_examples_in_their_order() -> None:
+    from datasets import Dataset
+
+    rows = [{"input_ids": [1, 2], "labels": [-100, 2]}, {"input_ids": [3], "labels": [3]}]
+    digest = digest_of(Dataset.from_list(rows))
+    assert digest == digest_of(Dataset.from_list([dict(reversed(row.items())) for row in rows]))
+    for others in (rows[::-1], rows[:1], [rows[0], {"input_ids": [3], "labels": [4]}]):
+        assert digest_of(Dataset.from_list(others)) != digest
+    assert digest_of(Dataset.from_list(rows).to_iterable_dataset()) is None
+    assert digest_of(None) is None
+
+
+def test_a_run_goes_on_from_its_latest_complete_checkpoint(tmp_path: Path) -> None:
+    assert last_checkpoint(tmp_path) is None
+    for step in (9, 100, 10, 200):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if step < 200:
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").touch()
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-100"
+    shutil.copytree(tmp_path / "checkpoint-9", tmp_path / "checkpoint-9-good")
+    with pytest.raises(UserError, match="'checkpoint-9-good', which would be deleted as an old checkpoint; give it"):
+        last_checkpoint(tmp_path)
