@@ -7,6 +7,7 @@ import contextlib
 import logging
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 from pissa.cli.templates import end_of_answer, prompt_text
@@ -22,7 +23,6 @@ from pissa.cli.terminal import (
 )
 
 _COMMANDS = "Ctrl-C stops an answer, /new begins a new conversation, /quit or Ctrl-D ends."
-_BASE = "base"  # the side of the conversation without the adapter
 _temperature = number(float, "a number from 0 on", lambda value: 0 <= value < float("inf"))
 
 
@@ -45,8 +45,9 @@ def run(args: argparse.Namespace) -> int:
     silence_third_parties()
     logging.getLogger("transformers.generation").setLevel(logging.ERROR)  # options that others make superfluous
     is_conversation = args.prompt is None and sys.stdin.isatty()
-    prompt = sys.stdin.read() if args.prompt is None and not is_conversation else args.prompt
-    if not is_conversation and not prompt.strip():
+    _text(lambda: args.system or "")
+    prompt = "" if is_conversation else _text(sys.stdin.read if args.prompt is None else lambda: args.prompt).strip()
+    if not is_conversation and not prompt:
         raise UserError("the prompt is empty; give --prompt TEXT or a text through a pipe, or start it in a terminal")
     from pissa.cli.cores import Cores, note_on_cores
 
@@ -57,8 +58,17 @@ def run(args: argparse.Namespace) -> int:
             print_row("note", busy)
     if is_conversation:
         return _converse(chat)
-    chat.ask(prompt.strip())
+    chat.ask(prompt)
     return 0
+
+
+def _text(read: Callable[[], str]) -> str:
+    """What someone has typed, given as an argument, or sent through a pipe."""
+    needed = "; needed: UTF-8, and a locale of UTF-8, such as LC_ALL=C.UTF-8"
+    with user_errors(UnicodeError, before="the text cannot be read: ", after=needed):
+        text = read()
+        text.encode()  # Python keeps bytes that it cannot read in halves of surrogate pairs
+        return text
 
 
 def _say(text: str) -> None:
@@ -146,7 +156,8 @@ class Conversation:
     def begin(self) -> None:
         """Forgets all messages but the system prompt."""
         system = [] if self.args.system is None else [{"role": "system", "content": self.args.system}]
-        self.messages = dict.fromkeys([_BASE, self.args.source] if self.args.compare else [""], system)
+        self.messages = dict.fromkeys([False, True] if self.args.compare else [True], system)
+        """The messages of each side, by whether the adapter is enabled."""
 
     def ask(self, prompt: str) -> None:
         """Prints the answer to the next message, and with --compare before it that of the base.
@@ -155,14 +166,14 @@ class Conversation:
             UserError: the model's context has no room for an answer.
         """
         self.stopped, answered = False, {}
-        for side, before in self.messages.items():
+        for is_adapted, before in self.messages.items():
             messages = [*before, {"role": "user", "content": prompt}]
             tokens = self._encode(messages)
-            if side:
-                print(f"--- {side}", flush=True)
-            with self.model.disable_adapter() if side == _BASE else contextlib.nullcontext():
+            if self.args.compare:
+                print(f"--- {self.args.source if is_adapted else 'base'}", flush=True)
+            with contextlib.nullcontext() if is_adapted else self.model.disable_adapter():
                 answer = self._answer(tokens)
-            answered[side] = [*messages, {"role": "assistant", "content": answer}]
+            answered[is_adapted] = [*messages, {"role": "assistant", "content": answer}]
             if self.stopped:
                 break
         if len(answered) == len(self.messages):
@@ -217,10 +228,13 @@ def _converse(chat: Conversation) -> int:
     while True:
         try:
             with contextlib.redirect_stdout(sys.stdout if sys.stdout.isatty() else sys.stderr):
-                prompt = input("> ").strip()
+                prompt = _text(lambda: input("> ")).strip()
         except EOFError:
             _say("")
             return 0
+        except UserError as error:
+            _say(str(error))
+            continue
         if prompt == "/quit":
             return 0
         if prompt == "/new":

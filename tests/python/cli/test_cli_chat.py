@@ -122,6 +122,15 @@ def test_a_lora_of_peft_answers_on_its_base(base: Path, lora: Path, ask: Callabl
     assert out == f"--- base\n{before}\n--- {lora}\n{expected}\n"
 
 
+def test_a_run_is_compared_whatever_its_folder_is_called(
+    ran: Path, tmp_path: Path, ask: Callable[..., tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = ask(ran, "--compare")[0].replace(str(ran), "base")
+    shutil.copytree(ran, tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    assert ask(Path("base"), "--compare")[0] == expected
+
+
 def test_models_answer(base: Path, tmp_path: Path, ask: Callable[..., tuple[str, str]]) -> None:
     expected = answer(AutoModelForCausalLM.from_pretrained(base), base, "17+1")
     assert ask(base)[0] == f"{expected}\n"
@@ -344,6 +353,27 @@ def test_a_pipe_brings_one_prompt_and_gets_the_answer_only(ran: Path, ask: Calla
     assert "Warning" not in done.stderr
     said = [line for line in done.stderr.splitlines() if not line.startswith("note      other programs")]
     assert len(said) == 2  # the model, and the speed
+
+
+NOT_UTF8 = b"caf\xe9?"
+
+
+@pytest.mark.parametrize("options", [[], ["--prompt", NOT_UTF8], ["--prompt", "1", "--system", NOT_UTF8]])
+def test_what_is_not_utf8_is_refused(base: Path, options: list[str | bytes]) -> None:
+    arguments = [*started(str(base), "--max-tokens", "2"), *options]
+    done = subprocess.run(arguments, input=NOT_UTF8, capture_output=True, env=os.environ | {"LC_ALL": "C.UTF-8"})
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert re.fullmatch(rb"pissa chat: the text cannot be read: .*; needed: UTF-8, and a locale .*\n", done.stderr)
+
+
+def test_a_line_that_is_not_utf8_does_not_end_a_conversation(
+    base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", Terminal("caf\udce9?\none\n"))
+    with generations(monkeypatch) as given:
+        assert main(["chat", str(base), "--max-tokens", "2"]) == 0
+    assert [prompt for prompt, _ in given] == ["u:one</s>a:"]
+    assert "the text cannot be read: " in capsys.readouterr().err
 
 
 # ---- Refusals --------------------------------------------------------------------------------------------------------

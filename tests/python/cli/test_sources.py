@@ -106,7 +106,7 @@ def test_columns_are_read_by_other_names(tmp_path: Path) -> None:
     assert chats(path, "question=frage, answer=antwort") == [[Q, A]]
     with pytest.raises(UserError, match=r"jsonl:1: --columns names 'reply'; allowed: 'frage', 'antwort', 'messages'"):
         chats(path, "question=frage,answer=reply")
-    for text in ("question", "question=frage,", "=frage", "a=b=c", ""):
+    for text in ("question", "question=frage,", "=frage", "a=b=c", "", "question=frage,question=antwort"):
         with pytest.raises(Exception, match="allowed: NAME=COLUMN"):
             columns(text)
 
@@ -125,6 +125,26 @@ def test_preferences_may_repeat_the_prompt() -> None:
         read_preferences(records("set", rows=[{"question": "q", "chosen": "a", "worse": "b"}]))
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("x.csv", "question, answer,answer \nq,a,b\n", "x.csv:1: 'answer' occurs twice; needed: a name once"),
+        ("x.jsonl", '\n{"text": "a", "text": "b"}', "x.jsonl:2: 'text' occurs twice; needed: a name once"),
+        ("x.json", '[{"messages": [{"role": "user", "role": "x"}]}]', "x.json: 'role' occurs twice; needed"),
+        ("x.csv", "Question,question ,answer\nq,r,a\n", "x.csv:2: 'Question' and 'question' are one name; needed"),
+        ("x.csv", "instruction,output,Input,input\nq,a,,r\n", "x.csv:2: 'Input' and 'input' are one name; needed"),
+    ],
+)
+def test_a_name_that_occurs_twice_is_refused(name: str, text: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=said):
+        chats(written(tmp_path / name, text))
+
+
+def test_names_that_are_not_used_may_be_alike(tmp_path: Path) -> None:
+    path = written(tmp_path / "x.csv", "question,answer,ID,id,,\n1+1?,2,1,2,,\n")
+    assert chats(path) == [[Q, A]]
+
+
 # ---- Files ----
 
 COMMAS = 'question,answer\n1+1?,2\n"a, ""b""\nc",007\n\n'
@@ -138,6 +158,7 @@ COMMAS = 'question,answer\n1+1?,2\n"a, ""b""\nc",007\n\n'
         ("data.csv", COMMAS.replace(",", ";").replace("a;", "a,"), "utf-8"),
         ("data.CSV", COMMAS.replace(",", "\t").replace("a\t", "a,"), "utf-8"),
         ("data.tsv", COMMAS.replace(",", "\t").replace("a\t", "a,"), "utf-8-sig"),
+        ("data.TSV", COMMAS.replace(",", "\t\t").replace("r\n", "r\tof whom, when, where, why\n"), "utf-8"),
     ],
 )
 def test_a_table_is_read_as_texts(name: str, text: str, encoding: str, tmp_path: Path) -> None:
