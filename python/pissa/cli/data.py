@@ -69,6 +69,9 @@ def _form(where: str, record: Any, forms: Sequence[tuple[str, ...]]) -> tuple[di
         lower = {str(key).strip().lower(): str(value) if type(value) is int else value for key, value in record.items()}
         for form in forms:
             if {*form} <= lower.keys():
+                if alike := _alike(record, (*form, "input")):
+                    names = " and ".join(map(quote, alike))
+                    raise UserError(f"{where}: {names} are one name; needed: a name once; rename or remove one [P103]")
                 return lower, form
         given = f"the columns {', '.join(map(quote, record)) or 'none'}"
         if suggested := _suggested(record, forms):
@@ -79,6 +82,12 @@ def _form(where: str, record: Any, forms: Sequence[tuple[str, ...]]) -> tuple[di
         f'{where}: found {given}; allowed: an object with {allowed}, which are texts, or messages: [{{"role": "user", '
         f'"content": "..."}}, {{"role": "assistant", "content": "..."}}]; name other columns: --columns {mapped} [P103]'
     )
+
+
+def _alike(record: dict[str, Any], form: Sequence[str]) -> list[str]:
+    """The names in a record, if there are several, that stand for the same one of this form."""
+    spelled = ([key for key in record if str(key).strip().lower() == name] for name in form)
+    return next((keys for keys in spelled if len(keys) > 1), [])
 
 
 def _suggested(record: dict[str, Any], forms: Sequence[tuple[str, ...]]) -> str | None:

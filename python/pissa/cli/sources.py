@@ -8,7 +8,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -101,9 +101,20 @@ def _json_lines(path: Path) -> Records:
 
 
 def _value(where: str, text: str) -> Any:
+    def as_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        _check_different(where, [name for name, _ in pairs])
+        return dict(pairs)
+
     needed = f"; found {quote(text.strip())}; needed: records in JSON"
     with user_errors(ValueError, RecursionError, before=f"{where}: not JSON: ", after=needed):
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=as_dict)
+
+
+def _check_different(where: str, names: Sequence[str]) -> None:
+    """Refuses a record in which a name occurs twice, because only one of its values could be read."""
+    if len(names) > len({*names}):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"{where}: {quote(twice)} occurs twice; needed: a name once in a record; rename or remove one")
 
 
 def _table(path: Path) -> Records:
@@ -115,6 +126,7 @@ def _table(path: Path) -> Records:
     reader = csv.reader(io.StringIO(content, newline=""), delimiter=separator, strict=True)
     with user_errors(csv.Error, before=f"{path}: not a table: ", after=needed):
         names = [name.strip() for name in next(reader)]
+        _check_different(f"{path}:1", [name for name in names if name])  # spreadsheets write columns without any
         line = reader.line_num + 1
         for cells in reader:
             where, line = f"{path}:{line}", reader.line_num + 1

@@ -157,9 +157,17 @@ passes = number(
 )
 
 
+def _columns(text: str) -> dict[str, str]:
+    pairs = [[side.strip() for side in part.split("=")] for part in text.split(",")]
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError
+    return found
+
+
 columns = number(
-    lambda text: {name.strip(): column.strip() for name, column in (part.split("=") for part in text.split(","))},
-    "NAME=COLUMN, separated by commas, such as question=frage,answer=antwort",
+    _columns,
+    "NAME=COLUMN, separated by commas, each NAME once, such as question=frage,answer=antwort",
     lambda value: all(value) and all(value.values()),
 )
 COLUMNS_HELP = "columns to use under other names, such as question=frage,answer=antwort"

@@ -158,7 +158,6 @@ COMMAS = 'question,answer\n1+1?,2\n"a, ""b""\nc",007\n\n'
         ("data.csv", COMMAS.replace(",", ";").replace("a;", "a,"), "utf-8"),
         ("data.CSV", COMMAS.replace(",", "\t").replace("a\t", "a,"), "utf-8"),
         ("data.tsv", COMMAS.replace(",", "\t").replace("a\t", "a,"), "utf-8-sig"),
-        ("data.TSV", COMMAS.replace(",", "\t\t").replace("r\n", "r\tof whom, when, where, why\n"), "utf-8"),
     ],
 )
 def test_a_table_is_read_as_texts(name: str, text: str, encoding: str, tmp_path: Path) -> None:
