@@ -118,9 +118,9 @@ def _check_different(where: str, names: Sequence[str]) -> None:
 
 
 def _table(path: Path) -> Records:
-    """Rows of texts. Spreadsheets write semicolons where the comma separates decimals."""
+    """Rows of texts. In a .csv, spreadsheets write semicolons where the comma separates decimals."""
     content = _content(path)
-    separator = max(",;\t", key=content.partition("\n")[0].count)
+    separator = "\t" if path.suffix.lower() == ".tsv" else max(",;\t", key=content.partition("\n")[0].count)
     needed = f"; needed: cells between {separator!r}, in double quotes those with {separator!r} or a line break [P102]"
     csv.field_size_limit(2**31 - 1)
     reader = csv.reader(io.StringIO(content, newline=""), delimiter=separator, strict=True)

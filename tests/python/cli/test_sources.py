@@ -166,6 +166,11 @@ def test_a_table_is_read_as_texts(name: str, text: str, encoding: str, tmp_path:
     assert read_chats(records(path)) == [Chat(f"{path}:2", [Q, A]), Chat(f"{path}:3", turns(quoted, "007"))]
 
 
+def test_a_tsv_is_separated_by_tabs_whatever_its_names_contain(tmp_path: Path) -> None:
+    path = written(tmp_path / "x.TSV", "question\tanswer\twho, when, where\n1+1?\t2\tI, now, here\n")
+    assert chats(path) == [[Q, A]]
+
+
 @pytest.mark.parametrize(
     ("text", "found"),
     [
