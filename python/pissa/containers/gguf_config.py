@@ -82,7 +82,7 @@ def architecture_of(file: GgufFile) -> Architecture:
         ValueError: its architecture is not read. The message names it, and those that are.
     """
     name = file.metadata.get("general.architecture")
-    if name not in ARCHITECTURES:
+    if not isinstance(name, str) or name not in ARCHITECTURES:
         raise ValueError(
             f"{file.path} has a model of the architecture {quote(name)}; read are {', '.join(ARCHITECTURES)} "
             "(Mistral's and SmolLM's are llama): take a checkpoint of the model in safetensors"

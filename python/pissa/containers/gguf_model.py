@@ -228,7 +228,10 @@ def _origins(file: GgufFile, model: PreTrainedModel, stored: Sequence[str]) -> d
             is_transposed = made.transposes_experts and name.endswith((".gate_up_proj", ".down_proj"))
             origins[name] = Origin(tensors, change, is_transposed, change is not None and "out_proj" in name)
     # Blocks that predict further tokens come after the others, and transformers has none.
-    count = file.metadata.get(f"{architecture}.nextn_predict_layers", 0)
+    key = f"{architecture}.nextn_predict_layers"
+    count = file.metadata.get(key, 0)
+    if not isinstance(count, int) or count > len(stored):
+        raise ValueError(f"{file.path}: {key} is {quote(count)}; needed: a number of blocks, of {len(stored)} tensors")
     further = tuple(f"blk.{config.num_hidden_layers + number}." for number in range(count))
     # Layers that share the keys and values of others have none in transformers, and in many files they do.
     first = config.num_hidden_layers - getattr(config, "num_kv_shared_layers", 0)

@@ -28,7 +28,7 @@ def tokenizer_of(file: GgufFile) -> Any:
         backend, _ = convert_gguf_tokenizer(architecture, content)
         context = file.metadata.get(f"{architecture}.context_length")
         if context is not None:
-            options["model_max_length"] = context
+            options["model_max_length"] = int(context)
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **options)
         tokenizer.name_or_path = str(file.path)  # as an argument, transformers looks on the Hub for a large vocabulary
     if tokenizer.eos_token_id is None:

@@ -100,6 +100,9 @@ def test_unknown_divisors_of_frequencies_are_taken_as_they_are(tmp_path: Path, m
     ("extra", "words"),
     [
         ({"general.architecture": "deepseek2"}, "a model of the architecture 'deepseek2'; read are .*gemma4, gpt-oss"),
+        ({"general.architecture": ["qwen3"]}, r"a model of the architecture \['qwen3'\]; read are"),
+        ({"qwen3.nextn_predict_layers": [1]}, r"qwen3.nextn_predict_layers is \[1\]; needed: a number of blocks"),
+        ({"qwen3.nextn_predict_layers": 2**31}, "qwen3.nextn_predict_layers is 2147483648; needed"),
         ({"qwen3.block_count": 3}, "lacks 11 tensors of a Qwen3ForCausalLM, 'model.layers.2"),
         ({"qwen3.block_count": 1}, r"11 tensors, 'blk.1.*' the first, have no place in a Qwen3ForCausalLM of 1 layers"),
         ({"qwen3.block_count": 2**31}, "block_count is 2,147,483,648, and there are 25 tensors.*config_from="),
@@ -170,6 +173,13 @@ def test_the_tokenizer_is_the_files(tmp_path: Path) -> None:
     assert tokenizer.model_max_length == 128
     with opened.small_files() as folder:
         assert (folder / "tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize("length", ["long", [128]])
+def test_a_context_that_is_no_number_is_refused(length: Any, tmp_path: Path) -> None:
+    path = written("qwen3", tmp_path, **{"qwen3.context_length": length})
+    with pytest.raises(ValueError, match=rf"^{path} cannot be read: .*config_from="):
+        tokenizer_of(GgufFile(path))
 
 
 def test_the_tokenizer_of_gemma_4(tmp_path: Path) -> None:
