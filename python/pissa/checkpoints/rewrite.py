@@ -21,11 +21,12 @@ from transformers.utils import CHAT_TEMPLATE_DIR
 
 from pissa import distributed, ops
 from pissa.adapters.peft_layout import FactorTensors
+from pissa.adapters.pissa_layout import ADAPTER_FILES
 from pissa.base.bitsandbytes_state import entry_layout, quantization_config, to_bitsandbytes
 from pissa.base.classes import base_of
 from pissa.checkpoints.output import Output
 from pissa.config import IMPLICIT, Form
-from pissa.containers.checkpoint import PISSA_RECORD, RESIDUAL_KEY, Checkpoint
+from pissa.containers.checkpoint import RESIDUAL_KEY, Checkpoint
 from pissa.containers.messages import quote
 from pissa.containers.model_folder import CONFIG, Part
 from pissa.containers.tensor_file import INDEX, WEIGHT_FILES, Layout
@@ -252,8 +253,8 @@ class Rewrite(ABC):
 
     command: ClassVar[str]
     """Its name in the bar and in the identity."""
-    not_copied: ClassVar[Collection[str]] = (CONFIG, MODELOPT_CONFIG, INDEX, PISSA_RECORD)
-    """The small files of the source that are not copied."""
+    not_copied: ClassVar[Collection[str]] = (CONFIG, MODELOPT_CONFIG, INDEX)
+    """The small files of the source that are not copied, besides those of an adapter that was saved there."""
 
     def __init__(self, plan: Plan, target: Path) -> None:
         self.plan, self.source, self.target = plan, plan.source, target
@@ -386,7 +387,7 @@ class Rewrite(ABC):
     def _copy_small_files(self, out: Output) -> None:
         """Copies the files other than weights and config.json (tokenizer, templates, card), and writes the index."""
         with self.source.small_files() as folder:
-            paths = [path for path in folder.iterdir() if path.name not in self.not_copied]
+            paths = [path for path in folder.iterdir() if path.name not in (*self.not_copied, *ADAPTER_FILES)]
             paths += [path for name in _FOLDERS for path in folder.glob(f"{name}/**/*")]
             for path in paths:
                 if path.is_file() and not path.name.startswith(".") and not path.name.endswith(WEIGHT_FILES):

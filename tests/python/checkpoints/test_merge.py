@@ -234,6 +234,22 @@ def decoded(tensors: dict[str, Tensor], place: str) -> Tensor:
     return pissa.ops.dequantize(from_state(entries))
 
 
+@pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning")
+def test_an_adapter_in_the_folder_of_its_base_stays_there(tiny_llama: Make, tmp_path: Path) -> None:
+    """The result is a model alone: transformers would look for the base that a copied adapter_config.json names."""
+    model, folder = tiny_llama(), tmp_path / "base"
+    model.save_pretrained(folder)
+    expected = moved(pissa.wrap(model, r=4))
+    expected.save_pretrained(tmp_path / "run")
+    for name in ("adapter_config.json", "adapter_model.safetensors", "pissa.safetensors"):
+        shutil.copyfile(tmp_path / "run" / name, folder / name)
+    merge(tmp_path / "run", folder, tmp_path / "out")
+    init(folder, tmp_path / "split", pissa.PissaConfig(r=4))
+    assert_equal(load(tmp_path / "out"), expected.merge_and_unload())
+    for out in ("out", "split"):
+        assert not (tmp_path / out / "adapter_config.json").exists()
+
+
 def test_a_base_in_4_bits(base: Path, tmp_path: Path) -> None:
     """QLoRA: what bitsandbytes made of the weights is decoded; all layers are dense then."""
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
