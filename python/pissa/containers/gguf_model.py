@@ -229,12 +229,11 @@ def _origins(file: GgufFile, model: PreTrainedModel, stored: Sequence[str]) -> d
             origins[name] = Origin(tensors, change, is_transposed, change is not None and "out_proj" in name)
     # Blocks that predict further tokens come after the others, and transformers has none.
     key = f"{architecture}.nextn_predict_layers"
-    count = file.metadata.get(key, 0)
-    if not isinstance(count, int) or count > len(stored):
-        raise ValueError(f"{file.path}: {key} is {quote(count)}; needed: a number of blocks, of {len(stored)} tensors")
+    count = _number_of_blocks(file, key, file.metadata.get(key, 0), len(stored))
     further = tuple(f"blk.{config.num_hidden_layers + number}." for number in range(count))
     # Layers that share the keys and values of others have none in transformers, and in many files they do.
-    first = config.num_hidden_layers - getattr(config, "num_kv_shared_layers", 0)
+    sharing = getattr(config, "num_kv_shared_layers", 0)
+    first = config.num_hidden_layers - _number_of_blocks(file, "shared_kv_layers", sharing, config.num_hidden_layers)
     shared = [f"blk.{number}.attn_" for number in range(first, config.num_hidden_layers)]
     further += tuple(f"{block}{part}.weight" for block in shared for part in ("k", "k_norm", "v"))
     used = {tensor for origin in origins.values() for tensor in origin.tensors}
@@ -245,6 +244,13 @@ def _origins(file: GgufFile, model: PreTrainedModel, stored: Sequence[str]) -> d
             f"{architecture} as transformers knows it; take a checkpoint of it in safetensors"
         )
     return dict(sorted(origins.items(), key=lambda item: places[item[1].tensors[0]]))
+
+
+def _number_of_blocks(file: GgufFile, key: str, value: object, most: int) -> int:
+    """The value, which the file or its configuration has under that key."""
+    if not isinstance(value, int) or not 0 <= value <= most:
+        raise ValueError(f"{file.path}: {key} is {quote(value)}; needed: a number of blocks, up to {most}")
+    return value
 
 
 def _tensors_of(name: str, table: Any, stored: Mapping[str, int]) -> tuple[str, ...]:

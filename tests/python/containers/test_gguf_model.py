@@ -103,6 +103,8 @@ def test_unknown_divisors_of_frequencies_are_taken_as_they_are(tmp_path: Path, m
         ({"general.architecture": ["qwen3"]}, r"a model of the architecture \['qwen3'\]; read are"),
         ({"qwen3.nextn_predict_layers": [1]}, r"qwen3.nextn_predict_layers is \[1\]; needed: a number of blocks"),
         ({"qwen3.nextn_predict_layers": 2**31}, "qwen3.nextn_predict_layers is 2147483648; needed"),
+        ({"qwen3.attention.shared_kv_layers": [1]}, r"shared_kv_layers is \[1\]; needed: a number of blocks, up to 2"),
+        ({"qwen3.attention.shared_kv_layers": 2**31}, "shared_kv_layers is 2147483648; needed"),
         ({"qwen3.block_count": 3}, "lacks 11 tensors of a Qwen3ForCausalLM, 'model.layers.2"),
         ({"qwen3.block_count": 1}, r"11 tensors, 'blk.1.*' the first, have no place in a Qwen3ForCausalLM of 1 layers"),
         ({"qwen3.block_count": 2**31}, "block_count is 2,147,483,648, and there are 25 tensors.*config_from="),
