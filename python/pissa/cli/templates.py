@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from jinja2 import TemplateError
-
 from pissa.cli.terminal import UserError, user_errors
 
 if TYPE_CHECKING:
@@ -111,8 +109,8 @@ def end_of_answer(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _text(messages: Sequence[dict[str, str]], tokenizer: PreTrainedTokenizerBase, **options: Any) -> str:
-    needed = "; needed: messages that the model knows, in the order that it knows [P110]"
-    with user_errors(TemplateError, TypeError, before="the tokenizer's chat template refuses: ", after=needed):
+    needed = "; needed: messages that the model knows, in the order that it knows, or another template [P110]"
+    with user_errors(Exception, before="the tokenizer's chat template refuses: ", after=needed):
         return str(tokenizer.apply_chat_template(list(messages), tokenize=False, **options))
 
 

@@ -46,6 +46,14 @@ def test_of_several_turns_the_last_answer_is_learned(template: Template, tokeniz
     assert prompt_and_answer(Chat("", [*EARLIER, Q, A]), tokenizer) == (template.turns, template.answer)
 
 
+@pytest.mark.parametrize("text", ["{{ 1 / 0 }}", "{{ messages[9]['content'] }}", "{{ messages + 1 }}", "{% if %}"])
+def test_a_template_that_fails_is_named(text: str) -> None:
+    tokenizer = tokenizer_of(MISTRAL)
+    tokenizer.chat_template = text
+    with pytest.raises(UserError, match=r"^the tokenizer's chat template refuses: .*, or another template \[P110\]$"):
+        prompt_text([Q], tokenizer)
+
+
 def test_a_system_message_is_given_or_refused(template: Template, tokenizer: Any) -> None:
     if template.system is None:
         with pytest.raises(UserError, match=r"^f:3: .*template refuses: System role not supported; needed: "):

@@ -38,7 +38,6 @@ ROOMS: dict[str, set[str]] = {
 # Libraries that one module alone uses.
 ALONE = {
     "base/bitsandbytes.py": {"bitsandbytes"},
-    "cli/templates.py": {"jinja2"},
     "distributed.py": {"deepspeed"},
     "containers/hub.py": {"huggingface_hub"},
     "containers/gguf_model.py": {"gguf"},
