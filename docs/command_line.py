@@ -67,9 +67,10 @@ OUR_TEXTS = ("output_dir", "num_train_epochs", "learning_rate")
 HEAD = f"""\
 # Command line
 
-`pissa COMMAND --help` prints the same and more. Option names may contain `_` in place of `-`. The exit status is 0 on
-success, 1 if a check failed, 2 if the input was wrong, and 130 if the command was interrupted. `docs/command_line.py`
-makes this page from the parsers, with TRL {trl.__version__} and transformers {transformers.__version__}.
+`pissa COMMAND --help` prints the same and more, and `pissa --version` prints the version. Option names may contain `_`
+in place of `-`. The exit status is 0 on success, 1 if a check failed, 2 if the input was wrong, and 130 if the command
+was interrupted. `docs/command_line.py` makes this page from the parsers,
+with TRL {trl.__version__} and transformers {transformers.__version__}.
 
 ```sh
 pissa finetune --model HuggingFaceTB/SmolLM2-135M-Instruct --data train.jsonl --out trained --epochs 2

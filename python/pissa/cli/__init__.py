@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Collection, Sequence
+from importlib.metadata import version
+from itertools import pairwise
 from pkgutil import resolve_name
 from typing import Any
 
+from pissa.cli.sources import check_source, is_records
 from pissa.cli.terminal import UserError, silence_third_parties
 from pissa.containers.staged import CompletedError
 
@@ -52,9 +56,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     1 when the environment or a check is broken; 2 for wrong input; 130 when interrupted; 141 when its output is no
     longer read."""
     is_process = argv is None
-    argv = sys.argv[1:] if argv is None else argv
-    command = next(iter(argv), "")
+    argv = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    command = argv[0]
+    if is_process and isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # answers, tables and paths, in a locale of ASCII or of one script
     try:
+        if _HOMES.get(command, "").startswith("training"):
+            _check_data(argv)
         args = parser_for([command]).parse_args(argv, argparse.Namespace(is_process=is_process, argv=argv[1:]))
         code: int = args.run(args)
         sys.stdout.flush()
@@ -82,11 +90,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
+def _check_data(argv: Sequence[str]) -> None:
+    """Refuses a file of data that is missing before the packages of a training are imported, which takes seconds. Other
+    spellings of the options are checked with the rest."""
+    for option, value in pairwise(argv):
+        if option in ("--data", "--eval-data") and is_records(value):
+            check_source(value)
+
+
 def parser_for(named: Collection[str]) -> argparse.ArgumentParser:
     """Returns a parser for all commands. Only the named commands get their arguments."""
     parser = argparse.ArgumentParser(
         prog="pissa", description="Fine-tune language models on a CPU: LoRA and PiSSA, in 16, 8 or 4 bits."
     )
+    parser.add_argument("--version", action="version", version=f"pissa {version('pissa')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in COMMANDS.items():
         home, own = _HOMES.get(name, name), dict[str, Any]()

@@ -64,8 +64,6 @@ def write_card(folder: Path, run: str, base: str, method: str, command: str) -> 
     words = {"run_word": shlex.quote(run), "base_word": shlex.quote(name)}
     text = yaml.safe_dump(metadata, sort_keys=False)
     with staged(folder) as new:
-        new("README.md").write_text(
-            _CARD.format(
-                metadata=text, title=Path(run).name, base=name, run=run, method=method, command=command, **words
-            )
-        )
+        words |= {"metadata": text, "title": Path(run).name, "base": name, "run": run}
+        card = _CARD.format(method=method, command=command, **words)
+        new("README.md").write_text(card, encoding="utf-8")

@@ -30,6 +30,7 @@ def environment() -> dict[str, Any]:
     import torch
 
     import pissa
+    from pissa.ops._load import FORCED
 
     least, info = needed(), pissa.build_info()
     versions = {name: _version(name) for name in (*least, "bitsandbytes")}
@@ -43,7 +44,10 @@ def environment() -> dict[str, Any]:
         "cores": f"{os.cpu_count()}; in the last minute programs kept {busy_cores():.1f} of them busy",
         **{f"build: {key}": value for key, value in info.items() if key not in ("version", "cuda")},
         "cuda": _cuda(info["cuda"]),
+        **{name: value for name, value in sorted(os.environ.items()) if name.startswith("PISSA_")},
     }
+    if FORCED:
+        report["PISSA_COMPOSITE"] += ": PyTorch's operations compute, and pissa's kernels do not"
     old = [name for name, version in least.items() if _numbers(versions[name] or version) < _numbers(version)]
     missing = [name for name in least if versions[name] is None]
     verdict = "all versions fit; `pissa selftest` checks that everything works"

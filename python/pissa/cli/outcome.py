@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -99,8 +100,8 @@ def report(trainer: Any, ours: Any, config: pissa.PissaConfig, contents: Content
     if ours.quant:
         print_row("note", inexact_lora([ours.quant]))
     if contents is Contents.RESIDUAL:
-        print_row("note", f'pissa.load("{model}", adapter="{out}") has it exactly')
-    print_row("next", f"pissa chat {out}")
-    print_row("", f"pissa merge {out} NEW_FOLDER --base {model}")
+        print_row("note", f"pissa.load({model!r}, adapter={out!r}) has it exactly")
+    print_row("next", f"pissa chat {shlex.quote(out)}")
+    print_row("", shlex.join(["pissa", "merge", out, "NEW_FOLDER", "--base", model]))
     costs = {"seconds_per_step": seconds, "peak_memory_mib": memory}
     return {"learning_rate": trainer.args.learning_rate, "losses": losses, "held_out": held_out, **costs}

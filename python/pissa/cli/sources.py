@@ -51,21 +51,27 @@ def records(source: str, columns: Mapping[str, str] | None = None, rows: Iterabl
 
 
 def _read(source: str) -> Records:
+    check_source(source)
     path = Path(source)
     if path.is_dir():
-        texts = _texts(path)
-        if not texts:
-            raise UserError(f"{source}: is a folder with other files than texts; {ALLOWED} [P101]")
-        for text in texts:
+        for text in _texts(path):
             yield from _text(text)
-        return
-    if not path.is_file():
+    else:
+        yield from _KINDS[path.suffix.lower()](path)
+
+
+def check_source(source: str) -> None:
+    """Checks that there is a file, or a folder of texts, of a kind that is read."""
+    path = Path(source)
+    if path.is_dir():
+        if not _texts(path):
+            raise UserError(f"{source}: is a folder with other files than texts; {ALLOWED} [P101]")
+    elif not path.is_file():
         names = os.listdir(path.parent) if path.parent.is_dir() else []
         near = " or ".join(str(path.parent / name) for name in get_close_matches(path.name, names))
         raise UserError(f"{source}: no such file{near and f'; did you mean {near}?'}; {ALLOWED} [P101]")
-    if path.suffix.lower() not in _KINDS:
+    elif path.suffix.lower() not in _KINDS:
         raise UserError(f"{source}: is of an unknown kind; {ALLOWED} [P101]")
-    yield from _KINDS[path.suffix.lower()](path)
 
 
 def _texts(folder: Path) -> list[Path]:

@@ -3,6 +3,7 @@ file."""
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -68,7 +69,7 @@ def export_lora(adapter: LoraFolder, base: Name | None, target: Path) -> Exporte
         layers=lora.layers,
         written=f"a LoRA of rank {rank} in GGUF, architecture {architecture}",
         bytes_written=target.stat().st_size,
-        load=f"llama-cli -m {checkpoint.folder} --lora {target}",
+        load=shlex.join(["llama-cli", "-m", str(checkpoint.folder), "--lora", str(target)]),
     )
 
 

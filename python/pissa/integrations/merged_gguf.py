@@ -4,6 +4,7 @@ a weight."""
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import warnings
 from collections.abc import Iterable
@@ -99,14 +100,15 @@ def export_model(
         for doubt in trained.doubts():
             warnings.warn(doubt, stacklevel=3)
         size = sum(handle.seek(0, 2) for handle in handles.values())
-        new(modelfile).write_text(_modelfile(names[0], checkpoint, adapter.path))
+        new(modelfile).write_text(_modelfile(names[0], checkpoint, adapter.path), encoding="utf-8")
     kept = Kept.of(add_up(results.values()))
+    written, described = (shlex.quote(str(target.with_name(name))) for name in (names[0], modelfile))
     return Exported(
         what=trained.what,
         layers=sum(len(unit.layers) for unit in (*units, *dense)),
         written=f"{', '.join(names)}, and {modelfile} for Ollama",
         bytes_written=size,
-        load=f"llama-cli -m {target.with_name(names[0])}; ollama create NAME -f {target.with_name(modelfile)}",
+        load=f"llama-cli -m {written}; ollama create NAME -f {described}",
         kept=kept,
         kept_of_layers={name: Kept.of(sums) for name, sums in results.items()},
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections import Counter
 from pathlib import Path
 
@@ -68,7 +69,8 @@ def export_lora(adapter: LoraFolder, base: Name | None, target: Path) -> Exporte
         layers=lora.layers,
         written=f"a LoRA of rank {rank}, {count} pairs of factors",
         bytes_written=sum(path.stat().st_size for path in target.iterdir()),
-        load=f"vllm serve {model or 'BASE'} --enable-lora --max-lora-rank {allowed[0]} --lora-modules NAME={target}",
+        load=f"vllm serve {shlex.quote(model or 'BASE')} --enable-lora --max-lora-rank {allowed[0]} --lora-modules "
+        + shlex.quote(f"NAME={target}"),
     )
 
 

@@ -442,6 +442,46 @@ def test_help_and_env_import_nothing_heavy() -> None:
     assert set(json.loads(modules.replace("'", '"'))) <= {"torch", "numpy"}
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"), [([], "usage: pissa [-h] [--version] COMMAND ..."), (["--version"], "pissa 0.")]
+)
+def test_without_a_command_there_is_help(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 0
+    assert capsys.readouterr().out.startswith(said)
+
+
+def test_missing_data_are_refused_before_anything_heavy_is_imported() -> None:
+    script = (
+        "import sys; from pissa.cli import main\n"
+        "code = main(['finetune', '--model', 'm', '--data', 'no.csv'])\n"
+        "print(code, {'torch', 'transformers', 'datasets'} & set(sys.modules))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "2 set()\n"
+    assert done.stderr.startswith("pissa finetune: no.csv: no such file")
+
+
+def test_a_locale_of_ascii_and_names_with_spaces(base: Path, tmp_path: Path) -> None:
+    """What it lacks is shown by question marks, and what is to be run next can be copied to a shell."""
+    data, out, model = tmp_path / "sümme.jsonl", tmp_path / "my run", tmp_path / "my base"
+    data.write_text("".join(json.dumps({"question": "é" * 150, "answer": f"{i}"}) + "\n" for i in range(8)))
+    model.symlink_to(base)
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
+    arguments = [*command(model, data, out, steps=1), "--held-out", "2", "--rank", "2"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pissa", *arguments], capture_output=True, text=True, env=os.environ | ascii_only
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"data      {tmp_path}/s??mme.jsonl, 8 examples" in done.stdout
+    following = done.stdout.partition("\nnext ")[2].splitlines()
+    assert [shlex.split(line) for line in following] == [
+        ["pissa", "chat", str(out)],
+        ["pissa", "merge", str(out), "NEW_FOLDER", "--base", str(model)],
+    ]
+
+
 def test_the_environment_report(capsys: pytest.CaptureFixture[str]) -> None:
     import pissa
     from pissa.cli.env import environment
@@ -456,6 +496,18 @@ def test_the_environment_report(capsys: pytest.CaptureFixture[str]) -> None:
     assert report["build: isa"] == pissa.build_info()["isa"]
     assert report["build: isas_unused"] == pissa.build_info()["isas_unused"]
     assert all(reason in text for reason in report["build: isas_unused"])
+
+
+def test_the_environment_report_names_the_variables_that_are_set(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PISSA_ISA", "avx2")
+    monkeypatch.setenv("PISSA_COMPOSITE", "1")
+    monkeypatch.setattr("pissa.ops._load.FORCED", True)
+    assert main(["env"]) == 0
+    lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
+    assert ["PISSA_ISA", "avx2"] in lines
+    assert ["PISSA_COMPOSITE", "1: PyTorch's operations compute, and pissa's kernels do not"] in lines
 
 
 def test_the_environment_report_asks_for_what_the_package_asks_for() -> None:
