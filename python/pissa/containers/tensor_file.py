@@ -348,8 +348,8 @@ def _index(folder: Path) -> Path | None:
         names = sorted(path.name for path in folder.iterdir() if path.name.endswith(WEIGHT_FILES))
         what = f", but {', '.join(names[:3])}" if names else ""
         raise ValueError(
-            f"{folder} holds neither {WEIGHTS} nor {INDEX}{what}; {needed}; or a GGUF file. Pickles are never read: take a "
-            "revision with safetensors [P084]"
+            f"{folder} holds neither {WEIGHTS} nor {INDEX}{what}; {needed}; or a GGUF file. Pickles are never read: "
+            "take a revision with safetensors [P084]"
         )
     return folder / INDEX
 

@@ -233,8 +233,11 @@ AGAIN = ("download or copy",)
 REFUSED: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "no folder": (gone, ("missing", *NEEDED)),
     "empty folder": (only(), ("neither", *NEEDED)),
-    "pickle": (only("pytorch_model.bin"), ("but pytorch_model.bin;", "or a GGUF file. Pickles are never read", *NEEDED)),
-    "GGUF": (only("model.gguf"), ("but model.gguf;", "or a GGUF file. Pickles are never read", *NEEDED)),
+    "pickle": (
+        only("pytorch_model.bin"),
+        ("but pytorch_model.bin;", "GGUF file. Pickles are never read", *NEEDED),
+    ),
+    "GGUF": (only("model.gguf"), ("but model.gguf;", "GGUF file. Pickles are never read", *NEEDED)),
     "no index": (lambda folder: (folder / INDEX).unlink(), (f"but {ONE}, {TWO};", INDEX, *NEEDED)),
     "no shard": (lambda folder: (folder / TWO).unlink(), (TWO, "missing", *AGAIN)),
     "pipe": (pipe, (TWO, "not a regular file", *AGAIN)),
