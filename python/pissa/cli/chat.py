@@ -80,15 +80,14 @@ def _say(text: str) -> None:
 
 def _load(args: argparse.Namespace) -> tuple[Any, Any]:
     """The model that RUN is, or its adapter on its base, and the tokenizer."""
-    from peft import PeftModel
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-    import pissa
     from pissa.adapters.lora_folder import has_adapter, open_adapter
     from pissa.adapters.pissa_layout import ADAPTER_FILES
-    from pissa.containers.checkpoint import AS_STORED, Contents, ModelFolder
+    from pissa.cli.trained import check_has_base, load_trained
+    from pissa.containers.checkpoint import Contents, ModelFolder
     from pissa.containers.hub import adapter_folder
-    from pissa.containers.model_folder import class_of, load_tokenizer
+    from pissa.containers.model_folder import load_tokenizer
 
     with user_errors(OSError, ValueError):
         folder = adapter_folder(args.source, ADAPTER_FILES)
@@ -104,27 +103,12 @@ def _load(args: argparse.Namespace) -> tuple[Any, Any]:
         hint = "; there is no adapter either: a run that has not ended has it in its last checkpoint-N [P113]"
     with user_errors(OSError, ValueError, after=hint):
         opened = ModelFolder.open(base, config_from=args.config_from)
-    is_residual = opened.contents in (Contents.RESIDUAL, Contents.PEFT_RESIDUAL)
-    is_ours = lora is not None and lora.ours is not None
-    if args.compare and lora and not is_ours and (is_residual or not lora.leaves_base):
-        raise UserError(
-            f"--compare: {args.source} was trained on a residual, which is not the base; run pissa convert first [P114]"
-        )
+    if args.compare and lora is not None:
+        check_has_base("--compare", lora, opened)
     with user_errors(OSError, ValueError, KeyError, TypeError, RuntimeError, before=f"{args.source}: "):
         if lora is None:
             opened.require(*(contents for contents in Contents if contents is not Contents.PEFT_RESIDUAL))
-        if is_ours:
-            model: Any = pissa.load(base, adapter=folder, is_trainable=False, config_from=args.config_from)
-        elif opened.contents in AS_STORED:  # which transformers would expand
-            model = pissa.load(base, init="lora", r=1, is_trainable=False, config_from=args.config_from)
-            if lora:
-                model.load_adapter(folder, "trained")
-                model.set_adapter("trained")
-        elif opened.contents is Contents.RESIDUAL and lora is None:
-            model = pissa.load(base, is_trainable=False)
-        else:
-            model = class_of(opened.built_config()).from_pretrained(base, dtype="auto")
-            model = PeftModel.from_pretrained(model, folder) if lora else model
+        model = load_trained(base, opened, lora, args.config_from)
         has_own = lora is not None and get_tokenizer_config(args.source)
         tokenizer = load_tokenizer(args.source) if has_own else opened.tokenizer()
     print_row("model", f"{base}, {model.dtype}".replace("torch.", "") + (f", with {args.source}" if lora else ""))

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ from pissa.cli.terminal import (
     silence_third_parties,
     user_errors,
 )
+from pissa.containers.staged import CompletedError
 from pissa.integrations import RUNTIMES
 
 
@@ -204,13 +206,37 @@ def _add_merge(parser: argparse.ArgumentParser) -> None:
 
 def _merge(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     from pissa.checkpoints.merge import merge
-    from pissa.cli.held_out import losses, read_rows
+    from pissa.cli.held_out import loss_merged, losses_before, read_rows
 
-    rows = read_rows(args.base, args.data) if args.data else []  # before the merge, which nothing repeats
+    if args.data and args.quant == "int8" and find_spec("bitsandbytes") is None:
+        raise UserError(
+            "--data: only bitsandbytes computes in int8; run `pip install bitsandbytes`, or leave --data out"
+        )
+    rows, found = [], dict[str, float]()
+    if args.data:  # what cannot be compared is not merged
+        rows = read_rows(args.base, args.data)
+        with user_errors(KeyError, TypeError, RuntimeError):
+            found = losses_before(args.base, args.adapter, rows)
     batches = _calibration(args, args.base)
-    done = merge(args.adapter, args.base, args.target, quant=args.quant, calibration=batches, progressbar=True)
-    found = losses(args.base, args.adapter, args.target, rows) if rows else {}
-    yield vars(done) | _kept_as_dicts(done) | {"loss": found}
+    done: Any = None
+    try:
+        done = merge(args.adapter, args.base, args.target, quant=args.quant, calibration=batches, progressbar=True)
+    except CompletedError as error:
+        if not rows:
+            raise
+        complete = str(error)
+    if rows:
+        found["merged"] = loss_merged(args.target, rows)
+    yield ({} if done is None else vars(done) | _kept_as_dicts(done)) | {"loss": found}
+    if done is None:
+        print_row("note", complete)
+    else:
+        _print_merged(args, done)
+    if found:
+        print_row("loss", ", ".join(f"{what} {loss:.4f}" for what, loss in found.items()))
+
+
+def _print_merged(args: argparse.Namespace, done: Any) -> None:
     print_row("adapter", f"{args.adapter}: {done.what}, {done.layers} layers")
     if done.kept is not None:
         print_row("merged", f"{done.quantised} layers into the codes of the base")
@@ -219,8 +245,6 @@ def _merge(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         form = f"{done.quantised} layers in {args.quant}" if args.quant else "dense, rounded once"
         print_row("error", f"{form}: {done.error:.3%} of the weights' norm, {done.error_of_change:.3%} of the change's")
     print_row("saved", f"{args.target}: {as_size(done.bytes_written)}")
-    if found:
-        print_row("loss", ", ".join(f"{what} {loss:.4f}" for what, loss in found.items()))
 
 
 def _kept_as_dicts(done: Any) -> dict[str, Any]:

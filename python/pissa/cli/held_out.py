@@ -7,34 +7,50 @@ from typing import Any
 
 import torch
 
+from pissa.adapters.lora_folder import open_adapter
 from pissa.checkpoints.load import load
 from pissa.cli.data import encode, read_chats
 from pissa.cli.sources import records
+from pissa.cli.trained import check_has_base, load_trained
 from pissa.containers.checkpoint import ModelFolder
 from pissa.containers.hub import Name
+
+Rows = list[dict[str, list[int]]]
+"""Input_ids and labels of examples."""
 
 LONGEST = 2048
 """Tokens of an example that are read."""
 
 
-def read_rows(base: Name, data: str) -> list[dict[str, list[int]]]:
-    """Input_ids and labels of records, for `losses`. Raises UserError for data that are not read."""
+def read_rows(base: Name, data: str) -> Rows:
+    """Input_ids and labels of records. Raises UserError for data that are not read."""
     return encode(read_chats(records(data)), ModelFolder.open(base).tokenizer(), LONGEST)[0]
 
 
-def losses(base: Name, adapter: Path, merged: Path, rows: list[dict[str, list[int]]]) -> dict[str, float]:
-    """The mean losses of the tokens of answers, by what computes them."""
-    model: Any = load(base, adapter=adapter, is_trainable=False)
-    found = {"adapter": _loss(model, rows)}
+def losses_before(base: Name, adapter: Path, rows: Rows) -> dict[str, float]:
+    """The mean losses of the tokens of answers, of a base and of an adapter on it.
+
+    Raises:
+        UserError: the adapter cannot be disabled to get its base.
+    """
+    lora, opened = open_adapter(adapter), ModelFolder.open(base)
+    check_has_base("--data", lora, opened)
+    model = load_trained(base, opened, lora)
     with model.disable_adapter():
-        found["base"] = _loss(model, rows)
-    del model
-    found["merged"] = _loss(load(merged, r=1, init="lora", is_trainable=False), rows)  # a start that changes nothing
-    return {what: found[what] for what in ("base", "adapter", "merged")}
+        of_base = _loss(model, rows)
+    return {"base": of_base, "adapter": _loss(model, rows)}
+
+
+def loss_merged(merged: Path, rows: Rows) -> float:
+    """The same of a merged model. Only bitsandbytes computes with its codes in 8 bits."""
+    opened = ModelFolder.open(merged)
+    if opened.quantization.get("load_in_8bit"):
+        return _loss(load_trained(merged, opened, None), rows)
+    return _loss(load(merged, r=1, init="lora", is_trainable=False), rows)  # a start that changes nothing
 
 
 @torch.no_grad()
-def _loss(model: Any, rows: list[dict[str, list[int]]]) -> float:
+def _loss(model: Any, rows: Rows) -> float:
     total, count = 0.0, 0
     for row in rows:
         ids, labels = (torch.tensor([row[name]]) for name in ("input_ids", "labels"))
