@@ -64,7 +64,7 @@ def draw_learning(
     figure = Figure(figsize=(9.6, 4.2))
     figure.suptitle(title, x=0.01, ha="left")
     losses, scores = figure.subplots(1, 2, width_ratios=(3, 2))
-    window = max(1, max(len(run["losses"]) for run in runs.values()) // 6) | 1
+    window = max(1, max(len(run["losses"]) for run in runs.values()) // 12) | 1
     for method, run in runs.items():
         style = STYLES[method]
         steps, values = zip(*run["losses"], strict=True)
