@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import matplotlib as mpl
@@ -37,12 +36,6 @@ _PAGE = {
 }
 
 
-def smoothed(losses: Sequence[float], window: int) -> list[float]:
-    """The running mean over `window` (odd) values. Near the ends, over those that exist."""
-    half = window // 2
-    return [fmean(losses[max(0, i - half) : i + half + 1]) for i in range(len(losses))]
-
-
 @mpl.rc_context(_PAGE)
 def draw_learning(
     runs: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]],
@@ -53,7 +46,7 @@ def draw_learning(
     title: str,
 ) -> None:
     """Draws what runs have learned, and writes a PNG: on the left their losses in nats per answer token, of the steps
-    (thin lines, their running means thick) and held out (points); on the right the number of right answers.
+    (lines) and held out (points); on the right the number of right answers.
 
     Args:
         runs: by method: `losses` and `held_out`, each pairs of a step and a loss.
@@ -64,12 +57,9 @@ def draw_learning(
     figure = Figure(figsize=(9.6, 4.2))
     figure.suptitle(title, x=0.01, ha="left")
     losses, scores = figure.subplots(1, 2, width_ratios=(3, 2))
-    window = max(1, max(len(run["losses"]) for run in runs.values()) // 12) | 1
     for method, run in runs.items():
         style = STYLES[method]
-        steps, values = zip(*run["losses"], strict=True)
-        losses.plot(steps, values, color=style["color"], linewidth=0.7, alpha=0.3)
-        losses.plot(steps, smoothed(values, window), linewidth=2.2, label=f"{method}, mean of {window} steps", **style)
+        losses.plot(*zip(*run["losses"], strict=True), linewidth=1.6, label=f"{method}, in training", **style)
         losses.plot(
             *zip(*run["held_out"], strict=True), color=style["color"], linestyle="", marker="o", label="held out"
         )

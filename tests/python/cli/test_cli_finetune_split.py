@@ -46,7 +46,7 @@ def test_it_is_the_run_of_the_dense_model(
 ) -> None:
     out, said, errors = trained
     assert "QPiSSA (nf4), rank 4" in said
-    assert f'pissa.load("{split}", adapter="{out}") has it exactly' in said
+    assert f"pissa.load({str(split)!r}, adapter={str(out)!r}) has it exactly" in said
     assert "PiSSA init" not in errors
     assert "Warning" not in errors
     assert main(command(base, data, tmp_path / "dense", "--rank", "4", "--quant", "nf4")) == 0

@@ -224,26 +224,26 @@ def test_checkpointing_begins_where_activations_fill_half_of_the_free_memory(mon
 def test_a_run_says_what_it_will_take(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """README's command, as it stands there, on 500 records: one pass in steps of eight, a twentieth held out."""
-    rows = "".join(f'{{"question": "{i}+1", "answer": "{i + 1}"}}\n' for i in range(500))
-    (tmp_path / "train.jsonl").write_text(rows)
+    """README's command, as it stands there, on its table of 300: one pass in steps of eight, a twentieth held out."""
     (tmp_path / "base").symlink_to(base)
+    (tmp_path / "examples").symlink_to(pages.ROOT / "examples")
     monkeypatch.chdir(tmp_path)
     [line] = re.findall(r"^pissa finetune .*$", (pages.ROOT / "README.md").read_text(), flags=re.MULTILINE)
     assert main(shlex.split(line.replace(pages.MODEL, "base"))[1:]) == 0
-    said, out = capsys.readouterr().out, tmp_path / "trained"
-    assert "train.jsonl, 500 examples, " in said
-    assert re.search(r"\nheld out  25 of them, chosen at random", said)
-    assert re.search(r"\nplan      60 steps of 8 examples \(1 x the data, \d+% padding\): about \d+ s on \d", said)
+    said, out = capsys.readouterr().out, tmp_path / "tickets"
+    assert "tickets.csv, 300 examples, " in said
+    assert re.search(r"\nheld out  15 of them, chosen at random", said)
+    assert re.search(r"\nplan      36 steps of 8 examples \(1 x the data, \d+% padding\): about \d+ s on \d", said)
     assert "Ctrl-C keeps what is learned by then, and --resume goes on" in said
     assert "float32" in said.partition("model ")[2].partition("\n")[0]  # the checkpoint's
     assert f"next      pissa chat {out.name}" in said
-    assert len(logged(out)) == 60 == math.ceil(475 / 8)
+    assert len(logged(out)) == 36 == math.ceil(285 / 8)
     assert max(row.get("learning_rate", 0) for row in history(out)) == 2e-4
-    assert [row["step"] for row in history(out) if "eval_loss" in row] == [0, 12, 24, 36, 48, 60]
+    assert [row["step"] for row in history(out) if "eval_loss" in row] == [0, 8, 16, 24, 32, 36]
     for label in ("asked", "expected", "before", "after"):
         assert re.search(rf"\n{label:<9} \S", said)
 
+    (tmp_path / "train.jsonl").write_text('{"question": "1+1", "answer": "2"}\n' * 8)
     for name in ("base-train", "base-train-2"):
         assert main(["finetune", "--model", "base", "--data", "train.jsonl", "--steps", "1", "--held-out", "0"]) == 0
         assert "held out" not in capsys.readouterr().out
