@@ -164,6 +164,8 @@ class Conversation:
             self.messages = answered
 
     def _encode(self, messages: list[dict[str, str]]) -> list[int]:
+        from pissa.cli.generation import check_tokens
+
         if self.tokenizer.chat_template is None:
             tokens = self.tokenizer(messages[-1]["content"]).input_ids
         else:
@@ -173,6 +175,7 @@ class Conversation:
                 f"the conversation has {len(tokens):,} tokens, and the model reads at most {self.context:,}, with the "
                 "answer; begin a new one with /new, or ask for less"
             )
+        check_tokens(self.model, self.tokenizer, tokens)
         return list(tokens)
 
     def _answer(self, tokens: list[int]) -> str:

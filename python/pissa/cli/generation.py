@@ -1,17 +1,32 @@
-"""One answer of a model, by transformers' `generate`."""
+"""What a model can read, and one answer of it, by transformers' `generate`."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
+
+from pissa.cli.terminal import UserError
+from pissa.containers.messages import quote
 
 
 def context_of(model: Any) -> float:
     """The most tokens that a model reads, its answer included; infinite if its configuration says nothing of it."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+
+
+def check_tokens(model: Any, tokenizer: Any, tokens: Iterable[int]) -> None:
+    """Raises UserError, naming the token, if the model has no embedding of one of these."""
+    embeddings = model.get_input_embeddings()
+    rows = getattr(getattr(embeddings, "base_layer", embeddings), "num_embeddings", math.inf)
+    if (last := max(tokens, default=0)) >= rows:
+        raise UserError(
+            f"the tokenizer's token {quote(tokenizer.convert_ids_to_tokens(last))} has the id {last}, and the model "
+            f"has {rows} embeddings, of the ids below {rows}; remove the token from the tokenizer, or load the model "
+            f"with transformers, call its resize_token_embeddings({last + 1}), and save it as the model to use [P127]"
+        )
 
 
 def generate(

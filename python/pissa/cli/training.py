@@ -12,7 +12,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +31,7 @@ import pissa
 from pissa.adapters.pissa_layout import AdapterRecord
 from pissa.cli.card import write_card
 from pissa.cli.data import encode, read_chats, read_preferences, shown
+from pissa.cli.generation import check_tokens
 from pissa.cli.memory import free_memory
 from pissa.cli.options import AUTO, adapter_config, parse, rate_of
 from pissa.cli.outcome import answer, method_name, report, show_answers
@@ -84,7 +85,7 @@ class Training(NamedTuple):
             digests = {name: digest for name, part in parts.items() if (digest := digest_of(part))}
             if ours.resume:
                 check_same_data(Path(training.output_dir), digests)
-            model = _model(ours, training, config, contents, train, **code)
+            model = _model(ours, training, config, contents, train, tokenizer, **code)
             if training.gradient_checkpointing is None:
                 training.gradient_checkpointing = needs_checkpointing(training, model, train)
                 training.activation_checkpointing = training.gradient_checkpointing  # its name in later versions
@@ -97,6 +98,7 @@ class Training(NamedTuple):
                 made = getattr(trl, f"{self.trainer}Trainer")
                 trainer: Any = made(model, args=training, callbacks=[watch], **names)
             training.model_init_kwargs = recorded
+            check_tokens(model, tokenizer, _tokens(tokenizer, trainer.train_dataset, trainer.eval_dataset))
             base = model.peft_config["default"].base_model_name_or_path or ours.model_name_or_path
             trainer.create_model_card = partial(_card, training, base, method_name(ours, config), args.command)
             trainer._save = partial(_save_data, trainer._save, training)
@@ -259,7 +261,15 @@ def _load(ours: Any, load: Callable[..., Any], **options: Any) -> Any:
             raise UserError(f"--model {name}: {first_line(error).partition('. ')[0]}; install it") from error
 
 
-def _model(ours: Any, training: Any, config: pissa.PissaConfig, contents: Contents, train: Any, **options: Any) -> Any:
+def _model(
+    ours: Any,
+    training: Any,
+    config: pissa.PissaConfig,
+    contents: Contents,
+    train: Any,
+    tokenizer: Any,
+    **options: Any,
+) -> Any:
     """The wrapped model, calibrated on the first examples of the training data if its base asks for a calibration."""
     name, dtype = ours.model_name_or_path, getattr(torch, ours.dtype, None)
     load = partial(pissa.load, revision=ours.model_revision, dtype=dtype, device=training.device)
@@ -282,7 +292,7 @@ def _model(ours: Any, training: Any, config: pissa.PissaConfig, contents: Conten
         model = _load(ours, create_model_from_path, **options)
         # Raised for a rank above a layer's size or a NaN in a weight. The message names the layer.
         with user_errors(TypeError, ValueError, before=f"--model {name}: "):
-            batches = _calibration(train, ours.calibration) if config.needs_calibration else None
+            batches = _calibration(model, tokenizer, train, ours.calibration) if config.needs_calibration else None
             model = pissa.wrap(model, config, calibration=batches, progressbar=not training.process_index)
     trainable, total = model.get_nb_trainable_parameters()
     cores = count_of(torch.get_num_threads(), "thread") if training.device.type == "cpu" else str(training.device)
@@ -292,7 +302,7 @@ def _model(ours: Any, training: Any, config: pissa.PissaConfig, contents: Conten
     return model
 
 
-def _calibration(train: Any, count: int) -> list[torch.Tensor]:
+def _calibration(model: Any, tokenizer: Any, train: Any, count: int) -> list[torch.Tensor]:
     """The first rows of the training data, as tokens."""
     rows = list(itertools.islice(iter(train), count))
     if not rows or "input_ids" not in rows[0]:
@@ -300,7 +310,22 @@ def _calibration(train: Any, count: int) -> list[torch.Tensor]:
             f"--calibration {count}: needed is --data of records to finetune on, of which at least one "
             "is read; leave --repair activations and --error-feedback out, or calibrate with pissa init --calibration"
         )
+    check_tokens(model, tokenizer, (token for row in rows for token in row["input_ids"]))
     return [torch.tensor([row["input_ids"]]) for row in rows]
+
+
+_TOKENS = ("input_ids", "prompt_ids", "chosen_ids", "rejected_ids")
+"""The columns of tokens of TRL's trainers."""
+
+
+def _tokens(tokenizer: Any, *data: Any) -> Iterator[int]:
+    """All tokens of data in TRL's form, and the one with which their batches are filled up. Data that are encoded only
+    while they are read, such as images, have none."""
+    yield tokenizer.pad_token_id or 0
+    for rows in data:
+        names = [name for name in _TOKENS if isinstance(rows, datasets.Dataset) and name in rows.column_names]
+        for batch in rows.select_columns(names).with_format(None).iter(1000) if names else ():
+            yield from (token for column in batch.values() for row in column for token in row)
 
 
 def _batches(trainer: Any, count: int, size: int | None = None) -> list[Any]:

@@ -25,7 +25,7 @@ import pytest
 import torch
 import yaml
 from packaging.requirements import Requirement
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import pissa
 import runs
@@ -35,7 +35,7 @@ from pissa.cli import main, training
 from pissa.cli.options import adapter_config, parse, rate_of
 from pissa.cli.verification import Step0
 from released_folders import release
-from runs import cut_last_step, exact, history, logged, refused, same_weights
+from runs import cut_last_step, exact, history, logged, refused, same_weights, save_preferences, save_sums
 
 pytestmark = pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning")
 
@@ -336,6 +336,44 @@ def test_wrong_paths_and_models_are_refused(
     (encoder / "config.json").write_text(json.dumps({"model_type": "clip_vision_model"}))
     assert "causal language model" in refused(command(encoder, data, out), capsys)
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "where", "options"),
+    [
+        ("finetune", "train", []),
+        ("finetune", "train", ["--quant", "nf4", "--repair", "activations"]),
+        ("finetune", "held out", []),
+        ("finetune", "padding", []),
+        ("dpo", "train", []),
+        ("chat", "", []),
+    ],
+)
+def test_a_token_without_an_embedding_is_named(
+    name: str, where: str, options: list[str], base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(shutil.copytree(base, model := tmp_path / "model"))
+    tokenizer.add_special_tokens({"pad_token": "<new>"})
+    if where != "padding":
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.save_pretrained(model)
+    if name == "chat":
+        message = refused(["chat", str(model), "--prompt", "<new>"], capsys)
+    else:
+        data = (save_preferences if name == "dpo" else save_sums)(tmp_path)
+        if where == "held out":
+            shutil.copy(data, held_out := tmp_path / "held_out.jsonl")
+            options = [*options, "--eval-data", str(held_out)]
+        if where != "padding":
+            with data.open("a") if where == "train" else held_out.open("a") as file:
+                row = json.loads(data.read_text().splitlines()[0])
+                file.write(json.dumps(row | {list(row)[-1]: "<new>"}))
+        assert main(runs.command(name, model, data, tmp_path / "run", *options)) == 2
+        message = capsys.readouterr().err.splitlines()[-1]
+    last = len(tokenizer) - 1
+    assert f"the tokenizer's token '<new>' has the id {last}, and the model has {last} embeddings" in message
+    assert f"call its resize_token_embeddings({last + 1})" in message
+    assert not (tmp_path / "run" / "run.yaml").exists()
 
 
 def test_wrong_arguments_are_refused(
