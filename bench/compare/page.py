@@ -248,7 +248,7 @@ def demo() -> str:
     before, after = (answer.split("\n")[0].split(". ")[0] for answer in re.split(r"--- \w+\n", chat)[1:])
     right = found["right"]
     return _table(
-        f"  | before | PiSSA, {round(int(minutes) + int(seconds) / 60)} minutes, {memory} | LoRA, at PiSSA's rate, 2e-4",
+        f"  | before | PiSSA, {round(int(minutes) + int(seconds) / 60)} minutes, {memory} | LoRA at PiSSA's rate, 2e-4",
         [
             [
                 f"reviews sorted correctly, of {found['of']} others",

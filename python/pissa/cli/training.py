@@ -9,6 +9,7 @@ import io
 import itertools
 import json
 import os
+import shlex
 import sys
 import time
 import warnings
@@ -28,6 +29,7 @@ from transformers.trainer_utils import IntervalStrategy
 from trl.trainer.utils import create_model_from_path
 
 import pissa
+from pissa.adapters.lora_folder import has_adapter, open_adapter
 from pissa.adapters.pissa_layout import AdapterRecord
 from pissa.cli.card import write_card
 from pissa.cli.data import encode, read_chats, read_preferences, shown
@@ -53,6 +55,7 @@ from pissa.cli.terminal import UserError, count_of, first_interrupt, print_row, 
 from pissa.cli.verification import packing_check, step0_check
 from pissa.containers.checkpoint import AS_STORED, PISSA_RECORD, Contents, ModelFolder
 from pissa.containers.messages import CodeError, first_line
+from pissa.containers.model_folder import CONFIG
 from pissa.notices import InexactLoraWarning
 from pissa.training.suggest_lr import own_loss
 
@@ -160,6 +163,7 @@ def _complete_options(ours: Any, training: Any) -> tuple[pissa.PissaConfig, Mode
     if ours.resume and not training.output_dir:
         raise UserError("--resume: --out is missing; needed: the folder of the run, or its run.yaml as --config")
     with user_errors(OSError, ValueError, before=f"--model {name}: "):
+        _check_is_model(Path(name))
         model_folder = ModelFolder.open(name, ours.model_revision, config_from=ours.config_from)
         model_folder.require(*(contents for contents in Contents if contents is not Contents.PEFT_RESIDUAL))
         is_residual = model_folder.contents is Contents.RESIDUAL
@@ -178,6 +182,21 @@ def _own_dtype(folder: ModelFolder) -> str:
     dtype = str(folder.config.get("dtype") or folder.config.get("torch_dtype") or "float32")
     is_dense = folder.contents not in (Contents.RESIDUAL, Contents.RELEASED)
     return "float32" if is_dense and dtype == "float16" else dtype
+
+
+def _check_is_model(folder: Path) -> None:
+    """Raises ValueError, saying how to go on, for the folder of a run or of an adapter."""
+    run = folder / RUN_FILE
+    if (folder / CONFIG).is_file() or not (run.is_file() or has_adapter(folder)):
+        return
+    what, ways = "an adapter", []
+    if run.is_file():
+        trains = "dpo" if "\nbeta:" in run.read_text(errors="replace") else "finetune"  # which has no such option
+        what, ways = "a run", [f"to continue it: `{shlex.join(['pissa', trains, '--config', str(run), '--resume'])}`"]
+    if adapter := folder if has_adapter(folder) else _last_checkpoint(folder):
+        words = ["pissa", "merge", str(adapter), "NEW_FOLDER", "--base", open_adapter(adapter).named_base or "BASE"]
+        ways.append(f"to train on from what it has learned: `{shlex.join(words)}`, then --model NEW_FOLDER")
+    raise ValueError(f"it is the folder of {what}, not of a model; {'; '.join(ways)} [P128]")
 
 
 # Columns of data sets that TRL reads itself: of images, of tools, of what is encoded.

@@ -16,7 +16,7 @@ import pissa
 import runs
 from daily import each
 from pissa.cli import main
-from runs import cut_last_step, exact, logged, same_weights, save_preferences, save_sums
+from runs import cut_last_step, exact, logged, refused, same_weights, save_preferences, save_sums
 
 pytestmark = pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning")
 
@@ -34,13 +34,17 @@ OPTIONS = [["--quant", "nf4"], [], ["--quant", "int8", "--dtype", "bfloat16"]]
 
 
 @pytest.mark.parametrize("options", each(OPTIONS, OPTIONS[:1]))
-def test_preferences_are_learned_from_ln_2_on(options: list[str], base: Path, data: Path, tmp_path: Path) -> None:
+def test_preferences_are_learned_from_ln_2_on(
+    options: list[str], base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "run"
     assert main(command(base, data, out, *options, "--eval-data", str(data), steps=3)) == 0
     first, _, last = logged(out)
     assert first == pytest.approx(math.log(2), abs=1e-6 if not options else 1e-2)
     assert last < first
     assert not (out / "ref").exists()  # TRL's copy of the adapter as it was
+    message = refused(command(out, data, tmp_path / "new"), capsys)  # which does not take the run for one of finetune
+    assert f"`pissa dpo --config {out / 'run.yaml'} --resume`" in message
 
 
 def test_an_interrupted_run_of_every_option_goes_on_bit_for_bit(base: Path, data: Path, tmp_path: Path) -> None:

@@ -338,6 +338,33 @@ def test_wrong_paths_and_models_are_refused(
     assert not out.exists()
 
 
+def test_a_run_in_place_of_a_model_is_refused_with_the_commands_to_go_on(
+    base: Path,
+    data: Path,
+    tmp_path: Path,
+    trained: Callable[[str], Run],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each of them runs as it is printed."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(trained("pissa").folder, folder := tmp_path / "a run")
+    for name in ("finetune", "dpo"):
+        message = refused(runs.command(name, folder, data, tmp_path / "new"), capsys)
+        assert f"--model {folder}: it is the folder of a run, not of a model; to continue it: " in message
+        resume, merge = (shlex.split(found) for found in re.findall("`(.*?)`", message))
+        assert resume == ["pissa", "finetune", "--config", str(folder / "run.yaml"), "--resume"]
+    assert main(merge[1:]) == 0
+    assert main(command(tmp_path / "NEW_FOLDER", data, tmp_path / "new", steps=1)) == 0
+
+    (folder / "adapter_config.json").unlink()  # as before the end of a run
+    message = refused(command(folder, data, tmp_path / "other"), capsys)
+    assert f"`pissa merge '{folder}/checkpoint-4' NEW_FOLDER --base {base}`, then --model NEW_FOLDER" in message
+    message = refused(command(folder / "checkpoint-4", data, tmp_path / "other"), capsys)
+    assert "it is the folder of an adapter, not of a model; to train on from what it has learned: `pissa" in message
+    assert not (tmp_path / "other").exists()
+
+
 @pytest.mark.parametrize(
     ("name", "where", "options"),
     [
