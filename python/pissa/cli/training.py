@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import io
 import itertools
 import json
 import os
 import shlex
+import shutil
 import sys
 import time
 import warnings
@@ -51,10 +53,10 @@ from pissa.cli.run_folder import (
 from pissa.cli.selftest import has_passed_on_gpu
 from pissa.cli.sources import ALLOWED, Records, is_records, records
 from pissa.cli.templates import check_continues, give_template
-from pissa.cli.terminal import UserError, count_of, first_interrupt, print_row, user_errors
+from pissa.cli.terminal import UserError, as_size, count_of, first_interrupt, print_row, user_errors
 from pissa.cli.verification import packing_check, step0_check
 from pissa.containers.checkpoint import AS_STORED, PISSA_RECORD, Contents, ModelFolder
-from pissa.containers.messages import CodeError, first_line
+from pissa.containers.messages import CodeError, first_line, is_of_writing
 from pissa.containers.model_folder import CONFIG
 from pissa.notices import InexactLoraWarning
 from pissa.training.suggest_lr import own_loss
@@ -428,6 +430,8 @@ def _plan(
 def _train(trainer: Any, ours: Any, watch: Watch, checkpoint: Path | None, command: str) -> None:
     """Trains, evaluates before and after, and saves."""
     args, out = trainer.args, Path(trainer.args.output_dir)
+    go_on = f"go on by: {command} --config {shlex.quote(str(out / RUN_FILE))} --resume"
+    trainer._save_checkpoint = _saving(trainer, go_on)(trainer._save_checkpoint)
     if checkpoint:
         print_row("resume", f"from {checkpoint}")
     args.eval_on_start = trainer.eval_dataset is not None and not checkpoint
@@ -439,15 +443,34 @@ def _train(trainer: Any, ours: Any, watch: Watch, checkpoint: Path | None, comma
         with interruptible, contextlib.suppress(CompleteError):
             trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         if watch.requested:
-            raise KeyboardInterrupt(
-                f"saved after step {trainer.state.global_step}; go on by: {command} --config {out / RUN_FILE} --resume"
-            )
+            raise KeyboardInterrupt(f"saved after step {trainer.state.global_step}; {go_on}")
         evaluated = [row["step"] for row in trainer.state.log_history if "eval_loss" in row]
         if trainer.eval_dataset is not None and evaluated[-1:] != [trainer.state.global_step]:
             trainer.evaluate()
-        trainer.save_model()
-        trainer.create_model_card()  # PEFT has added a folder's path to the metadata
-        trainer.save_state()
+        with _saving(trainer, go_on):
+            trainer.save_model()
+            trainer.create_model_card()  # PEFT has added a folder's path to the metadata
+            trainer.save_state()
+
+
+@contextlib.contextmanager
+def _saving(trainer: Any, go_on: str) -> Iterator[None]:
+    """Turns an error of the file system in the block into a UserError that says what is kept, and how to go on."""
+    try:
+        yield
+    except Exception as error:
+        if not is_of_writing(error):
+            raise
+        if (bar := trainer.pop_callback(LossBar)) and bar.training_bar is not None:
+            bar.training_bar.close()  # which would be drawn again after the message
+        out = Path(trainer.args.output_dir)
+        file, reason = getattr(error, "filename", None) or out, getattr(error, "strerror", None) or first_line(error)
+        remedy = f"{as_size(shutil.disk_usage(out).free)} are free there; free some space, or correct that reason"
+        if os.strerror(errno.EMFILE) in reason:
+            remedy = "raise the limit, such as by `ulimit -n 4096`"
+        last = _last_checkpoint(out)
+        kept = f"the last complete checkpoint, {last}, is kept" if last else "no checkpoint is complete"
+        raise UserError(f"{file} cannot be written: {reason}; {kept}; {remedy}, then {go_on}") from error
 
 
 # ---- The two commands ------------------------------------------------------------------------------------------------

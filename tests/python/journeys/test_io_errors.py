@@ -5,12 +5,15 @@ from __future__ import annotations
 import errno
 import os
 import re
+import shlex
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import pytest
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -23,6 +26,7 @@ from pissa.checkpoints.output import UNFINISHED
 from pissa.cli import main
 from pissa.containers import coded_weights
 from released_folders import released
+from runs import command, refused
 
 
 def done(out: Path) -> int:
@@ -78,6 +82,48 @@ def test_a_run_that_fails_to_read_goes_on(
     assert re.search("goes on|again", message)
     assert main(arguments) == 0
     assert contents(out) == expected
+
+
+FULL = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534")
+"""What torch.save raises on a full disk."""
+
+
+@pytest.mark.parametrize(
+    ("place", "error", "said"),
+    [
+        ("torch.save", FULL, f"OUT cannot be written: {FULL}; "),
+        ("torch.save", OSError(errno.ENOSPC, "No space left"), "OUT cannot be written: No space left; "),
+        ("pissa.adapters.save.write_tensors", OSError(errno.EMFILE, os.strerror(errno.EMFILE), "a.b"), "a.b cannot be"),
+        ("pissa.adapters.save.write_tensors", SafetensorError("I/O error: full (os error 28)"), "I/O error: full"),
+    ],
+)
+def test_a_training_that_cannot_save_keeps_its_last_checkpoint(
+    place: str,
+    error: Exception,
+    said: str,
+    base: Path,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = command("finetune", base, data, out := Path("a run"), "--rank", "2", "--save-steps", "1", steps=2)
+    real = resolve_name(place)
+
+    def fails(*args: Any, **options: Any) -> Any:
+        if (out / "checkpoint-1" / "trainer_state.json").is_file():
+            raise error
+        return real(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place, fails)
+        message = refused(arguments, capsys)
+    assert said.replace("OUT", str(out)) in message
+    assert "the last complete checkpoint, a run/checkpoint-1, is kept; " in message
+    assert ("`ulimit -n 4096`" if "a.b" in said else "free there; free some space") in message
+    assert main(shlex.split(message.partition("then go on by: pissa ")[2])) == 0
+    assert "resume    from a run/checkpoint-1" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
