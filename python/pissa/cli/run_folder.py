@@ -58,6 +58,10 @@ def taken_folder(ours: Any, training: Any) -> Iterator[None]:
 
 def _make(ours: Any, training: Any) -> list[Path]:
     """Returns what it has made, the innermost first: run.yaml, and the folders that did not exist."""
+    try:
+        os.path.abspath(training.output_dir).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{training.output_dir!a}: this name is not UTF-8; choose another one") from error
     if training.output_dir:
         out = Path(training.output_dir)
         check_unused(out, "go on with that run by --resume, or " if (out / RUN_FILE).is_file() else "")

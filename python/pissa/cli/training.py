@@ -195,7 +195,7 @@ def _check_is_model(folder: Path) -> None:
     if run.is_file():
         trains = "dpo" if "\nbeta:" in run.read_text(errors="replace") else "finetune"  # which has no such option
         what, ways = "a run", [f"to continue it: `{shlex.join(['pissa', trains, '--config', str(run), '--resume'])}`"]
-    if adapter := folder if has_adapter(folder) else _last_checkpoint(folder):
+    if adapter := folder if has_adapter(folder) else last_checkpoint(folder):
         words = ["pissa", "merge", str(adapter), "NEW_FOLDER", "--base", open_adapter(adapter).named_base or "BASE"]
         ways.append(f"to train on from what it has learned: `{shlex.join(words)}`, then --model NEW_FOLDER")
     raise ValueError(f"it is the folder of {what}, not of a model; {'; '.join(ways)} [P128]")
@@ -468,7 +468,7 @@ def _saving(trainer: Any, go_on: str) -> Iterator[None]:
         remedy = f"{as_size(shutil.disk_usage(out).free)} are free there; free some space, or correct that reason"
         if os.strerror(errno.EMFILE) in reason:
             remedy = "raise the limit, such as by `ulimit -n 4096`"
-        last = _last_checkpoint(out)
+        last = last_checkpoint(out)
         kept = f"the last complete checkpoint, {last}, is kept" if last else "no checkpoint is complete"
         raise UserError(f"{file} cannot be written: {reason}; {kept}; {remedy}, then {go_on}") from error
 

@@ -61,6 +61,12 @@ def test_a_link_that_leads_nowhere_is_no_new_folder(options: Any) -> None:
         taken_folder(*options("link")).__enter__()
 
 
+def test_a_name_that_is_not_utf8_is_refused(options: Any) -> None:
+    with pytest.raises(UserError, match=r"--out 'caf\\udce9': this name is not UTF-8; choose another one"):
+        taken_folder(*options("caf\udce9")).__enter__()
+    assert not list(Path().iterdir())
+
+
 def test_a_run_goes_on_with_the_data_with_which_it_began(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
