@@ -58,10 +58,6 @@ def taken_folder(ours: Any, training: Any) -> Iterator[None]:
 
 def _make(ours: Any, training: Any) -> list[Path]:
     """Returns what it has made, the innermost first: run.yaml, and the folders that did not exist."""
-    try:
-        os.path.abspath(training.output_dir).encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{training.output_dir!a}: this name is not UTF-8; choose another one") from error
     if training.output_dir:
         out = Path(training.output_dir)
         check_unused(out, "go on with that run by --resume, or " if (out / RUN_FILE).is_file() else "")
@@ -176,8 +172,13 @@ def last_checkpoint(out: Path) -> Path | None:
             f"--resume: {out} contains {quote(others[0])}, which would be deleted as an old checkpoint; give it a name "
             "that does not begin with checkpoint-, or move it elsewhere [P099]"
         )
-    complete = {int(number[1]): path for path, number in numbers.items() if number and (path / _STATE).is_file()}
+    complete = {int(number[1]): path for path, number in numbers.items() if number and _is_complete(path)}
     return complete[max(complete)] if complete else None
 
 
-_STATE = "trainer_state.json"
+def _is_complete(checkpoint: Path) -> bool:
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_bytes())
+    except (FileNotFoundError, ValueError):  # it is cut where the disk was full
+        return False
+    return True
