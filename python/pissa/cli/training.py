@@ -37,7 +37,7 @@ from pissa.cli.card import write_card
 from pissa.cli.data import encode, read_chats, read_preferences, shown
 from pissa.cli.generation import check_tokens
 from pissa.cli.memory import free_memory
-from pissa.cli.options import AUTO, adapter_config, parse, rate_of
+from pissa.cli.options import AUTO, adapter_config, flag, parse, rate_of
 from pissa.cli.outcome import answer, method_name, report, show_answers
 from pissa.cli.plan import collate, make_plan, needs_checkpointing
 from pissa.cli.progress import CompleteError, LossBar, Watch
@@ -170,6 +170,7 @@ def _complete_options(ours: Any, training: Any) -> tuple[pissa.PissaConfig, Mode
         model_folder.require(*(contents for contents in Contents if contents is not Contents.PEFT_RESIDUAL))
         is_residual = model_folder.contents is Contents.RESIDUAL
         split = AdapterRecord.read(model_folder.folder / PISSA_RECORD).config if is_residual else None
+    _check_utf8(model=model_folder.name, data=ours.dataset_name, eval_data=ours.eval_data, out=training.output_dir)
     config = adapter_config(ours, training.seed, split)
     if training.learning_rate is None:
         training.learning_rate = rate_of(config)
@@ -199,6 +200,16 @@ def _check_is_model(folder: Path) -> None:
         words = ["pissa", "merge", str(adapter), "NEW_FOLDER", "--base", open_adapter(adapter).named_base or "BASE"]
         ways.append(f"to train on from what it has learned: `{shlex.join(words)}`, then --model NEW_FOLDER")
     raise ValueError(f"it is the folder of {what}, not of a model; {'; '.join(ways)} [P128]")
+
+
+def _check_utf8(**names: str | None) -> None:
+    """Refuses a file name of other bytes, which neither the files of a run nor a terminal can hold."""
+    for option, name in names.items():
+        try:
+            (name or "").encode()
+        except UnicodeEncodeError as error:
+            given = f"{flag(option)}: the name {os.fsencode(str(name))!r} is not UTF-8"
+            raise UserError(f"{given}, in which a run names its files; rename it, or give another name") from error
 
 
 # Columns of data sets that TRL reads itself: of images, of tools, of what is encoded.

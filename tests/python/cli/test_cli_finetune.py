@@ -365,6 +365,19 @@ def test_a_run_in_place_of_a_model_is_refused_with_the_commands_to_go_on(
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.parametrize("option", ["--out", "--data", "--model"])
+def test_a_name_that_is_not_utf8_is_refused(
+    option: str, base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = tmp_path / os.fsdecode(b"caf\xe9")
+    if option == "--model":
+        shutil.copytree(base, name)
+    message = refused(command(base, data, tmp_path / "run", option, str(name), steps=1), capsys)
+    assert rf"{option}: the name b'{tmp_path}/caf\xe9' is not UTF-8" in message
+    assert not (tmp_path / "run").exists()
+    assert name.exists() == (option == "--model")
+
+
 @pytest.mark.parametrize(
     ("name", "where", "options"),
     [
