@@ -57,7 +57,6 @@ from pissa.cli.terminal import UserError, as_size, count_of, first_interrupt, pr
 from pissa.cli.verification import packing_check, step0_check
 from pissa.containers.checkpoint import AS_STORED, PISSA_RECORD, Contents, ModelFolder
 from pissa.containers.messages import CodeError, first_line, is_of_writing
-from pissa.containers.model_folder import CONFIG
 from pissa.notices import InexactLoraWarning
 from pissa.training.suggest_lr import own_loss
 
@@ -165,8 +164,11 @@ def _complete_options(ours: Any, training: Any) -> tuple[pissa.PissaConfig, Mode
     if ours.resume and not training.output_dir:
         raise UserError("--resume: --out is missing; needed: the folder of the run, or its run.yaml as --config")
     with user_errors(OSError, ValueError, before=f"--model {name}: "):
-        _check_is_model(Path(name))
-        model_folder = ModelFolder.open(name, ours.model_revision, config_from=ours.config_from)
+        try:
+            model_folder = ModelFolder.open(name, ours.model_revision, config_from=ours.config_from)
+        except ValueError:
+            _check_no_run(Path(name))
+            raise
         model_folder.require(*(contents for contents in Contents if contents is not Contents.PEFT_RESIDUAL))
         is_residual = model_folder.contents is Contents.RESIDUAL
         split = AdapterRecord.read(model_folder.folder / PISSA_RECORD).config if is_residual else None
@@ -187,10 +189,10 @@ def _own_dtype(folder: ModelFolder) -> str:
     return "float32" if is_dense and dtype == "float16" else dtype
 
 
-def _check_is_model(folder: Path) -> None:
+def _check_no_run(folder: Path) -> None:
     """Raises ValueError, saying how to go on, for the folder of a run or of an adapter."""
     run = folder / RUN_FILE
-    if (folder / CONFIG).is_file() or not (run.is_file() or has_adapter(folder)):
+    if not (run.is_file() or has_adapter(folder)):
         return
     what, ways = "an adapter", []
     if run.is_file():
