@@ -13,6 +13,7 @@ import torch
 _COMPILE = "torch.compile compiles nothing below a mode"
 _STREAMS = "streams of a GPU"
 _GRAPHS = "captures a CUDA graph"
+_ASKED = "transformers asks for the GPU"
 _OPCHECK = "torch traces below its modes, with tensors that have no memory of which one could say where it is"
 
 FAILS = {
@@ -21,7 +22,10 @@ FAILS = {
     "ops/test_gpu.py::test_forward_and_backward_in_a_graph": _GRAPHS,
     "ops/test_ops_linear.py::test_add_low_rank_compiles": _COMPILE,
     "ops/test_ops_linear.py::test_compiles_without_a_graph_break": _COMPILE,
-    "base/test_bitsandbytes.py::test_a_model_that_transformers_has_loaded_quantised": "transformers asks for the GPU",
+    "base/test_bitsandbytes.py::test_a_model_that_transformers_has_loaded_quantised": _ASKED,
+    "base/test_bitsandbytes.py::test_all_layers_are_dense_or_none_is": _ASKED,
+    "base/test_bitsandbytes.py::test_an_adapter_on_a_dense_layer_leaves_the_codes": _ASKED,
+    "base/test_bitsandbytes.py::test_a_mixture_that_no_configuration_describes_is_refused": _ASKED,
     "ops/test_gpu.py::test_a_weight_of_more_than_2_to_the_31_elements": "asks for 16 GiB of a GPU's memory",
 }
 """Why a test does not pass on the stand-in."""
