@@ -207,11 +207,14 @@ def _check_no_run(folder: Path) -> None:
 def _check_utf8(**names: str | None) -> None:
     """Refuses a file name of other bytes, which neither the files of a run nor a terminal can hold."""
     for option, name in names.items():
+        given = os.fsencode(name or "")  # in a locale of ASCII, Python has not decoded what is UTF-8
         try:
-            (name or "").encode()
-        except UnicodeEncodeError as error:
-            given = f"{flag(option)}: the name {os.fsencode(str(name))!r} is not UTF-8"
-            raise UserError(f"{given}, in which a run names its files; rename it, or give another name") from error
+            given.decode()
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{flag(option)}: the name {given!r} is not UTF-8, in which a run names its files; rename it, or give "
+                "another name"
+            ) from error
 
 
 # Columns of data sets that TRL reads itself: of images, of tools, of what is encoded.

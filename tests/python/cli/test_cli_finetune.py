@@ -369,13 +369,15 @@ def test_a_run_in_place_of_a_model_is_refused_with_the_commands_to_go_on(
 def test_a_name_that_is_not_utf8_is_refused(
     option: str, base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    name = tmp_path / os.fsdecode(b"caf\xe9")
+    name = tmp_path / os.fsdecode(b"caf\xe9.jsonl")
     if option == "--model":
         shutil.copytree(base, name)
+    elif option == "--data":
+        shutil.copy(data, name)
     message = refused(command(base, data, tmp_path / "run", option, str(name), steps=1), capsys)
-    assert rf"{option}: the name b'{tmp_path}/caf\xe9' is not UTF-8" in message
+    assert rf"{option}: the name b'{tmp_path}/caf\xe9.jsonl' is not UTF-8" in message
     assert not (tmp_path / "run").exists()
-    assert name.exists() == (option == "--model")
+    assert name.exists() == (option != "--out")
 
 
 @pytest.mark.parametrize(
