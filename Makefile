@@ -1,4 +1,4 @@
-# make demo   README's example: a small language model learns to sort film reviews   (6 minutes on two cores, after the set-up)
+# make demo   README's example: a small language model learns to sort film reviews   (6 to 10 minutes on two cores, after the set-up)
 # make test   build the wheel, install it into a clean environment, test it    (19 minutes on two cores; 10 once all is built)
 # make quick  the core of everything, in the source tree, for work on the code (a minute after an edit of Python)
 # make nightly what is too long to wait for: sanitizers, the CUDA library, PEFT's tests, every architecture (about 50 minutes, by its parts)

@@ -1,6 +1,6 @@
 """README's example: a small model learns to sort film reviews, from PiSSA's start and from LoRA's at the same rate.
 
-`make demo` runs it: `python -m bench.demo --reviews FILE --out build/demo`, about six minutes on two cores. The model
+`make demo` runs it: `python -m bench.demo --reviews FILE --out build/demo`, six to ten minutes on two cores. The model
 is SmolLM2-135M-Instruct; the reviews are snippets with people's ratings (C. Hutto and E. Gilbert, ICWSM 2014). README
 shows the run whose demo.json is in bench/results, and whose pictures are in docs/pictures.
 """
