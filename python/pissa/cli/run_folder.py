@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import re
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import fields
@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from datasets import Dataset
 
+from pissa.adapters.lora_folder import has_adapter, open_adapter
 from pissa.base.digest import xxh3_of_text
 from pissa.cli.options import AUTO, METHOD, flag
 from pissa.cli.terminal import UserError, user_errors
@@ -77,11 +79,14 @@ def _make(ours: Any, training: Any) -> list[Path]:
 
 def _new_folder(name: str) -> Path:
     """Makes a folder under the first name that nothing in this directory has."""
-    for free in itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2))):
-        with suppress(FileExistsError):
-            os.mkdir(free)
-            return Path(free)
-    raise AssertionError  # names do not end
+    free, number = Path(name), 1
+    while True:
+        try:
+            free.mkdir()
+            return free
+        except FileExistsError:
+            number += 1
+            free = Path(f"{name}-{number}")
 
 
 def _remove(run_file: Path, *folders: Path) -> None:
@@ -91,6 +96,41 @@ def _remove(run_file: Path, *folders: Path) -> None:
             run_file.unlink()
             for folder in folders:
                 folder.rmdir()
+
+
+def check_names(**names: str | None) -> None:
+    """Refuses file names of other bytes than UTF-8, which neither the files of a run nor a terminal can hold. They are
+    given by the options that have them."""
+    for option, name in names.items():
+        given = os.fsencode(name or "")  # in a locale of ASCII, Python has not decoded what is UTF-8
+        try:
+            given.decode()
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{flag(option)}: the name {given!r} is not UTF-8, in which a run names its files; rename it, or give "
+                "another name"
+            ) from error
+
+
+def check_no_run(folder: Path) -> None:
+    """Raises ValueError, saying how to go on, if it is the folder of a run or of an adapter that stands in the place of
+    a model's."""
+    run = folder / RUN_FILE
+    if not (run.is_file() or has_adapter(folder)):
+        return
+    what, ways = "an adapter", []
+    if run.is_file():
+        trains = "dpo" if "\nbeta:" in run.read_text(errors="replace") else "finetune"  # which has no such option
+        what, ways = "a run", [f"to continue it: `{resume_command(f'pissa {trains}', folder)}`"]
+    if adapter := folder if has_adapter(folder) else last_checkpoint(folder):
+        words = ["pissa", "merge", str(adapter), "NEW_FOLDER", "--base", open_adapter(adapter).named_base or "BASE"]
+        ways.append(f"to train on from what it has learned: `{shlex.join(words)}`, then --model NEW_FOLDER")
+    raise ValueError(f"it is the folder of {what}, not of a model; {'; '.join(ways)} [P128]")
+
+
+def resume_command(command: str, out: Path) -> str:
+    """What to type, so that a run of `command`, such as "pissa finetune", goes on."""
+    return f"{command} --config {shlex.quote(str(out / RUN_FILE))} --resume"
 
 
 # ---- What a run is ---------------------------------------------------------------------------------------------------
@@ -121,17 +161,19 @@ def check_same_run(out: Path, ours: Any, training: Any) -> None:
         raise UserError(f"--resume: {out} holds another run: {what}; give the same options or another --out [P099]")
 
 
-def digest_of(rows: Any) -> str | None:
-    """A digest of encoded examples, in their order; None for a data set that is only read while training."""
-    if not hasattr(rows, "__len__"):
-        return None
-    if {*rows.column_names} & {"image", "images"}:  # by what datasets knows of their files
-        return str(rows._fingerprint)
-    return xxh3_of_text("\n".join(xxh3_of_text(json.dumps(row, sort_keys=True, default=str)) for row in rows))
+def digests_of(train: Any, held_out: Any) -> dict[str, str]:
+    """Digests of encoded examples in their order. Data that are only encoded when they are read have none: streams, and
+    images, for which the digest would change with their cache."""
+    parts = {"training": train, "held-out": held_out}
+    return {
+        name: xxh3_of_text("\n".join(xxh3_of_text(json.dumps(row, sort_keys=True)) for row in rows))
+        for name, rows in parts.items()
+        if isinstance(rows, Dataset) and not {*rows.column_names} & {"image", "images"}
+    }
 
 
 def check_same_data(out: Path, digests: dict[str, str]) -> None:
-    """Checks that a run goes on with the examples with which it began. (A run of an earlier version has no digests.)"""
+    """Checks that a run goes on with the examples with which it began. A run of an earlier version has no digests."""
     path = out / _DATA_FILE
     if not path.is_file():
         return

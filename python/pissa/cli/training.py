@@ -5,13 +5,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import errno
 import io
 import itertools
 import json
 import os
-import shlex
-import shutil
 import sys
 import time
 import warnings
@@ -25,38 +22,40 @@ import torch
 import trl
 from accelerate import DistributedType
 from transformers import AutoProcessor
-from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ProgressCallback, TrainerState
 from transformers.trainer_utils import IntervalStrategy
 from trl.trainer.utils import create_model_from_path
 
 import pissa
-from pissa.adapters.lora_folder import has_adapter, open_adapter
 from pissa.adapters.pissa_layout import AdapterRecord
 from pissa.cli.card import write_card
 from pissa.cli.data import encode, read_chats, read_preferences, shown
 from pissa.cli.generation import check_tokens
 from pissa.cli.memory import free_memory
-from pissa.cli.options import AUTO, adapter_config, flag, parse, rate_of
+from pissa.cli.options import AUTO, adapter_config, parse, rate_of
 from pissa.cli.outcome import answer, method_name, report, show_answers
 from pissa.cli.plan import collate, make_plan, needs_checkpointing
 from pissa.cli.progress import CompleteError, LossBar, Watch
 from pissa.cli.run_folder import (
-    RUN_FILE,
+    check_names,
+    check_no_run,
     check_same_data,
     check_same_run,
-    digest_of,
+    digests_of,
     last_checkpoint,
     record,
+    resume_command,
     taken_folder,
 )
+from pissa.cli.saving import errors_of_saving, save_safely
 from pissa.cli.selftest import has_passed_on_gpu
 from pissa.cli.sources import ALLOWED, Records, is_records, records
 from pissa.cli.templates import check_continues, give_template
-from pissa.cli.terminal import UserError, as_size, count_of, first_interrupt, print_row, user_errors
+from pissa.cli.terminal import UserError, count_of, first_interrupt, print_row, user_errors
 from pissa.cli.verification import packing_check, step0_check
 from pissa.containers.checkpoint import AS_STORED, PISSA_RECORD, Contents, ModelFolder
-from pissa.containers.messages import CodeError, first_line, is_of_writing
+from pissa.containers.messages import CodeError, first_line
 from pissa.notices import InexactLoraWarning
 from pissa.training.suggest_lr import own_loss
 
@@ -85,8 +84,7 @@ class Training(NamedTuple):
             processor = source.tokenizer(**code) if is_gguf else _load(ours, partial(_processor, source), **code)
             tokenizer = getattr(processor, "tokenizer", processor)
             train, held_out = _data(ours, training, self.rows, tokenizer)
-            parts = {"training": train, "held-out": held_out}
-            digests = {name: digest for name, part in parts.items() if (digest := digest_of(part))}
+            digests = digests_of(train, held_out)
             if ours.resume:
                 check_same_data(Path(training.output_dir), digests)
             model = _model(ours, training, config, contents, train, tokenizer, **code)
@@ -105,7 +103,7 @@ class Training(NamedTuple):
             check_tokens(model, tokenizer, _tokens(tokenizer, trainer.train_dataset, trainer.eval_dataset))
             base = model.peft_config["default"].base_model_name_or_path or ours.model_name_or_path
             trainer.create_model_card = partial(_card, training, base, method_name(ours, config), args.command)
-            trainer._save = partial(_save_data, trainer._save, training)
+            save_safely(trainer, f"pissa {args.command}")
             if "ref" in model.peft_config:  # TRL's copy of the adapter, which computes what the base does
                 model.delete_adapter("ref")
             if not training.disable_tqdm:
@@ -167,12 +165,12 @@ def _complete_options(ours: Any, training: Any) -> tuple[pissa.PissaConfig, Mode
         try:
             model_folder = ModelFolder.open(name, ours.model_revision, config_from=ours.config_from)
         except ValueError:
-            _check_no_run(Path(name))
+            check_no_run(Path(name))
             raise
         model_folder.require(*(contents for contents in Contents if contents is not Contents.PEFT_RESIDUAL))
         is_residual = model_folder.contents is Contents.RESIDUAL
         split = AdapterRecord.read(model_folder.folder / PISSA_RECORD).config if is_residual else None
-    _check_utf8(model=model_folder.name, data=ours.dataset_name, eval_data=ours.eval_data, out=training.output_dir)
+    check_names(model=model_folder.name, data=ours.dataset_name, eval_data=ours.eval_data, out=training.output_dir)
     config = adapter_config(ours, training.seed, split)
     if training.learning_rate is None:
         training.learning_rate = rate_of(config)
@@ -187,34 +185,6 @@ def _own_dtype(folder: ModelFolder) -> str:
     dtype = str(folder.config.get("dtype") or folder.config.get("torch_dtype") or "float32")
     is_dense = folder.contents not in (Contents.RESIDUAL, Contents.RELEASED)
     return "float32" if is_dense and dtype == "float16" else dtype
-
-
-def _check_no_run(folder: Path) -> None:
-    """Raises ValueError, saying how to go on, for the folder of a run or of an adapter."""
-    run = folder / RUN_FILE
-    if not (run.is_file() or has_adapter(folder)):
-        return
-    what, ways = "an adapter", []
-    if run.is_file():
-        trains = "dpo" if "\nbeta:" in run.read_text(errors="replace") else "finetune"  # which has no such option
-        what, ways = "a run", [f"to continue it: `{shlex.join(['pissa', trains, '--config', str(run), '--resume'])}`"]
-    if adapter := folder if has_adapter(folder) else last_checkpoint(folder):
-        words = ["pissa", "merge", str(adapter), "NEW_FOLDER", "--base", open_adapter(adapter).named_base or "BASE"]
-        ways.append(f"to train on from what it has learned: `{shlex.join(words)}`, then --model NEW_FOLDER")
-    raise ValueError(f"it is the folder of {what}, not of a model; {'; '.join(ways)} [P128]")
-
-
-def _check_utf8(**names: str | None) -> None:
-    """Refuses a file name of other bytes, which neither the files of a run nor a terminal can hold."""
-    for option, name in names.items():
-        given = os.fsencode(name or "")  # in a locale of ASCII, Python has not decoded what is UTF-8
-        try:
-            given.decode()
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"{flag(option)}: the name {given!r} is not UTF-8, in which a run names its files; rename it, or give "
-                "another name"
-            ) from error
 
 
 # Columns of data sets that TRL reads itself: of images, of tools, of what is encoded.
@@ -397,13 +367,6 @@ def _card(training: Any, base: str, method: str, command: str, **_: Any) -> None
         write_card(Path(out), (training.push_to_hub and training.hub_model_id) or out, base, method, command)
 
 
-def _save_data(save: Callable[..., None], training: Any, folder: str | None = None, **state: Any) -> None:
-    """Saves as the Trainer does, but no pickle of its options, which nothing reads: the folder may be given away."""
-    save(folder, **state)
-    if training.should_save:
-        Path(folder or training.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)
-
-
 # ---- Training, and after ---------------------------------------------------------------------------------------------
 
 
@@ -446,8 +409,6 @@ def _plan(
 def _train(trainer: Any, ours: Any, watch: Watch, checkpoint: Path | None, command: str) -> None:
     """Trains, evaluates before and after, and saves."""
     args, out = trainer.args, Path(trainer.args.output_dir)
-    go_on = f"go on by: {command} --config {shlex.quote(str(out / RUN_FILE))} --resume"
-    trainer._save_checkpoint = _saving(trainer, go_on)(trainer._save_checkpoint)
     if checkpoint:
         print_row("resume", f"from {checkpoint}")
     args.eval_on_start = trainer.eval_dataset is not None and not checkpoint
@@ -459,34 +420,15 @@ def _train(trainer: Any, ours: Any, watch: Watch, checkpoint: Path | None, comma
         with interruptible, contextlib.suppress(CompleteError):
             trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         if watch.requested:
-            raise KeyboardInterrupt(f"saved after step {trainer.state.global_step}; {go_on}")
+            go_on = resume_command(command, out)
+            raise KeyboardInterrupt(f"saved after step {trainer.state.global_step}; go on by: {go_on}")
         evaluated = [row["step"] for row in trainer.state.log_history if "eval_loss" in row]
         if trainer.eval_dataset is not None and evaluated[-1:] != [trainer.state.global_step]:
             trainer.evaluate()
-        with _saving(trainer, go_on):
+        with errors_of_saving(trainer, command):
             trainer.save_model()
             trainer.create_model_card()  # PEFT has added a folder's path to the metadata
             trainer.save_state()
-
-
-@contextlib.contextmanager
-def _saving(trainer: Any, go_on: str) -> Iterator[None]:
-    """Turns an error of the file system in the block into a UserError that says what is kept, and how to go on."""
-    try:
-        yield
-    except Exception as error:
-        if not is_of_writing(error):
-            raise
-        if (bar := trainer.pop_callback(LossBar)) and bar.training_bar is not None:
-            bar.training_bar.close()  # which would be drawn again after the message
-        out = Path(trainer.args.output_dir)
-        file, reason = getattr(error, "filename", None) or out, getattr(error, "strerror", None) or first_line(error)
-        remedy = f"{as_size(shutil.disk_usage(out).free)} are free there; free some space, or correct that reason"
-        if os.strerror(errno.EMFILE) in reason:
-            remedy = "raise the limit, such as by `ulimit -n 4096`"
-        last = last_checkpoint(out)
-        kept = f"the last complete checkpoint, {last}, is kept" if last else "no checkpoint is complete"
-        raise UserError(f"{file} cannot be written: {reason}; {kept}; {remedy}, then {go_on}") from error
 
 
 # ---- The two commands ------------------------------------------------------------------------------------------------

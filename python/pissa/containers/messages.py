@@ -8,8 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 
 def quote(name: object) -> str:
     """A name or value from a file, quoted, and at most one line long."""
@@ -29,14 +27,6 @@ def is_short_of_memory(error: BaseException) -> bool:
     words = ("DefaultCPUAllocator", "not enough memory", "bad_alloc", "annot allocate memory", "out of memory")
     is_torchs = isinstance(error, RuntimeError) and any(word in str(error) for word in words)
     return isinstance(error, MemoryError) or is_torchs
-
-
-def is_of_writing(error: BaseException) -> bool:
-    """Whether an error of saving is one of the file system, for which safetensors and torch have classes that do not
-    say so."""
-    words = ("I/O error", "inline_container", "iostream error")
-    is_other = isinstance(error, SafetensorError | RuntimeError) and any(word in str(error) for word in words)
-    return isinstance(error, OSError) or is_other
 
 
 class CodeError(ValueError):

@@ -20,10 +20,7 @@ from language_models import FORMS, Make, assert_same, error, logits, snapshot, t
 from pissa import PissaConfig, PissaModel, notices
 from pissa.containers.tensor_file import write_tensors
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:Model (has|with) `tie_word_embeddings=True`:UserWarning"),
-    pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning")
 
 SIZE, GROWN = 97, 104
 EMBEDDING, HEAD = "base_model.model.model.embed_tokens", "base_model.model.lm_head"

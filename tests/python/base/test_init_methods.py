@@ -57,7 +57,6 @@ def test_a_start_of_one_s_own(
 
 
 @pytest.mark.filterwarnings("ignore::pissa.notices.TiedWeightWarning")
-@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings:UserWarning")
 def test_starts_of_loftq_from_other_block_sizes_are_two(small_llama: Make) -> None:
     """On a tied weight, which stays dense beside any form."""
     fields = {"r": 4, "quant": "nf4", "init": "loftq", "target_modules": ["lm_head"]}
@@ -103,7 +102,6 @@ def test_alternations_are_part_of_a_start(small_llama: Make) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::pissa.notices.TiedWeightWarning")
-@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings:UserWarning")
 @pytest.mark.parametrize("fields", [{"quant_iters": 2}, {"repair": "lora"}])
 def test_a_tied_weight_has_nothing_to_repair(fields: dict[str, object], small_llama: Make, tmp_path: Path) -> None:
     base = small_llama(tie_word_embeddings=True)

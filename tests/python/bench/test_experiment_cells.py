@@ -133,7 +133,6 @@ def test_an_answer_is_right_by_its_first_line() -> None:
     assert generated(Scripted(), task) == 0.5
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")  # of TRL and transformers, about their options
 def test_the_loss_of_labels_alone_is_trls(tmp_path: Path) -> None:
     """Before, in and after a training: to float32's rounding, in sums of fewer than 64 terms."""
     from bench.experiments.language import LanguageCell, make_trainer

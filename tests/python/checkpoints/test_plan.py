@@ -209,7 +209,6 @@ def test_a_missing_expert(tmp_path: Path) -> None:
         ("mixtral", {"experts": "nf4"}, r"experts: got 'nf4'; allowed: 'dense', or .* quant=None"),
     ],
 )
-@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")  # PEFT's, of the same
 def test_what_is_refused(kind: str, fields: dict[str, Any], words: str, tmp_path: Path) -> None:
     save(kind, tmp_path)
     with pytest.raises(ValueError, match=words):

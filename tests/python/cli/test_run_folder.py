@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pissa.cli import main, run_folder
-from pissa.cli.run_folder import digest_of, last_checkpoint, taken_folder
+from pissa.cli.run_folder import digests_of, last_checkpoint, taken_folder
 from pissa.cli.terminal import UserError
 from runs import command, refused, same_weights, save_sums
 
@@ -81,12 +81,16 @@ def test_the_digest_is_that_of_the_examples_in_their_order() -> None:
     from datasets import Dataset
 
     rows = [{"input_ids": [1, 2], "labels": [-100, 2]}, {"input_ids": [3], "labels": [3]}]
-    digest = digest_of(Dataset.from_list(rows))
-    assert digest == digest_of(Dataset.from_list([dict(reversed(row.items())) for row in rows]))
+
+    def of(rows: list[dict[str, list[int]]]) -> str:
+        return digests_of(Dataset.from_list(rows), None)["training"]
+
+    assert of(rows) == of([dict(reversed(row.items())) for row in rows])
     for others in (rows[::-1], rows[:1], [rows[0], {"input_ids": [3], "labels": [4]}]):
-        assert digest_of(Dataset.from_list(others)) != digest
-    assert digest_of(Dataset.from_list(rows).to_iterable_dataset()) is None
-    assert digest_of(None) is None
+        assert of(others) != of(rows)
+    both = digests_of(Dataset.from_list(rows), Dataset.from_list(rows[:1]))
+    assert both == {"training": of(rows), "held-out": of(rows[:1])}
+    assert digests_of(Dataset.from_list(rows).to_iterable_dataset(), Dataset.from_list([{"images": []}])) == {}
 
 
 def test_a_run_goes_on_from_its_latest_complete_checkpoint(tmp_path: Path) -> None:

@@ -171,7 +171,6 @@ def test_a_config_without_a_start_becomes_pissa_if_that_is_asked(tiny_llama: Mak
     assert type(get_peft_model(tiny_llama(), LoraConfig(r=4))) is PeftModel
 
 
-@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed:UserWarning")
 def test_a_start_that_was_asked_is_had_or_an_error(tiny_llama: Make) -> None:
     enable(init="pissa")
     with pytest.raises(ValueError, match=r"was to start as PiSSA, but lora_bias=True is not supported"):
@@ -204,7 +203,6 @@ THEIRS: dict[str, peft.PeftConfig] = {
 
 
 @pytest.mark.parametrize("case", THEIRS)
-@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed:UserWarning")
 def test_everything_else_is_as_before(case: str, tiny_llama: Make, tokens: Tensor) -> None:
     """Bit for bit, and of the same class."""
     runs = []
@@ -303,7 +301,6 @@ STAYS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", STAYS)
-@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed:UserWarning")
 def test_lora_on_4_bits_stays_peft_s(case: str, tiny_llama: Make, tokens: Tensor) -> None:
     """What we do not have: one warning, and PEFT's own model, random numbers included."""
     fields, quant_type = STAYS[case]

@@ -163,7 +163,6 @@ def test_what_llama_cpp_lacks_is_refused_by_name(tmp_path: Path) -> None:
     refuses(message, tmp_path / "run", None)
 
 
-@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings")
 def test_bases_that_do_not_do(tmp_path: Path) -> None:
     write(make("qwen2"), "qwen2", tmp_path / "tied.gguf")  # with tied embeddings
     model = pissa.load(tmp_path / "tied.gguf", r=4, target_modules=["lm_head"], init="lora")

@@ -40,17 +40,7 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "tied embeddings": ("tied", {"target_modules": ["embed_tokens", "q_proj"]}),
     "tied, both": ("tied", {"target_modules": ["embed_tokens", "lm_head"]}),
 }
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning"),
-    # PEFT cannot know that a tied weight is left alone here.
-    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning"),
-    pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`:UserWarning"),
-    pytest.mark.filterwarnings("ignore:Input and output embeddings are no longer tied:UserWarning"),
-    # Said of any trained bias, which is the base's own.
-    pytest.mark.filterwarnings("ignore:Careful, disabling adapter layers with bias:UserWarning"),
-    # PEFT heeds patterns of parameters, but looks for them among modules only before it says this.
-    pytest.mark.filterwarnings(r"ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning")
 DAILY = ("rank_pattern and alpha_pattern of experts", "use_rslora", "modules_to_save", "bias of adapted layers")
 DAILY += ("tied head", "tied, both")
 """The others are told from these by their targets, sizes and scalings alone, or by what is trained: tests below."""

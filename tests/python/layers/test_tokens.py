@@ -18,10 +18,7 @@ from language_models import FORMS, Make, assert_same, error, logits, snapshot, t
 from pissa import PissaConfig, PissaModel
 from trainers import trainable
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:Model (has|with) `tie_word_embeddings=True`:UserWarning"),
-    pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning")
 
 TOKENS = [1, 5, 96]
 DELTA = "token_adapter.trainable_tokens_delta"
@@ -248,7 +245,6 @@ REFUSED: dict[str, tuple[bool, dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:Unsupported layer type '<class 'peft.utils.other.ModulesToSaveWrapper'>'")  # PEFT's
 @pytest.mark.parametrize("what", REFUSED)
 def test_it_is_refused_and_the_model_is_as_it_was(what: str, small_llama: Make) -> None:
     tie, fields, words = REFUSED[what]

@@ -52,7 +52,6 @@ def test_a_name_that_could_not_be_saved_is_refused(small_llama: Make, saved: Pat
 
 
 @pytest.mark.parametrize("name", ["v 2", "übung", "lora", "Model", "x" * 200], ids=ascii)
-@pytest.mark.filterwarnings("ignore:Adapter name 'lora' should not be contained in the prefix:UserWarning")
 def test_any_other_name_is_saved_and_restored(name: str, small_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
     model = pissa.wrap(small_llama(), r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
     model.add_adapter(name, PissaConfig(r=3, target_modules=["v_proj"], modules_to_save=["lm_head"]))

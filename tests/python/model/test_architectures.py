@@ -62,7 +62,6 @@ def test_it_generates_what_the_base_does(name: str) -> None:
 
 @pytest.mark.parametrize("form", each(FORMS, ["nf4"]))
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "llama4", "mamba", "whisper"])
-@pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing.* is deprecated:FutureWarning")
 def test_recomputed_blocks_have_the_same_gradients(name: str, form: str) -> None:
     gradients = []
     for recomputed in (False, True):

@@ -78,7 +78,6 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")
 def test_a_plain_lora_is_loaded(case: str, small_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
     folder, expected = saved(small_llama(), tmp_path / "plain", **CASES[case])
     model = pissa.wrap(small_llama(), r=2)
@@ -136,7 +135,6 @@ def test_a_folder_that_is_refused(small_llama: Make, tmp_path: Path) -> None:
         assert_same(model, dict(before))
 
 
-@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")
 def test_embeddings_of_another_base_do_not_replace_the_models(small_llama: Make, tmp_path: Path) -> None:
     folder, _ = saved(small_llama(seed=1), tmp_path, target_modules=["embed_tokens", "q_proj"])
     model = pissa.wrap(small_llama(), r=2)

@@ -190,7 +190,6 @@ def test_no_second_wrap(tiny_llama: Make) -> None:
         (True, {"quant": "nf4"}, "layer model.layers.1.mlp.down_proj: weight: contains NaN"),
     ],
 )
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 def test_failures_leave_the_model_as_it_was(nan: bool, fields: dict[str, Any], words: str, tiny_llama: Make) -> None:
     """One with tied weights and hooks; test_refused.py has whatever can be refused."""
     base = tiny_llama(tie_word_embeddings=True)
@@ -233,8 +232,6 @@ def test_a_failed_second_adapter_leaves_no_trace(
 
 
 @pytest.mark.parametrize("form", ["explicit", "nf4", "int8"])
-@pytest.mark.filterwarnings("ignore:Model (has|with) `tie_word_embeddings=True`:UserWarning")
-@pytest.mark.filterwarnings("ignore:Input and output embeddings are no longer tied:UserWarning")
 @pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning")
 def test_a_tied_weight_stays_dense_beside_stored_ones(
     form: str, tiny_llama: Make, tokens: Tensor, tmp_path: Path

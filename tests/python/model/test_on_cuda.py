@@ -87,7 +87,6 @@ def test_training(form: str, dtype: torch.dtype, small_llama: Make, tokens: Tens
 
 
 @forms
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 def test_gradient_checkpointing_and_autocast(form: str, small_llama: Make, tokens: Tensor) -> None:
     def life(name: str, put: Put) -> dict[str, Tensor]:
         model, ids = adapted(put(small_llama()), form).train(), put(tokens)

@@ -62,8 +62,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("case", REFUSED)
-@pytest.mark.filterwarnings("ignore:Model (has|with) `tie_word_embeddings=True`")  # PEFT's advice
-@pytest.mark.filterwarnings("ignore:Input and output embeddings are no longer tied")
 def test_embeddings_that_are_trained(case: str, tied: bool, small_llama: Make) -> None:
     fields, words = REFUSED[case]
     model = pissa.wrap(small_llama(tie_word_embeddings=tied), r=4, **fields)

@@ -15,15 +15,7 @@ from language_models import Make, logits
 from pissa import PissaModel
 from trainers import FORMS, assert_equal, forms, quiet, state, unchanged
 
-pytestmark = [
-    quiet,
-    # It recommends worker processes for data that is in memory already.
-    pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers"),
-    # Lightning 2.6 asks torch for a class by a name that torch 2.13 has deprecated.
-    pytest.mark.filterwarnings("ignore:`isinstance\\(treespec, LeafSpec\\)` is deprecated:FutureWarning"),
-    # The resumed run writes to a folder of its own.
-    pytest.mark.filterwarnings("ignore:The dirpath has changed from:UserWarning"),
-]
+pytestmark = quiet
 
 
 def module_of(model: nn.Module) -> Any:
