@@ -39,7 +39,6 @@ def test_a_saved_adapter_comes_back_to_the_bit(kind: str, tokens: Tensor, tmp_pa
 
 
 @kinds
-# PEFT 0.21 looks for the keys of patterns among layers only, and then finds them among parameters all the same.
 @pytest.mark.parametrize(
     "fields",
     [
