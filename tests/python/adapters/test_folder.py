@@ -13,7 +13,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import pissa
@@ -60,16 +60,6 @@ def test_another_program_replaces_it(tiny_llama: Make, tokens: Tensor, tmp_path:
         model.load_adapter(tmp_path, "plain")
     model.set_adapter("plain")
     assert error(logits(model, tokens), logits(plain.eval(), tokens)) < 1e-5
-
-
-def test_one_of_another_save_is_not_needed(tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
-    """As a crash between two renames leaves it."""
-    model = saved(tiny_llama, tokens, tmp_path)
-    before = (tmp_path / LORA).read_bytes()
-    train(model.train(), tokens)
-    model.eval().save_pretrained(tmp_path)
-    (tmp_path / LORA).write_bytes(before)
-    assert torch.equal(logits(PissaModel.from_pretrained(tiny_llama(), tmp_path), tokens), logits(model, tokens))
 
 
 # ---- LoRA's start ----------------------------------------------------------------------------------------------------
@@ -260,11 +250,3 @@ def test_buffers_of_the_rest(tmp_path: Path) -> None:
     rest = json.loads((tmp_path / "pissa.json").read_text())["rest"]
     assert sorted(rest) == ["kept", "linear.bias", "norm.bias", "norm.weight"]
     PissaModel.from_pretrained(Normalised(), tmp_path)
-
-
-def test_an_unmarked_copy_is_a_plain_lora(tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
-    """A file that was only written again, by safetensors itself."""
-    saved(tiny_llama, tokens, tmp_path)
-    save_file(load_file(tmp_path / LORA), tmp_path / LORA)
-    with pytest.warns(notices.ReplacedLoraWarning):
-        pissa.convert(tmp_path, tmp_path / "lora", rank=2)

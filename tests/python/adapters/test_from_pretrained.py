@@ -73,7 +73,7 @@ def test_a_subfolder(folder: Path, tiny_llama: Make, tokens: Tensor) -> None:
     )
     assert model.peft_config["default"].r == 2
     assert PissaConfig.from_pretrained(folder, subfolder="second").r == 2
-    model.load_adapter(str(folder), "second", subfolder="second")
+    model.load_adapter(f"{folder}/", "second", subfolder="second/")
     with pytest.raises(ValueError, match="third holds no PiSSA adapter"):
         model.load_adapter(folder, "third", subfolder="third")
 

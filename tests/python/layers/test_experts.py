@@ -14,8 +14,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 import pissa
 from devices import put
-from language_models import FORMS, assert_same, logits, snapshot
-from mixtures import EXPERTS, KINDS, ROUTED, TRANSPOSED, R, expert_layers, fused_parameters, make
+from language_models import assert_same, logits, snapshot
+from mixtures import EXPERTS, KINDS, ROUTED, R, expert_layers, fused_parameters, make
 from oracle import change_all
 from pissa import ops
 from pissa.base.stored import QuantizedLinear
@@ -103,26 +103,6 @@ def test_storing_in_4_bits_frees_the_fused_weights() -> None:
 
 
 # ---- Splitting -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
-@pytest.mark.parametrize("form", ["explicit", "nf4"])
-def test_every_expert_has_its_own_split(kind: str, form: str) -> None:
-    base = make(kind)
-    weights = {name: value.detach().clone() for name, value in fused_parameters(base).items() if value.dim() == 3}
-    model = pissa.wrap(base, r=R, seed=5, **FORMS[form])
-    for name, stacked in weights.items():
-        path, _, leaf = name.rpartition(".")
-        for index, weight in enumerate(stacked):
-            layer = model.base_model.model.get_submodule(f"{path}.{index}.{leaf}")
-            matrix = weight.mT if kind in TRANSPOSED else weight
-            split = ops.split(matrix, R, passes=pissa.PissaConfig().svd_passes, seed=5, form=form)
-            assert torch.equal(layer.start_of("default").a0, split.a0), layer
-            assert torch.equal(layer.start_of("default").b0, split.b0)
-            if form == "explicit":
-                assert torch.equal(layer.base_layer.residual, split.residual)
-            else:
-                assert torch.equal(layer.base_layer.residual.codes, split.residual.codes)
 
 
 def test_the_experts_of_a_block_are_split_in_one_call(monkeypatch: pytest.MonkeyPatch) -> None:

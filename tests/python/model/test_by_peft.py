@@ -18,8 +18,7 @@ from transformers import LlamaForSequenceClassification
 
 import pissa
 from language_models import EVERY_FORM, Make, assert_same, logits, snapshot, train
-from pissa import PissaConfig, PissaModel
-from pissa.model.tuner import PissaTuner
+from pissa import PissaConfig
 from trainers import assert_equal, quiet, state, trainable
 
 TASKS: dict[str | None, type[nn.Module]] = {
@@ -154,13 +153,6 @@ print(type(model).__name__)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout == "PissaModel\n", done.stderr
-
-
-def test_the_tuner_is_found_by_peft(small_llama: Make) -> None:
-    ours = peft.get_peft_model(small_llama(), PissaConfig(r=4))
-    assert isinstance(ours, PissaModel)
-    assert type(ours.base_model) is PissaTuner
-    assert issubclass(PEFT_TYPE_TO_TUNER_MAPPING["PISSA"], PissaTuner)
 
 
 def test_a_tuner_that_nobody_starts_leaves_no_hook(small_llama: Make) -> None:

@@ -83,6 +83,12 @@ def test_form(fields: dict[str, object], form: tuple[object, ...]) -> None:
         ({"residual": "explicit", "repair": "loftq"}, "repair: got 'loftq' without quant"),
         ({"quant": "int8", "blocksize": 128}, "blocksize: got 128; with quant='int8' a block is a row"),
         ({"init": "loftq"}, "init: got 'loftq' without quant"),
+        ({"init": "activations"}, "init: got 'activations' without quant"),
+        ({"error_feedback": True}, "error_feedback: got True without quant"),
+        (
+            {"quant": "nf4", "quant_iters": 5, "error_feedback": True},
+            "error_feedback: got True, but the start of 'pissa' with quant_iters=5",
+        ),
         ({"blocksize": 48}, "blocksize: got 48; allowed: 32, 64"),
         ({"blocksize": 8192}, "blocksize: got 8192"),
         ({"residual": "dense"}, "residual: got 'dense'; allowed: None, 'implicit', 'explicit'"),

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 import pissa
 from cuda_stand_in import CudaStandIn
 from daily import each
-from language_models import EVERY_FORM, Make, add_reference, logits
-from pissa import PissaConfig, PissaModel
+from language_models import EVERY_FORM, Make, logits
+from pissa import PissaModel
 
 pytestmark = [pytest.mark.cpu_only, pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning")]
 forms = pytest.mark.parametrize("form", each(EVERY_FORM, ["nf4"]))
@@ -86,41 +86,6 @@ def test_training(form: str, dtype: torch.dtype, small_llama: Make, tokens: Tens
     assert_same_bits(life)
 
 
-@forms
-def test_gradient_checkpointing_and_autocast(form: str, small_llama: Make, tokens: Tensor) -> None:
-    def life(name: str, put: Put) -> dict[str, Tensor]:
-        model, ids = adapted(put(small_llama()), form).train(), put(tokens)
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": name == "cuda"})
-        model.enable_input_require_grads()
-        found = {"losses": train(model, ids)}
-        with torch.autocast(name, torch.bfloat16):
-            found["autocast losses"] = train(model, ids)
-            found["autocast"] = logits(model, ids)
-        return found | state(model, "trained")
-
-    assert_same_bits(life)
-
-
-@forms
-def test_several_adapters(form: str, small_llama: Make, tokens: Tensor) -> None:
-    """One beside the other, and a frozen reference as TRL's DPO makes it."""
-
-    def life(name: str, put: Put) -> dict[str, Tensor]:
-        model, ids = adapted(put(small_llama()), form), put(tokens)
-        train(model, ids)
-        model.add_adapter("second", PissaConfig(r=2, target_modules=["q_proj", "down_proj"]))
-        model.set_adapter("second")
-        found = {"losses": train(model, ids), "second": logits(model, ids)}
-        model.set_adapter("default")
-        add_reference(model)
-        train(model, ids)
-        found["policy"] = logits(model, ids)
-        model.set_adapter("ref")
-        return found | {"reference": logits(model, ids)}
-
-    assert_same_bits(life)
-
-
 VARIANTS: list[dict[str, Any]] = [
     {"use_dora": True, "init": "lora"},
     {"init": "loftq", "quant": "nf4"},
@@ -169,20 +134,6 @@ def test_folders_cross_devices(form: str, small_llama: Make, tokens: Tensor, tmp
                 again.set_adapter("second")
                 assert torch.equal(logits(again, ids).cpu(), expected[written])
                 again.load_adapter(tmp_path / "cpu", "third", torch_device=read)
-
-
-@pytest.mark.parametrize("form", each(["explicit", "nf4", "int8"], ["nf4"]))
-def test_a_residual_in_the_folder(form: str, small_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
-    """An output layer that is asked for, and is stored, is written whole."""
-
-    def life(name: str, put: Put) -> dict[str, Tensor]:
-        model, ids = adapted(put(small_llama()), form, target_modules=["lm_head", "q_proj"]), put(tokens)
-        train(model, ids)
-        model.save_pretrained(tmp_path / name, save_embedding_layers=True)
-        again = PissaModel.from_pretrained(put(small_llama()), tmp_path / name)
-        return {"saved": logits(model, ids), "again": logits(again, ids)}
-
-    assert_same_bits(life)
 
 
 @forms

@@ -8,15 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import LlamaForCausalLM
 
 import pissa
 from daily import each
 from language_models import Make
+from live_bytes import LiveBytes
 from pissa.layers.layer import PissaLayer, pissa_layers
 from pissa.model.store import own_memory
 
@@ -27,32 +26,6 @@ STORED: dict[str, dict[str, Any]] = {
     "nf4": {"quant": "nf4"},
     "int8": {"quant": "int8"},
 }
-
-
-class Alive(TorchDispatchMode):
-    """Counts the bytes of the storages that are alive, of some tensors and of all that ops return from then on."""
-
-    def __init__(self, tensors: Any) -> None:
-        super().__init__()
-        self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.peak = 0
-        self._add(tensors)
-
-    def _add(self, found: Any) -> None:
-        for tensor in tree_leaves(found):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                self._storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        self.peak = max(self.peak, self.bytes())
-
-    def bytes(self) -> int:
-        self._storages = {key: kept for key, kept in self._storages.items() if not kept[0].expired()}
-        return sum(size for _, size in self._storages.values())
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
-        self._add(found)
-        return found
 
 
 def size(tensors: Any) -> int:
@@ -76,7 +49,7 @@ def test_the_peak_is_the_dense_model_and_one_layer(
         start_from(*args)
 
     monkeypatch.setattr(PissaLayer, "start_from", counted)
-    with Alive([*base.parameters(), *base.buffers()]) as alive:
+    with LiveBytes([*base.parameters(), *base.buffers()]) as alive:
         del weights
         model = pissa.wrap(base, r=2, **STORED[form])
     assert left == list(reversed(range(len(left))))  # as soon as its residual is there
@@ -85,7 +58,7 @@ def test_the_peak_is_the_dense_model_and_one_layer(
     assert kept > 6 * largest
     # dA, dB and A0, B0 of all layers, which are as large; the residual of one layer, and what makes it, in float32.
     assert dense < alive.peak <= dense + 2 * trained + 6 * largest
-    assert alive.bytes() == size(model.parameters()) + size(model.buffers())
+    assert alive.now() == size(model.parameters()) + size(model.buffers())
 
 
 def is_mapped(folder: Path) -> bool:

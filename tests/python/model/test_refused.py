@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import pissa
 from language_models import assert_same, snapshot
@@ -106,7 +106,12 @@ REFUSED: dict[str, Refused] = {
     "float64": one(lambda: nn.Linear(8, 8, dtype=torch.float64), "the weight of it is a Parameter of torch.float64"),
     "meta device": one(lambda: nn.Linear(8, 8, device="meta"), "the weight of it is on the meta device"),
     "not finite": one(with_nan, "layer it: weight: contains NaN or Inf"),
-    "rank of a linear layer": one(lambda: nn.Linear(8, 3), "rank 4 is too large for layer it: .* 3 x 8", r=4),
+    "rank of a linear layer": one(
+        lambda: nn.Linear(8, 3),
+        "rank 4 is too large for layer it: its weight is 3 x 8, so at most 3. "
+        r"Give rank_pattern={'it': 3}, lower r, or leave it out with exclude_modules",
+        r=4,
+    ),
     "rank of a convolution": one(lambda: nn.Conv2d(1, 8, (1, 3)), "rank 4 is too large for layer it: .* 8 x 3", r=4),
     "rank of an embedding": one(lambda: nn.Embedding(8, 3), "rank 4 is too large for layer it: .* 3 x 8", r=4),
     "embedding in 4 bits": one(lambda: nn.Embedding(8, 8), "layer it is a Embedding.* cannot become nf4", quant="nf4"),
@@ -140,6 +145,46 @@ def test_the_rest_of_such_a_model_is_adapted(what: str) -> None:
     pissa.wrap(model, r=2, exclude_modules=rf"({'|'.join(modules)})(\..*)?")
     adapted = [name for name, module in model.named_modules() if isinstance(module, PissaLayer)]
     assert adapted == ["proj"]
+
+
+class FewOperations(Tensor):
+    """A tensor of a class that knows few operations, as torchao's do."""
+
+    @staticmethod
+    def __new__(cls, values: Tensor) -> FewOperations:
+        return Tensor._make_wrapper_subclass(cls, values.shape, dtype=torch.float32)
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
+            return cls(args[0].values)
+        raise NotImplementedError(f"{cls.__name__} dispatch: attempting to run unimplemented operator {function}")
+
+
+def few_operations(layer: nn.Linear) -> None:
+    layer.weight = nn.Parameter(FewOperations(layer.weight.detach()), requires_grad=False)
+
+
+def torchao_int8(layer: nn.Linear) -> None:
+    torchao = pytest.importorskip("torchao.quantization", reason="torchao is not installed: pip install torchao")
+    torchao.quantize_(layer, torchao.Int8WeightOnlyConfig())
+
+
+@pytest.mark.parametrize("quantise", [few_operations, pytest.param(torchao_int8, marks=pytest.mark.slow)])
+def test_a_tensor_of_torchao_is_refused(quantise: Callable[[nn.Linear], None]) -> None:
+    """torchao takes 5 seconds to import, so that one of ours stands for its tensors but in `make test-slow`."""
+    model = Holder(it=nn.Linear(8, 8))
+    layer = model.get_submodule("it")
+    quantise(layer)
+    weight, modules = layer.weight, dict(model.named_modules())
+    words = rf"weight of it is a {type(weight).__name__} .* plain float32, bfloat16 and float16 weights"
+    with pytest.raises(TypeError, match=words):
+        pissa.wrap(model, r=2)
+    assert dict(model.named_modules()) == modules
+    assert layer.weight is weight
 
 
 def test_an_encoder_layer_without_its_fast_path_is_adapted() -> None:
