@@ -104,16 +104,6 @@ def test_errors_are_those_of_exact_alternations(form: dict[str, Any], first: boo
     assert expected[1] < 0.96 * expected[0]
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_loftq_starts_from_the_quantised_weight(form: dict[str, Any]) -> None:
-    w = weight(dtype=torch.bfloat16)
-    split = ops.split(put(w), 4, quantise_first=True, **form)
-    quantised = ops.quantize(put(w), form["form"], **{k: v for k, v in form.items() if k != "form"})
-    assert all(map(torch.equal, split.residual.tensors().values(), quantised.tensors().values()))
-    assert split.taken is not None
-    assert [tuple(factor.shape) for factor in split.taken] == [(0, 96), (40, 0)]
-
-
 # ---- Which iterate is the result -------------------------------------------------------------------------------------
 
 

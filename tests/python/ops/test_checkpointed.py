@@ -120,10 +120,3 @@ def test_a_factor_that_has_changed_is_noticed() -> None:
         given["a"].mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
-
-
-def test_without_a_graph_there_is_one_node() -> None:
-    given = arguments("nf4", False, torch.float32)
-    x = given["x"].clone()
-    with torch.no_grad():
-        assert ops.linear(**(given | {"x": x})).grad_fn is None

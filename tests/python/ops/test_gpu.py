@@ -27,8 +27,6 @@ pytestmark = [
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 WEIGHTS = ["dense", *ops.formats.FORMATS]
-# Two ways to the same number, each with at most 4 roundings to its dtype along it; float32 sums of 2^12 terms besides.
-CLOSE = {torch.float32: 2**-16, torch.bfloat16: 2**-6, torch.float16: 2**-9}
 
 
 @pytest.fixture(autouse=True)
@@ -119,24 +117,6 @@ def test_a_seed_gives_the_same_decomposition(shape: tuple[int, int], svd: str, d
     assert abs(energy_loss(weight, v) - energy_loss(weight, v_here)) < 1e-5
     for q in (u, v):
         assert (q.double().T @ q.double() - torch.eye(12)).norm() < 1e-5
-
-
-@pytest.mark.parametrize("form", ops.formats.FORMATS)
-def test_alternations_are_as_close_to_the_weight_as_on_the_cpu(form: str) -> None:
-    """Of weights in stacks of one shape, and alone."""
-    weights = [power_law(*shape, 0.6, seed=i).bfloat16() for i, shape in enumerate([(192, 320)] * 3 + [(200, 64)])]
-    options: dict[str, Any] = {"form": form, "quant_iters": 4, "tolerance": 0}
-    here = ops.split_many(weights, [16] * 4, [0.5] * 4, **options)
-    there = fetch(ops.split_many([put(w) for w in weights], [16] * 4, [0.5] * 4, **options))
-
-    def distance(split: ops.Split, weight: Tensor) -> float:
-        return error(ops.dequantize(split.residual) + 0.5 * split.b0 @ split.a0, weight)
-
-    for weight, one, other in zip(weights, here, there, strict=True):
-        assert distance(other, weight) == pytest.approx(distance(one, weight), rel=0.02)
-        [residual] = ops.residual_many([weight], *([factor] for factor in other.taken), [0.5], form=form)
-        # The same residual but for codes beside which rounding may decide otherwise.
-        assert (residual.codes != other.residual.codes).double().mean() < 0.01
 
 
 # ---- Every time the same ---------------------------------------------------------------------------------------------
@@ -230,32 +210,6 @@ def test_forward_and_backward_in_a_graph(tokens: int, form: str) -> None:
         graph.replay()
         for got, want in zip(results, layer.backward(), strict=True):
             assert torch.equal(got, want)
-
-
-# ---- Arguments -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tokens", [4, 40])
-@pytest.mark.parametrize("form", WEIGHTS)
-def test_misaligned_inputs(form: str, tokens: int, dtype: torch.dtype) -> None:
-    """Every tensor begins one element behind an aligned address."""
-    layer = Layer(tokens, dtype, form, side=128, r=5).on_gpu()
-    expected = layer.forward()
-
-    def misaligned(tensor: Tensor | None) -> Tensor | None:
-        if tensor is None:
-            return None
-        room = torch.empty(tensor.numel() + 1, dtype=tensor.dtype, device=tensor.device)
-        return room[1:].view(tensor.shape).copy_(tensor)
-
-    shifted = {name: misaligned(tensor) for name, tensor in layer.factors.items()}
-    if form == "dense":
-        parts = misaligned(layer.weight)
-    else:
-        parts = ops.QuantizedWeight(*map(misaligned, layer.weight[:4]), *layer.weight[4:])
-    y = ops.linear(misaligned(layer.x), parts, **shifted)
-    assert error(y, expected) < CLOSE[dtype]
 
 
 # ---- Large weights ---------------------------------------------------------------------------------------------------

@@ -47,14 +47,6 @@ def test_bytes_are_those_of_bitsandbytes(
         assert torch.equal(fetch(ops.dequantize(put(quantized), out)), exact.to(out))
 
 
-def test_layout() -> None:
-    quantized = ops.quantize(put(torch.randn(5, 7)), "int8")
-    assert (quantized.format, quantized.shape, quantized.blocksize, quantized.nested) == ("int8", (5, 7), 7, False)
-    assert (quantized.codes.dtype, quantized.codes.shape) == (torch.uint8, (35,))
-    assert (quantized.absmax.dtype, quantized.absmax.shape) == (torch.float32, (5,))
-    assert list(quantized.tensors()) == ["codes", "absmax"]
-
-
 def test_rows_of_zeros_and_of_nearly_zeros_have_codes_of_zero() -> None:
     """Where 1 / scale * 127 is not finite, bitsandbytes makes integers of Inf and NaN."""
     weight = torch.randn(4, 50)

@@ -306,8 +306,3 @@ def test_the_largest_element_is_found_in_any_layout_and_nothing_beside_the_weigh
     found = torch.ops.pissa.max_abs(put(views)).tolist()
     assert found == [view.abs().max().item() for view in views]
     assert math.isnan(torch.ops.pissa.max_abs(put([inside, whole[:30]])).tolist()[1])
-
-
-def test_rank_larger_than_the_weight_says_what_is_allowed() -> None:
-    with pytest.raises(ValueError, match=r"r of weight: got 7; allowed: 1 to min\(out, in\) = 6 for a weight of"):
-        ops.split(put(torch.ones(8, 6)), 7)
