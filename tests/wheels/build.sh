@@ -1,7 +1,7 @@
 #!/bin/sh
 # The sdist, and for each PYTHON a wheel for this machine's architecture and one for AArch64, both with the CUDA library,
 # into FOLDER/dist, inspected. FOLDER/cuda-ARCHITECTURE has the CUDA to compile them with.
-# PACKAGES has torch, of which headers are wanted; TOOLS is an environment with auditwheel, twine and others (Makefile).
+# PACKAGES has torch, of which headers are wanted; TOOLS is an environment with auditwheel, twine and others (mk/wheels.mk).
 # Usage: build.sh FOLDER PACKAGES TOOLS PYTHON...
 set -eu
 folder=$1 packages=$2 tools=$3

@@ -14,6 +14,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 import gguf_fixtures
+import makefiles
 import mixtures
 import pages
 from daily import each
@@ -108,8 +109,7 @@ def _command(line: str, here: Path) -> None:
             shutil.rmtree(here / arguments[arguments.index("--out") + 1], ignore_errors=True)
         assert main(arguments) == 0, line
     elif words[0] == "make":
-        targets = re.findall(r"^([\w-]+):", (pages.ROOT / "Makefile").read_text(), flags=re.MULTILINE)
-        assert set(words[1:]) <= set(targets) | {word for word in words if "=" in word}, line
+        assert set(words[1:]) <= makefiles.targets() | {word for word in words if "=" in word}, line
     elif words[:2] == ["pip", "install"]:
         extras = (pages.ROOT / "pyproject.toml").read_text().partition("[project.optional-dependencies]")[2]
         for extra in re.findall(r"\[([\w,]+)\]", line):

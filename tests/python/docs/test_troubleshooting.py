@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+import makefiles
 from pissa import notices
 
 ROOT = Path(__file__).parents[3]
@@ -72,7 +73,7 @@ def texts() -> dict[Path, list[str]]:
     readers = {
         in_python: sorted((ROOT / "python" / "pissa").rglob("*.py")),
         in_cpp: [path for path in sorted((ROOT / "cpp" / "pissa").rglob("*")) if path.suffix in (".h", ".cc", ".cu")],
-        in_make: [ROOT / "Makefile", ROOT / "CMakeLists.txt", *sorted((ROOT / "cpp" / "cmake").glob("*.cmake"))],
+        in_make: [*makefiles.FILES, ROOT / "CMakeLists.txt", *sorted((ROOT / "cpp" / "cmake").glob("*.cmake"))],
     }
     return {path: list(reader(path.read_text())) for reader, paths in readers.items() for path in paths}
 

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
+import makefiles
+
 if sys.version_info < (3, 11):
     pytest.skip("Python 3.10 cannot read TOML", allow_module_level=True)
 import tomllib
@@ -50,8 +52,7 @@ def test_rights_are_the_least(name: str) -> None:
 
 @every
 def test_what_it_calls_exists(name: str) -> None:
-    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
-    assert set(re.findall(r"\bmake ([\w-]+)", commands(name))) <= set(targets)
+    assert set(re.findall(r"\bmake ([\w-]+)", commands(name))) <= makefiles.targets()
     assert all((ROOT / path).is_file() for path in re.findall(r"\b(?:ba)?sh (\S+)", commands(name)))
     local, others = [], []
     for used in re.findall(r"uses: (\S+)", WORKFLOWS[name]):
@@ -104,7 +105,6 @@ def test_wheels_are_built_with_what_the_build_requires() -> None:
     tools = {"cmake>=3.26", "ninja"}  # scikit-build-core's own, which brings them only to an isolated build
     assert set(installed) - tools == set(PYPROJECT["build-system"]["requires"])
     [cuda] = CIBUILDWHEEL["overrides"]
-    makefile = (ROOT / "Makefile").read_text()
     for package, version in re.findall(r"(nvidia-[\w-]+)~=([\d.]+)", cuda["before-build"]):
         short = package.removeprefix("nvidia-")
-        assert re.search(rf"\b{short}\b.*~={re.escape(version)}'", makefile), package
+        assert re.search(rf"\b{short}\b.*~={re.escape(version)}'", makefiles.TEXT), package
