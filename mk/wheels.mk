@@ -7,11 +7,10 @@
 # ---- CUDA ----
 
 # With the CUDA library, whatever CUDA this machine has: the compiler and the libraries come from PyPI, 1.1 GB on disk.
-# --no-deps: what they name besides is for running programs. One minor version for all parts of the compiler: each front
-# end writes a language that only its own back end reads; and the oldest cuBLAS, so that whichever torch brings will do.
+# --no-deps: what they name besides is for running programs. pyproject.toml has their versions.
 CUDA_PYTHON := $(BUILD)/venv-cuda/bin/python
-CUDA_COMPILER := 'nvidia-cuda-nvcc~=13.0.0' 'nvidia-nvvm~=13.0.0' 'nvidia-cuda-cuobjdump>=13,<14'
-CUDA_LIBRARIES := $(foreach part,cuda-crt cuda-runtime cuda-cccl cublas,'nvidia-$(part)~=13.0.0') 'nvidia-cusolver~=12.0.0'
+CUDA_COMPILER := $$($(BUILD_PYTHON) $(REQUIREMENTS) cuda-compiler)
+CUDA_LIBRARIES := $$($(BUILD_PYTHON) $(REQUIREMENTS) cuda-libraries)
 
 $(BUILD)/venv-cuda.stamp: $(BUILD)/venv-build.stamp
 	$(PYTHON) -m venv --clear $(BUILD)/venv-cuda
@@ -29,6 +28,10 @@ $(BUILD)/wheel-cuda.stamp: $(BUILD)/venv-cuda.stamp $(SOURCES)
 	touch $@
 
 # ---- Wheels for other machines ----
+
+# Those of a release are these, too (.github/workflows/wheels.yml). cibuildwheel's containers of manylinux_2_28 would serve
+# systems with a glibc before 2.34, which the CUDA runtime of a newer system asks for; but these are built on any Debian or
+# Ubuntu without containers, for both architectures on one machine, and inspected, and have been installed and run.
 
 WHEELS := $(abspath build/wheels)
 # Pythons with their headers, by their names on PATH or pyenv's; others: make wheels PYTHONS='/path/to/python3.14 ...'.

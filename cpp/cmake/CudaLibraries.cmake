@@ -110,14 +110,18 @@ if(problems)
     message(STATUS "CUDA backend: not built (${problems})")
     return()
   endif()
-  # One minor version for the compiler and its parts: each new front end emits a language that only its own back end reads.
+  # With their versions, where pyproject.toml first has them: of the libraries those that will do to run, too.
+  file(READ "${PROJECT_SOURCE_DIR}/pyproject.toml" pyproject)
   list(REMOVE_DUPLICATES packages)
-  list(TRANSFORM packages REPLACE "^(nvidia-(cuda-.*|nvvm))$" "'\\1~=13.0.0'")
-  list(TRANSFORM packages REPLACE "^nvidia-cublas$" "'nvidia-cublas>=13,<14'")
-  list(TRANSFORM packages REPLACE "^nvidia-cusolver$" "'nvidia-cusolver>=12,<13'")
-  list(JOIN packages " " packages)
+  unset(requirements)
+  foreach(package IN LISTS packages)
+    if(pyproject MATCHES "\"(${package}[~<>=][^\"]*)\"")
+      set(package "'${CMAKE_MATCH_1}'")
+    endif()
+    string(APPEND requirements " ${package}")
+  endforeach()
   message(FATAL_ERROR "PISSA_CUDA=ON, but: ${problems}. Install CUDA 13 and give -DPISSA_CUDA_ROOT, or run "
-                      "`${Python_EXECUTABLE} -m pip install ${packages}`; or build with PISSA_CUDA=OFF. If these packages are "
+                      "`${Python_EXECUTABLE} -m pip install${requirements}`; or build with PISSA_CUDA=OFF. If these packages are "
                       "installed, build isolation hides them: activate their environment, or build with "
                       "--no-build-isolation, or with --config-settings=cmake.define.PISSA_CUDA_ROOT=/path/to/site-packages/nvidia/cu13")
 endif()

@@ -20,7 +20,6 @@ import tomllib
 ROOT = Path(__file__).parents[3]
 WORKFLOWS = {path.name: path.read_text() for path in sorted((ROOT / ".github/workflows").glob("*.yml"))}
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-CIBUILDWHEEL = PYPROJECT["tool"]["cibuildwheel"]
 # What a job may beyond reading the repository.
 RIGHTS = {
     ("docs.yml", "publish"): {"pages", "id-token"},
@@ -96,15 +95,34 @@ def test_each_python_is_tested_and_gets_a_wheel() -> None:
     promised = [kind.removeprefix(prefix) for kind in PYPROJECT["project"]["classifiers"] if kind.startswith(prefix)]
     assert len(promised) >= 5
     assert PYPROJECT["project"]["requires-python"] == f">=3.{promised[0]}"
-    assert jobs("tests.yml")["python"]["strategy"]["matrix"]["python"] == [f"3.{minor}" for minor in promised]
-    assert CIBUILDWHEEL["build"] == [f"cp3{minor}-*" for minor in promised]
+    pythons = [f"3.{minor}" for minor in promised]
+    wheels = jobs("wheels.yml")
+    for job in (jobs("tests.yml")["python"], wheels["installed"], wheels["macos"]):
+        assert job["strategy"]["matrix"]["python"] == pythons
+    assert f"make wheels PYTHONS='{' '.join(f'python{python}' for python in pythons)}'" in commands("wheels.yml")
+    [versions] = [step["with"]["python-version"] for step in wheels["linux"]["steps"] if "setup-python" in str(step)]
+    assert sorted(versions.split()) == sorted(pythons)
+    assert f"for minor in {' '.join(promised)};" in makefiles.TEXT  # which Pythons `make wheels` looks for
 
 
 def test_wheels_are_built_with_what_the_build_requires() -> None:
-    installed = re.findall(r"'([^']+)'", " ".join(CIBUILDWHEEL["before-build"]))
-    tools = {"cmake>=3.26", "ninja"}  # scikit-build-core's own, which brings them only to an isolated build
-    assert set(installed) - tools == set(PYPROJECT["build-system"]["requires"])
-    [cuda] = CIBUILDWHEEL["overrides"]
-    for package, version in re.findall(r"(nvidia-[\w-]+)~=([\d.]+)", cuda["before-build"]):
-        short = package.removeprefix("nvidia-")
-        assert re.search(rf"\b{short}\b.*~={re.escape(version)}'", makefiles.TEXT), package
+    """Without isolation, so that torch comes without what it needs to run."""
+    tools = {"'cmake>=3.24'", "ninja"}  # scikit-build-core's own, which brings them only to an isolated build
+    requires = {f"'{requirement}'" for requirement in PYPROJECT["build-system"]["requires"]}
+    [torch] = [requirement for requirement in requires if requirement.startswith("'torch>")]
+    for text in (makefiles.TEXT, (ROOT / "tests/wheels/build.sh").read_text()):
+        [installed] = re.findall(r"pip install -q ('scikit-build-core.*)", text)
+        assert set(installed.split()) - tools == requires - {torch}
+    assert f"pip install -q --no-deps {torch}" in makefiles.TEXT
+
+
+def test_versions_of_cuda_stand_in_pyproject_alone() -> None:
+    """What compiles the CUDA library is read from there by Makefile, CMake and, through them, all else."""
+    groups = PYPROJECT["dependency-groups"]
+    assert len(groups["cuda-compiler"]) >= 3
+    assert len(groups["cuda-libraries"]) >= 5
+    folders = ("mk", "cpp/cmake", "tests", "bench", ".ci", ".github")
+    files = [ROOT / "Makefile", ROOT / "CMakeLists.txt"]
+    files += [path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix not in {".txt", ".json"}]
+    texts = {path: path.read_text(errors="replace") for path in files if path.is_file()}
+    assert [path for path, text in texts.items() if re.search(r"nvidia-[\w-]+(?:~=|[=<>]=|[<>])\d", text)] == []

@@ -1,5 +1,6 @@
 """What pyproject.toml asks for, as pip's requirements, a line each: `python tests/python/support/requirements.py EXTRA`
-prints what pissa[EXTRA] needs; with --oldest the oldest release of each, but for the names after --but."""
+prints what pissa[EXTRA] needs; with --oldest the oldest release of each, but for the names after --but. In the place of
+an extra, the name of one of the dependency groups gives what the group has."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ try:
 except ImportError:  # Python 3.10; pip is in every environment that this file is run in
     from pip._vendor import tomli as tomllib
 
-PROJECT = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"]
+PYPROJECT = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())
+PROJECT, GROUPS = PYPROJECT["project"], PYPROJECT["dependency-groups"]
 
 
 def of_extra(extra: str) -> Iterator[str]:
@@ -23,8 +25,8 @@ def of_extra(extra: str) -> Iterator[str]:
         yield from of_extra(other[1]) if other else [requirement]
 
 
-def newest(extra: str) -> list[str]:
-    return [*PROJECT["dependencies"], *of_extra(extra)]
+def newest(name: str) -> list[str]:
+    return GROUPS[name] if name in GROUPS else [*PROJECT["dependencies"], *of_extra(name)]
 
 
 def oldest(extra: str, but: list[str]) -> list[str]:
