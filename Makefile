@@ -121,7 +121,7 @@ t-nothing:
 	@exit 1
 
 # With an emulator and a cross compiler also: make test-arm.
-nightly: test-cpp-asan test-cpp-tsan macos-wheel test-cuda-build test-gpu-rehearsal test-peft experiments-quick \
+nightly: test-cpp-asan test-cpp-tsan macos-wheel test-cuda-build test-gpu-rehearsal test-peft \
   test-python-nightly test-python-isas test-python-without-calls
 
 # Types and style of Python. pre-commit checks the style, too.

