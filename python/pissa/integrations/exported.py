@@ -62,10 +62,10 @@ def read_factors(folder: LoraFolder, base: Name | None, runtime: str) -> PlainLo
     unchanged = set[str]() if base is None or not folder.other_keys else _unchanged(folder, base)
     for key in folder.other_keys:
         if key not in unchanged:
-            hint = "if it is the base's own, give that (base); else r" if base is None else "R"
+            hint = "If it is the base's own, give that (base). Otherwise, run" if base is None else "Run"
             raise ValueError(
                 f"{folder.weights.path}: tensor {quote(key)} is not a factor of a layer, and {runtime} takes only "
-                f"those from an adapter. {hint}un {MERGE}, which has it in the weights, and serve that [P120]"
+                f"those from an adapter. {hint} {MERGE}, which has it in the weights, and serve that [P120]"
             )
     return lora
 
