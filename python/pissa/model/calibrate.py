@@ -180,20 +180,24 @@ class _Observer:
         self._sums: dict[str, Tensor] = {}
         self._tokens: dict[str, int] = {}
         self._leaders: dict[str, str] = {}
-        self._last: tuple[Tensor, str] | None = None
+        """For each layer, the first one that was given the same tensors, which has their sum."""
+        self._last: Tensor | None = None
+        """The last input."""
+        self._leader = ""
+        """The first layer that was given it."""
 
     def hook(self, name: str) -> Any:
         """The forward pre-hook of the layer with that name."""
         return lambda _, args, kwargs: self._add(name, args[0] if args else kwargs["input"])
 
     def _add(self, name: str, x: Tensor) -> None:
-        shared = self._last is not None and self._last[0] is x
-        leader = self._last[1] if shared and self._last is not None else name
-        if self._leaders.setdefault(name, leader) != leader:
+        is_shared = x is self._last
+        if not is_shared:
+            self._last, self._leader = x, name
+        if self._leaders.setdefault(name, self._leader) != self._leader:
             raise ValueError(f"layer {name}: has the inputs of {self._leaders[name]} in one batch but not in another")
-        if shared:
+        if is_shared:
             return
-        self._last = x, name
         if name not in self._sums:
             self._sums[name] = torch.zeros(x.shape[-1], x.shape[-1], dtype=torch.float32, device=x.device)
             self._tokens[name] = 0
