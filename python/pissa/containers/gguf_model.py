@@ -122,14 +122,12 @@ class GgufSource(Source):
         Raises:
             ValueError: the file stores other values than the matrix's rows.
         """
-        if self._origin(name).is_decoded or (
-            member is None and len(Source.entry(self, self._origin(name).tensors[0]).shape) != 2
-        ):
+        origin = self._origin(name)
+        is_matrix = member is not None or len(Source.entry(self, origin.tensors[0]).shape) == 2
+        if origin.is_decoded or not is_matrix:
             raise ValueError(f"{self.folder}: {name} is not stored in rows")
-        place, rows = (
-            self.place(name),
-            matrix.reshape(self.shape(name)[-1 if self._origin(name).is_transposed else -2], -1),
-        )
+        place = self.place(name)
+        rows = matrix.reshape(self.shape(name)[-1 if origin.is_transposed else -2], -1)
         stored = rows if place.rows is None else torch.empty_like(rows).index_copy_(0, place.rows, rows)
         parts = torch.split(stored, list(place.tensors.values()))
         for tensor, part in zip(place.tensors, parts, strict=True):
