@@ -74,7 +74,7 @@ def frozen_product(module: Any) -> tuple[Tensor | ops.QuantizedWeight, Tensor | 
     return whole_tensor(module.weight), None if module.bias is None else whole_tensor(module.bias)
 
 
-def has_own_codes(module: nn.Module) -> bool:
+def has_our_codes(module: nn.Module) -> bool:
     """Whether the module is one of ours that holds codes, which no other program reads."""
     return isinstance(module, HoldsCodes)
 
@@ -82,7 +82,7 @@ def has_own_codes(module: nn.Module) -> bool:
 def has_codes(module: nn.Module) -> bool:
     """Whether the module itself, one of ours or of another library, holds a matrix in codes."""
     tensors = (*module._parameters.values(), *module._buffers.values())
-    return has_own_codes(module) or any(tensor is not None and _is_in_codes(tensor) for tensor in tensors)
+    return has_our_codes(module) or any(tensor is not None and _is_in_codes(tensor) for tensor in tensors)
 
 
 def _is_in_codes(tensor: Tensor) -> bool:

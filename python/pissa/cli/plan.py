@@ -34,7 +34,7 @@ _ADAM = 8
 """Bytes of AdamW's two averages for each trained element, which exist from the first step on."""
 
 
-class Plan(NamedTuple):
+class TrainingPlan(NamedTuple):
     """What a training will take."""
 
     steps: int
@@ -68,7 +68,7 @@ class Plan(NamedTuple):
             f"{self.padding:.0%} padding): about {as_duration(self.seconds)} on {where}, {as_size(self.memory)}"
         )
 
-    def within(self, minutes: float) -> Plan:
+    def within(self, minutes: float) -> TrainingPlan:
         """The plan with as many steps as fit into these minutes, at least one, and not more than now."""
         steps = max(1, min(self.steps, int((60 * minutes - self.besides) / self.a_step)))
         return self._replace(steps=steps, passes=self.passes * steps / self.steps)
@@ -114,7 +114,7 @@ def needs_checkpointing(args: Any, model: Any, rows: Any) -> bool:
 # ---- Time, by one batch ----------------------------------------------------------------------------------------------
 
 
-def make_plan(trainer: Any, loss: Callable[[nn.Module, Any], Tensor], done: int = 0) -> Plan | None:
+def make_plan(trainer: Any, loss: Callable[[nn.Module, Any], Tensor], done: int = 0) -> TrainingPlan | None:
     """Measures what a training by a TRL trainer will take.
 
     The longest examples make one batch, on which the model is trained without a step of the optimiser. So what runs out
@@ -170,7 +170,8 @@ def make_plan(trainer: Any, loss: Callable[[nn.Module, Any], Tensor], done: int 
     trained, evaluated = a_unit * work(sum(places), sum(tokens)), a_unit * (1 - forward) * sum(places)
     passes, padding = steps * examples / len(rows), 1 - sum(tokens) / sum(places)
     besides = len(trainer.eval_dataset or ()) * _evaluations(args, steps) * evaluated
-    return Plan(steps, examples, passes, padding, min(examples, len(rows)) * trained, besides, memory, others, empty)
+    a_step = min(examples, len(rows)) * trained
+    return TrainingPlan(steps, examples, passes, padding, a_step, besides, memory, others, empty)
 
 
 def collate(trainer: Any, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

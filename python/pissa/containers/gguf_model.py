@@ -24,7 +24,7 @@ Change = Callable[..., Tensor]
 """Makes a tensor of transformers of those that a file stores, floats or the bytes of codes."""
 
 
-class Origin(NamedTuple):
+class Assembly(NamedTuple):
     """The stored tensors that make one of transformers', and what is done with them."""
 
     tensors: tuple[str, ...]
@@ -58,18 +58,18 @@ class GgufSource(Source):
         self._formats = {name: format for file in files for name, format in file.formats.items()}
         if len(self._holders) < sum(len(file.entries) for file in files):
             raise ValueError(f"{self.folder}: its parts have a tensor of the same name: they do not belong together")
-        self._origins = _origins(files[0], model, list(self._holders))
+        self._assemblies = _assemblies(files[0], model, list(self._holders))
         expected = model.state_dict()
-        for name in self._origins:
+        for name in self._assemblies:
             with file_errors(self.path_of(name), "Metadata and tensors contradict each other: take another file"):
                 if (shape := self.shape(name)) != expected[name].shape:
-                    tensors = " and ".join(map(quote, self._origins[name].tensors))
+                    tensors = " and ".join(map(quote, self._assemblies[name].tensors))
                     needed = f"{name} of the model is {list(expected[name].shape)}"
                     raise ValueError(f"{tensors} make {list(shape)}, and {needed}")
 
     @property
     def names(self) -> list[str]:
-        return list(self._origins)
+        return list(self._assemblies)
 
     @property
     def stored_names(self) -> list[str]:
@@ -77,7 +77,7 @@ class GgufSource(Source):
         return list(self._holders)
 
     def path_of(self, name: str) -> Path:
-        return super().path_of(self._origin(name).tensors[0])
+        return super().path_of(self._assembly(name).tensors[0])
 
     def written_as(self, path: Path) -> str:
         number, count = list(self._files).index(path), len(self._files)
@@ -85,35 +85,35 @@ class GgufSource(Source):
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of the dense tensor."""
-        stored, format, origin = self.entry(name).shape, self._format(name), self._origin(name)
+        stored, format, assembly = self.entry(name).shape, self._format(name), self._assembly(name)
         if format is None:
             return stored
         *stack, rows, row = stored
         columns = row // format.block_bytes * format.usual_blocksize
-        return (*stack, columns, rows) if origin.is_transposed else (*stack, rows, columns)
+        return (*stack, columns, rows) if assembly.is_transposed else (*stack, rows, columns)
 
     def columns(self, name: str) -> int:
         """The columns of the stored matrix, or of each in a stack."""
-        return self.shape(name)[-2 if self._origin(name).is_transposed else -1]
+        return self.shape(name)[-2 if self._assembly(name).is_transposed else -1]
 
     def entry(self, name: str) -> Entry:
-        entries = [Source.entry(self, stored) for stored in self._origin(name).tensors]
+        entries = [Source.entry(self, stored) for stored in self._assembly(name).tensors]
         made = self._make(name, [torch.empty(entry.shape, dtype=entry.dtype, device="meta") for entry in entries])
         return Entry(made.dtype, tuple(made.shape), entries[0].offset, sum(entry.nbytes for entry in entries))
 
     def read(self, name: str, member: int | None = None) -> Tensor:
-        return self._make(name, [Source.read(self, stored, member) for stored in self._origin(name).tensors])
+        return self._make(name, [Source.read(self, stored, member) for stored in self._assembly(name).tensors])
 
     def place(self, name: str) -> Place:
         """Where the named matrix is stored."""
-        origin = self._origin(name)
-        tensors = {stored: (1, *Source.entry(self, stored).shape)[-2] for stored in origin.tensors}
-        if origin.change is None:
+        assembly = self._assembly(name)
+        tensors = {stored: (1, *Source.entry(self, stored).shape)[-2] for stored in assembly.tensors}
+        if assembly.change is None:
             return Place(tensors, None, None)
-        if origin.is_decoded:
-            return Place(tensors, None, origin.change(torch.arange(self.shape(name)[-1])[None]).flatten())
+        if assembly.is_decoded:
+            return Place(tensors, None, assembly.change(torch.arange(self.shape(name)[-1])[None]).flatten())
         numbers = torch.split(torch.arange(sum(tensors.values()))[:, None], list(tensors.values()))
-        return Place(tensors, origin.change(*numbers).flatten(), None)
+        return Place(tensors, assembly.change(*numbers).flatten(), None)
 
     def stored_rows(self, name: str, matrix: Tensor, member: int | None) -> Iterator[tuple[Path, int, Tensor]]:
         """The inverse of `read` for a matrix, or one of a stack, in codes or in the dtype of the file: for each stored
@@ -122,53 +122,53 @@ class GgufSource(Source):
         Raises:
             ValueError: the file stores other values than the matrix's rows.
         """
-        origin = self._origin(name)
-        is_matrix = member is not None or len(Source.entry(self, origin.tensors[0]).shape) == 2
-        if origin.is_decoded or not is_matrix:
+        assembly = self._assembly(name)
+        is_matrix = member is not None or len(Source.entry(self, assembly.tensors[0]).shape) == 2
+        if assembly.is_decoded or not is_matrix:
             raise ValueError(f"{self.folder}: {name} is not stored in rows")
         place = self.place(name)
-        rows = matrix.reshape(self.shape(name)[-1 if origin.is_transposed else -2], -1)
+        rows = matrix.reshape(self.shape(name)[-1 if assembly.is_transposed else -2], -1)
         stored = rows if place.rows is None else torch.empty_like(rows).index_copy_(0, place.rows, rows)
         parts = torch.split(stored, list(place.tensors.values()))
         for tensor, part in zip(place.tensors, parts, strict=True):
             yield Source.path_of(self, tensor), Source.entry(self, tensor).offset + (member or 0) * part.nbytes, part
 
     def release(self, names: Sequence[str]) -> None:
-        super().release([stored for name in names for stored in self._origin(name).tensors])
+        super().release([stored for name in names for stored in self._assembly(name).tensors])
 
     def ahead(self, names: Sequence[str]) -> None:
-        super().ahead([stored for name in names for stored in self._origin(name).tensors])
+        super().ahead([stored for name in names for stored in self._assembly(name).tensors])
 
     def coded(self, dtype: torch.dtype) -> dict[str, CodedWeight]:
         """The weights that are codes. `dtype` is that in which they are decoded."""
         formats = {name: format for name in self.names if (format := self._format(name)) is not None}
         return {
-            name: GgufWeight(self, {"codes": name}, dtype, format, self._origin(name).is_transposed)
+            name: GgufWeight(self, {"codes": name}, dtype, format, self._assembly(name).is_transposed)
             for name, format in formats.items()
         }
 
-    def _origin(self, name: str) -> Origin:
-        if name not in self._origins:
+    def _assembly(self, name: str) -> Assembly:
+        if name not in self._assemblies:
             raise ValueError(f"{self.folder} has no tensor {quote(name)}")
-        return self._origins[name]
+        return self._assemblies[name]
 
     def _format(self, name: str) -> QuantFormat | None:
         """The format of a tensor in codes; None for one that is read dense."""
-        origin = self._origin(name)
-        return None if origin.is_decoded else self._formats.get(origin.tensors[0])
+        assembly = self._assembly(name)
+        return None if assembly.is_decoded else self._formats.get(assembly.tensors[0])
 
     def _make(self, name: str, tensors: list[Tensor]) -> Tensor:
         """A tensor of transformers, of the stored ones."""
-        origin = self._origin(name)
-        format, *others = {self._formats.get(stored) for stored in origin.tensors}
+        assembly = self._assembly(name)
+        format, *others = {self._formats.get(stored) for stored in assembly.tensors}
         if others:
-            raise ValueError(f"{' and '.join(map(quote, origin.tensors))}, which make {name}, are of different types")
-        if origin.is_decoded and format is not None:
+            raise ValueError(f"{' and '.join(map(quote, assembly.tensors))}, which make {name}, are of different types")
+        if assembly.is_decoded and format is not None:
             weight = _weight(tensors[0], format)
             is_meta = tensors[0].is_meta
             tensors = [torch.empty(weight.shape, device="meta") if is_meta else ops.dequantize(weight)]
-        made = tensors[0] if origin.change is None else origin.change(*tensors)
-        return made.mT if origin.is_transposed and format is None else made
+        made = tensors[0] if assembly.change is None else assembly.change(*tensors)
+        return made.mT if assembly.is_transposed and format is None else made
 
 
 def _weight(codes: Tensor, format: QuantFormat) -> ops.QuantizedWeight:
@@ -207,8 +207,8 @@ _ROPE = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.we
 """Tensors that config.json has."""
 
 
-def _origins(file: GgufFile, model: PreTrainedModel, stored: Sequence[str]) -> dict[str, Origin]:
-    """The origins of the model's tensors by name, in the order of the files. A tied tensor is there once.
+def _assemblies(file: GgufFile, model: PreTrainedModel, stored: Sequence[str]) -> dict[str, Assembly]:
+    """The assemblies of the model's tensors by name, in the order of the files. A tied tensor is there once.
 
     Raises:
         ValueError: the file has a tensor for which the model has no place.
@@ -219,12 +219,12 @@ def _origins(file: GgufFile, model: PreTrainedModel, stored: Sequence[str]) -> d
     number = next(number for number, name in MODEL_ARCH_NAMES.items() if name == architecture)
     table = get_tensor_name_map(number, config.num_hidden_layers)
     made, places = architecture_of(file), {name: place for place, name in enumerate(stored)}
-    origins: dict[str, Origin] = {}
+    assemblies: dict[str, Assembly] = {}
     for name, parameter in model.state_dict().items():
         if (tensors := _tensors_of(name, table, places)) and tensors[0] in places:
             change = _change(name, len(tensors), made, config, parameter.shape)
             is_transposed = made.transposes_experts and name.endswith((".gate_up_proj", ".down_proj"))
-            origins[name] = Origin(tensors, change, is_transposed, change is not None and "out_proj" in name)
+            assemblies[name] = Assembly(tensors, change, is_transposed, change is not None and "out_proj" in name)
     # Blocks that predict further tokens come after the others, and transformers has none.
     key = f"{architecture}.nextn_predict_layers"
     count = _number_of_blocks(file, key, file.metadata.get(key, 0), len(stored))
@@ -234,14 +234,14 @@ def _origins(file: GgufFile, model: PreTrainedModel, stored: Sequence[str]) -> d
     first = config.num_hidden_layers - _number_of_blocks(file, "shared_kv_layers", sharing, config.num_hidden_layers)
     shared = [f"blk.{number}.attn_" for number in range(first, config.num_hidden_layers)]
     further += tuple(f"{block}{part}.weight" for block in shared for part in ("k", "k_norm", "v"))
-    used = {tensor for origin in origins.values() for tensor in origin.tensors}
+    used = {tensor for assembly in assemblies.values() for tensor in assembly.tensors}
     if unused := [name for name in stored if name not in (*used, *_ROPE) and not name.startswith(further)]:
         raise ValueError(
             f"{file.path}: {len(unused)} tensors, {quote(unused[0])} the first, have no place in a "
             f"{type(model).__name__} of {config.num_hidden_layers} layers: the model is of another kind than "
             f"{architecture} as transformers knows it; take a checkpoint of it in safetensors"
         )
-    return dict(sorted(origins.items(), key=lambda item: places[item[1].tensors[0]]))
+    return dict(sorted(assemblies.items(), key=lambda item: places[item[1].tensors[0]]))
 
 
 def _number_of_blocks(file: GgufFile, key: str, value: object, most: int) -> int:

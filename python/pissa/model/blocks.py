@@ -69,7 +69,7 @@ class _NotByBlocksError(Exception):
 _Arguments = tuple[list[Any], dict[str, Any]]
 
 
-class _Part(NamedTuple):
+class _Passed(NamedTuple):
     """Stands for an argument of a block that is a part of what the block before it returns."""
 
     number: int
@@ -96,7 +96,7 @@ class _Run:
             self._output = forward(*args, **kwargs)
             self._versions = _versions(self._output)
         else:
-            parts = {id(part): _Part(i) for i, part in enumerate(_parts(self._output)) if isinstance(part, Tensor)}
+            parts = {id(part): _Passed(i) for i, part in enumerate(_parts(self._output)) if isinstance(part, Tensor)}
             hidden = next(iter(parts), None)  # the first tensor
             if hidden not in [id(value) for value in (*args, *kwargs.values())]:
                 raise _NotByBlocksError
@@ -113,7 +113,7 @@ class _Run:
         if self._arguments:
             parts = _parts(self._output)
             args, kwargs = _map(
-                lambda value: parts[value.number] if isinstance(value, _Part) else value, *self._arguments.popleft()
+                lambda value: parts[value.number] if isinstance(value, _Passed) else value, *self._arguments.popleft()
             )
             self._output = block(*args, **kwargs)
 

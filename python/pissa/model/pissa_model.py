@@ -21,7 +21,7 @@ from pissa.adapters.pissa_layout import ADAPTER_FILES, PissaFolder
 from pissa.adapters.rest import Rest
 from pissa.adapters.restore import as_pissa, load_factors, read_plain_lora, restore
 from pissa.adapters.save import save_adapter, warn_of_plain_lora
-from pissa.base.classes import base_of, decoded_module, has_codes, has_own_codes
+from pissa.base.classes import base_of, decoded_module, has_codes, has_our_codes
 from pissa.base.forwards import replaced_parts, restore_forwards
 from pissa.config import IMPLICIT, PissaConfig
 from pissa.containers.hub import adapter_folder
@@ -195,7 +195,7 @@ class PissaModel(MendedPeftModel):
         model = self.base_model.merge_and_unload(
             progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
         )
-        if changed or any(map(has_own_codes, model.modules())):
+        if changed or any(map(has_our_codes, model.modules())):
             _decode(model)
         return _as_given(model, changed or self.is_from_files)
 

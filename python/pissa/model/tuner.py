@@ -26,7 +26,7 @@ from pissa.adapters.peft_layout import (
     is_of_a_layer,
     magnitude_key,
 )
-from pissa.base.classes import has_codes, has_own_codes
+from pissa.base.classes import has_codes, has_our_codes
 from pissa.base.start import StartFactors
 from pissa.config import IMPLICIT, PissaConfig, PissaType
 from pissa.distributed import check_whole, shard_as
@@ -190,7 +190,7 @@ def refuse_residuals(base: nn.Module, prefix: str, keep_vars: bool) -> None:
                 "not its weight. Take the state dict of the PissaModel, which has all of it, or the base's after "
                 "model.unload(), as dense weights [P063]"
             )
-    _refuse(base, has_own_codes)
+    _refuse(base, has_our_codes)
 
 
 def refuse_codes(base: nn.Module, prefix: str, keep_vars: bool) -> None:

@@ -20,7 +20,7 @@ import pages
 import pissa
 from pissa.cli import main, plan, training
 from pissa.cli.cores import Cores, note_on_cores
-from pissa.cli.plan import Plan, make_plan, needs_checkpointing
+from pissa.cli.plan import TrainingPlan, make_plan, needs_checkpointing
 from pissa.cli.terminal import as_duration
 from runs import command, cut_last_step, history, logged, refused
 
@@ -64,7 +64,7 @@ def trainer(**options: Any) -> Any:
     )
 
 
-def planned(of: Any, done: int = 0) -> Plan:
+def planned(of: Any, done: int = 0) -> TrainingPlan:
     result = make_plan(of, lambda model, batch: model(batch), done)
     assert result is not None
     return result
@@ -144,7 +144,7 @@ def test_nothing_is_planned_where_nothing_can_be_measured() -> None:
     assert make_plan(trainer(world_size=2), lambda model, batch: model(batch)) is None
 
 
-CALM = Plan(60, 8, 1.0, 0.1, a_step=9.0, besides=60.0, memory=9 * 10**8, others=0.0)
+CALM = TrainingPlan(60, 8, 1.0, 0.1, a_step=9.0, besides=60.0, memory=9 * 10**8, others=0.0)
 """Ten minutes, of which one is for what is not a step."""
 
 
@@ -253,13 +253,13 @@ def test_a_run_says_what_it_will_take(
 def test_minutes_end_a_run_and_what_resumes_it(
     base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(Plan, "within", lambda self, minutes: self._replace(steps=3))
+    monkeypatch.setattr(TrainingPlan, "within", lambda self, minutes: self._replace(steps=3))
     arguments = command("finetune", base, data, tmp_path / "run", "--minutes", "5", "--epochs", "2", steps=-1)
     assert main(arguments) == 0
     assert "plan      3 steps of 4 examples" in capsys.readouterr().out
     assert len(logged(tmp_path / "run")) == 3
     cut_last_step(tmp_path / "run", last=3)
-    monkeypatch.setattr(Plan, "within", lambda self, minutes: self._replace(steps=9))
+    monkeypatch.setattr(TrainingPlan, "within", lambda self, minutes: self._replace(steps=9))
     assert main([*arguments, "--resume"]) == 0
     assert "plan      1 step of 4 examples" in capsys.readouterr().out
     assert logged(tmp_path / "run", "step")[:3] == [1, 2, 3]
