@@ -44,7 +44,7 @@ class Replacement(NamedTuple):
     """A layer whose dense base is to be replaced by a stored residual."""
 
     layer: PissaLayer
-    of_base: StartFactors
+    base_start: StartFactors
     """The start that will be taken out of the residual."""
     start: StartFactors
     """The adapter's start."""
@@ -101,16 +101,21 @@ def decompose(
         _check_same_on_all_ranks(layers, starts, config, calibration)
     share_fingerprints(layers, lambda layer: layer.weight_fingerprint)
 
-    of_bases = {name: layer.origin(adapter_name, config.of_base()) for name, layer in stored.items()}
-    known = {*starts, *(stored if config.starts_as_base else ())}
-    others = {name: origin for name, origin in origins.items() if name not in known}
-    total = sum(list(_owners(layers, names).values()).count(distributed.rank()) for names in (of_bases, others))
+    base_origins = {name: layer.origin(adapter_name, config.of_base()) for name, layer in stored.items()}
+    own_origins = {
+        name: origin
+        for name, origin in origins.items()
+        if name not in starts and not (config.starts_as_base and name in stored)
+    }
+    total = sum(
+        list(_owners(layers, names).values()).count(distributed.rank()) for names in (base_origins, own_origins)
+    )
     hidden = {} if progressbar else {"disable": True}  # tqdm reads TQDM_DISABLE only if `disable` is not given
     with tqdm(total=total, desc="PiSSA init", unit="layer", **hidden) as bar:
         find = partial(_find_starts, layers, adapter_name, bar=bar, calibration=calibration)
-        base_starts, codes = find(of_bases, config.of_base(), check=ResidualCheck(config.form))
+        base_starts, codes = find(base_origins, config.of_base(), check=ResidualCheck(config.form))
         starts |= base_starts if config.starts_as_base else {}
-        starts |= find(others, config.of_adapter())[0]
+        starts |= find(own_origins, config.of_adapter())[0]
     for name, layer in layers.items():
         if name not in stored:
             layer.start_from(adapter_name, starts[name])

@@ -51,12 +51,12 @@ def store(
                 residuals: list[Any] = [replacements[name].codes for name in group]
                 if None in residuals:
                     weights = [layer.base.matrix() for layer in group.values()]
-                    starts = [replacements[name].of_base for name in group]
+                    starts = [replacements[name].base_start for name in group]
                     residuals = residuals_of(weights, starts, config.form, list(group))
                     del weights
                 for (name, layer), residual in zip(group.items(), residuals, strict=True):
                     replacement = replacements.pop(name)
-                    layer.store_base(residual, replacement.of_base, config)
+                    layer.store_base(residual, replacement.base_start, config)
                     layer.start_from(adapter_name, replacement.start)
             if are_views:
                 own_memory(model)
