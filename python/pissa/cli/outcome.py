@@ -15,7 +15,7 @@ from pissa.adapters.peft_layout import inexact_lora
 from pissa.cli.data import IGNORED
 from pissa.cli.generation import generate
 from pissa.cli.progress import tokens_per_second
-from pissa.cli.run_folder import RUN_FILE
+from pissa.cli.run_folder import DATA_FILE, RUN_FILE
 from pissa.cli.templates import end_of_answer
 from pissa.cli.terminal import as_rows, as_size, format_table, print_row
 from pissa.containers.checkpoint import Contents
@@ -96,7 +96,7 @@ def report(trainer: Any, ours: Any, config: pissa.PissaConfig, contents: Content
         print_row("held out", f"loss {held_out[0]:.4f} before, {held_out[-1]:.4f} after")
     speed = f", {rate:,.0f} tokens a second" if (rate := tokens_per_second(history)) else ""
     print_row("cost", f"{seconds:.2f} s per step (median){speed}, peak memory {as_size(int(memory * 2**20))}")
-    print_row("saved", f"{out}: the adapter, {RUN_FILE}, checkpoints (only --resume needs them)")
+    print_row("saved", f"{out}: the adapter; {RUN_FILE}, {DATA_FILE} and checkpoints, which only --resume needs")
     if ours.quant:
         print_row("note", inexact_lora([ours.quant]))
     if contents is Contents.RESIDUAL:

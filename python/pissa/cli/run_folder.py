@@ -24,7 +24,7 @@ from pissa.containers.staged import check_unused, staged
 from pissa.distributed import RankError, agree, failing_together
 
 RUN_FILE = "run.yaml"
-_DATA_FILE = "data.json"
+DATA_FILE = "data.json"
 
 # Prefixes of the options in which a resumed run may differ: where it writes, what it reports, when it evaluates.
 _FREE = (
@@ -139,7 +139,7 @@ def resume_command(command: str, out: Path) -> str:
 def record(out: Path, digests: dict[str, str], *options: Any) -> None:
     """Writes run.yaml, which --config reads, once all options are known, and the digests of the data."""
     with staged(out) as new:
-        new(_DATA_FILE).write_text(json.dumps(digests))
+        new(DATA_FILE).write_text(json.dumps(digests))
         new(RUN_FILE).write_text(_as_yaml(*options), encoding="utf-8")
 
 
@@ -174,7 +174,7 @@ def digests_of(train: Any, held_out: Any) -> dict[str, str]:
 
 def check_same_data(out: Path, digests: dict[str, str]) -> None:
     """Checks that a run goes on with the examples with which it began. A run of an earlier version has no digests."""
-    path = out / _DATA_FILE
+    path = out / DATA_FILE
     if not path.is_file():
         return
     needed = "Needed: digests by name; leave --resume out and give another --out to start anew"

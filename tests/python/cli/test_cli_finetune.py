@@ -555,6 +555,8 @@ def test_a_locale_of_ascii_and_names_with_spaces(base: Path, tmp_path: Path) -> 
     )
     assert done.returncode == 0, done.stderr
     assert f"data      {tmp_path}/s??mme.jsonl, 8 examples" in done.stdout
+    assert f"saved     {out}: the adapter; run.yaml, data.json and checkpoints, which only --resume" in done.stdout
+    assert {path.name for path in out.iterdir()} >= {"run.yaml", "data.json"}
     following = done.stdout.partition("\nnext ")[2].splitlines()
     assert [shlex.split(line) for line in following] == [
         ["pissa", "chat", str(out)],
