@@ -15,6 +15,7 @@ from pissa.cli.terminal import (
     UserError,
     collect_notes,
     first_interrupt,
+    has_terminal,
     number,
     positive_int,
     print_row,
@@ -44,9 +45,9 @@ def run(args: argparse.Namespace) -> int:
     """Answers one prompt, or holds a conversation. Only answers go to stdout. Returns the exit code."""
     silence_third_parties()
     logging.getLogger("transformers.generation").setLevel(logging.ERROR)  # options that others make superfluous
-    is_conversation = args.prompt is None and sys.stdin.isatty()
+    is_conversation = args.prompt is None and has_terminal()
     _text(lambda: args.system or "")
-    prompt = "" if is_conversation else _text(sys.stdin.read if args.prompt is None else lambda: args.prompt).strip()
+    prompt = "" if is_conversation else _text(lambda: _piped() if args.prompt is None else args.prompt).strip()
     if not is_conversation and not prompt:
         raise UserError("the prompt is empty; give --prompt TEXT or a text through a pipe, or start it in a terminal")
     from pissa.cli.cores import Cores, note_on_cores
@@ -60,6 +61,10 @@ def run(args: argparse.Namespace) -> int:
         return _converse(chat)
     chat.ask(prompt)
     return 0
+
+
+def _piped() -> str:
+    return "" if sys.stdin is None else sys.stdin.read()
 
 
 def _text(read: Callable[[], str]) -> str:

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import sys
 from collections.abc import Callable
 from typing import TypeVar
 
-from pissa.cli.terminal import UserError, columns, minutes_of, number, silence_third_parties, user_errors
+from pissa.cli.terminal import (
+    UserError,
+    columns,
+    has_terminal,
+    minutes_of,
+    number,
+    silence_third_parties,
+    user_errors,
+)
 
 _MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _yes = number(lambda text: text.lower()[:1], "yes or no", lambda letter: letter in ("y", "n"))
@@ -22,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Asks, prints the command, and runs it if that is wanted. Returns its exit code."""
-    if not sys.stdin.isatty():
+    if not has_terminal():
         raise UserError(
             "asks in a terminal, and there is none; without it: pissa finetune --model MODEL --data FILE, or --help"
         )

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import logging
 import signal
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -34,6 +35,11 @@ def user_errors(*errors: type[Exception], before: str = "", after: str = "") -> 
 def print_row(label: str, text: str) -> None:
     """Prints one line: a label and the text. Progress bars and errors go to stderr instead."""
     print(f"{label:<9} {text}", flush=True)
+
+
+def has_terminal() -> bool:
+    """Whether someone can answer on stdin, which Python lacks if it was closed before the start."""
+    return sys.stdin is not None and sys.stdin.isatty()
 
 
 @contextmanager

@@ -63,8 +63,9 @@ def test_nothing_is_run_unasked(
 
 
 def test_it_needs_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("sys.stdin", io.StringIO("text"))
-    assert "without it: pissa finetune --model MODEL --data FILE" in refused(["start"], capsys)
+    for stdin in (io.StringIO("text"), None):  # Python has none if it was closed before the start
+        monkeypatch.setattr("sys.stdin", stdin)
+        assert "without it: pissa finetune --model MODEL --data FILE" in refused(["start"], capsys)
 
 
 @pytest.mark.parametrize(("examples", "passes"), [(500, "1"), (200, "2"), (199, "3")])
