@@ -125,9 +125,8 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
         svd_passes: passes over each weight: an even number of at least 2, or "auto", as many as the rank needs; see
             `pissa.ops.svd_lowrank`.
         seed: seed of the random sketch. The result does not depend on torch's generator.
-        quant: "nf4" keeps the residual in 4 bits (QPiSSA), and "int8" in 8, with a scale for each row. "nf3" and "nf2"
-            keep it in 3 and 2 bits, which lose too much without a calibration. "mxfp4", "nvfp4", "int4" and "fp8" are
-            the formats of released models. None keeps the base as `residual` says.
+        quant: "nf4" keeps the residual in 4 bits (QPiSSA), and "int8" in 8, with a scale for each row. "mxfp4",
+            "nvfp4", "int4" and "fp8" are the formats of released models. None keeps the base as `residual` says.
         error_feedback: find the codes of the residual by error feedback (GPTQ, arXiv 2210.17323), which loses less of
             the outputs in the same number of bytes. With `quant` and a calibration; see `pissa.wrap`.
         quant_iters: T, the number of alternations of decomposition and quantisation, with `quant`, if the residual

@@ -18,10 +18,6 @@ class AllLinearWarning(PissaWarning):
     """With target_modules="all-linear", some layers got a lower rank or were left out."""
 
 
-class UncalibratedWarning(PissaWarning):
-    """A base in less than 4 bits is made without a calibration."""
-
-
 class TiedWeightWarning(PissaWarning):
     """A weight stays dense, because another module shares it."""
 

@@ -29,8 +29,6 @@ enum class Format : std::int32_t {
   f16,
   nf4,
   int8,
-  nf3,
-  nf2,
   mxfp4,
   nvfp4,
   int4,
@@ -96,10 +94,6 @@ PISSA_INLINE constexpr FormatInfo info(Format format) {
       return {"nf4", 4, true, {32, 4096, 64}, ScaleKind::nested};
     case Format::int8:
       return {"int8", 8, true};
-    case Format::nf3:
-      return {"nf3", 3, true, {32, 4096, 64}, ScaleKind::nested};
-    case Format::nf2:
-      return {"nf2", 2, true, {32, 4096, 64}, ScaleKind::nested};
     case Format::mxfp4:
       return {"mxfp4", 4, true, {32, 32, 32, true}, ScaleKind::e8m0};
     case Format::nvfp4:
@@ -139,11 +133,11 @@ PISSA_INLINE constexpr FormatInfo info(Format format) {
 }
 
 /// The rows of the table.
-inline constexpr Format kFormats[] = {Format::f32,  Format::bf16,   Format::f16,    Format::nf4,       Format::int8,
-                                      Format::nf3,  Format::nf2,    Format::mxfp4,  Format::nvfp4,     Format::int4,
-                                      Format::fp8,  Format::q4_0,   Format::q4_1,   Format::q5_0,      Format::q5_1,
-                                      Format::q8_0, Format::q2_k,   Format::q3_k,   Format::q4_k,      Format::q5_k,
-                                      Format::q6_k, Format::iq4_nl, Format::iq4_xs, Format::mxfp4_gguf};
+inline constexpr Format kFormats[] = {Format::f32,    Format::bf16,      Format::f16,  Format::nf4,  Format::int8,
+                                      Format::mxfp4,  Format::nvfp4,     Format::int4, Format::fp8,  Format::q4_0,
+                                      Format::q4_1,   Format::q5_0,      Format::q5_1, Format::q8_0, Format::q2_k,
+                                      Format::q3_k,   Format::q4_k,      Format::q5_k, Format::q6_k, Format::iq4_nl,
+                                      Format::iq4_xs, Format::mxfp4_gguf};
 
 /// Whether the format is one of codes and scales.
 PISSA_INLINE constexpr bool is_quantized(Format format) { return info(format).quantized; }

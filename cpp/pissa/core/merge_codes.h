@@ -14,7 +14,6 @@
 #include "pissa/core/fp8.h"
 #include "pissa/core/gguf.h"
 #include "pissa/core/int8.h"
-#include "pissa/core/normal_float.h"
 
 namespace pissa {
 
@@ -39,8 +38,7 @@ PISSA_INLINE constexpr float level_of_code(int code) {
   if constexpr (is_read_only(format)) return static_cast<float>(gguf_number<format>(code));
   else if constexpr (format == Format::int8) return static_cast<float>(static_cast<std::int8_t>(code));
   else if constexpr (format == Format::fp8) return e4m3_value(static_cast<std::uint8_t>(code));
-  else if constexpr (info(format).bits == 4) return FourBits<format>::kLevels[code];
-  else return NormalFloat<format>::kLevels[code];
+  else return FourBits<format>::kLevels[code];
 }
 
 /// Whether a code may be written. No quantiser of signed bytes writes -128.
@@ -171,9 +169,7 @@ template <Format format>
 PISSA_INLINE constexpr std::uint8_t code_at(const std::uint8_t* codes, std::int64_t i) {
   constexpr int kBits = info(format).bits;
   const std::int64_t bit = i * kBits ^ (format == Format::nf4 ? 4 : 0);
-  unsigned word = codes[bit / 8];
-  if (bit % 8 + kBits > 8) word |= static_cast<unsigned>(codes[bit / 8 + 1]) << 8;
-  return static_cast<std::uint8_t>(word >> bit % 8 & ((1u << kBits) - 1));
+  return static_cast<std::uint8_t>(codes[bit / 8] >> bit % 8 & ((1 << kBits) - 1));
 }
 
 /// Replaces it.
@@ -181,12 +177,7 @@ template <Format format>
 PISSA_INLINE constexpr void put_code(std::uint8_t* codes, std::int64_t i, unsigned code) {
   constexpr int kBits = info(format).bits, kMask = (1 << kBits) - 1;
   const std::int64_t bit = i * kBits ^ (format == Format::nf4 ? 4 : 0);
-  const int shift = static_cast<int>(bit % 8);
-  replace_bits(codes[bit / 8], shift, kMask, static_cast<int>(code));
-  if (shift + kBits > 8) {
-    std::uint8_t& byte = codes[bit / 8 + 1];
-    byte = static_cast<std::uint8_t>((byte & ~(kMask >> (8 - shift))) | code >> (8 - shift));
-  }
+  replace_bits(codes[bit / 8], static_cast<int>(bit % 8), kMask, static_cast<int>(code));
 }
 
 }  // namespace pissa

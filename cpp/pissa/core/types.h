@@ -10,8 +10,8 @@
 
 namespace pissa {
 
-/// Scales of a quantised matrix, one per block of `blocksize` elements of the flattened matrix. For NormalFloats and
-/// INT8, a scale is the block's largest absolute value. One of `absmax`, `absmax16` and `absmax8` contains them. A byte
+/// Scales of a quantised matrix, one per block of `blocksize` elements of the flattened matrix. For NF4 and INT8,
+/// a scale is the block's largest absolute value. One of `absmax`, `absmax16` and `absmax8` contains them. A byte
 /// of absmax8 means, for block i: with nested_absmax (double quantisation), `kDynamicMap[absmax8[i]] * nested_absmax[i
 /// / 256] + *offset`, with the map of bitsandbytes; with `levels`, `levels[absmax8[i]]`; with neither, the power of two
 /// of E8M0.

@@ -12,20 +12,18 @@
 
 #include <bit>
 #include <cstdint>
-#include <type_traits>
 
 #include "pissa/cuda/four_bits_device.h"
 #include "pissa/cuda/fp8_device.h"
 #include "pissa/cuda/int8_device.h"
 #include "pissa/cuda/nf4_device.h"
-#include "pissa/cuda/normal_float_device.h"
 
 namespace pissa::cuda {
 namespace {
 
 template <Format format>
 struct CodesOfFormat {
-  using type = std::conditional_t<info(format).bits == 4, Grouped<format>, FewBits<format>>;
+  using type = Grouped<format>;
 };
 template <>
 struct CodesOfFormat<Format::nf4> {
@@ -52,10 +50,6 @@ auto with_codes(Format format, F f) {
       return f(Nf4{});
     case Format::int8:
       return f(Int8{});
-    case Format::nf3:
-      return f(FewBits<Format::nf3>{});
-    case Format::nf2:
-      return f(FewBits<Format::nf2>{});
     case Format::mxfp4:
       return f(Grouped<Format::mxfp4>{});
     case Format::nvfp4:

@@ -86,8 +86,8 @@ class BlockScales {
   float offset_;
 };
 
-/// NormalFloats', as bitsandbytes has it: whole blocks are multiplied by a factor, the short last one is divided; the
-/// codes can differ.
+/// NF4's, as bitsandbytes has it: whole blocks are multiplied by a factor, the short last one is divided; the codes can
+/// differ.
 class NormalScaling {
  public:
   __device__ __forceinline__ NormalScaling(float largest, bool whole, const float*)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -23,8 +22,6 @@ from pissa.model.blocks import run_block_by_block
 from pissa.model.calibration import Calibration
 from pissa.model.inject import check_plain, own_config, way_back
 from pissa.model.pissa_model import model_class
-from pissa.notices import UncalibratedWarning
-from pissa.ops.formats import FORMATS
 
 
 def calibrate(
@@ -83,13 +80,6 @@ def check_wanted(config: PissaConfig, calibration: object) -> None:
         raise ValueError(
             'calibration: got one that nothing uses; give quant, and repair="activations" or error_feedback=True, with '
             "it, or leave it out"
-        )
-    if calibration is None and config.quant is not None and FORMATS[config.quant].bits < 4:
-        warnings.warn(
-            f'quant="{config.quant}" without a calibration loses most of what the model knows. Give '
-            'repair="activations", error_feedback=True and calibration=batches with it.',
-            UncalibratedWarning,
-            stacklevel=3,  # the caller of pissa.wrap
         )
 
 

@@ -32,10 +32,6 @@ class QuantizedWeight(NamedTuple):
     `CB`. `absmax`: float32 [out], its `SCB`, the largest absolute value of each row. An element is code * absmax / 127.
     It takes 8 bits per weight, plus 32 per row.
 
-    "nf3" and "nf2": NormalFloats of 3 and 2 bits with NF4's blocks and scales, in a byte layout of our own. `codes` are
-    packed in order, starting at the lowest bit of the first byte (cpp/pissa/core/normal_float.h). They take 3.127 and
-    2.127 bits per weight, nested, at block size 64.
-
     Formats of released models. Their elements are codes times scales, rounded once:
 
     "mxfp4" (OCP Microscaling Formats 1.0; gpt-oss, compressed-tensors): `codes`: uint8 [out * in / 2], E2M1, with the
@@ -156,13 +152,13 @@ def quantize(
 
     Args:
         weight: [out, in], float32, bfloat16 or float16, finite.
-        format: "nf4", as `bitsandbytes.functional.quantize_4bit`; "int8", as its `int8_vectorwise_quant`; "nf3" or
-            "nf2"; "mxfp4", "nvfp4", "int4" or "fp8", as compressed-tensors quantises a float32 weight, except that the
-            codes of "int4" and "fp8" are those of elements divided by the stored scale.
+        format: "nf4", as `bitsandbytes.functional.quantize_4bit`; "int8", as its `int8_vectorwise_quant`; "mxfp4",
+            "nvfp4", "int4" or "fp8", as compressed-tensors quantises a float32 weight, except that the codes of "int4"
+            and "fp8" are those of elements divided by the stored scale.
         blocksize: elements per scale: 32, 64, ..., 4096 (default: 64). For "int4" 32, 64 or 128, which must divide a
             row. For "mxfp4" 32 and for "nvfp4" 16, which must divide a row. For "int8" and "fp8" always a row.
-        double_quant: whether the scales of "nf4", "nf3" and "nf2" are quantised too, to 8 bits in blocks of 256
-            (bitsandbytes' `compress_statistics`). None: if the format supports it.
+        double_quant: whether the scales of "nf4" are quantised too, to 8 bits in blocks of 256 (bitsandbytes'
+            `compress_statistics`). None: if the format supports it.
         second_moment: E[xᵀx] of the layer's inputs, as `split` takes it. The codes are then found by error feedback
             (`ops._second_moment`), which loses less of the outputs. The scales stay those of the weight. A row must end
             with a whole byte.

@@ -58,8 +58,7 @@ TEST_P(ErrorFeedbackTest, EveryCodeIsNearestGivenTheErrorsBehindIt) {
     for (std::int64_t j = 0; j < cols; ++j) lower(j, j) = 0.5 + random.uniform();
     const Stored factor(lower, Format::f32);
     const Dense l = factor.values();
-    for (const Form form : {Form::nf4, Form::nf4_nested, Form::int8, Form::nf3, Form::nf2, Form::mxfp4, Form::nvfp4,
-                            Form::int4, Form::fp8}) {
+    for (const Form form : {Form::nf4, Form::nf4_nested, Form::int8, Form::mxfp4, Form::nvfp4, Form::int4, Form::fp8}) {
       SCOPED_TRACE(::testing::Message() << "[" << rows << ", " << cols << "] " << name(form));
       const Operand like(random, rows, cols, form);
       const Stored weight(random.dense(rows, cols), random.pick(kFloatFormats), 3);

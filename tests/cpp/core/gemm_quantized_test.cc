@@ -93,34 +93,6 @@ TEST_P(GemmQuantizedTest, AnInt8CodeIsTheRoundedElement) {
   }
 }
 
-// NF3 and NF2 by their definition: the scale, and the level nearest to an element. The last block is short.
-TEST_P(GemmQuantizedTest, ACodeOfFewBitsIsThatOfTheNearestLevel) {
-  Random random(5);
-  for (const Format format : {Format::nf3, Format::nf2}) {
-    for (const std::int64_t cols : {1, 7, 64, 83}) {
-      const Stored weight(random.dense(5, cols), Format::f32);
-      const Dense values = weight.values();
-      QuantizedResult result(format, 5, cols, 32);
-      backend().gemm_quantized({}, weight.view(), result.output());
-      EXPECT_TRUE(result.padding_intact());
-      for (std::int64_t i = 0; i < 5 * cols; ++i) {
-        double largest = 0;
-        for (std::int64_t j = i / 32 * 32; j < std::min<std::int64_t>(5 * cols, i / 32 * 32 + 32); ++j) {
-          largest = std::max(largest, std::fabs(values.values[j]));
-        }
-        ASSERT_EQ(result.scales[i / 32], largest);
-        const double chosen = level_at(format, result.codes.data(), i) * largest;
-        double least = HUGE_VAL;
-        for (int code = 0; code < 1 << info(format).bits; ++code) {
-          const std::uint8_t codes[8] = {static_cast<std::uint8_t>(code)};
-          least = std::min(least, std::fabs(values.values[i] - level_at(format, codes, 0) * largest));
-        }
-        ASSERT_LE(std::fabs(values.values[i] - chosen), least + 4 * kEps32 * largest) << i;
-      }
-    }
-  }
-}
-
 // The formats of released models by their definitions: the scale of a block, and the code nearest to an element divided
 // by it, of two as near the even one. In the first two rows scales are 1 and elements lie on ties and beside them.
 TEST_P(GemmQuantizedTest, ACodeIsTheNearestAndOfTiesTheEvenOne) {

@@ -141,9 +141,7 @@ TEST_P(FormatTest, DecodesAnyPartOfAQuantizedRow) {
     }
   };
   for (const std::int64_t cols : {1, 37, 150}) {
-    for (const Format levels : {Format::nf4, Format::nf3, Format::nf2}) {
-      for (const bool nested : {false, true}) check(StoredLevels(random, levels, 5, cols, 32, nested));
-    }
+    for (const bool nested : {false, true}) check(StoredLevels(random, Format::nf4, 5, cols, 32, nested));
     for (const Format levels : {Format::mxfp4, Format::nvfp4, Format::int4}) {
       for (const int blocksize : {16, 32, 128}) check(StoredLevels(random, levels, 5, cols, blocksize, false));
     }

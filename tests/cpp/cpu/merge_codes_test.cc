@@ -271,7 +271,7 @@ TEST_P(MergeCodesTest, ErrorFeedbackByTheRule) {
 // Tasks of 112 rows, on several threads; several terms.
 TEST_P(MergeCodesTest, ThreadsDoNotMatter) {
   Random random(3);
-  const Operand weight(random, 300, 1536, Form::nf3);
+  const Operand weight(random, 300, 1536, Form::nf4);
   const Stored b(random.dense(300, 9), Format::f32), a(random.dense(9, 1536), Format::f32);
   const std::array change{Term{b.view(), Op::n, a.view(), Op::n, 0.03f},
                           Term{b.view(), Op::n, a.view(), Op::n, -0.01f}};
@@ -281,7 +281,7 @@ TEST_P(MergeCodesTest, ThreadsDoNotMatter) {
     std::vector<MergeSums> sums;
     for (const std::int64_t threads : {1, 3}) {
       const cpu::ThreadExecutor executor(threads);
-      std::vector<std::uint8_t> codes(code_bytes(Format::nf3, 300 * 1536));
+      std::vector<std::uint8_t> codes(code_bytes(Format::nf4, 300 * 1536));
       sums.push_back(cpu::CpuBackend(executor, kernels())
                          .merge_codes(weight.view(), change, lower, Rounding::dither, 1, codes.data()));
       results.push_back(codes);

@@ -18,7 +18,6 @@
 #include "pissa/core/int8.h"
 #include "pissa/core/nested_scales.h"
 #include "pissa/core/nf4.h"
-#include "pissa/core/normal_float.h"
 #include "pissa/core/types.h"
 #include "support/formats.h"
 
@@ -133,16 +132,10 @@ class Stored {
 /// The level of element i of a flattened matrix whose codes are levels.
 inline float level_at(Format format, const void* data, std::int64_t i) {
   const auto* codes = static_cast<const std::uint8_t*>(data);
-  if (info(format).bits == 4) {
-    const int low = codes[i / 2] & 15, high = codes[i / 2] >> 4;
-    if (format == Format::nf4) return kNf4Levels[i % 2 == 0 ? high : low];
-    const int code = i % 2 == 0 ? low : high;
-    return format == Format::int4 ? static_cast<float>(code - 8) : static_cast<float>(kE2m1.decode(code));
-  }
-  const int bits = info(format).bits;
-  int code = 0;
-  for (int k = 0; k < bits; ++k) code |= (codes[(i * bits + k) / 8] >> ((i * bits + k) % 8) & 1) << k;
-  return format == Format::nf3 ? NormalFloat<Format::nf3>::kLevels[code] : NormalFloat<Format::nf2>::kLevels[code];
+  const int low = codes[i / 2] & 15, high = codes[i / 2] >> 4;
+  if (format == Format::nf4) return kNf4Levels[i % 2 == 0 ? high : low];
+  const int code = i % 2 == 0 ? low : high;
+  return format == Format::int4 ? static_cast<float>(code - 8) : static_cast<float>(kE2m1.decode(code));
 }
 
 /// Random scales, as a format stores them, or in f32.
@@ -449,11 +442,11 @@ class StoredGguf {
 
 /// The forms in which a GEMM reads an operand, and a random normal matrix in one of them. A Format is a form, too:
 /// those of GGUF's blocks have no other name.
-enum class Form { f32, bf16, f16, nf4, int8, nf3, nf2, mxfp4, nvfp4, int4, fp8, nf4_nested = 1000 };
+enum class Form { f32, bf16, f16, nf4, int8, mxfp4, nvfp4, int4, fp8, nf4_nested = 1000 };
 /// Those of matrices of any size.
-inline constexpr std::initializer_list<Form> kForms = {Form::f32,   Form::bf16, Form::f16, Form::nf4,
-                                                       Form::int8,  Form::nf3,  Form::nf2, Form::mxfp4,
-                                                       Form::nvfp4, Form::int4, Form::fp8, Form::nf4_nested};
+inline constexpr std::initializer_list<Form> kForms = {Form::f32,  Form::bf16,      Form::f16,   Form::nf4,
+                                                       Form::int8, Form::mxfp4,     Form::nvfp4, Form::int4,
+                                                       Form::fp8,  Form::nf4_nested};
 /// Those whose rows are whole blocks.
 inline const std::vector<Form>& gguf_forms() {
   static const std::vector<Form> forms = [] {

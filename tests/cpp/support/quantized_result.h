@@ -10,8 +10,8 @@
 
 namespace pissa::test {
 
-inline constexpr std::initializer_list<Format> kQuantizedFormats = {
-    Format::nf4, Format::int8, Format::nf3, Format::nf2, Format::mxfp4, Format::nvfp4, Format::int4, Format::fp8};
+inline constexpr std::initializer_list<Format> kQuantizedFormats = {Format::nf4,   Format::int8, Format::mxfp4,
+                                                                    Format::nvfp4, Format::int4, Format::fp8};
 
 /// Room for its parts, and an element more, which nothing may write.
 struct QuantizedResult {

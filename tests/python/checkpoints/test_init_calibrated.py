@@ -118,7 +118,7 @@ def test_an_adapter_on_such_a_checkpoint_needs_no_codes(tmp_path: Path) -> None:
         merge(tmp_path / "run", base, tmp_path / "again")
 
 
-@pytest.mark.parametrize("quant", ["nf3", "nf2"])
+@pytest.mark.parametrize("quant", ["mxfp4", "fp8"])
 def test_a_format_that_only_pissa_reads_is_no_checkpoint_s(quant: str, tmp_path: Path) -> None:
     save("llama", tmp_path / "base")
     with pytest.raises(ValueError, match=f"quant: got '{quant}', whose bytes only pissa reads"):

@@ -50,12 +50,6 @@ def source(tiny_llama: Make, tmp_path: Path) -> Path:
     return tmp_path / "source"
 
 
-def test_few_bits_without_a_calibration_warn_as_in_wrap(source: Path) -> None:
-    with pytest.warns(pissa.notices.UncalibratedWarning, match='quant="nf2" without a calibration') as caught:
-        pissa.load(source, r=R, quant="nf2")
-    assert caught[0].filename == __file__
-
-
 @pytest.fixture
 def packed(source: Path, tmp_path: Path) -> Path:
     """The same, which transformers has loaded in 4 bits and saved."""

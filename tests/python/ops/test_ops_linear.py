@@ -19,7 +19,6 @@ from reference import EPS, assert_close, unit_errors
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FORMS = ["none", "lora", "stored", "implicit"]
 QUANTIZED: dict[str, dict[str, object]] = {"nf4": {"double_quant": False}, "nf4-nested": {}, "int8": {"format": "int8"}}
-QUANTIZED |= {"nf3": {"format": "nf3"}}
 WEIGHTS = ["dense", *QUANTIZED]
 RELEASED = ["mxfp4", "nvfp4", "int4", "fp8"]
 

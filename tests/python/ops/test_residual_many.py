@@ -18,7 +18,6 @@ FORMS: list[dict[str, Any]] = [
     {"form": "nf4"},
     {"form": "nf4", "double_quant": False},
     {"form": "int8"},
-    {"form": "nf2"},
 ]
 SCALINGS = [1.0, 0.5, 2.0]
 

@@ -15,7 +15,6 @@
 #include "pissa/cpu/kernels/gguf.h"
 #include "pissa/cpu/kernels/int8.h"
 #include "pissa/cpu/kernels/nf4.h"
-#include "pissa/cpu/kernels/normal_float.h"
 
 namespace pissa::cpu::PISSA_ISA {
 namespace {
@@ -28,10 +27,6 @@ PISSA_INLINE auto with_written_codes(Format format, F f) {
       return f(Nf4{});
     case Format::int8:
       return f(Int8{});
-    case Format::nf3:
-      return f(FewBits<Format::nf3>{});
-    case Format::nf2:
-      return f(FewBits<Format::nf2>{});
     case Format::mxfp4:
       return f(Grouped<Format::mxfp4>{});
     case Format::nvfp4:
