@@ -22,7 +22,7 @@ PROCESS = 550e6
 def quantised_bytes(shape: tuple[int, int], form: Form) -> int:
     """The bytes of a weight in codes."""
     format = FORMATS[form.name]
-    tensors = format.tensors(shape, *format.options(form.blocksize, form.double_quant, shape[1]))
+    tensors = format.tensors(shape, *format.options(None, form.double_quant, shape[1]))
     return sum(math.prod(size) * kept.itemsize for size, kept in tensors.values())
 
 
@@ -57,7 +57,7 @@ class Model(NamedTuple):
         checkpointing."""
         weights = 2 * self.vocabulary * self.hidden
         for out, columns in self.shapes.values():
-            weights += quantised_bytes((out, columns), Form.quantised(quant, 64, True)) if quant else 2 * out * columns
+            weights += quantised_bytes((out, columns), Form.quantised(quant, True)) if quant else 2 * out * columns
         parts = training_memory(
             self.shapes, RANK, weights=weights, dtype=torch.bfloat16, hidden=self.hidden, tokens=BATCH * TOKENS
         )

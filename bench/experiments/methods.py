@@ -138,7 +138,10 @@ def _ours(**fields: Any) -> Callable[[nn.Module, Setting], nn.Module]:
     def wrap(model: nn.Module, setting: Setting) -> nn.Module:
         given = fields | ({"seed": setting.seed} if fields.get("init") == "lora" else {})
         given |= {"target_modules": setting.target_modules, "task_type": setting.task_type}
-        given |= {"init": EXACT.name} if setting.svd_passes == "exact" else {"svd_passes": setting.svd_passes}
+        if setting.svd_passes == "exact":
+            given |= {"init": EXACT.name}
+        elif setting.svd_passes != "auto":
+            return _removed(model, setting)
         config = PissaConfig(r=setting.r, rank_pattern=dict(setting.rank_pattern), **given)
         return pissa.wrap(model, config, calibration=setting.calibration)
 
@@ -195,7 +198,7 @@ METHODS: dict[str, Method] = {
     "pissa_64": Method("PiSSA, alpha 64", _ours(lora_alpha=64)),
     "pissa_256": Method("PiSSA, alpha 256", _ours(lora_alpha=256)),
     "qlora": Method("QLoRA", _nf4(init="lora"), dense=False),
-    "loftq": Method("LoftQ, T = 5", _nf4(init="loftq", quant_iters=5), dense=False),
+    "loftq": Method("LoftQ, T = 5", _removed, dense=False),
     "qpissa_1": Method("QPiSSA, T = 1", _nf4(), dense=False),
     "qpissa_5": Method("QPiSSA, T = 5", _nf4(quant_iters=5), dense=False),
     "pissa_on_nf4": Method("PiSSA's start on nf4(W)", _nf4(repair="lora"), dense=False),

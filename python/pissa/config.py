@@ -17,18 +17,15 @@ from peft import LoraConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import nn
 
-from pissa.ops.checks import Passes, Svd, check_choice, check_svd
-from pissa.ops.formats import DEFAULT, FORMATS
+from pissa.ops.checks import check_choice, check_seed
+from pissa.ops.formats import FORMATS
 from pissa.peft_private import build_layers_with
 
 Residual = Literal["implicit", "explicit"]
 Storage = Literal["uint8", "bfloat16", "float16", "float32"]
 
-ALTERNATING: tuple[str, ...] = ("pissa", "loftq", "activations")
+ALTERNATING: tuple[str, ...] = ("pissa", "activations")
 """The init methods that can alternate decomposition and quantisation."""
-
-_OF_ERRORS: tuple[str, ...] = ("loftq", "activations")
-"""The init methods that start from the error of a format."""
 
 # The fields of LoraConfig that mean the same here. Every other field must keep its default. A field that a later PEFT
 # adds is refused by name until it has been examined.
@@ -57,32 +54,28 @@ class Form(NamedTuple):
     name: str
     """Either "implicit", for the weight as it was given, or "explicit", for the dense residual W - s B0 A0, or the
     format of the quantised residual, one of `ops.formats.FORMATS`."""
-    blocksize: int | None = None
-    """None where there is no choice, like `double_quant`."""
     double_quant: bool | None = None
+    """None where there is no choice."""
 
     @staticmethod
-    def quantised(format: str, blocksize: int, double_quant: bool) -> Form:
+    def quantised(format: str, double_quant: bool) -> Form:
         """A quantised form with the options that its format has."""
-        has = FORMATS[format]
-        return Form(format, blocksize if has.has_choice else None, double_quant if has.has_double_quant else None)
+        return Form(format, double_quant if FORMATS[format].has_double_quant else None)
 
     def describe(self) -> str:
         """The form in words, for messages."""
-        options = {"blocksize": self.blocksize, "double_quant": self.double_quant}
-        details = ", ".join(f"{name} {value}" for name, value in options.items() if value is not None)
-        return f"{self.name} ({details})" if details else self.name
+        return self.name if self.double_quant is None else f"{self.name} (double_quant {self.double_quant})"
 
     def options(self) -> dict[str, Any]:
         """The form as keyword arguments of `ops.residual_many`."""
-        return {"form": self.name, "blocksize": self.blocksize, "double_quant": self.double_quant}
+        return {"form": self.name, "double_quant": self.double_quant}
 
 
 IMPLICIT = Form("implicit")
 
 
 _INIT_HELP = (
-    "Initialisation: pissa, lora, loftq or activations. On a 16-bit base at the default rates, pissa and lora are "
+    "Initialisation: pissa, lora or activations. On a 16-bit base at the default rates, pissa and lora are "
     "level; lora suits bases in codes (quant, released models, GGUF), rewards, and a search for the best rate"
 )
 
@@ -110,31 +103,25 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
     Args:
         init: "pissa", the default, starts from the principal singular components; one whose singular value is 0 starts
             as with "lora", which starts from B = 0. On a 16-bit base at their default rates, both are level; on a base
-            in codes, for rewards, and at its own best rate, "lora" is the better choice (docs/choices.md). "loftq"
-            (with `quant`) starts from the error of the format, and "activations" (with `quant`) from the part of that
-            error which matters most to the outputs, given the layer's inputs (QERA, arXiv 2410.06040), which needs a
-            calibration; see `pissa.wrap`. "given" marks an adapter whose factors come from a plain LoRA
-            (`peft.set_peft_model_state_dict`). It cannot be requested. A method of your own is one that you have added
-            to `pissa.INIT_METHODS`.
+            in codes, for rewards, and at its own best rate, "lora" is the better choice (docs/choices.md).
+            "activations" (with `quant`) starts from the part of the format's error which matters most to the outputs,
+            given the layer's inputs (QERA, arXiv 2410.06040), which needs a calibration; see `pissa.wrap`. "given"
+            marks an adapter whose factors come from a plain LoRA (`peft.set_peft_model_state_dict`). It cannot be
+            requested. A method of your own is one that you have added to `pissa.INIT_METHODS`.
         repair: the start that a stored base lacks and adds again exactly: that of `init` (None), or that of any other
             method. With `init="lora", repair="pissa", quant="nf4"`, LoRA trains on QPiSSA's base. With `init="pissa",
             repair="lora"`, PiSSA trains on the plainly quantised weight, from which LoRA's start takes nothing out.
             With `repair="activations"` and a calibration, the outputs of the base are repaired, not its weights. Only
             with `quant` or residual="explicit".
-        svd: "krylov" (block Krylov, default) or "subspace" iteration.
-        svd_passes: passes over each weight: an even number of at least 2, or "auto", as many as the rank needs; see
-            `pissa.ops.svd_lowrank`.
         seed: seed of the random sketch. The result does not depend on torch's generator.
         quant: "nf4" keeps the residual in 4 bits (QPiSSA), and "int8" in 8, with a scale for each row. "mxfp4",
             "nvfp4", "int4" and "fp8" are the formats of released models. None keeps the base as `residual` says.
         error_feedback: find the codes of the residual by error feedback (GPTQ, arXiv 2210.17323), which loses less of
             the outputs in the same number of bytes. With `quant` and a calibration; see `pissa.wrap`.
         quant_iters: T, the number of alternations of decomposition and quantisation, with `quant`, if the residual
-            lacks the start of "pissa", "loftq" or "activations". With more than 1, the start factors are those of the
+            lacks the start of "pissa" or "activations". With more than 1, the start factors are those of the
             residual's error W - Q, and Q lacks those of the previous alternation; the best alternation is kept. It
             costs T + 1 decompositions.
-        blocksize: weights that share one scale: for NormalFloats a power of two from 32 to 4096, for INT4 32, 64 or
-            128.
         double_quant: quantise the NF4 scales as well. Those of INT8 stay float32.
         quant_storage: dtype of the parameters that hold the quantised codes, as in bitsandbytes: "uint8", "bfloat16",
             "float16" or "float32". FSDP may require all parameters in one dtype, or cast them to one; then give that
@@ -159,13 +146,10 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
     lora_alpha: float | None = field(default=None, metadata={"help": "LoRA alpha (default: the rank)"})
     init: str = field(default="pissa", metadata={"help": _INIT_HELP})
     repair: str | None = field(default=None, metadata={"help": "Initialisation that a base lacks (None: init's)"})
-    svd: Svd = field(default="krylov", metadata={"help": "Decomposition: krylov or subspace"})
-    svd_passes: Passes = field(default="auto", metadata={"help": "Passes over each weight, even, or auto"})
     seed: int = field(default=0, metadata={"help": "Seed of the random sketch"})
     quant: str | None = field(default=None, metadata={"help": "Format of the quantised residual"})
     error_feedback: bool = field(default=False, metadata={"help": "Find codes by error feedback; needs a calibration"})
     quant_iters: int = field(default=1, metadata={"help": "Alternations of SVD and quantisation"})
-    blocksize: int = field(default=64, metadata={"help": "Weights that share one NF4 scale"})
     double_quant: bool = field(default=True, metadata={"help": "Quantise the NF4 scales as well"})
     quant_storage: Storage = field(default="uint8", metadata={"help": "dtype of the parameters that hold codes"})
     residual: Residual | None = field(default=None, metadata={"help": "implicit or explicit; not with quant"})
@@ -228,7 +212,7 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
     def form(self) -> Form:
         """The form in which the adapted layers keep their base."""
         if self.quant is not None:
-            return Form.quantised(self.quant, self.blocksize, self.double_quant)
+            return Form.quantised(self.quant, self.double_quant)
         return Form(self.residual or "implicit")
 
     @property
@@ -277,7 +261,7 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
             if f.name not in SUPPORTED and value != default:
                 raise ValueError(
                     f"{f.name}={value!r} is not supported with PiSSA; leave it out (default {default!r}), or "
-                    "use peft.LoraConfig for a plain LoRA adapter [P013]"
+                    f"use peft.LoraConfig for a plain LoRA adapter{_instead_of(value)} [P013]"
                 )
 
     def _check_scaling(self) -> None:
@@ -302,9 +286,9 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
             if getattr(self, name) not in methods:
                 raise ValueError(
                     f"{name}: got {getattr(self, name)!r}; allowed: {', '.join(map(repr, methods))}, or a method of "
-                    "your own that you add to pissa.INIT_METHODS first"
+                    f"your own that you add to pissa.INIT_METHODS first{_instead_of(getattr(self, name))}"
                 )
-        check_svd(self.svd, self.svd_passes, self.seed, "svd_passes")
+        check_seed(self.seed)
         check_choice("quant", self.quant, (None, *FORMATS))
         check_choice("quant_storage", self.quant_storage, get_args(Storage))
         check_choice("residual", self.residual, (None, *get_args(Residual)))
@@ -317,7 +301,6 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
         for index in itertools.chain(*tokens.values()) if isinstance(tokens, dict) else tokens:
             if not _is_int(index) or index < 0:
                 raise ValueError(f"trainable_token_indices: got {index!r}; allowed: integers of at least 0")
-        self._check_blocks()
         self._check_base()
         self._check_start()
 
@@ -341,8 +324,8 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
                 "change of a base that is codes: leave them out"
             )
         for name, needs_codes in (
-            ("init", self.init in _OF_ERRORS),
-            ("repair", self.repair in _OF_ERRORS),
+            ("init", self.init == "activations"),
+            ("repair", self.repair == "activations"),
             ("error_feedback", self.error_feedback),
             ("quant_iters", self.quant_iters > 1),
         ):
@@ -355,7 +338,7 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
     def _check_start(self) -> None:
         """Checks what a start is combined with: that of the adapter, and that which a stored base lacks."""
         start = self.repair or self.init
-        if self.error_feedback and (self.quant_iters > 1 or start == "loftq") and start != "activations":
+        if self.error_feedback and self.quant_iters > 1 and start != "activations":
             raise ValueError(
                 f"error_feedback: got True, but the start of {start!r} with quant_iters={self.quant_iters} is found "
                 'with the nearest codes; allowed: False, or True with repair="activations", or with quant_iters=1'
@@ -365,17 +348,6 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
             raise ValueError(
                 f"quant_iters: got {self.quant_iters}, but the residual lacks the start of {start!r}; allowed: "
                 f"1, or more with {' or '.join(map(repr, ALTERNATING))} as init or repair [P031]"
-            )
-
-    def _check_blocks(self) -> None:
-        """Checks `blocksize` and `double_quant`, whose defaults fit any format."""
-        format = FORMATS[self.quant or DEFAULT]
-        if format.has_choice:
-            format.check_options(self.blocksize, self.double_quant and format.has_double_quant)
-        elif self.blocksize != PissaConfig.blocksize:
-            raise ValueError(
-                f"blocksize: got {self.blocksize!r}; with quant={self.quant!r} a block is "
-                f"{format.usual_blocksize or 'a row'}: leave blocksize out [P035]"
             )
 
 
@@ -403,6 +375,13 @@ def _refuse(target: nn.Module, adapter_name: str, **kwargs: Any) -> NoReturn:
         "a PissaConfig needs pissa.wrap(model, config), or peft.get_peft_model, got one of PEFT's functions below "
         "them, which put layers into a model and cannot start an adapter [P012]"
     )
+
+
+def _instead_of(init: object) -> str:
+    """What to use instead of a start that PEFT has, for messages."""
+    if init != "loftq":
+        return ""
+    return '. Instead of LoftQ, init="pissa" with quant="nf4" and quant_iters=5 starts from the error of the format'
 
 
 def _is_int(value: Any) -> bool:

@@ -88,15 +88,30 @@ def config_as_json(config: PissaConfig) -> dict[str, Any]:
     return fields
 
 
-_FORMER_FIELDS = {"start_norm": "singular"}
+_FORMER_FIELDS = {"start_norm": "singular", "svd": "krylov", "svd_passes": "auto", "blocksize": 64}
 """Fields that earlier versions had, with the values that mean what every configuration means now."""
+
+_FORMER_VALUES = {"quant": ("nf3", "nf2"), "name": ("nf3", "nf2"), "init": ("loftq",), "repair": ("loftq",)}
+"""Values that earlier versions had."""
+
+
+def _without_former(fields: dict[str, Any]) -> dict[str, Any]:
+    """A configuration, form or start in a record, without the fields that only earlier versions had. Raises ValueError
+    if it is one that only an earlier version supported."""
+    for name, value in fields.items():
+        if value in _FORMER_VALUES.get(name, ()) or value not in (None, _FORMER_FIELDS.get(name, value)):
+            raise ValueError(
+                f"{name} is {quote(value)}, which only earlier versions of pissa support: make the folder again with "
+                "this one. peft.PeftModel.from_pretrained still reads the plain LoRA of an adapter [P059]"
+            )
+    return {name: value for name, value in fields.items() if name not in _FORMER_FIELDS}
 
 
 def config_from_json(fields: dict[str, Any]) -> PissaConfig:
     """The inverse of `config_as_json`."""
-    known = {f.name for f in _config_fields()}
+    known, fields = {f.name for f in _config_fields()}, _without_former(fields)
     for name, value in fields.items():
-        if name not in known and not (value is False or value in (None, "", [], {}, _FORMER_FIELDS.get(name))):
+        if name not in known and not (value is False or value in (None, "", [], {})):
             raise ValueError(
                 f"config has an unknown field {quote(name)}, with the value {quote(value)}: another version of pissa "
                 "or peft may know it [P059]"
@@ -185,10 +200,10 @@ class LayerRecord:
         """The inverse of `as_json`."""
         base = None
         if record["base"] is not None:
-            identity = dict(record["base"])
+            identity = _without_former(record["base"])
             r, scaling, init = (identity.pop(name) for name in ("r", "scaling", "init"))
             base = Origin(r, scaling, INIT_METHODS[init].name, tuple(sorted(identity.items())))
-        return LayerRecord(**record | {"form": Form(**record["form"]), "base": base})
+        return LayerRecord(**record | {"form": Form(**_without_former(record["form"])), "base": base})
 
 
 @dataclass(frozen=True)
@@ -395,7 +410,7 @@ def read_config(model_id: str | os.PathLike[str], *, subfolder: str | None = Non
     if os.path.isfile(alone):
         with file_errors(alone, SAVED):
             fields = read_object(alone)
-            if {"svd", "svd_passes"} <= fields.keys():  # otherwise it contains another configuration
+            if {"quant", "quant_iters"} <= fields.keys():  # otherwise it contains another configuration
                 return config_from_json(fields)
     raise ValueError(_no_adapter(folder))
 

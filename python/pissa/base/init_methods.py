@@ -54,7 +54,7 @@ class InitMethod(ABC):
     is_given: ClassVar[bool] = False
     """Whether the factors come from elsewhere, so that no adapter can start by this method."""
 
-    fields: ClassVar[tuple[str, ...]] = ("svd", "svd_passes", "seed")
+    fields: ClassVar[tuple[str, ...]] = ("seed",)
     """The fields of the configuration that identify a start; see `identity`."""
 
     reads_weights: ClassVar[bool] = True
@@ -70,7 +70,7 @@ class InitMethod(ABC):
         of it unless the residual lacks another start; they then belong to that one."""
         names = {*self.fields}
         if config.quant_iters > 1 and config.starts_as_base and self.name in ALTERNATING:
-            names |= {"quant", "blocksize", "double_quant", "quant_iters"}
+            names |= {"quant", "double_quant", "quant_iters"}
         if config.error_feedback and config.starts_as_base:
             names.add("error_feedback")
         return tuple((name, getattr(config, name)) for name in sorted(names))
@@ -90,30 +90,23 @@ class Pissa(InitMethod):
         return _split(task, **_alternations(task)) if task.config.quant_iters > 1 else _split(task)
 
 
-class Repair(InitMethod):
-    """The factors that best repair a quantised weight: the principal part of W - Q. Q is format(W) or, with
-    alternations, the residual that lacks the factors of the previous one (LoftQ, arXiv 2310.08659).
+class Activations(InitMethod):
+    """The factors that best repair the outputs of a quantised weight: the principal part of W - Q in the norm of the
+    second moment of the layer's inputs (QERA, arXiv 2410.06040). Q is format(W) or, with alternations, the residual
+    that lacks the factors of the previous one (LoftQ, arXiv 2310.08659)."""
 
-    Args:
-        weighted: whether they best repair the outputs instead: errors are measured in the norm of the second moment of
-            the layer's inputs (QERA, arXiv 2410.06040).
-    """
-
-    fields = (*Pissa.fields, "quant", "blocksize", "double_quant")
+    name = "activations"
+    fields = (*Pissa.fields, "quant", "double_quant")
     repairs = True
 
-    def __init__(self, name: str, *, weighted: bool) -> None:
-        self.name, self._weighted = name, weighted
-
     def start(self, task: StartTask) -> list[StartFactors]:
-        moments = task.moments if self._weighted else None
         if task.codes is None:
             options = {**_alternations(task), "error_feedback": task.config.error_feedback}
-            return _split(task, **options, quantise_first=True, second_moments=moments)
+            return _split(task, **options, quantise_first=True, second_moments=task.moments)
         check_weights(task.weights, task.weight_names)
         pairs = zip(task.codes, task.weights, strict=True)
         errors = [ops.dequantize(codes).neg_().add_(weight) for codes, weight in pairs]
-        starts = _split(task._replace(weights=errors), second_moments=moments)
+        starts = _split(task._replace(weights=errors), second_moments=task.moments)
         recipes = map(empty_factors, task.weights)
         return [
             StartFactors(start.a0, start.b0, start.origin, recipe)
@@ -150,16 +143,7 @@ class Given(InitMethod):
         raise NotImplementedError("an adapter whose factors are given is not started from weights")
 
 
-INIT_METHODS: dict[str, InitMethod] = {
-    method.name: method
-    for method in (
-        Pissa(),
-        Lora(),
-        Repair("loftq", weighted=False),
-        Repair("activations", weighted=True),
-        Given(),
-    )
-}
+INIT_METHODS: dict[str, InitMethod] = {method.name: method for method in (Pissa(), Lora(), Activations(), Given())}
 """The methods that start adapters, by the names that `PissaConfig.init` and `repair` accept. To start adapters in your
 own way, add an `InitMethod` under a new name, in every process and before an adapter that it started is loaded."""
 
@@ -239,8 +223,6 @@ def _split(task: StartTask, **options: Any) -> list[StartFactors]:
         task.weights,
         [origin.r for origin in task.origins],
         [origin.scaling for origin in task.origins],
-        svd=config.svd,
-        passes=config.svd_passes,
         seed=config.seed,
         names=task.weight_names,
         **options,

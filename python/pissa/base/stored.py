@@ -90,7 +90,7 @@ class QuantizedLinear(HoldsCodes, StoredLinear):
 
     @property
     def form(self) -> Form:
-        return Form.quantised(self.format, self.blocksize, self.double_quant)
+        return Form.quantised(self.format, self.double_quant)
 
     @property
     def residual(self) -> ops.QuantizedWeight:
@@ -149,7 +149,7 @@ class ResidualCheck:
         rows of the weight are not a multiple of a block that must divide them."""
         if self._form.name in FORMATS:
             try:
-                FORMATS[self._form.name].options(self._form.blocksize, self._form.double_quant, weight.shape[1])
+                FORMATS[self._form.name].options(None, self._form.double_quant, weight.shape[1])
             except ValueError as error:
                 raise ValueError(f"{name}: {error}: leave the layer out, or take another format") from error
         norms = [torch.linalg.vector_norm(factor, dtype=torch.float64) for factor in start.removed]
@@ -164,10 +164,11 @@ class ResidualCheck:
             for (name, scaling, elements, _), (largest, norm_a, norm_b) in zip(layers, sizes, strict=True):
                 names = (f"layer {name}: weight", f"layer {name}: a0", "b0")
                 check_product(names, largest, norm_a, norm_b, scaling)
-                if not self._form.double_quant or self._form.blocksize is None:
+                if not self._form.double_quant:
                     continue
                 # No scale exceeds the largest element. Half of float32's range leaves room for roundings of the sum.
-                sum_of_scales = (largest + scaling * norm_a * norm_b) * math.ceil(elements / self._form.blocksize)
+                blocks = math.ceil(elements / FORMATS[self._form.name].usual_blocksize)
+                sum_of_scales = (largest + scaling * norm_a * norm_b) * blocks
                 if sum_of_scales >= torch.finfo(torch.float32).max / 2:
                     check_offset(math.inf, names[0])
 
@@ -181,7 +182,7 @@ def residual_shapes(form: Form, matrix_shape: tuple[int, int]) -> dict[str, Expe
     if form.name not in FORMATS:
         return {"residual": (matrix_shape, FLOATS)}
     format = FORMATS[form.name]
-    options = format.options(form.blocksize, form.double_quant, matrix_shape[1])
+    options = format.options(None, form.double_quant, matrix_shape[1])
     return {name: (shape, (dtype,)) for name, (shape, dtype) in format.tensors(matrix_shape, *options).items()}
 
 
@@ -198,6 +199,6 @@ def residual_from(
     """The inverse of `residual_tensors`."""
     if form.name not in FORMATS:
         return tensors["residual"]
-    blocksize, _ = FORMATS[form.name].options(form.blocksize, form.double_quant, matrix_shape[1])
+    blocksize, _ = FORMATS[form.name].options(None, form.double_quant, matrix_shape[1])
     nested, offset = tensors.get("nested_absmax"), tensors.get("offset")
     return ops.QuantizedWeight(tensors["codes"], tensors["absmax"], nested, offset, form.name, matrix_shape, blocksize)

@@ -163,7 +163,7 @@ def _check_config(config: PissaConfig, experts: str) -> None:
 
 def _dense(config: PissaConfig) -> PissaConfig:
     """The configuration of layers whose residual stays dense, whatever the other layers' is."""
-    if config.init in ("loftq", "activations"):
+    if config.init == "activations":
         raise ValueError(
             f"init={config.init!r} starts from the error of the format, but a dense residual, such as that of "
             f"fused experts, has none: give experts={config.quant!r} or another init, or leave the experts out with "
@@ -211,6 +211,9 @@ MEMORY = 10**9
 
 # Elements of the matrices that are split at once, for each thread, as in `model.decompose`.
 _GROUP = 1 << 22
+
+_PASSES = 14
+"""The most passes that `ops.split` makes over a weight."""
 
 _SAMPLE = 64
 """The fraction of the rows, from the first on, that is compared with the residual and the factors, but at least 16
@@ -413,8 +416,7 @@ class _Split(Rewrite):
         """Bytes that a layer needs while it is split, in addition to the mapped file."""
         config, elements, sides, r = layer.config, math.prod(layer.shape), sum(layer.shape), layer.origin.r
         method = INIT_METHODS[config.init]
-        passes = 14 if config.svd_passes == "auto" else config.svd_passes
-        size = 4 * sides * (r + (r + 16) * (passes // 2 + 1))  # the factors, and roughly the bases that the SVD keeps
+        size = 4 * sides * (r + (r + 16) * (_PASSES // 2 + 1))  # the factors, and roughly the bases that the SVD keeps
         is_view = len(layer.parts) == 1 and not layer.parts[0].transposed
         size += 0 if is_view else elements * layer.dtype.itemsize
         if config.needs_calibration:

@@ -253,7 +253,7 @@ def _config(
         if config.form not in (IMPLICIT, form):
             raise ValueError(
                 f"the residuals of {folder} are {form.describe()} and cannot become {config.form.describe()}: leave "
-                "quant, blocksize, double_quant and residual out [P091]"
+                "quant, double_quant and residual out [P091]"
             )
         config.base_model_name_or_path = split.config.base_model_name_or_path
     return config

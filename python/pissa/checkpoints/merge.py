@@ -270,7 +270,7 @@ def merge(
         OSError: the disk is full or fails.
     """
     check_choice("quant", quant, (None, *FORMATS, SAME))
-    form = IMPLICIT if quant in (None, SAME) else Form.quantised(quant, *FORMATS[quant].options(None, None, 0))
+    form = IMPLICIT if quant in (None, SAME) else Form.quantised(quant, FORMATS[quant].has_double_quant)
     with torch.no_grad():
         checkpoint = Checkpoint.open(source)
         checkpoint.require(*READ)
@@ -328,7 +328,7 @@ class _Merge(Rewrite):
         new: Tensor | ops.QuantizedWeight = dense
         if layer.is_packed:
             with of_layer(layer.name):
-                new = ops.quantize(dense, form.name, blocksize=form.blocksize, double_quant=form.double_quant)
+                new = ops.quantize(dense, form.name, double_quant=form.double_quant)
         written = ops.dequantize(new) if isinstance(new, ops.QuantizedWeight) else new
         norm_squared = square(weight)
         error_squared = 0.0 if written is weight else square(weight.sub_(written))

@@ -20,7 +20,6 @@ from pissa.cli.terminal import (
     collect_notes,
     columns,
     number,
-    passes,
     positive_int,
     print_row,
     silence_third_parties,
@@ -90,7 +89,7 @@ def _options(args: argparse.Namespace, *names: str) -> dict[str, Any]:
 
 # ---- pissa init ------------------------------------------------------------------------------------------------------
 
-_METHOD = ("target_modules", "exclude_modules", "init", "svd_passes", "seed", "quant", "quant_iters")
+_METHOD = ("target_modules", "exclude_modules", "init", "seed", "quant", "quant_iters")
 
 
 def _as_bytes(text: str) -> int:
@@ -114,7 +113,7 @@ def _add_init(parser: argparse.ArgumentParser) -> None:
     modules = "layers to adapt (default: all linear ones except the output layer)"
     add("--target-modules", nargs="+", metavar="NAME", help=modules)
     add("--exclude-modules", nargs="+", metavar="NAME", help="layers not to adapt")
-    init = "initialisation of the adapter: pissa, lora (plain QLoRA), loftq, activations (calibrated)"
+    init = "initialisation of the adapter: pissa, lora (plain QLoRA), activations (calibrated)"
     add("--init", default="pissa", metavar="METHOD", help=init)
     calibration = (
         "with --quant: records like those that the model will read. Error feedback then chooses codes "
@@ -122,7 +121,6 @@ def _add_init(parser: argparse.ArgumentParser) -> None:
     )
     _add_calibration(parser, calibration)
     add("--quant-iters", type=positive_int, default=1, metavar="T", help="alternations of SVD and quantisation")
-    add("--svd-passes", type=passes, default="auto", metavar="N", help="passes over each matrix (even)")
     add("--seed", type=int, default=0, metavar="N", help="seed of the random sketch")
     memory = "memory limit for matrices and results; a larger matrix may exceed it"
     add("--memory", type=_memory, default="1GB", metavar="SIZE", help=memory)

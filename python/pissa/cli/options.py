@@ -23,7 +23,6 @@ from pissa.cli.terminal import (
     count,
     minutes_of,
     number,
-    passes,
     positive_int,
     user_errors,
 )
@@ -67,7 +66,7 @@ _RANK = 16
 _structure = number(json.loads, 'JSON, such as {"q_proj": 8}', lambda value: isinstance(value, (dict, list)))
 _rate = number(float, f"a number above 0, or {AUTO}", lambda value: 0 < value < float("inf"))
 _TYPES: dict[str, Any] = {
-    **{"r": positive_int, "quant_iters": positive_int, "svd_passes": passes},
+    **{"r": positive_int, "quant_iters": positive_int},
     "layers_to_transform": list[int],
     "learning_rate": lambda text: text if text == AUTO else _rate(text),
     **dict.fromkeys(_STRUCTURES, _structure),
@@ -82,7 +81,10 @@ _HELP = {
     "output_dir": "new folder for adapter, checkpoints and options (default: named after model and data)",
     "num_train_epochs": "passes over the data, unless --steps is given",
 }
-_CHOICES = {"quant": tuple(FORMATS), "repair": tuple(pissa.INIT_METHODS)}
+_CHOICES = {
+    "quant": tuple(FORMATS),
+    "repair": tuple(name for name, method in pissa.INIT_METHODS.items() if not method.is_given),
+}
 _OWN = (
     ("config_from", str, None, "model whose config.json and tokenizer are used for the GGUF file given as --model"),
     ("eval_data", str, None, "held-out data: the loss is computed before and after training"),

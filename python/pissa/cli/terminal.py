@@ -156,11 +156,6 @@ def number(convert: Callable[[str], Any], allowed: str, valid: Callable[[Any], b
 count = number(int, "a whole number of at least 0", lambda value: value >= 0)
 positive_int = number(int, "a whole number above 0", lambda value: value > 0)
 minutes_of = number(float, "a number of minutes, 1 or more", lambda minutes: 1 <= minutes < float("inf"))
-passes = number(
-    lambda text: text if text == "auto" else int(text),
-    "auto, or an even number of at least 2",
-    lambda value: value == "auto" or (value >= 2 and value % 2 == 0),
-)
 
 
 def _columns(text: str) -> dict[str, str]:

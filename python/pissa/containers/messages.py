@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,14 +41,15 @@ class CodeError(ValueError):
         )
 
 
+_CODE = re.compile(r"\[P\d{3}\]$")
 _LASTING = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
 
 
 @contextmanager
 def file_errors(path: Path, remedy: str) -> Iterator[None]:
     """Turns every error in the block, which only reads the file, into a ValueError that names the file. The message
-    ends with `remedy`, how to continue. An OSError that may be gone the next time, such as that of a server, stays an
-    OSError, and a lack of memory stays what it is."""
+    ends with `remedy`, how to continue, unless the error ends with a code and so says that itself. An OSError that may
+    be gone the next time, such as that of a server, stays an OSError, and a lack of memory stays what it is."""
     try:
         yield
     except OSError as error:
@@ -59,7 +61,8 @@ def file_errors(path: Path, remedy: str) -> Iterator[None]:
         if is_short_of_memory(error):
             raise
         reason = f"{error} is missing" if isinstance(error, KeyError) else first_line(error)
-        raise ValueError(f"{path} cannot be read: {reason.rstrip('.')}. {remedy}") from error
+        advice = "" if _CODE.search(reason) else f". {remedy}"
+        raise ValueError(f"{path} cannot be read: {reason.rstrip('.')}{advice}") from error
 
 
 def read_object(path: Path) -> dict[str, Any]:

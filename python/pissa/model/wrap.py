@@ -97,8 +97,8 @@ def wrap(
         if config is not None and config_fields:
             raise TypeError(f"give config or its fields, got config and {', '.join(sorted(config_fields))} [P011]")
         config = own_config(PissaConfig(**config_fields) if config is None else config)
-        repairs = config.repair is not None or config.init == "loftq"
-        if calibration is not None and config.quant is not None and not (config.needs_calibration or repairs):
+        is_used = config.needs_calibration or config.repair is not None
+        if calibration is not None and config.quant is not None and not is_used:
             config.repair = "activations"  # recovers three quarters of what QLoRA loses to 16 bits (bench/experiments)
         check_plain(model, adapter_name)
         loaded_from = model.__dict__.get("name_or_path")

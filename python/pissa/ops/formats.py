@@ -45,11 +45,6 @@ class QuantFormat:
         """Whether the scales can be quantised too."""
         return self.scales == "nested"
 
-    @property
-    def has_choice(self) -> bool:
-        """Whether there are several block sizes."""
-        return len(self.blocksizes) > 1
-
     def options(self, blocksize: int | None, double_quant: bool | None, columns: int) -> tuple[int, bool]:
         """Returns the elements of a block in a weight with that many columns, and whether scales are quantised: the
         requested values, or the defaults where they are None.
@@ -57,20 +52,16 @@ class QuantFormat:
         Raises:
             ValueError: the format does not support the requested values.
         """
-        self.check_options(blocksize, double_quant)
-        if blocksize is None:
-            blocksize = self.usual_blocksize if self.blocksizes else columns
-        if self.scales in _WITHIN_ROWS and columns % blocksize:
-            raise ValueError(f"{self.name}: got a weight of {columns} columns; needed: a multiple of {blocksize}")
-        return blocksize, self.has_double_quant if double_quant is None else double_quant
-
-    def check_options(self, blocksize: int | None, double_quant: bool | None) -> None:
-        """Raises ValueError unless the format has blocks of that size and scales of that kind."""
         if blocksize is not None and blocksize not in self.blocksizes:
             allowed = ", ".join(map(str, self.blocksizes)) or f"None, because a block of {self.name} is a row"
             raise ValueError(f"blocksize: got {blocksize!r}; allowed: {allowed}")
         if double_quant and not self.has_double_quant:
             raise ValueError(f"double_quant: got {double_quant!r}; allowed for {self.name}: False [P035]")
+        if blocksize is None:
+            blocksize = self.usual_blocksize if self.blocksizes else columns
+        if self.scales in _WITHIN_ROWS and columns % blocksize:
+            raise ValueError(f"{self.name}: got a weight of {columns} columns; needed: a multiple of {blocksize}")
+        return blocksize, self.has_double_quant if double_quant is None else double_quant
 
     def tensors(
         self, shape: tuple[int, int], blocksize: int, double_quant: bool

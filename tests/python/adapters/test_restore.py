@@ -22,6 +22,7 @@ from damage import write_record
 from language_models import FORMS, Make, logits, train
 from pissa import PissaConfig, PissaModel, config, notices
 from pissa.adapters import pissa_layout
+from pissa.layers.layer import pissa_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning")
 
@@ -63,6 +64,7 @@ def test_a_folder_of_an_earlier_version_loads(tmp_path: Path) -> None:
         assert all(torch.equal(now[key], then[key]) for key in now)
     now, then = (json.loads((folder / "pissa.json").read_text()) for folder in (tmp_path, KEPT))
     assert (now["format"], now["rest"]) == (then["format"], then["rest"])
+    assert then["layers"]["0"]["form"].pop("blocksize") == 64  # which every format fixes now
     assert now["layers"]["0"] | {"stored": ""} == then["layers"]["0"] | {"stored": ""}
     if pissa.ops.build_info()["isa"] != "baseline":  # which rounds the scales otherwise
         assert now["layers"] == then["layers"]
@@ -215,14 +217,58 @@ def test_an_unknown_field_of_another_peft_is_refused_where_it_says_something(
         PissaModel.from_pretrained(tiny_llama(), tmp_path)
 
 
-def test_the_length_of_a_start_that_a_former_version_had(tiny_llama: Make, tmp_path: Path) -> None:
-    """Every start has the singular values' length now."""
-    pissa.wrap(tiny_llama(), r=4).save_pretrained(tmp_path)
-    edit_record(tmp_path, lambda c: c["config"].update(start_norm="singular"))
-    PissaModel.from_pretrained(tiny_llama(), tmp_path)
-    edit_record(tmp_path, lambda c: c["config"].update(start_norm="unit"))
-    with pytest.raises(ValueError, match="unknown field 'start_norm', with the value 'unit': another version"):
-        PissaModel.from_pretrained(tiny_llama(), tmp_path)
+def test_fields_that_former_versions_had(tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
+    """With the values that every configuration has now, in the configuration, a layer's form and a base's start."""
+    model = pissa.wrap(tiny_llama(), r=4, quant="nf4", quant_iters=2)
+    model.add_adapter("second", pissa.PissaConfig(r=2))
+    model.set_adapter("second")
+    model.save_pretrained(tmp_path, selected_adapters=["second"])
+    folder, svd = tmp_path / "second", {"svd": "krylov", "svd_passes": "auto"}
+
+    def as_before(record: dict[str, Any]) -> None:
+        record["config"].update(svd, start_norm="singular", blocksize=64)
+        for layer in record["layers"].values():
+            layer["form"].update(blocksize=64)
+            layer["base"].update(svd, blocksize=64)
+
+    edit_record(folder, as_before)
+    again = PissaModel.from_pretrained(tiny_llama(), folder, "second")
+    assert torch.equal(logits(again, tokens), logits(model, tokens))
+    layers = [pissa_layers(one.base_model.model)[Q] for one in (model, again)]
+    assert layers[0].base.start.origin == layers[1].base.start.origin
+
+
+@pytest.mark.parametrize(
+    ("place", "fields"),
+    [
+        ("config", {"start_norm": "unit"}),
+        ("config", {"svd": "subspace"}),
+        ("config", {"svd_passes": 8}),
+        ("config", {"blocksize": 128}),
+        ("config", {"quant": "nf3"}),
+        ("config", {"init": "loftq"}),
+        ("config", {"repair": "loftq"}),
+        ("form", {"blocksize": 32}),
+        ("base", {"init": "loftq"}),
+        ("base", {"svd_passes": 8}),
+    ],
+)
+def test_what_only_former_versions_had_is_refused(
+    place: str, fields: dict[str, Any], tiny_llama: Make, tmp_path: Path
+) -> None:
+    model = pissa.wrap(tiny_llama(), r=4, quant="nf4")
+    model.add_adapter("second", pissa.PissaConfig(r=2))
+    model.save_pretrained(tmp_path)
+    folder = tmp_path / "second"
+    edit_record(folder, lambda c: (c if place == "config" else c["layers"][Q])[place].update(fields))
+    [(name, value)] = fields.items()
+    words = (
+        f"{folder / 'pissa.safetensors'} cannot be read: {name} is {value!r}, which only earlier versions of pissa "
+        "support: make the folder again with this one. peft.PeftModel.from_pretrained still reads the plain LoRA of an "
+        "adapter [P059]"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(words)}$"):
+        PissaModel.from_pretrained(tiny_llama(), folder, "second")
 
 
 def test_a_residual_that_rounds_otherwise_is_said(tiny_llama: Make, tmp_path: Path) -> None:

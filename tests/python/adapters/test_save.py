@@ -135,19 +135,19 @@ def test_saved_tensors_are_pefts(tiny_llama: Make, tokens: Tensor, tmp_path: Pat
     ]
 
 
-def test_the_passes_are_kept(tiny_llama: Make, tmp_path: Path) -> None:
+def test_the_seed_is_kept(tiny_llama: Make, tmp_path: Path) -> None:
     """Those of a stored base beside those of the adapter, which has another rank."""
-    given, passes = {"target_modules": ["q_proj"], "svd_passes": 8}, 8
+    given, seed = {"target_modules": ["q_proj"], "seed": 8}, 8
     model = pissa.wrap(tiny_llama(), r=4, quant="nf4", **given)
     model.add_adapter("second", PissaConfig(r=2, **given))
     model.save_pretrained(tmp_path)
     record = json.loads((tmp_path / "second" / "pissa.json").read_text())
-    assert record["config"]["svd_passes"] == passes
-    assert {layer["base"]["svd_passes"] for layer in record["layers"].values()} == {passes}
+    assert record["config"]["seed"] == seed
+    assert {layer["base"]["seed"] for layer in record["layers"].values()} == {seed}
     again = PissaModel.from_pretrained(tiny_llama(), tmp_path / "second", adapter_name="second")
-    assert again.peft_config["second"].svd_passes == passes
+    assert again.peft_config["second"].seed == seed
     base = again.base_model.model.model.layers[0].self_attn.q_proj.base_layer
-    assert ("svd_passes", passes) in base.start.origin.identity
+    assert ("seed", seed) in base.start.origin.identity
 
 
 @forms

@@ -69,7 +69,7 @@ def test_codes_are_never_decomposed(nested: bool, storage: torch.dtype, monkeypa
     (weight,) = seen
     assert weight.dtype == torch.float32
     assert torch.equal(fetch(weight).double(), decoded(layer))
-    split = ops.split(weight, R, passes=pissa.PissaConfig().svd_passes, seed=5)
+    split = ops.split(weight, R, seed=5)
     assert torch.equal(start.a0, split.a0)
     assert torch.equal(start.b0, split.b0)
 
@@ -214,13 +214,13 @@ def test_quant_decodes_splits_and_quantises_again_with_one_warning(nested: bool,
     with pytest.warns(
         notices.RequantizedWarning, match=r"^2 of 2 layers are quantised already, first the first\."
     ) as said:
-        wrapped = pissa.wrap(model, r=R, target_modules=["first", "second"], quant="nf4", blocksize=32, seed=5)
+        wrapped = pissa.wrap(model, r=R, target_modules=["first", "second"], quant="nf4", seed=5)
     assert len(said) == 1
-    assert "stored as nf4 (blocksize 32, double_quant True), which rounds a second time" in str(said[0].message)
+    assert "stored as nf4 (double_quant True), which rounds a second time" in str(said[0].message)
     assert said[0].filename == __file__
     for name, weight in weights.items():
         base = wrapped.base_model.model[name].base_layer
-        split = ops.split(weight.float(), R, passes=pissa.PissaConfig().svd_passes, seed=5, form="nf4", blocksize=32)
+        split = ops.split(weight.float(), R, seed=5, form="nf4")
         assert isinstance(base, QuantizedLinear)
         assert torch.equal(base.residual.codes, split.residual.codes)
         assert torch.equal(base.residual.absmax, split.residual.absmax)

@@ -35,8 +35,9 @@ def test_our_codes_are_a_layer_of_bitsandbytes(nested: bool, blocksize: int) -> 
     theirs.quant_state.dtype = torch.float32  # which is not rounded
     dense = bnb.functional.dequantize_4bit(theirs.data, theirs.quant_state)
     assert torch.equal(dense, ops.dequantize(ours))
-    expected = entry_layout(Form.quantised("nf4", blocksize, nested), (OUT, IN), torch.bfloat16)
-    assert {name: (value.dtype, tuple(value.shape)) for name, value in entries.items()} == expected
+    if blocksize == 64:  # in which alone we write them
+        expected = entry_layout(Form.quantised("nf4", nested), (OUT, IN), torch.bfloat16)
+        assert {name: (value.dtype, tuple(value.shape)) for name, value in entries.items()} == expected
 
 
 def test_the_map_of_nested_scales_does_not_depend_on_the_default_dtype() -> None:

@@ -52,7 +52,7 @@ def test_a_folder_says_what_it_contains(base: Path, tmp_path: Path) -> None:
         pissa.load(tmp_path / "split", r=4)
 
 
-@pytest.mark.parametrize(("method", "is_marked"), [("pissa", True), ("lora", False), ("loftq", False)])
+@pytest.mark.parametrize(("method", "is_marked"), [("pissa", True), ("lora", False)])
 def test_a_checkpoint_that_lacks_a_start_is_marked(method: Any, is_marked: bool, base: Path, tmp_path: Path) -> None:
     init(base, tmp_path / "split", pissa.PissaConfig(r=4, init=method, quant="nf4"))
     assert (RESIDUAL_KEY in config_of(tmp_path / "split")) == is_marked

@@ -32,12 +32,10 @@ with warnings.catch_warnings():
 R = 4
 FORMS: dict[str, dict[str, Any]] = {
     "nf4": {"quant": "nf4"},
-    "nf4, flat scales": {"quant": "nf4", "double_quant": False, "blocksize": 32},
+    "nf4, flat scales": {"quant": "nf4", "double_quant": False},
     "int8": {"quant": "int8"},
     "explicit": {"residual": "explicit"},
     "alternations": {"quant": "nf4", "quant_iters": 3},
-    "loftq": {"quant": "nf4", "init": "loftq"},
-    "loftq, alternations": {"quant": "nf4", "init": "loftq", "quant_iters": 2},
     "ranks": {"quant": "nf4", "rank_pattern": {"q_proj": 2, "down_proj": 7}, "lora_alpha": 8},
     "storage": {"quant": "nf4", "quant_storage": "bfloat16"},
 }
@@ -210,7 +208,7 @@ def test_wrap_names_load_for_a_folder() -> None:
 # ---- What is split already -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", each(FORMS, ["nf4", "explicit", "loftq, alternations", "ranks"]))
+@pytest.mark.parametrize("form", each(FORMS, ["nf4", "explicit", "alternations", "ranks"]))
 def test_residuals_are_what_wrap_makes_of_the_dense_model(
     form: str, source: Path, tokens: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -79,7 +79,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "rslora, patterns": {"use_rslora": True, "rank_pattern": {"q_proj": 3}, "alpha_pattern": {"v_proj": 3}},
     "alternations": {"quant": "nf4", "quant_iters": 3},
     "repaired": {"quant": "nf4", "repair": "pissa", "init": "lora"},
-    "beside alternations": {"repair": "loftq", "quant": "nf4", "quant_iters": 3, "lora_alpha": 3},
+    "beside alternations": {"init": "lora", "repair": "pissa", "quant": "nf4", "quant_iters": 3, "lora_alpha": 3},
     "more tensors": {"bias": "all", "modules_to_save": ["norm", "lm_head"], "quant": "nf4"},
     "tokens": {"trainable_token_indices": [1, 5], "target_modules": ["q_proj"]},
     "embeddings": {"target_modules": ["embed_tokens", "lm_head"], "lora_alpha": 3},

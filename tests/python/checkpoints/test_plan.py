@@ -205,7 +205,7 @@ def test_a_missing_expert(tmp_path: Path) -> None:
         ("llama", {"modules_to_save": ["lm_head"]}, r"modules_to_save=\['lm_head'\] is not for a checkpoint"),
         ("llama", {"residual": "implicit"}, r"residual=\"implicit\" leaves the weights as they are"),
         ("llama", {"init": "given"}, r"init='given' takes factors from elsewhere"),
-        ("mixtral", {"init": "loftq", "quant": "nf4"}, r"init='loftq' .* experts='nf4' or another init"),
+        ("mixtral", {"init": "activations", "quant": "nf4"}, r"init='activations' .* experts='nf4' or another init"),
         ("mixtral", {"experts": "nf4"}, r"experts: got 'nf4'; allowed: 'dense', or .* quant=None"),
     ],
 )

@@ -18,9 +18,9 @@ from pissa.layers.layer import pissa_layers
 
 FORMS = {
     "implicit": ({}, Form("implicit")),
-    "nf4": ({"quant": "nf4"}, Form.quantised("nf4", 64, True)),
-    "nf4, float32 scales": ({"quant": "nf4", "double_quant": False}, Form.quantised("nf4", 64, False)),
-    "int8": ({"quant": "int8"}, Form.quantised("int8", 64, True)),
+    "nf4": ({"quant": "nf4"}, Form.quantised("nf4", True)),
+    "nf4, float32 scales": ({"quant": "nf4", "double_quant": False}, Form.quantised("nf4", False)),
+    "int8": ({"quant": "int8"}, Form.quantised("int8", True)),
 }
 BATCH, LENGTH = 2, 24
 

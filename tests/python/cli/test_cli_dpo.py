@@ -50,16 +50,14 @@ def test_preferences_are_learned_from_ln_2_on(
 def test_an_interrupted_run_of_every_option_goes_on_bit_for_bit(base: Path, data: Path, tmp_path: Path) -> None:
     """Every field of the configuration is an option, and so are those of the model's class: run.yaml has them."""
     patterns = ["--rank_pattern", '{"v_proj": 2}', "--alpha_pattern", '{"v_proj": 8}']
-    options = ["--target-modules", "q_proj", "v_proj", *patterns, "--use_dora", "--use_rslora", "--svd-passes", "8"]
-    options += ["--init", "pissa", "--svd", "subspace"]
+    options = ["--target-modules", "q_proj", "v_proj", *patterns, "--use_dora", "--use_rslora", "--init", "pissa"]
     options += ["--model_init_kwargs", '{"attn_implementation": "eager"}']
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert main(command(base, data, whole, *options)) == 0
     config = pissa.PissaConfig.from_pretrained(whole)
     assert set(config.target_modules) == {"q_proj", "v_proj"}
     assert (config.rank_pattern, config.alpha_pattern) == ({"v_proj": 2}, {"v_proj": 8})
-    assert (config.use_dora, config.use_rslora, config.svd_passes) == (True, True, 8)
-    assert config.svd == "subspace"
+    assert (config.use_dora, config.use_rslora, config.init) == (True, True, "pissa")
     recorded = yaml.safe_load((whole / "run.yaml").read_text())
     assert recorded["target_modules"] == ["q_proj", "v_proj"]
     assert recorded["rank_pattern"] == {"v_proj": 2}

@@ -56,7 +56,7 @@ def test_it_is_the_run_of_the_dense_model(
     assert ours["pissa"] == dense_ours["pissa"]
     assert (out / "adapter_config.json").read_bytes() == (tmp_path / "dense" / "adapter_config.json").read_bytes()
     run, dense = (yaml.safe_load((folder / "run.yaml").read_text()) for folder in (out, tmp_path / "dense"))
-    assert (run["quant"], run["r"], run["svd"], run["dtype"]) == ("nf4", 4, "krylov", "float32")
+    assert (run["quant"], run["r"], run["dtype"]) == ("nf4", 4, "float32")
     assert {name for name in run if run[name] != dense[name]} <= {"model_name_or_path", "output_dir", "target_modules"}
 
 
@@ -100,7 +100,6 @@ def test_alternations_are_those_of_the_folder(
         (["--rank", "8"], "--rank 8: {model} was split with --rank 4; leave --rank out"),
         (["--quant", "int8"], "--quant int8: {model} was split with --quant nf4; leave --quant out"),
         (["--quant-iters", "3"], "--quant-iters 3: {model} was split with --quant-iters 1; leave --quant-iters out"),
-        (["--svd", "subspace"], "--svd subspace: {model} was split with --svd krylov; leave --svd out"),
         (["--init", "lora"], "--init lora: {model} was split with --init pissa; leave --init out"),
     ],
 )

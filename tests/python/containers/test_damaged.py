@@ -174,7 +174,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "no such layer": ({"layers_to_transform": [99]}, "not found"),
     "another rank": ({"r": 3}, "rank 3"),
     "a rank that is too large": ({"r": 99}, "rank 99 is too large"),
-    "passes in words": ({"svd_passes": "many"}, "pissa.safetensors cannot be read: svd_passes: got 'many'"),
+    "a seed in words": ({"seed": "many"}, "pissa.safetensors cannot be read: seed: got 'many'"),
     "an unknown option": ({"nonsense": 1}, "unknown field 'nonsense'"),
 }
 

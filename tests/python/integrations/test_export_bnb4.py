@@ -75,10 +75,9 @@ def packed(folder: Path) -> int:
 FIELDS: dict[str, dict[str, Any]] = {
     "qpissa": {},
     "alternations": {"quant_iters": 3},
-    "loftq": {"init": "loftq"},
     "lora on qpissa's base": {"init": "lora", "repair": "pissa"},
     "pissa on qlora's base": {"repair": "lora"},
-    "pissa on loftq's base": {"repair": "loftq", "quant_iters": 3, "lora_alpha": 3},
+    "pissa on a repair's base": {"repair": "activations", "quant_iters": 3, "lora_alpha": 3},
     "dora": {"use_dora": True},
     "rslora, patterns": {"use_rslora": True, "rank_pattern": {"q_proj": 3}, "alpha_pattern": {"v_proj": 3}},
     "more tensors": {"bias": "all", "modules_to_save": ["norm", "lm_head"]},
@@ -92,10 +91,10 @@ FIELDS: dict[str, dict[str, Any]] = {
 
 RANKS = {"lora on qpissa's base": 8, "pissa on qlora's base": 8}
 RANKS |= {"a repair by activations": 8, "error feedback and a repair": 8}
-RANKS |= {"pissa on loftq's base": 12}
+RANKS |= {"pissa on a repair's base": 12}
 """That of the training is 4. The plain LoRA of the unmodified base has twice that rank."""
 
-DAILY = ["qpissa", "lora on qpissa's base", "pissa on loftq's base", "dora", "rslora, patterns", "more tensors"]
+DAILY = ["qpissa", "lora on qpissa's base", "pissa on a repair's base", "dora", "rslora, patterns", "more tensors"]
 DAILY += ["error feedback and a repair"]
 
 

@@ -20,7 +20,7 @@ KINDS: dict[str, dict[str, Any]] = {
     **FORMS,
     "lora": {"init": "lora"},
     "QLoRA": {"init": "lora", "quant": "nf4"},
-    "loftq": {"init": "loftq", "quant": "nf4"},
+    "LoRA on QPiSSA's base": {"init": "lora", "repair": "pissa", "quant": "nf4"},
     "DoRA": {"use_dora": True},
     "DoRA of a LoRA": {"use_dora": True, "init": "lora", "quant": "nf4"},
     "more than layers": {"target_modules": ["embed_tokens", "q_proj"], "modules_to_save": ["lm_head"]},

@@ -22,7 +22,7 @@ from pissa.base.start import StartFactors
 from pissa.base.stored import QuantizedLinear
 
 IN, OUT, R = 48, 40, 4
-FORMS = {**language_models.EVERY_FORM, "nf4-single": {"quant": "nf4", "double_quant": False, "blocksize": 32}}
+FORMS = {**language_models.EVERY_FORM, "nf4-single": {"quant": "nf4", "double_quant": False}}
 forms = pytest.mark.parametrize("form", FORMS)
 EPS = torch.finfo(torch.float32).eps
 
@@ -316,7 +316,7 @@ def test_nf4_holds_four_bits() -> None:
     assert isinstance(linear, QuantizedLinear)
     assert (linear.weight.dtype, linear.weight.numel()) == (torch.uint8, IN * OUT // 2)
     assert not linear.weight.requires_grad
-    assert "form=nf4, blocksize=64, double_quant=True" in repr(linear)
+    assert "form=nf4, double_quant=True" in repr(linear)
 
 
 def test_int8_holds_eight_bits_and_a_scale_for_each_row() -> None:

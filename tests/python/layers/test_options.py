@@ -59,7 +59,7 @@ def adapted(option: str, **fields: Any) -> tuple[pissa.PissaModel, dict[str, pis
 
 @pytest.mark.parametrize("option", each(OPTIONS, DAILY))
 def test_its_life(option: str, tmp_path: Path, subtests: pytest.Subtests) -> None:
-    life = checks.Life(architecture(option), {"svd_passes": 32}, tmp_path)
+    life = checks.Life(architecture(option), {}, tmp_path)
     for check in checks.LIFE[: -1 if "bias" in option else None]:  # trained biases are the base's own, and stay
         with subtests.test(check.__name__):
             check(life)

@@ -20,18 +20,19 @@ from oracle import assert_papers_function, base64, change64, change_a_little, de
 from pissa import ops
 from pissa.base.init_methods import INIT_METHODS
 from pissa.base.stored import residual_tensors
+from pissa.model.calibration import Calibration
 
 pytestmark = pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning")
 
 IN, OUT, R = 48, 40, 4
-METHODS = [name for name in INIT_METHODS if name not in ("activations", "given")]
+METHODS = [name for name in INIT_METHODS if name != "given"]
 STARTS = {name: {"init": name} for name in METHODS}
 FORMS = {"nf4": {"quant": "nf4"}, "int8": {"quant": "int8"}, "explicit": {"residual": "explicit"}}
-CASES = [(form, repair, 1) for form in FORMS for repair in METHODS if (form, repair) != ("explicit", "loftq")]
-CASES += [(form, repair, 2) for form in ("nf4", "int8") for repair in ("pissa", "loftq")]
+CASES = [(form, repair, 1) for form in FORMS for repair in METHODS if (form, repair) != ("explicit", "activations")]
+CASES += [(form, repair, 2) for form in ("nf4", "int8") for repair in ("pissa", "activations")]
 # Each method once as the start and once as what the residual lacks; a start that alternations have found, and another.
 LIVES = [(form, one, 1, other) for form in FORMS for one, other in zip(METHODS, METHODS[1:] + METHODS[:1], strict=True)]
-LIVES = [life for life in LIVES if life[0] != "explicit" or "loftq" not in life]
+LIVES = [life for life in LIVES if life[0] != "explicit" or "activations" not in life]
 LIVES += [(form, "lora", 1, "pissa") for form in FORMS]
 ALTERNATED = [case for case in CASES if case[2] > 1]
 LIVES += [(form, repair, iters, start) for form, repair, iters in ALTERNATED for start in (repair, "lora")]
@@ -46,13 +47,20 @@ def inputs() -> Tensor:
     return put(torch.randn(5, IN, generator=torch.Generator().manual_seed(7)))
 
 
+def inputs_moment() -> Tensor:
+    x = torch.randn(2 * IN, IN, generator=torch.Generator().manual_seed(8)) * torch.linspace(0.5, 2, IN)
+    return x.mT @ x / len(x)
+
+
 def wrapped(form: str, repair: str, iters: int, start: str) -> nn.Module:
     fields = {"quant_iters": iters, "lora_alpha": 3, "target_modules": ["proj"]}
+    if "activations" in (repair, start):
+        fields["calibration"] = Calibration({"proj": put(inputs_moment())}, 1)
     return pissa.wrap(base(), r=R, repair=repair, **STARTS[start], **FORMS[form], **fields)
 
 
 def starts(form: str) -> list[str]:
-    return [start for start in STARTS if "quant" in FORMS[form] or start != "loftq"]
+    return [start for start in STARTS if "quant" in FORMS[form] or start != "activations"]
 
 
 def kept(model: nn.Module) -> list[Tensor]:

@@ -28,7 +28,7 @@ pytestmark = [
 
 @supported
 def test_its_life(name: str, form: str, tmp_path: Path, subtests: pytest.Subtests) -> None:
-    life = checks.Life(ARCHITECTURES[name], {**FORMS[form], "svd_passes": 32}, tmp_path)
+    life = checks.Life(ARCHITECTURES[name], FORMS[form], tmp_path)
     for check in checks.LIFE:
         with subtests.test(check.__name__):
             check(life)

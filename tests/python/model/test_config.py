@@ -18,9 +18,9 @@ def test_defaults_are_the_papers() -> None:
     config = PissaConfig(r=24)
     assert (config.r, config.lora_alpha, config.lora_dropout) == (24, 24, 0)
     assert config.target_modules == "all-linear"
-    assert (config.svd, config.svd_passes, config.seed) == ("krylov", "auto", 0)
-    assert (config.quant, config.quant_iters, config.blocksize, config.double_quant) == (None, 1, 64, True)
-    assert config.form == ("implicit", None, None)
+    assert config.seed == 0
+    assert (config.quant, config.quant_iters, config.double_quant) == (None, 1, True)
+    assert config.form == ("implicit", None)
     assert config.init_lora_weights is True
 
 
@@ -35,12 +35,12 @@ def test_alpha_follows_every_rank_unless_given() -> None:
 @pytest.mark.parametrize(
     ("fields", "form"),
     [
-        ({}, ("implicit", None, None)),
-        ({"residual": "explicit"}, ("explicit", None, None)),
-        ({"quant": "nf4", "blocksize": 128, "double_quant": False}, ("nf4", 128, False)),
-        ({"quant": "nf4"}, ("nf4", 64, True)),
-        ({"quant": "int8"}, ("int8", None, None)),
-        ({"quant": "int8", "double_quant": False}, ("int8", None, None)),
+        ({}, ("implicit", None)),
+        ({"residual": "explicit"}, ("explicit", None)),
+        ({"quant": "nf4", "double_quant": False}, ("nf4", False)),
+        ({"quant": "nf4"}, ("nf4", True)),
+        ({"quant": "int8"}, ("int8", None)),
+        ({"quant": "int8", "double_quant": False}, ("int8", None)),
     ],
 )
 def test_form(fields: dict[str, object], form: tuple[object, ...]) -> None:
@@ -58,10 +58,6 @@ def test_form(fields: dict[str, object], form: tuple[object, ...]) -> None:
         ({"lora_alpha": math.inf}, "lora_alpha: got .*; allowed: a positive number"),
         ({"alpha_pattern": {"q_proj": -2}}, "alpha_pattern"),
         ({"lora_dropout": 1.0}, "lora_dropout"),
-        ({"svd": "fast"}, "svd: got 'fast'; allowed: 'krylov', 'subspace'"),
-        ({"svd_passes": 7}, "svd_passes: got 7; allowed: 'auto', or an even number of at least 2"),
-        ({"svd_passes": 0}, "svd_passes: got 0"),
-        ({"svd_passes": "8"}, "svd_passes: got '8'"),
         ({"seed": -1}, "seed"),
         ({"seed": 2**63}, "seed"),
         ({"seed": 0.5}, "seed"),
@@ -75,26 +71,26 @@ def test_form(fields: dict[str, object], form: tuple[object, ...]) -> None:
         ({"residual": "explicit", "quant_iters": 2}, "quant_iters: got 2 without quant"),
         (
             {"quant": "nf4", "quant_iters": 2, "init": "lora"},
-            "quant_iters: got 2, but .* start of 'lora'; .* 'pissa' or 'loftq'",
+            "quant_iters: got 2, but .* start of 'lora'; .* 'pissa' or 'activations'",
         ),
         ({"quant": "nf4", "quant_iters": 2, "repair": "lora"}, "quant_iters: got 2, but .* start of 'lora'"),
         ({"repair": "lora"}, "repair: got 'lora' without a stored base.* give quant or residual=\"explicit\""),
         ({"quant": "nf4", "repair": "given"}, "repair: got 'given'; allowed: None, 'pissa'"),
-        ({"residual": "explicit", "repair": "loftq"}, "repair: got 'loftq' without quant"),
-        ({"quant": "int8", "blocksize": 128}, "blocksize: got 128; with quant='int8' a block is a row"),
-        ({"init": "loftq"}, "init: got 'loftq' without quant"),
+        ({"residual": "explicit", "repair": "activations"}, "repair: got 'activations' without quant"),
+        ({"quant": "nf4", "init": "loftq"}, "init: got 'loftq'; .* Instead of LoftQ, init=\"pissa\" with quant"),
+        ({"quant": "nf4", "repair": "loftq"}, "repair: got 'loftq'; .* Instead of LoftQ, init=\"pissa\""),
+        ({"quant": "nf3"}, "quant: got 'nf3'; allowed: None, 'nf4', 'int8', 'mxfp4', 'nvfp4', 'int4', 'fp8'"),
         ({"init": "activations"}, "init: got 'activations' without quant"),
         ({"error_feedback": True}, "error_feedback: got True without quant"),
         (
             {"quant": "nf4", "quant_iters": 5, "error_feedback": True},
             "error_feedback: got True, but the start of 'pissa' with quant_iters=5",
         ),
-        ({"blocksize": 48}, "blocksize: got 48; allowed: 32, 64"),
-        ({"blocksize": 8192}, "blocksize: got 8192"),
         ({"residual": "dense"}, "residual: got 'dense'; allowed: None, 'implicit', 'explicit'"),
         ({"quant": "nf4", "residual": "explicit"}, "residual: got 'explicit'; with quant='nf4' .* leave residual out"),
         ({"quant": "nf4", "residual": "implicit"}, "residual: got 'implicit'; with quant='nf4'"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
+        ({"init_lora_weights": "loftq"}, "init_lora_weights='loftq' .* Instead of LoftQ, init=\"pissa\" with quant"),
         ({"init_lora_weights": False}, "init_lora_weights=False"),
         ({"lora_bias": True}, "lora_bias=True is not supported"),
         ({"layer_replication": [(0, 2)]}, "layer_replication"),
@@ -112,9 +108,9 @@ def test_refusals_name_the_field(fields: dict[str, object], words: str) -> None:
 
 def test_repair_names_another_start_than_the_adapters() -> None:
     """Alternations then belong to the residual's."""
-    config = PissaConfig(r=4, init="pissa", repair="loftq", quant="nf4", quant_iters=3, use_dora=True)
+    config = PissaConfig(r=4, init="pissa", repair="activations", quant="nf4", quant_iters=3, use_dora=True)
     base, adapter = config.of_base(), config.of_adapter()
-    assert (base.init, base.repair, base.quant_iters, base.use_dora) == ("loftq", None, 3, False)
+    assert (base.init, base.repair, base.quant_iters, base.use_dora) == ("activations", None, 3, False)
     assert (adapter.init, adapter.repair, adapter.quant_iters, adapter.use_dora) == ("pissa", None, 1, True)
     same = PissaConfig(r=4, init="pissa", repair="pissa", quant="nf4")
     assert same == PissaConfig(r=4, quant="nf4")

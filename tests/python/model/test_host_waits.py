@@ -61,7 +61,7 @@ def test_the_host_waits_as_often_for_few_layers_as_for_many(form: str, tiny_llam
 
 @pytest.mark.usefixtures("without_fingerprints")
 def test_another_start_waits_for_no_weight_either(tiny_llama: Make) -> None:
-    gpu, fields = CudaStandIn(), {"init": "loftq", "quant": "nf4"}
+    gpu, fields = CudaStandIn(), {"init": "lora", "repair": "pissa", "quant": "nf4"}
     wrapped(gpu, tiny_llama(), **fields)
     assert gpu.waits() <= 2 * WAITS
     more = CudaStandIn()

@@ -156,7 +156,7 @@ def test_no_second_wrap(tiny_llama: Make) -> None:
     [
         ({"r": 33, "target_modules": ["q_proj", "v_proj"]}, "rank 33 is too large for layer .*v_proj"),
         ({"r": 2, "residual": "explicit"}, "is nf4 .* and cannot become explicit"),
-        ({"r": 2, "quant": "nf4", "blocksize": 128}, "cannot become nf4"),
+        ({"r": 2, "quant": "nf4", "double_quant": False}, "cannot become nf4"),
         ({"r": 2, "quant": "int8"}, "is nf4 .* and cannot become int8"),
         ({"r": 2, "quant": "nf4", "target_modules": ["q_proj", "lm_head"]}, "lm_head is implicit and cannot"),
         ({"r": 2, "target_modules": ["nope"]}, "not found in the base model"),

@@ -88,7 +88,7 @@ def test_training(form: str, dtype: torch.dtype, small_llama: Make, tokens: Tens
 
 VARIANTS: list[dict[str, Any]] = [
     {"use_dora": True, "init": "lora"},
-    {"init": "loftq", "quant": "nf4"},
+    {"init": "lora", "repair": "pissa", "quant": "nf4"},
     {"target_modules": ["embed_tokens", "q_proj"], "modules_to_save": ["lm_head"]},
     {"use_dora": True},
     {"target_modules": ["q_proj"], "trainable_token_indices": [3, 5]},

@@ -79,17 +79,16 @@ def started() -> dict[str, str]:
     """The bits of every model that this process wraps, alone or with others."""
     found = {form: bits(pissa.wrap(llama(), r=4, **fields).state_dict()) for form, fields in FORMS.items()}
     found["experts"] = bits(pissa.wrap(mixtral(), r=4).state_dict())
-    for repair, iters in (("pissa", 2), ("loftq", 1)):
-        model = pissa.wrap(llama(), r=4, quant="nf4", init="lora", repair=repair, quant_iters=iters)
-        found[f"LoRA on {repair}"] = bits(model.state_dict())
-    found["PiSSA on loftq"] = bits(pissa.wrap(llama(), r=4, quant="nf4", repair="loftq").state_dict())
+    model = pissa.wrap(llama(), r=4, quant="nf4", init="lora", repair="pissa", quant_iters=2)
+    found["LoRA on pissa"] = bits(model.state_dict())
+    found["PiSSA on lora"] = bits(pissa.wrap(llama(), r=4, quant="nf4", repair="lora").state_dict())
     for name, fields in {"repaired": {"repair": "activations"}, "fed back": {}}.items():
         fields = {"init": "lora", "quant": "nf4", "error_feedback": True, **fields}
         fields["target_modules"] = ["q_proj", "v_proj", "gate_proj"]  # down_proj has an odd number of columns
         model = pissa.wrap(llama(), r=4, **fields, calibration=[tokens(11)])
         found[name] = bits(model.state_dict())
     model = pissa.wrap(llama(), r=4)
-    model.add_adapter("second", pissa.PissaConfig(r=2, svd="subspace"))
+    model.add_adapter("second", pissa.PissaConfig(r=2, seed=1))
     return found | {"second": bits(model.state_dict())}
 
 
@@ -120,7 +119,7 @@ def failing(folder: Path) -> dict[str, list[str]]:
     before = snapshot(model)
     found = {
         "while PEFT injects": message(lambda: pissa.wrap(model, r=1000 if last else 4, target_modules=["q_proj"])),
-        "in the arguments": message(lambda: pissa.wrap(model, r=4, **({"svd": "none"} if last else {}))),
+        "in the arguments": message(lambda: pissa.wrap(model, r=4, **({"seed": -1} if last else {}))),
     }
     original = PissaLayer.start_from
 

@@ -38,8 +38,8 @@ WHOLE = StateDictOptions(full_state_dict=True)
 WAYS: dict[str, dict[str, Any]] = {
     "implicit": FORMS["implicit"],
     "dora": FORMS["dora"],
-    "loftq": {"init": "lora", "repair": None},
-    "subspace": {"svd": "subspace"},
+    "lora": {"init": "lora"},
+    "seed": {"seed": 1},
     "embeddings": {"target_modules": ["embed_tokens", "q_proj"]},
 }
 """Fields of PissaConfig, beside r = 4."""
