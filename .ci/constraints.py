@@ -23,6 +23,6 @@ def constraint(package: metadata.Distribution) -> str:
 
 
 if __name__ == "__main__":
-    print("# What CI installs, by .ci/constraints.py; CONTRIBUTING.md says how it is renewed.")
+    print("# What CI installs, by .ci/constraints.py; docs/releases.md says how it is renewed.")
     packages = {package.name.lower(): package for package in metadata.distributions()}
     print(*(constraint(packages[name]) for name in sorted(packages) if not LEFT_OUT.fullmatch(name)), sep="\n")

@@ -1,4 +1,4 @@
-"""A row of the table of what was tested, in docs/install.md: `python tests/python/support/versions.py COMMAND` prints
+"""A row of the table of what was tested, in docs/releases.md: `python tests/python/support/versions.py COMMAND` prints
 that of the Python that runs it, after COMMAND has passed there. `.ci/run` does so; a release puts it into the page."""
 
 from __future__ import annotations
