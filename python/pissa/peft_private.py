@@ -6,6 +6,7 @@ All of them exist in peft 0.21 and later. Each is here because no public name do
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial, wraps
@@ -17,6 +18,7 @@ from peft.tuners import tuners_utils
 from peft.tuners.lora import LoraModel
 from peft.utils import PeftType, transformers_weight_conversion
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
 # -- which layers PEFT adapts, and by which classes
 
@@ -119,13 +121,39 @@ class MendedPeftModel(PeftModel):  # type: ignore[misc]
         return [*super()._get_peft_specific_model_tags(), "lora"]
 
 
-def let_peft_start(tuner: nn.Module, start: Callable[[str, bool], None]) -> None:
-    """Makes `PeftModel.__init__`, which is given this tuner, call `start` with `adapter_name` and
-    `autocast_adapter_dtype`, the last arguments that it passes on. After that it only reads the model.
+class TunerToCome(nn.Module):
+    """Given to a PeftModel under construction as its tuner, turns that into the model that `make(adapter_name,
+    autocast_adapter_dtype)` returns.
 
-    `_cast_adapter_dtype`: no public method gets access to the PeftModel under construction.
+    `_cast_adapter_dtype`: `PeftModel.__init__` calls it, with the last arguments that it passes on, and after that only
+    reads the model. No public method gets access to the PeftModel, so a hook of torch notes in which module the tuner
+    is placed.
     """
-    tuner._cast_adapter_dtype = start  # type: ignore[assignment]
+
+    def __init__(self, make: Callable[[str, bool], nn.Module]) -> None:
+        super().__init__()
+        self._make, self._parents = make, list[nn.Module]()
+        hook = register_module_module_registration_hook(partial(_note_parent, weakref.ref(self)))
+        self._remove_hook = weakref.finalize(self, hook.remove)  # also if PEFT fails before it calls
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool) -> None:
+        """Makes the model. A subclass of PEFT's classes would lose what it adds and is therefore refused."""
+        self._remove_hook()
+        (peft_model,) = self._parents
+        if not type(peft_model).__module__.startswith(PeftModel.__module__):
+            raise TypeError(
+                f"a PissaConfig makes a pissa.PissaModel, and {type(peft_model).__name__} is a class of its own; use "
+                "pissa.wrap(model, config), or one of PEFT's classes [P012]"
+            )
+        made = self._make(adapter_name, autocast_adapter_dtype)
+        peft_model.__class__ = type(made)
+        vars(peft_model).clear()
+        vars(peft_model).update(vars(made))
+
+
+def _note_parent(tuner: weakref.ref[TunerToCome], parent: nn.Module, name: str, child: nn.Module | None) -> None:
+    if isinstance(child, TunerToCome) and child is tuner():
+        child._parents.append(parent)
 
 
 def _fetch_nothing(method: FunctionType) -> FunctionType:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable, Mapping
 from contextlib import closing
 from functools import partial
 from typing import Any
 
-from peft import PeftModel
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from torch import nn
-from torch.nn.modules.module import register_module_module_registration_hook
 
 from pissa.config import PissaConfig, PissaType
 from pissa.containers.hub import absolute
@@ -25,7 +22,7 @@ from pissa.model.inject import check_plain, drop_gguf_mark, own_config, restored
 from pissa.model.pissa_model import PissaModel, fuse_steps, model_class
 from pissa.model.store import store
 from pissa.model.tuner import BUILDING, PissaTuner
-from pissa.peft_private import let_peft_start
+from pissa.peft_private import TunerToCome
 
 
 def wrap(
@@ -135,39 +132,8 @@ class PissaTunerOrToCome(PissaTuner):
         """Returns a PissaTuner, or, for a PeftModel that PEFT makes (which passes a dictionary), what makes it ours."""
         if BUILDING.get() or not isinstance(peft_config, Mapping):
             return PissaTuner(model, peft_config, adapter_name, **kwargs)
-        return _TunerToCome(model, peft_config[adapter_name])
-
-
-class _TunerToCome(nn.Module):
-    """Turns the PeftModel in which it is placed into the PissaModel of a model and a configuration."""
-
-    def __init__(self, model: nn.Module, config: PissaConfig) -> None:
-        super().__init__()
-        self.arguments = (model, config)  # a tuple, so that the model does not become a child
-        self.parents: list[nn.Module] = []
-        hook = register_module_module_registration_hook(partial(_note_parent, weakref.ref(self)))
-        self.remove_hook = weakref.finalize(self, hook.remove)  # also if `_start` is never called
-        let_peft_start(self, self._start)
-
-    def _start(self, adapter_name: str, autocast_adapter_dtype: bool) -> None:
-        """Wraps the model. A subclass of PEFT's classes would lose what it adds and is therefore refused."""
-        self.remove_hook()
-        (peft_model,) = self.parents
-        if not type(peft_model).__module__.startswith(PeftModel.__module__):
-            raise TypeError(
-                f"a PissaConfig makes a pissa.PissaModel, and {type(peft_model).__name__} is a class of its own; use "
-                "pissa.wrap(model, config), or one of PEFT's classes [P012]"
-            )
-        model, config = self.arguments
-        ours = wrap(model, config, adapter_name=adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
-        peft_model.__class__ = type(ours)
-        vars(peft_model).clear()
-        vars(peft_model).update(vars(ours))
-
-
-def _note_parent(tuner: weakref.ref[_TunerToCome], parent: nn.Module, name: str, child: nn.Module | None) -> None:
-    if isinstance(child, _TunerToCome) and child is tuner():
-        child.parents.append(parent)
+        config = peft_config[adapter_name]
+        return TunerToCome(lambda name, cast: wrap(model, config, adapter_name=name, autocast_adapter_dtype=cast))
 
 
 PEFT_TYPE_TO_TUNER_MAPPING[PissaType.PISSA] = PissaTunerOrToCome
