@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from pissa import distributed, ops
@@ -31,13 +32,25 @@ from pissa.adapters.peft_layout import (
 from pissa.adapters.pissa_layout import PISSA_WEIGHTS, RECIPE, AdapterRecord, LayerRecord
 from pissa.base.digest import fingerprint
 from pissa.base.init_methods import INIT_METHODS, StartTask, lacks_start, start_with_codes
-from pissa.base.start import Origin, StartFactors
+from pissa.base.start import StartFactors
 from pissa.base.stored import residual_tensors as tensors_of
 from pissa.base.stored import residuals_of
 from pissa.checkpoints.load import mapped_model
 from pissa.checkpoints.output import Output
-from pissa.checkpoints.rewrite import LayerPlan, Plan, Result, Rewrite, Unit, Written, add_up, matrix_shape, square
-from pissa.config import PissaConfig
+from pissa.checkpoints.rewrite import (
+    Copy,
+    LayerPlan,
+    Layers,
+    Plan,
+    Result,
+    Rewrite,
+    Unit,
+    Written,
+    add_up,
+    matrix_shape,
+    square,
+)
+from pissa.config import Form, PissaConfig
 from pissa.containers.checkpoint import AS_STORED, INITIAL_FOLDER, PISSA_RECORD, Checkpoint, Contents
 from pissa.containers.hub import Name
 from pissa.containers.model_folder import Part
@@ -55,16 +68,6 @@ from pissa.ops.low_rank import pad_rank
 DENSE = "dense"
 
 
-@dataclass(frozen=True, kw_only=True)
-class SplitLayer(LayerPlan):
-    """A layer that is split."""
-
-    config: PissaConfig
-    """The configuration that splits it: the plan's or, for fused experts, one with a dense residual."""
-    origin: Origin
-    """The origin of its start factors."""
-
-
 class SplitPlan(Plan):
     """How a checkpoint changes when its layers get an adapter.
 
@@ -74,50 +77,21 @@ class SplitPlan(Plan):
             the checkpoint; or the name of that format, in which each expert is stored separately.
     """
 
-    layers: Mapping[str, SplitLayer]
-
     def __init__(self, source: Checkpoint, config: PissaConfig, experts: str = DENSE) -> None:
-        self.experts, self.config = experts, own_config(config)
+        self.experts, self.config = experts, _complete(config, experts, source)
         """The given configuration, with the names of the layers that it means, and with a stored form."""
-        config = self.config
-        if config.quant is None and config.residual is None:
-            config.residual = "explicit"
-        _check_config(config, experts)
-        source.require(Contents.DENSE, *AS_STORED)
-        if config.task_type is None and type(source.model).__name__.endswith("ForCausalLM"):
-            config.task_type = "CAUSAL_LM"
-        base = model_class(config)(source.meta_model(), config, "default").base_model.model
-        if config.modules_to_save:
-            raise ValueError(
-                f"modules_to_save={config.modules_to_save}, given or by task_type={config.task_type!r}, is trained "
-                "whole and starts with the training: leave it out here, and give it to the trainer [P087]"
-            )
+        config, base = self.config, _with_adapter(self.config, source)
         adapted, stacks = pissa_layers(base), unfused_experts(base)
         check_uniform(base, {name: (layer.r["default"], layer.scaling["default"]) for name, layer in adapted.items()})
-        dense = _dense(config) if stacks and experts == DENSE else config
-        uses = Counter(id(value) for _, value in base.named_parameters(remove_duplicate=False))
-        is_expert = {name: name.rpartition(".")[0].rpartition(".")[0] in stacks for name in adapted}
-        configs = {name: dense if is_expert[name] else config for name in adapted}
-        for name, layer in adapted.items():
-            _check_layer(name, layer, configs[name], uses)
-        parts = _parts(adapted, stacks, source)
-        layers = dict[str, SplitLayer]()
-        for name, layer in adapted.items():
-            shape, dtype = matrix_shape(name, parts[name], source)
-            if shape != layer.matrix_shape:
-                raise ValueError(
-                    f"{source.path_of(parts[name][0].tensor)}: layer {name} is {list(shape)}, needed is "
-                    f"{list(layer.matrix_shape)}: config.json belongs to another checkpoint [P086]"
-                )
-            form, origin = configs[name].form, layer.origin("default", configs[name])
-            layers[name] = SplitLayer(
-                name, parts[name], shape, dtype, form, is_expert[name], config=configs[name], origin=origin
-            )
+        self._of_experts = _dense(config) if stacks and experts == DENSE else config
+        layers = self._plan_layers(source, base, adapted, stacks)
+        self.origins = {name: adapted[name].origin("default", self.config_of(layer)) for name, layer in layers.items()}
+        """The origins of the layers' start factors, by name."""
         self.factors = factors_of(base, adapted)
         """The layout of the start factors in the plain LoRA."""
         self.lora, self.model_type = plain_config(base, config, "default", adapted, times=1), type(base)
-        units = [Unit(pair.keys[0], tuple(layers[name] for name in pair.layers), pair) for pair in self.factors]
-        initial = (pair.shapes(layers[pair.layers[0]].origin.r) for pair in self.factors)
+        units = [Layers(pair.keys[0], tuple(layers[name] for name in pair.layers), pair) for pair in self.factors]
+        initial = (pair.shapes(self.origins[pair.layers[0]].r) for pair in self.factors)
         others = {INITIAL_WEIGHTS: _float32(initial)}
         if config.quant_iters > 1:
             others[PISSA_WEIGHTS] = _float32(self._recipe_shapes(layer) for layer in layers.values() if layer.is_packed)
@@ -125,20 +99,72 @@ class SplitPlan(Plan):
         if config.needs_calibration:  # calibration finds blocks in order, but in files 10 comes before 9
             self.units.sort(key=lambda unit: [int(part) if part.isdigit() else -1 for part in unit.name.split(".")])
 
-    def recipe_tensors(self, layer: SplitLayer, start: StartFactors) -> dict[str, Tensor]:
+    def _plan_layers(
+        self,
+        source: Checkpoint,
+        base: PreTrainedModel,
+        adapted: Mapping[str, PissaLayer],
+        stacks: Mapping[str, UnfusedExperts],
+    ) -> dict[str, LayerPlan]:
+        """How each adapted layer of the model without values is rewritten."""
+        uses = Counter(id(value) for _, value in base.named_parameters(remove_duplicate=False))
+        is_expert = {name: name.rpartition(".")[0].rpartition(".")[0] in stacks for name in adapted}
+        forms = {name: (self._of_experts if is_expert[name] else self.config).form for name in adapted}
+        for name, layer in adapted.items():
+            _check_layer(name, layer, forms[name], uses)
+        parts = _parts(adapted, stacks, source)
+        layers = dict[str, LayerPlan]()
+        for name, layer in adapted.items():
+            shape, dtype = matrix_shape(name, parts[name], source)
+            if shape != layer.matrix_shape:
+                raise ValueError(
+                    f"{source.path_of(parts[name][0].tensor)}: layer {name} is {list(shape)}, needed is "
+                    f"{list(layer.matrix_shape)}: config.json belongs to another checkpoint [P086]"
+                )
+            layers[name] = LayerPlan(name, parts[name], shape, dtype, forms[name], is_expert[name])
+        return layers
+
+    def config_of(self, layer: LayerPlan) -> PissaConfig:
+        """The configuration that splits a layer: the plan's or, for fused experts, one with a dense residual."""
+        return self._of_experts if layer.is_expert else self.config
+
+    def recipe_tensors(self, layer: LayerPlan, start: StartFactors) -> dict[str, Tensor]:
         """The factors that a layer's residual lacks, if alternations may have found others than the start's. They are
         padded with zeros to the rank of the start."""
-        if layer.config.quant_iters == 1:
+        if self.config_of(layer).quant_iters == 1:
             return {}
         return dict(zip(self._recipe_shapes(layer), pad_rank(*start.removed, start.origin.r), strict=True))
 
-    def _recipe_shapes(self, layer: SplitLayer) -> dict[str, tuple[int, ...]]:
-        (rows, columns), r = layer.shape, layer.origin.r
+    def _recipe_shapes(self, layer: LayerPlan) -> dict[str, tuple[int, ...]]:
+        (rows, columns), r = layer.shape, self.origins[layer.name].r
         return {f"{layer.name}.{RECIPE[0]}": (r, columns), f"{layer.name}.{RECIPE[1]}": (rows, r)}
 
 
 def _float32(shapes: Iterable[Mapping[str, tuple[int, ...]]]) -> Layout:
     return Layout({name: (torch.float32, shape) for of_layer in shapes for name, shape in of_layer.items()})
+
+
+def _complete(given: PissaConfig, experts: str, source: Checkpoint) -> PissaConfig:
+    """The configuration of a split: a stored form, and the kind of the model. The given one stays as it is."""
+    config = own_config(given)
+    if config.quant is None and config.residual is None:
+        config.residual = "explicit"
+    _check_config(config, experts)
+    source.require(Contents.DENSE, *AS_STORED)
+    if config.task_type is None and type(source.model).__name__.endswith("ForCausalLM"):
+        config.task_type = "CAUSAL_LM"
+    return config
+
+
+def _with_adapter(config: PissaConfig, source: Checkpoint) -> PreTrainedModel:
+    """The model of a checkpoint, without values, with an adapter in its layers."""
+    base: PreTrainedModel = model_class(config)(source.meta_model(), config, "default").base_model.model
+    if config.modules_to_save:
+        raise ValueError(
+            f"modules_to_save={config.modules_to_save}, given or by task_type={config.task_type!r}, is trained "
+            "whole and starts with the training: leave it out here, and give it to the trainer [P087]"
+        )
+    return base
 
 
 def _check_config(config: PissaConfig, experts: str) -> None:
@@ -173,9 +199,9 @@ def _dense(config: PissaConfig) -> PissaConfig:
     return config if config.quant is None else dataclasses.replace(config, **changed)
 
 
-def _check_layer(name: str, layer: PissaLayer, config: PissaConfig, uses: Counter[int]) -> None:
-    """Raises ValueError if a checkpoint cannot keep the layer's residual as `config` says."""
-    form, why = config.form, None
+def _check_layer(name: str, layer: PissaLayer, form: Form, uses: Counter[int]) -> None:
+    """Raises ValueError if a checkpoint cannot keep the layer's residual in this form."""
+    why = None
     if not isinstance(layer, PissaLinear):
         why = f"layer {name} is a {type(layer.base.module).__name__}, whose weight stays as it is in every form"
     elif form.name != "explicit" and layer.base.module_class is Conv1D:
@@ -287,19 +313,19 @@ def init(
 class _Group(NamedTuple):
     """Layers that are split together."""
 
-    layers: list[SplitLayer]
+    layers: list[LayerPlan]
     finished: list[Unit]
     """The units whose last layers are in this group."""
 
     @property
     def tensors(self) -> list[str]:
         """The tensors of the checkpoint that are read."""
-        copied = [unit.tensor for unit in self.finished if unit.tensor]
+        copied = [unit.tensor for unit in self.finished if isinstance(unit, Copy)]
         return [*(name for layer in self.layers for name in layer.tensors), *copied]
 
 
-class _Kept(NamedTuple):
-    """What is kept of a layer that has been split until all layers of its unit have been."""
+class _SplitLayer(NamedTuple):
+    """What waits of a layer that has been split until all layers of its unit have been."""
 
     factors: Matrices
     """The start factors, on the CPU."""
@@ -320,7 +346,7 @@ class _Split(Rewrite):
         super().__init__(plan, target)
         self.memory, self.device, self.calibration = memory, device, calibration
         self._moments: BlockMoments | None = None
-        self._kept: dict[str, _Kept] = {}
+        self._waiting: dict[str, _SplitLayer] = {}
 
     @property
     def lacks_start(self) -> bool:
@@ -339,7 +365,7 @@ class _Split(Rewrite):
         limit = _GROUP * torch.get_num_threads()
         group, size, elements = _Group([], []), 0, 0
         for unit in units:
-            for layer in (self.plan.layers[layer.name] for layer in unit.layers):
+            for layer in unit.layers if isinstance(unit, Layers) else ():
                 need, count = self.in_flight(layer), math.prod(layer.shape)
                 if group.layers and (size + need > self.memory or elements + count > limit):
                     yield group
@@ -354,23 +380,29 @@ class _Split(Rewrite):
         self._split(out, group.layers)
         results: dict[str, Result] = {}
         for unit in group.finished:
-            if unit.tensor is not None:
+            if isinstance(unit, Layers):
+                results[unit.name] = self._write_factors(out, unit)
+            else:
                 self.copy(out, unit.tensor)
-            kept = {layer.name: self._kept.pop(layer.name) for layer in unit.layers}
-            if unit.factors is not None:
-                for key, tensor in unit.factors.pack([layer.factors for layer in kept.values()]).items():
-                    out.write(INITIAL_WEIGHTS, key, tensor)
-            sums = add_up(layer.result for layer in kept.values())
-            results[unit.name] = sums | {"records": {name: layer.record for name, layer in kept.items()}}
+                results[unit.name] = {}
         return results
 
-    def _split(self, out: Output, layers: Sequence[SplitLayer]) -> None:
+    def _write_factors(self, out: Output, unit: Layers) -> Result:
+        """Writes the start factors of a unit's layers, all of which have been split."""
+        assert unit.factors is not None  # as `SplitPlan` makes them
+        layers = {layer.name: self._waiting.pop(layer.name) for layer in unit.layers}
+        for key, tensor in unit.factors.pack([layer.factors for layer in layers.values()]).items():
+            out.write(INITIAL_WEIGHTS, key, tensor)
+        sums = add_up(layer.result for layer in layers.values())
+        return sums | {"records": {name: layer.record for name, layer in layers.items()}}
+
+    def _split(self, out: Output, layers: Sequence[LayerPlan]) -> None:
         """Splits these layers, and writes their residuals."""
         weights = {layer.name: self.source.matrix(layer.parts).to(self.device) for layer in layers}
         for form in dict.fromkeys(layer.form for layer in layers):
             these = [layer for layer in layers if layer.form == form]
-            config, names = these[0].config, [layer.name for layer in these]
-            matrices, origins = [weights[name] for name in names], [layer.origin for layer in these]
+            config, names = self.plan.config_of(these[0]), [layer.name for layer in these]
+            matrices, origins = [weights[name] for name in names], [self.plan.origins[name] for name in names]
             moments = self._moments_of(names) if config.needs_calibration else None
             try:
                 starts, codes = start_with_codes(StartTask(matrices, origins, config, names, moments))
@@ -392,14 +424,15 @@ class _Split(Rewrite):
                     recipe=start.recipe_rank or None,
                 )
                 sums = _sampled_error(weight, residual, start)
-                self._kept[layer.name] = _Kept((start.a0.cpu(), start.b0.cpu()), sums, record.as_json())
+                self._waiting[layer.name] = _SplitLayer((start.a0.cpu(), start.b0.cpu()), sums, record.as_json())
 
     def _moments_of(self, names: Sequence[str]) -> list[Tensor] | None:
         """The second moments of what these layers read. The model begins to run at the first of them."""
         if self._moments is None:
             assert self.calibration is not None  # as `check_wanted` has seen
-            names_to_write = [layer.name for unit in self.units_to_write for layer in unit.layers]
-            wanted = [name for name in names_to_write if self.plan.layers[name].config.needs_calibration]
+            units = [unit for unit in self.units_to_write if isinstance(unit, Layers)]
+            layers = [layer for unit in units for layer in unit.layers]
+            wanted = [layer.name for layer in layers if self.plan.config_of(layer).needs_calibration]
             config, model = own_config(self.plan.config), mapped_model(self.source, None)
             self._moments = BlockMoments(model_class(config)(model, config, "default"), self.calibration, wanted)
         return self._moments.of(names, self.device)
@@ -408,13 +441,14 @@ class _Split(Rewrite):
         lora, records = self.plan.lora, dict[str, LayerRecord]()
         lora.base_model_name_or_path = str(self.target)
         for result in self.results.values():
-            records |= {name: LayerRecord.from_json(record) for name, record in result["records"].items()}
+            records |= {name: LayerRecord.from_json(record) for name, record in result.get("records", {}).items()}
         out.path(f"{INITIAL_FOLDER}/{ADAPTER_CONFIG}").write_text(plain_config_text(lora, self.plan.model_type))
         out.path(PISSA_RECORD).write_text(AdapterRecord(self.plan.config, records).text())
 
-    def in_flight(self, layer: SplitLayer) -> int:
+    def in_flight(self, layer: LayerPlan) -> int:
         """Bytes that a layer needs while it is split, in addition to the mapped file."""
-        config, elements, sides, r = layer.config, math.prod(layer.shape), sum(layer.shape), layer.origin.r
+        config, r = self.plan.config_of(layer), self.plan.origins[layer.name].r
+        elements, sides = math.prod(layer.shape), sum(layer.shape)
         method = INIT_METHODS[config.init]
         size = 4 * sides * (r + (r + 16) * (_PASSES // 2 + 1))  # the factors, and roughly the bases that the SVD keeps
         is_view = len(layer.parts) == 1 and not layer.parts[0].transposed

@@ -25,7 +25,20 @@ from pissa.base.classes import adopt, is_linear
 from pissa.checkpoints.load import of_layer
 from pissa.checkpoints.merge_codes import Kept, check_low_rank, coded_units, merged_layers, moments_of
 from pissa.checkpoints.output import Output
-from pissa.checkpoints.rewrite import LayerPlan, Plan, Result, Rewrite, Unit, Written, add_up, matrix_shape, square
+from pissa.checkpoints.rewrite import (
+    Copy,
+    LayerPlan,
+    Layers,
+    Plan,
+    Replace,
+    Result,
+    Rewrite,
+    Unit,
+    Written,
+    add_up,
+    matrix_shape,
+    square,
+)
 from pissa.checkpoints.trained import TrainedWeights, read_adapter
 from pissa.config import IMPLICIT, Form
 from pissa.containers.checkpoint import READ, Checkpoint, Contents
@@ -41,20 +54,19 @@ def plan_merge(source: Checkpoint, adapter: LoraFolder, form: Form = IMPLICIT, k
     """The plan of a merge. The linear layers, except the output layer, are written in `form`, where IMPLICIT means
     dense. `kept`: see `Plan`. Raises ValueError for anything that cannot be merged, which is named."""
     planner = UnitPlanner(source, adapter)
-    units = [planner.unit_of(factors) for factors in adapter.factors.values()]
-    adapted, forms = {layer.name for unit in units for layer in unit.layers}, dict[str, Form]()
+    adapted = [planner.unit_of(factors) for factors in adapter.factors.values()]
+    names, forms = {layer.name for unit in adapted for layer in unit.layers}, dict[str, Form]()
     if form != IMPLICIT:  # as in transformers, which quantises no output layer
         output = source.model.get_output_embeddings()
         linears = (name for name, module in source.model.named_modules() if module is not output and is_linear(module))
         forms = {name: form for name in linears if not source.tied(f"{name}.weight")}
-    units += [Unit(name, (planner.layer(name),)) for name in forms.keys() - adapted]
-    units = [unit.in_forms(forms) for unit in units] + planner.beside_factors(adapted)
+    adapted += [Layers(name, (planner.layer(name),)) for name in forms.keys() - names]
+    units: list[Unit] = [unit.in_forms(forms) for unit in adapted]
+    units += planner.beside_factors(names)
     changed = Counter(tensor for unit in units for tensor in unit.tensors)
     for tensor in [tensor for tensor, count in changed.items() if count > 1]:
-        names = [unit.name for unit in units if tensor in unit.tensors]
-        raise ValueError(
-            f"{source.path_of(tensor)}: tensor {quote(tensor)} is changed for {' and '.join(names)}; {_IN_MEMORY}"
-        )
+        twice = " and ".join(unit.name for unit in units if tensor in unit.tensors)
+        raise ValueError(f"{source.path_of(tensor)}: tensor {quote(tensor)} is changed for {twice}; {_IN_MEMORY}")
     located = {tensor for name in source.tensors for tensor in source.composition.tensors(name)}
     if left := sorted(source.coded.keys() - located):
         raise ValueError(
@@ -72,8 +84,8 @@ class UnitPlanner:
 
     # -- layers
 
-    def unit_of(self, factors: LoraFactors) -> Unit:
-        """The unit of a target of the adapter; raises the errors of `plan_merge`."""
+    def unit_of(self, factors: LoraFactors) -> Layers:
+        """The layers of a target of the adapter; raises the errors of `plan_merge`."""
         layers = self._experts(factors) if factors.is_fused else (self._adapted(factors),)
         needed = (factors.out, math.prod(factors.row))
         if layers[0].shape != (needed[::-1] if layers[0].mirrored else needed):
@@ -81,7 +93,7 @@ class UnitPlanner:
                 f"layer {layers[0].name} is {list(layers[0].shape)} in {self.source.folder}, and its factors in "
                 f"{self.adapter.weights.path} are for {list(needed)}: it is not the base of the adapter [P092]"
             )
-        return Unit(factors.target, layers, factors)
+        return Layers(factors.target, layers, factors)
 
     def _adapted(self, factors: LoraFactors) -> LayerPlan:
         """The layer for factors that do not belong to fused experts."""
@@ -141,29 +153,28 @@ class UnitPlanner:
 
     # -- what the adapter contains in addition to factors
 
-    def beside_factors(self, adapted: Collection[str]) -> list[Unit]:
-        """The units of tensors that were trained in addition to the factors, or that PEFT has saved with them."""
-        weights, units = self.adapter.weights, dict[str, Unit]()
+    def beside_factors(self, adapted: Collection[str]) -> list[Replace]:
+        """The tensors that were trained in addition to the factors, or that PEFT has saved with them."""
+        weights, units = self.adapter.weights, dict[str, Replace]()
         of_layers = {base_weight_key(name) for name in adapted}
         for key in self.adapter.other_keys:
             place, _, leaf = key.removeprefix(PREFIX).rpartition(".")
             if key in of_layers or MAGNITUDE in (leaf, place.rpartition(".")[2]):
                 continue
             unit = self._beside(key, place, leaf)
-            assert unit.tensor is not None
             other = units.setdefault(unit.tensor, unit)
             if other is unit:
                 continue
             are_whole = other.rows is unit.rows is None and other.scaling is unit.scaling is None
-            if other.key is None or not (are_whole and torch.equal(weights.read(other.key), weights.read(key))):
+            if not (are_whole and torch.equal(weights.read(other.key), weights.read(key))):
                 raise ValueError(
                     f"{weights.path}: tensors {quote(other.key)} and {quote(key)} are both for {unit.tensor} in "
                     f"{self.source.folder}; {_IN_MEMORY}"
                 )
         return list(units.values())
 
-    def _beside(self, key: str, place: str, leaf: str) -> Unit:
-        """The unit of one such tensor. For a tied weight it must apply to all layers: the adapter has it for each, or
+    def _beside(self, key: str, place: str, leaf: str) -> Replace:
+        """One such tensor. For a tied weight it must apply to all layers: the adapter has it for each, or
         it trains tokens of the input embeddings."""
         path, shape = self.adapter.weights.path, self.adapter.weights.entries[key].shape
         rows, scaling = None, None
@@ -194,7 +205,7 @@ class UnitPlanner:
                 f"{path}: tensor {quote(key)} is for {name}, which shares its values with {others[0]} in "
                 f"{self.source.folder}; {_IN_MEMORY}"
             )
-        return Unit(name, tensor=parts[0].tensor, key=key, rows=rows, scaling=scaling)
+        return Replace(name, parts[0].tensor, key, rows, scaling)
 
     def _rows(self, place: str) -> tuple[int, ...]:
         """The rows of an embedding that are trained."""
@@ -287,7 +298,7 @@ def merge(
         written = run.run(progressbar)
         for doubt in weights.doubts():
             warnings.warn(doubt, stacklevel=2)
-        adapted = [unit for unit in run.plan.units if unit.factors is not None]
+        adapted = run.plan.adapted
         changed = add_up(run.results[unit.name] for unit in adapted)
         in_codes = {unit.name: sums for unit in adapted if "along" in (sums := run.results[unit.name])}
         return Merged(
@@ -312,11 +323,11 @@ class _Merge(Rewrite):
         return {"form": self.form.describe(), **self.adapter.states()}
 
     def write(self, out: Output, unit: Unit) -> dict[str, Result]:
-        if unit.tensor is not None:
-            if unit.key is None:
-                self.copy(out, unit.tensor)
-            else:
-                out.write(self.file_of(unit.tensor), unit.tensor, self._trained_tensor(unit.tensor, unit.key, unit))
+        if isinstance(unit, Copy):
+            self.copy(out, unit.tensor)
+            return {unit.name: {}}
+        if isinstance(unit, Replace):
+            out.write(self.file_of(unit.tensor), unit.tensor, self._trained_tensor(unit))
             return {unit.name: {}}
         layers = self.adapter.read_trained(unit)
         sums = ({"change": change, **self._write_sum(out, layer, weight)} for layer, weight, change in layers)
@@ -337,9 +348,8 @@ class _Merge(Rewrite):
         self.write_layer(out, layer, new)
         return {"error_squared": error_squared, "norm_squared": norm_squared}
 
-    def _trained_tensor(self, name: str, key: str, unit: Unit) -> Tensor:
-        """The tensor of that name, as the adapter's tensor `key` has changed it."""
-        tensor, value = self.source.read(name), self.adapter.folder.weights.read(key)
+    def _trained_tensor(self, unit: Replace) -> Tensor:
+        tensor, value = self.source.read(unit.tensor), self.adapter.folder.weights.read(unit.key)
         if unit.scaling is not None:
             return (tensor.float() + unit.scaling * value.float()).to(tensor.dtype)
         if unit.rows is None:
@@ -368,7 +378,7 @@ class _MergeInCodes(_Merge):
         return moments_of(self.adapter, self.calibration)
 
     def write(self, out: Output, unit: Unit) -> dict[str, Result]:
-        if unit.name not in self.coded:
+        if not isinstance(unit, Layers) or unit.name not in self.coded:
             return super().write(out, unit)
         results = []
         for sums, parts in merged_layers(self.adapter, unit, self.moments):

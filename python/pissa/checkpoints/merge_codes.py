@@ -13,7 +13,7 @@ from pissa import ops
 from pissa.base.digest import seed_of
 from pissa.base.released_layouts import join_rows
 from pissa.checkpoints.load import load, of_layer
-from pissa.checkpoints.rewrite import Plan, Result, Unit
+from pissa.checkpoints.rewrite import Layers, Plan, Replace, Result
 from pissa.checkpoints.trained import TrainedWeights
 from pissa.model.batches import Batch
 from pissa.model.calibrate import observe
@@ -42,8 +42,8 @@ class Kept(NamedTuple):
         return Kept(share, noise, sums["moved"] / sums["elements"], sums["beyond"] / sums["elements"])
 
 
-def coded_units(plan: Plan) -> list[Unit]:
-    """The units of an adapter's targets whose weights are codes.
+def coded_units(plan: Plan) -> list[Layers]:
+    """The layers of an adapter's targets whose weights are codes.
 
     Raises:
         ValueError: codes would have to become other codes than those of the same weight with a low-rank change, or only
@@ -51,9 +51,10 @@ def coded_units(plan: Plan) -> list[Unit]:
     """
     coded, found = plan.source.coded, []
     for unit in plan.units:
-        if unit.key is not None and unit.tensor in coded:
+        if isinstance(unit, Replace) and unit.tensor in coded:
             raise ValueError(f"{unit.tensor} is codes, and was trained whole: {DENSE}")
-        if unit.factors is None or not (in_codes := [tensor in coded for tensor in unit.tensors])[0]:
+    for unit in plan.adapted:
+        if not (in_codes := [tensor in coded for tensor in unit.tensors])[0]:
             continue
         if not all(in_codes) or any(layer.own_key for layer in unit.layers):
             raise ValueError(f"{unit.name} is in codes in part, or was trained on another weight: {DENSE}")
@@ -82,7 +83,7 @@ def moments_of(adapter: TrainedWeights, calibration: Iterable[Batch] | None) -> 
 
 
 def merged_layers(
-    adapter: TrainedWeights, unit: Unit, moments: Mapping[str, Tensor]
+    adapter: TrainedWeights, unit: Layers, moments: Mapping[str, Tensor]
 ) -> Iterator[tuple[Result, list[tuple[str, Tensor, int | None]]]]:
     """Yields for each layer of a unit the sums of `ops.Merged`, with the number of elements, and the new codes: the
     name of each weight of the checkpoint, uint8, and the number of the matrix in a stack. A layer whose inputs have a

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -87,15 +87,30 @@ class LayerPlan:
         return {f"{self.target}.{name}": layout for name, layout in entries.items()}
 
 
-class Unit(NamedTuple):
-    """What is processed and recorded together: all layers of a factor pair, a layer without any, or another tensor."""
+@dataclass(frozen=True)
+class Copy:
+    """A tensor that stays as it is."""
+
+    tensor: str
+
+    @property
+    def name(self) -> str:
+        return f"copy {self.tensor}"
+
+    @property
+    def tensors(self) -> list[str]:
+        return [self.tensor]
+
+
+@dataclass(frozen=True)
+class Replace:
+    """A tensor that was trained in addition to the layers, as a whole or in part."""
 
     name: str
-    layers: tuple[LayerPlan, ...] = ()
-    factors: FactorTensors | None = None
-    tensor: str | None = None
-    """The other tensor. It is copied unless there is a key."""
-    key: str | None = None
+    """The name in the model."""
+    tensor: str
+    """The name in the checkpoint."""
+    key: str
     """The adapter's tensor that replaces it."""
     rows: tuple[int, ...] | None = None
     """The rows that the adapter's tensor replaces, if not all."""
@@ -104,22 +119,36 @@ class Unit(NamedTuple):
 
     @property
     def tensors(self) -> list[str]:
-        """The tensors of the checkpoint from which it is made."""
-        of_layers = [tensor for layer in self.layers for tensor in layer.tensors]
-        return list(dict.fromkeys([*of_layers, *([self.tensor] if self.tensor else [])]))
+        return [self.tensor]
 
-    def in_forms(self, forms: Mapping[str, Form]) -> Unit:
-        """The same unit, with its layers written in the forms by their names, and the others dense."""
-        return self._replace(
-            layers=tuple(replace(layer, form=forms.get(layer.name, IMPLICIT)) for layer in self.layers)
-        )
+
+@dataclass(frozen=True)
+class Layers:
+    """All layers of a factor pair, which are several for fused experts, or a layer without any factors."""
+
+    name: str
+    layers: tuple[LayerPlan, ...]
+    factors: FactorTensors | None = None
+
+    @property
+    def tensors(self) -> list[str]:
+        return list(dict.fromkeys(tensor for layer in self.layers for tensor in layer.tensors))
+
+    def in_forms(self, forms: Mapping[str, Form]) -> Layers:
+        """The same layers, written in the forms by their names, and the others dense."""
+        layers = tuple(replace(layer, form=forms.get(layer.name, IMPLICIT)) for layer in self.layers)
+        return replace(self, layers=layers)
+
+
+Unit = Copy | Replace | Layers
+"""What is processed and recorded together, by its name: one change of the checkpoint, made from its `tensors`."""
 
 
 class Plan:
     """How a run changes a checkpoint.
 
     Args:
-        units: the changes.
+        units: the changes. Everything else is copied.
         others: additional safetensors files, by their names in the folder.
         kept: weights in codes that stay in the same codes; those that a unit names get other codes. All other weights
             in codes are written decoded.
@@ -133,15 +162,19 @@ class Plan:
         kept: Collection[str] = (),
     ) -> None:
         self.source, self.kept = source, kept
-        names, units = [*source.names, *(source.input_scales if kept else ())], list(units)
-        changed = {tensor for unit in units for tensor in unit.tensors}
+        names = [*source.names, *(source.input_scales if kept else ())]
+        changes = list(units)
+        changed = {tensor for unit in changes for tensor in unit.tensors}
         self.copied = [name for name in names if name not in changed]
         """The tensors that no unit changes."""
-        units += [Unit(f"copy {name}", tensor=name) for name in self.copied]
         places = {name: number for number, name in enumerate(names)}
-        self.units = sorted(units, key=lambda unit: min(places[tensor] for tensor in unit.tensors))
+        self.units: list[Unit] = [*changes, *map(Copy, self.copied)]
         """The units in the order of the files, including one for each tensor that is copied."""
-        self.layers: Mapping[str, LayerPlan] = {layer.name: layer for unit in self.units for layer in unit.layers}
+        self.units.sort(key=lambda unit: min(places[tensor] for tensor in unit.tensors))
+        of_layers = [unit for unit in self.units if isinstance(unit, Layers)]
+        self.adapted = [unit for unit in of_layers if unit.factors is not None]
+        """The layers that an adapter changes."""
+        self.layers = {layer.name: layer for unit in of_layers for layer in unit.layers}
         """All layers, by name."""
         self.packed = [layer for layer in self.layers.values() if layer.is_packed]
         """The layers that are written in codes."""

@@ -16,7 +16,7 @@ from pissa.adapters.restore import base_doubts
 from pissa.base.digest import Match, dtype_of, is_fingerprint, match
 from pissa.base.start import Served
 from pissa.base.stored import residual_tensors, residuals_of, stored_linear
-from pissa.checkpoints.rewrite import LayerPlan, Unit
+from pissa.checkpoints.rewrite import LayerPlan, Layers
 from pissa.config import IMPLICIT
 from pissa.containers.checkpoint import Checkpoint, initial_adapter
 from pissa.containers.coded_weights import BitsandbytesWeight
@@ -48,7 +48,7 @@ class TrainedWeights:
     def check_base(self, layer: LayerPlan, weight: Weight) -> None:
         """Raises ValueError if a layer's weight is known to be another one than that of the training."""
 
-    def factors(self, unit: Unit) -> Iterator[Matrices]:
+    def factors(self, unit: Layers) -> Iterator[Matrices]:
         """Yields factors a [k, in] and b [out, k] of the change of each layer of a unit, float32."""
         for layer, (a, b) in zip(unit.layers, self.lora.matrices(unit.name), strict=True):
             yield (b.mT.float(), a.mT.float()) if layer.mirrored else (a.float(), b.float())
@@ -79,7 +79,7 @@ class TrainedWeights:
                     states[f"{what} {path.name}"] = f"{path.stat().st_size} bytes, {path.stat().st_mtime_ns} ns"
         return states
 
-    def read_trained(self, unit: Unit) -> Iterator[tuple[LayerPlan, Tensor, float]]:
+    def read_trained(self, unit: Layers) -> Iterator[tuple[LayerPlan, Tensor, float]]:
         """Yields the layers of a unit, one at a time, each with its trained weight, float32 [out, in], which the caller
         owns, and ‖change‖². Without gradients."""
         factors = itertools.repeat(None) if unit.factors is None else self.factors(unit)
@@ -144,7 +144,7 @@ class Ours(TrainedWeights):
     def lengths(self, layer: LayerPlan, weight: Tensor) -> Tensor:
         return self.ours.tensors.read(f"{layer.name}.norm")
 
-    def factors(self, unit: Unit) -> Iterator[Matrices]:
+    def factors(self, unit: Layers) -> Iterator[Matrices]:
         for layer in unit.layers:
             tensors = self.ours.read_layer(layer.name)
             yield tensors.start.factors_of_change(tensors.deltas)

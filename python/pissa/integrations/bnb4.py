@@ -15,7 +15,7 @@ from pissa.base.bitsandbytes_state import KEPT_IN_4_BITS
 from pissa.base.init_methods import lacks_start
 from pissa.checkpoints.merge import UnitPlanner
 from pissa.checkpoints.output import Output
-from pissa.checkpoints.rewrite import Plan, Result, Rewrite, Unit, add_up, relative_error, square
+from pissa.checkpoints.rewrite import Layers, Plan, Result, Rewrite, Unit, add_up, relative_error, square
 from pissa.checkpoints.trained import Ours, read_weight
 from pissa.config import IMPLICIT
 from pissa.containers.tensor_file import Scratch, write_tensors
@@ -63,8 +63,8 @@ class ResidualExport(Rewrite):
             error=relative_error(self.results.values()),
         )
 
-    def _unit(self, planner: UnitPlanner, factors: LoraFactors) -> Unit:
-        """The unit for layers whose base was stored."""
+    def _unit(self, planner: UnitPlanner, factors: LoraFactors) -> Layers:
+        """The layers of a target whose base was stored."""
         if factors.is_fused and factors.layers[0] in planner.source.coded_layers:
             raise ValueError(
                 f"{planner.source.folder} has the experts of {factors.target} in 4 bits, which only pissa.load reads: "
@@ -85,7 +85,7 @@ class ResidualExport(Rewrite):
         return {"target": str(self.target), **self.adapter.states()}
 
     def write(self, out: Output, unit: Unit) -> dict[str, Result]:
-        if unit.tensor is not None:
+        if not isinstance(unit, Layers):
             self.copy(out, unit.tensor)
             return {unit.name: {}}
         sums = [{"error_squared": 0.0, "norm_squared": 0.0}]

@@ -20,7 +20,7 @@ from pissa.adapters.lora_folder import LoraFolder
 from pissa.base.digest import bytes_of
 from pissa.checkpoints.merge import plan_merge
 from pissa.checkpoints.merge_codes import Kept, check_low_rank, coded_units, merged_layers, moments_of
-from pissa.checkpoints.rewrite import Result, add_up
+from pissa.checkpoints.rewrite import Replace, Result, add_up
 from pissa.checkpoints.trained import read_adapter
 from pissa.containers.checkpoint import Checkpoint, Contents
 from pissa.containers.gguf_file import parts_of
@@ -52,11 +52,11 @@ def export_model(
     check_low_rank(trained)
     plan = plan_merge(checkpoint, adapter)
     units = coded_units(plan)
-    if others := [unit.name for unit in plan.units if unit.key]:
+    if others := [unit.name for unit in plan.units if isinstance(unit, Replace)]:
         raise ValueError(
             f"{others[0]} was trained whole, and only low-rank changes are merged into a file: run {MERGE}"
         )
-    dense = [unit for unit in plan.units if unit.factors and unit not in units]
+    dense = [unit for unit in plan.adapted if unit not in units]
     ending = "" if len(files) == 1 else f"-00001-of-{len(files):05}"
     names = parts_of(f"{target.stem}{ending}.gguf")
     modelfile = f"{target.stem}.Modelfile"

@@ -37,7 +37,8 @@ def assert_planned(plan: SplitPlan, layers: dict[str, Any]) -> None:
         matrix = plan.source.matrix(layer.parts)
         assert torch.equal(matrix, layers[name].base.matrix()), name
         assert (layer.shape, layer.dtype) == (tuple(matrix.shape), matrix.dtype)
-        assert (layer.origin.r, layer.origin.scaling) == (layers[name].r["default"], layers[name].scaling["default"])
+        origin = plan.origins[name]
+        assert (origin.r, origin.scaling) == (layers[name].r["default"], layers[name].scaling["default"])
 
 
 @pytest.mark.parametrize("kind", KINDS)
