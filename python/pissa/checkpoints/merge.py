@@ -280,44 +280,62 @@ def merge(
         ValueError: something cannot be read or merged; the message names file and layer. `target` is not a model then.
         OSError: the disk is full or fails.
     """
+    return prepare(adapter, source, target, quant=quant, calibration=calibration).merged(progressbar)
+
+
+@torch.no_grad()
+def prepare(
+    adapter: str | os.PathLike[str],
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    quant: str | None = None,
+    calibration: Iterable[Batch] | None = None,
+) -> Merge:
+    """Plans a merge from names and shapes, and writes nothing. Arguments and errors are those of `merge`."""
     check_choice("quant", quant, (None, *FORMATS, SAME))
     form = IMPLICIT if quant in (None, SAME) else Form.quantised(quant, FORMATS[quant].has_double_quant)
-    with torch.no_grad():
-        checkpoint = Checkpoint.open(source)
-        checkpoint.require(*READ)
-        if quant == SAME and (contents := checkpoint.contents) not in (Contents.RELEASED, Contents.BITSANDBYTES):
-            to = ' pissa.export(..., to="gguf-model") merges into a GGUF file' if contents is Contents.GGUF else ""
-            raise ValueError(f'quant: got "same", and {checkpoint.name} contains {contents.value}: leave it out.{to}')
-        if calibration is not None and quant != SAME:
-            raise ValueError(f'calibration: got one, and quant={quant!r}; it is for quant="same": leave it out')
-        weights = read_adapter(open_adapter(Path(adapter)), checkpoint)
-        plan = plan_merge(checkpoint, weights.folder, form, checkpoint.coded if quant == SAME else ())
-        run: _Merge = _Merge(plan, weights, form, Path(target))
-        if quant == SAME:
-            run = _MergeInCodes(plan, weights, form, Path(target), None if calibration is None else list(calibration))
-        written = run.run(progressbar)
-        for doubt in weights.doubts():
-            warnings.warn(doubt, stacklevel=2)
-        adapted = run.plan.adapted
-        changed = add_up(run.results[unit.name] for unit in adapted)
-        in_codes = {unit.name: sums for unit in adapted if "along" in (sums := run.results[unit.name])}
-        return Merged(
-            **vars(written),
-            what=weights.what,
-            layers=sum(len(unit.layers) for unit in adapted),
-            quantised=len(run.plan.packed) or sum(len(unit.layers) for unit in adapted if unit.name in in_codes),
-            error_of_change=math.sqrt(changed["error_squared"] / changed["change"]) if changed["change"] else 0.0,
-            kept=Kept.of(add_up(in_codes.values())) if in_codes else None,
-            kept_of_layers={name: Kept.of(sums) for name, sums in in_codes.items()},
-        )
+    checkpoint = Checkpoint.open(source)
+    checkpoint.require(*READ)
+    if quant == SAME and (contents := checkpoint.contents) not in (Contents.RELEASED, Contents.BITSANDBYTES):
+        to = ' pissa.export(..., to="gguf-model") merges into a GGUF file' if contents is Contents.GGUF else ""
+        raise ValueError(f'quant: got "same", and {checkpoint.name} contains {contents.value}: leave it out.{to}')
+    if calibration is not None and quant != SAME:
+        raise ValueError(f'calibration: got one, and quant={quant!r}; it is for quant="same": leave it out')
+    weights = read_adapter(open_adapter(Path(adapter)), checkpoint)
+    plan = plan_merge(checkpoint, weights.folder, form, checkpoint.coded if quant == SAME else ())
+    if quant == SAME:
+        return _MergeInCodes(plan, weights, form, Path(target), None if calibration is None else list(calibration))
+    return Merge(plan, weights, form, Path(target))
 
 
-class _Merge(Rewrite):
+class Merge(Rewrite):
+    """One merge, of which everything is known but the weights."""
+
     command = "merge"
 
     def __init__(self, plan: Plan, adapter: TrainedWeights, form: Form, target: Path) -> None:
         super().__init__(plan, target)
         self.adapter, self.form = adapter, form
+
+    @torch.no_grad()
+    def merged(self, progressbar: bool) -> Merged:
+        """Merges. The errors are those of `merge`."""
+        written = self.run(progressbar)
+        for doubt in self.adapter.doubts():
+            warnings.warn(doubt, stacklevel=4)  # the caller of merge
+        changed = add_up(self.results[unit.name] for unit in self.plan.adapted)
+        in_codes = {unit.name: sums for unit in self.plan.adapted if "along" in (sums := self.results[unit.name])}
+        layers = {unit.name: len(unit.layers) for unit in self.plan.adapted}
+        return Merged(
+            **vars(written),
+            what=self.adapter.what,
+            layers=sum(layers.values()),
+            quantised=len(self.plan.packed) or sum(layers[name] for name in in_codes),
+            error_of_change=math.sqrt(changed["error_squared"] / changed["change"]) if changed["change"] else 0.0,
+            kept=Kept.of(add_up(in_codes.values())) if in_codes else None,
+            kept_of_layers={name: Kept.of(sums) for name, sums in in_codes.items()},
+        )
 
     def identity(self) -> dict[str, Any]:
         return {"form": self.form.describe(), **self.adapter.states()}
@@ -357,7 +375,7 @@ class _Merge(Rewrite):
         return tensor.index_copy(0, torch.tensor(unit.rows), value.to(tensor.dtype))
 
 
-class _MergeInCodes(_Merge):
+class _MergeInCodes(Merge):
     """Merges into the codes of a checkpoint: all files keep their layout."""
 
     not_copied = (INDEX,)

@@ -77,6 +77,14 @@ class Output:
         self._lock: int | None = None  # an open file, locked by rank 0 for all ranks
         self._made: list[Path] = []
 
+    def check(self) -> None:
+        """Raises the ValueErrors of entering the block, but that another run is active. Nothing is changed."""
+        if (self._hidden / IDENTITY).exists():
+            self._check_identity()
+            self._check_whole()
+        elif not self._is_complete():
+            check_unused(self.folder, besides=UNFINISHED)
+
     def __enter__(self) -> Output:
         try:
             if all(agree(self._is_complete())):

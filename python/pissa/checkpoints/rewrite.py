@@ -318,6 +318,10 @@ class Rewrite(ABC):
     def end(self, out: Output) -> None:  # noqa: B027  most have nothing else to write
         """Writes what depends on all units, besides config.json and the index. Runs on one rank."""
 
+    def check_target(self) -> None:
+        """Raises the ValueErrors of `run` that the new folder causes, as far as they are known before it is written."""
+        Output(self.target, self._identity(), self.plan.files).check()
+
     def run(self, progressbar: bool) -> Written:
         """Writes all files.
 

@@ -203,22 +203,24 @@ def _add_merge(parser: argparse.ArgumentParser) -> None:
 
 
 def _merge(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    from pissa.checkpoints.merge import merge
+    from pissa.checkpoints.merge import prepare
     from pissa.cli.held_out import loss_merged, losses_before, read_rows
 
     if args.data and args.quant == "int8" and find_spec("bitsandbytes") is None:
         raise UserError(
             "--data: only bitsandbytes computes in int8; run `pip install bitsandbytes`, or leave --data out"
         )
+    batches = _calibration(args, args.base)
+    run = prepare(args.adapter, args.base, args.target, quant=args.quant, calibration=batches)
     rows, found = [], dict[str, float]()
     if args.data:  # what cannot be compared is not merged
+        run.check_target()  # before the minutes that the base and the adapter take
         rows = read_rows(args.base, args.data)
         with user_errors(KeyError, TypeError, RuntimeError):
             found = losses_before(args.base, args.adapter, rows)
-    batches = _calibration(args, args.base)
     done: Any = None
     try:
-        done = merge(args.adapter, args.base, args.target, quant=args.quant, calibration=batches, progressbar=True)
+        done = run.merged(progressbar=True)
     except CompletedError as error:
         if not rows:
             raise

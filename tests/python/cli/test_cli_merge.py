@@ -16,6 +16,7 @@ from interrupted import Interrupted
 from language_models import train
 from pissa.cli import main
 from runs import refused
+from tiny_model import save_tiny_model
 
 
 def test_a_model_of_its_own(base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -86,6 +87,36 @@ def test_what_cannot_be_compared_is_not_merged(
         message = refused(["merge", str(adapter), str(out), "--base", str(base), "--quant", "int8", *compared], capsys)
         assert "only bitsandbytes computes in int8; run `pip install bitsandbytes`" in message
     assert not out.exists()
+
+
+def test_nothing_is_measured_for_what_cannot_be_merged(
+    base: Path,
+    adapter: Path,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def measured(*_: object) -> None:
+        raise AssertionError("the base was loaded")
+
+    other = save_tiny_model(tmp_path / "other", intermediate_size=48)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    unfinished = tmp_path / "unfinished" / ".unfinished"
+    unfinished.mkdir(parents=True)
+    (unfinished / "identity.json").write_text('{"command": "init"}')
+    monkeypatch.setattr("pissa.cli.held_out.losses_before", measured)
+    for of, out, options, words in (
+        (base, "out", ["--quant", "nf5"], "quant: got 'nf5'"),
+        (base, "out", ["--quant", "same"], "contains weights in 16 or 32 bits: leave it out"),
+        (other, "out", [], "it is not the base of the adapter [P092]"),
+        (base, "full", [], "full is not empty (file) and nothing is overwritten"),
+        (base, "unfinished", [], "is of an unfinished run with another plan: command was 'init', is 'merge'"),
+    ):
+        merge = ["merge", str(adapter), str(tmp_path / out), "--base", str(of), "--data", str(data), *options]
+        assert words in refused(merge, capsys)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_refusal(base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
