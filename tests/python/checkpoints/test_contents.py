@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import pissa
-from checkpoint_folders import change_config, save
+from checkpoint_folders import save
 from pissa.checkpoints.init import init
 from pissa.checkpoints.merge import merge
 from pissa.containers.checkpoint import RESIDUAL_KEY, Checkpoint, Contents, ModelFolder
@@ -75,11 +75,3 @@ def test_the_mark_goes_with_what_was_lacking(base: Path, tmp_path: Path) -> None
     merge(tmp_path / "exported" / "adapter", tmp_path / "exported", tmp_path / "again")
     assert RESIDUAL_KEY not in config_of(tmp_path / "again")
     assert not hasattr(model.merge_and_unload().config, RESIDUAL_KEY)
-
-
-def test_weights_that_are_not_what_the_configuration_says(base: Path, tmp_path: Path) -> None:
-    save("llama", tmp_path)
-    change_config(tmp_path, quantization_config={"quant_method": "awq"})
-    with pytest.raises(ValueError, match=r"contains codes that are not read \(quant_method 'awq' in config\.json\)"):
-        init(tmp_path, tmp_path / "out", pissa.PissaConfig(r=4))
-    assert not (tmp_path / "out").exists()

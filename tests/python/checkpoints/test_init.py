@@ -24,9 +24,8 @@ from pissa.base.bitsandbytes_state import quantization_config
 from pissa.base.digest import is_fingerprint
 from pissa.base.start import StartFactors
 from pissa.checkpoints import init as init_module
-from pissa.checkpoints import rewrite
 from pissa.checkpoints.init import Initialised, init
-from pissa.checkpoints.output import FINISHED, UNFINISHED, Output
+from pissa.checkpoints.output import FINISHED, Output
 from pissa.config import Form
 from pissa.layers.layer import pissa_layers
 from reference import assert_close
@@ -121,62 +120,6 @@ def test_logits_in_plain_transformers_and_peft(kind: str, fields: dict[str, Any]
     ours = logits(pissa.wrap(model, r=4, **fields).eval(), TOKENS)
     theirs = logits(plain(tmp_path / "out"), TOKENS)
     assert (theirs - ours).abs().max() <= bound * ours.abs().max()
-
-
-@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
-def test_fused_experts_stay_dense_beside_4_bits(kind: str, tmp_path: Path) -> None:
-    """The function is that of experts as they were, and of a base in 4 bits elsewhere."""
-    model: Any = save(kind, tmp_path / "src")
-    model.set_experts_implementation("eager")
-    split(tmp_path / "src", tmp_path / "out", **NF4)
-    found, source = tensors_of(tmp_path / "out"), tensors_of(tmp_path / "src")
-    assert {name for name in source if ".experts." in name} == {name for name in found if ".experts." in name}
-    config = json.loads((tmp_path / "out" / "pissa_init" / "adapter_config.json").read_text())
-    assert [name.rpartition(".")[2] for name in config["target_parameters"]] == ["down_proj", "gate_up_proj"] * 2
-    layers = wrapped_layers(model, exclude_modules=["experts"], **NF4)
-    codes = {name: from_state(entries(found, name)) for name in layers}
-    assert all(torch.equal(codes[name].codes, layer.base.residual.codes) for name, layer in layers.items())
-    # A dense residual and its factors are the experts' weights again.
-    start, a, b = (
-        load_file(tmp_path / "out" / "pissa_init" / "adapter_model.safetensors"),
-        "base_model.model.model.layers.1.mlp.experts.lora_A.weight",
-        "base_model.model.model.layers.1.mlp.experts.lora_B.weight",
-    )
-    if kind == "gpt_oss":
-        name = "model.layers.1.mlp.experts.down_proj"
-        kept, whole = found[name][2].mT, source[name][2].mT
-    else:
-        name = "model.layers.1.block_sparse_moe.experts.2.w2.weight"
-        kept, whole = found[name], source[name]
-    down = start[b].reshape(len(start[b]), -1, 4)[..., 2] @ start[a].reshape(4, -1, start[a].shape[1])[2]
-    assert not torch.allclose(kept, whole, atol=1e-3)
-    torch.testing.assert_close(kept + down, whole, rtol=0, atol=1e-5)
-
-
-def test_experts_in_4_bits(tmp_path: Path) -> None:
-    model = save("mixtral", tmp_path / "src", torch.bfloat16)
-    done = split(tmp_path / "src", tmp_path / "out", experts="nf4", **NF4)
-    assert done.only_ours
-    found, layers = tensors_of(tmp_path / "out"), wrapped_layers(model, **NF4)
-    for name, layer in layers.items():
-        for got, expected in zip(from_state(entries(found, name)), layer.base.residual, strict=True):
-            assert torch.equal(got, expected) if isinstance(got, Tensor) else got == expected
-    assert not [name for name in found if name.endswith((".w1.weight", ".w2.weight", ".w3.weight"))]
-
-
-@pytest.mark.parametrize("method", ["pissa", "lora"])
-def test_init_methods(method: str, tmp_path: Path) -> None:
-    model = save("llama", tmp_path / "src", torch.bfloat16)
-    zeros = "model.layers.0.self_attn.o_proj.weight"
-    model.get_parameter(zeros).data.zero_()
-    change_tensors(tmp_path / "src", lambda found: found | {zeros: torch.zeros_like(found[zeros])})
-    split(tmp_path / "src", tmp_path / "out", init=method, **NF4)
-    layers, found = wrapped_layers(model, init=method, **NF4), tensors_of(tmp_path / "out")
-    factors = load_file(tmp_path / "out" / "pissa_init" / "adapter_model.safetensors")
-    for name, layer in layers.items():
-        assert torch.equal(from_state(entries(found, name)).codes, layer.base.residual.codes)
-        for side, factor in (("A", layer.start_of("default").a0), ("B", layer.start_of("default").b0)):
-            assert torch.equal(factors[f"base_model.model.{name}.lora_{side}.weight"], factor)
 
 
 def test_factors_that_a_residual_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -328,31 +271,6 @@ def test_memory_does_not_change_the_bytes(kind: str, tmp_path: Path, monkeypatch
     split(tmp_path / "src", tmp_path / "out", memory=1, **NF4)
     assert sizes == [1] * len(sizes)
     assert contents(tmp_path / "out") == first
-
-
-@pytest.mark.parametrize(
-    ("kind", "fields"), [("llama", NF4), ("mixtral", NF4 | {"experts": "nf4"}), ("gpt_oss", DENSE)], ids=str
-)
-def test_a_killed_run_goes_on(kind: str, fields: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With what is its own: test_output kills the writing of any checkpoint everywhere."""
-    monkeypatch.setattr(rewrite, "BATCH", 30_000)
-    save(kind, tmp_path / "src")
-    add = Interrupted(Output.add, at=0)
-    monkeypatch.setattr(Output, "add", lambda *args: add(*args))
-    whole = split(tmp_path / "src", tmp_path / "whole", **fields)
-    add.at = batches = add.calls
-    add.calls = 0
-    with pytest.raises(KeyboardInterrupt):
-        split(tmp_path / "src", tmp_path / "out", **fields)
-    assert [path.name for path in (tmp_path / "out").iterdir()] == [UNFINISHED]
-    done = split(tmp_path / "src", tmp_path / "out", memory=1, **fields)
-    assert add.calls == batches + 1  # none is done twice
-    assert done.error == whole.error
-    expected, found = contents(tmp_path / "whole"), contents(tmp_path / "out")
-    assert found.keys() == expected.keys()
-    for name, content in expected.items():
-        if name not in (FINISHED, "pissa_init/adapter_config.json"):  # which name the folder
-            assert found[name] == content, name
 
 
 def test_another_plan_does_not_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -180,18 +180,6 @@ def test_bitsandbytes_is_not_needed(packed: Path, source: Path, tmp_path: Path) 
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, env=environment)
 
 
-def test_unloading_gives_layers_of_bitsandbytes(packed: Path) -> None:
-    model = pissa.load(packed, r=R).unload()
-    expected = pissa.wrap(AutoModelForCausalLM.from_pretrained(packed), r=R).unload()
-    layer, other = model.model.layers[0].mlp.up_proj, expected.model.layers[0].mlp.up_proj
-    assert type(layer) is type(other)
-    assert layer.state_dict().keys() == other.state_dict().keys()
-    for name, value in other.state_dict().items():
-        assert torch.equal(layer.state_dict()[name], value), name
-    x = torch.ones(2, layer.in_features)
-    assert torch.equal(layer(x), other(x))
-
-
 def test_a_dense_folder_is_mapped_and_wrapped(source: Path, tokens: Tensor, tmp_path: Path) -> None:
     model = pissa.load(source, r=R)
     assert is_mapped(model.base_model.model.model.layers[0].mlp.up_proj.base_layer.weight, source / "model.safetensors")

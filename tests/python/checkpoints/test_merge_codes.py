@@ -23,7 +23,6 @@ from language_models import Make, logits, moved
 from pissa import ops
 from pissa.base.digest import bytes_of, seed_of
 from pissa.checkpoints import merge as merge_module
-from pissa.checkpoints import rewrite
 from pissa.checkpoints.init import init
 from pissa.checkpoints.merge import merge
 from pissa.cli import main
@@ -139,20 +138,6 @@ def test_codes_of_bitsandbytes(tiny_llama: Make, tokens: Tensor, tmp_path: Path)
     assert new.coded_layers.keys() >= expected.keys()
     for name, merged in expected.items():
         assert torch.equal(new.codes(new.coded_layers[name]).codes, merged.weight.codes), name
-
-
-def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rewrite, "BATCH", 1)
-    released("llama", "mxfp4-compressed", tmp_path / "model")
-    adapter_on(tmp_path / "model", tmp_path / "run")
-    merge(tmp_path / "run", tmp_path / "model", tmp_path / "whole", quant="same")
-    with monkeypatch.context() as patch:
-        patch.setattr(merge_module, "merged_layers", Interrupted(merge_module.merged_layers, at=5))
-        with pytest.raises(KeyboardInterrupt):
-            merge(tmp_path / "run", tmp_path / "model", tmp_path / "out", quant="same")
-    merge(tmp_path / "run", tmp_path / "model", tmp_path / "out", quant="same")
-    for path in (tmp_path / "whole").iterdir():
-        assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
 
 
 def test_the_command_says_what_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -227,7 +227,6 @@ def test_what_is_refused(kind: str, fields: dict[str, Any], words: str, tmp_path
             {"model_type": "no-such-type"},
             "config.json cannot be read: .* describes no model that transformers .* can build",
         ),
-        ({"quantization_config": {"quant_method": "fp8"}}, "says fp8, but there are no codes"),
     ],
 )
 def test_configurations_that_cannot_be_used(fields: dict[str, Any], words: str, tmp_path: Path) -> None:

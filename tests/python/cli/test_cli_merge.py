@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,6 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from interrupted import Interrupted
 from language_models import train
 from pissa.cli import main
 from runs import refused
@@ -123,19 +121,3 @@ def test_a_refusal(base: Path, adapter: Path, tmp_path: Path, capsys: pytest.Cap
     arguments = ["merge", str(adapter), "--base", str(base), "--quant", "nf5", str(tmp_path / "out")]
     assert "quant: got 'nf5'" in refused(arguments, capsys)
     assert not (tmp_path / "out").exists()
-
-
-def test_a_merge_that_is_interrupted_goes_on(
-    base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from pissa.checkpoints import rewrite, trained
-
-    monkeypatch.setattr(rewrite, "BATCH", 1)
-    options = ["merge", str(adapter), "--base", str(base), str(tmp_path / "out")]
-    with monkeypatch.context() as patch:
-        patch.setattr(trained, "read_weight", Interrupted(trained.read_weight, at=5))
-        assert main(options) == 130
-    assert capsys.readouterr().err.endswith("pissa merge: interrupted; the same command goes on with it\n")
-    assert [path.name for path in (tmp_path / "out").iterdir()] == [".unfinished"]
-    assert main(options) == 0
-    assert not re.search(r"PiSSA merge: +0%", capsys.readouterr().err)  # its bar begins where the other ended

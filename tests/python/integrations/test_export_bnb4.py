@@ -17,14 +17,9 @@ from torch import nn
 import checkpoint_folders
 import mixtures
 import pissa
-from checkpoint_folders import contents
 from daily import each
-from interrupted import Interrupted
 from language_models import error, logits, moved
-from live_bytes import LiveBytes
-from pissa.checkpoints import rewrite
 from pissa.checkpoints.init import init
-from pissa.containers.staged import CompletedError
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of kernels that bitsandbytes could download
@@ -197,27 +192,6 @@ def test_decoded_experts_are_rounded_to_the_checkpoints_dtype(tmp_path: Path) ->
     assert 0 < done.error < 2**-8
 
 
-def test_a_run_that_was_killed_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rewrite, "BATCH", 1)
-    source = base(tmp_path, shards="30KB")
-    trained(source, tmp_path / "run", rank_pattern={"q_proj": 3})
-    pissa.export(tmp_path / "run", tmp_path / "whole", "bnb4", base=source)
-    stops = Interrupted(rewrite.to_bitsandbytes, at=6)
-    with monkeypatch.context() as patch:
-        patch.setattr(rewrite, "to_bitsandbytes", stops)
-        with pytest.raises(KeyboardInterrupt):
-            pissa.export(tmp_path / "run", tmp_path / "out", "bnb4", base=source)
-        assert [path.name for path in (tmp_path / "out").iterdir()] == [".unfinished"]
-        pissa.export(tmp_path / "run", tmp_path / "out", "bnb4", base=source)
-    with pytest.raises(CompletedError, match="out is complete"):
-        pissa.export(tmp_path / "run", tmp_path / "out", "bnb4", base=source)
-    assert 6 < stops.calls < 2 * 14
-    assert contents(tmp_path / "out").keys() == contents(tmp_path / "whole").keys()
-    for name, content in contents(tmp_path / "whole").items():
-        if name not in ("adapter/adapter_config.json", ".finished.json"):  # which name the folder
-            assert contents(tmp_path / "out")[name] == content, name
-
-
 # ---- What is refused -------------------------------------------------------------------------------------------------
 
 
@@ -263,20 +237,3 @@ def test_refusals_by_name(tmp_path: Path) -> None:
     refuses(r"names no base model \(base_model_name_or_path\): give it \(base\)", tmp_path / "run", None)
     with pytest.raises(ValueError, match="to: got 'onnx'; allowed: 'bnb4', 'vllm', 'gguf'"):
         pissa.export(tmp_path / "run", tmp_path / "out", "onnx")  # type: ignore[arg-type]
-
-
-def test_memory_is_that_of_one_matrix(tmp_path: Path) -> None:
-    """However many layers there are."""
-    peaks = []
-    for layers in (1, 3):
-        folder = tmp_path / str(layers)
-        config = transformers.LlamaConfig(
-            **{**checkpoint_folders.SIZES, "num_hidden_layers": layers}, **checkpoint_folders.HEADS
-        )
-        transformers.LlamaForCausalLM(config).save_pretrained(folder / "base")
-        trained(folder / "base", folder / "run")
-        with LiveBytes() as memory:
-            pissa.export(folder / "run", folder / "out", "bnb4", base=folder / "base")
-        peaks.append(memory.peak)
-    # In float32 the weight and its residual; codes, and factors, which are small. The first run makes maps of codes.
-    assert peaks[1] <= peaks[0] <= 2 * 4 * 64 * 128
