@@ -81,6 +81,44 @@ for _op, _fake in _FAKES.items():
 # format, the block size and out_features of a quantised one. The last of these gives the number of rows.
 
 
+class _Last(NamedTuple):
+    """The last arguments of `linear`, `quantized_linear` and `add_low_rank`, or something for each of them. The first
+    is x, and the weight is between. add_low_rank has no weight, and base and x in the places of x and bias."""
+
+    bias: Any
+    a: Any
+    b: Any
+    a0: Any
+    b0: Any
+    scaling: Any
+    implicit: Any
+
+
+class _Group(NamedTuple):
+    """The arguments of `grouped_linear`, or something for each of them."""
+
+    x: Any
+    offsets: Any
+    codes: Any
+    absmax: Any
+    nested_absmax: Any
+    offset: Any
+    format: Any
+    blocksize: Any
+    out_features: Any
+    a: Any
+    b: Any
+    a0: Any
+    b0: Any
+    scaling: Any
+
+
+def _named(arguments: Sequence[Any]) -> tuple[Any, Sequence[Any], _Last]:
+    """The arguments of an op that multiplies: the first, the weight, and the last."""
+    count = len(_Last._fields)
+    return arguments[0], arguments[1:-count], _Last(*arguments[-count:])
+
+
 def out_features_of(weight: Sequence[Any]) -> int:
     rows: int = weight[-1].shape[0] if isinstance(weight[-1], Tensor) else weight[-1]
     return rows
@@ -98,11 +136,11 @@ def kept_of(x: Tensor, out_features: int, a: Tensor | None, a0: Tensor | None, i
     return _floats(x, -(-sums // 8) * 4 + (-(-tokens * r // 2) if x.dtype == torch.bfloat16 else tokens * r))
 
 
-def _fake_linear(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    check_devices(dict(enumerate((x, *args))))  # as the kernels do
-    *weight, _bias, a, _b, a0, _b0, _scaling, implicit = args
+def _fake_linear(*args: Any) -> tuple[Tensor, Tensor]:
+    check_devices(dict(enumerate(args)))  # as the kernels do
+    x, weight, last = _named(args)
     out_features = out_features_of(weight)
-    return x.new_empty((*x.shape[:-1], out_features)), kept_of(x, out_features, a, a0, implicit)
+    return x.new_empty((*x.shape[:-1], out_features)), kept_of(x, out_features, last.a, last.a0, last.implicit)
 
 
 def _fake_gradients(x: Tensor, out_features: int, a: Tensor | None, need_dx: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -121,23 +159,25 @@ for _op in ("linear", "quantized_linear"):
 
 
 @register_fake("pissa::grouped_linear")
-def _(x: Tensor, offsets: list[int], *args: Any) -> tuple[Tensor, Tensor]:
-    out_features, a = args[6:8]
-    return x.new_empty(x.shape[0], out_features), _floats(x, x.shape[0], a[0].shape[0])
+def _(*args: Any) -> tuple[Tensor, Tensor]:
+    group = _Group(*args)
+    x = group.x
+    return x.new_empty(x.shape[0], group.out_features), _floats(x, x.shape[0], group.a[0].shape[0])
 
 
 @register_fake("pissa::grouped_linear_backward")
-def _(dy: Tensor, x: Tensor, offsets: list[int], *args: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    a, b, need_dx = *args[7:9], args[-1]
-    grads_a, grads_b = ([_floats(x, *factor.shape) for factor in factors] for factors in (a, b))
-    return x.new_empty(x.shape if need_dx else (0,)), grads_a, grads_b
+def _(dy: Tensor, *args: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    *operands, _kept, scaling, need_dx = args
+    group = _Group._make([*operands, scaling])
+    grads_a, grads_b = ([_floats(group.x, *factor.shape) for factor in factors] for factors in (group.a, group.b))
+    return group.x.new_empty(group.x.shape if need_dx else (0,)), grads_a, grads_b
 
 
 @register_fake("pissa::add_low_rank")
-def _(base: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    check_devices(dict(enumerate((base, x, *args))))
-    a, _b, a0, _b0, _scaling, implicit = args
-    return base.new_empty(base.shape), kept_of(x, base.shape[-1], a, a0, implicit)
+def _(*args: Any) -> tuple[Tensor, Tensor]:
+    check_devices(dict(enumerate(args)))
+    base, _, last = _named(args)
+    return base.new_empty(base.shape), kept_of(last.bias, base.shape[-1], last.a, last.a0, last.implicit)
 
 
 @register_fake("pissa::add_low_rank_backward")
@@ -180,83 +220,76 @@ def _bias_gradient(dy: Tensor) -> Tensor:
     return dy[None].flatten(0, -2).sum(0)
 
 
-# Saved for the backward: x and what the forward keeps. The ops that multiply take x, the weight, bias, a, b, a0, b0,
-# scaling and implicit. add_low_rank has no weight, and base and x change places.
-
-_ADDEND, _A, _B = -7, -6, -5  # positions, counted from the end, of the bias (or of add_low_rank's x), a and b
-
-
 class _Gradients(NamedTuple):
-    """How an op is differentiated."""
+    """How an op that multiplies is differentiated. x, the other operands and what the forward keeps are saved."""
 
     op: Any
     """Computes the gradients."""
-    x: int
-    """The position of x."""
     tensors: int
     """How many of the weight's arguments are tensors."""
+    adds: bool
+    """Whether it is `add_low_rank`."""
 
     def save(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        weight = inputs[1:_ADDEND]
+        first, weight, last = _named(inputs)
         _, kept = output
         ctx.mark_non_differentiable(kept)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(kept, inputs[self.x], *weight[: self.tensors], *inputs[_A:-2])
-        ctx.weight_numbers, ctx.numbers = weight[self.tensors :], inputs[-2:]
+        x = last.bias if self.adds else first
+        ctx.save_for_backward(kept, x, last.a, last.b, last.a0, last.b0, *weight[: self.tensors])
+        ctx.weight_numbers, ctx.numbers = weight[self.tensors :], (last.scaling, last.implicit)
 
     def backward(self, ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        needed = ctx.needs_input_grad
-        count = len(needed)
+        need_first, need_weight, need = _named(ctx.needs_input_grad)
         if dy is None:
-            return (None,) * count
-        kept, *operands = ctx.saved_tensors
-        operands[self.tensors + 1 : self.tensors + 1] = ctx.weight_numbers
-        dx, grad_a, grad_b = self.op(dy, *operands, kept, *ctx.numbers, needed[self.x])
-        gradients = {self.x % count: dx, count + _A: grad_a, count + _B: grad_b}
-        if self.x != 0:
-            gradients[0] = dy  # gradient of the base
-        elif needed[_ADDEND]:
-            gradients[count + _ADDEND] = _bias_gradient(dy)
-        return tuple(gradients.get(place) if need else None for place, need in enumerate(needed))
+            return (None,) * len(ctx.needs_input_grad)
+        kept, x, a, b, a0, b0, *weight = ctx.saved_tensors
+        need_x = need.bias if self.adds else need_first
+        dx, grad_a, grad_b = self.op(dy, x, *weight, *ctx.weight_numbers, a, b, a0, b0, kept, *ctx.numbers, need_x)
+        if self.adds:
+            first, bias = dy, dx
+        else:
+            first, bias = dx, _bias_gradient(dy) if need.bias else None
+        last = _Last(bias, grad_a, grad_b, None, None, None, None)
+        in_last = (grad if needed else None for grad, needed in zip(last, need, strict=True))
+        return first if need_first else None, *[None] * len(need_weight), *in_last
 
 
-for _op, _x, _tensors in (("linear", 0, 1), ("quantized_linear", 0, 4), ("add_low_rank", _ADDEND, 0)):
-    _gradients = _Gradients(getattr(torch.ops.pissa, f"{_op}_backward"), _x, _tensors)
+for _op, _tensors in (("linear", 1), ("quantized_linear", 4), ("add_low_rank", 0)):
+    _gradients = _Gradients(getattr(torch.ops.pissa, f"{_op}_backward"), _tensors, adds=_op == "add_low_rank")
     _differentiate(_op, _gradients.backward, _gradients.save)
 
 
 # A group's lists are saved one after the other, each of as many tensors as there are layers. Torch wants gradients in
 # lists of the same lengths.
 
-_GROUP_LISTS = (2, 3, 4, 5, 9, 10, 11, 12)  # the places of codes, scales in three parts, a, b, a0, b0
-_GROUP_A, _GROUP_B = 9, 10
+_GROUP_LISTS = ("codes", "absmax", "nested_absmax", "offset", "a", "b", "a0", "b0")
 
 
 def _save_group(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    _, kept = output
+    group, (_, kept) = _Group(*inputs), output
     ctx.mark_non_differentiable(kept)
     ctx.set_materialize_grads(False)
-    ctx.lists = [place for place in _GROUP_LISTS if inputs[place] is not None]
-    ctx.others = [None if place == 0 or place in ctx.lists else value for place, value in enumerate(inputs)]
-    ctx.save_for_backward(kept, inputs[0], *(tensor for place in ctx.lists for tensor in inputs[place]))
+    ctx.lists = [name for name in _GROUP_LISTS if getattr(group, name) is not None]
+    ctx.others = group._replace(x=None, **dict.fromkeys(ctx.lists))
+    ctx.save_for_backward(kept, group.x, *(tensor for name in ctx.lists for tensor in getattr(group, name)))
 
 
 def _group_backward(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
     kept, x, *tensors = ctx.saved_tensors
-    count, arguments = len(tensors) // len(ctx.lists), list(ctx.others)
-    gradients: list[Any] = [None] * len(arguments)
-    for number, place in enumerate(ctx.lists):
-        arguments[place] = tensors[number * count : (number + 1) * count]
-        gradients[place] = [None] * count
+    count = len(tensors) // len(ctx.lists)
+    gradients = _Group(*[None] * len(_Group._fields))._replace(**{name: [None] * count for name in ctx.lists})
     if dy is None:
         return tuple(gradients)
-    needed = ctx.needs_input_grad
-    *operands, scaling = arguments[1:]
-    dx, grads_a, grads_b = torch.ops.pissa.grouped_linear_backward(dy, x, *operands, kept, scaling, needed[0])
-    gradients[0] = dx if needed[0] else None
-    for place, grads in ((_GROUP_A, grads_a), (_GROUP_B, grads_b)):
-        gradients[place] = [grad if need else None for grad, need in zip(grads, needed[place], strict=True)]
-    return tuple(gradients)
+    lists = {name: tensors[number * count : (number + 1) * count] for number, name in enumerate(ctx.lists)}
+    *operands, scaling = ctx.others._replace(x=x, **lists)
+    needed = _Group(*ctx.needs_input_grad)
+    dx, *grads = torch.ops.pissa.grouped_linear_backward(dy, *operands, kept, scaling, needed.x)
+    grads_a, grads_b = (
+        [grad if need else None for grad, need in zip(*pair, strict=True)]
+        for pair in zip(grads, (needed.a, needed.b), strict=True)
+    )
+    return tuple(gradients._replace(x=dx if needed.x else None, a=grads_a, b=grads_b))
 
 
 _differentiate("grouped_linear", _group_backward, _save_group)
