@@ -31,10 +31,27 @@ ALTERNATING: tuple[str, ...] = ("pissa", "activations")
 # adds is refused by name until it has been examined.
 SUPPORTED = frozenset(
     {
-        *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
-        *("inference_mode", "r", "rank_pattern", "lora_alpha", "alpha_pattern", "use_rslora", "lora_dropout"),
-        *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
-        *("modules_to_save", "trainable_token_indices", "bias", "use_dora"),
+        "peft_type",
+        "task_type",
+        "auto_mapping",
+        "peft_version",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+        "r",
+        "rank_pattern",
+        "lora_alpha",
+        "alpha_pattern",
+        "use_rslora",
+        "lora_dropout",
+        "target_modules",
+        "exclude_modules",
+        "layers_to_transform",
+        "layers_pattern",
+        "modules_to_save",
+        "trainable_token_indices",
+        "bias",
+        "use_dora",
         "target_parameters",  # of fused experts only
         "fan_in_fan_out",  # Conv1D only; detected automatically, so the value is ignored
     }

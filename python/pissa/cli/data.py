@@ -21,8 +21,12 @@ IGNORED = -100
 
 # The columns of a record, by form. The first form that a record has counts.
 _CHATS = (
-    *(("messages",), ("conversations",), ("instruction", "output"), ("question", "answer")),
-    *(("prompt", "completion"), ("text",)),
+    ("messages",),
+    ("conversations",),
+    ("instruction", "output"),
+    ("question", "answer"),
+    ("prompt", "completion"),
+    ("text",),
 )
 # Other names of columns, which an error message suggests to map.
 _ALIKE = {

@@ -40,19 +40,36 @@ METHOD = {f.name: default_of(f) for f in fields(pissa.PissaConfig) if f.name not
 """The fields of PissaConfig that are options, and their defaults."""
 
 _ALIASES = {
-    **{"model_name_or_path": "--model", "dataset_name": "--data", "output_dir": "--out", "r": "--rank"},
-    **{"learning_rate": "--lr", "max_steps": "--steps", "num_train_epochs": "--epochs"},
-    **{"per_device_train_batch_size": "--batch-size", "gradient_accumulation_steps": "--grad-accum"},
+    "model_name_or_path": "--model",
+    "dataset_name": "--data",
+    "output_dir": "--out",
+    "r": "--rank",
+    "learning_rate": "--lr",
+    "max_steps": "--steps",
+    "num_train_epochs": "--epochs",
+    "per_device_train_batch_size": "--batch-size",
+    "gradient_accumulation_steps": "--grad-accum",
     "warmup_steps": "--warmup-ratio",
 }
 # The paper's schedule (arXiv 2404.02948, section 5), and settings that suit a terminal. Its batch of 128 is for 100,000
 # examples and more; our rates were found at 2 to 8 examples a step. An option of the method that is not given is None,
 # except for switches.
 _DEFAULTS: dict[str, Any] = {
-    **{"max_length": 512, "num_train_epochs": 1.0, "warmup_steps": 0.03, "lr_scheduler_type": "cosine", "seed": 0},
-    **{"per_device_eval_batch_size": None, "gradient_accumulation_steps": 1, "output_dir": ""},
-    **{"logging_steps": 1, "save_steps": 100, "save_total_limit": 2},
-    **{"bf16": False, "gradient_checkpointing": None, "dtype": None, "use_cpu": not has_passed_on_gpu()},
+    "max_length": 512,
+    "num_train_epochs": 1.0,
+    "warmup_steps": 0.03,
+    "lr_scheduler_type": "cosine",
+    "seed": 0,
+    "per_device_eval_batch_size": None,
+    "gradient_accumulation_steps": 1,
+    "output_dir": "",
+    "logging_steps": 1,
+    "save_steps": 100,
+    "save_total_limit": 2,
+    "bf16": False,
+    "gradient_checkpointing": None,
+    "dtype": None,
+    "use_cpu": not has_passed_on_gpu(),
     **{name: default if isinstance(default, bool) else None for name, default in METHOD.items()},
 }
 # For any task: on GSM8K and sums with SmolLM2-135M and Gemma 3 270M, rank 16 (bench/experiments), the mean loss is 0.68
@@ -66,7 +83,8 @@ _RANK = 16
 _structure = number(json.loads, 'JSON, such as {"q_proj": 8}', lambda value: isinstance(value, (dict, list)))
 _rate = number(float, f"a number above 0, or {AUTO}", lambda value: 0 < value < float("inf"))
 _TYPES: dict[str, Any] = {
-    **{"r": positive_int, "quant_iters": positive_int},
+    "r": positive_int,
+    "quant_iters": positive_int,
     "layers_to_transform": list[int],
     "learning_rate": lambda text: text if text == AUTO else _rate(text),
     **dict.fromkeys(_STRUCTURES, _structure),

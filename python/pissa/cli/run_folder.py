@@ -28,9 +28,27 @@ DATA_FILE = "data.json"
 
 # Prefixes of the options in which a resumed run may differ: where it writes, what it reports, when it evaluates.
 _FREE = (
-    *("output_dir", "resume", "json", "report_to", "run_name", "project", "trackio", "disable_tqdm", "logging_"),
-    *("log_", "save_", "eval_s", "eval_on", "per_device_eval", "hub_", "push_to_hub", "dataloader_", "ddp_", "fsdp"),
-    *("do_eval", "gradient_checkpointing"),
+    "output_dir",
+    "resume",
+    "json",
+    "report_to",
+    "run_name",
+    "project",
+    "trackio",
+    "disable_tqdm",
+    "logging_",
+    "log_",
+    "save_",
+    "eval_s",
+    "eval_on",
+    "per_device_eval",
+    "hub_",
+    "push_to_hub",
+    "dataloader_",
+    "ddp_",
+    "fsdp",
+    "do_eval",
+    "gradient_checkpointing",
 )
 
 

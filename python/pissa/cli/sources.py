@@ -156,6 +156,10 @@ def _numbered(source: str, rows: Iterable[Any]) -> Records:
 
 
 _KINDS: dict[str, Callable[[Path], Records]] = {
-    **{".jsonl": _json_lines, ".json": _json, ".parquet": _parquet, ".txt": _text},
-    **{".csv": _table, ".tsv": _table},
+    ".jsonl": _json_lines,
+    ".json": _json,
+    ".parquet": _parquet,
+    ".txt": _text,
+    ".csv": _table,
+    ".tsv": _table,
 }
