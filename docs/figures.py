@@ -1,6 +1,6 @@
 """Draws the pictures of the book and the README from committed data: `make figures`.
 
-python docs/figures.py    # writes docs/pictures/*.png
+python docs/figures.py    # writes docs/pictures/*.png and bench/experiments/pictures/*.png
 """
 
 from __future__ import annotations
@@ -21,12 +21,7 @@ from matplotlib.patches import FancyArrowPatch, Rectangle
 
 from bench import pictures
 from bench.experiments import figures
-from bench.experiments.claims import equal_rates, suggested
-from bench.experiments.experiment import Known, Options
-from bench.experiments.figures import Axes, Figure
-from bench.experiments.results import Results
-from bench.experiments.suggestion import SuggestionCell
-from bench.experiments.sweep import loss_of
+from bench.experiments.figures import Axes, Figure, Sweep, loss_of
 
 HERE = Path(__file__).parent
 DATA = HERE.parent / "bench" / "results"
@@ -86,14 +81,13 @@ def speed() -> Figure:
 def valley() -> Figure:
     """Held-out loss against the learning rate for PiSSA and LoRA, in two trainings. The grey area lies between the
     largest rate at which PiSSA is ahead and the smallest at which LoRA is."""
-    known = Results(DATA / "experiments")
-    lora, pissa = equal_rates.sweeps("gsm8k", Options())
     figure, (left, right) = figures.panels(["40 steps", "24 steps"], height=2.8)
-    _valleys(left, lora.losses(known), pissa.losses(known), top=1)
-    _valleys(right, _trials("lora", known), _trials("pissa", known), top=1.6)
-    for name, sweep in (("lora", lora), ("pissa", pissa)):
-        seeds = [result["after"]["loss"] for result in sweep.at_best(known)[1:]]
-        left.plot([sweep.best(known)] * len(seeds), seeds, linestyle="", markersize=3, **figures.style(name).point)
+    for axes, task, top in ((left, "gsm8k", 1), (right, "gsm8k_24", 1.6)):
+        _valleys(axes, Sweep(task, "lora").losses, Sweep(task, "pissa").losses, top)
+    for name in ("lora", "pissa"):
+        sweep = Sweep("gsm8k", name)
+        seeds = [loss_of(result) for result in sweep.seeds(1, 2)]
+        left.plot([sweep.best] * len(seeds), seeds, linestyle="", markersize=3, **figures.style(name).point)
     left.set_ylabel("held-out loss (nats)")
     figures.note(
         figure,
@@ -101,13 +95,6 @@ def valley() -> Figure:
         "lines: seed 0; small marks: seeds 1 and 2 at each method's best rate",
     )
     return figure
-
-
-def _trials(method: str, known: Known) -> dict[float, float]:
-    """The losses after 24 steps by rate, ascending: those of a sweep, and the one at the suggested rate."""
-    losses = suggested.trial_sweep("gsm8k_24", method, 16, Options()).losses(known)
-    cell = suggested.at_suggested(SuggestionCell("gsm8k_24", method, 16), known)
-    return dict(sorted((losses | {cell.rate: loss_of(known[cell])}).items()))
 
 
 def _valleys(axes: Axes, lora: dict[float, float], pissa: dict[float, float], top: float) -> None:
@@ -123,7 +110,7 @@ def _valleys(axes: Axes, lora: dict[float, float], pissa: dict[float, float], to
     axes.set_xlabel("learning rate")
     for name, end, place in (("pissa", "right", ahead / 1.15), ("lora", "left", behind * 1.15)):
         look = {"color": figures.style(name).color, "fontweight": "bold", "backgroundcolor": "white"}
-        text = f"{figures.label(name)} ahead"
+        text = f"{figures.style(name).label} ahead"
         axes.text(place, 0.95, text, ha=end, va="top", transform=axes.get_xaxis_transform(), **look)
 
 
@@ -273,6 +260,7 @@ PICTURES: dict[str, Callable[[], Any]] = {draw.__name__: draw for draw in (speed
 def main() -> None:
     for name, draw in PICTURES.items():
         figures.save(draw(), HERE / "pictures" / f"{name}.png")
+    figures.main()
 
 
 if __name__ == "__main__":

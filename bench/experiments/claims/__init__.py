@@ -1,1 +1,0 @@
-"""The experiments, with a file for each claim."""
