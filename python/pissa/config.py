@@ -123,8 +123,9 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
             in codes, for rewards, and at its own best rate, "lora" is the better choice (docs/choices.md).
             "activations" (with `quant`) starts from the part of the format's error which matters most to the outputs,
             given the layer's inputs (QERA, arXiv 2410.06040), which needs a calibration; see `pissa.wrap`. "given"
-            marks an adapter whose factors come from a plain LoRA (`peft.set_peft_model_state_dict`). It cannot be
-            requested. A method of your own is one that you have added to `pissa.INIT_METHODS`.
+            marks an adapter whose factors come from a plain LoRA (`peft.set_peft_model_state_dict`) or from other
+            adapters (`add_weighted_adapter`). It cannot be requested. A method of your own is one that you have added
+            to `pissa.INIT_METHODS`.
         repair: the start that a stored base lacks and adds again exactly: that of `init` (None), or that of any other
             method. With `init="lora", repair="pissa", quant="nf4"`, LoRA trains on QPiSSA's base. With `init="pissa",
             repair="lora"`, PiSSA trains on the plainly quantised weight, from which LoRA's start takes nothing out.

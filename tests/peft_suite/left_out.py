@@ -76,7 +76,8 @@ REFUSALS: dict[str, str] = {
     r": a PissaConfig needs pissa.wrap": "PEFT's low-level functions cannot start the adapter",
     r": the model carries an adapter already": "wrapping a wrapped model",
     r": adapter_name: got .* could not be told apart": "an adapter of the name of a parameter",
-    r": add_weighted_adapter: PiSSA's adapters are not summed": "sums of adapters",
+    r": add_weighted_adapter: got combination_type=": "sums that are not exact",
+    r": adapters: .* more than a low-rank change": "a sum of what is trained beside factors",
     r": rank \d+ is too large for layer": "a rank above the smaller side of the layer's weight",
     r": Incompatible PEFT types found: PISSA and LORA": "hot-swapping ends before anything is touched",
 }

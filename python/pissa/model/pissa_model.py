@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -44,7 +44,8 @@ from pissa.model.inject import (
     restored_on_error,
 )
 from pissa.model.store import store
-from pissa.model.tuner import BUILDING, load_whole, refuse_codes, refuse_residuals
+from pissa.model.tuner import BUILDING, load_whole, refuse_codes, refuse_residuals, start_at_zero
+from pissa.model.weighted import config_of_sum, set_to_sum
 from pissa.peft_private import MendedPeftModel
 
 
@@ -88,13 +89,16 @@ class PissaModel(MendedPeftModel):
         """
         with restored_on_error(self), failing_together():
             config = as_pissa(peft_config)
-            if adapter_name in self.peft_config:
-                raise ValueError(f"Adapter with name '{adapter_name}' already exists. [P027]")
-            check_adapter_name(adapter_name, self.base_model.model)
+            self._check_new_name(adapter_name)
             self._inject(adapter_name, config, autocast_adapter_dtype)
             base = self.base_model.model
             replacements = decompose(base, adapter_name, config, progressbar=False)
         store(base, adapter_name, config, replacements)
+
+    def _check_new_name(self, adapter_name: str) -> None:
+        if adapter_name in self.peft_config:
+            raise ValueError(f"Adapter with name '{adapter_name}' already exists. [P027]")
+        check_adapter_name(adapter_name, self.base_model.model)
 
     def _inject(self, adapter_name: str, config: PissaConfig, autocast_adapter_dtype: bool) -> None:
         """Adds the layers of another adapter, which have no start factors yet."""
@@ -121,13 +125,47 @@ class PissaModel(MendedPeftModel):
             parts.add("attention")
         return parts if getattr(base, "_fused_shape", True) else parts - {"head"}
 
-    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Raises ValueError: PEFT's method would sum dA and dB, which gives no sum of the changes."""
-        raise ValueError(
-            "add_weighted_adapter: PiSSA's adapters are not summed, because PEFT sums the parameters, which are "
-            "differences from factors here. Write each as a plain LoRA (`pissa convert RUN LORA`), load these with "
-            "peft, and call PEFT's add_weighted_adapter with combination_type='cat', which is exact"
-        )
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "cat",
+        **options: Any,
+    ) -> None:
+        """Adds an adapter whose change of each weight is the sum of `weight * s (B A - B0 A0)` over other adapters. It
+        starts at zero, and is trained, saved and merged like any adapter.
+
+        The rank of the new adapter in a layer is the sum of the ranks of the adapters' plain LoRAs, which are 2r, or r
+        with an initialisation whose B0 is zero ("lora", "given"). It is at most the layer's smaller side.
+
+        Args:
+            adapters: names of adapters. They may have different layers, ranks and initialisations.
+            weights: a finite number for each adapter.
+            adapter_name: name of the new adapter.
+            combination_type: "cat", the exact sum. PEFT's other types, and their options, are refused.
+
+        Raises:
+            ValueError: an argument is invalid, or an adapter is more than a low-rank change (DoRA, biases,
+                `modules_to_save`, ...). The message names it. The model is left as it was.
+        """
+        if combination_type != "cat" or options:
+            given = ", ".join(f"{name}={value!r}" for name, value in options.items())
+            raise ValueError(
+                f"add_weighted_adapter: got combination_type={combination_type!r}{given and f' and {given}'}; allowed: "
+                "'cat' alone, the exact sum. For PEFT's other types, write each adapter as a plain LoRA (`pissa "
+                "convert RUN LORA`), and load these with peft.PeftModel.from_pretrained"
+            )
+        if not adapters or len(adapters) != len(weights):
+            raise ValueError(
+                f"weights: got {len(weights)} for {len(adapters)} adapters; needed: one for each, at least one"
+            )
+        with restored_on_error(self), failing_together():
+            self._check_new_name(adapter_name)
+            base, terms = self.base_model.model, list(zip(adapters, weights, strict=True))
+            self._inject(adapter_name, config_of_sum(base, self.peft_config, terms), autocast_adapter_dtype=True)
+            start_at_zero(self, adapter_name)
+            set_to_sum(base, adapter_name, terms)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merges the adapters into dense weights that replace the base, as in PEFT. Trained tokens are merged into the

@@ -106,27 +106,6 @@ def test_hotswapping_is_refused_before_anything_is_touched(
     assert_same(model, before)
 
 
-def test_sums_are_left_to_peft_which_is_exact_on_plain_loras(small_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
-    model = trained(small_llama, tokens, "implicit")
-    before = snapshot(model)
-    with pytest.raises(ValueError, match=r"PiSSA's adapters are not summed.*combination_type='cat', which is exact"):
-        model.add_weighted_adapter(["default"], [2.0], "sum")
-    assert_same(model, before)
-    model.add_adapter("second", PissaConfig(r=2, target_modules=["q_proj"]))
-    model.set_adapter("second")
-    train(model, tokens)
-    model.save_pretrained(tmp_path)
-    pissa.convert(tmp_path, tmp_path / "first_lora")
-    pissa.convert(tmp_path / "second", tmp_path / "second_lora")
-    plain = peft.PeftModel.from_pretrained(small_llama(), str(tmp_path / "first_lora"))
-    plain.load_adapter(str(tmp_path / "second_lora"), "second")
-    plain.add_weighted_adapter(["default", "second"], [0.7, -1.3], "sum", combination_type="cat")
-    layers = [m.base_model.model.model.layers[0].self_attn.q_proj for m in (model, plain)]
-    ours, theirs = ([layer.get_delta_weight(name) for name in ("default", "second")] for layer in layers)
-    torch.testing.assert_close(layers[1].get_delta_weight("sum"), 0.7 * ours[0] - 1.3 * ours[1])
-    assert not torch.equal(theirs[0], theirs[1])
-
-
 def test_the_init_of_copies_cannot_be_asked_for(small_llama: Make) -> None:
     with pytest.raises(ValueError, match=r"init='given' marks an adapter whose factors came from elsewhere"):
         pissa.wrap(small_llama(), r=2, init="given")
