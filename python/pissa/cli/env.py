@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import re
@@ -13,12 +14,15 @@ from pissa.system import busy_cores
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """There are none."""
+    parser.add_argument("--json", action="store_true", help="report as one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints the report. Returns 0 if no package is too old, otherwise 1."""
     report = environment()
+    if args.json:
+        print(json.dumps(report, indent=2))
+        return 0 if report["fits"] else 1
     width = max(map(len, report))
     for name, value in report.items():
         print(f"{name:<{width}}  {', '.join(map(str, value)) if isinstance(value, list) else value}")

@@ -576,6 +576,10 @@ def test_the_environment_report(capsys: pytest.CaptureFixture[str]) -> None:
     assert report["build: isa"] == pissa.build_info()["isa"]
     assert report["build: isas_unused"] == pissa.build_info()["isas_unused"]
     assert all(reason in text for reason in report["build: isas_unused"])
+    assert main(["env", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found.pop("cores").startswith(f"{os.cpu_count()}; in the last minute")
+    assert found == {name: value for name, value in report.items() if name != "cores"}
 
 
 def test_the_environment_report_names_the_variables_that_are_set(
