@@ -31,6 +31,7 @@ COMMANDS = {
     "run": "run a PEFT training program with pissa's PiSSA and 4-bit LoRA",
     "env": "report what is installed and whether its versions fit",
     "selftest": "check this installation; run it before you report a problem",
+    "completion": "print the script by which a shell completes these commands",
 }
 
 _HOMES = {

@@ -38,6 +38,7 @@ ROOMS: dict[str, set[str]] = {
 # Libraries that one module alone uses.
 ALONE = {
     "base/bitsandbytes.py": {"bitsandbytes"},
+    "cli/completion.py": {"shtab"},
     "distributed.py": {"deepspeed"},
     "containers/hub.py": {"huggingface_hub"},
     "containers/gguf_model.py": {"gguf"},

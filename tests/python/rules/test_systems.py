@@ -21,7 +21,8 @@ for path in package.rglob("*.py"):
     for node in ast.walk(ast.parse(path.read_text())):
         named = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         for name in [*named, getattr(node, "module", None) or ""]:
-            if name and not name.startswith(("pissa", "llama_cpp", "deepspeed", "fcntl", "resource", "readline")):
+            optional = ("llama_cpp", "deepspeed", "shtab", "fcntl", "resource", "readline")
+            if name and not name.startswith(("pissa", *optional)):
                 importlib.import_module(name)
 
 for name in ("fcntl", "resource", "termios", "tty", "pty", "pwd", "grp", "readline", "curses", "syslog"):
