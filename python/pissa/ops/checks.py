@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,8 +15,6 @@ from pissa.ops.formats import FORMATS
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 """The dtypes of weights and activations."""
 
-Svd = Literal["krylov", "subspace"]
-Passes = Literal["auto"] | int
 PASSES_PER_STEP: int = _load._C.limits()["passes_per_step"]
 
 
@@ -110,11 +108,11 @@ def check_rank(r: object, weight: Tensor, name: str = "r") -> None:
         raise ValueError(f"{name}: got {r}; allowed: 1 to min(out, in) = {limit} for a weight of {list(weight.shape)}")
 
 
-def check_svd(svd: str, passes: int | str, seed: int, name: str = "passes") -> int | None:
-    """Returns the passes, called `name` in errors, as the compiled ops take them: None for "auto"."""
-    check_choice("svd", svd, get_args(Svd))
+def check_svd(svd: str, passes: int | str, seed: int) -> int | None:
+    """Returns the passes as the compiled ops take them: None for "auto"."""
+    check_choice("svd", svd, ("krylov", "subspace"))
     if passes != "auto" and (type(passes) is not int or passes < PASSES_PER_STEP or passes % PASSES_PER_STEP):
-        raise ValueError(f"{name}: got {passes!r}; allowed: 'auto', or an even number of at least {PASSES_PER_STEP}")
+        raise ValueError(f"passes: got {passes!r}; allowed: 'auto', or an even number of at least {PASSES_PER_STEP}")
     check_seed(seed)
     return passes if isinstance(passes, int) else None
 
