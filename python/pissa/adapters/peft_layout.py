@@ -7,14 +7,13 @@ import tempfile
 from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from pissa.base.start import Served
+from pissa.base.start import ServedBase
 from pissa.config import PissaConfig, exactly
 from pissa.layers.experts import FORMER_NAMES, WEIGHTS, UnfusedExperts, is_transposed, unfused_experts
 from pissa.layers.layer import PissaLayer
@@ -107,40 +106,36 @@ def _factors(place: str, layers: Mapping[str, PissaLayer], mirrored: bool = Fals
     return FactorTensors((key_a, key_b), tuple(layers), tuple(a.shape[1:]), out)
 
 
-class PlainLora(NamedTuple):
-    """An adapter as a plain LoRA."""
+def rank_multiple(layers: Mapping[str, PissaLayer], adapter_name: str, weight: ServedBase = "original") -> int:
+    """The rank of an adapter's plain LoRA for that weight, in multiples of the adapter's rank: 1 if that holds the
+    factors of all layers, otherwise 2."""
+    fits = (layer.starts(adapter_name).rank_on(weight) <= layer.r[adapter_name] for layer in layers.values())
+    return 1 if all(fits) else 2
 
-    adapter_name: str
-    layers: Mapping[str, PissaLayer]
-    """The layers by their names in the (unwrapped) model, as in `served`."""
-    served: Mapping[str, Served]
 
-    @staticmethod
-    def of(layers: Mapping[str, PissaLayer], adapter_name: str, *, on_residual: bool = False) -> PlainLora:
-        """The adapter on the unmodified weights or, with `on_residual`, on what the layers store of them."""
-        served = {}
-        for name, layer in layers.items():
-            lacking = layer.base.start if on_residual else None
-            served[name] = Served.of(layer.start_of(adapter_name), layer.scaling[adapter_name], lacking)
-        return PlainLora(adapter_name, layers, served)
+def plain_lora(
+    model: nn.Module,
+    layers: Mapping[str, PissaLayer],
+    adapter_name: str,
+    state: Mapping[str, Tensor],
+    weight: ServedBase = "original",
+) -> dict[str, Tensor]:
+    """The factors of an adapter's plain LoRA for that weight, float32, under their names in PEFT's file.
 
-    @property
-    def times(self) -> int:
-        """The rank of all factors in multiples of the adapter's: 1 if that holds all of them, otherwise 2."""
-        ranks = {name: layer.r[self.adapter_name] for name, layer in self.layers.items()}
-        return 1 if all(self.served[name].rank <= rank for name, rank in ranks.items()) else 2
-
-    def factors(self, model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The factors of all layers, float32, under their names in PEFT's file. The differences dA and dB are those in
-        `state`, a state dict of the PissaModel; `model` is the (unwrapped) model."""
-        matrices, times = {}, self.times
-        for name, layer in self.layers.items():
-            deltas = layer.deltas_in(state, f"{PREFIX}{name}.", self.adapter_name)
-            matrices[name] = pad_rank(*self.served[name].factors(deltas), times * layer.r[self.adapter_name])
-        packed: dict[str, Tensor] = {}
-        for tensors in factors_of(model, self.layers):
-            packed |= tensors.pack([matrices[name] for name in tensors.layers])
-        return packed
+    Args:
+        model: the (unwrapped) model.
+        layers: the adapter's layers, by their names in it.
+        state: a state dict of the PissaModel, which has the differences dA and dB.
+    """
+    matrices, times = {}, rank_multiple(layers, adapter_name, weight)
+    for name, layer in layers.items():
+        deltas = layer.deltas_in(state, f"{PREFIX}{name}.", adapter_name)
+        factors = layer.starts(adapter_name).factors_on(weight, deltas)
+        matrices[name] = pad_rank(*factors, times * layer.r[adapter_name])
+    packed: dict[str, Tensor] = {}
+    for tensors in factors_of(model, layers):
+        packed |= tensors.pack([matrices[name] for name in tensors.layers])
+    return packed
 
 
 def magnitude_key(layer: str) -> str:

@@ -31,7 +31,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -41,9 +41,9 @@ from pissa import ops
 from pissa.adapters.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX, magnitude_key
 from pissa.base.digest import xxh3_of_text
 from pissa.base.init_methods import INIT_METHODS
-from pissa.base.start import Deltas, Origin, StartFactors
+from pissa.base.start import Deltas, Origin, StartFactors, Starts
 from pissa.base.stored import Expected, residual_from, residual_shapes
-from pissa.config import Form, PissaConfig, default_of
+from pissa.config import IMPLICIT, Form, PissaConfig, default_of
 from pissa.containers.checkpoint import PISSA_RECORD
 from pissa.containers.hub import adapter_folder
 from pissa.containers.messages import file_errors, quote, read_object
@@ -156,12 +156,10 @@ class LayerRecord:
             recipe=None if base.start is None else base.start.recipe_rank or None,
         )
 
-    def starts(
-        self, name: str, a0: Tensor, b0: Tensor, config: PissaConfig, read: Callable[[str], Tensor]
-    ) -> tuple[StartFactors, StartFactors]:
+    def starts(self, name: str, a0: Tensor, b0: Tensor, config: PissaConfig, read: Callable[[str], Tensor]) -> Starts:
         """Returns the start of an adapter with that configuration in the named layer, whose factors are given, and the
-        start that the layer's stored base lacks. Both are the same unless the record says otherwise. All other factors
-        are read."""
+        start that the layer's stored base lacks: the same unless the record says otherwise. All other factors are
+        read."""
         origin = Origin(self.r, self.scaling, config.init, INIT_METHODS[config.init].identity(config))
         recipe = None
         if self.recipe is not None:
@@ -170,9 +168,9 @@ class LayerRecord:
             recipe = a0[:0], b0[:, :0]
         if self.base is None:
             start = StartFactors(a0, b0, origin, recipe)
-            return start, start
+            return Starts(start, self.scaling, None if self.form == IMPLICIT else start)
         base = StartFactors(read(f"{name}.base.a0"), read(f"{name}.base.b0"), self.base, recipe)
-        return StartFactors(a0, b0, origin), base
+        return Starts(StartFactors(a0, b0, origin), self.scaling, base)
 
     def shapes(self, matrix_shape: tuple[int, int], *, dora: bool) -> dict[str, tuple[int, ...]]:
         """The shapes of the tensors that `layer_tensors` has written for the layer, by their names after the layer's.
@@ -284,17 +282,6 @@ def layer_tensors(
 # -- the folder
 
 
-class LayerTensors(NamedTuple):
-    """The tensors of one layer, float32, as they were in memory."""
-
-    start: StartFactors
-    deltas: Deltas
-    base: StartFactors
-    """The start that a stored base lacks: the adapter's own, unless the record says otherwise."""
-    magnitude: tuple[Tensor, Tensor] | None
-    """With DoRA, the trained lengths and the norms of the base's rows."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class PissaFolder(AdapterRecord):
     """An adapter of ours: its record, and the headers of its tensors."""
@@ -344,14 +331,20 @@ class PissaFolder(AdapterRecord):
                 raise
             raise ValueError(f"the adapter in {self.path} cannot be put on this model: {error}") from error
 
-    def read_layer(self, name: str) -> LayerTensors:
-        """Reads the tensors of a layer."""
+    def read_starts(self, name: str) -> Starts:
+        """Reads the starts in a layer, float32, as they were in memory."""
         record, read = self.layers[name], self.tensors.read
-        deltas = Deltas(read(f"{name}.delta_a"), read(f"{name}.delta_b"))
-        b0 = read(f"{name}.b0") if record.has_b0 else torch.zeros_like(deltas.b)
-        start, base = record.starts(name, read(f"{name}.a0"), b0, self.config, read)
-        magnitude = (read(f"{name}.magnitude"), read(f"{name}.norm")) if self.config.use_dora else None
-        return LayerTensors(start, deltas, base, magnitude)
+        shape = self.tensors.entries[f"{name}.delta_b"].shape
+        b0 = read(f"{name}.b0") if record.has_b0 else torch.zeros(shape, dtype=torch.float32)
+        return record.starts(name, read(f"{name}.a0"), b0, self.config, read)
+
+    def read_deltas(self, name: str) -> Deltas:
+        """Reads what was trained in a layer."""
+        return Deltas(self.tensors.read(f"{name}.delta_a"), self.tensors.read(f"{name}.delta_b"))
+
+    def read_lengths(self, name: str) -> tuple[Tensor, Tensor]:
+        """Reads the trained lengths of a layer with DoRA, and the norms of its base's rows."""
+        return self.tensors.read(f"{name}.magnitude"), self.tensors.read(f"{name}.norm")
 
     def stored_shapes(self, name: str, matrix_shape: tuple[int, int]) -> dict[str, Expected]:
         """The shapes and dtypes of the tensors of a layer in the file with codes, if any."""

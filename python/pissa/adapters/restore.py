@@ -81,7 +81,9 @@ class _Restoration:
                 self.narrower[name] = layer.dense_dtype, dtype_of(folder.layers[name].weight)
             self._check_form(name, layer)
         self.rounded_rest = self._match_rest(base)
-        self.tensors = {name: folder.read_layer(name) for name in self.layers}
+        self.starts = {name: folder.read_starts(name) for name in self.layers}
+        self.deltas = {name: folder.read_deltas(name) for name in self.layers}
+        self.lengths = {name: folder.read_lengths(name) for name in self.layers if folder.config.use_dora}
 
     def put(self) -> None:
         """Changes the model."""
@@ -97,10 +99,10 @@ class _Restoration:
 
     @torch.no_grad()
     def _put_layer(self, name: str, layer: PissaLayer) -> None:
-        record, tensors, is_same = self.folder.layers[name], self.tensors[name], name not in self.narrower
+        record, starts, is_same = self.folder.layers[name], self.starts[name], name not in self.narrower
         device, recorded = layer.device_of(self.adapter_name), dtype_of(record.weight)
-        if record.form != layer.base.form:
-            base, residual = tensors.base.to(device), self.residuals.get(name)
+        if record.form != layer.base.form and starts.base is not None:
+            base, residual = starts.base.to(device), self.residuals.get(name)
             if residual is None:
                 weight = layer.base.matrix()
                 [residual] = residuals_of([weight.to(recorded) if is_same else weight], [base], record.form, [name])
@@ -113,11 +115,11 @@ class _Restoration:
                 self.other_bits.append(name)
                 if isinstance(layer.base.residual, Tensor) and not holds(layer.dense_dtype, recorded):
                     self.narrower[name] = layer.dense_dtype, recorded
-        layer.share_start(self.adapter_name, tensors.start.to(device))
-        for delta, saved in zip(layer.deltas(self.adapter_name), tensors.deltas, strict=True):
+        layer.share_start(self.adapter_name, starts.own.to(device))
+        for delta, saved in zip(layer.deltas(self.adapter_name), self.deltas[name], strict=True):
             delta.copy_(shard_as(delta, saved))
-        if tensors.magnitude is not None:
-            layer.magnitude(self.adapter_name).set(*tensors.magnitude)
+        if name in self.lengths:
+            layer.magnitude(self.adapter_name).set(*self.lengths[name])
 
     # -- whether it fits
 

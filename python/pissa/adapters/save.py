@@ -23,12 +23,13 @@ from pissa import notices
 from pissa.adapters.peft_layout import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
-    PlainLora,
     base_weight_key,
     inexact_lora,
     magnitude_key,
     plain_config,
     plain_config_text,
+    plain_lora,
+    rank_multiple,
     select_trained_beside,
 )
 from pissa.adapters.pissa_layout import MARK, PISSA_WEIGHTS, AdapterRecord, LayerRecord, layer_tensors
@@ -61,8 +62,7 @@ def save_adapter(
     table = vocabulary(model, adapter_name) if with_vocabulary else {}
     tensors |= {key: tensor.value(state_dict or {}) for key, tensor in table.items()}
     check_whole(tensors)
-    plain_lora = PlainLora.of(layers, adapter_name)
-    lora = tensors | plain_lora.factors(base, state)
+    lora = tensors | plain_lora(base, layers, adapter_name, state)
     for name, layer in layers.items():
         tensors |= (parts := layer_tensors(name, layer, adapter_name, config, state))
         if config.use_dora:
@@ -84,7 +84,7 @@ def save_adapter(
         text = AdapterRecord(config, records, rest, digest).text()
         digest = write_tensors(new(PISSA_WEIGHTS), _on_cpu(tensors), {MARK: text})
         new(PISSA_RECORD).write_text(text)
-        plain = plain_config(base, config, adapter_name, layers, plain_lora.times)
+        plain = plain_config(base, config, adapter_name, layers, rank_multiple(layers, adapter_name))
         new(ADAPTER_CONFIG).write_text(plain_config_text(plain, _class_of(base)))
         write_tensors(new(ADAPTER_WEIGHTS), _on_cpu(lora), {MARK: digest})
 

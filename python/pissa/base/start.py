@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -101,37 +101,47 @@ class StartFactors(KeepsDtype):
         return f"in={self.a0.shape[1]}, r={self.a0.shape[0]}, out={self.b0.shape[0]}"
 
 
-class Served(NamedTuple):
-    """An adapter as a plain LoRA on a weight that may lack a start."""
+ServedBase = Literal["original", "residual"]
+"""The weight to which a plain LoRA is added: the unmodified one, or what the layer stores of it."""
 
-    start: StartFactors
-    keeps_start: bool
-    """Whether that weight lacks B0 A0, or B0 A0 is zero: then B A is the whole change."""
-    other: StartFactors | None
-    """Another start that the weight lacks."""
-    ratio: float
-    """The ratio of its scaling to the adapter's."""
 
-    @staticmethod
-    def of(start: StartFactors, scaling: float, lacking: StartFactors | None = None) -> Served:
-        """The adapter with that start and scaling, on a weight that lacks the start `lacking`, or lacks nothing."""
-        if lacking is start and lacking.origin.scaling == scaling:
-            return Served(start, True, None, 1.0)
-        other = None if lacking is None or lacking.changes_nothing else lacking
-        return Served(start, start.changes_nothing, other, 1.0 if other is None else other.origin.scaling / scaling)
+class Starts(NamedTuple):
+    """An adapter's start in one layer, beside that of the layer's base; from a model or from a file. With what was
+    trained, they make the factors of a plain LoRA."""
+
+    own: StartFactors
+    scaling: float
+    """The adapter's scaling."""
+    base: StartFactors | None
+    """The start that the layer's stored base lacks; None if the base is the whole weight."""
+
+    def factors_on(self, weight: ServedBase, deltas: Deltas) -> tuple[Tensor, Tensor]:
+        """The factors a [k, in] and b [out, k], float32, of the plain LoRA for that weight, with the adapter's
+        scaling."""
+        if self._keeps_own(weight):
+            a, b = self.own.a0 + deltas.a, self.own.b0 + deltas.b
+        else:
+            a, b = self.own.factors_of_change(deltas)
+        if (other := self.other_on(weight)) is None:
+            return a, b
+        ratio = other.origin.scaling / self.scaling
+        return torch.cat([other.a0, a]), torch.cat([ratio * other.b0, b], dim=1)
+
+    def rank_on(self, weight: ServedBase) -> int:
+        """The rank k of these factors."""
+        other, rank = self.other_on(weight), self.own.origin.r * (1 if self._keeps_own(weight) else 2)
+        return rank if other is None else rank + other.origin.r
+
+    def other_on(self, weight: ServedBase) -> StartFactors | None:
+        """The start that the weight lacks and these factors have, if it is not the adapter's own."""
+        if weight == "original" or self.base is None or self._base_lacks_own or self.base.changes_nothing:
+            return None
+        return self.base
+
+    def _keeps_own(self, weight: ServedBase) -> bool:
+        """Whether B A is the change: the weight lacks B0 A0, or B0 A0 is zero."""
+        return (weight == "residual" and self._base_lacks_own) or self.own.changes_nothing
 
     @property
-    def rank(self) -> int:
-        """The rank of the factors."""
-        own = self.start.origin.r * (1 if self.keeps_start else 2)
-        return own if self.other is None else own + self.other.origin.r
-
-    def factors(self, deltas: Deltas) -> tuple[Tensor, Tensor]:
-        """The factors a [rank, in] and b [out, rank], float32."""
-        if self.keeps_start:
-            a, b = self.start.a0 + deltas.a, self.start.b0 + deltas.b
-        else:
-            a, b = self.start.factors_of_change(deltas)
-        if self.other is None:
-            return a, b
-        return torch.cat([self.other.a0, a]), torch.cat([self.ratio * self.other.b0, b], dim=1)
+    def _base_lacks_own(self) -> bool:
+        return self.base is self.own and self.own.origin.scaling == self.scaling

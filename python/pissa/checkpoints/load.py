@@ -379,5 +379,5 @@ def _starts(
         for key, shape in part.shapes(split.layers[part.layers[0]].r).items():
             factors.expect(key, shape, (torch.float32,), f"the start factors of layer {part.layers[0]}")
         for name, pair in part.unpack(*(factors.read(key) for key in part.keys)).items():
-            starts[name], _ = split.layers[name].starts(name, *pair, config, others.read)
+            starts[name] = split.layers[name].starts(name, *pair, config, others.read).own
     return starts

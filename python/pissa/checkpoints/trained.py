@@ -14,7 +14,7 @@ from pissa.adapters.peft_layout import Matrices, magnitude_key
 from pissa.adapters.pissa_layout import PissaFolder
 from pissa.adapters.restore import base_doubts
 from pissa.base.digest import Match, dtype_of, is_fingerprint, match
-from pissa.base.start import Served
+from pissa.base.start import StartFactors
 from pissa.base.stored import residual_tensors, residuals_of, stored_linear
 from pissa.checkpoints.rewrite import LayerPlan, Layers
 from pissa.config import IMPLICIT
@@ -142,24 +142,22 @@ class Ours(TrainedWeights):
         return self.ours.layers[layer.name].scaling
 
     def lengths(self, layer: LayerPlan, weight: Tensor) -> Tensor:
-        return self.ours.tensors.read(f"{layer.name}.norm")
+        return self.ours.read_lengths(layer.name)[1]
 
     def factors(self, unit: Layers) -> Iterator[Matrices]:
         for layer in unit.layers:
-            tensors = self.ours.read_layer(layer.name)
-            yield tensors.start.factors_of_change(tensors.deltas)
+            yield self.ours.read_starts(layer.name).own.factors_of_change(self.ours.read_deltas(layer.name))
 
     def factors_on_residual(self, name: str) -> Matrices:
         """The factors of a plain LoRA on the residual of a layer."""
-        tensors = self.ours.read_layer(name)
-        return Served.of(tensors.start, self.ours.layers[name].scaling, tensors.base).factors(tensors.deltas)
+        return self.ours.read_starts(name).factors_on("residual", self.ours.read_deltas(name))
 
     def base(self, layer: LayerPlan, weight: Weight) -> BaseFunction:
         record = self.ours.layers[layer.name]
         if record.form == IMPLICIT:
             return _dense(self._cast_as_trained(layer, weight))
         residual = self.residual(layer, weight)
-        stored = stored_linear(residual, self.ours.read_layer(layer.name).base)
+        stored = stored_linear(residual, self._base_start(layer.name))
         return stored.matrix(), stored.product
 
     def residual(self, layer: LayerPlan, weight: Weight) -> Weight:
@@ -175,10 +173,16 @@ class Ours(TrainedWeights):
             return saved
         known = self._cast_as_trained(layer, weight)
         dense = ops.dequantize(known) if isinstance(known, QuantizedWeight) else known
-        [residual] = residuals_of([dense], [self.ours.read_layer(name).base], record.form, [name])
+        [residual] = residuals_of([dense], [self._base_start(name)], record.form, [name])
         if not is_fingerprint(record.stored, *residual_tensors(residual).values()):
             self._other_bits.append(name)
         return residual
+
+    def _base_start(self, name: str) -> StartFactors:
+        """The start that the stored base of a layer lacks."""
+        base = self.ours.read_starts(name).base
+        assert base is not None, name
+        return base
 
     def _cast_as_trained(self, layer: LayerPlan, weight: Weight) -> Weight:
         """The weight as in the training: codes unchanged, and a dense weight in the dtype that the record names."""

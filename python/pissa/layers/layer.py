@@ -18,7 +18,7 @@ from pissa.base.classes import base_of
 from pissa.base.init_methods import INIT_METHODS
 from pissa.base.protocol import Base, unshard
 from pissa.base.remembered import ResidualFingerprint, WeightFingerprint
-from pissa.base.start import Deltas, KeepsDtype, Origin, StartFactors
+from pissa.base.start import Deltas, KeepsDtype, Origin, StartFactors, Starts
 from pissa.base.stored import stored_linear
 from pissa.config import IMPLICIT, PissaConfig
 from pissa.distributed import call_whole, is_dtensor, is_sharded, partition_as, shard_as, whole_tensor
@@ -177,6 +177,10 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
         device = self.device_of(adapter_name)
         a, b = (state[prefix + key].detach().to(device, torch.float32) for key in self.state_keys(adapter_name))
         return Deltas(*self.as_matrices(a, b))
+
+    def starts(self, adapter_name: str) -> Starts:
+        """The adapter's start, beside that of the base."""
+        return Starts(self.start_of(adapter_name), float(self.scaling[adapter_name]), self.base.start)
 
     def origin(self, adapter_name: str, config: PissaConfig) -> Origin:
         """The settings that determine the adapter's start factors."""

@@ -21,10 +21,11 @@ from pissa.adapters.peft_layout import (
     PREFIX,
     FactorTensors,
     Matrices,
-    PlainLora,
     factors_of,
     is_of_a_layer,
     magnitude_key,
+    plain_lora,
+    rank_multiple,
 )
 from pissa.base.classes import has_codes, has_our_codes
 from pissa.base.start import StartFactors
@@ -59,7 +60,7 @@ class PissaTuner(LoraTuner):
             key, magnitude = magnitude_key(name), layer.magnitude(adapter_name)
             weight = state[f"{key}.{adapter_name}.weight"].detach()
             tensors[key] = magnitude.lengths(weight.to(magnitude.base_lengths.device)).clone()
-        return tensors | PlainLora.of(layers, adapter_name).factors(inner, state)
+        return tensors | plain_lora(inner, layers, adapter_name, state)
 
     @classmethod
     def take_in(
@@ -78,7 +79,7 @@ class PissaTuner(LoraTuner):
             return state_dict, {}
         is_any_lora = _is_of_rank({name: layer.r[adapter_name] for name, layer in layers.items()}, parts, state_dict)
         has_start = all(adapter_name in layer.lora_start for layer in layers.values())
-        starts_at_zero = is_any_lora and not (has_start and PlainLora.of(layers, adapter_name).times == 1)
+        starts_at_zero = is_any_lora and not (has_start and rank_multiple(layers, adapter_name) == 1)
         deltas: dict[str, Matrices] = {}  # for an adapter that starts at zero, the factors themselves
         for part in parts:
             deltas |= part.unpack(*(state_dict[key].detach() for key in part.keys))

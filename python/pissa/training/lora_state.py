@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from collections.abc import Mapping
+from typing import Any, get_args
 
 from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor
 
-from pissa.adapters.peft_layout import PlainLora, plain_config
+from pissa.adapters.peft_layout import plain_config, plain_lora, rank_multiple
 from pissa.adapters.save import warn_of_plain_lora
+from pissa.base.start import ServedBase
 from pissa.config import IMPLICIT
 from pissa.distributed import is_partitioned, is_sharded, whole_tensor
-from pissa.layers.layer import pissa_layers
+from pissa.layers.layer import PissaLayer, pissa_layers
 from pissa.model.pissa_model import PissaModel
 from pissa.ops.checks import check_choice
-
-ServedBase = Literal["original", "residual"]
 
 
 def lora_state_dict(
@@ -48,12 +48,12 @@ def lora_state_dict(
         ValueError: there is no such adapter; DeepSpeed has partitioned a parameter; with base="residual", the base is
             not stored, or lacks a start that does not fit into rank 2r together with the adapter.
     """
-    lora = _plain_lora(model, adapter_name, base)
-    state = _gather_state(model, lora.adapter_name)
+    name, layers = _served_layers(model, adapter_name, base)
+    state = _gather_state(model, name)
     tensors: dict[str, Tensor] = get_peft_model_state_dict(
-        model, state_dict=state, adapter_name=lora.adapter_name, save_embedding_layers=False
+        model, state_dict=state, adapter_name=name, save_embedding_layers=False
     )
-    tensors |= lora.factors(model.base_model.model, state)
+    tensors |= plain_lora(model.base_model.model, layers, name, state, base)
     if base == "original":
         warn_of_plain_lora(model)
     return tensors
@@ -62,12 +62,13 @@ def lora_state_dict(
 def lora_config(model: PissaModel, adapter_name: str | None = None, base: ServedBase = "original") -> LoraConfig:
     """Returns the configuration for the result of `lora_state_dict` with the same arguments, and raises the same
     errors. An engine's limit on ranks must allow its `r`."""
-    lora = _plain_lora(model, adapter_name, base)
-    name = lora.adapter_name
-    return plain_config(model.base_model.model, model.peft_config[name], name, lora.layers, lora.times)
+    name, layers = _served_layers(model, adapter_name, base)
+    times = rank_multiple(layers, name, base)
+    return plain_config(model.base_model.model, model.peft_config[name], name, layers, times)
 
 
-def _plain_lora(model: Any, adapter_name: str | None, base: ServedBase) -> PlainLora:
+def _served_layers(model: Any, adapter_name: str | None, base: ServedBase) -> tuple[str, Mapping[str, PissaLayer]]:
+    """The name of the adapter, and its layers, whose factors are checked to fit into a plain LoRA."""
     if not isinstance(model, PissaModel):
         raise TypeError(
             f"model must be a pissa.PissaModel, got {type(model).__name__}; accelerator.unwrap_model(model) takes off "
@@ -82,16 +83,16 @@ def _plain_lora(model: Any, adapter_name: str | None, base: ServedBase) -> Plain
     layers = pissa_layers(model.base_model.model, name)
     if base == "residual" and all(layer.base.form == IMPLICIT for layer in layers.values()):
         raise ValueError('base: got "residual", but the base is not stored: it is the unmodified model; leave base out')
-    lora = PlainLora.of(layers, name, on_residual=base == "residual")
     for key, layer in layers.items():
-        other, limit = lora.served[key].other, 2 * layer.r[name]
-        if other is not None and lora.served[key].rank > limit:
+        starts, limit = layer.starts(name), 2 * layer.r[name]
+        other, rank = starts.other_on(base), starts.rank_on(base)
+        if other is not None and rank > limit:
             raise ValueError(
                 f'base: got "residual", but the base of layer {key} lacks another start than that of adapter {name!r}, '
-                f"of rank {other.origin.r}; both together have rank {lora.served[key].rank}, and at most {limit} is "
-                'possible: take base="original", or give the adapter LoRA\'s start and that rank'
+                f"of rank {other.origin.r}; both together have rank {rank}, and at most {limit} is possible: take "
+                'base="original", or give the adapter LoRA\'s start and that rank'
             )
-    return lora
+    return name, layers
 
 
 def _gather_state(model: PissaModel, adapter_name: str) -> dict[str, Tensor]:
