@@ -14,12 +14,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from pissa.adapters.beside_lora import as_pissa, load_factors, read_plain_lora
 from pissa.adapters.codes_file import CodesFile
 from pissa.adapters.lora_folder import is_plain_lora
 from pissa.adapters.peft_layout import PREFIX
 from pissa.adapters.pissa_layout import ADAPTER_FILES, PissaFolder
 from pissa.adapters.rest import Rest
-from pissa.adapters.restore import as_pissa, load_factors, read_plain_lora, restore
+from pissa.adapters.restore import restore
 from pissa.adapters.save import save_adapter, warn_of_plain_lora
 from pissa.base.classes import base_of, decoded_module, has_codes, has_our_codes
 from pissa.base.forwards import replaced_parts, restore_forwards
