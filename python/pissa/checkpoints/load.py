@@ -35,8 +35,8 @@ from pissa.config import IMPLICIT, PissaConfig
 from pissa.containers.checkpoint import AS_STORED, EXPERT, PISSA_RECORD, RESIDUAL_KEY, Checkpoint, Contents
 from pissa.containers.coded_weights import BitsandbytesWeight
 from pissa.containers.hub import Name, adapter_folder
-from pissa.containers.messages import first_line, is_short_of_memory, quote
-from pissa.containers.model_folder import Part, class_of
+from pissa.containers.messages import file_errors, quote
+from pissa.containers.model_folder import NO_MODEL, Part, class_of
 from pissa.containers.tensor_file import TensorFile
 from pissa.distributed import failing_together
 from pissa.layers.experts import UnfusedExperts
@@ -72,7 +72,7 @@ def mapped_model(checkpoint: Checkpoint, dtype: torch.dtype | None) -> PreTraine
         shapes = [checkpoint.codes(parts).shape for parts in layers.values()]
         is_one = list(layers) == [name.removesuffix(".weight")]
         state[name] = _LeftPacked(shapes[0] if is_one else checkpoint.tensors[name].shape)
-    try:
+    with file_errors(folder, NO_MODEL):
         described = checkpoint.described
         has_own = (described / GENERATION_CONFIG_NAME).is_file()
         generation = GenerationConfig.from_pretrained(described) if has_own else None
@@ -86,10 +86,6 @@ def mapped_model(checkpoint: Checkpoint, dtype: torch.dtype | None) -> PreTraine
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        if is_short_of_memory(error):
-            raise
-        raise ValueError(f"{folder} cannot be loaded by transformers: {first_line(error)} [P086]") from error
     if missing := sorted(info["missing_keys"]):
         raise ValueError(
             f"{folder} lacks {len(missing)} tensors of a {transformers_class.__name__}, {quote(missing[0])} the first"
