@@ -128,6 +128,18 @@ def test_on_the_original_model_a_stored_base_is_inexact_and_says_so_once(tiny_ll
     pissa.lora_state_dict(model, base="residual")
 
 
+def test_what_the_residual_lacks_decides_the_rank(tiny_llama: Make) -> None:
+    """It lacks nothing for LoRA's start; and another start than the adapter's, whose scale has been changed since."""
+    model = pissa.wrap(tiny_llama(), r=4, quant="nf4", init="lora")
+    model.add_adapter("other", PissaConfig(r=4))
+    assert pissa.lora_config(model, "other", "residual").r == 8
+    model = pissa.wrap(tiny_llama(), r=4, quant="nf4")
+    for layer in pissa_layers(model.base_model.model).values():
+        layer.set_scale("default", 2)
+    with pytest.raises(ValueError, match=r"of adapter 'default', of rank 4; both together have rank 12, .* 8 is"):
+        pissa.lora_config(model, base="residual")
+
+
 def test_an_adapter_beside_another(tiny_llama: Make, tokens: Tensor) -> None:
     model = pissa.wrap(tiny_llama(), r=4, quant="nf4")
     model.add_adapter("plain", PissaConfig(r=4, init="lora", lora_alpha=8))
