@@ -85,14 +85,11 @@ def _say(text: str) -> None:
 
 def _load(args: argparse.Namespace) -> tuple[Any, Any]:
     """The model that RUN is, or its adapter on its base, and the tokenizer."""
-    from transformers.models.auto.tokenization_auto import get_tokenizer_config
-
     from pissa.adapters.lora_folder import has_adapter, open_adapter
     from pissa.adapters.pissa_layout import ADAPTER_FILES
     from pissa.cli.trained import check_has_base, load_trained
     from pissa.containers.checkpoint import Contents, ModelFolder
     from pissa.containers.hub import adapter_folder
-    from pissa.containers.model_folder import load_tokenizer
 
     with user_errors(OSError, ValueError):
         folder = adapter_folder(args.source, ADAPTER_FILES)
@@ -114,8 +111,7 @@ def _load(args: argparse.Namespace) -> tuple[Any, Any]:
         if lora is None:
             opened.require(*(contents for contents in Contents if contents is not Contents.PEFT_RESIDUAL))
         model = load_trained(base, opened, lora, args.config_from)
-        has_own = lora is not None and get_tokenizer_config(args.source)
-        tokenizer = load_tokenizer(args.source) if has_own else opened.tokenizer()
+        tokenizer = opened.tokenizer(None if lora is None else args.source)
     print_row("model", f"{base}, {model.dtype}".replace("torch.", "") + (f", with {args.source}" if lora else ""))
     return model, tokenizer
 

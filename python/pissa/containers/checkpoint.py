@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from pissa import ops
 from pissa.base.released_layouts import join_rows
@@ -159,13 +160,16 @@ class ModelFolder:
         """The file that describes the model, for errors."""
         return self.described if self._by_metadata else self.described / CONFIG
 
-    def tokenizer(self, **options: Any) -> Any:
-        """The tokenizer. The options are those of transformers, without effect on a GGUF file's own. Code that comes
-        with it is only run with trust_remote_code=True.
+    def tokenizer(self, adapter: Name | None = None, **options: Any) -> Any:
+        """The tokenizer: that of an adapter on the model, a folder or a name on the Hub, if it has one of its own, and
+        otherwise the model's. The options are those of transformers, without effect on a GGUF file's own. Code that
+        comes with it is only run with trust_remote_code=True.
 
         Raises:
             ValueError, OSError, KeyError, TypeError: there is none that transformers can build.
         """
+        if adapter is not None and get_tokenizer_config(adapter):
+            return load_tokenizer(adapter, **options)
         if self._by_metadata:
             return tokenizer_of(self.files[0])
         return load_tokenizer(self.described, **options)

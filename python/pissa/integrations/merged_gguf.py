@@ -26,7 +26,6 @@ from pissa.containers.checkpoint import Checkpoint, Contents
 from pissa.containers.gguf_file import parts_of
 from pissa.containers.gguf_model import GgufSource
 from pissa.containers.hub import Name
-from pissa.containers.model_folder import load_tokenizer
 from pissa.containers.staged import staged
 from pissa.integrations.exported import MERGE, Exported, no_base
 from pissa.model.batches import Batch
@@ -120,8 +119,7 @@ def _modelfile(file: str, checkpoint: Checkpoint, run: Path) -> str:
     lines, metadata = [f"FROM ./{file}"], checkpoint.files[0].metadata
     if "tokenizer.ggml.model" not in metadata:
         return lines[0] + "\n"
-    has_own = (run / "tokenizer_config.json").is_file()
-    tokenizer = load_tokenizer(run) if has_own else checkpoint.tokenizer()
+    tokenizer = checkpoint.tokenizer(run)
     if tokenizer.chat_template is not None:
         # A text of the template in which Ollama replaces the question. It may write the first token itself.
         asked = [{"role": "user", "content": "{{ .Prompt }}"}]
