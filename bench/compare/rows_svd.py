@@ -87,10 +87,10 @@ def _split(size: int, r: int) -> Case:
         return a, b, *bnb.functional.quantize_4bit(rest, blocksize=64, quant_type="nf4", compress_statistics=True)
 
     passes, note = _at_equal_loss(size, r, lambda: peer()[0].mT)
-    ours = partial(ops.split, weight, r, form="nf4", passes=passes)
+    ours = partial(ops.split_many, [weight], [r], [1.0], form="nf4", passes=passes)
 
     def check() -> str:
-        a0, b0, rest, _ = ours()
+        [(a0, b0, rest, _)] = ours()
         a, b, codes, state = peer()
         mine = relative_error(ops.dequantize(rest) + b0 @ a0, weight)
         theirs = relative_error(bnb.functional.dequantize_4bit(codes, state).float() + b @ a, weight)

@@ -25,7 +25,7 @@ class StartTask(NamedTuple):
     """Weights from which adapters are to start."""
 
     weights: Sequence[Tensor]
-    """[out, in], of any dtype that `ops.split` takes. They are on the meta device if the method does not read
+    """[out, in], of any dtype that `ops.split_many` takes. They are on the meta device if the method does not read
     weights."""
     origins: Sequence[Origin]
     """Rank and scaling for each."""
@@ -33,7 +33,7 @@ class StartTask(NamedTuple):
     names: Sequence[str]
     """The names of the layers in messages."""
     moments: Sequence[Tensor] | None = None
-    """The second moment of each layer's inputs, as `ops.split` takes it, where the configuration needs them."""
+    """The second moment of each layer's inputs, as `ops.split_many` takes it, where the configuration needs them."""
     codes: Sequence[ops.QuantizedWeight] | None = None
     """The codes of each weight, if they exist already and do not change."""
     device: torch.device | None = None

@@ -239,7 +239,7 @@ MEMORY = 10**9
 _GROUP = 1 << 22
 
 _PASSES = 14
-"""The most passes that `ops.split` makes over a weight."""
+"""The most passes that `ops.split_many` makes over a weight."""
 
 _SAMPLE = 64
 """The fraction of the rows, from the first on, that is compared with the residual and the factors, but at least 16

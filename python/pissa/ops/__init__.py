@@ -24,7 +24,7 @@ from pissa.ops._principal import residual_many, svd_lowrank
 from pissa.ops._quant import QuantizedWeight, dequantize, embedding, quantize
 from pissa.ops._scores import TokenScores, token_scores
 from pissa.ops._second_moment import add_second_moment
-from pissa.ops._split import Split, split, split_many
+from pissa.ops._split import Split, split_many
 
 __all__ = [
     "Merged",
@@ -46,7 +46,6 @@ __all__ = [
     "quantize",
     "residual_many",
     "rms_norm",
-    "split",
     "split_many",
     "svd_lowrank",
     "token_scores",

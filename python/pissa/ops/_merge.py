@@ -58,9 +58,9 @@ def merge_codes(
         b: [out, r], of the same dtypes.
         scaling: finite.
         rounding: "dither" or "nearest".
-        second_moment: E[xᵀx] of the layer's inputs x, float32 [in, in], as `split` takes it. What the codes of a column
-            lack of its change is then added to the columns that are rounded after it, so that the outputs lose less
-            (error feedback, `ops._second_moment`). NaN in a change reaches these columns too.
+        second_moment: E[xᵀx] of the layer's inputs x, float32 [in, in], as `split_many` takes them. What the codes of a
+            column lack of its change is then added to the columns that are rounded after it, so that the outputs lose
+            less (error feedback, `ops._second_moment`). NaN in a change reaches these columns too.
         seed: from 0 to 2**63 - 1. Different weights need different seeds.
 
     Raises:

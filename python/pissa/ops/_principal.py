@@ -118,8 +118,8 @@ def residual_many(
     names: Sequence[str] | None = None,
     second_moments: Sequence[Tensor] | None = None,
 ) -> list[Tensor | QuantizedWeight]:
-    """Computes `weight - scaling * b0 @ a0` for given factors of many weights, with the same bits as `split`. The host
-    waits for a GPU once, after all of them are queued.
+    """Computes `weight - scaling * b0 @ a0` for given factors of many weights, with the same bits as `split_many`. The
+    host waits for a GPU once, after all of them are queued.
 
     Args:
         weights: [out, in] each, float32, bfloat16 or float16, finite; all on one device.
@@ -129,8 +129,8 @@ def residual_many(
         form: "explicit" (in the weight's dtype) or one of `formats.FORMATS`; the same for all weights.
         blocksize, double_quant: for a quantised format; see `quantize`.
         names: names of the weights in errors (default: "weights[0]", "weights[1]", ...).
-        second_moments: those of the weights' inputs, as `split` takes them. The codes of a quantised form are then
-            found by error feedback; see `quantize`. Weights that share one tensor share its factorisation.
+        second_moments: those of the weights' inputs, as `split_many` takes them. The codes of a quantised form
+            are then found by error feedback. Weights that share one tensor share its factorisation.
 
     Returns:
         For each weight a tensor [out, in] in its dtype, or a `QuantizedWeight`.

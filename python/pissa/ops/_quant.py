@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from pissa.ops import _autograd  # noqa: F401  registers fakes and gradients
-from pissa.ops._second_moment import check_moments, feedback_factors
 from pissa.ops.checks import FLOATS, check_choice, check_devices, check_finite, check_matrix, check_tensor
 from pissa.ops.formats import DEFAULT, FORMATS, READ
 
@@ -146,7 +145,6 @@ def quantize(
     *,
     blocksize: int | None = None,
     double_quant: bool | None = None,
-    second_moment: Tensor | None = None,
 ) -> QuantizedWeight:
     """Converts a weight to codes and scales.
 
@@ -159,9 +157,6 @@ def quantize(
             row. For "mxfp4" 32 and for "nvfp4" 16, which must divide a row. For "int8" and "fp8" always a row.
         double_quant: whether the scales of "nf4" are quantised too, to 8 bits in blocks of 256 (bitsandbytes'
             `compress_statistics`). None: if the format supports it.
-        second_moment: E[xᵀx] of the layer's inputs, as `split` takes it. The codes are then found by error feedback
-            (`ops._second_moment`), which loses less of the outputs. The scales stay those of the weight. A row must end
-            with a whole byte.
 
     Raises:
         TypeError, ValueError: an argument is invalid; the message names it.
@@ -173,11 +168,7 @@ def quantize(
     largest, offset = torch.cat([scales.amax()[None], offsets_of([nearest])]).tolist()  # the host waits here, once
     check_finite(largest)
     check_offset(offset)
-    if second_moment is None:
-        return nearest
-    check_feedback(format, [weight], ["weight"])
-    moments = check_moments([second_moment], [weight], ["weight"])
-    return with_feedback(weight, nearest, feedback_factors(moments)[0])
+    return nearest
 
 
 def with_feedback(weight: Tensor, nearest: QuantizedWeight, factor: Tensor) -> QuantizedWeight:

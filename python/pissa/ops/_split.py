@@ -65,70 +65,6 @@ class Split(NamedTuple):
     taken: tuple[Tensor, Tensor] | None = None
 
 
-def split(
-    weight: Tensor,
-    r: int,
-    *,
-    scaling: float = 1.0,
-    svd: str = "krylov",
-    passes: int | Literal["auto"] = "auto",
-    seed: int = 0,
-    form: str = "implicit",
-    blocksize: int | None = None,
-    double_quant: bool | None = None,
-    quant_iters: int = 1,
-    quantise_first: bool = False,
-    tolerance: float = TOLERANCE,
-    second_moment: Tensor | None = None,
-    error_feedback: bool = False,
-) -> Split:
-    """Computes PiSSA's start factors of a weight and, on request, its residual (arXiv 2404.02948, eq. 2-4 and 8).
-
-    Args:
-        weight: [out, in], float32, bfloat16 or float16, finite.
-        r: 1 to min(out, in).
-        svd, passes, seed: see `svd_lowrank`.
-        scaling: the adapter's scale s, `lora_alpha / r`; the factors are √(S/s) Vᵀ and U √(S/s).
-        form: form of the residual: "implicit" (none is computed), "explicit" (W - s B0 A0 in the weight's dtype), or
-            one of `formats.FORMATS` (the same, quantised without being stored).
-        blocksize, double_quant: for a quantised format; see `quantize`.
-        quant_iters: T for a quantised format. With 1, the residual is Q = format(W - L) for the factors of W, L = s B0
-            A0 (QPiSSA, section 4). With more, the steps Q = format(W - L), then L = the best approximation of W - Q,
-            are repeated T times (Algorithm 1). This starts from the factors of W and costs T + 1 decompositions, all
-            but the last with at most 8 passes. The result is the iterate with the least ‖W - Q - L‖.
-        quantise_first: start these alternations from L = 0, with T decompositions: LoftQ (arXiv 2310.08659).
-        tolerance: alternations end when one reduces ‖W - Q - L‖ by less than this share of it; 0: never.
-        second_moment: E[xᵀx] of the layer's inputs x, float32 [in, in], on the weight's device, symmetric and positive
-            semi-definite, of any rank and scale. The product of the factors then loses least of the outputs (QERA,
-            arXiv 2410.06040), and alternations are compared by the outputs. The moment is read half as often as the
-            weight, plus once.
-        error_feedback: with a second moment, find the codes of a quantised form by error feedback; see `quantize`.
-
-    Returns:
-        The factors and the residual, on the weight's device; see `Split` for shapes and dtypes.
-
-    Raises:
-        TypeError, ValueError: an argument is invalid; the message names it. The weight is never changed.
-    """
-    return split_many(
-        [weight],
-        [r],
-        [scaling],
-        svd=svd,
-        passes=passes,
-        seed=seed,
-        form=form,
-        blocksize=blocksize,
-        double_quant=double_quant,
-        quant_iters=quant_iters,
-        quantise_first=quantise_first,
-        tolerance=tolerance,
-        names=["weight"],
-        second_moments=None if second_moment is None else [second_moment],
-        error_feedback=error_feedback,
-    )[0]
-
-
 def split_many(
     weights: Sequence[Tensor],
     ranks: Sequence[int],
@@ -147,21 +83,36 @@ def split_many(
     second_moments: Sequence[Tensor] | None = None,
     error_feedback: bool = False,
 ) -> list[Split]:
-    """`split` for many weights, with the same bits. Small weights are split side by side, on one thread each.
-
-    All other arguments are those of `split`, the same for all weights. "auto" makes as many passes as each rank needs,
-    and each weight's alternations end independently.
+    """Computes PiSSA's start factors of weights and, on request, their residuals (arXiv 2404.02948, eq. 2-4 and 8).
+    Each result is, bit for bit, that of its weight alone. Small weights are split side by side, on one thread each.
 
     Args:
-        weights: [out, in] each, of any shapes and dtypes that `split` takes, on one device. For each weight,
+        weights: [out, in] each, float32, bfloat16 or float16, finite; of any shapes, on one device. For each weight,
             alternations need memory for an error as large as the weight, and twice for its codes.
-        ranks: r of each weight.
-        scalings: s of each weight.
+        ranks: r of each weight, 1 to min(out, in).
+        scalings: the scale s of each weight's adapter, `lora_alpha / r`; the factors are √(S/s) Vᵀ and U √(S/s).
+        svd, passes, seed: see `svd_lowrank`. "auto" makes as many passes as each rank needs.
+        form: form of the residuals: "implicit" (none is computed), "explicit" (W - s B0 A0 in the weight's dtype), or
+            one of `formats.FORMATS` (the same, quantised without being stored).
+        blocksize, double_quant: for a quantised format; see `quantize`.
+        quant_iters: T for a quantised format. With 1, the residual is Q = format(W - L) for the factors of W, L = s B0
+            A0 (QPiSSA, section 4). With more, the steps Q = format(W - L), then L = the best approximation of W - Q,
+            are repeated T times (Algorithm 1). This starts from the factors of W and costs T + 1 decompositions, all
+            but the last with at most 8 passes. The result is the iterate with the least ‖W - Q - L‖.
+        quantise_first: start these alternations from L = 0, with T decompositions: LoftQ (arXiv 2310.08659).
+        tolerance: a weight's alternations end when one reduces ‖W - Q - L‖ by less than this share of it; 0: never.
         names: names of the weights in errors (default: "weights[0]", "weights[1]", ...).
-        second_moments: those of the weights' inputs. Weights that share one tensor share its factorisation.
+        second_moments: E[xᵀx] of each layer's inputs x, float32 [in, in], on the weights' device, symmetric and
+            positive semi-definite, of any rank and scale. The product of the factors then loses least of the outputs
+            (QERA, arXiv 2410.06040), and alternations are compared by the outputs. A moment is read half as often as
+            its weight, plus once. Weights that share one tensor share its factorisation.
+        error_feedback: with second moments, find the codes of a quantised form by error feedback
+            (`ops._second_moment`), which loses less of the outputs. The scales stay those of the residual. A row must
+            end with a whole byte.
 
     Returns:
-        The results of `split`, in the order of the weights.
+        The factors and the residual of each weight, in their order, on the weights' device; see `Split` for shapes and
+        dtypes.
 
     Raises:
         TypeError, ValueError: an argument is invalid; the message names it, before anything is decomposed. Afterwards:
@@ -178,7 +129,7 @@ def split_many(
     if error_feedback:
         check_feedback(form, weights, names)
         if second_moments is None:
-            raise ValueError("error_feedback: got True without second_moment, by which it weighs errors; give both")
+            raise ValueError("error_feedback: got True without second_moments, by which it weighs errors; give both")
     if second_moments is not None:
         moments = checked = check_moments(second_moments, weights, names)
         feedback = feedback_factors(checked) if error_feedback else feedback

@@ -48,7 +48,7 @@ def decomposes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     def forbidden(*args: object, **kwargs: object) -> None:
         raise AssertionError("a decomposition")
 
-    for name in ("split", "split_many", "svd_lowrank"):
+    for name in ("split_many", "svd_lowrank"):
         monkeypatch.setattr(pissa.ops, name, forbidden)
     with pytest.raises(AssertionError, match="a decomposition"):
         pissa.wrap(nn.Sequential(nn.Linear(4, 4)), target_modules=["0"], r=2)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+import one_weight
 import pissa
 from bnb_layers import IN, OUT, R, bnb, contents, decoded, inputs, linear4bit, linear8bit, nesting, storages
 from devices import fetch, put
@@ -69,7 +70,7 @@ def test_codes_are_never_decomposed(nested: bool, storage: torch.dtype, monkeypa
     (weight,) = seen
     assert weight.dtype == torch.float32
     assert torch.equal(fetch(weight).double(), decoded(layer))
-    split = ops.split(weight, R, seed=5)
+    split = one_weight.split(weight, R, seed=5)
     assert torch.equal(start.a0, split.a0)
     assert torch.equal(start.b0, split.b0)
 
@@ -220,7 +221,7 @@ def test_quant_decodes_splits_and_quantises_again_with_one_warning(nested: bool,
     assert said[0].filename == __file__
     for name, weight in weights.items():
         base = wrapped.base_model.model[name].base_layer
-        split = ops.split(weight.float(), R, seed=5, form="nf4")
+        split = one_weight.split(weight.float(), R, seed=5, form="nf4")
         assert isinstance(base, QuantizedLinear)
         assert torch.equal(base.residual.codes, split.residual.codes)
         assert torch.equal(base.residual.absmax, split.residual.absmax)

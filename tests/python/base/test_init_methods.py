@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+import one_weight
 import pissa
 from language_models import Make, logits, train
 from pissa import PissaConfig, PissaModel, ops
@@ -82,7 +83,7 @@ def test_alternations_are_part_of_a_start(small_llama: Make) -> None:
     assert layer.start_of("same") is start is layer.base.start
     assert start.recipe_rank == 4
     for name, r in (("plain", 4), ("rank", 2)):
-        split = ops.split(matrix, r)
+        split = one_weight.split(matrix, r)
         assert torch.equal(layer.start_of(name).a0, split.a0), name
         assert layer.start_of(name).recipe_rank is None
     weight, (a, b) = small_llama().get_submodule(Q).weight, start.recipe
@@ -94,7 +95,7 @@ def test_alternations_are_part_of_a_start(small_llama: Make) -> None:
 @pytest.mark.parametrize("fields", [{"quant_iters": 2}, {"repair": "lora"}])
 def test_a_tied_weight_has_nothing_to_repair(fields: dict[str, object], small_llama: Make, tmp_path: Path) -> None:
     base = small_llama(tie_word_embeddings=True)
-    split = ops.split(base.lm_head.weight, 4)
+    split = one_weight.split(base.lm_head.weight, 4)
     model = pissa.wrap(base, r=4, quant="nf4", target_modules=["lm_head", "q_proj"], **fields)
     layers = pissa_layers(model.base_model.model)
     assert torch.equal(layers["lm_head"].start_of("default").a0, split.a0)

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 import devices
 import language_models
+import one_weight
 import pissa
 from devices import fetch, put
 from language_models import error
 from one_layer import OneLayer, filled
 from oracle import assert_papers_function, base64, change64, change_a_little, deltas64, weight64
-from pissa import ops
 from pissa.base.start import StartFactors
 from pissa.base.stored import QuantizedLinear
 
@@ -107,7 +107,7 @@ def test_same_rank_and_scaling_share_start_factors(form: str) -> None:
     for other in ("rank", "scaled", "zero"):
         assert layer.start_of(other) is not layer.start_of("default")
     # the base function stays, so that another rank decomposes what the base computes
-    split = ops.split(base64(layer).float(), 2)
+    split = one_weight.split(base64(layer).float(), 2)
     assert error(layer.start_of("rank").b0 @ layer.start_of("rank").a0, split.b0 @ split.a0) < 1e-4
 
 

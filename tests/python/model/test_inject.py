@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import devices
+import one_weight
 import pissa
 from language_models import FORMS, Make, assert_same, snapshot
 from pissa.layers.layer import PissaLayer, pissa_layers
@@ -45,7 +46,7 @@ def test_layers_start_from_their_own_split_in_groups_of_any_size(
     assert all(sum(group) + after[0] > limit for group, after in itertools.pairwise(groups))
     for name, layer in adapted.items():
         r, scaling = layer.r["default"], layer.scaling["default"]
-        split = pissa.ops.split(weights[name], r, scaling=scaling, seed=5, form=form)
+        split = one_weight.split(weights[name], r, scaling=scaling, seed=5, form=form)
         assert torch.equal(layer.start_of("default").a0, split.a0)
         assert torch.equal(layer.start_of("default").b0, split.b0)
         if form == "explicit":

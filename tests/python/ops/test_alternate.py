@@ -1,4 +1,4 @@
-"""Alternations of decomposition and quantisation: ops.split and ops.split_many with quant_iters, quantise_first."""
+"""Alternations of decomposition and quantisation: ops.split_many with quant_iters, quantise_first."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import one_weight
 from cuda_stand_in import CudaStandIn
 from devices import fetch, put
 from pissa import ops
@@ -75,7 +76,7 @@ def test_the_result_is_an_iterate(form: dict[str, Any], dtype: torch.dtype, firs
     """Its residual is that of what was taken, and its factors are the best of what is left of the weight."""
     w = weight(dtype=dtype)
     for count in (1, 2, 4) if first else (2, 4):
-        split = ops.split(put(w), 4, scaling=0.5, quant_iters=count, quantise_first=first, tolerance=0, **form)
+        split = one_weight.split(put(w), 4, scaling=0.5, quant_iters=count, quantise_first=first, tolerance=0, **form)
         assert isinstance(split.residual, ops.QuantizedWeight)
         assert split.taken is not None
         [again] = ops.residual_many([put(w)], *([factor] for factor in split.taken), [0.5], **form)
@@ -99,7 +100,7 @@ def test_errors_are_those_of_exact_alternations(form: dict[str, Any], first: boo
     w = weight()
     expected = exact_errors(w, 4, 4, first, form)
     for count in range(1 if first else 2, 5):
-        found = ops.split(put(w), 4, quant_iters=count, quantise_first=first, tolerance=0, **form, **svd)
+        found = one_weight.split(put(w), 4, quant_iters=count, quantise_first=first, tolerance=0, **form, **svd)
         assert abs(error(w, found) / min(expected[:count]) - 1) < 0.01
     assert expected[1] < 0.96 * expected[0]
 
@@ -111,7 +112,9 @@ def test_the_best_iterate_is_kept_when_a_later_one_is_worse() -> None:
     kept = 0
     for seed in range(8):
         w = weight(24, 64, seed)
-        splits = [fetch(ops.split(put(w), 8, form="nf4", quant_iters=t, tolerance=0, **ALL_OF_IT)) for t in range(2, 9)]
+        splits = [
+            fetch(one_weight.split(put(w), 8, form="nf4", quant_iters=t, tolerance=0, **ALL_OF_IT)) for t in range(2, 9)
+        ]
         errors = [error(w, split) for split in splits]
         assert errors == sorted(errors, reverse=True)
         for before, split, after in zip(splits, splits[1:], splits[2:], strict=False):
@@ -147,9 +150,9 @@ def test_the_tolerance_ends_the_alternations_of_each_weight_by_itself() -> None:
 def test_factors_of_an_early_result_have_all_passes() -> None:
     """The alternations that a tolerance ends had few; what is left is decomposed again."""
     w = power_law(300, 400, 0.2)
-    split = ops.split(put(w.float()), 16, form="nf4", quant_iters=50, tolerance=0.5)
+    split = one_weight.split(put(w.float()), 16, form="nf4", quant_iters=50, tolerance=0.5)
     lost = w.float() - ops.dequantize(fetch(split.residual))
-    again = fetch(ops.split(put(lost), 16))
+    again = fetch(one_weight.split(put(lost), 16))
     assert torch.equal(fetch(split.a0), again.a0)
     assert torch.equal(fetch(split.b0), again.b0)
 
@@ -167,7 +170,7 @@ def test_many_weights_are_split_as_one_by_one(form: dict[str, Any], how: dict[st
     ranks, scalings = [4, 3, 1, 2, 4, 5], [1.0, 0.5, 2.0, 1.0, 0.25, 3.0]
     many = ops.split_many(put(weights), ranks, scalings, **form, **how)
     for w, r, scaling, split in zip(weights, ranks, scalings, many, strict=True):
-        alone = ops.split(put(w), r, scaling=scaling, **form, **how)
+        alone = one_weight.split(put(w), r, scaling=scaling, **form, **how)
         for mine, other in zip(parts(split), parts(alone), strict=True):
             torch.testing.assert_close(mine, other, rtol=0, atol=0)
 
@@ -247,7 +250,7 @@ def test_errors_name_the_weight_before_anything_is_decomposed() -> None:
 )
 def test_bad_options_are_refused_by_name(change: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        ops.split(put(weight()), 4, **change)
+        one_weight.split(put(weight()), 4, **change)
 
 
 # ---- The op, and factors of rank 0 -----------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import one_weight
 from pissa import ops
 from pissa.ops._second_moment import DAMPING
 
@@ -54,7 +55,7 @@ def one_after_the_other(weight: Tensor, moment: Tensor, nearest: ops.QuantizedWe
 def test_codes_lose_what_the_definition_loses(format: str, dtype: torch.dtype) -> None:
     """Ties are decided otherwise in float32, after which the codes of a row go apart; what they lose does not."""
     weight = WEIGHT.to(dtype)
-    nearest, found = ops.quantize(weight, format), ops.quantize(weight, format, second_moment=MOMENT)
+    nearest, found = ops.quantize(weight, format), one_weight.quantize_with_feedback(weight, MOMENT, format)
     expected = lost(weight, one_after_the_other(weight, MOMENT, nearest))
     assert lost(weight, ops.dequantize(found)) == pytest.approx(expected, rel=0.01)
     assert expected < 0.35 * lost(weight, ops.dequantize(nearest))
@@ -65,9 +66,8 @@ def test_codes_lose_what_the_definition_loses(format: str, dtype: torch.dtype) -
 @pytest.mark.parametrize("moment", [torch.eye(IN), torch.zeros(IN, IN)])
 def test_without_correlations_each_code_is_the_nearest(moment: Tensor) -> None:
     """With plain scales: those that are nested are not the ones that the nearest codes were found with."""
-    found, nearest = (
-        ops.dequantize(ops.quantize(WEIGHT, double_quant=False, second_moment=each)) for each in (moment, None)
-    )
+    found = ops.dequantize(one_weight.quantize_with_feedback(WEIGHT, moment, double_quant=False))
+    nearest = ops.dequantize(ops.quantize(WEIGHT, double_quant=False))
     assert lost(WEIGHT, found, torch.eye(IN)) == pytest.approx(lost(WEIGHT, nearest, torch.eye(IN)), rel=1e-6)
 
 
@@ -96,7 +96,7 @@ def test_a_split_with_error_feedback_is_that_of_its_residual() -> None:
             assert all(torch.equal(a, b) for a, b in zip(one.residual[:4], residual[:4], strict=True) if a is not None)
 
     def error(t: int, feedback: bool) -> float:
-        found = ops.split(
+        found = one_weight.split(
             WEIGHT, 8, form="nf4", quant_iters=t, quantise_first=True, second_moment=MOMENT, error_feedback=feedback
         )
         assert isinstance(found.residual, ops.QuantizedWeight)
@@ -126,12 +126,12 @@ def test_second_moments_are_summed(dtype: torch.dtype) -> None:
 
 def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="error_feedback: got True without second_moment"):
-        ops.split(WEIGHT, 4, form="nf4", error_feedback=True)
+        one_weight.split(WEIGHT, 4, form="nf4", error_feedback=True)
     with pytest.raises(ValueError, match="form: got 'explicit' with error feedback; allowed: 'nf4', 'int8'"):
-        ops.split(WEIGHT, 4, form="explicit", error_feedback=True, second_moment=MOMENT)
+        one_weight.split(WEIGHT, 4, form="explicit", error_feedback=True, second_moment=MOMENT)
     with pytest.raises(ValueError, match="weight: got 319 columns; needed by error feedback in nf4: a multiple of 2"):
-        ops.quantize(WEIGHT[:, 1:], second_moment=MOMENT[1:, 1:])
+        one_weight.quantize_with_feedback(WEIGHT[:, 1:], MOMENT[1:, 1:])
     with pytest.raises(ValueError, match=r"second_moment of weight: got \[319, 319\] in torch.float32; needed"):
-        ops.quantize(WEIGHT, second_moment=MOMENT[1:, 1:])
+        one_weight.quantize_with_feedback(WEIGHT, MOMENT[1:, 1:])
     with pytest.raises(ValueError, match=r"total: got \[320, 319\]; needed: \[in, in\] = \[320, 320\]"):
         ops.add_second_moment(torch.zeros(IN, IN - 1), X)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import devices
+import one_weight
 import pissa
 from devices import fetch, put
 from language_models import FORMS, Make, error, logits, train
@@ -173,14 +174,14 @@ def test_work_is_ordered_by_the_current_stream(tokens: int) -> None:
 
 def test_a_decomposition_on_a_stream_of_its_own() -> None:
     weight = put(power_law(256, 384, 0.5))
-    expected = ops.split(weight.float(), 8, form="nf4")
+    expected = one_weight.split(weight.float(), 8, form="nf4")
     late = torch.zeros_like(weight)
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(50_000_000)
         late.copy_(weight)
-        got = ops.split(late.float(), 8, form="nf4")
+        got = one_weight.split(late.float(), 8, form="nf4")
     stream.synchronize()
     for mine, other in zip((*got[:2], *got.residual[:4]), (*expected[:2], *expected.residual[:4]), strict=True):
         assert torch.equal(mine, other)

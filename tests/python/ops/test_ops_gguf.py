@@ -10,6 +10,7 @@ import torch
 from gguf.quants import dequantize
 from torch import Tensor
 
+import one_weight
 from bench.compare.gguf_blocks import random_blocks, weight_of
 from devices import fetch, put
 from pissa import ops
@@ -85,7 +86,7 @@ def test_nothing_is_written_in_it(format: str) -> None:
     with pytest.raises(ValueError, match=f"format: got '{format}'"):
         ops.quantize(put(torch.ones(8, 256)), format)
     with pytest.raises(ValueError, match="form"):
-        ops.split(put(torch.ones(8, 256)), 2, form=format)
+        one_weight.split(put(torch.ones(8, 256)), 2, form=format)
     # where Python's checks are passed by
     with pytest.raises((RuntimeError, ValueError), match=f"format: got '{format}', which is read but not written"):
         torch.ops.pissa.quantize(put(torch.ones(8, 256)), format, READ[format].usual_blocksize, None)

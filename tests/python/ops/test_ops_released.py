@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+import one_weight
 from devices import fetch, put
 from pissa import ops
 from pissa.ops._quant import e4m3_values
@@ -72,7 +73,7 @@ def test_alternations_lose_less(format: str) -> None:
     dense = put(torch.randn(96, 256))
     lost = {}
     for iters in (1, 5):
-        found = ops.split(dense, 16, form=format, quant_iters=iters)
+        found = one_weight.split(dense, 16, form=format, quant_iters=iters)
         assert found.residual.format == format
         a, b = (found.a0, found.b0)
         lost[iters] = (dense - ops.dequantize(found.residual) - b @ a).norm().item()

@@ -1,4 +1,4 @@
-"""ops.svd_lowrank, ops.split, ops.residual_many: quality, determinism, every kind of matrix, refusals."""
+"""ops.svd_lowrank, ops.split_many, ops.residual_many: quality, determinism, every kind of matrix, refusals."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import one_weight
 from devices import fetch, put
 from pissa import notices, ops
 from pissa.ops import _load
@@ -85,8 +86,8 @@ def test_fewer_passes_lose_more(svd: str) -> None:
     weight = power_law(384, 512, 0.2).float()
     two = ops.svd_lowrank(put(weight), 8, svd=svd, passes=2)[2]
     assert energy_loss(weight, two) > 10 * energy_loss(weight, ops.svd_lowrank(put(weight), 8, svd=svd)[2])
-    split = ops.split(put(weight), 8, svd=svd, passes=2, form="nf4")
-    for a0 in (split.a0, ops.split(put(weight), 8, svd=svd, passes=2).a0):
+    split = one_weight.split(put(weight), 8, svd=svd, passes=2, form="nf4")
+    for a0 in (split.a0, one_weight.split(put(weight), 8, svd=svd, passes=2).a0):
         torch.testing.assert_close(fetch(a0) / fetch(a0).norm(dim=1, keepdim=True), fetch(two).T)
 
 
@@ -140,14 +141,14 @@ def test_a_failed_self_test_warns(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_split_is_the_scaled_svd(scaling: float, svd: str) -> None:
     weight = power_law(96, 130, 0.7).float()
     u, s, v = fetch(ops.svd_lowrank(put(weight), 8, svd=svd))
-    a0, b0, residual, _ = fetch(ops.split(put(weight), 8, scaling=scaling, svd=svd))
+    a0, b0, residual, _ = fetch(one_weight.split(put(weight), 8, scaling=scaling, svd=svd))
     assert residual is None
     assert a0.is_contiguous()
     assert b0.is_contiguous()
     root = (s.double() / scaling).sqrt()
     torch.testing.assert_close(a0.double(), root[:, None] * v.double().T, rtol=4 * U32, atol=0)
     torch.testing.assert_close(b0.double(), u.double() * root, rtol=4 * U32, atol=0)
-    explicit = fetch(ops.split(put(weight), 8, scaling=scaling, svd=svd, form="explicit").residual)
+    explicit = fetch(one_weight.split(put(weight), 8, scaling=scaling, svd=svd, form="explicit").residual)
     exact = weight.double() - scaling * b0.double() @ a0.double()
     torch.testing.assert_close(explicit.double(), exact, rtol=0, atol=32 * U32 * float(weight.abs().max()))
 
@@ -162,7 +163,7 @@ def test_quantised_residual_in_one_pass_is_the_quantised_residual(
     weight = put(torch.randn(shape))
     r = min(5, *shape)
     options = {"blocksize": blocksize, "double_quant": double_quant}
-    split = ops.split(weight, r, form=form, **options)
+    split = one_weight.split(weight, r, form=form, **options)
     assert split.taken is None
     factors = [weight], [split.a0], [split.b0], [1.0]
     [explicit] = ops.residual_many(*factors)
@@ -178,7 +179,7 @@ def test_quantised_residual_in_one_pass_is_the_quantised_residual(
 def test_split_takes_the_nuclear_norm_of_the_quantisation_error_down(form: str) -> None:
     """Eq. 8 of the paper: where the spectrum decays, quantising the residual costs less than quantising the weight."""
     weight = put(power_law(256, 256, 0.7).float())
-    split = ops.split(weight, 32, form=form)
+    split = one_weight.split(weight, 32, form=form)
     qpissa = weight - ops.dequantize(split.residual) - split.b0 @ split.a0
     qlora = weight - ops.dequantize(ops.quantize(weight, form))
     assert torch.linalg.svdvals(qpissa).sum() < 0.9 * torch.linalg.svdvals(qlora).sum()
@@ -245,7 +246,7 @@ def test_a_weight_among_many_that_is_not_finite_is_named(threads: int) -> None:
 # ---- Refusals --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("function", [ops.svd_lowrank, ops.split])
+@pytest.mark.parametrize("function", [ops.svd_lowrank, one_weight.split])
 @pytest.mark.parametrize(
     ("change", "error"),
     [
@@ -292,7 +293,7 @@ def test_bad_arguments_are_refused_by_name(function: object, change: dict[str, o
 )
 def test_bad_split_options_are_refused_by_name(change: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=rf"^{next(iter(change))}\b"):
-        ops.split(put(torch.ones(8, 6)), 2, **change)
+        one_weight.split(put(torch.ones(8, 6)), 2, **change)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

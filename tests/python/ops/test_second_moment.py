@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import one_weight
 from pissa import ops
 
 OUT, IN, TOKENS = 192, 256, 600
@@ -60,7 +61,7 @@ def lost(weight: Tensor, product: Tensor, moment: Tensor) -> float:
 def test_outputs_lose_no_more_than_they_must(inputs: str, kind: str, r: int) -> None:
     weight, moment = WEIGHTS[kind], moment_of(INPUTS[inputs])
     # Nearly equal singular values are the hardest: four passes more.
-    part = ops.split(weight, r, scaling=2.0, second_moment=moment, passes=14 if kind == "identity" else "auto")
+    part = one_weight.split(weight, r, scaling=2.0, second_moment=moment, passes=14 if kind == "identity" else "auto")
     values = torch.linalg.eigvalsh(weight.double() @ moment.double() @ weight.double().mT).clamp_min(0)
     # Beside the optimum, what products in float32 round off: eps of the largest part of the outputs.
     noise = 4 * torch.finfo(torch.float32).eps * float(values.sum())
@@ -70,7 +71,7 @@ def test_outputs_lose_no_more_than_they_must(inputs: str, kind: str, r: int) -> 
 def test_the_moment_of_noise_is_no_weight() -> None:
     """With R = I the factors are those of the split without, up to what both lose."""
     weight = WEIGHTS["power"]
-    plain, weighted = ops.split(weight, 16), ops.split(weight, 16, second_moment=5 * torch.eye(IN))
+    plain, weighted = one_weight.split(weight, 16), one_weight.split(weight, 16, second_moment=5 * torch.eye(IN))
     difference = (plain.b0 @ plain.a0 - weighted.b0 @ weighted.a0).norm()
     assert difference <= 1e-4 * weight.norm()
     gram = weighted.a0 @ weighted.a0.mT, weighted.b0.mT @ weighted.b0  # balanced: both are S
@@ -88,7 +89,7 @@ def test_the_same_bits_for_any_number_of_threads_and_among_others() -> None:
             found.append(ops.split_many(weights, [8, 16], [1.0, 0.5], second_moments=moments))
             found.append(
                 [
-                    ops.split(weight, r, scaling=s, second_moment=moment)
+                    one_weight.split(weight, r, scaling=s, second_moment=moment)
                     for weight, r, s, moment in zip(weights, (8, 16), (1.0, 0.5), moments, strict=True)
                 ]
             )
@@ -107,7 +108,7 @@ def test_alternations_are_compared_by_the_outputs(form: str, quantise_first: boo
     weight, moment = WEIGHTS["flat"], moment_of(INPUTS["biased"])
 
     def error(t: int, second_moment: Tensor | None) -> float:
-        found = ops.split(
+        found = one_weight.split(
             weight, 16, form=form, quant_iters=t, quantise_first=quantise_first, second_moment=second_moment
         )
         assert isinstance(found.residual, ops.QuantizedWeight)
@@ -131,6 +132,6 @@ def test_alternations_are_compared_by_the_outputs(form: str, quantise_first: boo
 )
 def test_another_moment_is_refused(moment: object, error: str) -> None:
     with pytest.raises(ValueError, match=error):
-        ops.split(WEIGHTS["flat"], 4, second_moment=moment)  # type: ignore[arg-type]
+        one_weight.split(WEIGHTS["flat"], 4, second_moment=moment)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"second_moments: got 1; needed: one for each of the 2 weights"):
         ops.split_many([WEIGHTS["flat"]] * 2, [4, 4], [1.0, 1.0], second_moments=[torch.eye(IN)])

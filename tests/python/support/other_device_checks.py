@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import one_weight
 import other_device
 from pissa import ops
 from pissa.notices import CompositeWarning
@@ -50,7 +51,7 @@ def a_layer_says_once_what_computes_it() -> None:
 
 def a_start_has_the_bits_of_the_cpu() -> None:
     dense = torch.randn(40, 64, generator=torch.Generator().manual_seed(1))
-    here, there = (ops.split(on(device, dense), 4, form="nf4") for device in DEVICES)
+    here, there = (one_weight.split(on(device, dense), 4, form="nf4") for device in DEVICES)
     assert isinstance(here.residual, ops.QuantizedWeight)
     assert isinstance(there.residual, ops.QuantizedWeight)
     parts = zip((here.a0, here.b0, *here.residual[:4]), (there.a0, there.b0, *there.residual[:4]), strict=True)
