@@ -75,66 +75,78 @@ class Training(NamedTuple):
         with contextlib.redirect_stdout(screen), contextlib.ExitStack() as until_the_end:
             _check_device(training)
             config, source = _complete_options(ours, training)
-            checkpoint = _checkpoint(ours, training)
+            run = _Run(args.command, ours, training, config, source, _checkpoint(ours, training))
             if not ours.resume:
                 until_the_end.enter_context(taken_folder(ours, training))
-            contents = source.contents
-            code = {"revision": ours.model_revision, "trust_remote_code": training.trust_remote_code}
-            is_gguf = contents is Contents.GGUF
-            processor = source.tokenizer(**code) if is_gguf else _load(ours, partial(_processor, source), **code)
-            tokenizer = getattr(processor, "tokenizer", processor)
-            train, held_out = _data(ours, training, self.rows, tokenizer)
-            digests = digests_of(train, held_out)
-            if ours.resume:
-                check_same_data(Path(training.output_dir), digests)
-            model = _model(ours, training, config, contents, train, tokenizer, **code)
-            if training.gradient_checkpointing is None:
-                training.gradient_checkpointing = needs_checkpointing(training, model, train)
-                training.activation_checkpointing = training.gradient_checkpointing  # its name in later versions
-            datasets.disable_progress_bars()
+            data = _read_data(run, self.rows)
+            model = _model(run, data)
             watch = Watch()
-            names = {"train_dataset": train, "eval_dataset": held_out, "processing_class": processor}
-            recorded = training.model_init_kwargs
-            training.model_init_kwargs = None  # TRL would report that it ignores them
-            with user_errors(ValueError, KeyError):  # options that contradict each other or do not fit the data
-                made = getattr(trl, f"{self.trainer}Trainer")
-                trainer: Any = made(model, args=training, callbacks=[watch], **names)
-            training.model_init_kwargs = recorded
-            check_tokens(model, tokenizer, _tokens(tokenizer, trainer.train_dataset, trainer.eval_dataset))
-            base = model.peft_config["default"].base_model_name_or_path or ours.model_name_or_path
-            trainer.create_model_card = partial(_card, training, base, method_name(ours, config), args.command)
-            save_safely(trainer, f"pissa {args.command}")
-            if "ref" in model.peft_config:  # TRL's copy of the adapter, which computes what the base does
-                model.delete_adapter("ref")
-            if not training.disable_tqdm:
-                trainer.remove_callback(ProgressCallback)
-                trainer.add_callback(LossBar)
-            result = {"out": training.output_dir, "trainable_parameters": model.get_nb_trainable_parameters()[0]}
-            result["check"] = _check(trainer)
-            if passed := result["check"]["passed"]:
-                loss = own_loss if self is FINETUNE else partial(_trainers_loss, trainer)
-                if training.learning_rate == AUTO:
-                    with user_errors(ValueError, before=f"--lr {AUTO}: "):
-                        suggestion = pissa.suggest_lr(trainer.model, _batches(trainer, 30), loss=loss)
-                    training.learning_rate = suggestion.rate
-                    print_row("rate", suggestion.text)
-                if trainer.is_world_process_zero() and not ours.resume:
-                    record(Path(training.output_dir), digests, ours, training)
-                began = time.perf_counter()
-                before = answer(trainer, tokenizer)
-                result["plan"] = _plan(trainer, ours, checkpoint, loss, time.perf_counter() - began)
-                _train(trainer, ours, watch, checkpoint, f"pissa {args.command}")
-                show_answers(trainer, tokenizer, before)
-                result |= report(trainer, ours, config, contents)
+            trainer = _trainer(self.trainer, run, data, model, watch)
+            loss = own_loss if self is FINETUNE else partial(_trainers_loss, trainer)
+            result = _check_and_train(run, data, trainer, watch, loss)
             # DDP's reducer must be freed before its process group. If the reducer is the last to hold the group, it
             # holds Python's lock and waits for a gloo thread that waits for the same lock (torch 2.13).
             accelerator = trainer.accelerator
-            del trainer
+            del trainer, loss
             accelerator.free_memory()
             accelerator.end_training()
         if ours.json and not training.process_index:
             print(json.dumps(result, indent=2))
-        return 0 if passed else 1
+        return 0 if result["check"]["passed"] else 1
+
+
+class _Run(NamedTuple):
+    """A training whose options are complete."""
+
+    command: str
+    ours: Any
+    """Our options."""
+    training: Any
+    """Those of TRL's trainer."""
+    config: pissa.PissaConfig
+    source: ModelFolder
+    """The model that is trained."""
+    checkpoint: Path | None
+    """The checkpoint from which the training goes on, if any."""
+
+    @property
+    def code(self) -> dict[str, Any]:
+        """Which revision of the model is loaded, and whether the code that comes with it may run."""
+        return {"revision": self.ours.model_revision, "trust_remote_code": self.training.trust_remote_code}
+
+
+class _Data(NamedTuple):
+    """What is trained on, in TRL's form, and what has encoded it."""
+
+    processor: Any
+    tokenizer: Any
+    train: Any
+    held_out: Any
+    digests: dict[str, str]
+
+
+def _check_and_train(
+    run: _Run, data: _Data, trainer: Any, watch: Watch, loss: Callable[..., torch.Tensor]
+) -> dict[str, Any]:
+    """Checks that the untrained adapter changes nothing. If so, plans, trains and saves. Returns the report."""
+    ours, training = run.ours, run.training
+    result = {"out": training.output_dir, "trainable_parameters": trainer.model.get_nb_trainable_parameters()[0]}
+    result["check"] = _check(trainer)
+    if not result["check"]["passed"]:
+        return result
+    if training.learning_rate == AUTO:
+        with user_errors(ValueError, before=f"--lr {AUTO}: "):
+            suggestion = pissa.suggest_lr(trainer.model, _batches(trainer, 30), loss=loss)
+        training.learning_rate = suggestion.rate
+        print_row("rate", suggestion.text)
+    if trainer.is_world_process_zero() and not ours.resume:
+        record(Path(training.output_dir), data.digests, ours, training)
+    began = time.perf_counter()
+    before = answer(trainer, data.tokenizer)
+    result["plan"] = _plan(trainer, ours, run.checkpoint, loss, time.perf_counter() - began)
+    _train(trainer, ours, watch, run.checkpoint, f"pissa {run.command}")
+    show_answers(trainer, data.tokenizer, before)
+    return result | report(trainer, ours, run.config, run.source.contents)
 
 
 # ---- Before ----------------------------------------------------------------------------------------------------------
@@ -191,7 +203,21 @@ def _own_dtype(folder: ModelFolder) -> str:
 _ONLY_TRL = {"image", "images", "tools", "input_ids"}
 
 
-def _data(ours: Any, training: Any, rows: Callable[..., Any], tokenizer: Any) -> tuple[Any, Any]:
+def _read_data(run: _Run, rows: Callable[..., Any]) -> _Data:
+    """Reads the data, for the model's tokenizer. A run that goes on must have the same as before."""
+    is_gguf = run.source.contents is Contents.GGUF
+    processor = (
+        run.source.tokenizer(**run.code) if is_gguf else _load(run.ours, partial(_processor, run.source), **run.code)
+    )
+    tokenizer = getattr(processor, "tokenizer", processor)
+    train, held_out = _examples(run.ours, run.training, rows, tokenizer)
+    digests = digests_of(train, held_out)
+    if run.ours.resume:
+        check_same_data(Path(run.training.output_dir), digests)
+    return _Data(processor, tokenizer, train, held_out, digests)
+
+
+def _examples(ours: Any, training: Any, rows: Callable[..., Any], tokenizer: Any) -> tuple[Any, Any]:
     """The training data and the held-out data, in TRL's form."""
 
     def source(label: str, name: str, split: str) -> Any:
@@ -268,28 +294,21 @@ def _load(ours: Any, load: Callable[..., Any], **options: Any) -> Any:
             raise UserError(f"--model {name}: {first_line(error).partition('. ')[0]}; install it") from error
 
 
-def _model(
-    ours: Any,
-    training: Any,
-    config: pissa.PissaConfig,
-    contents: Contents,
-    train: Any,
-    tokenizer: Any,
-    **options: Any,
-) -> Any:
+def _model(run: _Run, data: _Data) -> Any:
     """The wrapped model, calibrated on the first examples of the training data if its base asks for a calibration."""
+    _, ours, training, config, source, _ = run
     name, dtype = ours.model_name_or_path, getattr(torch, ours.dtype, None)
     load = partial(pissa.load, revision=ours.model_revision, dtype=dtype, device=training.device)
     if ours.config_from:
         load = partial(load, config_from=ours.config_from)
-    if contents is Contents.RESIDUAL:
+    if source.contents is Contents.RESIDUAL:
         model = _load(ours, load)
-    elif contents in AS_STORED:  # which transformers would expand
+    elif source.contents in AS_STORED:  # which transformers would expand
         if config.needs_calibration:
             raise UserError(f"--model {name}: its codes stay as they are, with nothing to calibrate; leave --quant out")
         model = _load(ours, load, config=config)
     else:
-        options |= {"dtype": ours.dtype, "attn_implementation": ours.attn_implementation}
+        options = {**run.code, "dtype": ours.dtype, "attn_implementation": ours.attn_implementation}
         if training.world_size > 1:  # a single process spreads the model over its GPUs
             os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # each process decomposes weights that it holds
             sharded = training.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true"
@@ -299,26 +318,51 @@ def _model(
         model = _load(ours, create_model_from_path, **options)
         # Raised for a rank above a layer's size or a NaN in a weight. The message names the layer.
         with user_errors(TypeError, ValueError, before=f"--model {name}: "):
-            batches = _calibration(model, tokenizer, train, ours.calibration) if config.needs_calibration else None
+            batches = _calibration(model, data, ours.calibration) if config.needs_calibration else None
             model = pissa.wrap(model, config, calibration=batches, progressbar=not training.process_index)
     trainable, total = model.get_nb_trainable_parameters()
     cores = count_of(torch.get_num_threads(), "thread") if training.device.type == "cpu" else str(training.device)
     print_row("model", f"{name}, {(total - trainable) / 1e6:,.1f} M parameters, {ours.dtype}, {cores}")
     share = f"{trainable:,} trainable parameters ({trainable / total:.2%})"
     print_row("method", f"{method_name(ours, config)}, rank {ours.r}: {share}")
+    if training.gradient_checkpointing is None:
+        training.gradient_checkpointing = needs_checkpointing(training, model, data.train)
+        training.activation_checkpointing = training.gradient_checkpointing  # its name in later versions
     return model
 
 
-def _calibration(model: Any, tokenizer: Any, train: Any, count: int) -> list[torch.Tensor]:
+def _calibration(model: Any, data: _Data, count: int) -> list[torch.Tensor]:
     """The first rows of the training data, as tokens."""
-    rows = list(itertools.islice(iter(train), count))
+    rows = list(itertools.islice(iter(data.train), count))
     if not rows or "input_ids" not in rows[0]:
         raise UserError(
             f"--calibration {count}: needed is --data of records to finetune on, of which at least one "
             "is read; leave --repair activations and --error-feedback out, or calibrate with pissa init --calibration"
         )
-    check_tokens(model, tokenizer, (token for row in rows for token in row["input_ids"]))
+    check_tokens(model, data.tokenizer, (token for row in rows for token in row["input_ids"]))
     return [torch.tensor([row["input_ids"]]) for row in rows]
+
+
+def _trainer(kind: str, run: _Run, data: _Data, model: Any, watch: Watch) -> Any:
+    """TRL's trainer of that kind, with our card, our way to save, and our bar."""
+    datasets.disable_progress_bars()
+    training = run.training
+    names = {"train_dataset": data.train, "eval_dataset": data.held_out, "processing_class": data.processor}
+    recorded = training.model_init_kwargs
+    training.model_init_kwargs = None  # TRL would report that it ignores them
+    with user_errors(ValueError, KeyError):  # options that contradict each other or do not fit the data
+        trainer: Any = getattr(trl, f"{kind}Trainer")(model, args=training, callbacks=[watch], **names)
+    training.model_init_kwargs = recorded
+    check_tokens(model, data.tokenizer, _tokens(data.tokenizer, trainer.train_dataset, trainer.eval_dataset))
+    base = model.peft_config["default"].base_model_name_or_path or run.ours.model_name_or_path
+    trainer.create_model_card = partial(_card, training, base, method_name(run.ours, run.config), run.command)
+    save_safely(trainer, f"pissa {run.command}")
+    if "ref" in model.peft_config:  # TRL's copy of the adapter, which computes what the base does
+        model.delete_adapter("ref")
+    if not training.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(LossBar)
+    return trainer
 
 
 _TOKENS = ("input_ids", "prompt_ids", "chosen_ids", "rejected_ids")
