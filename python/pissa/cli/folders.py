@@ -44,12 +44,25 @@ class FolderCommand(NamedTuple):
         work = self.work(args)
         is_first = os.environ.get("RANK", "0") == "0"  # one of the processes that torchrun started
         with collect_notes(prints=is_first and not args.json) as notes, user_errors(OSError, ValueError, RankError):
-            done = next(work)
+            try:
+                done = next(work)
+            except ValueError:
+                _check_no_run(getattr(args, "source", None) or args.base)
+                raise
         if is_first and args.json:
             print(json.dumps({**done, "notes": notes}, indent=2))
         elif is_first:
             next(work, None)
         return 0
+
+
+def _check_no_run(model: str | None) -> None:
+    """Says how to go on where the folder of a run or of an adapter was given as the model."""
+    from pissa.cli.past_run import check_no_run
+
+    if model is not None:
+        with user_errors(ValueError, before=f"{model}: "):
+            check_no_run(Path(model))
 
 
 _BASE = "model that the adapter was trained on: a folder, or a name on the Hugging Face Hub"

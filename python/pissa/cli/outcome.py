@@ -14,8 +14,9 @@ import pissa
 from pissa.adapters.peft_layout import inexact_lora
 from pissa.cli.data import IGNORED
 from pissa.cli.generation import generate
+from pissa.cli.past_run import RUN_FILE
 from pissa.cli.progress import tokens_per_second
-from pissa.cli.run_folder import DATA_FILE, RUN_FILE
+from pissa.cli.run_folder import DATA_FILE
 from pissa.cli.templates import end_of_answer
 from pissa.cli.terminal import as_rows, as_size, format_table, print_row
 from pissa.containers.checkpoint import Contents

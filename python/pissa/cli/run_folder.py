@@ -1,11 +1,9 @@
-"""The folder of a run: taken by one run alone, with its options, a digest of its data, and its checkpoints."""
+"""The folder of a run: taken by one run alone, with its options and a digest of its data."""
 
 from __future__ import annotations
 
 import json
 import os
-import re
-import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import fields
@@ -15,15 +13,14 @@ from typing import Any
 import yaml
 from datasets import Dataset
 
-from pissa.adapters.lora_folder import has_adapter, open_adapter
 from pissa.base.digest import xxh3_of_text
 from pissa.cli.options import AUTO, METHOD, flag
+from pissa.cli.past_run import RUN_FILE
 from pissa.cli.terminal import UserError, user_errors
-from pissa.containers.messages import file_errors, quote, read_object
+from pissa.containers.messages import file_errors, read_object
 from pissa.containers.staged import check_unused, staged
 from pissa.distributed import RankError, agree, failing_together
 
-RUN_FILE = "run.yaml"
 DATA_FILE = "data.json"
 
 # Prefixes of the options in which a resumed run may differ: where it writes, what it reports, when it evaluates.
@@ -130,27 +127,6 @@ def check_names(**names: str | None) -> None:
             ) from error
 
 
-def check_no_run(folder: Path) -> None:
-    """Raises ValueError, saying how to go on, if it is the folder of a run or of an adapter that stands in the place of
-    a model's."""
-    run = folder / RUN_FILE
-    if not (run.is_file() or has_adapter(folder)):
-        return
-    what, ways = "an adapter", []
-    if run.is_file():
-        trains = "dpo" if "\nbeta:" in run.read_text(errors="replace") else "finetune"  # which has no such option
-        what, ways = "a run", [f"to continue it: `{resume_command(f'pissa {trains}', folder)}`"]
-    if adapter := folder if has_adapter(folder) else last_checkpoint(folder):
-        words = ["pissa", "merge", str(adapter), "NEW_FOLDER", "--base", open_adapter(adapter).named_base or "BASE"]
-        ways.append(f"to train on from what it has learned: `{shlex.join(words)}`, then --model NEW_FOLDER")
-    raise ValueError(f"it is the folder of {what}, not of a model; {'; '.join(ways)} [P128]")
-
-
-def resume_command(command: str, out: Path) -> str:
-    """What to type, so that a run of `command`, such as "pissa finetune", goes on."""
-    return f"{command} --config {shlex.quote(str(out / RUN_FILE))} --resume"
-
-
 # ---- What a run is ---------------------------------------------------------------------------------------------------
 
 
@@ -215,30 +191,3 @@ def _as_dict(*options: Any) -> dict[str, Any]:
     values = {f.name: getattr(part, f.name) for part in options for f in fields(part) if f.init}
     plain: dict[str, Any] = json.loads(json.dumps(values, default=vars))
     return {name: value for name, value in plain.items() if name not in ("hub_token", "use_cpu")}
-
-
-# ---- Its checkpoints -------------------------------------------------------------------------------------------------
-
-
-def last_checkpoint(out: Path) -> Path | None:
-    """The last complete checkpoint. The Trainer writes trainer_state.json last, so only a complete one contains it.
-
-    Raises:
-        UserError: a folder is named almost like a checkpoint. The Trainer would count it as one, and delete it.
-    """
-    numbers = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in out.glob("checkpoint-*")}
-    if others := sorted(path.name for path, number in numbers.items() if not number):
-        raise UserError(
-            f"--resume: {out} contains {quote(others[0])}, which would be deleted as an old checkpoint; give it a name "
-            "that does not begin with checkpoint-, or move it elsewhere [P099]"
-        )
-    complete = {int(number[1]): path for path, number in numbers.items() if number and _is_complete(path)}
-    return complete[max(complete)] if complete else None
-
-
-def _is_complete(checkpoint: Path) -> bool:
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_bytes())
-    except (FileNotFoundError, ValueError):  # it is cut where the disk was full
-        return False
-    return True

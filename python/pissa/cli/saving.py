@@ -14,8 +14,8 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers.trainer import TRAINING_ARGS_NAME
 
+from pissa.cli.past_run import last_checkpoint, resume_command
 from pissa.cli.progress import LossBar
-from pissa.cli.run_folder import last_checkpoint, resume_command
 from pissa.cli.terminal import UserError, as_size
 from pissa.containers.messages import first_line
 

@@ -35,17 +35,15 @@ from pissa.cli.generation import check_tokens
 from pissa.cli.memory import free_memory
 from pissa.cli.options import AUTO, adapter_config, parse, rate_of
 from pissa.cli.outcome import answer, method_name, report, show_answers
+from pissa.cli.past_run import check_no_run, last_checkpoint, resume_command
 from pissa.cli.plan import collate, make_plan, needs_checkpointing
 from pissa.cli.progress import CompleteError, LossBar, Watch
 from pissa.cli.run_folder import (
     check_names,
-    check_no_run,
     check_same_data,
     check_same_run,
     digests_of,
-    last_checkpoint,
     record,
-    resume_command,
     taken_folder,
 )
 from pissa.cli.saving import errors_of_saving, save_safely

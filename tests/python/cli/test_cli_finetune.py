@@ -359,7 +359,14 @@ def test_a_run_in_place_of_a_model_is_refused_with_the_commands_to_go_on(
 
     (folder / "adapter_config.json").unlink()  # as before the end of a run
     message = refused(command(folder, data, tmp_path / "other"), capsys)
-    assert f"`pissa merge '{folder}/checkpoint-4' NEW_FOLDER --base {base}`, then --model NEW_FOLDER" in message
+    assert (
+        f"`pissa merge '{folder}/checkpoint-4' NEW_FOLDER --base {base}`, then give NEW_FOLDER as the model" in message
+    )
+    for other in (
+        ["init", str(folder), "other"],
+        ["export", str(folder), "other", "--to", "vllm", "--base", str(folder)],
+    ):
+        assert f"{folder}: it is the folder of a run, not of a model; to continue it: `" in refused(other, capsys)
     message = refused(command(folder / "checkpoint-4", data, tmp_path / "other"), capsys)
     assert "it is the folder of an adapter, not of a model; to train on from what it has learned: `pissa" in message
     assert not (tmp_path / "other").exists()

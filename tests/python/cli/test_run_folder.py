@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from pissa.cli import main, run_folder
-from pissa.cli.run_folder import digests_of, last_checkpoint, taken_folder
+from pissa.cli.past_run import last_checkpoint
+from pissa.cli.run_folder import digests_of, taken_folder
 from pissa.cli.terminal import UserError
 from runs import command, refused, same_weights, save_sums
 
