@@ -39,6 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-tokens", type=positive_int, default=512, metavar="N", help="longest answer, in tokens")
     sampling = "0: always the likeliest token; above 0: sampled (default: as in the model's generation_config.json)"
     add("--temperature", type=_temperature, metavar="T", help=sampling)
+    code = "run the code that comes with the model or its tokenizer, also where the training was given this option"
+    add("--trust-remote-code", action="store_true", help=code)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -110,8 +112,9 @@ def _load(args: argparse.Namespace) -> tuple[Any, Any]:
     with user_errors(OSError, ValueError, KeyError, TypeError, RuntimeError, before=f"{args.source}: "):
         if lora is None:
             opened.require(*(contents for contents in Contents if contents is not Contents.PEFT_RESIDUAL))
-        model = load_trained(base, opened, lora, args.config_from)
-        tokenizer = opened.tokenizer(None if lora is None else args.source)
+        trusted = {"trust_remote_code": args.trust_remote_code}
+        model = load_trained(base, opened, lora, args.config_from, **trusted)
+        tokenizer = opened.tokenizer(None if lora is None else args.source, **trusted)
     print_row("model", f"{base}, {model.dtype}".replace("torch.", "") + (f", with {args.source}" if lora else ""))
     return model, tokenizer
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
 from pissa.adapters.lora_folder import LoraFolder
 from pissa.checkpoints.load import load
 from pissa.cli.terminal import UserError
 from pissa.containers.checkpoint import AS_STORED, Contents, ModelFolder
 from pissa.containers.hub import Name
+from pissa.containers.messages import CodeError
 from pissa.containers.model_folder import class_of
+from pissa.model.pissa_model import PissaModel
 
 
 def check_has_base(option: str, lora: LoraFolder, base: ModelFolder) -> None:
@@ -23,8 +26,29 @@ def check_has_base(option: str, lora: LoraFolder, base: ModelFolder) -> None:
         )
 
 
-def load_trained(base: Name, opened: ModelFolder, lora: LoraFolder | None, config_from: Name | None = None) -> Any:
-    """The model called `base`, which has been opened, with an adapter on it or alone; to be asked, not trained."""
+def _is_code(opened: ModelFolder) -> bool:
+    try:
+        opened.check_no_code()
+    except CodeError:
+        return True
+    return False
+
+
+def load_trained(
+    base: Name,
+    opened: ModelFolder,
+    lora: LoraFolder | None,
+    config_from: Name | None = None,
+    *,
+    trust_remote_code: bool = False,
+) -> Any:
+    """The model called `base`, which has been opened, with an adapter on it or alone; to be asked, not trained. Code
+    that comes with the model is only run if it is trusted."""
+    if trust_remote_code and _is_code(opened):
+        own: Any = AutoModelForCausalLM.from_pretrained(base, dtype="auto", trust_remote_code=True)
+        if lora is None:
+            return own
+        return (PeftModel if lora.ours is None else PissaModel).from_pretrained(own, lora.path)
     if lora is not None and lora.ours is not None:
         return load(base, adapter=lora.path, is_trainable=False, config_from=config_from)
     if opened.contents in AS_STORED:  # which transformers would expand

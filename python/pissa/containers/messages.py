@@ -36,7 +36,7 @@ class CodeError(ValueError):
     def __init__(self, name: object, file: str, names: object) -> None:
         super().__init__(
             f"{name} needs code that comes with it ({quote(names)} in {file}), which is not run; read it first: "
-            "`pissa finetune` and `pissa dpo` run it with --trust-remote-code, and in Python, transformers loads the "
+            "`pissa finetune`, `dpo` and `chat` run it with --trust-remote-code, and in Python, transformers loads the "
             "model with trust_remote_code=True, for pissa.wrap [P126]"
         )
 

@@ -167,6 +167,10 @@ def test_code_is_run_if_it_is_trusted(
     arguments = COMMANDS[name](folders, model, tmp_path / "out")
     assert main([*arguments, "--trust-remote-code"]) == 0
     assert folders.has_run()
+    assert main(["chat", str(tmp_path / "out"), *_CHAT]) == 2  # what the run was given is not given to this command
+    assert not folders.has_run()
+    for folder in (tmp_path / "out", model):
+        assert main(["chat", str(folder), *_CHAT, "--trust-remote-code"]) == 0
 
 
 @pytest.mark.parametrize("kind", ["config", "model"])
