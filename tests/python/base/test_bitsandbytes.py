@@ -24,8 +24,6 @@ from one_layer import (
     assert_comes_back,
     assert_function_and_gradients,
     assert_merges,
-    assert_output,
-    filled,
     unit_error,
     wrap,
 )
@@ -194,16 +192,6 @@ def test_copies_and_moves_take_the_bytes_along() -> None:
     assert torch.equal(decoded(back), decoded(model.unload().proj))
 
 
-def test_a_saved_adapter_comes_back_and_plain_peft_computes_it(tmp_path: Path) -> None:
-    layer, x = linear4bit(), inputs(3)
-    base, bias = decoded(layer), fetch(layer.bias.detach()).double()
-    model = wrap(layer, r=R, lora_alpha=3)
-    plain = assert_comes_back(model, linear4bit, x, tmp_path)
-    assert_output(plain.train()(x), adapted(model), x, base, bias, F.linear, IN, "plain PEFT")
-    with pytest.raises(ValueError, match=r"not the base that .* proj: its weight has other values"):
-        pissa.PissaModel.from_pretrained(OneLayer(filled(linear4bit(nested=False), seed=2)), tmp_path)
-
-
 # ---- 4 bits, stored anew ---------------------------------------------------------------------------------------------
 
 
@@ -228,19 +216,23 @@ def test_quant_decodes_splits_and_quantises_again_with_one_warning(nested: bool,
         assert torch.equal(base.start.a0, split.a0)
 
 
-def test_an_explicit_residual_of_quantised_layers_warns_as_well() -> None:
-    with pytest.warns(notices.RequantizedWarning, match=r"1 of 1 layers .* stored as explicit, which rounds"):
-        model = wrap(linear4bit(), r=R, residual="explicit")
-    assert isinstance(adapted(model).base_layer, ResidualLinear)
-
-
-def test_what_was_quantised_again_comes_back(tmp_path: Path) -> None:
-    with pytest.warns(notices.RequantizedWarning, match="1 of 1 layers are quantised already"):
-        model = wrap(linear4bit(), r=R, quant="nf4")
-    with pytest.warns(notices.InexactLoraWarning, match="stored as nf4"):
-        assert_comes_back(model, linear4bit, inputs(3), tmp_path)
-    unloaded = model.unload().proj
-    assert type(unloaded) is nn.Linear
+@pytest.mark.parametrize(
+    ("make", "fields", "base"),
+    [
+        (linear4bit, {"residual": "explicit"}, ResidualLinear),
+        (linear4bit, {"quant": "nf4"}, QuantizedLinear),
+        (linear8bit, {"quant": "nf4"}, QuantizedLinear),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning")
+def test_what_was_stored_anew_says_so_and_comes_back(
+    make: Any, fields: dict[str, Any], base: Any, tmp_path: Path
+) -> None:
+    with pytest.warns(notices.RequantizedWarning, match=r"1 of 1 layers .*, proj the first\. .* stored as"):
+        model = wrap(make(), r=R, **fields)
+    assert isinstance(adapted(model).base_layer, base)
+    assert_comes_back(model, make, inputs(3), tmp_path)
+    assert type(model.unload().proj) is nn.Linear
 
 
 # ---- What is refused -------------------------------------------------------------------------------------------------
@@ -354,13 +346,6 @@ def test_8_bits_change_and_gradients() -> None:
     merged = model.merge_and_unload().proj
     assert type(merged) is nn.Linear
     assert_close(merged.weight.detach(), weight + delta, 8 * EPS[torch.float32] * weight.abs().max(), "merged")
-
-
-def test_8_bits_stored_anew_in_4_and_back_from_files(tmp_path: Path) -> None:
-    with pytest.warns(notices.RequantizedWarning, match=r"1 of 1 layers are quantised already, proj the first\."):
-        model = wrap(linear8bit(), r=R, quant="nf4")
-    assert isinstance(adapted(model).base_layer, QuantizedLinear)
-    assert_comes_back(wrap(linear8bit(), r=R), linear8bit, inputs(3), tmp_path)
 
 
 # ---- A whole model ---------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from language_models import train
 from pissa.cli import main
 from pissa.cli.cores import Cores
 from released_folders import release
-from runs import command, refused
+from runs import Terminal, command, refused
 from tiny_model import save_tiny_model, tiny_tokenizer
 
 LONG = {"max_position_embeddings": 4096}
@@ -187,13 +187,6 @@ def generations(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, dic
     with monkeypatch.context() as patch:
         patch.setattr(LlamaForCausalLM, "generate", generate)
         yield given
-
-
-class Terminal(io.StringIO):
-    """Lines that someone types."""
-
-    def isatty(self) -> bool:
-        return True
 
 
 def test_a_conversation_is_remembered_until_it_begins_anew(

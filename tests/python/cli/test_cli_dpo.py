@@ -72,17 +72,6 @@ def test_an_interrupted_run_of_every_option_goes_on_bit_for_bit(base: Path, data
     assert exact(cut) == exact(whole)
 
 
-def test_bad_preferences_are_refused(
-    base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    bad = tmp_path / "bad.jsonl"
-    bad.write_text(data.read_text() + '{"prompt": "q", "chosen": "a"}\n')
-    assert main(command(base, bad, tmp_path / "run")) == 2
-    message = capsys.readouterr().err.strip().splitlines()[-1]
-    assert message.startswith(f"pissa dpo: {bad}:17: found the columns 'prompt', 'chosen'; allowed: ")
-    assert not (tmp_path / "run").exists()
-
-
 def test_a_tokenizer_without_a_template_has_the_alpaca_prompt(base: Path, data: Path) -> None:
     from transformers import AutoTokenizer
 

@@ -13,7 +13,7 @@ import torch
 
 import runs
 from pissa.cli import main
-from runs import logged
+from runs import logged, refused
 from tiny_vision_models import COLOURS, save_gemma3, save_images
 
 ANSWERS = {"finetune": {"completion": COLOURS}, "dpo": {"chosen": COLOURS, "rejected": COLOURS[::-1]}}
@@ -136,11 +136,6 @@ def test_preferences_have_images(base: Path, tmp_path: Path) -> None:
 
 
 # ---- Refusals ----
-
-
-def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    assert main(arguments) == 2
-    return capsys.readouterr().err.strip().splitlines()[-1]
 
 
 @pytest.mark.parametrize("name", ANSWERS)

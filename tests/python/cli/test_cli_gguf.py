@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 import gguf_fixtures
@@ -43,16 +42,6 @@ def test_chat_answers(of: str, ran: Path, file: Path, capsys: pytest.CaptureFixt
     source = {"run": ran, "file": file}[of]
     assert main(["chat", str(source), "--prompt", "1+1", "--max-tokens", "3"]) == 0
     assert str(file) in capsys.readouterr().err
-
-
-def test_chat_compares_with_the_file(ran: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["chat", str(ran), "--compare", "--prompt", "1+1", "--max-tokens", "3"]) == 0
-    assert "--- base" in capsys.readouterr().out
-
-
-def test_merge_writes_a_dense_model(ran: Path, file: Path, tmp_path: Path) -> None:
-    assert main(["merge", str(ran), str(tmp_path / "merged"), "--base", str(file)]) == 0
-    assert "model.layers.0.mlp.up_proj.weight" in load_file(tmp_path / "merged/model.safetensors")
 
 
 def test_another_models_configuration_and_tokenizer(

@@ -115,9 +115,3 @@ def test_nothing_is_measured_for_what_cannot_be_merged(
         merge = ["merge", str(adapter), str(tmp_path / out), "--base", str(of), "--data", str(data), *options]
         assert words in refused(merge, capsys)
     assert not (tmp_path / "out").exists()
-
-
-def test_a_refusal(base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["merge", str(adapter), "--base", str(base), "--quant", "nf5", str(tmp_path / "out")]
-    assert "quant: got 'nf5'" in refused(arguments, capsys)
-    assert not (tmp_path / "out").exists()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pissa.cli import guide, main, memory
-from runs import logged, refused
+from runs import Terminal, logged, refused
 
 
 @pytest.fixture
@@ -23,11 +23,6 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], int]:
         return main(["start"])
 
     return run
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
 
 
 def test_three_answers_make_a_training(

@@ -20,7 +20,7 @@ import pissa
 from daily import each
 from pissa.cli import main
 from pissa.containers.checkpoint import ModelFolder
-from runs import command, save_preferences
+from runs import Terminal, command, save_preferences
 
 CODE = """
 from pathlib import Path
@@ -111,11 +111,6 @@ STDINS: dict[str, Callable[[], io.StringIO | None]] = {
     "terminal": lambda: Terminal("y\n" * 9),
     "closed": lambda: None,
 }
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
 
 
 CASES = [(name, kind, stdin) for name in COMMANDS for kind in KINDS for stdin in STDINS]

@@ -164,14 +164,6 @@ def test_the_loss_sees_the_answer_and_its_end_token_by_token(chat_tokenizer: Any
     assert labels[-1] == chat_tokenizer.convert_tokens_to_ids("<|end|>")
 
 
-def test_of_a_long_chat_the_last_answer_counts(chat_tokenizer: Any) -> None:
-    chat = [{"role": "system", "content": "Be brief."}, *TURNS, {"role": "user", "content": "And 1 + 1?"}]
-    ids, labels = encoded([Chat("", [*chat, {"role": "assistant", "content": "2"}])], chat_tokenizer)
-    learned = [token for token in labels if token != IGNORED]
-    assert chat_tokenizer.decode(learned) == "2<|end|>"
-    assert "#### 5" in chat_tokenizer.decode(ids)
-
-
 def test_without_a_template_the_prompt_is_alpaca(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenizer, "chat_template", None)
     ids, labels = encoded([Chat("", TURNS)], tokenizer)
@@ -218,12 +210,6 @@ def test_a_template_that_rewrites_the_prompt_is_refused(tokenizer: Any, monkeypa
         prompt_and_answer(Chat("f:1", TURNS), tokenizer)
 
 
-def test_what_the_template_refuses_is_refused(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenizer, "chat_template", "{{ raise_exception('No system messages') }}")
-    with pytest.raises(UserError, match=r"^f:1: .*template refuses: No system messages; needed: "):
-        prompt_and_answer(Chat("f:1", TURNS), tokenizer)
-
-
 def test_long_records_lose_their_end_or_are_left_out(chat_tokenizer: Any) -> None:
     records = [Chat("", TURNS), Chat("", [{"role": "user", "content": "x"}, TURNS[1]])]
     whole, cut, left_out = encode(records, chat_tokenizer, 1000)
@@ -263,8 +249,6 @@ def test_preferences_are_two_chats(record: dict[str, Any], tmp_path: Path) -> No
     ("line", "found", "allowed"),
     [
         (GOOD, "the columns 'question', 'answer'", '"chosen" and "rejected"'),
-        ("[1]", "found [1]", "an object"),
-        ("{", "not JSON", "in JSON"),
         ('{"prompt": "q", "chosen": "a", "rejected": null}', "the assistant's content is None", "needed: a text"),
         ('{"prompt": "q", "chosen": " ", "rejected": "b"}', "the assistant's content is ' '", "not empty"),
         (
@@ -283,5 +267,3 @@ def test_a_bad_preference_is_refused_by_file_and_number(line: str, found: str, a
     assert message.startswith(f"{path}:2: ")
     assert found in message
     assert allowed in message
-    with pytest.raises(UserError, match=r"no\.jsonl: no such file"):
-        read_preferences(records(str(tmp_path / "no.jsonl")))

@@ -3,7 +3,6 @@ tensor where one is at fault; the model is as it was, nothing is half-written, a
 
 from __future__ import annotations
 
-import builtins
 import dataclasses
 import json
 import os
@@ -92,17 +91,6 @@ def test_configurations_that_transformers_cannot_read(fields: dict[str, Any], wo
     (tmp_path / "config.json").write_text(json.dumps(config | fields))
     with pytest.raises(ValueError, match=rf"^{tmp_path}/config.json cannot be read: .*{words}.* describes no model"):
         model_config(tmp_path)
-
-
-def test_code_beside_a_model_is_neither_run_nor_asked_about(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "theirs", "auto_map": {"AutoConfig": "theirs.Config"}}')
-    (tmp_path / "theirs.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'x')")
-    asked = []
-    monkeypatch.setattr(builtins, "input", lambda text="": asked.append(text) or "y")
-    with pytest.raises(ValueError, match="contains custom code"):
-        model_config(tmp_path)
-    assert asked == []
-    assert not (tmp_path / "executed").exists()
 
 
 def test_how_weights_are_quantised(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,15 +36,6 @@ def moved(model: nn.Module) -> nn.Module:
             if parameter.requires_grad:
                 parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
     return model
-
-
-def add_reference(model: Any) -> None:
-    """An adapter "ref" as TRL's DPO makes it: like "default", whose parameters it copies by name."""
-    model.add_adapter("ref", model.peft_config["default"])
-    parameters = dict(model.named_parameters())
-    for name, parameter in parameters.items():
-        if ".default." in name:
-            parameters[name.replace(".default.", ".ref.")].data.copy_(parameter.data)
 
 
 def train(model: nn.Module, tokens: Tensor, steps: int = 3) -> list[float]:

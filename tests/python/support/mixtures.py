@@ -63,8 +63,7 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
     "gpt_oss": gpt_oss,
     "llama4": llama4,
 }
-TRANSPOSED = ("gpt_oss", "llama4")
-"""Of which the experts' weights are [experts, in, out]."""
+
 ROUTED = tuple(kind for kind in KINDS if kind != "llama4")
 """Of which the experts are handed what the router has chosen, and compute no other tokens."""
 

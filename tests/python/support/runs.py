@@ -3,6 +3,7 @@ they have logged."""
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,17 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     capsys.readouterr()
     assert main(arguments) == 2
     captured = capsys.readouterr()
-    assert captured.out == "" or arguments[0] == "finetune"  # which says what it has read until then
+    assert captured.out == "" or arguments[0] in ("finetune", "dpo")  # which say what they have read until then
     [message] = [line for line in captured.err.splitlines() if line.startswith(f"pissa {arguments[0]}: ")]
     assert captured.err.endswith(f"{message}\n")
     return message
+
+
+class Terminal(io.StringIO):
+    """Lines that someone types."""
+
+    def isatty(self) -> bool:
+        return True
 
 
 def save_sums(folder: Path, rows: int = 24) -> Path:

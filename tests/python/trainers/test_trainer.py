@@ -47,17 +47,30 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-@forms
-@pytest.mark.parametrize("setting", each(SETTINGS, []))
+KINDS: dict[str, dict[str, Any]] = {
+    "a head of its own": {"modules_to_save": ["lm_head"]},
+    "nf4, a head and norms": {"modules_to_save": ["lm_head", "input_layernorm"], "quant": "nf4"},
+    "dora": {"use_dora": True},
+    "embedding": {"target_modules": ["embed_tokens", "q_proj"]},
+}
+RUNS = {f"{form}, {setting}": (FORMS[form], SETTINGS[setting]) for form in FORMS for setting in SETTINGS}
+RUNS |= {kind: (fields, {}) for kind, fields in KINDS.items()}
+
+
+@pytest.mark.parametrize("run", each(RUNS, ["nf4, a head and norms", "dora"]))
 def test_an_interrupted_run_goes_on_as_if_it_had_not_been(
-    form: str, setting: str, tiny_llama: Make, tokens: Tensor, tmp_path: Path
+    run: str, tiny_llama: Make, tokens: Tensor, tmp_path: Path
 ) -> None:
-    whole = trainer(pissa.wrap(tiny_llama(), r=4, **FORMS[form]), tmp_path / "whole", **SETTINGS[setting])
+    fields, setting = RUNS[run]
+    whole = trainer(pissa.wrap(tiny_llama(), r=4, **fields), tmp_path / "whole", **setting)
+    before = state(whole.model)
     with unchanged(whole.model):
         whole.train()
     assert logged(whole)[-1] < logged(whole)[0]
+    still = [name for name in trainable(whole.model) if torch.equal(whole.model.get_parameter(name), before[name])]
+    assert not still
 
-    resumed = trainer(pissa.wrap(tiny_llama(), r=4, **FORMS[form]), tmp_path / "resumed", **SETTINGS[setting])
+    resumed = trainer(pissa.wrap(tiny_llama(), r=4, **fields), tmp_path / "resumed", **setting)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
     assert logged(resumed) == logged(whole)
     assert_equal(state(resumed.model), state(whole.model))
@@ -91,28 +104,6 @@ def test_the_best_model_is_loaded_at_the_end(tiny_llama: Make, tokens: Tensor, t
     third, last = (PissaModel.from_pretrained(tiny_llama(), tmp_path / f"checkpoint-{step}") for step in (3, 6))
     assert torch.equal(loaded, logits(third, tokens))
     assert not torch.equal(loaded, logits(last, tokens))
-
-
-KINDS: dict[str, dict[str, Any]] = {
-    "a head of its own": {"modules_to_save": ["lm_head"]},
-    "nf4, a head and norms": {"modules_to_save": ["lm_head", "input_layernorm"], "quant": "nf4"},
-    "dora": {"use_dora": True},
-    "embedding": {"target_modules": ["embed_tokens", "q_proj"]},
-}
-
-
-@pytest.mark.parametrize("kind", each(KINDS, ["nf4, a head and norms", "dora"]))
-def test_everything_that_is_trained_is_resumed(kind: str, tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
-    whole = trainer(pissa.wrap(tiny_llama(), r=4, **KINDS[kind]), tmp_path / "whole")
-    before = state(whole.model)
-    with unchanged(whole.model):
-        whole.train()
-    still = [name for name in trainable(whole.model) if torch.equal(whole.model.get_parameter(name), before[name])]
-    assert not still
-    resumed = trainer(pissa.wrap(tiny_llama(), r=4, **KINDS[kind]), tmp_path / "resumed")
-    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
-    assert logged(resumed) == logged(whole)
-    assert_equal(state(resumed.model), state(whole.model))
 
 
 # -- optimisers
