@@ -9,9 +9,8 @@ import torch
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
-from pissa.base.start import Served
 from pissa.config import PissaConfig, exactly
-from pissa.layers.layer import PissaLayer, pissa_layers
+from pissa.layers.layer import pissa_layers
 
 Terms = Sequence[tuple[str, float]]
 """The adapters of a sum, each with its weight."""
@@ -40,7 +39,7 @@ def config_of_sum(model: nn.Module, configs: Mapping[str, PissaConfig], terms: T
     ranks: dict[str, int] = {}
     for adapter, _ in terms:
         for path, layer in pissa_layers(model, adapter).items():
-            ranks[path] = min(ranks.get(path, 0) + _served(layer, adapter).rank, *layer.matrix_shape)
+            ranks[path] = min(ranks.get(path, 0) + layer.starts(adapter).rank_on("original"), *layer.matrix_shape)
     r = max(ranks.values())
     config = PissaConfig(
         r=r,
@@ -62,7 +61,7 @@ def set_to_sum(model: nn.Module, adapter_name: str, terms: Terms) -> None:
     """Gives an adapter that starts at zero, with scaling 1, the factors of the sum."""
     for layer in pissa_layers(model, adapter_name).values():
         own = [(adapter, weight * layer.scaling[adapter]) for adapter, weight in terms if adapter in layer.r]
-        pairs = [_served(layer, adapter).factors(layer.deltas(adapter)) for adapter, _ in own]
+        pairs = [layer.starts(adapter).factors_on("original", layer.deltas(adapter)) for adapter, _ in own]
         a = torch.cat([scale * a for (_, scale), (a, _) in zip(own, pairs, strict=True)])
         b = torch.cat([b for _, b in pairs], dim=1)
         if len(a) > layer.r[adapter_name]:  # the rank is a side of the weight: the sum itself, beside the identity
@@ -70,7 +69,3 @@ def set_to_sum(model: nn.Module, adapter_name: str, terms: Terms) -> None:
             a, b = (b @ a, identity) if len(b) <= a.shape[1] else (identity, b @ a)
         for delta, factor in zip(layer.deltas(adapter_name), (a, b), strict=True):
             delta.copy_(factor)
-
-
-def _served(layer: PissaLayer, adapter: str) -> Served:
-    return Served.of(layer.start_of(adapter), layer.scaling[adapter])
