@@ -74,13 +74,13 @@ def rows(options: argparse.Namespace) -> Iterator[Any]:
     """Yields the chosen rows of all processes."""
     from bench.compare.rows_attention import attention_rows
     from bench.compare.rows_head import head_rows
-    from bench.compare.rows_linear import gguf_rows, int8_rows, linear_rows, nf4_rows, released_rows, shape_rows
+    from bench.compare.rows_linear import gguf_rows, int8_rows, linear_rows, nf4_rows, released_rows
     from bench.compare.rows_model import model_rows
     from bench.compare.rows_svd import svd_rows
 
     groups = linear_rows, svd_rows, nf4_rows, int8_rows, released_rows, gguf_rows
     every = [row for group in groups for row in group(options.size)]
-    every += [*model_rows(options.quick), *head_rows(options.quick), *shape_rows(options.size)]
+    every += [*model_rows(options.quick), *head_rows(options.quick)]
     every += attention_rows(options.quick)
     for row in every:
         if name(row) == options.only or (not options.only and any(text in name(row) for text in options.rows)):

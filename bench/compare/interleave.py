@@ -37,15 +37,13 @@ class Case:
     """Both sides of a row, ready to be called, and the check that they compute the same.
 
     `check` raises MismatchError, or returns a note. `fresh` makes the argument of one call outside the timed region.
-    `flops` are those of the two sides, if they differ: the ratio is then that of the rates, not of the times. One call
-    does the work `units` times; times are for one. Without a peer `no_peer` says why, and ours is timed alone.
+    One call does the work `units` times; times are for one. Without a peer `no_peer` says why, and ours is timed alone.
     """
 
     ours: Call
     peer: Call | None
     check: Callable[[], str]
     fresh: Callable[[], Any] | None = None
-    flops: tuple[float, float] | None = None
     units: int = 1
     no_peer: str = ""
 
@@ -232,7 +230,6 @@ def _measure(case: Case, pairs: int, result: Result, clock: Clock) -> None:
             repeats = max(1, math.ceil(clock.sample_ms / quickest))
             quickest = min(clock(call, repeats, None) for call in sides)
             repeats = max(1, math.ceil(clock.sample_ms / quickest))
-    work = 1.0 if case.flops is None else case.flops[0] / case.flops[1]
     start = time.monotonic()
     for pair in range(pairs):
         if pair >= MIN_PAIRS and time.monotonic() - start > ROW_SECONDS:
@@ -246,12 +243,7 @@ def _measure(case: Case, pairs: int, result: Result, clock: Clock) -> None:
             mine, theirs = (clock(call, repeats, case.fresh) for call in (case.ours, case.peer))
         result.ours_ms.append(mine / case.units)
         result.peer_ms.append(theirs / case.units)
-        result.ratios.append(theirs / mine * work)
-    if case.flops is not None and case.peer:
-        rates = [
-            f / statistics.median(ms) / 1e6 for f, ms in zip(case.flops, (result.ours_ms, result.peer_ms), strict=True)
-        ]
-        result.note = f"{rates[0]:.0f} against {rates[1]:.0f} GF/s; {result.note}"
+        result.ratios.append(theirs / mine)
 
 
 def quartiles(ratios: list[float]) -> tuple[float, float]:
