@@ -112,7 +112,8 @@ def coded_weights(source: Source, dtype: torch.dtype) -> dict[str, CodedWeight]:
     """Returns the weights that are codes, by the names that dense ones would have. `dtype` is that of the dense model.
 
     Raises:
-        ValueError: codes without scales, or in an unknown layout. The message names the file.
+        ValueError: codes without scales or another part of their set, or in an unknown layout. The message names the
+            file.
     """
     coded: dict[str, CodedWeight] = {}
     present = set(source.names)
@@ -122,19 +123,21 @@ def coded_weights(source: Source, dtype: torch.dtype) -> dict[str, CodedWeight]:
                 layer = name.partition(mark)[0]
                 tensors = {entry: f"{layer}.{entry}" for entry in entries if f"{layer}.{entry}" in present}
                 coded[f"{layer}.weight"] = BitsandbytesWeight(source, tensors, dtype)
+    for weight in coded.values():
+        _ = weight.shape  # reads what is beside the codes: a set is not even copied if a part of it is missing
     known = {tensor for weight in coded.values() for tensor in weight.tensors.values()}
     for name in source.names:
-        weight, local = _split(name)
+        owner, local = _split(name)
         if local not in CODES or name in known or not is_code(local, source.entry(name).dtype):
             continue
         others = (other for other in (*CODES, *SCALES, *BESIDE, *REFUSED) if other != local)
-        tensors = {local: name} | {other: full for other in others if (full := _join(weight, other)) in present}
+        tensors = {local: name} | {other: full for other in others if (full := _join(owner, other)) in present}
         if not any(other in tensors for other in SCALES):
             raise ValueError(
                 f"{source.path_of(name)}: {quote(name)} has no scales beside it ({', '.join(SCALES)}): a shard is "
                 "missing, or the checkpoint is of a layout that is not read [P076]"
             )
-        coded[weight] = ReleasedWeight(source, tensors, torch.bfloat16)
+        coded[owner] = ReleasedWeight(source, tensors, torch.bfloat16)
         known |= set(tensors.values())
     for name in present - known - set(scales_of_inputs(source, coded)):
         has_scale = any(f"{name}{ending}" in present for ending in _SCALE_ENDINGS)

@@ -13,6 +13,7 @@ from typing import Any
 import gguf
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import gguf_fixtures
@@ -138,6 +139,21 @@ def test_codes_of_bitsandbytes(tiny_llama: Make, tokens: Tensor, tmp_path: Path)
     assert new.coded_layers.keys() >= expected.keys()
     for name, merged in expected.items():
         assert torch.equal(new.codes(new.coded_layers[name]).codes, merged.weight.codes), name
+
+
+def test_a_part_of_a_set_of_codes_is_refused(tiny_llama: Make, tmp_path: Path) -> None:
+    """Also if the adapter does not change the layer, whose codes would be copied."""
+    tiny_llama(dtype=torch.bfloat16).save_pretrained(tmp_path / "dense")
+    pissa.wrap(tiny_llama(dtype=torch.bfloat16), init="lora", r=2).save_pretrained(tmp_path / "nothing")
+    merge(tmp_path / "nothing", tmp_path / "dense", tmp_path / "model", quant="nf4")
+    adapter_on(tmp_path / "model", tmp_path / "run", target_modules=["q_proj"])
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.layers.1.mlp.up_proj.weight.absmax"]
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"model\.safetensors cannot be read: '.*\.1\.mlp\.up_proj\.weight': no 4-bit"):
+        merge(tmp_path / "run", tmp_path / "model", tmp_path / "merged", quant="same")
+    assert not (tmp_path / "merged").exists()
 
 
 def test_the_command_says_what_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
