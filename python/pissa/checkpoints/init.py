@@ -411,20 +411,25 @@ class _Split(Rewrite):
                 raise ValueError(f"{', '.join(paths)}: {error}") from error
             residuals = residuals_of(matrices, starts, form, names) if codes is None else codes
             for layer, weight, start, residual in zip(these, matrices, starts, residuals, strict=True):
-                self.write_layer(out, layer, residual)
-                for name, values in self.plan.recipe_tensors(layer, start).items():
-                    out.write(PISSA_WEIGHTS, name, values)
-                record = LayerRecord(
-                    start.origin.r,
-                    start.origin.scaling,
-                    fingerprint(weight),
-                    form,
-                    stored=fingerprint(*tensors_of(residual).values()),
-                    start=fingerprint(*start.known_by),
-                    recipe=start.recipe_rank or None,
-                )
-                sums = _sampled_error(weight, residual, start)
-                self._waiting[layer.name] = _SplitLayer((start.a0.cpu(), start.b0.cpu()), sums, record.as_json())
+                self._waiting[layer.name] = self._write_residual(out, layer, weight, start, residual)
+
+    def _write_residual(
+        self, out: Output, layer: LayerPlan, weight: Tensor, start: StartFactors, residual: Tensor | ops.QuantizedWeight
+    ) -> _SplitLayer:
+        self.write_layer(out, layer, residual)
+        for name, values in self.plan.recipe_tensors(layer, start).items():
+            out.write(PISSA_WEIGHTS, name, values)
+        record = LayerRecord(
+            start.origin.r,
+            start.origin.scaling,
+            fingerprint(weight),
+            layer.form,
+            stored=fingerprint(*tensors_of(residual).values()),
+            start=fingerprint(*start.known_by),
+            recipe=start.recipe_rank or None,
+        )
+        sums = _sampled_error(weight, residual, start)
+        return _SplitLayer((start.a0.cpu(), start.b0.cpu()), sums, record.as_json())
 
     def _moments_of(self, names: Sequence[str]) -> list[Tensor] | None:
         """The second moments of what these layers read. The model begins to run at the first of them."""

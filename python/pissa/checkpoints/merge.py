@@ -8,7 +8,7 @@ import math
 import os
 import warnings
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -63,17 +63,26 @@ def plan_merge(source: Checkpoint, adapter: LoraFolder, form: Form = IMPLICIT, k
     adapted += [Layers(name, (planner.layer(name),)) for name in forms.keys() - names]
     units: list[Unit] = [unit.in_forms(forms) for unit in adapted]
     units += planner.beside_factors(names)
+    _check_changed_once(source, units)
+    _check_located(source)
+    return Plan(source, units, kept=kept)
+
+
+def _check_changed_once(source: Checkpoint, units: Sequence[Unit]) -> None:
     changed = Counter(tensor for unit in units for tensor in unit.tensors)
     for tensor in [tensor for tensor, count in changed.items() if count > 1]:
         twice = " and ".join(unit.name for unit in units if tensor in unit.tensors)
         raise ValueError(f"{source.path_of(tensor)}: tensor {quote(tensor)} is changed for {twice}; {_IN_MEMORY}")
+
+
+def _check_located(source: Checkpoint) -> None:
+    """Refuses codes that belong to no parameter of the model that transformers builds."""
     located = {tensor for name in source.tensors for tensor in source.composition.tensors(name)}
     if left := sorted(source.coded.keys() - located):
         raise ValueError(
             f"{source.path_of(left[0])}: tensor {quote(left[0])} is a part of codes that only pissa.load reads; "
             f"{_IN_MEMORY}"
         )
-    return Plan(source, units, kept=kept)
 
 
 class UnitPlanner:
