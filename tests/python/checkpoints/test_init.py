@@ -154,6 +154,16 @@ def test_factors_that_a_residual_lacks(tmp_path: Path, monkeypatch: pytest.Monke
     assert not kept
 
 
+def test_dense_experts_are_split_as_in_a_dense_checkpoint(tmp_path: Path) -> None:
+    """Without alternations, which are for the codes of the other layers."""
+    save("mixtral", tmp_path / "src", torch.bfloat16)
+    split(tmp_path / "src", tmp_path / "mixed", quant_iters=2, **NF4)
+    split(tmp_path / "src", tmp_path / "dense", **DENSE)
+    mixed, dense = (AdapterRecord.read(tmp_path / name / "pissa.json").layers for name in ("mixed", "dense"))
+    experts = {name for name in dense if ".experts." in name}
+    assert {name for name in mixed if mixed[name] == dense[name]} == experts != set()
+
+
 def test_matrices_go_through_the_device(tmp_path: Path) -> None:
     """Within its rounding, what the CPU makes; all of it in files that say so."""
     save("llama", tmp_path / "src", torch.bfloat16)
