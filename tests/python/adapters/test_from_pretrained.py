@@ -17,13 +17,12 @@ import torch
 from torch import Tensor
 
 import pissa
+from hub_cache import COMMIT, HubCache
 from language_models import FORMS, Make, assert_same, logits, snapshot, train
 from pissa import PissaConfig, PissaModel
 from pissa.adapters.pissa_layout import ADAPTER_FILES
 
 pytestmark = pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning")
-
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @pytest.fixture
@@ -36,15 +35,6 @@ def folder(tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> Path:
         train(model, tokens)
     model.save_pretrained(tmp_path / "saved")
     return tmp_path / "saved"
-
-
-def cached(folder: Path, cache: Path, repository: str = "user/repo", branch: str = "main") -> Path:
-    """Puts the folder where huggingface_hub would have put the repository, and returns the cache."""
-    stored = cache / f"models--{repository.replace('/', '--')}"
-    shutil.copytree(folder, stored / "snapshots" / COMMIT)
-    (stored / "refs").mkdir()
-    (stored / "refs" / branch).write_text(COMMIT)
-    return cache
 
 
 @pytest.mark.parametrize("name", ["from_pretrained", "load_adapter"])
@@ -204,9 +194,12 @@ def test_the_configuration_of_something_else(tmp_path: Path) -> None:
 # ---- The Hub ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_repository_in_the_cache(folder: Path, tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
-    cache = cached(folder, tmp_path / "cache", branch="v1")
-    found = {"revision": "v1", "cache_dir": cache}
+def test_a_repository_in_the_cache(
+    folder: Path, tiny_llama: Make, tokens: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:  # it is named below
+        HubCache(tmp_path / "cache", patch).put("user/repo", folder, branch="v1")
+    found = {"revision": "v1", "cache_dir": tmp_path / "cache"}
     model = PissaModel.from_pretrained(tiny_llama(), "user/repo", **found)
     assert torch.equal(logits(model, tokens), logits(PissaModel.from_pretrained(tiny_llama(), folder), tokens))
     model.load_adapter("user/repo", "second", subfolder="second", **found)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,12 @@ import pytest
 from torch import Tensor
 
 import pissa
+from hub_cache import HubCache
 from language_models import Make, error
 from lora_files import CLOSE, config_of
 from peft_adapters import Trained, plain_logits, train_on_residual
 from pissa import notices
 from pissa.checkpoints.merge import merge
-
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 ON_RESIDUAL = "an adapter on a residual, and its initial adapter"
 
@@ -77,12 +75,7 @@ def test_a_name_on_the_hub_is_not_looked_up(name: str | None, trained: Trained, 
 def test_a_residual_in_the_cache_of_the_hub_is_one(
     trained: Trained, tiny_llama: Make, tokens: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stored = tmp_path / "cache" / "models--org--split"
-    shutil.copytree(trained.initial, stored / "snapshots" / COMMIT)
-    (stored / "refs").mkdir()
-    (stored / "refs" / "main").write_text(COMMIT)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    rename(trained.adapter, "org/split")
+    rename(trained.adapter, HubCache(tmp_path / "cache", monkeypatch).put("org/split", trained.initial))
     for write in ("convert", "vllm"):
         assert WRITES[write](trained.adapter, tmp_path / write) == ON_RESIDUAL
         assert config_of(tmp_path / write)["base_model_name_or_path"] is None  # what has been split is not known

@@ -80,6 +80,8 @@ def test_scales_whose_mean_overflows_name_the_weight() -> None:
         ops.residual_many(
             weights, [0 * a0 for a0 in a0s], b0s, SCALINGS, form="nf4", names=["first", "second", "third"]
         )
+    with pytest.raises(ValueError, match=r"^split: the mean of its scales overflows"):
+        ops.split_many([1e38 * weights[0].sign()], [4], [1.0], form="nf4", names=["split"])
 
 
 def test_arguments_of_other_lengths_are_refused() -> None:

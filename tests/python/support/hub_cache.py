@@ -18,12 +18,12 @@ class HubCache:
         self.path = path
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(path))
 
-    def put(self, name: str, folder: Path) -> str:
+    def put(self, name: str, folder: Path, branch: str = "main") -> str:
         """Copies a folder there as the repository of that name, and returns the name."""
         repository = self.path / f"models--{name.replace('/', '--')}"
         for made in ("refs", "blobs"):
             (repository / made).mkdir(parents=True)
-        (repository / "refs" / "main").write_text(COMMIT)
+        (repository / "refs" / branch).write_text(COMMIT)
         for path in (path for path in folder.rglob("*") if path.is_file()):
             data = path.read_bytes()
             blob = repository / "blobs" / hashlib.sha256(data).hexdigest()
