@@ -72,7 +72,7 @@ def _gsm8k(folder: Path | None) -> tuple[list[Chat], list[Chat]]:
     """Grade-school problems with worked answers (openai/grade-school-math): train.jsonl and test.jsonl."""
     if folder is None or not (folder / "train.jsonl").is_file():
         raise UserError(
-            f"--data {folder or ''}: the task gsm8k needs the folder with GSM8K's train.jsonl and test.jsonl"
+            f"the task gsm8k needs --data: the folder with GSM8K's train.jsonl and test.jsonl; got {folder}"
         )
     train, test = (read_chats(records(str(folder / f"{part}.jsonl"))) for part in ("train", "test"))
     return train, test

@@ -125,7 +125,7 @@ def test_an_answer_is_right_by_its_last_number(model: Path) -> None:
         (["--set", "quant_iters=0"], "--set: "),
         (["--set", "no_field=1"], "--set: "),
         (["--base", "nf5"], "invalid choice"),
-        (["--task", "gsm8k"], "needs the folder with GSM8K's train.jsonl"),
+        (["--task", "gsm8k"], "needs --data: the folder with GSM8K's"),
         (["--model", "/no/model", "--task", "gsm8k", "--data", "GSM8K"], "nothing was measured: "),
         (["--answers", "13", "--task", "gsm8k", "--data", "GSM8K"], "holds out 12 problems; ask fewer"),
     ],
