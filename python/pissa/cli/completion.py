@@ -12,12 +12,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the script. Returns the exit code."""
-    from pissa.cli import COMMANDS, parser_for
+    import shtab
 
-    try:
-        import shtab
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("needs shtab, which writes the script: run `pip install shtab`") from error
+    from pissa.cli import COMMANDS, parser_for
 
     print(shtab.complete(parser_for(COMMANDS), shell=args.shell))
     return 0

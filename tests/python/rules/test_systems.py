@@ -21,7 +21,7 @@ for path in package.rglob("*.py"):
     for node in ast.walk(ast.parse(path.read_text())):
         named = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         for name in [*named, getattr(node, "module", None) or ""]:
-            optional = ("llama_cpp", "deepspeed", "shtab", "fcntl", "resource", "readline")
+            optional = ("llama_cpp", "deepspeed", "fcntl", "resource", "readline")
             if name and not name.startswith(("pissa", *optional)):
                 importlib.import_module(name)
 
