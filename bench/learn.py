@@ -225,6 +225,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         [row for row in encode(chats, tokenizer, task.longest + 1)[0] if len(row["input_ids"]) <= task.longest]
         for chats in task.chats(args.data)
     )
+    if not (training and held_out):
+        raise UserError(f"no example of the task {args.task} has at most {task.longest} tokens of this model's")
     held_out, asked = held_out[: task.held_out], held_out[: args.answers]
     if len(asked) < args.answers:
         raise UserError(f"--answers {args.answers}: the task {args.task} holds out {len(held_out)} problems; ask fewer")

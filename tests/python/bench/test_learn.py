@@ -100,7 +100,7 @@ def test_an_answer_is_right_by_its_last_number(model: Path) -> None:
     from bench.learn import share_right
 
     tokenizer = AutoTokenizer.from_pretrained(model)
-    said = {"2 + 2 = 4": "4", "1,204": "#### 1204", "4 or 5": "4", "-3": "3", "none": "0"}
+    said = {"2 + 2 = 4": "4", "1,204": "#### 1204", "4 or 5": "4", "3 - 1 = 2": "2", "-3": "3", "none": "0"}
 
     class Says(nn.Module):
         def generate(self, input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
@@ -111,7 +111,7 @@ def test_an_answer_is_right_by_its_last_number(model: Path) -> None:
     for place, answer in enumerate(said.values()):
         ids = tokenizer(answer)["input_ids"]
         rows.append({"input_ids": [place, *ids], "labels": [-100, *ids]})
-    assert share_right(Says(), tokenizer, rows, 8) == 2 / 5
+    assert share_right(Says(), tokenizer, rows, 8) == 3 / 6
 
 
 @pytest.mark.parametrize(
@@ -141,6 +141,17 @@ def test_bad_values_are_refused_and_nothing_is_written(
         main(["--method", "pissa", "--rate", "1e-3", "--model", str(model), "--out", str(out), *given])
     assert message in capsys.readouterr().err + str(stopped.value)
     assert not out.exists()
+
+
+def test_examples_that_are_all_too_long_are_refused(
+    model: Path, gsm8k: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bench import learn
+
+    monkeypatch.setitem(learn.TASKS, "gsm8k", learn.TASKS["gsm8k"]._replace(longest=12))
+    given = ["--method", "pissa", "--rate", "1e-3", "--model", str(model), "--out", str(tmp_path / "learn.jsonl")]
+    with pytest.raises(SystemExit, match="no example of the task gsm8k has at most 12 tokens"):
+        learn.main([*given, "--task", "gsm8k", "--data", str(gsm8k)])
 
 
 @pytest.mark.skipif(find_spec("reasoning_gym") is None, reason="the package reasoning-gym is not installed")
