@@ -9,8 +9,8 @@ from pathlib import Path
 
 from pissa.adapters.lora_folder import has_adapter, open_adapter
 from pissa.cli.terminal import UserError
+from pissa.containers.checkpoint import has_model
 from pissa.containers.messages import quote
-from pissa.containers.model_folder import CONFIG
 
 RUN_FILE = "run.yaml"
 """The file with the options of a run."""
@@ -20,7 +20,7 @@ def check_no_run(folder: Path) -> None:
     """Raises ValueError, saying how to go on, if it is the folder of a run or of an adapter that stands in the place of
     a model's."""
     run = folder / RUN_FILE
-    if (folder / CONFIG).is_file() or not (run.is_file() or has_adapter(folder)):
+    if has_model(folder) or not (run.is_file() or has_adapter(folder)):
         return
     what, ways = "an adapter", []
     if run.is_file():

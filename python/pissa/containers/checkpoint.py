@@ -381,6 +381,11 @@ EXPERT = re.compile(rf"(.+)\.\d+\.({'|'.join(WEIGHTS)})")
 """The name of an expert's weight after unfusing."""
 
 
+def has_model(folder: Path) -> bool:
+    """Whether it is the folder of a model."""
+    return (folder / CONFIG).is_file()
+
+
 def initial_adapter(name: Name | None) -> Path | None:
     """The folder of the adapter before training in a residual that is on this machine, in a folder or in
     huggingface_hub's cache. Nothing is downloaded."""
@@ -391,7 +396,7 @@ def initial_adapter(name: Name | None) -> Path | None:
 def residual_around(initial: Path) -> ModelFolder | None:
     """The residual that contains this adapter before training."""
     folder = initial.resolve().parent
-    is_inside = initial.name == INITIAL_FOLDER and (folder / CONFIG).is_file()
+    is_inside = initial.name == INITIAL_FOLDER and has_model(folder)
     return ModelFolder(folder) if is_inside else None
 
 
