@@ -19,12 +19,13 @@ if TYPE_CHECKING:
 IGNORED = -100
 """The label of a token that does not enter the loss, as in torch's cross_entropy."""
 
-# The columns of a record, by form. The first form that a record has counts.
+_PAIR = ("question", "answer")
+# The columns of a record, by form. The first form that a record has counts, so more columns stand before fewer.
 _CHATS = (
     ("messages",),
     ("conversations",),
     ("instruction", "output"),
-    ("question", "answer"),
+    _PAIR,
     ("prompt", "completion"),
     ("text",),
 )
@@ -81,7 +82,7 @@ def _form(where: str, record: Any, forms: Sequence[tuple[str, ...]]) -> tuple[di
         if suggested := _suggested(record, forms):
             raise UserError(f"{where}: found {given}; tell what they are: --columns {suggested} [P103]")
     allowed = ", or ".join(" and ".join(f'"{key}"' for key in form) for form in forms)
-    mapped = ",".join(f"{name}=COLUMN" for name in forms[min(3, len(forms) - 1)])
+    mapped = ",".join(f"{name}=COLUMN" for name in (_PAIR if _PAIR in forms else forms[-1]))
     raise UserError(
         f'{where}: found {given}; allowed: an object with {allowed}, which are texts, or messages: [{{"role": "user", '
         f'"content": "..."}}, {{"role": "assistant", "content": "..."}}]; name other columns: --columns {mapped} [P103]'

@@ -179,7 +179,8 @@ def test_a_weight_of_zeros_learns_and_is_restored(
         nn.init.zeros_(model.model.layers[0].self_attn.o_proj.weight)
         return model
 
-    model = pissa.wrap(base(), r=4, calibration=[{"input_ids": tokens}] if "init" in fields else None, **fields)
+    calibration = [{"input_ids": tokens}] if fields.get("init") == "activations" else None
+    model = pissa.wrap(base(), r=4, calibration=calibration, **fields)
     train(model.train(), tokens)
     layer = model.base_model.model.model.layers[0].self_attn.o_proj
     assert all(delta.any() for delta in layer.deltas("default"))
