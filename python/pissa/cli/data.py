@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pissa.cli.score import are_short
 from pissa.cli.sources import Records, records
 from pissa.cli.templates import Chat, give_template, prompt_and_answer
 from pissa.cli.terminal import UserError, as_rows, user_errors
@@ -215,3 +216,29 @@ def shown(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
             parts["given"], parts[label] = prompt_and_answer(Chat("", row["prompt"] + row[label]), tokenizer)
     parts = {label: text for label, text in parts.items() if text}
     return "\n".join(as_rows(label, text, _LINES // len(parts)) for label, text in parts.items())
+
+
+def question_of(row: Mapping[str, Any]) -> list[int]:
+    """The tokens of the question of an encoded row; of a plain text, which has at most a start token, none."""
+    given = row["labels"].count(IGNORED)
+    return row["input_ids"][:given] if given > 1 else []
+
+
+_FEW = 200
+"""Fewer examples than this do not teach facts."""
+
+
+def note_on_facts(rows: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """What to say where somebody may expect that facts are learned: of few rows, most of whose answers are long, and
+    nearly all of which differ."""
+    if len(rows) >= _FEW or "labels" not in rows[0]:
+        return None
+    questions = [len(question_of(row)) for row in rows]
+    answers = [tokenizer.decode(row["input_ids"][given:]) for row, given in zip(rows, questions, strict=True) if given]
+    long = sum(not are_short([answer]) for answer in answers)
+    if 2 * long <= len(rows) or len({*answers}) < 0.9 * len(answers):
+        return None
+    return (
+        f"{len(rows)} long answers teach how to answer, but hardly any facts: give facts with the question, such as by "
+        "pissa chat RUN --system TEXT"
+    )

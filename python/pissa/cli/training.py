@@ -30,7 +30,7 @@ from trl.trainer.utils import create_model_from_path
 import pissa
 from pissa.adapters.pissa_layout import AdapterRecord
 from pissa.cli.card import write_card
-from pissa.cli.data import encode, read_chats, read_preferences, shown
+from pissa.cli.data import encode, note_on_facts, read_chats, read_preferences, shown
 from pissa.cli.generation import check_tokens
 from pissa.cli.memory import free_memory
 from pissa.cli.options import AUTO, adapter_config, parse, rate_of
@@ -38,6 +38,7 @@ from pissa.cli.outcome import answer, method_name, report, show_answers
 from pissa.cli.past_run import check_no_run, last_checkpoint, resume_command
 from pissa.cli.plan import collate, make_plan, needs_checkpointing
 from pissa.cli.progress import CompleteError, LossBar, Watch
+from pissa.cli.repeats import distinct, divide
 from pissa.cli.run_folder import (
     check_names,
     check_same_data,
@@ -233,9 +234,12 @@ def _examples(ours: Any, training: Any, rows: Callable[..., Any], tokenizer: Any
         examples, note = rows(records(name, ours.columns, data), tokenizer, training.max_length)
         lengths = [len(row["input_ids"]) for row in examples if "input_ids" in row]
         size = f", {sum(lengths):,} tokens, the longest has {max(lengths):,}" if lengths else ""
-        print_row(label, f"{name}, {len(examples):,} examples{size}{note}")
+        different = f", {count:,} distinct" if (count := distinct(examples)) < len(examples) else ""
+        print_row(label, f"{name}, {len(examples):,} examples{different}{size}{note}")
         if label == "data":
             print(shown(examples[0], tokenizer))
+            if on_facts := note_on_facts(examples, tokenizer):
+                print_row("note", on_facts)
         return datasets.Dataset.from_list(examples)
 
     asked = training.eval_strategy != "no" and not is_records(ours.dataset_name)
@@ -253,15 +257,20 @@ def _examples(ours: Any, training: Any, rows: Callable[..., Any], tokenizer: Any
 
 def _hold_out(examples: Any, count: int | None, seed: int) -> tuple[Any, Any]:
     """Divides examples into those that are trained on and those that are held out, if any."""
+    few = count is None and len(examples) < 32
     if count is None:
-        count = min(max(len(examples) // 20, 8), 200) if len(examples) >= 32 else 0
+        count = 0 if few else min(max(len(examples) // 20, 8), 200)
     if count >= len(examples):
         raise UserError(f"--held-out {count}: there are {len(examples)} examples; allowed: fewer than that")
-    if count == 0:
-        return examples, None
-    parts = examples.train_test_split(test_size=count, seed=seed)
-    print_row("held out", f"{count} of them, chosen at random: --held-out, or a file by --eval-data, changes that")
-    return parts["train"], parts["test"]
+    trained, held_out = divide(examples, count, seed) if count else ([], [])
+    if held_out:
+        how = "chosen at random: --held-out, or a file by --eval-data, changes that"
+        print_row("held out", f"{len(held_out)} of them, {how}")
+        return examples.select(trained), examples.select(held_out)
+    if few or count:
+        why = f"{len(examples)} examples are few" if few else "they repeat each other"
+        print_row("held out", f"none, because {why}; --held-out 5, or a file by --eval-data, shows if training helps")
+    return examples, None
 
 
 _EVALUATE = 0.2

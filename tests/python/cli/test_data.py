@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pissa.cli.data import IGNORED, encode, read_chats, read_preferences
+from pissa.cli.data import IGNORED, encode, note_on_facts, read_chats, read_preferences
 from pissa.cli.sources import records
 from pissa.cli.templates import Chat, end_of_answer, give_template, prompt_and_answer, prompt_text
 from pissa.cli.terminal import UserError
@@ -227,6 +227,32 @@ def test_long_records_lose_their_end_or_are_left_out(chat_tokenizer: Any) -> Non
     assert (cut, left_out, len(rows)) == (1, 1, 1)
     with pytest.raises(UserError, match=r"no prompt of 2 is shorter than --max-length 3"):
         encode(records, chat_tokenizer, 3)
+
+
+FACT = "The club in street {} opens at nine in the evening."
+NO_FACTS = {
+    "labels": ("What is it about? {}", "delivery", 30),
+    "short answers": ("When does club {} open?", "At {} pm", 30),
+    "one answer": ("Where is the club? {}", FACT, 30),
+    "enough": ("When does club {} open?", FACT, 200),
+}
+
+
+def test_few_long_answers_that_differ_do_not_teach_facts(chat_tokenizer: Any) -> None:
+    def note(question: str, answer: str, rows: int, kinds: int = 1000) -> str | None:
+        turns = [(question.format(i), answer.format(i % kinds)) for i in range(rows)]
+        chats = [
+            Chat("", [{"role": "user", "content": asked}, {"role": "assistant", "content": said}])
+            for asked, said in turns
+        ]
+        return note_on_facts(encode(chats, chat_tokenizer, 1000)[0], chat_tokenizer)
+
+    assert (note("When does club {} open?", FACT, 30) or "").startswith("30 long answers teach how to answer, but ")
+    for name, (question, answer, rows) in NO_FACTS.items():
+        assert note(question, answer, rows, 5 if name == "one answer" else 1000) is None, name
+    texts = [Chat("", [{"role": "assistant", "content": FACT.format(i)}]) for i in range(30)]
+    assert note_on_facts(encode(texts, chat_tokenizer, 1000)[0], chat_tokenizer) is None
+    assert note_on_facts([{"prompt": "q", "chosen": FACT, "rejected": "no"}], chat_tokenizer) is None
 
 
 # ---- Preferences ----

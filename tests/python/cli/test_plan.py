@@ -270,13 +270,24 @@ def test_what_is_held_out(base: Path, data: Path, tmp_path: Path, capsys: pytest
     train, held_out = training._hold_out(examples, None, seed=0)
     assert (len(train), len(held_out)) == (950, 50)
     assert sorted([*train["n"], *held_out["n"]]) == list(range(1000))
-    assert training._hold_out(examples, None, seed=0)[1]["n"] == held_out["n"]
     for number, expected in ((31, 0), (32, 8), (300, 15), (10_000, 200)):
         rows = Dataset.from_list([{"n": n} for n in range(number)])
         _, some = training._hold_out(rows, None, seed=0)
         assert (0 if some is None else len(some)) == expected
     message = refused([*command("finetune", base, data, tmp_path / "run"), "--held-out", "24"], capsys)
     assert "--held-out 24: there are 24 examples; allowed: fewer than that" in message
+
+
+def test_it_is_said_why_nothing_is_held_out(capsys: pytest.CaptureFixture[str]) -> None:
+    def said(row: dict[str, Any], number: int, count: int | None) -> str:
+        examples, held_out = training._hold_out(Dataset.from_list([row] * number), count, seed=0)
+        assert (len(examples), held_out) == (number, None)
+        return capsys.readouterr().out
+
+    same = {"input_ids": [1, 2, 3], "labels": [-100, -100, 3]}
+    assert said({"n": 0}, 31, None).startswith("held out  none, because 31 examples are few; --held-out 5, or a file ")
+    assert said(same, 40, None).startswith("held out  none, because they repeat each other; ")
+    assert said({"n": 0}, 31, 0) == ""  # as it was asked for
 
 
 def test_a_gpu_trains_once_the_self_test_has_passed_there(
