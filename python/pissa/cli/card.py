@@ -1,14 +1,15 @@
-"""The model card of a run, README.md: what it is, and how to use it. TRL's names no folder as the base."""
+"""The model card of a run, README.md: what it is, how good, and how to use it. It may be given away with the run, so
+it contains no path of this machine. TRL's names no folder as the base."""
 
 from __future__ import annotations
 
 import os
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 
 import yaml
 
-from pissa.containers.hub import absolute
 from pissa.containers.staged import staged
 
 _CARD = """\
@@ -17,12 +18,12 @@ _CARD = """\
 
 # {title}
 
-A {method} adapter for {base}, trained by `pissa {command}` with [TRL](https://github.com/huggingface/trl).
-
-To ask it:
+A {method} adapter for {base}, trained on {data} by `pissa {command}` with [TRL](https://github.com/huggingface/trl).
+{results}
+To ask it{where}:
 
 ```sh
-pissa chat {run_word}
+pissa chat {run_word}{at_base}
 ```
 
 To merge it into its base, as a model of its own:
@@ -47,7 +48,9 @@ print(tokenizer.decode(answer, skip_special_tokens=True))
 """
 
 
-def write_card(folder: Path, run: str, base: str, method: str, command: str) -> None:
+def write_card(
+    folder: Path, run: str, base: str, method: str, command: str, data: str, results: Iterable[str] = ()
+) -> None:
     """Writes the card into the folder of a run.
 
     Args:
@@ -56,14 +59,25 @@ def write_card(folder: Path, run: str, base: str, method: str, command: str) -> 
             which the Hub reads.
         method: its name, such as "LoRA".
         command: the command that trained it.
+        data: the file, the folder or the name on the Hub of what it was trained on.
+        results: sentences on how good it is.
     """
-    run, name = absolute(run), absolute(base)
     metadata: dict[str, object] = {"library_name": "peft", "pipeline_tag": "text-generation"}
     metadata |= {} if os.path.exists(base) else {"base_model": base}
-    metadata["tags"] = ["lora", "pissa", "trl"]
-    words = {"run_word": shlex.quote(run), "base_word": shlex.quote(name)}
-    text = yaml.safe_dump(metadata, sort_keys=False)
+    metadata["tags"] = ["lora", *(["pissa"] if "PiSSA" in method else []), "trl"]
+    here = " and ".join(f"`{_name(given)}`" for given in (run, base) if os.path.exists(given))
+    run, base, data = map(_name, (run, base, data))
+    words = {"run_word": shlex.quote(run), "base_word": shlex.quote(base), "run": run, "base": base, "data": data}
+    words |= {"method": method, "command": command, "title": run.rpartition("/")[2]}
+    words["metadata"] = yaml.safe_dump(metadata, sort_keys=False)
+    words["at_base"] = f" --base {words['base_word']}" if "base_model" not in metadata else ""
+    words["where"] = f", in the folder that contains {here}" if here else ""
+    words["results"] = "".join(f"\n{sentence}\n" for sentence in results)
     with staged(folder) as new:
-        words |= {"metadata": text, "title": Path(run).name, "base": name, "run": run}
-        card = _CARD.format(method=method, command=command, **words)
-        new("README.md").write_text(card, encoding="utf-8")
+        # In a locale of ASCII, Python has not decoded names that are UTF-8.
+        new("README.md").write_text(_CARD.format(**words), encoding="utf-8", errors="surrogateescape")
+
+
+def _name(given: str) -> str:
+    """The name of a folder or file without its path, or a name on the Hub as it is."""
+    return os.path.basename(os.path.abspath(given)) if os.path.exists(given) else given

@@ -1,24 +1,20 @@
-"""What a training has given: an answer before and after, and the report."""
+"""What a training has given: its method, its losses and the report."""
 
 from __future__ import annotations
 
 import shlex
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
-
-import datasets
-import torch
 
 import pissa
 from pissa.adapters.peft_layout import inexact_lora
-from pissa.cli.data import IGNORED
-from pissa.cli.generation import generate
+from pissa.cli.answers import HeldOutAnswers
 from pissa.cli.past_run import RUN_FILE
 from pissa.cli.progress import tokens_per_second
 from pissa.cli.run_folder import DATA_FILE
-from pissa.cli.templates import end_of_answer
-from pissa.cli.terminal import as_rows, as_size, format_table, print_row
+from pissa.cli.score import RIGHT
+from pissa.cli.terminal import as_size, format_table, print_row
 from pissa.containers.checkpoint import Contents
 
 
@@ -32,61 +28,38 @@ def method_name(ours: Any, config: pissa.PissaConfig) -> str:
     return f"{name} with {more}" if more else name
 
 
-def answer(trainer: Any, tokenizer: Any) -> str | None:
-    """The model's answer to the first held-out question; None if there is none, or if several processes train."""
-    question = _question(trainer)
-    if question is None:
-        return None
-    model, ends = trainer.model.eval(), end_of_answer(tokenizer)
-    with torch.no_grad(), torch.random.fork_rng([]):
-        found = generate(model, tokenizer, question[0], _ANSWER, ends, do_sample=False, max_time=_PATIENCE)
-    return str(tokenizer.decode(found, skip_special_tokens=True))
-
-
-_ANSWER, _PATIENCE, _LINES = 96, 30.0, 4
-"""The most tokens of an answer that is shown, the most seconds that it takes, and the most lines."""
-
-
-def _question(trainer: Any) -> tuple[list[int], list[int]] | None:
-    """The tokens of the first held-out question, and those of its answer."""
-    rows = trainer.eval_dataset
-    if trainer.args.world_size > 1 or not isinstance(rows, datasets.Dataset) or "labels" not in rows.column_names:
-        return None
-    row = rows[0]
-    start = sum(label == IGNORED for label in row["labels"])
-    # A plain text has no question, at most a start token.
-    return (row["input_ids"][:start], row["input_ids"][start:]) if start > 1 else None
-
-
-def show_answers(trainer: Any, tokenizer: Any, before: str | None) -> None:
-    """Prints a held-out question, its answer, and the model's answers before and after training."""
-    question = _question(trainer)
-    if question is None or before is None:
-        return
-    asked, expected = map(tokenizer.decode, question)
-    texts = {"asked": asked, "expected": expected, "before": before, "after": answer(trainer, tokenizer)}
-    for label, text in texts.items():
-        print(as_rows(label, str(text), _LINES))
-
-
 def loss_table(history: Sequence[Mapping[str, Any]]) -> str:
-    """The losses at each evaluation: the mean over the training since the one before, and that of the held-out data."""
+    """The losses at each evaluation: the mean over the training since the one before, and that of the held-out data;
+    beside them the number of right answers, if any were counted."""
     rows, losses = [], list[float]()
+    header = ("step", "training loss", "held-out loss", "right")[: 4 if any("right" in row for row in history) else 3]
     for row in history:
         if "loss" in row:
             losses.append(row["loss"])
         if "eval_loss" in row:
             trained = f"{statistics.mean(losses):.4f}" if losses else ""
-            rows.append((str(row["step"]), trained, f"{row['eval_loss']:.4f}"))
+            cells = (str(row["step"]), trained, f"{row['eval_loss']:.4f}", str(row.get("right", "")))
+            rows.append(cells[: len(header)])
             losses.clear()
-    return format_table(("step", "training loss", "held-out loss"), rows)
+    return format_table(header, rows)
 
 
-def report(trainer: Any, ours: Any, config: pissa.PissaConfig, contents: Contents) -> dict[str, Any]:
+def results(history: Sequence[Mapping[str, Any]], answers: HeldOutAnswers) -> Iterator[str]:
+    """Yields sentences on how good a model was before training and is now."""
+    if score := answers.score(history):
+        yield f"Right answers: {answers.text(score)}. Right means {RIGHT}."
+    if held_out := [row["eval_loss"] for row in history if "eval_loss" in row]:
+        yield f"Held-out loss: {held_out[-1]:.4f}, {held_out[0]:.4f} before training."
+
+
+def report(
+    trainer: Any, ours: Any, config: pissa.PissaConfig, contents: Contents, answers: HeldOutAnswers
+) -> dict[str, Any]:
     """Prints how the run went, and returns the report."""
     out, model, history = trainer.args.output_dir, ours.model_name_or_path, trainer.state.log_history
     steps = [row for row in history if "loss" in row]
     losses, held_out = [row["loss"] for row in steps], [row["eval_loss"] for row in history if "eval_loss" in row]
+    score = answers.score(history)
     if not steps:  # none was logged
         return {}
     seconds, memory = statistics.median(row["seconds"] for row in steps), steps[-1]["peak_memory_mib"]
@@ -94,6 +67,8 @@ def report(trainer: Any, ours: Any, config: pissa.PissaConfig, contents: Content
     print_row("loss", f"{first:.4f} in the first 5 steps, {last:.4f} in the last 5")
     if held_out:
         print(f"\n{loss_table(history)}\n")
+        if score:
+            print_row("right", answers.text(score))
         print_row("held out", f"loss {held_out[0]:.4f} before, {held_out[-1]:.4f} after")
     speed = f", {rate:,.0f} tokens a second" if (rate := tokens_per_second(history)) else ""
     print_row("cost", f"{seconds:.2f} s per step (median){speed}, peak memory {as_size(int(memory * 2**20))}")
@@ -105,4 +80,5 @@ def report(trainer: Any, ours: Any, config: pissa.PissaConfig, contents: Content
     print_row("next", f"pissa chat {shlex.quote(out)}")
     print_row("", shlex.join(["pissa", "merge", out, "NEW_FOLDER", "--base", model]))
     costs = {"seconds_per_step": seconds, "peak_memory_mib": memory}
-    return {"learning_rate": trainer.args.learning_rate, "losses": losses, "held_out": held_out, **costs}
+    found = {"learning_rate": trainer.args.learning_rate, "losses": losses, "held_out": held_out, **costs}
+    return found | ({"right": score} if score else {})

@@ -169,7 +169,7 @@ def make_plan(trainer: Any, loss: Callable[[nn.Module, Any], Tensor], done: int 
     a_unit = seconds / work(*_count(trial)[:2]) / counted
     trained, evaluated = a_unit * work(sum(places), sum(tokens)), a_unit * (1 - forward) * sum(places)
     passes, padding = steps * examples / len(rows), 1 - sum(tokens) / sum(places)
-    besides = len(trainer.eval_dataset or ()) * _evaluations(args, steps) * evaluated
+    besides = len(trainer.eval_dataset or ()) * evaluations(args, steps) * evaluated
     a_step = min(examples, len(rows)) * trained
     return TrainingPlan(steps, examples, passes, padding, a_step, besides, memory, others, empty)
 
@@ -192,7 +192,7 @@ def _count(batch: Mapping[str, Any]) -> tuple[int, int, int]:
     return places, tokens, int((batch["labels"] != IGNORED).sum()) if "labels" in batch else tokens
 
 
-def _evaluations(args: Any, steps: int) -> float:
+def evaluations(args: Any, steps: int) -> float:
     """How often the held-out data are evaluated: before, during and after training."""
     if args.eval_strategy != "steps" or not args.eval_steps:
         return 2

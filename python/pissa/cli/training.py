@@ -8,9 +8,9 @@ import contextlib
 import io
 import itertools
 import json
+import math
 import os
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -29,14 +29,15 @@ from trl.trainer.utils import create_model_from_path
 
 import pissa
 from pissa.adapters.pissa_layout import AdapterRecord
+from pissa.cli.answers import HeldOutAnswers
 from pissa.cli.card import write_card
 from pissa.cli.data import encode, note_on_facts, read_chats, read_preferences, shown
 from pissa.cli.generation import check_tokens
 from pissa.cli.memory import free_memory
 from pissa.cli.options import AUTO, adapter_config, parse, rate_of
-from pissa.cli.outcome import answer, method_name, report, show_answers
+from pissa.cli.outcome import method_name, report, results
 from pissa.cli.past_run import check_no_run, last_checkpoint, resume_command
-from pissa.cli.plan import collate, make_plan, needs_checkpointing
+from pissa.cli.plan import collate, evaluations, make_plan, needs_checkpointing
 from pissa.cli.progress import CompleteError, LossBar, Watch
 from pissa.cli.repeats import distinct, divide
 from pissa.cli.run_folder import (
@@ -80,9 +81,10 @@ class Training(NamedTuple):
             data = _read_data(run, self.rows)
             model = _model(run, data)
             watch = Watch()
-            trainer = _trainer(self.trainer, run, data, model, watch)
+            answers = HeldOutAnswers(model, data.tokenizer, data.held_out if training.world_size == 1 else None)
+            trainer = _trainer(self.trainer, run, data, model, watch, answers)
             loss = own_loss if self is FINETUNE else partial(_trainers_loss, trainer)
-            result = _check_and_train(run, data, trainer, watch, loss)
+            result = _check_and_train(run, data, trainer, watch, answers, loss)
             # DDP's reducer must be freed before its process group. If the reducer is the last to hold the group, it
             # holds Python's lock and waits for a gloo thread that waits for the same lock (torch 2.13).
             accelerator = trainer.accelerator
@@ -125,7 +127,7 @@ class _Data(NamedTuple):
 
 
 def _check_and_train(
-    run: _Run, data: _Data, trainer: Any, watch: Watch, loss: Callable[..., torch.Tensor]
+    run: _Run, data: _Data, trainer: Any, watch: Watch, answers: HeldOutAnswers, loss: Callable[..., torch.Tensor]
 ) -> dict[str, Any]:
     """Checks that the untrained adapter changes nothing. If so, plans, trains and saves. Returns the report."""
     ours, training = run.ours, run.training
@@ -140,12 +142,11 @@ def _check_and_train(
         print_row("rate", suggestion.text)
     if trainer.is_world_process_zero() and not ours.resume:
         record(Path(training.output_dir), data.digests, ours, training)
-    began = time.perf_counter()
-    before = answer(trainer, data.tokenizer)
-    result["plan"] = _plan(trainer, ours, run.checkpoint, loss, time.perf_counter() - began)
+    answers.ask_before()
+    result["plan"] = _plan(trainer, ours, run.checkpoint, loss, answers)
     _train(trainer, ours, watch, run.checkpoint, f"pissa {run.command}")
-    show_answers(trainer, data.tokenizer, before)
-    return result | report(trainer, ours, run.config, run.source.contents)
+    answers.show()
+    return result | report(trainer, ours, run.config, run.source.contents, answers)
 
 
 # ---- Before ----------------------------------------------------------------------------------------------------------
@@ -350,7 +351,7 @@ def _calibration(model: Any, data: _Data, count: int) -> list[torch.Tensor]:
     return [torch.tensor([row["input_ids"]]) for row in rows]
 
 
-def _trainer(kind: str, run: _Run, data: _Data, model: Any, watch: Watch) -> Any:
+def _trainer(kind: str, run: _Run, data: _Data, model: Any, watch: Watch, answers: HeldOutAnswers) -> Any:
     """TRL's trainer of that kind, with our card, our way to save, and our bar."""
     datasets.disable_progress_bars()
     training = run.training
@@ -358,11 +359,11 @@ def _trainer(kind: str, run: _Run, data: _Data, model: Any, watch: Watch) -> Any
     recorded = training.model_init_kwargs
     training.model_init_kwargs = None  # TRL would report that it ignores them
     with user_errors(ValueError, KeyError):  # options that contradict each other or do not fit the data
-        trainer: Any = getattr(trl, f"{kind}Trainer")(model, args=training, callbacks=[watch], **names)
+        trainer: Any = getattr(trl, f"{kind}Trainer")(model, args=training, callbacks=[watch, answers], **names)
     training.model_init_kwargs = recorded
     check_tokens(model, data.tokenizer, _tokens(data.tokenizer, trainer.train_dataset, trainer.eval_dataset))
     base = model.peft_config["default"].base_model_name_or_path or run.ours.model_name_or_path
-    trainer.create_model_card = partial(_card, training, base, method_name(run.ours, run.config), run.command)
+    trainer.create_model_card = partial(_card, run, trainer, base, answers)
     save_safely(trainer, f"pissa {run.command}")
     if "ref" in model.peft_config:  # TRL's copy of the adapter, which computes what the base does
         model.delete_adapter("ref")
@@ -411,11 +412,13 @@ def _check(trainer: Any) -> dict[str, Any]:
     return {"difference": difference, "bound": bound, "passed": passed}
 
 
-def _card(training: Any, base: str, method: str, command: str, **_: Any) -> None:
+def _card(run: _Run, trainer: Any, base: str, answers: HeldOutAnswers, **_: Any) -> None:
     """Writes the model card, in place of TRL's, whenever the trainer would."""
+    training = run.training
     if training.process_index == 0:
-        out = training.output_dir
-        write_card(Path(out), (training.push_to_hub and training.hub_model_id) or out, base, method, command)
+        out, method, data = training.output_dir, method_name(run.ours, run.config), run.ours.dataset_name
+        name = (training.push_to_hub and training.hub_model_id) or out
+        write_card(Path(out), name, base, method, run.command, data, results(trainer.state.log_history, answers))
 
 
 # ---- Training, and after ---------------------------------------------------------------------------------------------
@@ -435,9 +438,9 @@ def _trainers_loss(trainer: Any, model: Any, batch: Any) -> torch.Tensor:
 
 
 def _plan(
-    trainer: Any, ours: Any, checkpoint: Path | None, loss: Callable[..., torch.Tensor], rest: float
+    trainer: Any, ours: Any, checkpoint: Path | None, loss: Callable[..., torch.Tensor], answers: HeldOutAnswers
 ) -> dict[str, Any] | None:
-    """Measures and prints what the training will take, with so many seconds for all that is not training."""
+    """Measures and prints what the training will take, with the time for the answers that are asked for."""
     state = TrainerState() if checkpoint is None else TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
     if ours.minutes and state.max_steps:  # as many as before
         trainer.args.max_steps = state.max_steps
@@ -446,7 +449,8 @@ def _plan(
         plan = make_plan(trainer, loss, state.global_step)
     if plan is None:
         return None
-    plan = plan._replace(besides=plan.besides + rest)
+    most = min(plan.seconds, 60 * (ours.minutes or math.inf))
+    plan = plan._replace(besides=plan.besides + answers.time_needed(most, evaluations(trainer.args, plan.steps)))
     if ours.minutes and not state.max_steps:
         plan = plan.within(ours.minutes)
         trainer.args.max_steps = plan.steps

@@ -106,7 +106,7 @@ def test_a_run_leaves_adapter_and_losses(method: str, trained: Callable[[str], R
     for label in ("model", "data", "held out", "method", "check", "loss", "cost", "saved", "next"):
         assert f"\n{label:<9} " in f"\n{said}"
     for row in held_out:
-        assert re.search(rf"^{row['step']} .* {row['eval_loss']:.4f}$", said, re.MULTILINE)
+        assert re.search(rf"^{row['step']} .* {row['eval_loss']:.4f} *{row.get('right', '')}$", said, re.MULTILINE)
     assert f"loss {first['eval_loss']:.4f} before, {last['eval_loss']:.4f} after" in said
     # Two layers of q, k, v, o, gate, up, down: 4 (in + out) of each
     assert f"{2 * 4 * (64 + 48 + 48 + 64 + 88 + 88 + 88):,} trainable parameters" in said
@@ -122,17 +122,30 @@ def test_a_run_leaves_adapter_and_losses(method: str, trained: Callable[[str], R
 
 def test_the_card_of_a_run_is_true(
     base: Path,
+    data: Path,
     trained: Callable[[str], Run],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Its metadata name no folder, and its commands and its Python run as they are printed, in any folder."""
-    out = trained("qpissa").folder
+    """Its commands and its Python run as they are printed, also once the run and its base have been moved. It contains
+    no path, calls only PiSSA so, and says how good the adapter is."""
+    out = shutil.copytree(trained("qpissa").folder, tmp_path / "run")
     _, metadata, text = (out / "README.md").read_text().split("---\n", 2)
+    assert yaml.safe_load(metadata)["tags"] == ["lora", "pissa", "trl"]
     assert "base_model" not in yaml.safe_load(metadata)
-    assert f"A QPiSSA (nf4) adapter for {base}, " in text
-    assert "A LoRA adapter for " in (trained("lora").folder / "README.md").read_text()
+    assert f"A QPiSSA (nf4) adapter for {base.name}, trained on {data.name} by `pissa finetune`" in text
+    assert str(base.parent) not in text
+    assert str(trained("qpissa").folder.parent) not in text
+    losses = logged(out, "eval_loss")
+    assert f"\nHeld-out loss: {losses[-1]:.4f}, {losses[0]:.4f} before training.\n" in text
+    right = logged(out, "right")
+    assert f"\nRight answers: {right[-1]} of 24 held out, {right[0]} before training. Right means equal to " in text
+    of_lora = (trained("lora").folder / "README.md").read_text()
+    assert "A LoRA adapter for " in of_lora
+    assert "pissa\n" not in of_lora.split("---\n")[1]
+
+    shutil.copytree(base, tmp_path / base.name)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "stdin", io.StringIO("17+1"))
     capsys.readouterr()
@@ -274,6 +287,8 @@ def test_json_is_all_there_is_on_stdout(
     assert result["losses"] == logged(out)
     assert result["held_out"] == logged(out, "eval_loss")
     assert result["check"]["passed"] is True
+    before, after = logged(out, "right")
+    assert result["right"] == {"before": before, "after": after, "of": 24, "most_frequent": 1}
     assert "\nsaved" in captured.err
 
 

@@ -30,6 +30,12 @@ def test_a_table_of_losses_has_a_row_for_each_evaluation() -> None:
         "0                           3.0000",
         "2            1.5000         1.7500",
     ]
+    history[0]["right"] = 3
+    assert loss_table(history).split("\n")[1:] == [
+        "----  -------------  -------------  -----",
+        "0                           3.0000      3",
+        "2            1.5000         1.7500",
+    ]
 
 
 def test_the_bar_of_a_training_fits_80_columns() -> None:

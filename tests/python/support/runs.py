@@ -64,12 +64,12 @@ def history(out: Path) -> list[dict[str, Any]]:
     return rows
 
 
-_MEASURED = ("seconds", "per_second", "runtime", "_mib", "num_tokens")
+_MEASURED = ("seconds", "per_second", "runtime", "_mib", "num_tokens", "right")
 
 
 def exact(out: Path) -> list[dict[str, Any]]:
-    """What a run has logged of each step and evaluation, but for what depends on the machine's load, and TRL's count of
-    tokens, which begins anew where a run is resumed."""
+    """What a run has logged of each step and evaluation, but for what depends on the machine's load, such as whether
+    right answers are counted, and TRL's count of tokens, which begins anew where a run is resumed."""
     rows = [row for row in history(out) if "train_loss" not in row]
     return [{key: value for key, value in row.items() if not key.endswith(_MEASURED)} for row in rows]
 
