@@ -4,7 +4,7 @@ short, and one to read."""
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -12,7 +12,7 @@ import torch
 from transformers import TrainerCallback
 
 from pissa.cli.data import question_of
-from pissa.cli.generation import generate
+from pissa.cli.generation import generate_many
 from pissa.cli.score import RIGHT, are_short, is_right, most_frequent
 from pissa.cli.templates import end_of_answer
 from pissa.cli.terminal import as_rows, print_row
@@ -51,7 +51,7 @@ class HeldOutAnswers(TrainerCallback):  # type: ignore[misc]
         if not self.pairs:
             return
         began = time.perf_counter()
-        self.before = list(self._ask())
+        self.before = self._ask()
         self.seconds = time.perf_counter() - began
         if self.counted:
             found = f"{self._right(self.before)} of {len(self.pairs)} held out before training"
@@ -70,7 +70,7 @@ class HeldOutAnswers(TrainerCallback):  # type: ignore[misc]
         if not self.counted or not (state.global_step == 0 or is_last or self.each):
             return
         if state.global_step:
-            self.after = list(self._ask())
+            self.after = self._ask()
         state.log_history[-1]["right"] = self._right(self.after or self.before)
 
     def show(self) -> None:
@@ -79,7 +79,7 @@ class HeldOutAnswers(TrainerCallback):  # type: ignore[misc]
             return
         asked = self.tokenizer.decode(self.pairs[0][0])
         expected = self.tokenizer.decode(self.pairs[0][1])
-        after = self.after[0] if self.after else next(self._ask())
+        after = self.after[0] if self.after else self._ask()[0]
         for label, text in {"asked": asked, "expected": expected, "before": self.before[0], "after": after}.items():
             print(as_rows(label, text, _LINES))
 
@@ -98,17 +98,17 @@ class HeldOutAnswers(TrainerCallback):  # type: ignore[misc]
         always = f"; always {answer!r} would be right for {count}" if count > 1 else ""
         return f"{score['after']} of {score['of']} held out, {score['before']} before training{always}"
 
-    def _ask(self) -> Iterator[str]:
+    def _ask(self) -> list[str]:
         """The answers of the model as it is now, the likeliest token at each place."""
         self.model.eval()
         ends = end_of_answer(self.tokenizer)
         most, options = _ANSWER, {"max_time": _PATIENCE}
         if self.counted:
             most, options = _MORE + max(len(answer) for _, answer in self.pairs), {}
-        for question, _ in self.pairs:
-            with torch.no_grad(), torch.random.fork_rng([]):
-                found = generate(self.model, self.tokenizer, question, most, ends, do_sample=False, **options)
-            yield self._text(found)
+        questions = [question for question, _ in self.pairs]
+        with torch.no_grad():
+            found = list(generate_many(self.model, self.tokenizer, questions, most, ends, **options))
+        return [self._text(tokens) for tokens in found]
 
     def _text(self, tokens: list[int]) -> str:
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,8 +15,6 @@ from pissa.cli.data import encode
 from pissa.cli.templates import Chat
 from tiny_model import tiny_tokenizer
 
-Says = Callable[[str], str]
-
 
 @pytest.fixture
 def held_out(monkeypatch: pytest.MonkeyPatch) -> Callable[..., HeldOutAnswers]:
@@ -24,10 +22,13 @@ def held_out(monkeypatch: pytest.MonkeyPatch) -> Callable[..., HeldOutAnswers]:
     that it is asked are in `model.asked`, with the most tokens of an answer."""
     tokenizer = tiny_tokenizer()
 
-    def generate(model: Any, _: Any, prompt: list[int], most: int, *args: Any, **options: Any) -> list[int]:
-        question = tokenizer.decode(prompt).partition("Instruction:\n")[2].partition("\n")[0]
-        model.asked.append((question, most))
-        return list(tokenizer(model.says(question)).input_ids)
+    def generate_many(
+        model: Any, _: Any, prompts: list[list[int]], most: int, *args: Any, **options: Any
+    ) -> Iterator[list[int]]:
+        for prompt in prompts:
+            question = tokenizer.decode(prompt).partition("Instruction:\n")[2].partition("\n")[0]
+            model.asked.append((question, most))
+            yield list(tokenizer(model.says(question)).input_ids)
 
     def make(pairs: dict[str, str]) -> HeldOutAnswers:
         turns = [
@@ -38,7 +39,7 @@ def held_out(monkeypatch: pytest.MonkeyPatch) -> Callable[..., HeldOutAnswers]:
         model = SimpleNamespace(asked=[], says=lambda _: "what?", eval=lambda: None)
         return HeldOutAnswers(model, tokenizer, Dataset.from_list(rows))
 
-    monkeypatch.setattr(answers, "generate", generate)
+    monkeypatch.setattr(answers, "generate_many", generate_many)
     return make
 
 
