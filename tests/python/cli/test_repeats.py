@@ -23,7 +23,7 @@ def encoded(pairs: list[tuple[int, int]]) -> Dataset:
 
 KINDS = {
     "encoded": encoded([(i + 1, 0) for i in range(100)]),
-    "texts": encoded([(0, i) for i in range(100)]),
+    "texts, too": encoded([(i % 2 * i, i) for i in range(100)]),
     "preferences": Dataset.from_list([{"prompt": f"{i}", "chosen": "a", "rejected": "b"} for i in range(100)]),
     "others": Dataset.from_list([{"image": 1}] * 100),
 }
