@@ -54,8 +54,8 @@ _INTERRUPTED = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the `pissa` command with the given arguments. Without any, it takes the arguments of the process, and the
     process then belongs to the command (`args.is_process`). Returns 0 when the work is done, now or by an earlier run;
-    1 when the environment or a check is broken; 2 for wrong input; 130 when interrupted; 141 when its output is no
-    longer read."""
+    1 when the environment or a check is broken; 2 for wrong input; 130 when interrupted by Ctrl-C or, in a training,
+    by SIGTERM; 141 when its output is no longer read."""
     is_process = argv is None
     argv = (sys.argv[1:] if argv is None else argv) or ["--help"]
     command = argv[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -49,13 +49,15 @@ class CompleteError(Exception):
 
 class Watch(TrainerCallback):  # type: ignore[misc]
     """Records the `seconds` per step and `peak_memory_mib` with each logged loss, in trainer_state.json. After a call
-    of `stop`, the step is finished, a checkpoint is written, and the training ends.
+    of `stop`, the step is finished, a checkpoint is written, and the training ends. Calls `after_save` after each
+    checkpoint.
 
     Raises:
         CompleteError: from `train`, after the checkpoint has been loaded, if the run is resumed after its last step.
             Trainer would make one more step in an epoch that has more batches.
     """
 
+    after_save: Callable[[], None] | None = None
     requested = False
     started = seconds = 0.0
 
@@ -75,6 +77,10 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         self.seconds = time.perf_counter() - self.started
         if self.requested:
             control.should_save = control.should_training_stop = True
+
+    def on_save(self, *_: Any, **__: Any) -> None:
+        if self.after_save is not None:
+            self.after_save()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
         if "loss" in logs:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import fields
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -23,30 +24,22 @@ from pissa.distributed import RankError, agree, failing_together
 
 DATA_FILE = "data.json"
 
-# Prefixes of the options in which a resumed run may differ: where it writes, what it reports, when it evaluates.
-_FREE = (
-    "output_dir",
-    "resume",
-    "json",
-    "report_to",
-    "run_name",
-    "project",
-    "trackio",
-    "disable_tqdm",
-    "logging_",
-    "log_",
-    "save_",
-    "eval_s",
-    "eval_on",
-    "per_device_eval",
-    "hub_",
-    "push_to_hub",
-    "dataloader_",
-    "ddp_",
-    "fsdp",
-    "do_eval",
-    "gradient_checkpointing",
-)
+LIMITS = ("minutes", "max_steps", "num_train_epochs")
+"""The options that say how long a run trains."""
+
+MAY_CHANGE = {
+    "how long it trains": LIMITS,
+    "from where it goes on": ("resume", "resume_from_checkpoint"),
+    "where it writes": ("output_dir", "push_to_hub", "hub_*"),
+    "when it saves and evaluates": ("save_*", "do_eval", "eval_st*", "eval_on_start", "per_device_eval_batch_size"),
+    "what it reports": (
+        *("json", "report_to", "run_name", "project", "trackio_*"),
+        *("disable_tqdm", "logging_*", "log_*"),
+    ),
+    "how the machine computes": ("dataloader_*", "ddp_*", "fsdp*", "gradient_checkpointing*"),
+}
+"""What a resumed run may change, and the options of that; a star stands for the rest of a name. All others have to be
+as they were."""
 
 
 # ---- Taking it -------------------------------------------------------------------------------------------------------
@@ -138,21 +131,44 @@ def record(out: Path, digests: dict[str, str], *options: Any) -> None:
 
 
 def check_same_run(out: Path, ours: Any, training: Any) -> None:
-    """Checks that a folder contains a run with the same options, or names each one that differs. A rate that is to be
-    found becomes the rate that the run used."""
-    path = out / RUN_FILE
-    if not path.is_file():
+    """Checks that a folder contains a run with the same options, except for those that may change, or names each one
+    that differs. A rate that is to be found becomes the rate that the run used."""
+    if not (out / RUN_FILE).is_file():
         raise UserError(f"--resume: {out} holds no run ({RUN_FILE} is missing); leave --resume out to start one [P099]")
-    needed = "Needed: options by name; leave --resume out and give another --out to start anew"
-    with user_errors(ValueError), file_errors(path, needed):
-        # A run of an earlier version may have recorded fewer options of the method.
-        before = METHOD | dict(yaml.safe_load(path.read_text(encoding="utf-8")))
+    # A run of an earlier version may have recorded fewer options of the method.
+    before = METHOD | _recorded(out)
     if training.learning_rate == AUTO:
         training.learning_rate = before.get("learning_rate", AUTO)
     now = _as_dict(ours, training)
-    if names := [name for name in now if not name.startswith(_FREE) and before.get(name) != now[name]]:
+    if names := [name for name in now if not _may_change(name) and before.get(name) != now[name]]:
         what = "; ".join(f"{flag(name)} was {before.get(name)}, is {now[name]}" for name in names)
         raise UserError(f"--resume: {out} holds another run: {what}; give the same options or another --out [P099]")
+
+
+def _may_change(name: str) -> bool:
+    return any(fnmatchcase(name, pattern) for patterns in MAY_CHANGE.values() for pattern in patterns)
+
+
+def _recorded(out: Path) -> dict[str, Any]:
+    """The options of the run in a folder, by name."""
+    needed = "Needed: options by name; leave --resume out and give another --out to start anew"
+    with user_errors(ValueError), file_errors(out / RUN_FILE, needed):
+        return dict(yaml.safe_load((out / RUN_FILE).read_text(encoding="utf-8")))
+
+
+class Limits:
+    """How long a run trains by its options, and whether they differ from what its folder has recorded."""
+
+    def __init__(self, out: Path, ours: Any, training: Any) -> None:
+        self._out, recorded, now = out, _recorded(out), _as_dict(ours, training)
+        self._values = {name: now[name] for name in LIMITS}
+        self.are_new = any(recorded.get(name) != value for name, value in self._values.items())
+
+    def record(self) -> None:
+        """Writes them to the folder. Once a checkpoint has been made within new limits, the run goes on within them."""
+        with staged(self._out) as new:
+            text = yaml.safe_dump(_recorded(self._out) | self._values, sort_keys=False)
+            new(RUN_FILE).write_text(text, encoding="utf-8")
 
 
 def digests_of(train: Any, held_out: Any) -> dict[str, str]:

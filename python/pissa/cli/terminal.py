@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 from pissa.containers.messages import first_line
@@ -60,18 +61,28 @@ def collect_notes(prints: bool) -> Iterator[list[str]]:
 
 
 @contextmanager
-def first_interrupt(act: Callable[[], None]) -> Iterator[None]:
-    """In the block, the first Ctrl-C calls `act`, and a second one ends the command."""
+def first_interrupt(act: Callable[[], None], *signals: signal.Signals) -> Iterator[None]:
+    """In the block, the first Ctrl-C, or the first of these signals, calls `act`, and a second one ends the command."""
+    signals = signals or (signal.SIGINT,)
 
     def handle(*_: object) -> None:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for each in signals:
+            signal.signal(each, signal.default_int_handler)
         act()
 
-    before = signal.signal(signal.SIGINT, handle)
+    with handled(handle, *signals):
+        yield
+
+
+@contextmanager
+def handled(handler: Callable[[int, FrameType | None], Any], *signals: signal.Signals) -> Iterator[None]:
+    """In the block, these signals call the handler."""
+    before = {each: signal.signal(each, handler) for each in signals}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for each, own in before.items():
+            signal.signal(each, own)
 
 
 def as_rows(label: str, text: str, lines: int) -> str:

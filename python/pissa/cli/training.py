@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -41,6 +42,7 @@ from pissa.cli.plan import collate, evaluations, make_plan, needs_checkpointing
 from pissa.cli.progress import CompleteError, LossBar, Watch
 from pissa.cli.repeats import distinct, divide
 from pissa.cli.run_folder import (
+    Limits,
     check_names,
     check_same_data,
     check_same_run,
@@ -52,7 +54,7 @@ from pissa.cli.saving import errors_of_saving, save_safely
 from pissa.cli.selftest import has_passed_on_gpu
 from pissa.cli.sources import ALLOWED, Records, is_records, records
 from pissa.cli.templates import check_continues, give_template
-from pissa.cli.terminal import UserError, count_of, first_interrupt, print_row, user_errors
+from pissa.cli.terminal import UserError, count_of, first_interrupt, handled, print_row, user_errors
 from pissa.cli.verification import packing_check, step0_check
 from pissa.containers.checkpoint import AS_STORED, PISSA_RECORD, Contents, ModelFolder
 from pissa.containers.messages import CodeError, first_line
@@ -73,6 +75,8 @@ class Training(NamedTuple):
         ours, training = parse(args, self.trainer)
         screen = io.StringIO() if training.process_index else sys.stderr if ours.json else sys.stdout
         with contextlib.redirect_stdout(screen), contextlib.ExitStack() as until_the_end:
+            if training.world_size == 1:  # one of several would go on waiting for the others
+                until_the_end.enter_context(handled(signal.default_int_handler, signal.SIGTERM))
             _check_device(training)
             config, source = _complete_options(ours, training)
             run = _Run(args.command, ours, training, config, source, _checkpoint(ours, training))
@@ -142,9 +146,11 @@ def _check_and_train(
         print_row("rate", suggestion.text)
     if trainer.is_world_process_zero() and not ours.resume:
         record(Path(training.output_dir), data.digests, ours, training)
+    if run.checkpoint or ours.resume:
+        print_row("resume", f"from {run.checkpoint or 'the beginning: no checkpoint was kept'}")
     answers.ask_before()
-    result["plan"] = _plan(trainer, ours, run.checkpoint, loss, answers)
-    _train(trainer, ours, watch, run.checkpoint, f"pissa {run.command}")
+    result["plan"] = _plan(trainer, run, watch, loss, answers)
+    _train(trainer, watch, run.checkpoint, f"pissa {run.command}")
     answers.show()
     return result | report(trainer, ours, run.config, run.source.contents, answers)
 
@@ -438,45 +444,73 @@ def _trainers_loss(trainer: Any, model: Any, batch: Any) -> torch.Tensor:
 
 
 def _plan(
-    trainer: Any, ours: Any, checkpoint: Path | None, loss: Callable[..., torch.Tensor], answers: HeldOutAnswers
+    trainer: Any, run: _Run, watch: Watch, loss: Callable[..., torch.Tensor], answers: HeldOutAnswers
 ) -> dict[str, Any] | None:
     """Measures and prints what the training will take, with the time for the answers that are asked for."""
-    state = TrainerState() if checkpoint is None else TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-    if ours.minutes and state.max_steps:  # as many as before
-        trainer.args.max_steps = state.max_steps
+    args, minutes = trainer.args, run.ours.minutes
+    state, are_counted = _resumed(trainer, run, watch)
     needs_less = "; a smaller --batch-size or --max-length, or --gradient-checkpointing, needs less"
     with user_errors(torch.OutOfMemoryError, MemoryError, after=needs_less):
         plan = make_plan(trainer, loss, state.global_step)
     if plan is None:
         return None
-    most = min(plan.seconds, 60 * (ours.minutes or math.inf))
-    plan = plan._replace(besides=plan.besides + answers.time_needed(most, evaluations(trainer.args, plan.steps)))
-    if ours.minutes and not state.max_steps:
-        plan = plan.within(ours.minutes)
-        trainer.args.max_steps = plan.steps
-    print_row("plan", plan.text(trainer.args.device))
-    print_row("", "Ctrl-C keeps what is learned by then, and --resume goes on from there")
+    most = min(plan.seconds, 60 * (minutes or math.inf))
+    plan = plan._replace(besides=plan.besides + answers.time_needed(most, evaluations(args, plan.steps)))
+    if minutes and plan.steps and not are_counted:
+        plan = plan.within(minutes)
+        args.max_steps = state.global_step + plan.steps
+    if plan.steps:
+        print_row("plan", plan.text(args.device))
+        print_row("", "Ctrl-C keeps what is learned by then, and --resume goes on from there")
+        if plan.seconds > _LONG and not minutes:
+            print_row("", "--minutes 5 makes it shorter, now or with --resume")
+        if state.max_steps not in (0, total := state.global_step + plan.steps):
+            rate = "the learning rate goes on along the curve of so many"
+            print_row("", f"{total:,} steps in all, where {state.max_steps:,} were planned: {rate}")
+    else:
+        print_row("plan", "no step is left; --steps, --epochs or --minutes, of more than before, train on")
     for note in plan.notes(free_memory()):
         print_row("note", note)
     return plan._asdict() | {"seconds": plan.seconds}
 
 
-def _train(trainer: Any, ours: Any, watch: Watch, checkpoint: Path | None, command: str) -> None:
+_LONG = 300
+"""Seconds of a training from which on a way to shorten it is offered."""
+
+
+def _resumed(trainer: Any, run: _Run, watch: Watch) -> tuple[TrainerState, bool]:
+    """The state from which the training goes on, and whether its steps are counted: those that were to fit into
+    --minutes then. Other minutes, steps or epochs count anew, and are recorded with the first checkpoint."""
+    if run.checkpoint is None:
+        return TrainerState(), False
+    state = TrainerState.load_from_json(str(run.checkpoint / TRAINER_STATE_NAME))
+    limits = Limits(Path(trainer.args.output_dir), run.ours, trainer.args)
+    if limits.are_new:
+        watch.after_save = limits.record if trainer.is_world_process_zero() else None
+    elif run.ours.minutes:
+        trainer.args.max_steps = state.max_steps
+    return state, not limits.are_new
+
+
+_STOPS = (signal.SIGINT, signal.SIGTERM)
+"""What ends a training: Ctrl-C, and what `kill` and systems that shut down send."""
+
+
+def _train(trainer: Any, watch: Watch, checkpoint: Path | None, command: str) -> None:
     """Trains, evaluates before and after, and saves."""
     args, out = trainer.args, Path(trainer.args.output_dir)
-    if checkpoint:
-        print_row("resume", f"from {checkpoint}")
     args.eval_on_start = trainer.eval_dataset is not None and not checkpoint
     with warnings.catch_warnings():
         # Reported once at the end instead of across the progress bar at the first checkpoint.
         warnings.simplefilter("ignore", InexactLoraWarning)
         # Several processes would not all receive the signal in the same step.
-        interruptible = first_interrupt(watch.stop) if args.world_size == 1 else contextlib.nullcontext()
+        interruptible = first_interrupt(watch.stop, *_STOPS) if args.world_size == 1 else contextlib.nullcontext()
         with interruptible, contextlib.suppress(CompleteError):
             trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         if watch.requested:
             go_on = resume_command(command, out)
-            raise KeyboardInterrupt(f"saved after step {trainer.state.global_step}; go on by: {go_on}")
+            kept = f"saved after step {trainer.state.global_step}; --minutes N can limit the rest"
+            raise KeyboardInterrupt(f"{kept}; go on by: {go_on}")
         evaluated = [row["step"] for row in trainer.state.log_history if "eval_loss" in row]
         if trainer.eval_dataset is not None and evaluated[-1:] != [trainer.state.global_step]:
             trainer.evaluate()

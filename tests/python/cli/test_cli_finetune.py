@@ -192,8 +192,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     assert exact(cut) == exact(whole)
 
 
-def interrupted(times: int, monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> int:
-    """The exit code of a command that gets so many Ctrl-C in its second step."""
+def interrupted(
+    times: int, monkeypatch: pytest.MonkeyPatch, arguments: list[str], by: signal.Signals = signal.SIGINT
+) -> int:
+    """The exit code of a command that gets so many Ctrl-C, or other signals, in its second step."""
     from pissa.cli.training import Watch
 
     begun = []
@@ -201,14 +203,16 @@ def interrupted(times: int, monkeypatch: pytest.MonkeyPatch, arguments: list[str
     def interrupt(self: Any, *args: Any, **kwargs: Any) -> None:
         begun.append(self)
         for _ in range(times if len(begun) == 2 else 0):
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(by)
 
     with monkeypatch.context() as patch:
         patch.setattr(Watch, "on_step_begin", interrupt)
         return main(arguments)
 
 
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_saves_and_says_how_to_go_on(
+    by: signal.Signals,
     base: Path,
     data: Path,
     tmp_path: Path,
@@ -217,13 +221,13 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     whole, out = trained("pissa").folder, tmp_path / "run"
-    before = signal.getsignal(signal.SIGINT)
+    before = signal.getsignal(by)
     # No checkpoint is due then.
     arguments = command(base, data, out, "--eval-data", str(data), "--save-steps", "3")
-    assert interrupted(1, monkeypatch, arguments) == 130
-    assert signal.getsignal(signal.SIGINT) is before
+    assert interrupted(1, monkeypatch, arguments, by) == 130
+    assert signal.getsignal(by) is before
     told = capsys.readouterr().err.strip().splitlines()[-1]
-    assert told.startswith("pissa finetune: interrupted; saved after step 2; go on by: pissa finetune --config ")
+    assert told.startswith("pissa finetune: interrupted; saved after step 2; --minutes N can limit the rest; go on")
     assert (out / "checkpoint-2").is_dir()
     assert main(told.partition("go on by: pissa ")[2].split()) == 0
     assert exact(out) == exact(whole)
@@ -238,7 +242,17 @@ def test_a_second_ctrl_c_ends_at_once(
     assert "interrupted; a run that has begun goes on with --resume" in capsys.readouterr().err
     assert not list((tmp_path / "run").glob("checkpoint-*"))
     assert main([*arguments, "--resume"]) == 0
+    assert "\nresume    from the beginning: no checkpoint was kept\n" in capsys.readouterr().out
     assert logged(tmp_path / "run", "step")[:2] == [1, 2]
+
+
+def test_sigterm_before_the_training_leaves_nothing(
+    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(training, "_model", lambda *_: signal.raise_signal(signal.SIGTERM))
+    assert main(command(base, data, tmp_path / "run")) == 130
+    assert "interrupted; a run that has begun goes on with --resume" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_logits_that_are_no_numbers_do_not_pass(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import fnmatch
+import math
 import shutil
+from argparse import Namespace
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 
+import pages
+from interrupted import Interrupted
 from pissa.cli import main, run_folder
+from pissa.cli.options import flag, parse
 from pissa.cli.past_run import last_checkpoint
-from pissa.cli.run_folder import digests_of, taken_folder
+from pissa.cli.plan import TrainingPlan
+from pissa.cli.progress import Watch
+from pissa.cli.run_folder import MAY_CHANGE, digests_of, taken_folder
 from pissa.cli.terminal import UserError
-from runs import command, refused, same_weights, save_sums
+from runs import command, cut_last_step, logged, refused, same_weights, save_sums
 
 pytestmark = pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning")
 
@@ -76,6 +86,57 @@ def test_a_run_goes_on_with_the_data_with_which_it_began(
     data.write_text("".join(lines))
     assert main([*run, "--resume"]) == 0
     assert same_weights(out, tmp_path)
+
+
+def test_a_run_goes_on_for_more_steps(
+    base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, out = command("finetune", base, data, tmp_path / "run"), tmp_path / "run"
+    assert main(run) == 0
+    assert main([*run, "--resume", "--steps", "6"]) == 0
+    assert "6 steps in all, where 4 were planned: the learning rate goes on along" in capsys.readouterr().out
+    assert logged(out, "step")[:6] == [1, 2, 3, 4, 5, 6]
+    # The curve of six steps, of which one warms up. The rate of the fifth is still that of four.
+    assert logged(out, "learning_rate")[5] == pytest.approx(1e-2 * (1 + math.cos(math.pi * 4 / 5)) / 2)
+    weights = (out / "adapter_model.safetensors").read_bytes()
+    assert main(["finetune", "--config", str(out / "run.yaml"), "--resume"]) == 0
+    assert "\nplan      no step is left; --steps, --epochs or --minutes, of more than" in capsys.readouterr().out
+    assert (out / "adapter_model.safetensors").read_bytes() == weights
+
+
+def test_other_minutes_count_from_where_a_run_goes_on(
+    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once a checkpoint has been made within them, a run that goes on as it is recorded has as many steps."""
+    out = tmp_path / "run"
+    assert main(command("finetune", base, data, out, "--epochs", "2", steps=-1)) == 0
+    cut_last_step(out, last=12)
+    run = ["finetune", "--config", str(out / "run.yaml"), "--resume"]
+    minutes = []
+
+    def within(self: TrainingPlan, limit: float) -> TrainingPlan:
+        minutes.append(limit)
+        return self._replace(steps=3)
+
+    monkeypatch.setattr(TrainingPlan, "within", within)
+    for step, recorded in ((1, None), (3, 5)):  # a step before a checkpoint, and one after it
+        interrupt = Interrupted(Watch.on_step_end, at=step)
+        with monkeypatch.context() as patch:
+            patch.setattr(Watch, "on_step_end", lambda *args, interrupt=interrupt, **_: interrupt(*args))
+            assert main([*run, "--minutes", "5", "--epochs", "3"]) == 130
+        assert yaml.safe_load((out / "run.yaml").read_text())["minutes"] == recorded
+    assert minutes == [5, 5]
+    assert main(run) == 0
+    assert minutes == [5, 5]
+    assert logged(out, "step")[:13] == [*range(1, 14)]
+
+
+@pytest.mark.parametrize(("what", "patterns"), MAY_CHANGE.items())
+def test_what_a_resumed_run_may_change_is_written_down(what: str, patterns: tuple[str, ...]) -> None:
+    known = {f.name for part in parse(Namespace(argv=[], config=None), "SFT") for f in fields(part)}
+    assert all(fnmatch.filter(known, pattern) for pattern in patterns)
+    options = ", ".join(f"`{flag(pattern)}`" for pattern in patterns)
+    assert f"| {what} | {options} |" in (pages.ROOT / "docs/trainers.md").read_text().splitlines()
 
 
 def test_the_digest_is_that_of_the_examples_in_their_order() -> None:
