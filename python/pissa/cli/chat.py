@@ -12,6 +12,7 @@ from typing import Any
 
 from pissa.cli.templates import end_of_answer, prompt_text
 from pissa.cli.terminal import (
+    THREADS_HELP,
     UserError,
     collect_notes,
     first_interrupt,
@@ -39,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-tokens", type=positive_int, default=512, metavar="N", help="longest answer, in tokens")
     sampling = "0: always the likeliest token; above 0: sampled (default: as in the model's generation_config.json)"
     add("--temperature", type=_temperature, metavar="T", help=sampling)
+    add("--threads", type=positive_int, metavar="N", help=THREADS_HELP)
     code = "run the code that comes with the model or its tokenizer, also where the training was given this option"
     add("--trust-remote-code", action="store_true", help=code)
 
@@ -52,13 +54,12 @@ def run(args: argparse.Namespace) -> int:
     prompt = "" if is_conversation else _text(lambda: _piped() if args.prompt is None else args.prompt).strip()
     if not is_conversation and not prompt:
         raise UserError("the prompt is empty; give --prompt TEXT or a text through a pipe, or start it in a terminal")
-    from pissa.cli.cores import Cores, note_on_cores
+    from pissa.cli.cores import Threads
 
-    meanwhile = Cores()
+    threads = Threads(args.threads)
     with contextlib.redirect_stdout(sys.stderr), collect_notes(prints=True):
         chat = Conversation(args, *_load(args))
-        if busy := note_on_cores(meanwhile.elapsed()[1]):
-            print_row("note", busy)
+        threads.choose()
     if is_conversation:
         return _converse(chat)
     chat.ask(prompt)

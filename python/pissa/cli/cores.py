@@ -1,5 +1,5 @@
-"""What other programs use of the processor's cores. Threads that wait for each other then take several times as long:
-seven times, with two threads beside one busy program on two cores."""
+"""How many threads compute. Threads that wait for each other take several times as long beside other programs: seven
+times, with two threads beside one busy program on two cores."""
 
 from __future__ import annotations
 
@@ -9,12 +9,35 @@ import time
 import psutil
 import torch
 
+from pissa.cli.terminal import count_of, print_row
 
-class Cores:
-    """The time, and the cores that other programs use, from now on."""
 
-    def __init__(self) -> None:
-        self._now = self._read()
+class Threads:
+    """Lets as many threads compute as other programs leave cores free.
+
+    Args:
+        number: how many are to compute, whatever others do. OMP_NUM_THREADS, if it is set, says that, too.
+        are_chosen: whether their number may be chosen at all.
+    """
+
+    def __init__(self, number: int | None = None, are_chosen: bool = True) -> None:
+        if number is not None:
+            torch.set_num_threads(number)
+        self._are_chosen = are_chosen and number is None and "OMP_NUM_THREADS" not in os.environ
+        self._most, self._before = torch.get_num_threads(), self._read()
+
+    def choose(self) -> None:
+        """Chooses their number by what other programs have used since the last choice, and says so if it changes."""
+        before, self._before = self._before, self._read()
+        seconds, busy, own = (now - then for now, then in zip(self._before, before, strict=True))
+        if not self._are_chosen or seconds < _SHORTEST:
+            return
+        cores, others = os.cpu_count() or 1, (busy - own) / seconds
+        threads = max(1, min(self._most, round(cores - others)))
+        if threads != torch.get_num_threads():
+            torch.set_num_threads(threads)
+            used = f"other programs use {max(others, 0):.1f} of {cores} cores"
+            print_row("cores", f"{used}: {count_of(threads, 'thread')} [P096]")
 
     @staticmethod
     def _read() -> tuple[float, float, float]:
@@ -22,17 +45,6 @@ class Cores:
         times = psutil.cpu_times()
         return time.perf_counter(), sum(times[:10]) - times.idle - getattr(times, "iowait", 0.0), time.process_time()
 
-    def elapsed(self) -> tuple[float, float]:
-        """The seconds, and the cores that others used."""
-        seconds, busy, own = (now - then for now, then in zip(self._read(), self._now, strict=True))
-        return seconds, (busy - own) / seconds
 
-
-def note_on_cores(others: float) -> str:
-    """What to do if other programs use so many cores beside this process's threads; nothing if there are enough."""
-    cores, threads = os.cpu_count() or 1, torch.get_num_threads()
-    if others <= 0.5 or others + threads <= cores + 0.5:
-        return ""
-    left = max(1, round(cores - others))
-    fewer = f", or write OMP_NUM_THREADS={left} before the command" if left < threads else ""
-    return f"other programs use {others:.1f} of {cores} cores, which slows threads severalfold: end them{fewer} [P096]"
+_SHORTEST = 0.2
+"""Seconds below which what is measured says little: systems count in hundredths of a second on each core."""

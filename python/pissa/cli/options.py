@@ -18,6 +18,7 @@ import pissa
 from pissa.cli.selftest import has_passed_on_gpu
 from pissa.cli.terminal import (
     COLUMNS_HELP,
+    THREADS_HELP,
     UserError,
     columns,
     count,
@@ -117,6 +118,7 @@ _OWN = (
     ("calibrate", bool, False, "with --quant: fit the codes to the data (--repair activations, --error-feedback)"),
     ("calibration", int, 64, "number of training examples for --repair activations and --error-feedback"),
     ("resume", bool, False, "continue from the last checkpoint in the folder"),
+    ("threads", positive_int, None, THREADS_HELP),
     ("json", bool, False, "report as one JSON object; readable lines go to stderr"),
 )
 

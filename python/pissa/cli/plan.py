@@ -4,6 +4,7 @@ and forgotten."""
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,7 +15,6 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from pissa.checkpoints.training_memory import training_memory
-from pissa.cli.cores import Cores, note_on_cores
 from pissa.cli.data import IGNORED
 from pissa.cli.memory import free_memory, peak_memory
 from pissa.cli.terminal import as_duration, as_size, count_of
@@ -51,8 +51,6 @@ class TrainingPlan(NamedTuple):
     """The seconds of all evaluations, and of what else is not a step."""
     memory: int
     """The peak memory of this process, in bytes."""
-    others: float
-    """The cores that other programs used while the batch was measured."""
     empty: float = 0.0
     """The share of the batches in which no token is learned."""
 
@@ -83,8 +81,6 @@ class TrainingPlan(NamedTuple):
         if self.empty:
             why = "the answers are cut away, or have no labels. A larger --max-length keeps more of them"
             yield f"{self.empty:.0%} of the batches have no token to learn, and teach nothing: {why} [P097]"
-        if busy := note_on_cores(self.others):
-            yield busy
 
 
 # ---- Memory, by the model's shapes -----------------------------------------------------------------------------------
@@ -150,10 +146,9 @@ def make_plan(trainer: Any, loss: Callable[[nn.Module, Any], Tensor], done: int 
     empty = learned.count(0) / len(learned)
 
     _try(trainer, loss, batch(longest[-1:]))  # the first backward is slower
-    trial, before = batch(longest[:size]), Cores()
+    trial = batch(longest[:size])
     peak, now = peak_memory(), psutil.Process().memory_info().rss
-    _try(trainer, loss, trial)
-    seconds, others = before.elapsed()
+    seconds = _try(trainer, loss, trial)
     memory = peak_memory()
     if memory > peak:
         trained = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
@@ -171,7 +166,7 @@ def make_plan(trainer: Any, loss: Callable[[nn.Module, Any], Tensor], done: int 
     passes, padding = steps * examples / len(rows), 1 - sum(tokens) / sum(places)
     besides = len(trainer.eval_dataset or ()) * evaluations(args, steps) * evaluated
     a_step = min(examples, len(rows)) * trained
-    return TrainingPlan(steps, examples, passes, padding, a_step, besides, memory, others, empty)
+    return TrainingPlan(steps, examples, passes, padding, a_step, besides, memory, empty)
 
 
 def collate(trainer: Any, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -200,9 +195,9 @@ def evaluations(args: Any, steps: int) -> float:
     return 1 + (steps / between if between >= 1 else 1 / between)
 
 
-def _try(trainer: Any, loss: Callable[[nn.Module, Any], Tensor], batch: Any) -> None:
-    """A forward and a backward pass as in the training. The model and the generators are as before."""
-    model = trainer.model
+def _try(trainer: Any, loss: Callable[[nn.Module, Any], Tensor], batch: Any) -> float:
+    """The seconds of a forward and a backward pass as in the training. The model and the generators are as before."""
+    began, model = time.perf_counter(), trainer.model
     if trainer.args.gradient_checkpointing:
         # transformers renames the method; `train` calls it again, with the user's options.
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
@@ -210,3 +205,4 @@ def _try(trainer: Any, loss: Callable[[nn.Module, Any], Tensor], batch: Any) -> 
     with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
         loss(model, batch).backward()  # type: ignore[no-untyped-call]
     model.zero_grad()
+    return time.perf_counter() - began

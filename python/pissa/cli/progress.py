@@ -8,9 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+from tqdm import tqdm
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
+from pissa.cli.cores import Threads
 from pissa.cli.memory import peak_memory
 
 
@@ -50,7 +52,7 @@ class CompleteError(Exception):
 class Watch(TrainerCallback):  # type: ignore[misc]
     """Records the `seconds` per step and `peak_memory_mib` with each logged loss, in trainer_state.json. After a call
     of `stop`, the step is finished, a checkpoint is written, and the training ends. Calls `after_save` after each
-    checkpoint.
+    checkpoint, and chooses the number of `threads` after each evaluation.
 
     Raises:
         CompleteError: from `train`, after the checkpoint has been loaded, if the run is resumed after its last step.
@@ -60,6 +62,9 @@ class Watch(TrainerCallback):  # type: ignore[misc]
     after_save: Callable[[], None] | None = None
     requested = False
     started = seconds = 0.0
+
+    def __init__(self, threads: Threads) -> None:
+        self.threads = threads
 
     def stop(self) -> None:
         """Ends the training after this step."""
@@ -77,6 +82,10 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         self.seconds = time.perf_counter() - self.started
         if self.requested:
             control.should_save = control.should_training_stop = True
+
+    def on_evaluate(self, *_: Any, **__: Any) -> None:
+        with tqdm.external_write_mode():  # what it says
+            self.threads.choose()
 
     def on_save(self, *_: Any, **__: Any) -> None:
         if self.after_save is not None:

@@ -36,7 +36,7 @@ MAY_CHANGE = {
         *("json", "report_to", "run_name", "project", "trackio_*"),
         *("disable_tqdm", "logging_*", "log_*"),
     ),
-    "how the machine computes": ("dataloader_*", "ddp_*", "fsdp*", "gradient_checkpointing*"),
+    "how the machine computes": ("threads", "dataloader_*", "ddp_*", "fsdp*", "gradient_checkpointing*"),
 }
 """What a resumed run may change, and the options of that; a star stands for the rest of a name. All others have to be
 as they were."""

@@ -182,4 +182,5 @@ columns = number(
     "NAME=COLUMN, separated by commas, each NAME once, such as question=frage,answer=antwort",
     lambda value: all(value) and all(value.values()),
 )
+THREADS_HELP = "threads that compute (default: as many as other programs leave cores free)"
 COLUMNS_HELP = "columns to use under other names, such as question=frage,answer=antwort"

@@ -32,6 +32,7 @@ import pissa
 from pissa.adapters.pissa_layout import AdapterRecord
 from pissa.cli.answers import HeldOutAnswers
 from pissa.cli.card import write_card
+from pissa.cli.cores import Threads
 from pissa.cli.data import encode, note_on_facts, read_chats, read_preferences, shown
 from pissa.cli.generation import check_tokens
 from pissa.cli.memory import free_memory
@@ -82,9 +83,11 @@ class Training(NamedTuple):
             run = _Run(args.command, ours, training, config, source, _checkpoint(ours, training))
             if not ours.resume:
                 until_the_end.enter_context(taken_folder(ours, training))
+            threads = Threads(ours.threads, training.device.type == "cpu" and training.world_size == 1)
             data = _read_data(run, self.rows)
+            threads.choose()
             model = _model(run, data)
-            watch = Watch()
+            watch = Watch(threads)
             answers = HeldOutAnswers(model, data.tokenizer, data.held_out if training.world_size == 1 else None)
             trainer = _trainer(self.trainer, run, data, model, watch, answers)
             loss = own_loss if self is FINETUNE else partial(_trainers_loss, trainer)
@@ -148,6 +151,7 @@ def _check_and_train(
         record(Path(training.output_dir), data.digests, ours, training)
     if run.checkpoint or ours.resume:
         print_row("resume", f"from {run.checkpoint or 'the beginning: no checkpoint was kept'}")
+    watch.threads.choose()
     answers.ask_before()
     result["plan"] = _plan(trainer, run, watch, loss, answers)
     _train(trainer, watch, run.checkpoint, f"pissa {run.command}")

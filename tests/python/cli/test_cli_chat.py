@@ -27,7 +27,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 import pissa
 from language_models import train
 from pissa.cli import main
-from pissa.cli.cores import Cores
 from released_folders import release
 from runs import Terminal, command, refused
 from tiny_model import save_tiny_model, tiny_tokenizer
@@ -56,19 +55,6 @@ def lora(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     train(model, torch.randint(0, 97, (3, 11), generator=torch.Generator().manual_seed(1)))
     model.save_pretrained(folder := tmp_path_factory.mktemp("lora"))
     return folder
-
-
-@pytest.fixture(autouse=True)
-def calm(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No other program is noted."""
-    monkeypatch.setattr(Cores, "elapsed", lambda self: (1.0, 0.0))
-
-
-def test_other_programs_are_noted(
-    ran: Path, ask: Callable[..., tuple[str, str]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Cores, "elapsed", lambda self: (1.0, 1000.0))
-    assert "note      other programs use 1000.0 of " in ask(ran)[1]
 
 
 @pytest.fixture

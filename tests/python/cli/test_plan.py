@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-import os
 import re
 import shlex
 from pathlib import Path
@@ -19,7 +19,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import pages
 import pissa
 from pissa.cli import main, plan, training
-from pissa.cli.cores import Cores, note_on_cores
 from pissa.cli.plan import TrainingPlan, make_plan, needs_checkpointing
 from pissa.cli.terminal import as_duration
 from runs import command, cut_last_step, history, logged, refused
@@ -94,7 +93,7 @@ def test_a_batch_of_the_longest_examples_is_trained_on_and_forgotten() -> None:
 
 def test_time_is_that_of_the_places_forward_and_the_tokens_backward(monkeypatch: pytest.MonkeyPatch) -> None:
     # The longest rows have 9, 8, 7 and 6 tokens: 4 x 9 places and 30 tokens in 33 s.
-    monkeypatch.setattr(Cores, "elapsed", lambda self: (33.0, 0.0))
+    monkeypatch.setattr(plan, "time", SimpleNamespace(perf_counter=itertools.count(0, 33).__next__))
     order = torch.randperm(10, generator=torch.Generator().manual_seed(0)).tolist()
     batches = [[LENGTHS[index] for index in order[start : start + 4]] for start in (0, 4, 8)]
     places, tokens = sum(len(batch) * max(batch) for batch in batches), sum(LENGTHS)
@@ -144,7 +143,7 @@ def test_nothing_is_planned_where_nothing_can_be_measured() -> None:
     assert make_plan(trainer(world_size=2), lambda model, batch: model(batch)) is None
 
 
-CALM = TrainingPlan(60, 8, 1.0, 0.1, a_step=9.0, besides=60.0, memory=9 * 10**8, others=0.0)
+CALM = TrainingPlan(60, 8, 1.0, 0.1, a_step=9.0, besides=60.0, memory=9 * 10**8)
 """Ten minutes, of which one is for what is not a step."""
 
 
@@ -158,47 +157,18 @@ def test_a_plan_fits_the_minutes() -> None:
 
 def test_a_plan_advises_what_to_change(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "peak_memory", lambda: 5 * 10**8)
-    monkeypatch.setattr(plan.psutil, "cpu_count", lambda: 8)
     assert list(CALM.notes(10**9)) == []
     assert "60 steps of 8 examples (1 x the data, 10% padding): about 10 minutes" in CALM.text(torch.device("cpu"))
     [note] = CALM._replace(besides=90_000.0).notes(10**9)
     assert note.startswith("that is more than a day. Fewer --steps")
     [note] = CALM._replace(memory=2 * 10**9).notes(10**9)
     assert note.startswith("only 1 GB of memory are free. --gradient-checkpointing")
-    monkeypatch.setattr(os, "cpu_count", lambda: 8)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
-    assert list(CALM._replace(others=2.6).notes(10**9)) == [note_on_cores(2.6)]
-
-
-@pytest.mark.parametrize(
-    ("others", "threads", "remedy"),
-    [
-        (0.3, 8, ""),
-        (0.0, 16, ""),
-        (4.2, 4, ""),
-        (2.9, 8, "end them, or write OMP_NUM_THREADS=5 before the command"),
-        (7.6, 1, "end them"),
-    ],
-)
-def test_cores_that_others_use_are_noted(
-    others: float, threads: int, remedy: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(os, "cpu_count", lambda: 8)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    note = f"other programs use {others} of 8 cores, which slows threads severalfold: {remedy} [P096]"
-    assert note_on_cores(others) == (note if remedy else "")
 
 
 def test_durations_are_read_at_a_glance() -> None:
     assert [as_duration(seconds) for seconds in (7.4, 89, 91, 2400, 6000, 40_000)] == [
         *("7 s", "89 s", "2 minutes", "40 minutes", "1.7 hours", "11 hours")
     ]
-
-
-def test_cores_of_other_programs_are_those_that_work_and_are_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    readings = iter([(0.0, 5.0, 3.0), (10.0, 44.0, 23.0)])
-    monkeypatch.setattr(Cores, "_read", staticmethod(lambda: next(readings)))
-    assert Cores().elapsed() == (10.0, pytest.approx(1.9))
 
 
 def test_checkpointing_begins_where_activations_fill_half_of_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
