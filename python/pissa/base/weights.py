@@ -37,6 +37,38 @@ def is_offloaded(module: nn.Module) -> bool:
     return bool(has_offloaded_params(module))
 
 
+class WeightOnDisk(AlignDevicesHook):  # type: ignore[misc]
+    """Accelerate's hook for a module whose weight is read from a file each time that it is fetched. Until then the
+    weight is on the meta device, in the dtype to which what is read is cast. The rest of the module is in memory.
+
+    Args:
+        read: reads the weight.
+        device: where the module computes.
+    """
+
+    def __init__(self, read: Callable[[], Tensor], device: torch.device) -> None:
+        super().__init__(device, offload=True)
+        self._read = read
+
+    def init_hook(self, module: Any) -> Any:
+        return module
+
+    def pre_forward(self, module: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        self._empty = module.weight
+        weight = self._read().to(self.execution_device, self._empty.dtype)
+        module.weight = nn.Parameter(weight, requires_grad=False)
+        return args, kwargs
+
+    def post_forward(self, module: Any, output: Any) -> Any:
+        module.weight = self._empty
+        return output
+
+
+def leave_on_disk(module: nn.Module, read: Callable[[], Tensor], device: torch.device) -> None:
+    """Lets a module on the meta device fetch its weight by `read` whenever it is needed; see `WeightOnDisk`."""
+    add_hook_to_module(module, WeightOnDisk(read, device))
+
+
 def has_hooks(called: Any) -> bool:
     """Whether torch calls hooks when it calls a module, or in its backward. A function has none."""
     names = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"

@@ -1,13 +1,14 @@
-"""load: a PissaModel over a folder whose weights are already packed or split. Nothing that is split is decomposed
-again. transformers' own loader gets tensors that nothing has read yet and leaves the packed ones packed."""
+"""load: a PissaModel over a folder. Nothing that is split there is decomposed again. transformers' own loader gets
+tensors that nothing has read yet, and leaves the packed ones packed and those that will be quantised on the disk."""
 
 from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from pissa.base.protocol import Base
 from pissa.base.start import StartFactors
 from pissa.base.stored import residual_tensors
 from pissa.base.weights import CodedEmbedding, CodedLinear
+from pissa.checkpoints.unread import Parameters, Reader, leave_parameters, tensors_of, to_replace
 from pissa.config import IMPLICIT, PissaConfig
 from pissa.containers.checkpoint import AS_STORED, EXPERT, PISSA_RECORD, RESIDUAL_KEY, Checkpoint, Contents
 from pissa.containers.coded_weights import BitsandbytesWeight
@@ -41,7 +43,9 @@ from pissa.containers.tensor_file import TensorFile
 from pissa.distributed import failing_together
 from pissa.layers.experts import UnfusedExperts
 from pissa.layers.layer import PissaLayer, pissa_layers
-from pissa.model.calibrate import check_wanted
+from pissa.model.batches import Batch
+from pissa.model.calibrate import moments_of, use_calibration
+from pissa.model.calibration import Calibration
 from pissa.model.decompose import decompose
 from pissa.model.inject import check_adapter_name, materialise, own_config
 from pissa.model.pissa_model import PissaModel, fuse_steps, model_class
@@ -58,12 +62,16 @@ def of_layer(name: str, folder: Path | None = None) -> Iterator[None]:
         raise ValueError(f"{place}layer {quote(name)}: {error}") from error
 
 
-def mapped_model(checkpoint: Checkpoint, dtype: torch.dtype | None) -> PreTrainedModel:
+def mapped_model(
+    checkpoint: Checkpoint, dtype: torch.dtype | None, unread: Parameters = MappingProxyType({})
+) -> PreTrainedModel:
     """The model of a checkpoint, on the CPU, in evaluation mode. Its tensors are views of the mapped files. Only
     tensors that transformers has cast (to `dtype`, or to that of the folder's config.json) or assembled from several
-    are copies. Parameters that are stored in codes stay on the meta device; see `Checkpoint.coded_parameters`."""
+    are copies. Parameters that are stored in codes stay on the meta device; see `Checkpoint.coded_parameters`. So do
+    those in `unread`."""
     folder = checkpoint.folder
-    state: dict[str, Any] = {name: checkpoint.read(name) for name in checkpoint.names if name not in checkpoint.coded}
+    left = checkpoint.coded.keys() | tensors_of(unread)
+    state: dict[str, Any] = {name: checkpoint.read(name) for name in checkpoint.names if name not in left}
     config = checkpoint.built_config()
     transformers_class = class_of(config)
     vars(config).pop("quantization_config", None)
@@ -71,12 +79,13 @@ def mapped_model(checkpoint: Checkpoint, dtype: torch.dtype | None) -> PreTraine
     for name, layers in checkpoint.coded_parameters.items():
         shapes = [checkpoint.codes(parts).shape for parts in layers.values()]
         is_one = list(layers) == [name.removesuffix(".weight")]
-        state[name] = _LeftPacked(shapes[0] if is_one else checkpoint.tensors[name].shape)
+        state[name] = _LeftAlone(shapes[0] if is_one else checkpoint.tensors[name].shape)
+    state |= {name: _LeftAlone(checkpoint.tensors[name].shape) for name in unread}
     with file_errors(folder, NO_MODEL):
         described = checkpoint.described
         has_own = (described / GENERATION_CONFIG_NAME).is_file()
         generation = GenerationConfig.from_pretrained(described) if has_own else None
-        with _unpartitioned() if checkpoint.coded else nullcontext():
+        with _unpartitioned() if left else nullcontext():
             model, info = transformers_class.from_pretrained(
                 None,
                 config=config,
@@ -108,14 +117,14 @@ def _unpartitioned() -> Iterator[None]:
             deepspeed.set_hf_deepspeed_config(config)
 
 
-class _LeftPacked:
-    """Represents in a state dict a parameter that stays packed. transformers' loader slices what it is given, and
-    moves it to a device and a dtype. From this object it gets a parameter on the meta device."""
+class _LeftAlone:
+    """Represents in a state dict a parameter that is not read. transformers' loader slices what it is given, and moves
+    it to a device and a dtype. From this object it gets a parameter on the meta device."""
 
     def __init__(self, shape: Sequence[int]) -> None:
         self.shape = shape
 
-    def __getitem__(self, _: object) -> _LeftPacked:
+    def __getitem__(self, _: object) -> _LeftAlone:
         return self
 
     def to(self, device: object, dtype: torch.dtype) -> nn.Parameter:
@@ -136,6 +145,7 @@ def load(
     *,
     revision: str | None = None,
     adapter: str | os.PathLike[str] | None = None,
+    calibration: Calibration | Iterable[Batch] | None = None,
     is_trainable: bool = True,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
@@ -145,8 +155,10 @@ def load(
     config_from: Name | None = None,
     **config_fields: Any,
 ) -> PissaModel:
-    """Returns a PissaModel over the mapped files of a folder. Weights that are packed there are never dense in memory::
+    """Returns a PissaModel over the mapped files of a folder. Weights that are packed there, or that it quantises, are
+    never dense in memory, except a few at a time::
 
+        model = pissa.load("16bit", r=16, quant="nf4")  # the model of pissa.wrap, bit for bit, in less memory
         model = pissa.load("out")  # what `pissa init` wrote
         model = pissa.load("out", adapter="run")  # with an adapter trained on it
         model = pissa.load("4bit", r=16, task_type="CAUSAL_LM")  # nf4, saved by transformers
@@ -155,10 +167,11 @@ def load(
 
     For a folder of `pissa init`, nothing is decomposed: the model is the one that `pissa.wrap` makes of the dense
     checkpoint, bit for bit. Any other folder is loaded and wrapped: packed weights are decoded, decomposed and freed
-    one by one, or, for LoRA's start, not even decoded. docs/released-models.md lists what is read.
+    one by one, or, for LoRA's start, not even decoded. docs/released-models.md lists what is read. Dense weights that
+    `quant` or residual="explicit" replaces are read where they are decomposed, and again where they are replaced.
 
-    The files must not change while the model is used. Their pages in memory are the system's cache, and other programs
-    can reclaim that memory.
+    The files must not change while the model is used, unless it is quantised, which copies what it keeps. Their pages
+    in memory are the system's cache, and other programs can reclaim that memory.
 
     Args:
         folder: a folder of safetensors with config.json, a GGUF file, or the name of one on the Hub, which is
@@ -168,6 +181,7 @@ def load(
         revision: the branch, tag or commit of a model on the Hub.
         adapter: a folder that `save_pretrained` wrote for such a model, or a repository on the Hub. It has its own
             configuration.
+        calibration: see `wrap`. The model then runs over its mapped files.
         is_trainable: False freezes the adapter.
         device: the device of the model.
         dtype: dtype of the tensors that are not packed (default: the folder's own).
@@ -196,9 +210,13 @@ def load(
         blame: Callable[[], AbstractContextManager[None]] = nullcontext if saved is None else saved.blame
         config = _config(config, config_fields, folder, split, saved)
         config.inference_mode = not is_trainable
+        if calibration is not None and (saved or split):
+            owner = folder if saved is None else saved.path
+            raise ValueError(f"calibration: got one, and the start and the codes of {owner} are known: leave it out")
         if saved is None and split is None:
-            check_wanted(config, None)
-        model = mapped_model(checkpoint, dtype)
+            use_calibration(config, calibration)
+        unread, reader = {} if split is not None else to_replace(checkpoint, config), Reader(checkpoint)
+        model = mapped_model(checkpoint, dtype, unread)
         check_adapter_name(adapter_name, model)
         if config.task_type is None and type(model).__name__.endswith("ForCausalLM"):
             config.task_type = "CAUSAL_LM"
@@ -210,18 +228,21 @@ def load(
         wrapped.is_from_files = True
         if split is None:
             _fill_packed(model, checkpoint)
+            leave_parameters(model, reader, unread, torch.device(device))
         else:
             _fill_split(model, checkpoint, split, config)
         materialise(model, adapter_name)
-        wrapped.to(device)
+        wrapped._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
         left = {}
         if saved is None:
-            keep = split is not None
-            left = decompose(model, adapter_name, config, progressbar=progressbar, keep_bases=keep)
+            more = {"progressbar": progressbar, "keep_bases": split is not None}
+            with moments_of(wrapped, config, calibration, progressbar) as moments:
+                left = decompose(model, adapter_name, config, calibration=moments, **more)
         else:
             with blame():
                 restore(saved, wrapped, adapter_name)
     store(model, adapter_name, config, left)  # it reports its errors to the other processes itself
+    reader.close()
     if fuse:
         fuse_steps(wrapped)
     return wrapped if is_trainable else wrapped.eval()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
 
 import torch
@@ -15,11 +15,12 @@ from tqdm import tqdm
 from pissa import ops
 from pissa.base.classes import evaluation_mode
 from pissa.config import PissaConfig
+from pissa.distributed import world_size
 from pissa.layers.layer import pissa_layers
 from pissa.layers.modules import PissaLinear
 from pissa.model.batches import Batch, calls_of
 from pissa.model.blocks import run_block_by_block
-from pissa.model.calibration import Calibration
+from pissa.model.calibration import Calibration, SecondMoments
 from pissa.model.inject import check_plain, own_config, way_back
 from pissa.model.pissa_model import model_class
 
@@ -81,6 +82,33 @@ def check_wanted(config: PissaConfig, calibration: object) -> None:
             'calibration: got one that nothing uses; give quant, and repair="activations" or error_feedback=True, with '
             "it, or leave it out"
         )
+
+
+def use_calibration(config: PissaConfig, calibration: object) -> None:
+    """Lets the base be repaired if a calibration is given that nothing else would use.
+
+    Raises:
+        ValueError: as `check_wanted`.
+    """
+    is_used = config.needs_calibration or config.repair is not None
+    if calibration is not None and config.quant is not None and not is_used:
+        config.repair = "activations"  # recovers three quarters of what QLoRA loses to 16 bits (bench/experiments)
+    check_wanted(config, calibration)
+
+
+@contextmanager
+def moments_of(
+    wrapped: PeftModel, config: PissaConfig, calibration: Calibration | Iterable[Batch] | None, progressbar: bool
+) -> Iterator[SecondMoments | None]:
+    """What a calibration says of the inputs of a model whose only adapter is to be started in the block: moments that
+    are known already, or those of batches, if possible those of one block of the model at a time."""
+    if calibration is None or isinstance(calibration, Calibration):
+        yield calibration
+    elif world_size() > 1 or (config.init == "activations" and not config.starts_as_base):  # are asked for twice
+        yield observe(wrapped, calibration, progressbar)
+    else:
+        with closing(BlockMoments(wrapped, calibration, pissa_layers(wrapped.base_model.model))) as moments:
+            yield moments
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pissa.base.stored import residuals_of
+from pissa.base.weights import is_offloaded
 from pissa.config import PissaConfig
 from pissa.distributed import agree, failing_together
 from pissa.model.decompose import Replacement, groups, share_fingerprints
@@ -28,8 +29,8 @@ def store(
     replacements: dict[str, Replacement],
 ) -> None:
     """Completes in the (unwrapped) model the work that `decompose` has prepared, and empties `replacements`. If the
-    dense weights were views of a file, the model's other tensors get their own memory, so that nothing keeps the file
-    mapped. Until then its pages may stay in memory, but the system can reclaim them.
+    dense weights were views of a file, or left in it, the model's other tensors get their own memory, so that nothing
+    keeps the file mapped. Until then its pages may stay in memory, but the system can reclaim them.
 
     If DeepSpeed has partitioned a weight, it is gathered, and its residual is partitioned in its place.
 
@@ -43,7 +44,7 @@ def store(
     if not replacements:
         return
     layers = {name: replacement.layer for name, replacement in replacements.items()}
-    are_views = any(_is_view(layer.base.parameter) for layer in layers.values())
+    are_views = any(is_offloaded(layer.base.module) or _is_view(layer.base.parameter) for layer in layers.values())
     try:
         with failing_together():
             for group in groups(layers, threads=1):

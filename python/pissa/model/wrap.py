@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from contextlib import closing
-from functools import partial
 from typing import Any
 
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
@@ -12,10 +10,9 @@ from torch import nn
 
 from pissa.config import PissaConfig, PissaType
 from pissa.containers.hub import absolute
-from pissa.distributed import failing_together, world_size
-from pissa.layers.layer import pissa_layers
+from pissa.distributed import failing_together
 from pissa.model.batches import Batch
-from pissa.model.calibrate import BlockMoments, check_wanted, observe
+from pissa.model.calibrate import moments_of, use_calibration
 from pissa.model.calibration import Calibration
 from pissa.model.decompose import decompose
 from pissa.model.inject import check_plain, drop_gguf_mark, own_config, restored_on_error
@@ -94,22 +91,13 @@ def wrap(
         if config is not None and config_fields:
             raise TypeError(f"give config or its fields, got config and {', '.join(sorted(config_fields))} [P011]")
         config = own_config(PissaConfig(**config_fields) if config is None else config)
-        is_used = config.needs_calibration or config.repair is not None
-        if calibration is not None and config.quant is not None and not is_used:
-            config.repair = "activations"  # recovers three quarters of what QLoRA loses to 16 bits (bench/experiments)
+        use_calibration(config, calibration)
         check_plain(model, adapter_name)
         loaded_from = model.__dict__.get("name_or_path")
         config.base_model_name_or_path = absolute(loaded_from) if loaded_from else None
-        check_wanted(config, calibration)
         wrapped = model_class(config)(model, config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
-        find = partial(decompose, model, adapter_name, config, progressbar=progressbar)
-        if calibration is None or isinstance(calibration, Calibration):
-            replacements = find(calibration=calibration)
-        elif world_size() > 1 or (config.init == "activations" and not config.starts_as_base):  # are asked for twice
-            replacements = find(calibration=observe(wrapped, calibration, progressbar))
-        else:
-            with closing(BlockMoments(wrapped, calibration, pissa_layers(model))) as moments:
-                replacements = find(calibration=moments)
+        with moments_of(wrapped, config, calibration, progressbar) as moments:
+            replacements = decompose(model, adapter_name, config, progressbar=progressbar, calibration=moments)
     drop_gguf_mark(model)
     store(model, adapter_name, config, replacements)
     if fuse:
