@@ -57,8 +57,11 @@ from pissa.cli.sources import ALLOWED, Records, is_records, records
 from pissa.cli.templates import check_continues, give_template
 from pissa.cli.terminal import UserError, count_of, first_interrupt, handled, print_row, user_errors
 from pissa.cli.verification import packing_check, step0_check
+from pissa.config import IMPLICIT
 from pissa.containers.checkpoint import AS_STORED, PISSA_RECORD, Contents, ModelFolder
+from pissa.containers.hub import weight_files
 from pissa.containers.messages import CodeError, first_line
+from pissa.containers.tensor_file import has_safetensors
 from pissa.notices import InexactLoraWarning
 from pissa.training.suggest_lr import own_loss
 
@@ -325,6 +328,10 @@ def _model(run: _Run, data: _Data) -> Any:
         if config.needs_calibration:
             raise UserError(f"--model {name}: its codes stay as they are, with nothing to calibrate; leave --quant out")
         model = _load(ours, load, config=config)
+    elif _is_read_by_matrix(run):
+        batches = _calibration(source.meta_model(), data, ours.calibration) if config.needs_calibration else None
+        with user_errors(OSError, TypeError, ValueError, before=f"--model {name}: "):
+            model = load(name, config, calibration=batches, progressbar=True)
     else:
         options = {**run.code, "dtype": ours.dtype, "attn_implementation": ours.attn_implementation}
         if training.world_size > 1:  # a single process spreads the model over its GPUs
@@ -347,6 +354,17 @@ def _model(run: _Run, data: _Data) -> Any:
         training.gradient_checkpointing = needs_checkpointing(training, model, data.train)
         training.activation_checkpointing = training.gradient_checkpointing  # its name in later versions
     return model
+
+
+def _is_read_by_matrix(run: _Run) -> bool:
+    """Whether the base is stored in another form than the checkpoint's, so that no matrix need be in memory as it is
+    there: in one process, on a CPU, and with no option that only transformers' own loader takes."""
+    _, ours, training, config, source, _ = run
+    options = ours.attn_implementation or training.trust_remote_code or training.model_init_kwargs
+    is_alone = training.world_size == 1 and training.device.type == "cpu"
+    if source.contents is not Contents.DENSE or config.form == IMPLICIT or options or not is_alone:
+        return False
+    return has_safetensors(weight_files(ours.model_name_or_path, ours.model_revision))
 
 
 def _calibration(model: Any, data: _Data, count: int) -> list[torch.Tensor]:

@@ -354,6 +354,11 @@ def _index(folder: Path) -> Path | None:
     return folder / INDEX
 
 
+def has_safetensors(folder: Path) -> bool:
+    """Whether a model's folder has weights that a `Source` reads."""
+    return any(os.path.lexists(folder / name) for name in (WEIGHTS, INDEX))
+
+
 def shards(index: Path) -> dict[str, set[str]]:
     """The shards that the index names, each with the tensors that should be in it."""
     with file_errors(index, "It is damaged: download or copy it again [P085]"):

@@ -15,7 +15,7 @@ import pissa
 import runs
 from adapter_files import content
 from pissa.checkpoints.init import init
-from pissa.cli import main
+from pissa.cli import main, training
 from runs import WEIGHTS, cut_last_step, exact, logged, same_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning")
@@ -58,6 +58,22 @@ def test_it_is_the_run_of_the_dense_model(
     run, dense = (yaml.safe_load((folder / "run.yaml").read_text()) for folder in (out, tmp_path / "dense"))
     assert (run["quant"], run["r"], run["dtype"]) == ("nf4", 4, "float32")
     assert {name for name in run if run[name] != dense[name]} <= {"model_name_or_path", "output_dir", "target_modules"}
+
+
+@pytest.mark.parametrize(
+    "options", [("--quant", "nf4"), ("--quant", "nf4", "--calibrate", "True", "--dtype", "bfloat16")]
+)
+def test_a_dense_model_is_quantised_without_being_loaded(
+    options: tuple[str, ...], base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the bits of a model that transformers has loaded, as it still does where the weights are pickles."""
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "create_model_from_path", None)
+        assert main(command(base, data, tmp_path / "by_matrix", "--rank", "4", *options)) == 0
+    monkeypatch.setattr(training, "has_safetensors", lambda folder: False)
+    assert main(command(base, data, tmp_path / "loaded", "--rank", "4", *options)) == 0
+    assert exact(tmp_path / "by_matrix") == exact(tmp_path / "loaded")
+    assert content(tmp_path / "by_matrix") == content(tmp_path / "loaded")
 
 
 def test_it_is_resumed(split: Path, data: Path, tmp_path: Path, trained: tuple[Path, str, str]) -> None:
