@@ -82,7 +82,7 @@ def run(command: Sequence[str], env: Mapping[str, str], cwd: Path, timeout: floa
         peaks, samples = [0, 0, 0], 0
         try:
             while process.poll() is None:
-                private, mapped = _resident(process.pid)
+                private, mapped = resident(process.pid)
                 peaks = [max(pair) for pair in zip(peaks, (private, mapped, private + mapped), strict=True)]
                 samples += 1
                 if time.perf_counter() - begun > timeout:
@@ -102,7 +102,7 @@ def run(command: Sequence[str], env: Mapping[str, str], cwd: Path, timeout: floa
     return Usage(seconds, processor, private, mapped, together, samples, output=written)
 
 
-def _resident(pid: int) -> tuple[int, int]:
+def resident(pid: int) -> tuple[int, int]:
     """The bytes of anonymous memory and of mapped files; 0 when the process has ended."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoConfig, LlamaConfig
 
+from bench.checkpoints.finetune import IN_NF4, finetune
 from bench.checkpoints.generate import DTYPES, SHAPES, generated, tensor_shapes
 from bench.checkpoints.processes import Usage, run_module
 from bench.checkpoints.step import TOKENS as STEP_TOKENS
@@ -184,6 +185,16 @@ def step_of(shape: str, quant: str | None = "nf4") -> Callable[[Options], Result
     return measure
 
 
+def finetune_of(shape: str, *arguments: str, tokens: int, batch: int) -> Callable[[Options], Result]:
+    """`pissa finetune` on the bfloat16 files: its memory until the model is loaded and from then on, and its plan."""
+
+    def measure(options: Options) -> Result:
+        with _checkpoint(options, shape) as source:
+            return finetune(source, *arguments, tokens=tokens, batch=batch, threads=options.threads)
+
+    return measure
+
+
 @contextmanager
 def _checkpoint(options: Options, shape: str) -> Iterator[Path]:
     if shape == "smollm2" and options.shape is None:
@@ -283,6 +294,14 @@ def _step_shown(result: Result) -> str:
     )
 
 
+def _finetune_shown(result: Result) -> str:
+    loading, training = (
+        f"{result[phase]['together'] / GB:.2f} GB, {result[phase]['private'] / GB:.2f} of it private"
+        for phase in ("loading", "training")
+    )
+    return f"until the model is loaded {loading}; then {training}; planned {result['planned'] / GB:.2f} GB"
+
+
 ROWS = {
     "peer": Row(
         "SmolLM2-135M, nf4, beside transformers + PEFT pissa_niter_4 + bitsandbytes, whole processes",
@@ -330,6 +349,22 @@ ROWS = {
         lambda result: result["together"] <= 5.5 * GB and result["share_of_dense_rate"] >= 0.92,
         _step_shown,
     ),
+    **{
+        f"finetune-{name}": Row(
+            f"pissa finetune {' '.join(arguments)} on {shape} in bf16, {batch} x {tokens} tokens".replace("  ", " "),
+            "at most 8 GB together",
+            finetune_of(shape, *arguments, tokens=tokens, batch=batch),
+            lambda result: max(result[phase]["together"] for phase in ("loading", "training")) <= 8 * GB,
+            _finetune_shown,
+        )
+        for name, shape, arguments, batch, tokens in (
+            ("smollm2", "smollm2", IN_NF4, 8, 200),
+            ("smollm2-nf4-alone", "smollm2", IN_NF4[:2], 8, 200),
+            ("smollm2-bf16", "smollm2", (), 8, 200),
+            ("1b", "1b", IN_NF4, 8, 200),
+            ("7b", "7b", IN_NF4, 1, 512),
+        )
+    },
 }
 
 

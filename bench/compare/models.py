@@ -63,12 +63,6 @@ class Model(NamedTuple):
         )
         return PROCESS + parts["checkpointing" if quant else "plain"]["total"]
 
-    @property
-    def memory_to_quantise(self) -> float:
-        """Bytes of the process while --quant quantises the model, which is in bfloat16 before."""
-        factors = sum(min(RANK, *shape) * sum(shape) for shape in self.shapes.values())
-        return PROCESS + 2 * self.parameters + 4 * factors
-
 
 MODELS = (
     Model("HuggingFaceTB/SmolLM2-135M-Instruct", "Apache-2.0", 576, 1536, 30, 9, 3, 64, 49_152),

@@ -145,11 +145,38 @@ def models() -> str:
     for model in MODELS:
         growth = float(numpy.interp(math.log(model.parameters), sizes, growths))
         minutes = EXAMPLES * TOKENS * model.parameters / growth / 60
-        uses = (model.memory(None), model.memory("nf4"), model.memory_to_quantise)
-        memory = [f"{use / _GB:.1f}" for use in uses]
+        memory = [f"{model.memory(quant) / _GB:.1f}" for quant in (None, "nf4")]
         name = f"[{model.name.partition('/')[2]}](https://huggingface.co/{model.name})"
         lines.append([name, model.licence, *map(_duration, (minutes, minutes / 4)), *memory])
-    return _table("model | licence | two cores | eight cores | memory, GB | in nf4, GB | to quantise, GB", lines)
+    return _table("model | licence | two cores | eight cores | memory, GB | in nf4, GB", lines)
+
+
+# Rows of bench.checkpoints that run the command, and what the page calls them.
+COMMANDS = {
+    "finetune-smollm2-bf16": "SmolLM2-135M",
+    "finetune-smollm2-nf4-alone": "SmolLM2-135M, `--quant nf4` alone",
+    "finetune-smollm2": "SmolLM2-135M, in nf4",
+    "finetune-1b": "Llama-3.2-1B's size, in nf4",
+    "finetune-7b": "Llama-2-7B's size, in nf4",
+}
+
+
+def finetune() -> str:
+    """The memory of `pissa finetune`: while it opens the model, while it trains, and as it plans it."""
+    found, lines = _load("finetune.json"), []
+    for name, model in COMMANDS.items():
+        result = found[name]["result"] if name in found else None
+        if result is None:
+            lines.append([model, *["not measured"] * 4])
+            continue
+        phases = [_memory(*(result[phase][part] / _GB for part in ("private", "together"))) for phase in _PHASES]
+        step = f"{result['batch']} x {result['tokens']}"
+        lines.append([model, step, *phases, f"{result['planned'] / _GB:.1f}"])
+    columns = "model | tokens in a step | until it is loaded, GB: private, with files | then | as planned"
+    return _table(columns, lines)
+
+
+_PHASES = ("loading", "training")
 
 
 def _duration(minutes: float) -> str:
@@ -314,6 +341,7 @@ TABLES: dict[str, Callable[[], str]] = {
             training,
             beside,
             models,
+            finetune,
             xeon_rates,
             layers,
             zen4_rates,
