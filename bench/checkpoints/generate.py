@@ -1,21 +1,17 @@
 """Generates a checkpoint of Llama's architecture with weights whose spectra are like a trained model's.
 
-    python -m bench.checkpoints.generate OUT --shape 7b      # 13.5 GB, as fast as the disk writes
-
 The weights of the layers have the singular values c * i^-0.45. One weight of each shape is made, from a diagonal by
 orthogonal transforms. Each layer permutes its rows and flips the signs of some columns, which preserves the spectrum.
 Embeddings are noise, and norms are 1. The same name, shape and seed give the same bytes. Files are written tensor by
-tensor. If something fails, OUT is removed.
+tensor. If something fails, the folder is removed.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
 import math
 import shutil
-import time
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -56,20 +52,6 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
         4096, 11008, 32, 32, num_key_value_heads=32, max_position_embeddings=4096, rms_norm_eps=1e-5, **_UNTIED
     ),
 }
-
-
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.checkpoints.generate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("out", type=Path, metavar="OUT", help="new folder")
-    parser.add_argument("--shape", choices=SHAPES, required=True)
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--shard-bytes", type=int, default=SHARD_BYTES, metavar="N", help="most bytes of a file (5e9)")
-    return parser.parse_args()
 
 
 # ---- Weights ---------------------------------------------------------------------------------------------------------
@@ -228,15 +210,3 @@ def _save_tokenizer(out: Path) -> None:
         tokenizer_object=tokenizer, unk_token=unknown, bos_token=first, eos_token=last, pad_token=last
     )
     fast.save_pretrained(out)
-
-
-def main() -> None:
-    options = arguments()
-    start = time.perf_counter()
-    total = generate(options.out, options.shape, options.dtype, options.seed, options.shard_bytes)
-    seconds = time.perf_counter() - start
-    print(f"{options.out}: {total / 1e9:.2f} GB in {seconds:.1f} s, {total / seconds / 1e6:.0f} MB/s")
-
-
-if __name__ == "__main__":
-    main()

@@ -152,8 +152,8 @@ def parameters(config: Any) -> tuple[int, int]:
 
 
 def seven_billion(options: Options) -> Result:
-    """Llama-2-7B's shapes: a copy of the files and `pissa init`, from a cold and a warm cache each; the kernels alone.
-    The result is that of the warm cache."""
+    """Llama-2-7B's shapes: a copy of the files and `pissa init`, from a cold and a warm cache each. The result is that
+    of the warm cache."""
     shape, out = options.shape or "7b", options.work / "out"
     beside: Result = {}
     with generated(options.work / "source", shape) as source:
@@ -163,8 +163,6 @@ def seven_billion(options: Options) -> Result:
         for cache in ("cold", "warm"):
             _set_cache(source, cache)
             beside[cache] = _init(options, source, shape, "2GB", out)
-    kernels = ("bench.checkpoints.kernels", "--shape", shape, "--rank", options.rank)
-    beside["kernels"] = run_module(*kernels, threads=options.threads).report
     return {**beside.pop("warm"), **beside}
 
 
@@ -280,8 +278,7 @@ def _seven_shown(result: Result) -> str:
     copied = " and ".join(
         f"{copy['copied']:.1f} s ({copy['on_disk']:.1f} s until it is on the disk)" for copy in copies
     )
-    kernels = f"{result['kernels']['total']:.1f} s, {result['kernels']['gb_per_second']:.2f} GB/s"
-    return f"{_init_shown(result)}; from a cold cache {cold['seconds']:.1f} s; a copy {copied}; kernels alone {kernels}"
+    return f"{_init_shown(result)}; from a cold cache {cold['seconds']:.1f} s; a copy {copied}"
 
 
 def _step_shown(result: Result) -> str:

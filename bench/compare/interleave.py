@@ -129,22 +129,6 @@ def require(condition: bool, message: str) -> None:
 # ---- Measuring -------------------------------------------------------------------------------------------------------
 
 
-class HostClock:
-    """Milliseconds that the caller of one call waits on the CPU, the mean of `repeats` calls."""
-
-    sample_ms = 20  # calls are timed in batches of at least this: the clock and the scheduler disturb less by 1%
-
-    def __call__(self, call: Call, repeats: int, fresh: Callable[[], Any] | None = None) -> float:
-        arguments: tuple[Any, ...] = ()
-        if fresh is not None:
-            gc.collect()  # models are cycles: the last call's would stay in memory
-            arguments = (fresh(),)
-        start = time.perf_counter()
-        for _ in range(repeats):
-            call(*arguments)
-        return 1e3 * (time.perf_counter() - start) / repeats
-
-
 class CudaClock:
     """Milliseconds of one call between two events on the GPU, the mean of `repeats` calls.
 
@@ -176,13 +160,16 @@ class WallClock:
     """Milliseconds that the caller waits until the device is done, the mean of `repeats` calls: what launching costs on
     the CPU counts too."""
 
-    sample_ms = 20
+    sample_ms = 20  # calls are timed in batches of at least this: the clock and the scheduler disturb less by 1%
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str = "cpu") -> None:
         self._wait = torch.cuda.synchronize if device == "cuda" else lambda: None
 
     def __call__(self, call: Call, repeats: int, fresh: Callable[[], Any] | None = None) -> float:
-        arguments = () if fresh is None else (fresh(),)
+        arguments: tuple[Any, ...] = ()
+        if fresh is not None:
+            gc.collect()  # models are cycles: the last call's would stay in memory
+            arguments = (fresh(),)
         self._wait()
         start = time.perf_counter()
         for _ in range(repeats):
@@ -191,7 +178,7 @@ class WallClock:
         return 1e3 * (time.perf_counter() - start) / repeats
 
 
-Clock = HostClock | CudaClock | WallClock
+Clock = CudaClock | WallClock
 
 
 def run(row: Row, pairs: int, clock: Clock | None = None) -> Result:
@@ -203,7 +190,7 @@ def run(row: Row, pairs: int, clock: Clock | None = None) -> Result:
         if row.memory and case.peer:
             result.growth_mib = (peak_growth(case.ours, case.fresh), peak_growth(case.peer, case.fresh))
         with _no_garbage_collection():
-            _measure(case, min(pairs, row.max_pairs or pairs), result, clock or HostClock())
+            _measure(case, min(pairs, row.max_pairs or pairs), result, clock or WallClock())
     except Exception as error:
         result.failed = True
         result.note = " ".join(f"{type(error).__name__}: {error}".split())

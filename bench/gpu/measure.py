@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from bench.compare.interleave import Clock, CudaClock, HostClock, Result, Row, WallClock, run
+from bench.compare.interleave import Clock, CudaClock, Result, Row, WallClock, run
 from bench.compare.records import missing, version
 from bench.gpu.table import BROKEN, HEAD, STAGES, line, records
 
@@ -152,7 +152,7 @@ def is_broken(device: str) -> bool:
 def main() -> int:
     options = arguments()
     begin = time.monotonic()
-    clock: Clock = CudaClock() if options.device == "cuda" else HostClock()
+    clock: Clock = CudaClock() if options.device == "cuda" else WallClock()
     log = Log(options)
     if not log.has_machine:
         facts = machine(options, clock)
