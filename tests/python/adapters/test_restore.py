@@ -139,6 +139,27 @@ def test_an_adapter_of_another_shape_is_refused(other: dict[str, int], tiny_llam
         model.load_adapter(tmp_path, "second")
 
 
+def in_parts(model: PissaModel) -> None:
+    factor = model.get_submodule("base_model.model." + Q).lora_A["default"].weight
+    factor.ds_id, factor.data = 0, torch.empty(0)
+
+
+def of_an_engine(model: PissaModel) -> None:
+    """Which leaves small parameters whole."""
+    model.lm_head._parameters = type("ZeROOrderedDict", (dict,), {})(model.lm_head._parameters)
+
+
+@pytest.mark.parametrize("partition", [in_parts, of_an_engine])
+def test_a_model_that_deepspeed_has_partitioned_takes_no_folder(
+    partition: Callable[[PissaModel], None], tiny_llama: Make, tmp_path: Path
+) -> None:
+    model = pissa.wrap(tiny_llama(), r=4)
+    model.save_pretrained(tmp_path)
+    partition(model)
+    with pytest.raises(ValueError, match=r"partitioned by DeepSpeed ZeRO-3, its adapters too: load the adapter before"):
+        model.load_adapter(tmp_path, "default")
+
+
 @pytest.mark.parametrize("name", ["q", "model"])
 def test_a_model_without_the_layers_is_refused_with_the_folders_name(
     name: str, tiny_llama: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

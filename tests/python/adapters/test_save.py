@@ -238,6 +238,16 @@ def test_a_given_state_dict_is_saved(tiny_llama: Make, tokens: Tensor, tmp_path:
     assert torch.equal(logits(PissaModel.from_pretrained(tiny_llama(), tmp_path), tokens), expected)
 
 
+def test_a_part_of_a_frozen_factor_is_not_saved(tiny_llama: Make, tmp_path: Path) -> None:
+    """Parts of frozen weights of the base are left out."""
+    model = pissa.wrap(tiny_llama(), r=4, inference_mode=True)
+    factor = model.get_parameter("base_model.model.model.layers.1.self_attn.q_proj.lora_A.default.weight")
+    factor.ds_id, factor.data = 0, torch.empty(0)  # as DeepSpeed's ZeRO-3 has them
+    with pytest.raises(ValueError, match=r"holds only a part of .*1\.self_attn\.q_proj\.lora_A\.default\.weight"):
+        model.save_pretrained(tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
 # -- manners of save_pretrained
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from devices import fetch, put
 from pissa import ops
 from pissa.base.classes import adopt
-from pissa.base.released_layouts import join_rows, released_weight
+from pissa.base.released_layouts import join_rows, released_linear, released_weight
 from pissa.base.weights import CodedLinear
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "released.safetensors"
@@ -128,6 +128,12 @@ def test_a_module_of_compressed_tensors_keeps_its_bytes() -> None:
     base = adopt(layer)
     assert isinstance(base, CodedLinear)
     assert torch.equal(base.matrix().bfloat16(), parts["decoded"])
+
+
+def test_codes_without_scales_are_no_released_layer() -> None:
+    layer = nn.Linear(128, 256, bias=False)
+    layer.weight = nn.Parameter(parts_of("fp8-tiles")["weight"], requires_grad=False)
+    assert released_linear(layer) is None
 
 
 JOINED = ["mxfp4-compressed", "nvfp4-modelopt", "int4-compressed-128", "fp8-rows", "fp8-mx", "fp8-tiles"]

@@ -80,6 +80,14 @@ SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
         spoil_tensors(lambda tensors: tensors.update({f"{Q}.lora_A.weight": torch.ones(4)})),
         rf"{Q}.lora_A.weight' is torch.float32 \[4\], expected .* \[4, 1\], for .*, whose rank is 4",
     ),
+    "an empty row": (
+        spoil_tensors(lambda tensors: tensors.update({f"{Q}.lora_A.weight": torch.ones(4, 0)})),
+        rf"{Q}.lora_A.weight' is torch.float32 \[4, 0\], expected .* \[4, 1\], for .*, whose rank is 4",
+    ),
+    "no row": (
+        spoil_tensors(lambda tensors: tensors.update({f"{Q}.lora_B.weight": torch.ones(0, 4)})),
+        rf"{Q}.lora_B.weight' is torch.float32 \[0, 4\], expected .* \[1, 4\], for .*, whose rank is 4",
+    ),
     "a kernel": (
         spoil_tensors(
             lambda tensors: tensors.update(
