@@ -33,6 +33,7 @@ from pissa.base.bitsandbytes import BnbLinear4bit
 from pissa.base.classes import decoded_module, has_codes
 from pissa.base.stored import QuantizedLinear, ResidualLinear
 from reference import EPS, assert_close
+from torch_settings import default_dtype
 
 # ---- 4 bits, taken as they are ---------------------------------------------------------------------------------------
 
@@ -150,11 +151,8 @@ def test_unloading_gives_bitsandbytes_its_layer_back(nested: bool, storage: torc
     change_a_little(adapted(model))
     if deleted:
         model.delete_adapter("default")
-    torch.set_default_dtype(torch.bfloat16)
-    try:
+    with default_dtype(torch.bfloat16):
         back = model.unload().proj
-    finally:
-        torch.set_default_dtype(torch.float32)
     assert type(back) is bnb.nn.Linear4bit
     assert back.weight.data_ptr() == layer.weight.data_ptr()
     assert contents(back).keys() == before.keys()

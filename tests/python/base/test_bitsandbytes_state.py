@@ -18,6 +18,7 @@ from pissa.base.bitsandbytes_state import entry_layout, from_state, to_bitsandby
 from pissa.base.stored import QuantizedLinear
 from pissa.config import Form
 from reference import EPS, assert_close
+from torch_settings import default_dtype
 
 STATE = "weight.quant_state.bitsandbytes__nf4"
 
@@ -43,11 +44,8 @@ def test_our_codes_are_a_layer_of_bitsandbytes(nested: bool, blocksize: int) -> 
 def test_the_map_of_nested_scales_does_not_depend_on_the_default_dtype() -> None:
     expected = bitsandbytes_state._nested_map()
     bitsandbytes_state._nested_map.cache_clear()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
+    with default_dtype(torch.bfloat16):
         assert torch.equal(bitsandbytes_state._nested_map(), expected)
-    finally:
-        torch.set_default_dtype(torch.float32)
 
 
 @storages

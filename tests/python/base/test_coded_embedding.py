@@ -13,6 +13,7 @@ from bench.compare.gguf_blocks import random_blocks, weight_of
 from pissa import ops
 from pissa.base.weights import CodedEmbedding, CodedLinear
 from pissa.ops.formats import FORMATS
+from torch_settings import default_dtype
 
 IDS = torch.tensor([[3, 0, 19], [19, 7, 3]])
 
@@ -58,11 +59,8 @@ def test_a_scale_that_is_a_number_is_not_rounded(dtype: torch.dtype) -> None:
     dense, weight = BartScaledWordEmbedding(20, 256, 0, embed_scale=257**0.5).to(dtype), codes("q8_0")
     embedding = CodedEmbedding(weight, dense)
     dense.weight = nn.Parameter(ops.dequantize(weight, dtype))
-    torch.set_default_dtype(torch.bfloat16)
-    try:
+    with default_dtype(torch.bfloat16):
         assert torch.equal(embedding(IDS), dense(IDS))
-    finally:
-        torch.set_default_dtype(torch.float32)
 
 
 def test_a_cast_changes_what_is_looked_up_and_not_the_codes() -> None:

@@ -20,6 +20,7 @@ from daily import each
 from one_layer import adapted, filled, wrap
 from pissa import ops
 from pissa.model import fused_layers
+from torch_settings import default_dtype
 
 pytestmark = [pytest.mark.cpu_only, pytest.mark.filterwarnings("ignore::pissa.notices.PissaWarning")]
 
@@ -228,13 +229,9 @@ def test_blocks_that_compute_something_else_are_their_own(make: Any) -> None:
 
 @pytest.mark.parametrize("setting", [{"dtype": torch.bfloat16}, {"dtype": torch.float64}, {"device": "meta"}])
 def test_defaults_of_torch_do_not_change_what_is_found(setting: dict[str, Any]) -> None:
-    block, before = Block(), torch.get_default_dtype()
-    try:
-        torch.set_default_dtype(setting.get("dtype", before))
-        with torch.device(setting.get("device", "cpu")):
-            assert fused_layers._gate_activation(block) == "silu"
-    finally:
-        torch.set_default_dtype(before)
+    block = Block()
+    with default_dtype(setting.get("dtype", torch.float32)), torch.device(setting.get("device", "cpu")):
+        assert fused_layers._gate_activation(block) == "silu"
 
 
 def test_a_fused_block_is_called_as_it_was() -> None:

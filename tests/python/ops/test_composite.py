@@ -17,6 +17,7 @@ from torch import Tensor
 from pissa import ops
 from pissa.ops import _decode, composite
 from pissa.ops.formats import FORMATS, READ
+from torch_settings import default_dtype
 
 pytestmark = pytest.mark.cpu_only
 
@@ -77,11 +78,8 @@ def test_tables_are_float32_whatever_torch_takes_by_default() -> None:
     weight = weight_in("nf4", 8, 64)
     _decode._table.cache_clear()
     _decode._levels_of_bytes.cache_clear()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
+    with default_dtype(torch.bfloat16):
         found = composite._dequantize(*held(weight), torch.float32)
-    finally:
-        torch.set_default_dtype(torch.float32)
     assert same_bits(found, ops.dequantize(weight))
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 import one_weight
 from pissa import ops
 from pissa.ops._second_moment import DAMPING
+from torch_settings import threads
 
 OUT, IN, TOKENS = 96, 320, 900
 
@@ -73,18 +74,15 @@ def test_without_correlations_each_code_is_the_nearest(moment: Tensor) -> None:
 
 def test_a_split_with_error_feedback_is_that_of_its_residual() -> None:
     """Of several weights, with shared moments, on any number of threads; and each alternation is no worse."""
-    weights, before = [WEIGHT, WEIGHT.flip(0).bfloat16()], torch.get_num_threads()
+    weights = [WEIGHT, WEIGHT.flip(0).bfloat16()]
     many = []
-    try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
+    for count in (1, 2):
+        with threads(count):
             many.append(
                 ops.split_many(
                     weights, [8, 8], [2.0, 1.0], form="nf4", second_moments=[MOMENT] * 2, error_feedback=True
                 )
             )
-    finally:
-        torch.set_num_threads(before)
     taken = [(part.a0, part.b0) for part in many[0]]
     again = ops.residual_many(
         weights, [a for a, _ in taken], [b for _, b in taken], [2.0, 1.0], form="nf4", second_moments=[MOMENT] * 2
@@ -108,16 +106,13 @@ def test_a_split_with_error_feedback_is_that_of_its_residual() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_second_moments_are_summed(dtype: torch.dtype) -> None:
     """Within the bound of a sum of products in float32, on any number of threads; batches may have any shape."""
-    x, before, sums = X.to(dtype).view(3, -1, IN), torch.get_num_threads(), []
-    try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
+    x, sums = X.to(dtype).view(3, -1, IN), []
+    for count in (1, 2):
+        with threads(count):
             total = torch.zeros(IN, IN)
             for batch in x:
                 ops.add_second_moment(total, batch)
             sums.append(total)
-    finally:
-        torch.set_num_threads(before)
     assert torch.equal(*sums)
     exact = x.double().flatten(0, 1)
     bound = (TOKENS + 3) * 2**-24 * (exact.abs().mT @ exact.abs())

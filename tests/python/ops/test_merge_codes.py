@@ -14,6 +14,7 @@ from devices import fetch, put
 from pissa import ops
 from pissa.ops import QuantizedWeight, merge_codes
 from pissa.ops.formats import READ
+from torch_settings import threads
 
 FORMAT = pytest.mark.parametrize("format", READ)
 ROWS, COLS = 4, 512
@@ -119,12 +120,8 @@ def test_seeds_and_threads() -> None:
     codes = [merge_codes(weight, a, b, seed=seed).weight.codes for seed in (0, 1, 2**63 - 1)]
     assert not torch.equal(codes[0], codes[1])
     assert not torch.equal(codes[0], codes[2])
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with threads(1):
         assert torch.equal(merge_codes(weight, a, b, seed=1).weight.codes, codes[1])
-    finally:
-        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("scale", [0.0, float("inf"), float("nan"), 1e-45])

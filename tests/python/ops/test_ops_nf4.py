@@ -14,6 +14,7 @@ from torch import Tensor
 from cuda_stand_in import CudaStandIn
 from devices import fetch, put
 from pissa import ops
+from torch_settings import threads
 
 LEVELS = torch.tensor(
     [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -101,14 +102,10 @@ def test_layout_does_not_matter() -> None:
 @pytest.mark.cpu_only
 def test_threads_do_not_matter() -> None:
     weight = torch.randn(1500, 1500)  # 70314 scales: torch divides sums of more than 32768 among threads
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
+    with threads(1):
         one = ops.quantize(weight, blocksize=32)
-        torch.set_num_threads(3)
+    with threads(3):
         three = ops.quantize(weight, blocksize=32)
-    finally:
-        torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(one[:4], three[:4], strict=True))
     assert one.offset == ops.quantize(weight, blocksize=32, double_quant=False).absmax.double().mean().float()
 

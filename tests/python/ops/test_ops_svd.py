@@ -17,6 +17,7 @@ from devices import fetch, put
 from pissa import notices, ops
 from pissa.ops import _load
 from reference import EPS, energy_loss, power_law
+from torch_settings import threads
 
 DTYPE_OF = {"krylov": torch.float32, "subspace": torch.bfloat16}
 U32 = EPS[torch.float32]
@@ -94,14 +95,10 @@ def test_fewer_passes_lose_more(svd: str) -> None:
 @pytest.mark.cpu_only
 def test_seed_decides_and_threads_do_not() -> None:
     weight = power_law(200, 300, 0.3).bfloat16()
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
+    with threads(1):
         one = ops.svd_lowrank(weight, 16, seed=5)
-        torch.set_num_threads(3)
+    with threads(3):
         three = ops.svd_lowrank(weight, 16, seed=5)
-    finally:
-        torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(one, three, strict=True))
     torch.manual_seed(123)
     assert torch.equal(one[0], ops.svd_lowrank(weight, 16, seed=5)[0])
@@ -222,8 +219,8 @@ def test_bad_arguments_of_many_are_refused_by_name(
         ops.split_many(**arguments)
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_a_weight_among_many_that_is_not_finite_is_named(threads: int) -> None:
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_weight_among_many_that_is_not_finite_is_named(count: int) -> None:
     weights = [torch.randn(60, 50) for _ in range(9)]
     weights[4][7, 7] = float("nan")
     weights[6][0, 0] = float("inf")
@@ -234,13 +231,8 @@ def test_a_weight_among_many_that_is_not_finite_is_named(threads: int) -> None:
     with pytest.raises(ValueError, match=r"^layer e: contains NaN or Inf"):
         ops.split_many(weights, ranks, scalings, names=[f"layer {name}" for name in "abcdefghi"])
     largest = torch.ops.pissa.max_abs(weights).tolist()
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
-        with pytest.raises((RuntimeError, ValueError), match=r"weights\[4\]: weight: contains NaN or Inf"):
-            torch.ops.pissa.split_many(weights, largest, ranks, scalings, "krylov", 4, 0)
-    finally:
-        torch.set_num_threads(before)
+    with threads(count), pytest.raises((RuntimeError, ValueError), match=r"weights\[4\]: weight: contains NaN or Inf"):
+        torch.ops.pissa.split_many(weights, largest, ranks, scalings, "krylov", 4, 0)
 
 
 # ---- Refusals --------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from torch import Tensor
 
 import one_weight
 from pissa import ops
+from torch_settings import threads
 
 OUT, IN, TOKENS = 192, 256, 600
 
@@ -81,11 +82,9 @@ def test_the_moment_of_noise_is_no_weight() -> None:
 def test_the_same_bits_for_any_number_of_threads_and_among_others() -> None:
     weights = [WEIGHTS[kind].bfloat16() for kind in ("flat", "power")]
     moments = [moment_of(INPUTS[inputs]) for inputs in ("biased", "outliers")]
-    before = torch.get_num_threads()
     found = []
-    try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
+    for count in (1, 2):
+        with threads(count):
             found.append(ops.split_many(weights, [8, 16], [1.0, 0.5], second_moments=moments))
             found.append(
                 [
@@ -93,8 +92,6 @@ def test_the_same_bits_for_any_number_of_threads_and_among_others() -> None:
                     for weight, r, s, moment in zip(weights, (8, 16), (1.0, 0.5), moments, strict=True)
                 ]
             )
-    finally:
-        torch.set_num_threads(before)
     for other in found[1:]:
         for one, same in zip(found[0], other, strict=True):
             assert torch.equal(one.a0, same.a0)

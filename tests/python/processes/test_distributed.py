@@ -18,6 +18,7 @@ from distributed_checks import SHARDS_BYTES, started
 from distributed_worker import DAILY, FORMS, SAME, bits, llama, mixtral, sgd, tokens, train
 from pissa import PissaModel, distributed
 from processes import checked
+from torch_settings import threads
 
 pytestmark = [
     pytest.mark.cpu_only,
@@ -54,12 +55,8 @@ def one_process(form: str, build: Any = llama, columns: int = 11) -> list[float]
 
 
 def test_processes_start_together_with_the_bits_of_one(some: Found) -> None:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in each process
-    try:
+    with threads(1):  # as in each process
         expected = started()
-    finally:
-        torch.set_num_threads(threads)
     for found in some["started"]:
         assert found == expected
 

@@ -25,6 +25,7 @@ from language_models import assert_same, snapshot
 from oracle import assert_principal, change_all
 from pissa import PissaModel
 from pissa.layers.layer import pissa_layers
+from torch_settings import default_dtype
 
 ADAPTER = "default"
 Fields = Mapping[str, Any]
@@ -46,13 +47,8 @@ class InDouble(TorchFunctionMode):
 
 @contextmanager
 def in_double() -> Iterator[None]:
-    default = torch.get_default_dtype()
-    try:
-        torch.set_default_dtype(torch.float64)
-        with InDouble():
-            yield
-    finally:
-        torch.set_default_dtype(default)
+    with default_dtype(torch.float64), InDouble():
+        yield
 
 
 class Evaluation(NamedTuple):
