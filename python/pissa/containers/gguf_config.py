@@ -49,7 +49,7 @@ ARCHITECTURES = {
 }
 """The architectures that are read, by llama.cpp's names. Mistral's and SmolLM's are "llama"."""
 
-_FIELDS = {
+FIELDS = {
     "context_length": "max_position_embeddings", "embedding_length": "hidden_size",
     "feed_forward_length": "intermediate_size", "block_count": "num_hidden_layers",
     "attention.head_count": "num_attention_heads", "attention.head_count_kv": "num_key_value_heads",
@@ -144,7 +144,7 @@ def _fields(files: Sequence[GgufFile]) -> dict[str, Any]:
         found: dict[str, Any] = GGUF_CONFIG_ARCHS[name](with_count, tuple(shapes))
         return {field: _shortest(value) for field, value in found.items()}
     known = {key.removeprefix(f"{name}."): _shortest(value) for key, value in metadata.items()}
-    config = {theirs: known[key] for key, theirs in _FIELDS.items() if key in known}
+    config = {theirs: known[key] for key, theirs in FIELDS.items() if key in known}
     width = config["hidden_size"] // config["num_attention_heads"]
     rope = _rope(known, files, config.get("head_dim") or known.get("rope.dimension_count") or width)
     config["rope_parameters"] = rope

@@ -3,6 +3,7 @@ other values or another order. Rows can be moved in codes too, because no block 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,6 +134,22 @@ class GgufSource(Source):
         for tensor, part in zip(place.tensors, parts, strict=True):
             yield Source.path_of(self, tensor), Source.entry(self, tensor).offset + (member or 0) * part.nbytes, part
 
+    def stored_values(self, name: str, values: Tensor) -> Iterator[tuple[Path, int, Tensor]]:
+        """The same for a whole tensor in the dtype of the file."""
+        assembly = self._assembly(name)
+        entries = [Source.entry(self, stored) for stored in assembly.tensors]
+        if assembly.change is _without_one:
+            parts: Sequence[Tensor] = [values.float() + 1]
+        elif assembly.change is None:
+            parts = [values]
+        else:
+            numbers = torch.arange(values.numel())
+            places = [part.view(entry.shape) for part, entry in zip(_split(numbers, entries), entries, strict=True)]
+            order = assembly.change(*places).flatten()
+            parts = _split(torch.empty_like(values).flatten().index_copy_(0, order, values.flatten()), entries)
+        for stored, entry, part in zip(assembly.tensors, entries, parts, strict=True):
+            yield Source.path_of(self, stored), entry.offset, part.to(entry.dtype)
+
     def release(self, names: Sequence[str]) -> None:
         super().release([stored for name in names for stored in self._assembly(name).tensors])
 
@@ -169,6 +186,10 @@ class GgufSource(Source):
             tensors = [torch.empty(weight.shape, device="meta") if is_meta else ops.dequantize(weight)]
         made = tensors[0] if assembly.change is None else assembly.change(*tensors)
         return made.mT if assembly.is_transposed and format is None else made
+
+
+def _split(flat: Tensor, entries: Sequence[Entry]) -> Sequence[Tensor]:
+    return torch.split(flat, [math.prod(entry.shape) for entry in entries])
 
 
 def _weight(codes: Tensor, format: QuantFormat) -> ops.QuantizedWeight:
@@ -244,6 +265,35 @@ def _assemblies(file: GgufFile, model: PreTrainedModel, stored: Sequence[str]) -
     return dict(sorted(assemblies.items(), key=lambda item: places[item[1].tensors[0]]))
 
 
+def stored_shapes(model: PreTrainedModel, architecture: str) -> dict[str, tuple[int, ...]]:
+    """The tensors of a new file of the model, by llama.cpp's names. A tied tensor is there once.
+
+    Raises:
+        ValueError: llama.cpp has no name for a parameter of the model.
+    """
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+
+    config = model.config.get_text_config()
+    number = next(number for number, name in MODEL_ARCH_NAMES.items() if name == architecture)
+    table = get_tensor_name_map(number, config.num_hidden_layers)
+    stems = {stem for _, stem in table.mapping.values() if not stem.endswith("gate_up_exps")}  # two tensors, as usual
+    possible = {f"{stem}.{leaf}": 0 for stem in stems for leaf in ("weight", "bias")}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, parameter in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        tensors = _tensors_of(name, table, possible)
+        if not tensors or not possible.keys() >= set(tensors):
+            raise ValueError(f"llama.cpp's {architecture} has no name for {name}")
+        shape = tuple(parameter.shape)
+        if len(tensors) == 2:  # gate and up of experts
+            shape = (*shape[:-2], shape[-2] // 2, shape[-1])
+        if name.endswith("shared_expert_gate.weight"):
+            shape = shape[1:]
+        shapes |= dict.fromkeys(tensors, shape)
+    return shapes
+
+
 def _number_of_blocks(file: GgufFile, key: str, value: object, most: int) -> int:
     """The value, which the file or its configuration has under that key."""
     if not isinstance(value, int) or not 0 <= value <= most:
@@ -282,10 +332,14 @@ def _change(name: str, number: int, made: Architecture, config: Any, shape: torc
     if ".linear_attn." in name:
         return _of_linear_attention(f"{module}.{leaf}", config, shape)
     if made.shifts_norms and name.endswith("norm.weight"):
-        return lambda norm: norm.float() - 1
+        return _without_one
     if module in ("conv", "shared_expert_gate"):  # llama.cpp leaves out dimensions of one element
         return lambda weight: weight.reshape(shape) if weight.dim() < len(shape) else weight
     return None
+
+
+def _without_one(norm: Tensor) -> Tensor:
+    return norm.float() - 1
 
 
 def _of_linear_attention(name: str, config: Any, shape: torch.Size) -> Change | None:

@@ -36,7 +36,7 @@ def export(
         pissa.export("run", "out", to="bnb4")      # QPiSSA, exactly: transformers, PEFT and bitsandbytes
         pissa.export("run", "out", to="vllm")      # a LoRA on the unmodified base
         pissa.export("run", "out.gguf", to="gguf") # the same for llama.cpp
-        pissa.export("run", "merged.gguf", to="gguf-model")  # one file, with the adapter in the base's codes
+        pissa.export("run", "merged.gguf", to="gguf-model")  # one file, with the adapter in it
 
     "bnb4" is for an adapter with `quant="nf4"`. It writes the residual on which the adapter was trained, in
     bitsandbytes' layout, and in the folder "adapter" the LoRA of rank r on it. The residual is computed again from the
@@ -47,15 +47,16 @@ def export(
     If the adapter was trained on a 4-bit residual, the LoRA lacks the residual's error there, and a warning says so.
     LoRAs of other tools can be exported too.
 
-    "gguf-model" writes the base's GGUF file again, with the adapter in it: codes change, rounded at random
-    (`ops.merge_codes`), and scales and everything else stay, except for the name and a note in the metadata.
+    "gguf-model" writes a GGUF base's file again, with the adapter in it: codes change, rounded at random
+    (`ops.merge_codes`), and scales and everything else stay, except for the name and a note in the metadata. Of any
+    other base it writes the merged model as a new file, in the dtype of its weights.
 
     Args:
         adapter: a folder of pissa or of PEFT, or a folder with a LoRA.
         target: a new folder, or a new file for "gguf" and "gguf-model".
         to: the runtime, one of `pissa.integrations.RUNTIMES`.
         base: the model that the adapter was trained on, a folder, a GGUF file or a name on the Hub (default: the one
-            that the adapter names). For "gguf" and "gguf-model": the GGUF file with which llama.cpp runs the adapter.
+            that the adapter names). For "gguf": the GGUF file with which llama.cpp runs the adapter.
         calibration: for "gguf-model": batches of what the model will read, for error feedback as in `pissa.merge`.
         progressbar: show one bar over the bytes of the checkpoint on stderr.
 

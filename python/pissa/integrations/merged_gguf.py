@@ -1,5 +1,5 @@
-"""One GGUF file that has the training in it: the base's file, byte for byte, with other codes where the adapter changes
-a weight."""
+"""One GGUF file that has the training in it. From a GGUF file: the base's, byte for byte, with other codes where the
+adapter changes a weight. From any other base: a new file of the merged model."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import cast
 
 import torch
@@ -18,34 +19,98 @@ from torch import Tensor
 from pissa import ops
 from pissa.adapters.lora_folder import LoraFolder
 from pissa.base.digest import bytes_of
-from pissa.checkpoints.merge import plan_merge
+from pissa.checkpoints.merge import merge, plan_merge
 from pissa.checkpoints.merge_codes import Kept, check_low_rank, coded_units, merged_layers, moments_of
 from pissa.checkpoints.rewrite import Replace, Result, add_up
 from pissa.checkpoints.trained import read_adapter
-from pissa.containers.checkpoint import Checkpoint, Contents
+from pissa.containers.checkpoint import READ, Checkpoint, Contents
 from pissa.containers.gguf_file import parts_of
 from pissa.containers.gguf_model import GgufSource
 from pissa.containers.hub import Name
 from pissa.containers.staged import staged
+from pissa.integrations.dense_gguf import describe, write
 from pissa.integrations.exported import MERGE, Exported, no_base
 from pissa.model.batches import Batch
 
 
-@torch.no_grad()
 def export_model(
     adapter: LoraFolder, base: Name | None, target: Path, calibration: Iterable[Batch] | None = None
 ) -> Exported:
-    """Merges the adapter into the codes of the GGUF file `base`, and writes the new file `target`, or its parts, and
-    beside it a Modelfile. Matrices that the file has dense get the sum. `calibration`: see `merge`. Raises ValueError
-    for another base, and for anything in an adapter but low-rank changes of matrices, which is named."""
+    """Writes the model with the adapter in it to the new file `target`, or its parts, and beside it a Modelfile. In the
+    codes of a GGUF file `base`, matrices that the file has dense get the sum; of another base, which is merged first in
+    a folder beside the target, all are dense. `calibration`: see `merge`. Raises ValueError for another base, for what
+    cannot be merged, and for a model that is not written as GGUF, which is named."""
     if target.suffix != ".gguf":
         raise ValueError(f"{target} does not end with .gguf, by which programs know such files: give another name")
     model = base or adapter.named_base
     if model is None:
         raise no_base(adapter)
     checkpoint = Checkpoint.open(model)
-    if checkpoint.contents is not Contents.GGUF:
-        raise ValueError(f"{checkpoint.name} contains {checkpoint.contents.value}; needed: a GGUF file; or run {MERGE}")
+    if checkpoint.contents is Contents.GGUF:
+        return _in_codes(adapter, checkpoint, target, calibration)
+    if calibration is not None:
+        raise ValueError(
+            f"calibration: got one, and {checkpoint.name} contains {checkpoint.contents.value}; only merging into the "
+            "codes of a GGUF file takes it: leave it out"
+        )
+    return _dense(adapter, checkpoint, target)
+
+
+def _dense(adapter: LoraFolder, checkpoint: Checkpoint, target: Path) -> Exported:
+    checkpoint.require(*READ)
+    modelfile = f"{target.stem}.Modelfile"
+    _check_new(target, target.name, modelfile)
+    tokenizer = checkpoint.tokenizer(adapter.path)
+    try:
+        describe(checkpoint, tokenizer)
+    except ValueError as error:
+        raise _not_written(checkpoint, adapter, error) from error
+    with staged(target.parent) as new, TemporaryDirectory(dir=target.parent, prefix=".merged-") as folder:
+        merged = merge(adapter.path, checkpoint.name, folder)
+        title = f"{Path(checkpoint.name).name} + {adapter.path.name}"
+        note = f"{adapter.path.name} merged by pissa {ops.build_info()['version']}"
+        texts = {"general.name": title, "general.description": note}
+        try:
+            write(new(target.name), Checkpoint.open(folder), tokenizer, texts)
+        except ValueError as error:
+            raise _not_written(checkpoint, adapter, error) from error
+        made = Checkpoint.open(new(target.name))
+        size = made.folder.stat().st_size
+        new(modelfile).write_text(_modelfile(target.name, made, adapter.path), encoding="utf-8")
+    return Exported(
+        what=merged.what,
+        layers=merged.layers,
+        written=f"{target.name}, and {modelfile} for Ollama",
+        bytes_written=size,
+        load=_load(target, target.with_name(modelfile)),
+        error=merged.error,
+    )
+
+
+def _not_written(checkpoint: Checkpoint, adapter: LoraFolder, reason: ValueError) -> ValueError:
+    merge = shlex.join(["pissa", "merge", str(adapter.path), "merged", "--base", checkpoint.name])
+    return ValueError(
+        f"{checkpoint.name} is not written as a GGUF file: {reason}. Instead, run `{merge}`, and let llama.cpp's "
+        "convert_hf_to_gguf.py read the folder, or Ollama: `echo FROM ./merged > Modelfile`, "
+        "`ollama create NAME -f Modelfile` [P148]"
+    )
+
+
+def _check_new(target: Path, *names: str) -> None:
+    for name in names:
+        if (path := target.with_name(name)).exists():
+            raise ValueError(f"{path} exists already and nothing is overwritten; choose a new file [P065]")
+
+
+def _load(file: Path, modelfile: Path) -> str:
+    written, described = (shlex.quote(str(path)) for path in (file, modelfile))
+    return f"llama-cli -m {written}; ollama create NAME -f {described} && ollama run NAME"
+
+
+@torch.no_grad()
+def _in_codes(
+    adapter: LoraFolder, checkpoint: Checkpoint, target: Path, calibration: Iterable[Batch] | None
+) -> Exported:
     source, files = cast(GgufSource, checkpoint.stored), checkpoint.files
     trained = read_adapter(adapter, checkpoint)
     check_low_rank(trained)
@@ -59,9 +124,7 @@ def export_model(
     ending = "" if len(files) == 1 else f"-00001-of-{len(files):05}"
     names = parts_of(f"{target.stem}{ending}.gguf")
     modelfile = f"{target.stem}.Modelfile"
-    for name in (target.name, *names, modelfile):
-        if (path := target.with_name(name)).exists():
-            raise ValueError(f"{path} exists already and nothing is overwritten; choose a new file [P065]")
+    _check_new(target, target.name, *names, modelfile)
     moments = moments_of(trained, calibration)
     results: dict[str, Result] = {}
     with staged(target.parent) as new, ExitStack() as opened:
@@ -70,7 +133,7 @@ def export_model(
             f"{adapter.path.name} merged by pissa {ops.build_info()['version']}: codes rounded at random, scales kept"
         )
         for file, name in zip(files, names, strict=True):
-            title = f"{file.metadata.get('general.name', model)} + {adapter.path.name}"
+            title = f"{file.metadata.get('general.name', checkpoint.name)} + {adapter.path.name}"
             header = file.header({"general.name": title, "general.description": note} if file is files[0] else {})
             moved[file.path] = len(header) - file.start
             handles[file.path] = output = opened.enter_context(new(name).open("xb+"))
@@ -101,13 +164,12 @@ def export_model(
         size = sum(handle.seek(0, 2) for handle in handles.values())
         new(modelfile).write_text(_modelfile(names[0], checkpoint, adapter.path), encoding="utf-8")
     kept = Kept.of(add_up(results.values()))
-    written, described = (shlex.quote(str(target.with_name(name))) for name in (names[0], modelfile))
     return Exported(
         what=trained.what,
         layers=sum(len(unit.layers) for unit in (*units, *dense)),
         written=f"{', '.join(names)}, and {modelfile} for Ollama",
         bytes_written=size,
-        load=f"llama-cli -m {written}; ollama create NAME -f {described}",
+        load=_load(target.with_name(names[0]), target.with_name(modelfile)),
         kept=kept,
         kept_of_layers={name: Kept.of(sums) for name, sums in results.items()},
     )

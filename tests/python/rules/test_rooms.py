@@ -42,6 +42,8 @@ ALONE = {
     "distributed.py": {"deepspeed"},
     "containers/hub.py": {"huggingface_hub"},
     "containers/gguf_model.py": {"gguf"},
+    "containers/gguf_tokenizer.py": {"tokenizers"},
+    "integrations/dense_gguf.py": {"gguf"},
     "integrations/gguf.py": {"gguf"},
     "integrations/llama_cpp.py": {"llama_cpp"},
 }

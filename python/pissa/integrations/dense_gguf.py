@@ -1,0 +1,119 @@
+"""A new GGUF file of a model whose base is none: the merged model, each tensor put where our reader of GGUF files looks
+for it. The file is refused unless it reads back as the same model and the same tokenizer."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import gguf
+import torch
+from torch import Tensor
+
+from pissa.base.digest import bytes_of
+from pissa.containers.checkpoint import Checkpoint
+from pissa.containers.gguf_file import GgufFile
+from pissa.containers.gguf_metadata import WRITTEN, architecture_for, differences, metadata_of, rope_tensors
+from pissa.containers.gguf_model import GgufSource, stored_shapes
+from pissa.containers.gguf_tokenizer import SAMPLE, tokenizer_metadata
+
+_TYPES = {
+    torch.float32: (gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),
+    torch.float16: (gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
+    torch.bfloat16: (gguf.GGMLQuantizationType.BF16, gguf.LlamaFileType.MOSTLY_BF16),
+}
+
+_NO_CODES = torch.empty(0).numpy().dtype
+"""What gguf asks for beside the type: with uint8, it would take the shape for that of bytes."""
+
+_IN_FLOAT32 = ("ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight")
+"""The matrices that llama.cpp multiplies in float32 only: those that choose experts."""
+
+
+def describe(model: Checkpoint, tokenizer: Any) -> tuple[str, dict[str, Any]]:
+    """llama.cpp's name of the model's architecture, and the metadata of its file.
+
+    Raises:
+        ValueError: the model or its tokenizer is of a kind that is not written. The message says which.
+    """
+    config, name = model.built_config(), type(model.model).__name__
+    architecture = architecture_for(name)
+    if architecture is None:
+        raise ValueError(f"it is a {name}; written are {', '.join(WRITTEN)}")
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    return architecture, metadata_of(config, architecture) | tokenizer_metadata(tokenizer, config.vocab_size, ends)
+
+
+def write(path: Path, model: Checkpoint, tokenizer: Any, texts: dict[str, str]) -> None:
+    """Writes the model in a dense checkpoint to the file `path`, in the dtype of its embedding; norms and biases are
+    float32. One matrix is in memory at a time. Raises the errors of `describe`."""
+    architecture, metadata = describe(model, tokenizer)
+    config = model.built_config()
+    shapes, rope = stored_shapes(model.model, architecture), rope_tensors(config)
+    dtype = model.entry(model.parts_of("model.embed_tokens.weight")[0].tensor).dtype
+    if dtype not in _TYPES:
+        raise ValueError(f"its weights are {dtype}; written are {', '.join(map(str, _TYPES))}")
+    kind, file_type = _TYPES[dtype]
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_file_type(file_type)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    for key, value in {"general.type": "model", **texts, **metadata}.items():
+        if isinstance(value, list):
+            writer.add_array(key, value)
+        else:
+            add = {str: "string", bool: "bool", int: "uint32", float: "float32"}[type(value)]
+            getattr(writer, f"add_{add}")(key, value)
+    for name, shape in (shapes | {name: tuple(values.shape) for name, values in rope.items()}).items():
+        is_wide = len(shape) == 1 or name.endswith(_IN_FLOAT32)
+        stored, size = (gguf.GGMLQuantizationType.F32, 4) if is_wide else (kind, dtype.itemsize)
+        writer.add_tensor_info(name, shape, _NO_CODES, size * torch.Size(shape).numel(), stored)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    with path.open("rb+") as file:  # config.json is not read without the tensors of rope
+        file.truncate(_aligned(file.seek(0, 2)) + sum(_aligned(info.nbytes) for info in writer.tensors[0].values()))
+        for name, values in rope.items():
+            file.seek(GgufFile(path).entries[name].offset)
+            file.write(bytes_of(values))
+    made = Checkpoint.open(path)
+    _check(made, config, tokenizer)
+    with path.open("rb+") as file:
+
+        def put(position: int, values: Tensor) -> None:
+            file.seek(position)
+            file.write(bytes_of(values.contiguous()))
+
+        for name in made.stored.names:
+            _write_parameter(name, model, made, put)
+
+
+def _check(made: Checkpoint, config: Any, tokenizer: Any) -> None:
+    """Refuses a file whose metadata do not say everything: llama.cpp would compute another model, without a word."""
+    if lost := differences(config, made.built_config()):
+        raise ValueError(f"its metadata cannot say all of config.json: {', '.join(lost)}")
+    text = unicodedata.normalize("NFC", SAMPLE)  # some tokenizers do this first, and llama.cpp none
+    ours, read = (each(text, add_special_tokens=False).input_ids for each in (tokenizer, made.tokenizer()))
+    if ours != read:
+        raise ValueError("its tokenizer divides texts in another way than that which is read back from the file")
+
+
+def _aligned(position: int) -> int:
+    return -(-position // 32) * 32
+
+
+def _write_parameter(name: str, model: Checkpoint, made: Checkpoint, put: Callable[[int, Tensor], None]) -> None:
+    """Puts a parameter of the model into the file, whose tensors may be several: a matrix at a time."""
+    source, dtype = cast(GgufSource, made.stored), made.stored.entry(name).dtype
+    if made.tensors[name].dim() < 3:
+        parts = model.parts_of(name)
+        for _, position, values in source.stored_values(name, model.matrix(parts)):
+            put(position, values)
+        model.release([part.tensor for part in parts])
+        return
+    for member, parts in enumerate(model.layers_of(name).values()):
+        for _, position, values in source.stored_rows(name, model.matrix(parts).to(dtype), member):
+            put(position, values)
+        model.release([part.tensor for part in parts])

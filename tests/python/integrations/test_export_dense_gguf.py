@@ -1,0 +1,179 @@
+"""`to="gguf-model"` from a base in safetensors: the new file is the merged model, with its tokenizer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+
+import pissa
+from gguf_fixtures import MODELS, make
+from oracle import change_all
+from pissa.checkpoints.merge import merge
+from pissa.containers.checkpoint import Checkpoint
+from pissa.containers.gguf_file import GgufFile
+from pissa.containers.gguf_metadata import WRITTEN
+from pissa.containers.gguf_tokenizer import SAMPLE, tokenizer_metadata
+
+KINDS = [kind for kind, (_, name, _) in MODELS.items() if f"{name}ForCausalLM" in WRITTEN]
+SPECIAL = ["<pad>", "<s>", "</s>"]
+TEXTS = [
+    SAMPLE,
+    "<s>What is 12,345 + 67?</s> ",
+    "\u0e20\u0e32\u0e29\u0e32\u0e44\u0e17\u0e22 \u0939\u093f\u0928\u094d\u0926\u0940 \u20ac 2024",
+]
+
+
+def tokenizer_of(splits: Any, size: int = 400) -> Any:
+    """A byte-level tokenizer with merges, which splits texts so."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = splits
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    backend.train_from_iterator(
+        [SAMPLE] * 3, trainers.BpeTrainer(vocab_size=size, special_tokens=SPECIAL, initial_alphabet=alphabet)
+    )
+    return finished(backend)
+
+
+def finished(backend: Tokenizer) -> Any:
+    template = "{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}"
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template, **special)
+
+
+def split(name: str) -> Any:
+    expression = pre_tokenizers.Split(Regex(GGUF_PRE_TOKENIZER_SPLITS[name]), "isolated")
+    return pre_tokenizers.Sequence([expression, BYTES])
+
+
+BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+WORDS = pre_tokenizers.ByteLevel(add_prefix_space=False)
+DIGITS = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), WORDS])
+SPLITS = {"gpt-2": WORDS, "smollm": DIGITS} | {name: split(name) for name in ("llama-bpe", "qwen2", "tekken", "gpt-4o")}
+
+
+def trained(kind: str, dtype: torch.dtype, tokenizer: Any, folder: Path) -> tuple[Path, Path]:
+    """A base of that architecture and an adapter for it."""
+    MODELS[kind][2]["vocab_size"] = len(tokenizer) + 3  # as of many models, some tokens are not used
+    try:
+        model: Any = make(kind).to(dtype)
+    finally:
+        del MODELS[kind][2]["vocab_size"]
+    model.save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    adapted = pissa.load(folder / "base", r=4, target_modules="all-linear")
+    change_all(adapted)
+    adapted.save_pretrained(folder / "run")
+    return folder / "base", folder / "run"
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_file_is_the_merged_model(kind: str, tmp_path: Path) -> None:
+    """Every weight as `merge` writes it, and the same model around them."""
+    base, run = trained(kind, torch.bfloat16, tokenizer_of(WORDS), tmp_path)
+    merge(run, base, tmp_path / "merged")
+    done = pissa.export(run, tmp_path / "out" / "model.gguf", "gguf-model", base=base)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["model.Modelfile", "model.gguf"]
+    assert "ollama create NAME -f" in done.load
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    file = Checkpoint.open(tmp_path / "out" / "model.gguf")
+    matrices = [entry.dtype for name, entry in file.files[0].entries.items() if len(entry.shape) > 1]
+    assert set(matrices) - {torch.float32} == {torch.bfloat16}
+    expected, names = merged.state_dict(), set(file.stored.names)
+    assert names == expected.keys() - ({"lm_head.weight"} if merged.config.tie_word_embeddings else set())
+    for name in names:
+        torch.testing.assert_close(file.stored.read(name).float(), expected[name], rtol=0, atol=1e-7)
+    read: Any = pissa.load(tmp_path / "out" / "model.gguf", r=1, init="lora", dtype=torch.float32).eval()
+    ids = torch.arange(3, 43)[None]
+    torch.testing.assert_close(read(input_ids=ids).logits, merged(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_texts_of_many_scripts_become_the_same_tokens(name: str, tmp_path: Path) -> None:
+    tokenizer = tokenizer_of(SPLITS[name])
+    base, run = trained("llama", torch.float16, tokenizer, tmp_path)
+    pissa.export(run, tmp_path / "model.gguf", "gguf-model", base=base)
+    metadata = GgufFile(tmp_path / "model.gguf").metadata
+    assert metadata["tokenizer.ggml.pre"] == name
+    assert metadata["tokenizer.ggml.eos_token_id"] == 2
+    assert metadata["tokenizer.ggml.token_type"] == [3] * 3 + [1] * (len(tokenizer) - 3) + [5] * 3
+    read, own = Checkpoint.open(tmp_path / "model.gguf").tokenizer(), AutoTokenizer.from_pretrained(base)
+    assert read.chat_template == own.chat_template
+    for text in TEXTS:
+        assert read(text).input_ids == own(text).input_ids
+
+
+def pieces(prepends: bool) -> Any:
+    """A tokenizer as SentencePiece's, with tokens of bytes for what it does not know."""
+    backend = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    steps: list[Any] = [normalizers.Prepend("\u2581")] if prepends else []
+    backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "\u2581")])
+    first = ["<unk>", "<s>", "</s>", "<pad>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    text = "Hello world, the three most important things to know about the sea are these"
+    backend.train_from_iterator([text] * 3, trainers.BpeTrainer(vocab_size=400, special_tokens=first[:4]))
+    trained_on = backend.get_vocab(with_added_tokens=False)
+    merges = [tuple(pair) for pair in json.loads(backend.to_str())["model"]["merges"]]
+    rest = [token for token, _ in sorted(trained_on.items(), key=lambda item: item[1]) if token not in first]
+    vocabulary = {token: index for index, token in enumerate([*first, *rest])}
+    backend.model = models.BPE(vocabulary, merges, byte_fallback=True, unk_token="<unk>", fuse_unk=True)
+    return finished(backend)
+
+
+def test_the_scores_of_pieces_join_in_the_order_of_the_merges(tmp_path: Path) -> None:
+    tokenizer = pieces(prepends=True)
+    metadata = tokenizer_metadata(tokenizer, len(tokenizer), [2])
+    assert metadata["tokenizer.ggml.model"] == "llama"
+    assert metadata["tokenizer.ggml.add_space_prefix"] is True
+    scores = dict(zip(metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.scores"], strict=True))
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    joined = [scores["".join(pair)] for pair in merges]
+    assert joined == sorted(joined, reverse=True)
+    assert len(set(joined)) > 50
+
+
+def test_what_is_not_written_is_refused_with_another_way(tmp_path: Path) -> None:
+    """And nothing is left."""
+    base, run = trained("granite", torch.float16, tokenizer_of(WORDS), tmp_path)
+    message = r"is not written as a GGUF file: it is a GraniteForCausalLM; written are .*run `pissa merge .*run merged "
+    message += r"--base .*`, and let .*Ollama: `echo FROM \./merged > Modelfile`, `ollama create NAME -f Mod.* \[P148\]"
+    with pytest.raises(ValueError, match=message):
+        pissa.export(run, tmp_path / "out" / "model.gguf", "gguf-model", base=base)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "said"),
+    [
+        ("mistral", {"sliding_window": 16}, "sliding_window=16 becomes None"),
+        ("gemma2", {"query_pre_attn_scalar": 7}, ""),
+    ],
+)
+def test_what_a_file_cannot_say_is_refused(kind: str, fields: dict[str, Any], said: str, tmp_path: Path) -> None:
+    """llama.cpp would compute another model, without a word."""
+    before = dict(MODELS[kind][2])
+    MODELS[kind][2].update(fields)
+    try:
+        base, run = trained(kind, torch.float16, tokenizer_of(WORDS), tmp_path)
+    finally:
+        MODELS[kind][2].clear()
+        MODELS[kind][2].update(before)
+    with pytest.raises(ValueError, match=said or "query_pre_attn_scalar=7 becomes 32"):
+        pissa.export(run, tmp_path / "out" / "model.gguf", "gguf-model", base=base)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_that_splits_otherwise_is_refused(tmp_path: Path) -> None:
+    base, run = trained(
+        "llama", torch.float16, tokenizer_of(pre_tokenizers.Sequence([pre_tokenizers.Punctuation(), WORDS])), tmp_path
+    )
+    with pytest.raises(ValueError, match="its tokenizer splits texts in a way that is not written; written are gpt-2"):
+        pissa.export(run, tmp_path / "out" / "model.gguf", "gguf-model", base=base)
+    assert not (tmp_path / "out").exists()
