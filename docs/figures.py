@@ -1,6 +1,6 @@
 """Draws the pictures of the book and the README from committed data: `make figures`.
 
-python docs/figures.py    # writes docs/pictures/*.png
+python docs/figures.py    # writes docs/pictures/*.png and bench/experiments/pictures/*.png
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from matplotlib.patches import FancyArrowPatch, Rectangle
 
 from bench import pictures
 from bench.experiments import figures
-from bench.experiments.figures import Axes, Figure, losses
+from bench.experiments.figures import Axes, Figure, Sweep, loss_of
 
 HERE = Path(__file__).parent
 DATA = HERE.parent / "bench" / "results"
@@ -83,12 +83,11 @@ def valley() -> Figure:
     largest rate at which PiSSA is ahead and the smallest at which LoRA is."""
     figure, (left, right) = figures.panels(["40 steps", "24 steps"], height=2.8)
     for axes, task, top in ((left, "gsm8k", 1), (right, "gsm8k_24", 1.6)):
-        _valleys(axes, losses(task, "lora"), losses(task, "pissa"), top)
+        _valleys(axes, Sweep(task, "lora").losses, Sweep(task, "pissa").losses, top)
     for name in ("lora", "pissa"):
-        first = losses("gsm8k", name)
-        best = min(first, key=lambda rate: first[rate])
-        seeds = [losses("gsm8k", name, seed)[best] for seed in (1, 2)]
-        left.plot([best] * len(seeds), seeds, linestyle="", markersize=3, **figures.STYLES[name].look)
+        sweep = Sweep("gsm8k", name)
+        seeds = [loss_of(result) for result in sweep.seeds(1, 2)]
+        left.plot([sweep.best] * len(seeds), seeds, linestyle="", markersize=3, **figures.style(name).point)
     left.set_ylabel("held-out loss (nats)")
     figures.note(
         figure,
@@ -103,15 +102,15 @@ def _valleys(axes: Axes, lora: dict[float, float], pissa: dict[float, float], to
     ahead = max(rate for rate in both if pissa[rate] < lora[rate])
     behind = min(rate for rate in both if lora[rate] < pissa[rate])
     axes.axvspan(ahead, behind, color="0.92", zorder=0)
-    for name, line in (("lora", lora), ("pissa", pissa)):
-        axes.plot(list(line), list(line.values()), **figures.STYLES[name].look)
+    for name, losses in (("lora", lora), ("pissa", pissa)):
+        axes.plot(list(losses), list(losses.values()), **figures.style(name).line)
     axes.set_xscale("log")
     axes.set_xlim(4e-5, 1.5e-2)
     axes.set_ylim(0.64, top)
     axes.set_xlabel("learning rate")
     for name, end, place in (("pissa", "right", ahead / 1.15), ("lora", "left", behind * 1.15)):
-        look = {"color": figures.STYLES[name].color, "fontweight": "bold", "backgroundcolor": "white"}
-        text = f"{figures.STYLES[name].label} ahead"
+        look = {"color": figures.style(name).color, "fontweight": "bold", "backgroundcolor": "white"}
+        text = f"{figures.style(name).label} ahead"
         axes.text(place, 0.95, text, ha=end, va="top", transform=axes.get_xaxis_transform(), **look)
 
 
@@ -261,6 +260,7 @@ PICTURES: dict[str, Callable[[], Any]] = {draw.__name__: draw for draw in (speed
 def main() -> None:
     for name, draw in PICTURES.items():
         figures.save(draw(), HERE / "pictures" / f"{name}.png")
+    figures.main()
 
 
 if __name__ == "__main__":
