@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ def test_a_run_is_one_line_and_is_not_run_again(
     assert result["loss"] < result["before"] - 0.2
     assert 0 <= result["right"] <= 1
     assert line["machine"]["model name"]
-    assert line["packages"]["torch"] == torch.__version__
+    assert line["packages"]["torch"] == version("torch")
     main([*given, "--rate", "1e-2", "--seed", "1"])
     assert [json.loads(text)["cell"]["seed"] for text in out.read_text().splitlines()] == [0, 1]
 
