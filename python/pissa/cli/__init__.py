@@ -7,13 +7,14 @@ import io
 import os
 import sys
 from collections.abc import Collection, Sequence
+from difflib import get_close_matches
 from importlib.metadata import version
-from itertools import pairwise
 from pkgutil import resolve_name
 from typing import Any
 
-from pissa.cli.sources import check_source, is_records
+from pissa.cli.early_checks import check_exists, check_training
 from pissa.cli.terminal import UserError, silence_third_parties
+from pissa.cli.training_options import unknown_option
 from pissa.containers.staged import CompletedError
 
 # The commands and their help texts. Each command is a module of the same name, or what `_HOMES` names. It has
@@ -62,9 +63,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if is_process and isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # answers, tables and paths, in a locale of ASCII or of one script
     try:
-        if _HOMES.get(command, "").startswith("training"):
-            _check_data(argv)
-        args = parser_for([command]).parse_args(argv, argparse.Namespace(is_process=is_process, argv=argv[1:]))
+        if not command.startswith("-") and command not in COMMANDS:
+            near = " or ".join(get_close_matches(command, COMMANDS))
+            raise UserError(f"there is no such command{near and f'; did you mean {near}?'}; `pissa` lists them")
+        if _HOMES.get(command, "").startswith("training") and check_training(command, argv[1:]):
+            argv = [command, "--help"]
+        args = _parsed(argv, argparse.Namespace(is_process=is_process, argv=argv[1:]))
         code: int = args.run(args)
         sys.stdout.flush()
         return code
@@ -91,12 +95,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def _check_data(argv: Sequence[str]) -> None:
-    """Refuses a file of data that is missing before the packages of a training are imported, which takes seconds. Other
-    spellings of the options are checked with the rest."""
-    for option, value in pairwise(argv):
-        if option in ("--data", "--eval-data") and is_records(value):
-            check_source(value)
+def _parsed(argv: Sequence[str], args: argparse.Namespace) -> argparse.Namespace:
+    """The arguments of a command. An option that it does not have is refused with the one whose name is nearest."""
+    parser = parser_for(argv[:1])
+    args, others = parser.parse_known_args(argv, args)
+    if (wrong := next((word for word in others if word.startswith("-")), None)) is not None:
+        raise UserError(unknown_option(wrong, [*commands_of(parser)[argv[0]]._option_string_actions]))
+    if others:
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    for action in commands_of(parser)[argv[0]]._actions:
+        if action.dest in ("source", "adapter", "base") and (given := getattr(args, action.dest)) is not None:
+            check_exists((action.option_strings or [str(action.metavar)])[0], given)
+    return args
+
+
+def commands_of(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """The parsers of the commands, by their names."""
+    [commands] = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    return dict(commands.choices)
 
 
 def parser_for(named: Collection[str]) -> argparse.ArgumentParser:
@@ -115,7 +131,7 @@ def parser_for(named: Collection[str]) -> argparse.ArgumentParser:
             from pissa.cli.options import trl_parser
 
             # argparse's own usage text would be a hundred lines long.
-            usage = f"pissa {name} [options]; --help lists them"
+            usage = f"pissa {name} --model MODEL --data DATA [options]"
             own = {"parents": [trl_parser(trainer, add_help=False)], "usage": usage}
         description = f"{text[0].upper()}{text[1:]}."
         command = commands.add_parser(name, help=text, description=description, formatter_class=_ShowDefaults, **own)
@@ -127,8 +143,10 @@ def parser_for(named: Collection[str]) -> argparse.ArgumentParser:
 
 
 class _ShowDefaults(argparse.HelpFormatter):
-    """Like argparse.ArgumentDefaultsHelpFormatter, but does not print the defaults "None" and "False"."""
+    """Like argparse.ArgumentDefaultsHelpFormatter, but does not print the defaults "None" and "False", nor one that the
+    help has."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         shown = not any(action.default is none for none in (None, False, argparse.SUPPRESS)) and action.default != ""
-        return f"{action.help} (default: %(default)s)" if shown else action.help
+        is_said = "(default: " in (action.help or "")
+        return f"{action.help} (default: %(default)s)" if shown and not is_said else action.help

@@ -69,14 +69,12 @@ _BASE = "model that the adapter was trained on: a folder, or a name on the Huggi
 _NAMED_BASE = f"{_BASE} (default: the one that the adapter names)"
 
 
-def _add_adapter(
-    parser: argparse.ArgumentParser, target: str, base: str = _NAMED_BASE, base_is_required: bool = False
-) -> None:
+def _add_adapter(parser: argparse.ArgumentParser, target: str, base: str = _NAMED_BASE) -> None:
     """Adds the arguments that all commands which read an adapter share."""
     add = parser.add_argument
     add("adapter", type=Path, metavar="ADAPTER", help="the adapter's folder: a plain LoRA, or saved by pissa or PEFT")
     add("target", type=Path, metavar="OUT", help=target)
-    add("--base", required=base_is_required, metavar="DIR_OR_NAME", help=base)
+    add("--base", metavar="DIR_OR_NAME", help=base)
     add("--json", action="store_true", help="report as one JSON object")
 
 
@@ -106,7 +104,7 @@ _METHOD = ("target_modules", "exclude_modules", "init", "seed", "quant", "quant_
 
 
 def _as_bytes(text: str) -> int:
-    from accelerate.utils import convert_file_size_to_int
+    from accelerate.utils import convert_file_size_to_int  # imports torch
 
     return int(convert_file_size_to_int(text.upper()))  # a small b means bits there
 
@@ -135,8 +133,8 @@ def _add_init(parser: argparse.ArgumentParser) -> None:
     _add_calibration(parser, calibration)
     add("--quant-iters", type=positive_int, default=1, metavar="T", help="alternations of SVD and quantisation")
     add("--seed", type=int, default=0, metavar="N", help="seed of the random sketch")
-    memory = "memory limit for matrices and results; a larger matrix may exceed it"
-    add("--memory", type=_memory, default="1GB", metavar="SIZE", help=memory)
+    memory = "memory limit for matrices and results; a larger matrix may exceed it (default: 1GB)"
+    add("--memory", type=_memory, default=10**9, metavar="SIZE", help=memory)
     experts = "format of fused experts with --quant: dense, or the same one, which only pissa.load reads"
     add("--experts", metavar="FORMAT", default="dense", help=experts)
     add("--device", default="cpu", metavar="DEV", help="where matrices are split, e.g. cuda")
@@ -206,8 +204,8 @@ _READ = "records like those that the model will read, for error feedback"
 
 
 def _add_merge(parser: argparse.ArgumentParser) -> None:
-    base = f"{_BASE}; or a folder that pissa init has written"
-    _add_adapter(parser, "new folder, or the folder of an interrupted run", base, base_is_required=True)
+    base = "model of the adapter (default: the one that it names); or a folder that pissa init has written"
+    _add_adapter(parser, "new folder, or the folder of an interrupted run", base)
     quant = "form of the linear layers: dense, nf4 or int8 (as in bitsandbytes), or same: the base's own codes"
     parser.add_argument("--quant", metavar="FORMAT", help=f"{quant} (default: dense)")
     data = "records with questions and answers: compare the loss of base, adapter and merged model on them"
@@ -223,6 +221,7 @@ def _merge(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         raise UserError(
             "--data: only bitsandbytes computes in int8; run `pip install bitsandbytes`, or leave --data out"
         )
+    args.base = args.base or _named_base(args.adapter)
     batches = _calibration(args, args.base)
     run = prepare(args.adapter, args.base, args.target, quant=args.quant, calibration=batches)
     rows, found = [], dict[str, float]()
@@ -247,6 +246,16 @@ def _merge(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         _print_merged(args, done)
     if found:
         print_row("loss", ", ".join(f"{what} {loss:.4f}" for what, loss in found.items()))
+
+
+def _named_base(adapter: Path) -> str:
+    """The base that an adapter names."""
+    from pissa.adapters.lora_folder import open_adapter
+
+    base = open_adapter(adapter).named_base
+    if base is None:
+        raise UserError(f"{adapter} names no base; give the model it was trained on: --base DIR_OR_NAME [P112]")
+    return str(base)
 
 
 def _print_merged(args: argparse.Namespace, done: Any) -> None:

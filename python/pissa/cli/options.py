@@ -16,21 +16,10 @@ from trl import ModelConfig, ScriptArguments, TrlParser
 
 import pissa
 from pissa.cli.selftest import has_passed_on_gpu
-from pissa.cli.terminal import (
-    COLUMNS_HELP,
-    THREADS_HELP,
-    UserError,
-    columns,
-    count,
-    minutes_of,
-    number,
-    positive_int,
-    user_errors,
-)
+from pissa.cli.terminal import UserError, number, positive_int, user_errors
+from pissa.cli.training_options import RANK, SHOWN, Option, rate_or_auto
 from pissa.config import default_of
 from pissa.ops.formats import FORMATS
-
-AUTO = "auto"
 
 # The fields of LoraConfig that mean the same for PiSSA and that the user may choose.
 _STRUCTURES = ("rank_pattern", "alpha_pattern", "trainable_token_indices")
@@ -40,18 +29,7 @@ _NO_OPTIONS = {f.name for f in fields(LoraConfig)}.difference(_VALUES, _STRUCTUR
 METHOD = {f.name: default_of(f) for f in fields(pissa.PissaConfig) if f.name not in _NO_OPTIONS}
 """The fields of PissaConfig that are options, and their defaults."""
 
-_ALIASES = {
-    "model_name_or_path": "--model",
-    "dataset_name": "--data",
-    "output_dir": "--out",
-    "r": "--rank",
-    "learning_rate": "--lr",
-    "max_steps": "--steps",
-    "num_train_epochs": "--epochs",
-    "per_device_train_batch_size": "--batch-size",
-    "gradient_accumulation_steps": "--grad-accum",
-    "warmup_steps": "--warmup-ratio",
-}
+_ALIASES = {option.name: option.flag for option in SHOWN.values() if option.flag} | {"warmup_steps": "--warmup-ratio"}
 # The paper's schedule (arXiv 2404.02948, section 5), and settings that suit a terminal. Its batch of 128 is for 100,000
 # examples and more; our rates were found at 2 to 8 examples a step. An option of the method that is not given is None,
 # except for switches.
@@ -78,49 +56,20 @@ _DEFAULTS: dict[str, Any] = {
 # fails in the fourth. The paper's 2e-5 is for 7 billion parameters and rank 128. With preferences, TRL's default stays.
 _RATE, _LORAS_RATE = 2e-4, 1e-3
 _BY_START = {"SFT": {"learning_rate": None}}
-# Rank 64 lowers the loss on GSM8K by 0.026 ± 0.008 and takes 1.5 times as long. On films the difference was within
-# noise (bench/experiments, start-norm).
-_RANK = 16
 _structure = number(json.loads, 'JSON, such as {"q_proj": 8}', lambda value: isinstance(value, (dict, list)))
-_rate = number(float, f"a number above 0, or {AUTO}", lambda value: 0 < value < float("inf"))
 _TYPES: dict[str, Any] = {
     "r": positive_int,
     "quant_iters": positive_int,
     "layers_to_transform": list[int],
-    "learning_rate": lambda text: text if text == AUTO else _rate(text),
+    "learning_rate": rate_or_auto,
     **dict.fromkeys(_STRUCTURES, _structure),
     **dict.fromkeys(_NAMES, list[str]),
-}
-_HELP = {
-    "model_name_or_path": "folder of a model, GGUF file, name of either on the Hub, or folder written by pissa init",
-    "dataset_name": "file of records (.jsonl, .json, .csv, .tsv, .parquet), text or folder of texts (.txt), data set",
-    "learning_rate": f"peak learning rate, or {AUTO}, which finds one (pissa.suggest_lr). For finetune, the default "
-    "is 2e-4; with --init lora and without --use-rslora, it is 1e-3",
-    "r": f"rank of the adapters (default: {_RANK})",
-    "output_dir": "new folder for adapter, checkpoints and options (default: named after model and data)",
-    "num_train_epochs": "passes over the data, unless --steps is given",
 }
 _CHOICES = {
     "quant": tuple(FORMATS),
     "repair": tuple(name for name, method in pissa.INIT_METHODS.items() if not method.is_given),
 }
-_OWN = (
-    ("config_from", str, None, "model whose config.json and tokenizer are used for the GGUF file given as --model"),
-    ("eval_data", str, None, "held-out data: the loss is computed before and after training"),
-    ("columns", columns, None, COLUMNS_HELP),
-    (
-        "held_out",
-        count,
-        None,
-        "examples to hold out of --data (default: a twentieth, at least 8, at most 200; 0: none)",
-    ),
-    ("minutes", minutes_of, None, "longest time to train, in minutes; limits the number of steps"),
-    ("calibrate", bool, False, "with --quant: fit the codes to the data (--repair activations, --error-feedback)"),
-    ("calibration", int, 64, "number of training examples for --repair activations and --error-feedback"),
-    ("resume", bool, False, "continue from the last checkpoint in the folder"),
-    ("threads", positive_int, None, THREADS_HELP),
-    ("json", bool, False, "report as one JSON object; readable lines go to stderr"),
-)
+_OWN_DEFAULTS: dict[str, Any] = {"examples": 64}
 
 
 def _fields(config: type, names: Collection[str], **defaults: Any) -> list[tuple[str, Any, Any]]:
@@ -129,13 +78,20 @@ def _fields(config: type, names: Collection[str], **defaults: Any) -> list[tuple
     defaults = _DEFAULTS | defaults
     for f in (f for f in fields(config) if f.name in names):
         shown = f" (default: {METHOD[f.name]})" if isinstance(METHOD.get(f.name), (str, int, float)) else ""
-        text = _HELP.get(f.name, f.metadata["help"].replace("%", "%%").replace("%%%%", "%%") + shown)
-        metadata = {"help": text, "aliases": _ALIASES.get(f.name, [])}
+        help_of_field = f.metadata["help"].replace("%", "%%").replace("%%%%", "%%") + shown
+        text = SHOWN[f.name].text if f.name in SHOWN else help_of_field
+        metadata: dict[str, Any] = {"help": text, "aliases": _ALIASES.get(f.name, [])}
         if choices := _CHOICES.get(f.name, f.metadata.get("choices")):
             metadata["choices"] = choices
         default = field(default=defaults.get(f.name, f.default), metadata=metadata)
         options.append((f.name, _TYPES.get(f.name, hints[f.name]), default))
     return options
+
+
+def _own(option: Option) -> tuple[str, Any, Any]:
+    default = _OWN_DEFAULTS.get(option.name, None if option.metavar else False)
+    metadata: dict[str, Any] = {"help": option.text}
+    return option.name, option.type if option.metavar else bool, field(default=default, metadata=metadata)
 
 
 def trl_parser(trainer: str, **options: Any) -> TrlParser:
@@ -144,15 +100,14 @@ def trl_parser(trainer: str, **options: Any) -> TrlParser:
     ours = [
         *_fields(ModelConfig, ("model_name_or_path", "model_revision", "attn_implementation", "dtype")),
         *_fields(ScriptArguments, {f.name for f in fields(ScriptArguments)} - {"ignore_bias_buffers"}),
-        *((name, type, field(default=default, metadata={"help": text})) for name, type, default, text in _OWN),
+        *map(_own, (option for option in SHOWN.values() if option.is_ours)),
         *_fields(pissa.PissaConfig, METHOD),
     ]
     first = make_dataclass("Options", ours, namespace={"_argument_group_name": "model, data and method"})
     changed = _fields(config, {*_ALIASES, *_DEFAULTS, *_TYPES}, **_BY_START.get(trainer, {}))
     training = make_dataclass("Training", changed, bases=(config,))
     parser = TrlParser((first, training), **options)
-    file = "YAML file of options by their long names; flags take precedence"
-    parser.add_argument("--config", metavar="FILE", help=file)
+    parser.add_argument("--config", metavar="FILE", help=SHOWN["config"].text)
     return parser
 
 
@@ -181,7 +136,7 @@ def adapter_config(ours: Any, seed: int, split: pissa.PissaConfig | None = None)
         ours.repair, ours.error_feedback = ours.repair or "activations", True
     # A switch that has its default is not given.
     values = {name: getattr(ours, name) for name, default in METHOD.items() if getattr(ours, name) is not default}
-    given = {name: value for name, value in values.items() if value is not None} | {"r": ours.r or _RANK}
+    given = {name: value for name, value in values.items() if value is not None} | {"r": ours.r or RANK}
     for name in ("target_modules", "exclude_modules"):
         # PEFT reads a string as an expression for whole names, and the names in a list as endings.
         match given.get(name):

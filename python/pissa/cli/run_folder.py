@@ -15,9 +15,10 @@ import yaml
 from datasets import Dataset
 
 from pissa.base.digest import xxh3_of_text
-from pissa.cli.options import AUTO, METHOD, flag
+from pissa.cli.options import METHOD, flag
 from pissa.cli.past_run import RUN_FILE
 from pissa.cli.terminal import UserError, user_errors
+from pissa.cli.training_options import AUTO
 from pissa.containers.messages import file_errors, read_object
 from pissa.containers.staged import check_unused, staged
 from pissa.distributed import RankError, agree, failing_together

@@ -36,7 +36,7 @@ from pissa.cli.cores import Threads
 from pissa.cli.data import encode, note_on_facts, read_chats, read_preferences, shown
 from pissa.cli.generation import check_tokens
 from pissa.cli.memory import free_memory
-from pissa.cli.options import AUTO, adapter_config, parse, rate_of
+from pissa.cli.options import adapter_config, parse, rate_of
 from pissa.cli.outcome import method_name, report, results
 from pissa.cli.past_run import check_no_run, last_checkpoint, resume_command
 from pissa.cli.plan import collate, evaluations, make_plan, needs_checkpointing
@@ -56,6 +56,7 @@ from pissa.cli.selftest import has_passed_on_gpu
 from pissa.cli.sources import ALLOWED, Records, is_records, records
 from pissa.cli.templates import check_continues, give_template
 from pissa.cli.terminal import UserError, count_of, first_interrupt, handled, print_row, user_errors
+from pissa.cli.training_options import AUTO
 from pissa.cli.verification import packing_check, step0_check
 from pissa.config import IMPLICIT
 from pissa.containers.checkpoint import AS_STORED, PISSA_RECORD, Contents, ModelFolder
@@ -329,7 +330,7 @@ def _model(run: _Run, data: _Data) -> Any:
             raise UserError(f"--model {name}: its codes stay as they are, with nothing to calibrate; leave --quant out")
         model = _load(ours, load, config=config)
     elif _is_read_by_matrix(run):
-        batches = _calibration(source.meta_model(), data, ours.calibration) if config.needs_calibration else None
+        batches = _calibration(source.meta_model(), data, ours.examples) if config.needs_calibration else None
         with user_errors(OSError, TypeError, ValueError, before=f"--model {name}: "):
             model = load(name, config, calibration=batches, progressbar=True)
     else:
@@ -343,7 +344,7 @@ def _model(run: _Run, data: _Data) -> Any:
         model = _load(ours, create_model_from_path, **options)
         # Raised for a rank above a layer's size or a NaN in a weight. The message names the layer.
         with user_errors(TypeError, ValueError, before=f"--model {name}: "):
-            batches = _calibration(model, data, ours.calibration) if config.needs_calibration else None
+            batches = _calibration(model, data, ours.examples) if config.needs_calibration else None
             model = pissa.wrap(model, config, calibration=batches, progressbar=not training.process_index)
     trainable, total = model.get_nb_trainable_parameters()
     cores = count_of(torch.get_num_threads(), "thread") if training.device.type == "cpu" else str(training.device)
@@ -372,7 +373,7 @@ def _calibration(model: Any, data: _Data, count: int) -> list[torch.Tensor]:
     rows = list(itertools.islice(iter(data.train), count))
     if not rows or "input_ids" not in rows[0]:
         raise UserError(
-            f"--calibration {count}: needed is --data of records to finetune on, of which at least one "
+            f"--examples {count}: needed is --data of records to finetune on, of which at least one "
             "is read; leave --repair activations and --error-feedback out, or calibrate with pissa init --calibration"
         )
     check_tokens(model, data.tokenizer, (token for row in rows for token in row["input_ids"]))

@@ -139,10 +139,10 @@ def test_yaml_that_does_not_fit_is_refused(tmp_path: Path, capsys: pytest.Captur
     path = tmp_path / "run.yaml"
     for text, found in (
         ("nonsense: 1", "Unknown arguments"),
-        ("[1]", "must contain a YAML mapping"),
+        ("[1]", "holds no options"),
         ("a: [", "while"),
     ):
         path.write_text(text)
-        assert main(["dpo", "--config", str(path)]) == 2
+        assert main(["dpo", "--config", str(path), "--model", "model", "--data", "data"]) == 2
         assert found in (said := capsys.readouterr().err)
         assert len(said.splitlines()) == 1

@@ -1,0 +1,185 @@
+"""The options that the help of `pissa finetune` and `pissa dpo` shows, by what they are about. They are read here
+without the packages that a training imports, which takes seconds; `options.py` adds all others, which are TRL's."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable, Iterator, Sequence
+from difflib import get_close_matches
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+from pissa.cli.terminal import COLUMNS_HELP, THREADS_HELP, UserError, columns, count, minutes_of, number, positive_int
+
+AUTO = "auto"
+RANK = 16
+"""Rank 64 lowers the loss on GSM8K by 0.026 ± 0.008 and takes 1.5 times as long. On films the difference was within
+noise (bench/experiments, start-norm)."""
+FORMATS = ("nf4", "int8", "mxfp4", "nvfp4", "int4", "fp8")
+"""The names in ops.formats.FORMATS, for which torch is needed."""
+
+_above_0 = number(float, "a number above 0", lambda value: 0 < value < float("inf"))
+_rate = number(float, f"a number above 0, or {AUTO}", lambda value: 0 < value < float("inf"))
+_yes = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+_switch = number(lambda text: _yes.get(text.lower()), "true or false", lambda value: True)
+
+
+def rate_or_auto(text: str) -> Any:
+    """A learning rate."""
+    return text if text == AUTO else _rate(text)
+
+
+class Option(NamedTuple):
+    """An option that the help shows."""
+
+    name: str
+    """Its long name, as in run.yaml."""
+    text: str
+    flag: str = ""
+    """Its short name, if that is not the long one."""
+    metavar: str | None = "N"
+    """None for a switch."""
+    type: Callable[[str], Any] = str
+    choices: Sequence[str] | None = None
+    is_ours: bool = False
+    """Whether neither TRL nor PissaConfig has it."""
+
+    @property
+    def flags(self) -> list[str]:
+        """All spellings, the one that is shown first."""
+        long = [f"--{self.name.replace('_', '-')}", f"--{self.name}"]
+        return list(dict.fromkeys([*([self.flag] if self.flag else []), *long]))
+
+
+GROUPS = {
+    "model": (
+        Option("model_name_or_path", "folder of a model, GGUF file, or name of either on the Hub", "--model", "MODEL"),
+        Option("config_from", "model whose config.json a GGUF file uses, if it needs one", "", "MODEL", is_ours=True),
+        Option("dtype", "bfloat16, float16 or float32 (default: the model's own)", "", "DTYPE"),
+        Option("quant", "keep the frozen weights in 4 or 8 bits: nf4, int8, fp8, ...", "", "FORMAT", str, FORMATS),
+        Option("calibrate", "with --quant: fit the codes to the data", metavar=None, is_ours=True),
+        Option("examples", "examples to fit them to (default: 64)", type=positive_int, is_ours=True),
+    ),
+    "data": (
+        Option(
+            "dataset_name", ".csv, .tsv, .jsonl, .json, .parquet, .txt, folder of texts, or data set", "--data", "DATA"
+        ),
+        Option("columns", COLUMNS_HELP, "", "NAME=COLUMN", columns, is_ours=True),
+        Option("eval_data", "other data to hold out: not trained on, but measured", "", "DATA", is_ours=True),
+        Option(
+            "held_out", "examples of --data to hold out (default: a twentieth, 8 to 200)", "", "N", count, is_ours=True
+        ),
+        Option("max_length", "tokens at which longer examples are cut (default: 512)", type=positive_int),
+    ),
+    "method": (
+        Option("init", "start of the adapter: pissa, lora or activations (default: pissa)", "", "METHOD"),
+        Option("r", f"rank of the adapter (default: {RANK})", "--rank", "R", positive_int),
+        Option("lora_alpha", "scaling of the adapter, times the rank (default: the rank)", "--alpha", "A", _above_0),
+        Option("target_modules", "layers to adapt, by their names (default: all linear ones)", "", "NAME"),
+        Option(
+            "learning_rate",
+            f"learning rate, or {AUTO} to find one (default: 2e-4; with --init lora 1e-3)",
+            "--lr",
+            "RATE",
+            rate_or_auto,
+        ),
+    ),
+    "time": (
+        Option("minutes", "longest time to train; limits the steps", "", "N", minutes_of, is_ours=True),
+        Option("num_train_epochs", "passes over the data (default: 1)", "--epochs", "N", _above_0),
+        Option("max_steps", "number of steps, in place of --epochs", "--steps", "N", int),
+        Option("per_device_train_batch_size", "examples in a batch (default: 8)", "--batch-size", "N", positive_int),
+        Option("gradient_accumulation_steps", "batches in a step (default: 1)", "--grad-accum", "N", positive_int),
+        Option("threads", THREADS_HELP, type=positive_int, is_ours=True),
+        Option("seed", "seed of the data's order and of the start (default: 0)", type=int),
+    ),
+    "output": (
+        Option("output_dir", "new folder for adapter and checkpoints (default: by model and data)", "--out", "FOLDER"),
+        Option("resume", "go on with the run in --out, from its last checkpoint", metavar=None, is_ours=True),
+        Option("json", "report as one JSON object on stdout", metavar=None, is_ours=True),
+        Option("config", "YAML file of options, such as a run's run.yaml", metavar="FILE"),
+    ),
+}
+SHOWN = {option.name: option for group in GROUPS.values() for option in group}
+
+_EVERYTHING = "--help-all"
+
+
+class _OneLine(argparse.HelpFormatter):
+    """Shows an option with its value, if it takes one, and none of its other spellings."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=26, width=100)
+
+    def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
+        return "" if action.nargs == "?" else str(action.metavar or "")
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        return f"{action.option_strings[-1]} {self._format_args(action, '')}".rstrip()
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; --help lists the options")
+
+
+def parser_of(command: str) -> argparse.ArgumentParser:
+    """Reads the options that are shown, each as None if it is not given."""
+    usage = f"pissa {command} --model MODEL --data DATA [options]"
+    parser = _Parser(prog=f"pissa {command}", usage=usage, formatter_class=_OneLine)
+    for title, options in GROUPS.items():
+        group = parser.add_argument_group(title)
+        for option in options:
+            shown: dict[str, Any] = {"nargs": "?", "const": True, "type": _switch}
+            if option.metavar:
+                shown = {"type": option.type, "metavar": option.metavar, "choices": option.choices}
+                shown |= {"nargs": "+"} if option.name == "target_modules" else {}
+            group.add_argument(*reversed(option.flags), dest=option.name, help=option.text, **shown)
+    parser.add_argument(_EVERYTHING, action="store_true", help="show every option, of TRL and transformers, too")
+    return parser
+
+
+def read(command: str, argv: Sequence[str]) -> argparse.Namespace | None:
+    """The options that are shown, out of all arguments; None if the help on all options is wanted.
+
+    Raises:
+        UserError: a value that is not allowed, or an option that neither we nor TRL have.
+    """
+    parser = parser_of(command)
+    given, others = parser.parse_known_args(argv)
+    if given.help_all:
+        return None
+    known = {*_names_elsewhere()}
+    for word in others:
+        name = word.partition("=")[0][2:].replace("-", "_")
+        if not word.startswith("--") or not known or any(each.startswith(name) for each in known):
+            continue  # a value, an option of TRL's, or the beginning of one
+        raise UserError(unknown_option(word, [option.flags[0] for option in SHOWN.values()], [*known]))
+    return given
+
+
+def unknown_option(word: str, *known: Sequence[str]) -> str:
+    """The message on an option that there is not, with the nearest of the first of these lists that has one near."""
+    name = word.partition("=")[0]
+    lists = [[f"--{each.strip('-').replace('_', '-')}" for each in names] for names in known]
+    near = next(filter(None, (get_close_matches(name.replace("_", "-"), flags, 1) for flags in lists)), [""])[0]
+    return f"{name}: there is no such option{near and f'; did you mean {near}?'}; --help lists them"
+
+
+def _names_elsewhere() -> Iterator[str]:
+    """The names of the options that TRL, transformers and PEFT define, read from their sources: importing them takes
+    seconds. Switches that are on have an opposite, which begins with no_."""
+    places = {
+        "trl": ("trainer/*_config.py", "scripts/utils.py"),
+        "transformers": ("training_args.py",),
+        "peft": ("tuners/lora/config.py",),
+        "pissa": ("config.py",),
+    }
+    for package, files in places.items():
+        spec = find_spec(package)
+        for folder in map(Path, spec.submodule_search_locations or ()) if spec else ():
+            for path in (path for pattern in files for path in folder.glob(pattern)):
+                for name in re.findall(r"^    (\w+): ", path.read_text(encoding="utf-8"), re.MULTILINE):
+                    yield from (name, f"no_{name}")

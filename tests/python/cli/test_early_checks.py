@@ -1,0 +1,118 @@
+"""Wrong arguments, as people make them, are refused before anything is imported that takes seconds."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pissa.cli import main
+from pissa.cli.options import trl_parser
+from pissa.cli.training_options import FORMATS, GROUPS, SHOWN
+from pissa.ops import formats
+
+TABLE = "message,team\nWhere is it?,delivery\n"
+FILES = {
+    "tickets.csv": TABLE,
+    "train.jsonl": json.dumps({"question": "1", "answer": "2"}) + "\n",
+    "broken.jsonl": '{"question": "1", "answer": "2"}\n{"question": \n',
+    "empty.csv": "",
+    "notes.docx": "x",
+    "full/model.bin": "x",
+    "begun/run.yaml": "r: 4\n",
+    "bad.yaml": "[",
+}
+TRAIN = "finetune --model org/model --data train.jsonl"
+WRONG = {
+    "finetunes": "there is no such command; did you mean finetune?",
+    "finetune": "--model is missing; needed: --model and --data",
+    "finetune --model org/model": "--data is missing",
+    "finetune --model org/model --data tikets.csv": "tikets.csv: no such file; did you mean tickets.csv",
+    "finetune --model ./modle --data train.jsonl": "--model ./modle: no such file or folder",
+    "finetune --model org/a/model.gguf --data train.jsonl": "--model org/a/model.gguf: no such file or folder",
+    "finetune --model org/model --data tickets.csv": "tickets.csv:2: found the columns 'message', 'team'; allowed",
+    "finetune --model org/model --data tickets.csv --columns question=mesage,answer=team": (
+        "--columns names 'mesage'; allowed: 'message', 'team'"
+    ),
+    "finetune --model org/model --data tickets.csv --columns question": "argument --columns: got 'question'; allowed",
+    "finetune --model org/model --data broken.jsonl": "broken.jsonl:2: not JSON",
+    "finetune --model org/model --data empty.csv": "empty.csv: is empty",
+    "finetune --model org/model --data notes.docx": "notes.docx: is of an unknown kind; allowed",
+    f"{TRAIN} --eval-data nothing.csv": "nothing.csv: no such file",
+    f"{TRAIN} --rank x": "--rank: got 'x'; allowed: a whole number above 0",
+    f"{TRAIN} --rank 0": "--rank: got '0'; allowed: a whole number above 0",
+    f"{TRAIN} --lr 0": "--lr: got '0'; allowed: a number above 0, or auto",
+    f"{TRAIN} --minutes soon": "--minutes: got 'soon'; allowed: a number of minutes, 1 or more",
+    f"{TRAIN} --epochs -1": "--epochs: got '-1'; allowed: a number above 0",
+    f"{TRAIN} --quant nf5": "--quant: invalid choice: 'nf5' (choose from",
+    f"{TRAIN} --held-out half": "--held-out: got 'half'; allowed: a whole number of at least 0",
+    f"{TRAIN} --bath-size 4": "--bath-size: there is no such option; did you mean --batch-size?",
+    f"{TRAIN} --weight-decai 0.1": "--weight-decai: there is no such option; did you mean --weight-decay?",
+    f"{TRAIN} --out full": "--out full is not empty (model.bin)",
+    f"{TRAIN} --out begun": "go on with that run by --resume, or choose a new one",
+    f"{TRAIN} --resume": "--resume: --out is missing",
+    f"{TRAIN} --resume --out full": "--resume: full holds no run (run.yaml is missing)",
+    f"{TRAIN} --config no.yaml": "--config no.yaml: [Errno 2] No such file",
+    f"{TRAIN} --config bad.yaml": "--config bad.yaml: while parsing",
+    "dpo --model org/model --data train.jsonl": "train.jsonl:1: found",
+    "chat ./trained": "RUN ./trained: no such file or folder",
+    "chat org/model --promt Hello": "--promt: there is no such option; did you mean --prompt?",
+    "merge ./ful merged": "ADAPTER ful: no such file or folder; did you mean full?",
+    "merge ./full merged --base ./base": "--base ./base: no such file or folder",
+    "convert ./ful lora": "ADAPTER ful: no such file or folder",
+    "init ./model out": "SRC ./model: no such file or folder",
+}
+RUNS = """
+import contextlib, io, json, shlex, sys
+from pissa.cli import main
+for line in json.load(sys.stdin):
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+        code = main(shlex.split(line))
+    heavy = {"torch", "transformers", "trl", "peft", "datasets", "numpy"} & {*sys.modules}
+    print(json.dumps([line, code, said.getvalue(), sorted(heavy)]))
+"""
+
+
+def test_wrong_arguments_are_refused_before_the_packages_of_a_training_are_imported(tmp_path: Path) -> None:
+    for name, text in FILES.items():
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    lines = json.dumps([*WRONG])
+    run = [sys.executable, "-c", RUNS]
+    done = subprocess.run(run, input=lines, cwd=tmp_path, capture_output=True, text=True, check=True)
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line for line, *_ in answers] == [*WRONG]
+    for line, code, said, heavy in answers:
+        assert WRONG[line] in said, line
+        assert (code, heavy) == (2, []), line
+        assert len(said.splitlines()) == 1, line
+    assert {path.name for path in tmp_path.iterdir()} == {Path(name).parts[0] for name in FILES}
+
+
+@pytest.mark.parametrize("command", ["finetune", "dpo"])
+def test_the_help_fits_one_screen(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert 24 <= len(lines) <= 45
+    assert max(map(len, lines)) <= 100
+    shown = [line.split()[0] for line in lines if line.startswith("  --")]
+    assert shown == ["--help", "--help-all", *(option.flags[0] for group in GROUPS.values() for option in group)]
+
+
+@pytest.mark.parametrize("trainer", ["SFT", "DPO"])
+def test_every_option_that_is_shown_is_one_with_the_same_spellings(trainer: str) -> None:
+    known = trl_parser(trainer)._option_string_actions
+    missing = [flag for option in SHOWN.values() for flag in option.flags if flag not in known]
+    assert missing == []
+    assert {name: known[option.flags[0]].dest for name, option in SHOWN.items()} == {name: name for name in SHOWN}
+
+
+def test_the_formats_are_those_of_the_ops() -> None:
+    assert tuple(formats.FORMATS) == FORMATS
