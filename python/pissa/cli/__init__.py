@@ -13,7 +13,7 @@ from pkgutil import resolve_name
 from typing import Any
 
 from pissa.cli.early_checks import check_exists, check_training
-from pissa.cli.terminal import UserError, silence_third_parties
+from pissa.cli.terminal import UserError, busy_with, silence_third_parties
 from pissa.cli.training_options import unknown_option
 from pissa.containers.staged import CompletedError
 
@@ -123,10 +123,12 @@ def parser_for(named: Collection[str]) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"pissa {version('pissa')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in COMMANDS.items():
-        home, own = _HOMES.get(name, name), dict[str, Any]()
-        if name in named and home.startswith("training"):
-            silence_third_parties()
-        module = resolve_name(f"pissa.cli.{home}") if name in named else None
+        home, module, own = _HOMES.get(name, name), None, dict[str, Any]()
+        if name in named:
+            with busy_with("starting"):
+                if home.startswith("training"):
+                    silence_third_parties()
+                module = resolve_name(f"pissa.cli.{home}")
         if trainer := getattr(module, "trainer", None):
             from pissa.cli.options import trl_parser
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import datasets
@@ -15,7 +16,7 @@ from pissa.cli.data import question_of
 from pissa.cli.generation import generate_many
 from pissa.cli.score import RIGHT, are_short, is_right, most_frequent
 from pissa.cli.templates import end_of_answer
-from pissa.cli.terminal import as_rows, print_row
+from pissa.cli.terminal import as_rows, busy_with, print_row
 
 _ASKED, _MORE = 200, 8
 """The most questions whose answers are counted, and the tokens that an answer may have more than the longest expected
@@ -23,6 +24,9 @@ one."""
 
 _SHARE = 0.1
 """The most that the counts between the first and the last may take, as a share of the training's time."""
+
+_TRIED, _BEGUN = 4, 3
+"""The most answers by which the time is measured, and the tokens of each after the first."""
 
 _ANSWER, _PATIENCE, _LINES = 96, 30.0, 4
 """The most tokens of a long answer, the most seconds that it takes, and the most lines of it that are shown."""
@@ -44,33 +48,47 @@ class HeldOutAnswers(TrainerCallback):  # type: ignore[misc]
         self.counted = bool(pairs) and are_short(self.expected)
         self.pairs = pairs if self.counted else pairs[:1]
         self.before, self.after = list[str](), list[str]()
+        self.most = _MORE + max(len(answer) for _, answer in pairs) if self.counted else _ANSWER
         self.seconds, self.each = 0.0, False
 
     def ask_before(self) -> None:
         """Asks the untrained model, and says how many of its answers are right."""
         if not self.pairs:
             return
-        began = time.perf_counter()
-        self.before = self._ask()
-        self.seconds = time.perf_counter() - began
+        with busy_with("asking the untrained model"):
+            self.before = self._ask(self.pairs, self.most)
         if self.counted:
             found = f"{self._right(self.before)} of {len(self.pairs)} held out before training"
             print_row("answers", f"short, so the right ones are counted: {found}")
             print_row("", f"right: {RIGHT}")
 
+    def measure(self) -> None:
+        """Finds how long all answers take, at most, by the first tokens of some."""
+        if not self.pairs:
+            return
+        clock = [time.perf_counter()]
+        for tokens in (1, 1 + _BEGUN):
+            self._ask(self.pairs[:_TRIED], tokens)
+            clock.append(time.perf_counter())
+        first, begun = (after - before for before, after in pairwise(clock))
+        all_tokens = first + (self.most - 1) * (begun - first) / _BEGUN
+        self.seconds = all_tokens * len(self.pairs) / min(len(self.pairs), _TRIED)
+        if not self.counted:
+            self.seconds = min(self.seconds, _PATIENCE)
+
     def time_needed(self, training: float, evaluations: float) -> float:
-        """The seconds that all further answers will take, in a training of so many seconds with so many evaluations.
-        Answers are also counted between the first and the last of these, if that takes little of its time."""
+        """The seconds that all answers will take, in a training of so many seconds with so many evaluations. Answers
+        are also counted between the first and the last of these, if that takes little of its time."""
         between = self.seconds * max(evaluations - 2, 0)
         self.each = self.counted and between < _SHARE * training
-        return self.seconds + self.each * between
+        return 2 * self.seconds + self.each * between
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         is_last = state.global_step >= state.max_steps
         if not self.counted or not (state.global_step == 0 or is_last or self.each):
             return
         if state.global_step:
-            self.after = self._ask()
+            self.after = self._ask(self.pairs, self.most)
         state.log_history[-1]["right"] = self._right(self.after or self.before)
 
     def show(self) -> None:
@@ -79,7 +97,7 @@ class HeldOutAnswers(TrainerCallback):  # type: ignore[misc]
             return
         asked = self.tokenizer.decode(self.pairs[0][0])
         expected = self.tokenizer.decode(self.pairs[0][1])
-        after = self.after[0] if self.after else self._ask()[0]
+        after = self.after[0] if self.after else self._ask(self.pairs, self.most)[0]
         for label, text in {"asked": asked, "expected": expected, "before": self.before[0], "after": after}.items():
             print(as_rows(label, text, _LINES))
 
@@ -98,14 +116,11 @@ class HeldOutAnswers(TrainerCallback):  # type: ignore[misc]
         always = f"; always {answer!r} would be right for {count}" if count > 1 else ""
         return f"{score['after']} of {score['of']} held out, {score['before']} before training{always}"
 
-    def _ask(self) -> list[str]:
-        """The answers of the model as it is now, the likeliest token at each place."""
+    def _ask(self, pairs: Sequence[tuple[list[int], list[int]]], most: int) -> list[str]:
+        """The answers of the model as it is now, of at most so many tokens, the likeliest token at each place."""
         self.model.eval()
-        ends = end_of_answer(self.tokenizer)
-        most, options = _ANSWER, {"max_time": _PATIENCE}
-        if self.counted:
-            most, options = _MORE + max(len(answer) for _, answer in self.pairs), {}
-        questions = [question for question, _ in self.pairs]
+        options = {} if self.counted else {"max_time": _PATIENCE}
+        questions, ends = [question for question, _ in pairs], end_of_answer(self.tokenizer)
         with torch.no_grad():
             found = list(generate_many(self.model, self.tokenizer, questions, most, ends, **options))
         return [self._text(tokens) for tokens in found]

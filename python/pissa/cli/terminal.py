@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from tqdm import tqdm
+
 from pissa.containers.messages import first_line
 
 _WIDTH = 100
@@ -36,6 +38,13 @@ def user_errors(*errors: type[Exception], before: str = "", after: str = "") -> 
 def print_row(label: str, text: str) -> None:
     """Prints one line: a label and the text. Progress bars and errors go to stderr instead."""
     print(f"{label:<9} {text}", flush=True)
+
+
+@contextmanager
+def busy_with(what: str) -> Iterator[None]:
+    """In the block, which prints nothing itself, the last line of a terminal says what takes a while."""
+    with tqdm(bar_format=f"{'':<9} {what} ...", leave=False, disable=None):
+        yield
 
 
 def has_terminal() -> bool:

@@ -55,7 +55,7 @@ from pissa.cli.saving import errors_of_saving, save_safely
 from pissa.cli.selftest import has_passed_on_gpu
 from pissa.cli.sources import ALLOWED, Records, is_records, records
 from pissa.cli.templates import check_continues, give_template
-from pissa.cli.terminal import UserError, count_of, first_interrupt, handled, print_row, user_errors
+from pissa.cli.terminal import UserError, busy_with, count_of, first_interrupt, handled, print_row, user_errors
 from pissa.cli.training_options import AUTO
 from pissa.cli.verification import packing_check, step0_check
 from pissa.config import IMPLICIT
@@ -147,7 +147,7 @@ def _check_and_train(
     if not result["check"]["passed"]:
         return result
     if training.learning_rate == AUTO:
-        with user_errors(ValueError, before=f"--lr {AUTO}: "):
+        with user_errors(ValueError, before=f"--lr {AUTO}: "), busy_with("trying learning rates"):
             suggestion = pissa.suggest_lr(trainer.model, _batches(trainer, 30), loss=loss)
         training.learning_rate = suggestion.rate
         print_row("rate", suggestion.text)
@@ -156,8 +156,8 @@ def _check_and_train(
     if run.checkpoint or ours.resume:
         print_row("resume", f"from {run.checkpoint or 'the beginning: no checkpoint was kept'}")
     watch.threads.choose()
-    answers.ask_before()
     result["plan"] = _plan(trainer, run, watch, loss, answers)
+    answers.ask_before()
     _train(trainer, watch, run.checkpoint, f"pissa {run.command}")
     answers.show()
     return result | report(trainer, ours, run.config, run.source.contents, answers)
@@ -309,7 +309,8 @@ def _load(ours: Any, load: Callable[..., Any], **options: Any) -> Any:
     needed = "; needed: a folder that save_pretrained wrote, or a name on the model hub [P100]"
     with user_errors(OSError, ValueError, KeyError, TypeError, before=before, after=needed):
         try:
-            return load(name, **options)
+            with busy_with("reading the model"):
+                return load(name, **options)
         except CodeError as error:
             raise UserError(f"--model {error}") from error
         except ImportError as error:  # a processor of images or videos, or the model's own code
@@ -429,12 +430,14 @@ def _check(trainer: Any) -> dict[str, Any]:
     # Texts are packed only with others. Otherwise one is enough: logits of more would take more memory than a step.
     (batch,) = _batches(trainer, 1, None if packs else 1)
     after = "; leave --packing and --padding-free out" if packs else "; if --max-length cuts images, raise it [P106]"
-    with user_errors(ValueError, before="the first batch: ", after=after):
+    with user_errors(ValueError, before="the first batch: ", after=after), busy_with("checking the untrained adapter"):
         difference, bound = step0_check(trainer.model, batch)
     passed = difference <= bound  # False for NaN
-    print_row("check", f"logits at step 0 differ by {difference:.1e} from the base's (allowed: up to {bound:.1e})")
-    if not passed:
-        print_row("check", "FAILED: the untrained adapter changes the model; report it with `pissa selftest` [P038]")
+    measured = f"(difference {difference:.1e}, allowed {bound:.1e})"
+    if passed:
+        print_row("check", f"the untrained adapter changes nothing {measured}")
+    else:
+        print_row("check", f"FAILED: the untrained adapter changes the model {measured}: run `pissa selftest` [P038]")
     if packs and not (off := packing_check(trainer.model, batch)) <= bound:
         what = f"logits differ by {off:.1e} from those of a text alone (allowed: up to {bound:.1e})"
         raise UserError(f"--packing: this model mixes the texts of a row: {what}{after} [P107]")
@@ -473,8 +476,9 @@ def _plan(
     args, minutes = trainer.args, run.ours.minutes
     state, are_counted = _resumed(trainer, run, watch)
     needs_less = "; a smaller --batch-size or --max-length, or --gradient-checkpointing, needs less"
-    with user_errors(torch.OutOfMemoryError, MemoryError, after=needs_less):
+    with user_errors(torch.OutOfMemoryError, MemoryError, after=needs_less), busy_with("trying a step"):
         plan = make_plan(trainer, loss, state.global_step)
+        answers.measure()
     if plan is None:
         return None
     most = min(plan.seconds, 60 * (minutes or math.inf))

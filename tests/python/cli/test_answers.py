@@ -98,10 +98,26 @@ def test_counts_in_between_take_less_than_a_tenth_of_the_training(held_out: Call
     """Of six evaluations, four are neither the first nor the last."""
     found = held_out(MAILS)
     found.seconds = 2.0
-    assert found.time_needed(81, evaluations=6) == 2 + 4 * 2
+    assert found.time_needed(81, evaluations=6) == 2 * 2 + 4 * 2
     assert found.each
-    assert found.time_needed(79, evaluations=6) == 2
+    assert found.time_needed(79, evaluations=6) == 2 * 2
     assert not found.each
+
+
+@pytest.mark.parametrize(("answer", "seconds"), [("yes", 6 * (1 + 11 * 2) / 4), ("a word " * 20, 30)])
+def test_the_time_of_answers_is_measured_by_the_first_tokens_of_some(
+    answer: str, seconds: float, held_out: Callable[..., HeldOutAnswers], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a batch of four, the first token takes a second, and each other one two. A long answer has 30 s."""
+    found = held_out({f"{i}": answer for i in range(6)})
+    monkeypatch.setattr(answers, "time", SimpleNamespace(perf_counter=lambda: sum(map(batch, found.model.asked))))
+
+    def batch(asked: tuple[str, int]) -> float:
+        return (1 + 2 * (asked[1] - 1)) / min(4, len(found.pairs))
+
+    found.measure()
+    assert found.seconds == pytest.approx(seconds)
+    assert {most for _, most in found.model.asked} == {1, 4}
 
 
 def test_at_most_200_are_asked_from_all_over_the_data(held_out: Callable[..., HeldOutAnswers]) -> None:

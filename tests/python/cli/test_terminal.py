@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import io
+import sys
+
+import pytest
 from transformers.trainer_callback import TrainerState
 
 from pissa.cli.outcome import loss_table
 from pissa.cli.progress import LossBar
-from pissa.cli.terminal import format_table
+from pissa.cli.terminal import busy_with, format_table
+from runs import Terminal
+
+
+def test_what_takes_a_while_is_said_on_a_terminal_and_taken_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    for screen, said in ((Terminal(), True), (io.StringIO(), False)):
+        monkeypatch.setattr(sys, "stderr", screen)
+        with busy_with("reading the model"):
+            assert ("reading the model ..." in screen.getvalue()) is said
+        assert screen.getvalue().split("\r")[-2:-1] in ([], [" " * len("          reading the model ...")])
 
 
 def test_a_table_is_aligned() -> None:
