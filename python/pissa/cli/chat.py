@@ -8,9 +8,10 @@ import logging
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-from pissa.cli.templates import end_of_answer, prompt_text
+from pissa.cli.templates import check_template
 from pissa.cli.terminal import (
     THREADS_HELP,
     UserError,
@@ -19,7 +20,6 @@ from pissa.cli.terminal import (
     has_terminal,
     number,
     positive_int,
-    print_row,
     silence_third_parties,
     user_errors,
 )
@@ -35,7 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--base", metavar="DIR_OR_NAME", help="model of the adapter (default: the one that the adapter names)")
     add("--config-from", metavar="DIR_OR_NAME", help="model whose config.json and tokenizer are used for a GGUF file")
     add("--compare", action="store_true", help="also show the base's answer, with the adapter disabled")
-    add("--prompt", metavar="TEXT", help="answer this prompt and exit; text from a pipe is treated likewise")
+    prompt = "answer this prompt and exit; several are answered each by itself; text from a pipe is one prompt"
+    add("--prompt", action="append", metavar="TEXT", help=prompt)
     add("--system", metavar="TEXT", help="system prompt")
     add("--max-tokens", type=positive_int, default=512, metavar="N", help="longest answer, in tokens")
     sampling = "0: always the likeliest token; above 0: sampled (default: as in the model's generation_config.json)"
@@ -51,18 +52,23 @@ def run(args: argparse.Namespace) -> int:
     logging.getLogger("transformers.generation").setLevel(logging.ERROR)  # options that others make superfluous
     is_conversation = args.prompt is None and has_terminal()
     _text(lambda: args.system or "")
-    prompt = "" if is_conversation else _text(lambda: _piped() if args.prompt is None else args.prompt).strip()
-    if not is_conversation and not prompt:
+    given = [] if is_conversation else [_piped] if args.prompt is None else [partial(str, text) for text in args.prompt]
+    prompts = [_text(read).strip() for read in given]
+    if not all(prompts):
         raise UserError("the prompt is empty; give --prompt TEXT or a text through a pipe, or start it in a terminal")
     from pissa.cli.cores import Threads
 
     threads = Threads(args.threads)
     with contextlib.redirect_stdout(sys.stderr), collect_notes(prints=True):
-        chat = Conversation(args, *_load(args))
+        from pissa.cli.trained import open_trained
+
+        chat = Conversation(args, *open_trained(args, is_compared=args.compare))
         threads.choose()
     if is_conversation:
         return _converse(chat)
-    chat.ask(prompt)
+    for prompt in prompts:
+        chat.begin()
+        chat.ask(prompt)
     return 0
 
 
@@ -83,43 +89,6 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-# ---- The model -------------------------------------------------------------------------------------------------------
-
-
-def _load(args: argparse.Namespace) -> tuple[Any, Any]:
-    """The model that RUN is, or its adapter on its base, and the tokenizer."""
-    from pissa.adapters.lora_folder import has_adapter, open_adapter
-    from pissa.adapters.pissa_layout import ADAPTER_FILES
-    from pissa.cli.trained import check_has_base, load_trained
-    from pissa.containers.checkpoint import Contents, ModelFolder
-    from pissa.containers.hub import adapter_folder
-
-    with user_errors(OSError, ValueError):
-        folder = adapter_folder(args.source, ADAPTER_FILES)
-        lora = open_adapter(folder) if has_adapter(folder) else None
-    if lora is None and (args.compare or args.base):
-        option = "--compare" if args.compare else "--base"
-        raise UserError(f"{option}: {args.source} has no adapter; give a run or an adapter, or leave {option} out")
-    base = args.source if lora is None else args.base or lora.named_base
-    if base is None:
-        raise UserError(f"{args.source} names no base; give the model it was trained on: --base DIR_OR_NAME [P112]")
-    hint = "; give the model that the adapter was trained on: --base DIR_OR_NAME [P112]"
-    if lora is None:
-        hint = "; there is no adapter either: a run that has not ended has it in its last checkpoint-N [P113]"
-    with user_errors(OSError, ValueError, after=hint):
-        opened = ModelFolder.open(base, config_from=args.config_from)
-    if args.compare and lora is not None:
-        check_has_base("--compare", lora, opened)
-    with user_errors(OSError, ValueError, KeyError, TypeError, RuntimeError, before=f"{args.source}: "):
-        if lora is None:
-            opened.require(*(contents for contents in Contents if contents is not Contents.PEFT_RESIDUAL))
-        trusted = {"trust_remote_code": args.trust_remote_code}
-        model = load_trained(base, opened, lora, args.config_from, **trusted)
-        tokenizer = opened.tokenizer(None if lora is None else args.source, **trusted)
-    print_row("model", f"{base}, {model.dtype}".replace("torch.", "") + (f", with {args.source}" if lora else ""))
-    return model, tokenizer
-
-
 # ---- The conversation ------------------------------------------------------------------------------------------------
 
 
@@ -127,20 +96,13 @@ class Conversation:
     """A model, its tokenizer, and the messages so far. With --compare, the base has a conversation of its own."""
 
     def __init__(self, args: argparse.Namespace, model: Any, tokenizer: Any) -> None:
-        from pissa.cli.generation import context_of
+        from pissa.cli.generation import ends_of
 
         self.args, self.model, self.tokenizer = args, model, tokenizer
-        self.context = context_of(model)
-        ends = model.generation_config.eos_token_id
-        self.ends = {*([ends] if isinstance(ends, int) else ends or ())}
+        self.ends = ends_of(model, tokenizer)
         self.stopped = False
         self.begin()
-        if tokenizer.chat_template is not None:
-            self.ends.update(end_of_answer(tokenizer))
-        elif args.system is not None:
-            raise UserError("--system: the tokenizer has no chat template, which would place it; leave it out [P115]")
-        else:
-            print_row("note", "the tokenizer has no chat template: each text is continued, without the others [P115]")
+        check_template(tokenizer, args.system)
 
     def begin(self) -> None:
         """Forgets all messages but the system prompt."""
@@ -154,10 +116,12 @@ class Conversation:
         Raises:
             UserError: the model's context has no room for an answer.
         """
+        from pissa.cli.generation import prompt_tokens
+
         self.stopped, answered = False, {}
         for is_adapted, before in self.messages.items():
             messages = [*before, {"role": "user", "content": prompt}]
-            tokens = self._encode(messages)
+            tokens = prompt_tokens(self.model, self.tokenizer, messages, "begin a new one with /new, or ask for less")
             if self.args.compare:
                 print(f"--- {self.args.source if is_adapted else 'base'}", flush=True)
             with contextlib.nullcontext() if is_adapted else self.model.disable_adapter():
@@ -168,26 +132,11 @@ class Conversation:
         if len(answered) == len(self.messages):
             self.messages = answered
 
-    def _encode(self, messages: list[dict[str, str]]) -> list[int]:
-        from pissa.cli.generation import check_tokens
-
-        if self.tokenizer.chat_template is None:
-            tokens = self.tokenizer(messages[-1]["content"]).input_ids
-        else:
-            tokens = self.tokenizer(prompt_text(messages, self.tokenizer), add_special_tokens=False).input_ids
-        if len(tokens) >= self.context:
-            raise UserError(
-                f"the conversation has {len(tokens):,} tokens, and the model reads at most {self.context:,}, with the "
-                "answer; begin a new one with /new, or ask for less"
-            )
-        check_tokens(self.model, self.tokenizer, tokens)
-        return list(tokens)
-
     def _answer(self, tokens: list[int]) -> str:
         import torch
         from transformers import TextStreamer
 
-        from pissa.cli.generation import generate
+        from pissa.cli.generation import generate, repeats_itself
 
         most, temperature = self.args.max_tokens, self.args.temperature
         options: dict[str, Any] = {
@@ -201,6 +150,8 @@ class Conversation:
         speed = f"{len(found)} tokens, {len(found) / (time.perf_counter() - began):.1f} a second"
         if self.stopped:
             speed += "; stopped"
+        elif repeats_itself(found, self.tokenizer):
+            speed += "; stopped: it repeats itself"
         elif found[-1] not in self.ends:
             limit = "--max-tokens" if len(found) == most else "the model's context is full; /new begins anew"
             speed += f"; cut: {limit}"

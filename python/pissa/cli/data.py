@@ -30,6 +30,8 @@ _CHATS = (
     ("prompt", "completion"),
     ("text",),
 )
+# The same of records that are to be answered.
+_PROMPTS = (("messages",), ("conversations",), ("instruction",), ("question",), ("prompt",), ("text",))
 # Other names of columns, which an error message suggests to map.
 _ALIKE = {
     "question": ("question", "query", "prompt", "instruction", "problem", "input", "user", "frage"),
@@ -52,6 +54,23 @@ _HALF = re.compile("[\ud800-\udfff]")
 def read_chats(records: Records) -> list[Chat]:
     """Reads records of any form. Errors name the record, what was found and what is allowed."""
     return [_chat(where, _messages(where, *_form(where, record, _CHATS))) for where, record in records]
+
+
+def read_prompts(records: Records) -> list[Chat]:
+    """Reads records of any form as chats that end with the user's message: an answer that they have is left out. A
+    plain text stays the assistant's. Where the question is empty, there are no messages."""
+    chats = []
+    for where, record in records:
+        values, form = _form(where, record, _PROMPTS)
+        asked = values[form[0]]
+        is_empty = asked is None or (isinstance(asked, str) and not asked.strip())
+        chat = Chat(where, [] if is_empty else _checked(where, _messages(where, values, form)))
+        if len(chat.messages) > 1 and chat.messages[-1]["role"] == "assistant":
+            chat.messages.pop()
+        if chat.messages and not chat.is_text and chat.messages[-1]["role"] != "user":
+            raise UserError(f"{where}: the last message is the system's; needed: the user's [P103]")
+        chats.append(chat)
+    return chats
 
 
 def read_preferences(records: Records) -> list[tuple[Chat, Chat]]:
@@ -83,7 +102,8 @@ def _form(where: str, record: Any, forms: Sequence[tuple[str, ...]]) -> tuple[di
         if suggested := _suggested(record, forms):
             raise UserError(f"{where}: found {given}; tell what they are: --columns {suggested} [P103]")
     allowed = ", or ".join(" and ".join(f'"{key}"' for key in form) for form in forms)
-    mapped = ",".join(f"{name}=COLUMN" for name in (_PAIR if _PAIR in forms else forms[-1]))
+    named = next((form for form in (_PAIR, _PAIR[:1]) if form in forms), forms[-1])
+    mapped = ",".join(f"{name}=COLUMN" for name in named)
     raise UserError(
         f'{where}: found {given}; allowed: an object with {allowed}, which are texts, or messages: [{{"role": "user", '
         f'"content": "..."}}, {{"role": "assistant", "content": "..."}}]; name other columns: --columns {mapped} [P103]'
@@ -125,7 +145,17 @@ def _messages(where: str, record: dict[str, Any], form: tuple[str, ...]) -> list
 
 
 def _chat(where: str, messages: list[Any]) -> Chat:
-    chat = Chat(where, [])
+    chat = Chat(where, _checked(where, messages))
+    roles = [message["role"] for message in chat.messages]
+    if roles[-2:] != ["user", "assistant"] and not chat.is_text:
+        given = ", ".join(roles) or "none"
+        raise UserError(f"{where}: the messages' roles are: {given}; needed: the last two are user, assistant [P103]")
+    return chat
+
+
+def _checked(where: str, messages: list[Any]) -> list[dict[str, str]]:
+    """The messages, of which each has a role and a text, in the words of `Chat`."""
+    checked = []
     for message in messages:
         names = ("from", "value") if isinstance(message, dict) and "from" in message else ("role", "content")
         if not isinstance(message, dict) or not {*names} <= message.keys():
@@ -139,12 +169,8 @@ def _chat(where: str, messages: list[Any]) -> Chat:
                 f"{where}: the {role}'s content is {quote(text)}; needed: a text that is not empty, without half of a "
                 "surrogate pair, such as \\ud83d alone [P103]"
             )
-        chat.messages.append({"role": role, "content": text})
-    roles = [message["role"] for message in chat.messages]
-    if roles[-2:] != ["user", "assistant"] and not chat.is_text:
-        given = ", ".join(roles) or "none"
-        raise UserError(f"{where}: the messages' roles are: {given}; needed: the last two are user, assistant [P103]")
-    return chat
+        checked.append({"role": role, "content": text})
+    return checked
 
 
 # ---- Tokens ----------------------------------------------------------------------------------------------------------

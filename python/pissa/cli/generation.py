@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from pissa.cli.templates import end_of_answer, prompt_text
 from pissa.cli.terminal import UserError
 from pissa.containers.messages import quote
 
@@ -29,10 +30,62 @@ def check_tokens(model: Any, tokenizer: Any, tokens: Iterable[int]) -> None:
         )
 
 
+def ends_of(model: Any, tokenizer: Any) -> set[int]:
+    """The tokens at which the model ends an answer: those of its configuration, and the one that ends its training's
+    answers."""
+    ends = model.generation_config.eos_token_id
+    named = {*([ends] if isinstance(ends, int) else ends or ())}
+    return named if tokenizer.chat_template is None else named.union(end_of_answer(tokenizer))
+
+
+def prompt_tokens(model: Any, tokenizer: Any, messages: Sequence[dict[str, str]], instead: str) -> list[int]:
+    """The tokens that the model is given before its answer. A plain text is continued, and without a chat template, so
+    is the last message.
+
+    Args:
+        instead: what to do where they are too many.
+
+    Raises:
+        UserError: the model's context has no room for an answer, or a token has no embedding.
+    """
+    if tokenizer.chat_template is None or messages[-1]["role"] == "assistant":
+        tokens = tokenizer(messages[-1]["content"]).input_ids
+    else:
+        tokens = tokenizer(prompt_text(messages, tokenizer), add_special_tokens=False).input_ids
+    if len(tokens) >= (context := context_of(model)):
+        raise UserError(
+            f"the conversation has {len(tokens):,} tokens, and the model reads at most {context:,}, with the answer; "
+            f"{instead}"
+        )
+    check_tokens(model, tokenizer, tokens)
+    return list(tokens)
+
+
+_TIMES, _REPEATED, _WITHOUT_WORDS = 6, 128, 256
+"""How many times in a row a text must occur before an answer repeats itself, and over how many tokens; over more if it
+has no letters, such as the zeros of a matrix, the rule of a table, or a drawing."""
+
+
+def repeats_itself(tokens: Sequence[int], tokenizer: Any) -> bool:
+    """Whether an answer ends in one text over and over, which a model that always takes the likeliest token then goes
+    on with forever. Lists, tables and code are not meant: their lines differ, if only in a number."""
+    for period in range(1, len(tokens) // _TIMES + 1):
+        if tokens[-1] != tokens[-1 - period]:
+            continue
+        for needed in (_REPEATED, _WITHOUT_WORDS):
+            length = max(needed, _TIMES * period)
+            if length > len(tokens) or tokens[-length:-period] != tokens[period - length :]:
+                break
+            if needed == _WITHOUT_WORDS or any(map(str.isalpha, tokenizer.decode(tokens[-period:]))):
+                return True
+    return False
+
+
 def generate(
     model: Any, tokenizer: Any, prompt: list[int], most: int, ends: Collection[int], **options: Any
 ) -> list[int]:
-    """Returns the tokens of an answer: at least one, and no more than the model's context leaves room for.
+    """Returns the tokens of an answer: at least one, and no more than the model's context leaves room for. One that
+    repeats itself ends there.
 
     Args:
         prompt: its tokens.
@@ -117,11 +170,15 @@ def _ignores_padding(model: Any, tokenizer: Any, prompts: Sequence[list[int]]) -
 
 
 def _padded(model: Any, tokenizer: Any, prompts: Sequence[list[int]], length: int) -> dict[str, Any]:
-    """The arguments of `generate` that are the prompts, padded on the left to this many tokens."""
-    padding = tokenizer.pad_token_id or 0
-    ids = torch.tensor([[padding] * (length - len(prompt)) + prompt for prompt in prompts], device=model.device)
-    mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
-    return {"input_ids": ids, "attention_mask": mask, "pad_token_id": padding}
+    """The arguments of `generate` that are the prompts, padded on the left to this many tokens, by the
+    first of each."""
+    missing = [length - len(prompt) for prompt in prompts]
+    # Not by a token of the tokenizer's: a repetition penalty would make it less likely in the answer.
+    ids = [prompt[:1] * count + prompt for prompt, count in zip(prompts, missing, strict=True)]
+    mask = [[0] * count + [1] * (length - count) for count in missing]
+    rows = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+    given = {name: tensor.to(model.device) for name, tensor in rows.items()}
+    return {**given, "pad_token_id": tokenizer.pad_token_id or 0}
 
 
 def _generate(
@@ -129,7 +186,22 @@ def _generate(
 ) -> list[list[int]]:
     """The answers to these prompts, each up to its first end."""
     length = max(map(len, prompts))
+
+    def repeat(ids: torch.Tensor, _: Any, **__: Any) -> torch.Tensor:
+        found = [repeats_itself(row, tokenizer) for row in ids[:, length:].tolist()]
+        return torch.tensor(found, device=ids.device)
+
     given = _padded(model, tokenizer, prompts, length)
-    answered = model.generate(**given, max_new_tokens=room, eos_token_id=sorted(ends) or None, **options)
-    rows: list[list[int]] = answered[:, length:].tolist()
-    return [row[: next((i for i, token in enumerate(row, 1) if token in ends), len(row))] for row in rows]
+    criteria = [*options.get("stopping_criteria", ()), repeat]
+    answered = model.generate(
+        **given, **options | {"stopping_criteria": criteria}, max_new_tokens=room, eos_token_id=sorted(ends) or None
+    )
+    return [_until_end(row, ends, tokenizer) for row in answered[:, length:].tolist()]
+
+
+def _until_end(row: list[int], ends: Collection[int], tokenizer: Any) -> list[int]:
+    """An answer without what follows in its batch."""
+    for end, token in enumerate(row, 1):
+        if token in ends or repeats_itself(row[:end], tokenizer):
+            return row[:end]
+    return row

@@ -126,7 +126,7 @@ def _check_different(where: str, names: Sequence[str]) -> None:
 def _table(path: Path) -> Records:
     """Rows of texts. In a .csv, spreadsheets write semicolons where the comma separates decimals."""
     content = _content(path)
-    separator = "\t" if path.suffix.lower() == ".tsv" else max(",;\t", key=content.partition("\n")[0].count)
+    separator = separator_of(path, content)
     needed = f"; needed: cells between {separator!r}, in double quotes those with {separator!r} or a line break [P102]"
     csv.field_size_limit(2**31 - 1)
     reader = csv.reader(io.StringIO(content, newline=""), delimiter=separator, strict=True)
@@ -140,6 +140,11 @@ def _table(path: Path) -> Records:
                 raise UserError(f"{where}: found {len(cells)} cells; the first line has {len(names)}{needed}")
             if cells:
                 yield where, dict(zip(names, cells, strict=True))
+
+
+def separator_of(path: Path, content: str) -> str:
+    """What is between the cells of a table, as its first line shows."""
+    return "\t" if path.suffix.lower() == ".tsv" else max(",;\t", key=content.partition("\n")[0].count)
 
 
 def _parquet(path: Path) -> Records:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pissa.cli.terminal import UserError, user_errors
+from pissa.cli.terminal import UserError, print_row, user_errors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,6 +46,14 @@ def give_template(tokenizer: PreTrainedTokenizerBase) -> None:
     reads it gives the model the prompt with which it was trained."""
     if tokenizer.chat_template is None:
         tokenizer.chat_template = ("{{ bos_token }}" if _starts(tokenizer) else "") + ALPACA
+
+
+def check_template(tokenizer: PreTrainedTokenizerBase, system: str | None) -> None:
+    """Says what happens to messages where there is no template, and refuses a system prompt there."""
+    if tokenizer.chat_template is None:
+        if system is not None:
+            raise UserError("--system: the tokenizer has no chat template, which would place it; leave it out [P115]")
+        print_row("note", "the tokenizer has no chat template: each text is continued, without the others [P115]")
 
 
 def prompt_text(messages: Sequence[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> str:

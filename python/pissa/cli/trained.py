@@ -2,19 +2,54 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from typing import Any
 
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from pissa.adapters.lora_folder import LoraFolder
+from pissa.adapters.lora_folder import LoraFolder, has_adapter, open_adapter
+from pissa.adapters.pissa_layout import ADAPTER_FILES
 from pissa.checkpoints.load import load
-from pissa.cli.terminal import UserError
+from pissa.cli.terminal import UserError, print_row, user_errors
 from pissa.containers.checkpoint import AS_STORED, Contents, ModelFolder
-from pissa.containers.hub import Name
+from pissa.containers.hub import Name, adapter_folder
 from pissa.containers.messages import CodeError
 from pissa.containers.model_folder import class_of
 from pissa.model.pissa_model import PissaModel
+
+
+def open_trained(args: Namespace, is_compared: bool = False) -> tuple[Any, Any]:
+    """Loads the model that `args.source` is, or its adapter on its base, and the tokenizer. Prints which.
+
+    Args:
+        args: with what `add_arguments` of `pissa chat` adds for a model.
+        is_compared: the adapter must be one that can be disabled to get its base.
+    """
+    with user_errors(OSError, ValueError):
+        folder = adapter_folder(args.source, ADAPTER_FILES)
+        lora = open_adapter(folder) if has_adapter(folder) else None
+    if lora is None and (is_compared or args.base):
+        option = "--compare" if is_compared else "--base"
+        raise UserError(f"{option}: {args.source} has no adapter; give a run or an adapter, or leave {option} out")
+    base = args.source if lora is None else args.base or lora.named_base
+    if base is None:
+        raise UserError(f"{args.source} names no base; give the model it was trained on: --base DIR_OR_NAME [P112]")
+    hint = "; give the model that the adapter was trained on: --base DIR_OR_NAME [P112]"
+    if lora is None:
+        hint = "; there is no adapter either: a run that has not ended has it in its last checkpoint-N [P113]"
+    with user_errors(OSError, ValueError, after=hint):
+        opened = ModelFolder.open(base, config_from=args.config_from)
+    if is_compared and lora is not None:
+        check_has_base("--compare", lora, opened)
+    with user_errors(OSError, ValueError, KeyError, TypeError, RuntimeError, before=f"{args.source}: "):
+        if lora is None:
+            opened.require(*(contents for contents in Contents if contents is not Contents.PEFT_RESIDUAL))
+        trusted = {"trust_remote_code": args.trust_remote_code}
+        model = load_trained(base, opened, lora, args.config_from, **trusted)
+        tokenizer = opened.tokenizer(None if lora is None else args.source, **trusted)
+    print_row("model", f"{base}, {model.dtype}".replace("torch.", "") + (f", with {args.source}" if lora else ""))
+    return model, tokenizer
 
 
 def check_has_base(option: str, lora: LoraFolder, base: ModelFolder) -> None:

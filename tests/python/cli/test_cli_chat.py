@@ -362,7 +362,7 @@ def test_what_cannot_be_asked_is_refused(
     base: Path, ran: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = ["--prompt", "1"]
-    assert "there is no such folder" in refused(["chat", str(tmp_path / "no"), *asked], capsys)
+    assert "no such file or folder" in refused(["chat", str(tmp_path / "no"), *asked], capsys)
     message = refused(["chat", str(tmp_path), *asked], capsys)
     assert message.endswith(
         "; there is no adapter either: a run that has not ended has it in its last checkpoint-N [P113]"
