@@ -60,7 +60,10 @@ def _dense(adapter: LoraFolder, checkpoint: Checkpoint, target: Path) -> Exporte
     checkpoint.require(*READ)
     modelfile = f"{target.stem}.Modelfile"
     _check_new(target, target.name, modelfile)
-    tokenizer = checkpoint.tokenizer(adapter.path)
+    try:
+        tokenizer = checkpoint.tokenizer(adapter.path)
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        raise _not_written(checkpoint, adapter, "transformers builds no tokenizer of its files") from error
     try:
         describe(checkpoint, tokenizer)
     except ValueError as error:
@@ -87,7 +90,7 @@ def _dense(adapter: LoraFolder, checkpoint: Checkpoint, target: Path) -> Exporte
     )
 
 
-def _not_written(checkpoint: Checkpoint, adapter: LoraFolder, reason: ValueError) -> ValueError:
+def _not_written(checkpoint: Checkpoint, adapter: LoraFolder, reason: object) -> ValueError:
     merge = shlex.join(["pissa", "merge", str(adapter.path), "merged", "--base", checkpoint.name])
     return ValueError(
         f"{checkpoint.name} is not written as a GGUF file: {reason}. Instead, run `{merge}`, and let llama.cpp's "
