@@ -52,6 +52,18 @@ def results(history: Sequence[Mapping[str, Any]], answers: HeldOutAnswers) -> It
         yield f"Held-out loss: {held_out[-1]:.4f}, {held_out[0]:.4f} before training."
 
 
+def further(run: str, model: str, contents: Contents) -> dict[str, str]:
+    """The commands after which other programs have the trained model, and what each gives."""
+    file = shlex.join(["pissa", "export", run, f"{run.rstrip('/')}.gguf", "--to", "gguf-model"])
+    merge = shlex.join(["pissa", "merge", run, "NEW_FOLDER", "--base", model])
+    if contents is Contents.GGUF:
+        return {file: "one file for Ollama, LM Studio and llama.cpp"}
+    if contents is Contents.DENSE:
+        file = shlex.join([*shlex.split(file), "--base", model])
+        return {file: "one file for Ollama, LM Studio and llama.cpp", merge: "a folder for transformers and vLLM"}
+    return {merge: "a folder for transformers and vLLM"}
+
+
 def report(
     trainer: Any, ours: Any, config: pissa.PissaConfig, contents: Contents, answers: HeldOutAnswers
 ) -> dict[str, Any]:
@@ -78,7 +90,8 @@ def report(
     if contents is Contents.RESIDUAL:
         print_row("note", f"pissa.load({model!r}, adapter={out!r}) has it exactly")
     print_row("next", f"pissa chat {shlex.quote(out)}")
-    print_row("", shlex.join(["pissa", "merge", out, "NEW_FOLDER", "--base", model]))
+    for command, what in further(out, model, contents).items():
+        print_row("", f"{command}  # {what}")
     costs = {"seconds_per_step": seconds, "peak_memory_mib": memory}
     found = {"learning_rate": trainer.args.learning_rate, "losses": losses, "held_out": held_out, **costs}
     return found | ({"right": score} if score else {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from transformers import AutoTokenizer
 import gguf_fixtures
 from pissa.adapters.pissa_layout import PissaFolder
 from pissa.cli import main
-from pissa.containers.checkpoint import ModelFolder
+from pissa.cli.outcome import further
+from pissa.containers.checkpoint import Contents, ModelFolder
 from runs import command, logged, refused
 
 
@@ -35,6 +37,13 @@ def test_finetune_trains_over_the_codes(ran: Path, file: Path) -> None:
     assert logged(ran)[-1] < logged(ran)[0]
     assert PissaFolder.open(ran).config.base_model_name_or_path == str(file)
     assert AutoTokenizer.from_pretrained(ran).eos_token == "</s>"
+
+
+def test_the_command_that_follows_gives_one_file(ran: Path, file: Path) -> None:
+    [line] = further(str(ran), str(file), Contents.GGUF)
+    assert main(shlex.split(line)[1:]) == 0
+    assert ModelFolder.open(ran.with_name("run.gguf")).contents is Contents.GGUF
+    assert ran.with_name("run.Modelfile").read_text().startswith("FROM ./run.gguf\n")
 
 
 @pytest.mark.parametrize("of", ["run", "file"])
