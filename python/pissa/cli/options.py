@@ -17,7 +17,7 @@ from trl import ModelConfig, ScriptArguments, TrlParser
 import pissa
 from pissa.cli.selftest import has_passed_on_gpu
 from pissa.cli.terminal import UserError, number, positive_int, user_errors
-from pissa.cli.training_options import RANK, SHOWN, Option, rate_or_auto
+from pissa.cli.training_options import RANK, SHORT, SHOWN, Option, rate_or_auto
 from pissa.config import default_of
 from pissa.ops.formats import FORMATS
 
@@ -29,7 +29,6 @@ _NO_OPTIONS = {f.name for f in fields(LoraConfig)}.difference(_VALUES, _STRUCTUR
 METHOD = {f.name: default_of(f) for f in fields(pissa.PissaConfig) if f.name not in _NO_OPTIONS}
 """The fields of PissaConfig that are options, and their defaults."""
 
-_ALIASES = {option.name: option.flag for option in SHOWN.values() if option.flag} | {"warmup_steps": "--warmup-ratio"}
 # The paper's schedule (arXiv 2404.02948, section 5), and settings that suit a terminal. Its batch of 128 is for 100,000
 # examples and more; our rates were found at 2 to 8 examples a step. An option of the method that is not given is None,
 # except for switches.
@@ -80,7 +79,7 @@ def _fields(config: type, names: Collection[str], **defaults: Any) -> list[tuple
         shown = f" (default: {METHOD[f.name]})" if isinstance(METHOD.get(f.name), (str, int, float)) else ""
         help_of_field = f.metadata["help"].replace("%", "%%").replace("%%%%", "%%") + shown
         text = SHOWN[f.name].text if f.name in SHOWN else help_of_field
-        metadata: dict[str, Any] = {"help": text, "aliases": _ALIASES.get(f.name, [])}
+        metadata: dict[str, Any] = {"help": text, "aliases": SHORT.get(f.name, [])}
         if choices := _CHOICES.get(f.name, f.metadata.get("choices")):
             metadata["choices"] = choices
         default = field(default=defaults.get(f.name, f.default), metadata=metadata)
@@ -104,7 +103,7 @@ def trl_parser(trainer: str, **options: Any) -> TrlParser:
         *_fields(pissa.PissaConfig, METHOD),
     ]
     first = make_dataclass("Options", ours, namespace={"_argument_group_name": "model, data and method"})
-    changed = _fields(config, {*_ALIASES, *_DEFAULTS, *_TYPES}, **_BY_START.get(trainer, {}))
+    changed = _fields(config, {*SHORT, *_DEFAULTS, *_TYPES}, **_BY_START.get(trainer, {}))
     training = make_dataclass("Training", changed, bases=(config,))
     parser = TrlParser((first, training), **options)
     parser.add_argument("--config", metavar="FILE", help=SHOWN["config"].text)
@@ -124,7 +123,7 @@ def parse(args: Namespace, trainer: str) -> tuple[Any, Any]:
 
 def flag(name: str) -> str:
     """The spelling of an option in messages."""
-    return _ALIASES.get(name, f"--{name.replace('_', '-')}")
+    return SHORT.get(name, f"--{name.replace('_', '-')}")
 
 
 def adapter_config(ours: Any, seed: int, split: pissa.PissaConfig | None = None) -> pissa.PissaConfig:

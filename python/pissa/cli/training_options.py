@@ -103,6 +103,8 @@ GROUPS = {
     ),
 }
 SHOWN = {option.name: option for group in GROUPS.values() for option in group}
+SHORT = {option.name: option.flag for option in SHOWN.values() if option.flag} | {"warmup_steps": "--warmup-ratio"}
+"""The short names of options, by the long ones."""
 
 _EVERYTHING = "--help-all"
 
@@ -151,10 +153,10 @@ def read(command: str, argv: Sequence[str]) -> argparse.Namespace | None:
     given, others = parser.parse_known_args(argv)
     if given.help_all:
         return None
-    known = {*_names_elsewhere()}
+    known = {flag[2:].replace("-", "_") for flag in SHORT.values()}.union(_names_elsewhere())
     for word in others:
         name = word.partition("=")[0][2:].replace("-", "_")
-        if not word.startswith("--") or not known or any(each.startswith(name) for each in known):
+        if not word.startswith("--") or any(each.startswith(name) for each in known):
             continue  # a value, an option of TRL's, or the beginning of one
         raise UserError(unknown_option(word, [option.flags[0] for option in SHOWN.values()], [*known]))
     return given

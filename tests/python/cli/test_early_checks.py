@@ -11,7 +11,7 @@ import pytest
 
 from pissa.cli import main
 from pissa.cli.options import trl_parser
-from pissa.cli.training_options import FORMATS, GROUPS, SHOWN
+from pissa.cli.training_options import FORMATS, GROUPS, SHOWN, read
 from pissa.ops import formats
 
 TABLE = "message,team\nWhere is it?,delivery\n"
@@ -112,6 +112,13 @@ def test_every_option_that_is_shown_is_one_with_the_same_spellings(trainer: str)
     missing = [flag for option in SHOWN.values() for flag in option.flags if flag not in known]
     assert missing == []
     assert {name: known[option.flags[0]].dest for name, option in SHOWN.items()} == {name: name for name in SHOWN}
+
+
+@pytest.mark.parametrize("trainer", ["SFT", "DPO"])
+def test_no_option_of_trl_is_taken_for_a_mistyped_one(trainer: str) -> None:
+    flags = [flag for flag in trl_parser(trainer)._option_string_actions if flag.startswith("--") and flag != "--help"]
+    shown = [flag for option in SHOWN.values() for flag in option.flags]
+    assert read("finetune", [flag for flag in flags if flag not in shown]) is not None
 
 
 def test_the_formats_are_those_of_the_ops() -> None:
