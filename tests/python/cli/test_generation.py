@@ -13,7 +13,7 @@ from architectures import ARCHITECTURES, DAILY
 from daily import each
 from language_models import moved
 from pissa.cli import generation
-from pissa.cli.generation import generate, generate_many
+from pissa.cli.generation import generate, generate_many, repeats_itself
 
 CAUSAL = [name for name, architecture in ARCHITECTURES.items() if architecture.is_causal]
 TOKENIZER = SimpleNamespace(pad_token_id=None)
@@ -66,3 +66,26 @@ def test_a_prompt_that_fills_the_context_is_answered_as_alone(tiny_llama: Any) -
 
 def test_no_prompts_have_no_answers(tiny_llama: Any) -> None:
     assert [*generate_many(tiny_llama(), TOKENIZER, [], 8, [])] == []
+
+
+class _Bytes:
+    """A token for each byte."""
+
+    def decode(self, tokens: list[int]) -> str:
+        return bytes(tokens).decode()
+
+
+@pytest.mark.parametrize(
+    ("text", "stops"),
+    [
+        ("It is late. " * 12, True),
+        ("ha" * 80, True),
+        ("!" * 300, True),
+        ("It is late. " * 5, False),
+        ("".join(f"{i} x 7 = {7 * i}\n" for i in range(40)), False),
+        ("0 0 0\n" * 20, False),
+        ("-" * 200, False),
+    ],
+)
+def test_an_answer_ends_that_repeats_one_text_over_and_over(text: str, stops: bool) -> None:
+    assert repeats_itself(list(text.encode()), _Bytes()) is stops
