@@ -7,14 +7,13 @@ import io
 import os
 import sys
 from collections.abc import Collection, Sequence
-from difflib import get_close_matches
 from importlib.metadata import version
 from pkgutil import resolve_name
 from typing import Any
 
 from pissa.cli.early_checks import check_exists, check_training
-from pissa.cli.terminal import UserError, busy_with, silence_third_parties
-from pissa.cli.training_options import unknown_option
+from pissa.cli.terminal import Parser, UserError, busy_with, silence_third_parties
+from pissa.cli.training_options import nearest, unknown_option
 from pissa.containers.staged import CompletedError
 
 # The commands and their help texts. Each command is a module of the same name, or what `_HOMES` names. It has
@@ -65,8 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if is_process and isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # answers, tables and paths, in a locale of ASCII or of one script
     try:
-        if not command.startswith("-") and command not in COMMANDS:
-            near = " or ".join(get_close_matches(command, COMMANDS))
+        if command not in (*COMMANDS, "-h", "--help", "--version"):
+            near = nearest(command, COMMANDS, ("--help", "--version"))
             raise UserError(f"there is no such command{near and f'; did you mean {near}?'}; `pissa` lists them")
         if _HOMES.get(command, "").startswith("training") and check_training(command, argv[1:]):
             argv = [command, "--help"]
@@ -119,9 +118,7 @@ def commands_of(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentP
 
 def parser_for(named: Collection[str]) -> argparse.ArgumentParser:
     """Returns a parser for all commands. Only the named commands get their arguments."""
-    parser = argparse.ArgumentParser(
-        prog="pissa", description="Fine-tune language models on a CPU: LoRA and PiSSA, in 16, 8 or 4 bits."
-    )
+    parser = Parser(prog="pissa", description="Fine-tune language models on a CPU: LoRA and PiSSA, in 16, 8 or 4 bits.")
     parser.add_argument("--version", action="version", version=f"pissa {version('pissa')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in COMMANDS.items():

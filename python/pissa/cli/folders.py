@@ -25,6 +25,7 @@ from pissa.cli.terminal import (
     silence_third_parties,
     user_errors,
 )
+from pissa.cli.training_options import INITS, init_method
 from pissa.containers.staged import CompletedError
 from pissa.integrations import RUNTIMES
 
@@ -124,8 +125,8 @@ def _add_init(parser: argparse.ArgumentParser) -> None:
     modules = "layers to adapt (default: all linear ones except the output layer)"
     add("--target-modules", nargs="+", metavar="NAME", help=modules)
     add("--exclude-modules", nargs="+", metavar="NAME", help="layers not to adapt")
-    init = "initialisation of the adapter: pissa, lora (plain QLoRA), activations (calibrated)"
-    add("--init", default="pissa", metavar="METHOD", help=init)
+    init = f"start of the adapter: {', '.join(INITS)} (with --calibration); lora is plain QLoRA's"
+    add("--init", type=init_method, default="pissa", metavar="METHOD", help=init)
     calibration = (
         "with --quant: records like those that the model will read. Error feedback then chooses codes "
         "that keep the outputs closer; with --init lora, the checkpoint is better for any QLoRA program"

@@ -71,14 +71,17 @@ _CHOICES = {
 _OWN_DEFAULTS: dict[str, Any] = {"examples": 64}
 
 
-def _fields(config: type, names: Collection[str], **defaults: Any) -> list[tuple[str, Any, Any]]:
-    """Fields of a dataclass with our types, defaults and short names. `defaults` replaces some of the defaults."""
+def _fields(
+    config: type, names: Collection[str], command: str = "finetune", **defaults: Any
+) -> list[tuple[str, Any, Any]]:
+    """Fields of a dataclass with our types, defaults, short names and, for a command, help. `defaults` replaces some of
+    the defaults."""
     hints, options = get_type_hints(config), []
     defaults = _DEFAULTS | defaults
     for f in (f for f in fields(config) if f.name in names):
         shown = f" (default: {METHOD[f.name]})" if isinstance(METHOD.get(f.name), (str, int, float)) else ""
         help_of_field = f.metadata["help"].replace("%", "%%").replace("%%%%", "%%") + shown
-        text = SHOWN[f.name].text if f.name in SHOWN else help_of_field
+        text = SHOWN[f.name].help_of(command) if f.name in SHOWN else help_of_field
         metadata: dict[str, Any] = {"help": text, "aliases": SHORT.get(f.name, [])}
         if choices := _CHOICES.get(f.name, f.metadata.get("choices")):
             metadata["choices"] = choices
@@ -103,7 +106,8 @@ def trl_parser(trainer: str, **options: Any) -> TrlParser:
         *_fields(pissa.PissaConfig, METHOD),
     ]
     first = make_dataclass("Options", ours, namespace={"_argument_group_name": "model, data and method"})
-    changed = _fields(config, {*SHORT, *_DEFAULTS, *_TYPES}, **_BY_START.get(trainer, {}))
+    command = {"SFT": "finetune", "DPO": "dpo"}[trainer]
+    changed = _fields(config, {*SHORT, *_DEFAULTS, *_TYPES}, command, **_BY_START.get(trainer, {}))
     training = make_dataclass("Training", changed, bases=(config,))
     parser = TrlParser((first, training), **options)
     parser.add_argument("--config", metavar="FILE", help=SHOWN["config"].text)

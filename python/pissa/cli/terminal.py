@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 from tqdm import tqdm
 
@@ -33,6 +33,13 @@ def user_errors(*errors: type[Exception], before: str = "", after: str = "") -> 
         yield
     except errors as error:
         raise UserError(f"{before}{first_line(error)}{after}") from error
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser, also of commands, whose errors are UserErrors: one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; --help lists the options")
 
 
 def print_row(label: str, text: str) -> None:

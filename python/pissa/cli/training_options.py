@@ -5,13 +5,26 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Collection, Sequence
 from difflib import get_close_matches
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
-from pissa.cli.terminal import COLUMNS_HELP, THREADS_HELP, UserError, columns, count, minutes_of, number, positive_int
+from pissa.cli.terminal import (
+    COLUMNS_HELP,
+    THREADS_HELP,
+    Parser,
+    UserError,
+    columns,
+    count,
+    minutes_of,
+    number,
+    positive_int,
+    user_errors,
+)
 
 AUTO = "auto"
 RANK = 16
@@ -19,6 +32,11 @@ RANK = 16
 noise (bench/experiments, start-norm)."""
 FORMATS = ("nf4", "int8", "mxfp4", "nvfp4", "int4", "fp8")
 """The names in ops.formats.FORMATS, for which torch is needed."""
+INITS = ("pissa", "lora", "activations")
+"""The names in base.init_methods.INIT_METHODS that may be asked for."""
+
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+"""The names that TRL takes."""
 
 _above_0 = number(float, "a number above 0", lambda value: 0 < value < float("inf"))
 _rate = number(float, f"a number above 0, or {AUTO}", lambda value: 0 < value < float("inf"))
@@ -29,6 +47,13 @@ _switch = number(lambda text: _yes.get(text.lower()), "true or false", lambda va
 def rate_or_auto(text: str) -> Any:
     """A learning rate."""
     return text if text == AUTO else _rate(text)
+
+
+def init_method(text: str) -> str:
+    """The name of an init method. A program that calls `main` may have added some."""
+    if text not in INITS and "pissa.base.init_methods" not in sys.modules:
+        raise argparse.ArgumentTypeError(f"got {text!r}; allowed: {', '.join(INITS)}")
+    return text
 
 
 class Option(NamedTuple):
@@ -45,6 +70,11 @@ class Option(NamedTuple):
     choices: Sequence[str] | None = None
     is_ours: bool = False
     """Whether neither TRL nor PissaConfig has it."""
+    text_of_dpo: str = ""
+    """What it is in `pissa dpo`, where that differs."""
+
+    def help_of(self, command: str) -> str:
+        return (command == "dpo" and self.text_of_dpo) or self.text
 
     @property
     def flags(self) -> list[str]:
@@ -57,7 +87,7 @@ GROUPS = {
     "model": (
         Option("model_name_or_path", "folder of a model, GGUF file, or name of either on the Hub", "--model", "MODEL"),
         Option("config_from", "model whose config.json a GGUF file uses, if it needs one", "", "MODEL", is_ours=True),
-        Option("dtype", "bfloat16, float16 or float32 (default: the model's own)", "", "DTYPE"),
+        Option("dtype", "bfloat16, float16 or float32 (default: the model's own)", "", "DTYPE", str, DTYPES),
         Option("quant", "keep the frozen weights in 4 or 8 bits: nf4, int8, fp8, ...", "", "FORMAT", str, FORMATS),
         Option("calibrate", "with --quant: fit the codes to the data", metavar=None, is_ours=True),
         Option("examples", "examples to fit them to (default: 64)", type=positive_int, is_ours=True),
@@ -74,7 +104,7 @@ GROUPS = {
         Option("max_length", "tokens at which longer examples are cut (default: 512)", type=positive_int),
     ),
     "method": (
-        Option("init", "start of the adapter: pissa, lora or activations (default: pissa)", "", "METHOD"),
+        Option("init", f"start of the adapter: {', '.join(INITS)} (default: pissa)", "", "METHOD", init_method),
         Option("r", f"rank of the adapter (default: {RANK})", "--rank", "R", positive_int),
         Option("lora_alpha", "scaling of the adapter, times the rank (default: the rank)", "--alpha", "A", _above_0),
         Option("target_modules", "layers to adapt, by their names (default: all linear ones)", "", "NAME"),
@@ -84,6 +114,7 @@ GROUPS = {
             "--lr",
             "RATE",
             rate_or_auto,
+            text_of_dpo=f"learning rate, or {AUTO} to find one (default: 1e-6)",
         ),
     ),
     "time": (
@@ -122,15 +153,10 @@ class _OneLine(argparse.HelpFormatter):
         return f"{action.option_strings[-1]} {self._format_args(action, '')}".rstrip()
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; --help lists the options")
-
-
 def parser_of(command: str) -> argparse.ArgumentParser:
     """Reads the options that are shown, each as None if it is not given."""
     usage = f"pissa {command} --model MODEL --data DATA [options]"
-    parser = _Parser(prog=f"pissa {command}", usage=usage, formatter_class=_OneLine)
+    parser = Parser(prog=f"pissa {command}", usage=usage, formatter_class=_OneLine)
     for title, options in GROUPS.items():
         group = parser.add_argument_group(title)
         for option in options:
@@ -138,7 +164,7 @@ def parser_of(command: str) -> argparse.ArgumentParser:
             if option.metavar:
                 shown = {"type": option.type, "metavar": option.metavar, "choices": option.choices}
                 shown |= {"nargs": "+"} if option.name == "target_modules" else {}
-            group.add_argument(*reversed(option.flags), dest=option.name, help=option.text, **shown)
+            group.add_argument(*reversed(option.flags), dest=option.name, help=option.help_of(command), **shown)
     parser.add_argument(_EVERYTHING, action="store_true", help="show every option, of TRL and transformers, too")
     return parser
 
@@ -153,26 +179,64 @@ def read(command: str, argv: Sequence[str]) -> argparse.Namespace | None:
     given, others = parser.parse_known_args(argv)
     if given.help_all:
         return None
-    known = {flag[2:].replace("-", "_") for flag in SHORT.values()}.union(_names_elsewhere())
-    for word in others:
-        name = word.partition("=")[0][2:].replace("-", "_")
-        if not word.startswith("--") or any(each.startswith(name) for each in known):
-            continue  # a value, an option of TRL's, or the beginning of one
-        raise UserError(unknown_option(word, [option.flags[0] for option in SHOWN.values()], [*known]))
+    if others and not others[0].startswith("-"):  # a later one may be the value of an option of TRL's
+        raise UserError(f"{others[0]}: belongs to no option; needed: {parser.usage}; --help lists the options")
+    known = names_elsewhere()
+    for word in (word for word in others if re.match("--?[a-zA-Z]", word)):
+        name = word.partition("=")[0].lstrip("-").replace("-", "_")
+        begins_one = word.startswith("--") and any(each.startswith(name) for each in known)
+        if name in _OTHER_NAMES or not begins_one:
+            raise UserError(unknown_option(word, [option.flags[0] for option in SHOWN.values()], known))
     return given
 
 
-def unknown_option(word: str, *known: Sequence[str]) -> str:
+_OTHER_NAMES = {"lora_r": "--rank", "lora_rank": "--rank", "lora_target_modules": "--target-modules"}
+"""What other programs, TRL's among them, call some options."""
+
+
+def read_file(command: str, path: str) -> dict[str, Any]:
+    """The options in a file of options, by their long names; those that the help shows are checked.
+
+    Raises:
+        UserError: the file cannot be read, a value is not allowed, or there is no such option.
+    """
+    import yaml
+
+    needed = "; needed: a file of options by their long names, such as a run's run.yaml"
+    with user_errors(OSError, ValueError, yaml.YAMLError, before=f"--config {path}: ", after=needed):
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError("holds no options")
+    known = names_elsewhere()
+    for name in map(str, values):
+        if name not in {*SHOWN, *known, "env"}:  # TRL sets variables of the environment by env
+            near = nearest(name, [*SHOWN], known)
+            raise UserError(f"--config {path}: {name}: there is no such option{near and f'; did you mean {near}?'}")
+    texts = {name: value for name, value in values.items() if name in SHOWN and isinstance(value, (str, int, float))}
+    with user_errors(UserError, before=f"--config {path}: "):
+        read = parser_of(command).parse_args([f"--{name}={value}" for name, value in texts.items() if value != ""])
+    return values | {name: value for name, value in vars(read).items() if value is not None}
+
+
+def nearest(name: str, *known: Collection[str]) -> str:
+    """The nearest name in the first of these lists that has one near; otherwise an empty text."""
+    return next(filter(None, (get_close_matches(name, names, 1) for names in known)), [""])[0]
+
+
+def unknown_option(word: str, *known: Collection[str]) -> str:
     """The message on an option that there is not, with the nearest of the first of these lists that has one near."""
     name = word.partition("=")[0]
-    lists = [[f"--{each.strip('-').replace('_', '-')}" for each in names] for names in known]
-    near = next(filter(None, (get_close_matches(name.replace("_", "-"), flags, 1) for flags in lists)), [""])[0]
+    lists = ([f"--{each.strip('-').replace('_', '-')}" for each in names] for names in known)
+    plain = name.strip("-").replace("-", "_")
+    near = _OTHER_NAMES.get(plain) or nearest(f"--{plain.replace('_', '-')}", *lists)
     return f"{name}: there is no such option{near and f'; did you mean {near}?'}; --help lists them"
 
 
-def _names_elsewhere() -> Iterator[str]:
+@cache
+def names_elsewhere() -> frozenset[str]:
     """The names of the options that TRL, transformers and PEFT define, read from their sources: importing them takes
     seconds. Switches that are on have an opposite, which begins with no_."""
+    names = {flag[2:].replace("-", "_") for flag in SHORT.values()}
     places = {
         "trl": ("trainer/*_config.py", "scripts/utils.py"),
         "transformers": ("training_args.py",),
@@ -183,5 +247,5 @@ def _names_elsewhere() -> Iterator[str]:
         spec = find_spec(package)
         for folder in map(Path, spec.submodule_search_locations or ()) if spec else ():
             for path in (path for pattern in files for path in folder.glob(pattern)):
-                for name in re.findall(r"^    (\w+): ", path.read_text(encoding="utf-8"), re.MULTILINE):
-                    yield from (name, f"no_{name}")
+                names |= {*re.findall(r"^    (\w+): ", path.read_text(encoding="utf-8"), re.MULTILINE)}
+    return frozenset(names | {f"no_{name}" for name in names})

@@ -133,16 +133,3 @@ def test_the_rate_is_found_and_recorded(
     assert logged(out, "learning_rate")[1] == 3e-3
     monkeypatch.delattr(pissa, "suggest_lr")
     assert main(command(base, data, out, "--lr", "auto", "--resume", name=name)) == 0
-
-
-def test_yaml_that_does_not_fit_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "run.yaml"
-    for text, found in (
-        ("nonsense: 1", "Unknown arguments"),
-        ("[1]", "holds no options"),
-        ("a: [", "while"),
-    ):
-        path.write_text(text)
-        assert main(["dpo", "--config", str(path), "--model", "model", "--data", "data"]) == 2
-        assert found in (said := capsys.readouterr().err)
-        assert len(said.splitlines()) == 1

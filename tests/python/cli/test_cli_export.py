@@ -67,5 +67,3 @@ def test_refusals(adapter: Path, qpissa: Path, tmp_path: Path, capsys: pytest.Ca
     message = refused(["export", str(adapter), out, "--to", "bnb4"], capsys)
     assert "on a base that was not in 4 bits" in message
     assert not (tmp_path / "out").exists()
-    with pytest.raises(SystemExit):
-        main(["export", str(adapter), out, "--to", "onnx"])

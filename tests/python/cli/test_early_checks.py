@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+import pissa
 from pissa.cli import main
 from pissa.cli.options import trl_parser
-from pissa.cli.training_options import FORMATS, GROUPS, SHOWN, read
+from pissa.cli.training_options import FORMATS, GROUPS, INITS, SHOWN, read
 from pissa.ops import formats
 
 TABLE = "message,team\nWhere is it?,delivery\n"
@@ -24,10 +25,14 @@ FILES = {
     "full/model.bin": "x",
     "begun/run.yaml": "r: 4\n",
     "bad.yaml": "[",
+    "list.yaml": "[1]",
+    "name.yaml": "learnin_rate: 1",
+    "value.yaml": "learning_rate: fast",
 }
 TRAIN = "finetune --model org/model --data train.jsonl"
 WRONG = {
     "finetunes": "there is no such command; did you mean finetune?",
+    "--verson": "there is no such command; did you mean --version?",
     "finetune": "--model is missing; needed: --model and --data",
     "finetune --model org/model": "--data is missing",
     "finetune --model org/model --data tikets.csv": "tikets.csv: no such file; did you mean tickets.csv",
@@ -57,9 +62,20 @@ WRONG = {
     f"{TRAIN} --resume --out full": "--resume: full holds no run (run.yaml is missing)",
     f"{TRAIN} --config no.yaml": "--config no.yaml: [Errno 2] No such file",
     f"{TRAIN} --config bad.yaml": "--config bad.yaml: while parsing",
+    f"{TRAIN} --config list.yaml": "--config list.yaml: holds no options; needed: a file of options by",
+    f"{TRAIN} --config name.yaml": "name.yaml: learnin_rate: there is no such option; did you mean learning_rate?",
+    f"{TRAIN} --config value.yaml": "--config value.yaml: argument --learning_rate",
+    f"{TRAIN} --init pisa": "--init: got 'pisa'; allowed: pissa, lora, activations",
+    f"{TRAIN} --dtype bf16": "--dtype: invalid choice: 'bf16'",
+    f"{TRAIN} --lora_r 8": "--lora_r: there is no such option; did you mean --rank?",
+    f"{TRAIN} -rank 8": "-rank: there is no such option; did you mean --rank?",
+    "finetune org/model train.jsonl": "org/model: belongs to no option; needed: pissa finetune --model MODEL --data",
     "dpo --model org/model --data train.jsonl": "train.jsonl:1: found",
     "chat ./trained": "RUN ./trained: no such file or folder",
     "chat org/model --promt Hello": "--promt: there is no such option; did you mean --prompt?",
+    "merge ./full": "the following arguments are required: OUT; --help lists the options",
+    "export ./full out --to onnx": "--to: invalid choice: 'onnx'",
+    "init org/model out --init pisa": "--init: got 'pisa'; allowed: pissa, lora, activations",
     "merge ./ful merged": "ADAPTER ful: no such file or folder; did you mean full?",
     "merge ./full merged --base ./base": "--base ./base: no such file or folder",
     "convert ./ful lora": "ADAPTER ful: no such file or folder",
@@ -121,5 +137,6 @@ def test_no_option_of_trl_is_taken_for_a_mistyped_one(trainer: str) -> None:
     assert read("finetune", [flag for flag in flags if flag not in shown]) is not None
 
 
-def test_the_formats_are_those_of_the_ops() -> None:
+def test_the_names_are_those_of_the_packages_that_are_not_imported() -> None:
     assert tuple(formats.FORMATS) == FORMATS
+    assert tuple(name for name, method in pissa.INIT_METHODS.items() if not method.is_given) == INITS
