@@ -17,7 +17,6 @@ from peft.utils.other import get_pattern_key
 
 from pissa import notices
 from pissa.adapters.peft_layout import (
-    ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     FACTOR_KEYS,
     MAGNITUDE,
@@ -30,6 +29,7 @@ from pissa.adapters.pissa_layout import MARK, PISSA_WEIGHTS, PissaFolder, has_ou
 from pissa.config import SUPPORTED, default_of, exactly
 from pissa.containers.checkpoint import INITIAL_FOLDER
 from pissa.containers.messages import file_errors, quote, read_object
+from pissa.containers.recognise import ADAPTER_CONFIG, check_adapter, has_adapter
 from pissa.containers.tensor_file import SAVED_FLOATS, TensorFile
 from pissa.layers.experts import WEIGHTS as EXPERT_WEIGHTS
 from pissa.ops.checks import check_scaling
@@ -111,11 +111,6 @@ class LoraFolder:
         return list(factors.unpack(a, b).values())
 
 
-def has_adapter(folder: Path) -> bool:
-    """Whether the folder contains an adapter that `open_adapter` reads."""
-    return (folder / ADAPTER_CONFIG).is_file()
-
-
 def is_plain_lora(folder: Path) -> bool:
     """Whether the folder contains a PEFT adapter and none of ours, not even a damaged part of one; or one of ours whose
     plain LoRA another program has replaced."""
@@ -131,10 +126,7 @@ def is_ours(folder: Path) -> bool:
 def open_adapter(folder: Path) -> LoraFolder:
     """Determines what an adapter's folder is. No other code does. A folder of ours whose plain LoRA another program has
     replaced is that plain LoRA, with a warning."""
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is {'a file' if folder.exists() else 'missing'}; needed: an adapter folder [P071]")
-    if not has_adapter(folder):
-        raise ValueError(f"{folder} holds no adapter: there is no {ADAPTER_CONFIG} [P071]")
+    check_adapter(folder)
     config, weights = read_lora_config(folder / ADAPTER_CONFIG), TensorFile(folder / ADAPTER_WEIGHTS)
     factors = _factors(config, folder / ADAPTER_CONFIG, weights)
     ours = None

@@ -15,13 +15,13 @@ from transformers.pytorch_utils import Conv1D
 
 from pissa.base.start import ServedBase
 from pissa.config import PissaConfig, exactly
+from pissa.containers.recognise import ADAPTER_CONFIG
 from pissa.layers.experts import FORMER_NAMES, WEIGHTS, UnfusedExperts, is_transposed, unfused_experts
 from pissa.layers.layer import PissaLayer
 from pissa.layers.modules import PissaEmbedding
 from pissa.ops.low_rank import pad_rank
 from pissa.peft_private import is_rewritten_by_peft
 
-ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 PREFIX = "base_model.model."

@@ -38,7 +38,7 @@ from peft import LoraConfig
 from torch import Tensor
 
 from pissa import ops
-from pissa.adapters.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX, magnitude_key
+from pissa.adapters.peft_layout import ADAPTER_WEIGHTS, PREFIX, magnitude_key
 from pissa.base.digest import xxh3_of_text
 from pissa.base.init_methods import INIT_METHODS
 from pissa.base.start import Deltas, Origin, StartFactors, Starts
@@ -47,6 +47,7 @@ from pissa.config import IMPLICIT, Form, PissaConfig, default_of
 from pissa.containers.checkpoint import PISSA_RECORD
 from pissa.containers.hub import adapter_folder
 from pissa.containers.messages import file_errors, quote, read_object
+from pissa.containers.recognise import ADAPTER_CONFIG
 from pissa.containers.tensor_file import TensorFile
 from pissa.layers.layer import PissaLayer
 from pissa.ops import QuantizedWeight

@@ -21,7 +21,6 @@ from transformers import PretrainedConfig
 
 from pissa import notices
 from pissa.adapters.peft_layout import (
-    ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     base_weight_key,
     inexact_lora,
@@ -38,6 +37,7 @@ from pissa.base.protocol import unshard
 from pissa.base.stored import residual_tensors
 from pissa.config import IMPLICIT
 from pissa.containers.checkpoint import PISSA_RECORD
+from pissa.containers.recognise import ADAPTER_CONFIG
 from pissa.containers.staged import staged
 from pissa.containers.tensor_file import write_tensors
 from pissa.distributed import check_whole, is_sharded

@@ -21,7 +21,6 @@ from transformers.pytorch_utils import Conv1D
 from pissa import distributed, ops
 from pissa.adapters.lora_folder import INITIAL_WEIGHTS
 from pissa.adapters.peft_layout import (
-    ADAPTER_CONFIG,
     Matrices,
     adapted_names,
     check_uniform,
@@ -54,6 +53,7 @@ from pissa.config import Form, PissaConfig
 from pissa.containers.checkpoint import AS_STORED, INITIAL_FOLDER, PISSA_RECORD, Checkpoint, Contents
 from pissa.containers.hub import Name
 from pissa.containers.model_folder import Part
+from pissa.containers.recognise import ADAPTER_CONFIG
 from pissa.containers.tensor_file import Layout
 from pissa.layers.experts import UnfusedExperts, unfused_experts
 from pissa.layers.factory import leave_out

@@ -28,7 +28,8 @@ from pissa.checkpoints.output import Output
 from pissa.config import IMPLICIT, Form
 from pissa.containers.checkpoint import RESIDUAL_KEY, Checkpoint
 from pissa.containers.messages import quote
-from pissa.containers.model_folder import CONFIG, Part
+from pissa.containers.model_folder import Part
+from pissa.containers.recognise import CONFIG
 from pissa.containers.tensor_file import INDEX, WEIGHT_FILES, Layout
 from pissa.ops.checks import FLOATS
 from pissa.ops.formats import FORMATS

@@ -6,12 +6,12 @@ import argparse
 import io
 import os
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from importlib.metadata import version
 from pkgutil import resolve_name
 from typing import Any
 
-from pissa.cli.early_checks import check_exists, check_training
+from pissa.cli.early_checks import check_adapter, check_model, check_trained, check_training
 from pissa.cli.terminal import Parser, UserError, busy_with, silence_third_parties
 from pissa.cli.training_options import nearest, unknown_option
 from pissa.containers.staged import CompletedError
@@ -106,8 +106,12 @@ def _parsed(argv: Sequence[str], args: argparse.Namespace) -> argparse.Namespace
         parser.error(f"unrecognized arguments: {' '.join(others)}")
     for action in commands_of(parser)[argv[0]]._actions:
         if action.dest in ("source", "adapter", "base") and (given := getattr(args, action.dest)) is not None:
-            check_exists((action.option_strings or [str(action.metavar)])[0], given)
+            _PLACES.get(str(action.metavar), check_model)((action.option_strings or [str(action.metavar)])[0], given)
     return args
+
+
+_PLACES: dict[str, Callable[[str, Any], None]] = {"RUN": check_trained, "ADAPTER": check_adapter}
+"""What is checked of a path, by the name of its argument. All others are models."""
 
 
 def commands_of(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 from pissa.cli.data import read_chats, read_preferences
-from pissa.cli.sources import check_source, is_records, records
+from pissa.cli.past_run import RUN_FILE, check_no_run
+from pissa.cli.sources import Records, check_source, is_records, records
 from pissa.cli.terminal import UserError, user_errors
 from pissa.cli.training_options import read, read_file
+from pissa.containers import recognise
+from pissa.containers.recognise import has_adapter, has_model, is_gguf
 from pissa.containers.staged import check_unused
 
 _LOOKED_AT = 10_000
@@ -31,26 +35,69 @@ def check_training(command: str, argv: Sequence[str]) -> bool:
     for name, value in (("model", given.model_name_or_path), ("data", given.dataset_name)):
         if not value:
             raise UserError(f"--{name} is missing; needed: --model and --data")
-    check_exists("--model", given.model_name_or_path)
+    check_model("--model", given.model_name_or_path)
     _check_out(given.output_dir, given.resume)
     for data in filter(None, (given.dataset_name, given.eval_data)):
-        if is_records(data):
+        if is_records(data) and given.resume:  # whose other options are compared first
             check_source(data)
-            if not given.resume and Path(data).suffix.lower() != ".parquet":  # which pyarrow reads
-                form = read_preferences if command == "dpo" else read_chats
-                form(itertools.islice(records(data, given.columns), _LOOKED_AT))
+        elif is_records(data):
+            check_records(data, given.columns, read_preferences if command == "dpo" else read_chats)
     return False
+
+
+def check_records(data: str, columns: Mapping[str, str] | None, form: Callable[[Records], Any] = read_chats) -> None:
+    """Refuses a file of records of another form, as far as its first records tell."""
+    check_source(data)
+    if Path(data).suffix.lower() != ".parquet":  # which pyarrow reads
+        form(itertools.islice(records(data, columns), _LOOKED_AT))
 
 
 def _check_out(out: str | None, resume: bool | None) -> None:
     if resume and not out:
         raise UserError("--resume: --out is missing; needed: the folder of the run, or its run.yaml as --config")
-    if resume and out and not (Path(out) / "run.yaml").is_file():
-        raise UserError(f"--resume: {out} holds no run (run.yaml is missing); leave --resume out to start one [P099]")
-    if out and not resume:
+    if not out:
+        return
+    is_run = (Path(out) / RUN_FILE).is_file()
+    if resume and not is_run:
+        raise UserError(f"--resume: {out} holds no run ({RUN_FILE} is missing); leave --resume out to start one [P099]")
+    if not resume:
         with user_errors(ValueError, before="--out "):
-            instead = "go on with that run by --resume, or " if (Path(out) / "run.yaml").is_file() else ""
-            check_unused(Path(out), instead)
+            check_unused(Path(out), "go on with that run by --resume, or " if is_run else "")
+
+
+def check_model(option: str, given: str) -> None:
+    """Refuses the folder of a run or of an adapter, and any other without a model."""
+    check_exists(option, given)
+    folder = Path(given)
+    if folder.is_dir() and not _has_model(folder):
+        with user_errors(ValueError, before=f"{option} {given}: "):
+            check_no_run(folder)
+        raise UserError(f"{option} {given}: {_NO_MODEL}; needed: a folder that save_pretrained wrote [P085]")
+
+
+def check_adapter(option: str, given: Path) -> None:
+    """Refuses anything but an adapter's folder."""
+    check_exists(option, given)
+    with user_errors(ValueError):
+        recognise.check_adapter(given)
+
+
+def check_trained(option: str, given: str) -> None:
+    """Refuses a folder without a model, and without an adapter."""
+    check_exists(option, given)
+    folder = Path(given)
+    if folder.is_dir() and not (has_adapter(folder) or _has_model(folder)):
+        raise UserError(
+            f"{option} {given}: {_NO_MODEL}; there is no adapter either: a run that has not ended has it in its last "
+            "checkpoint-N [P113]"
+        )
+
+
+_NO_MODEL = "holds no model: there is neither config.json nor a GGUF file"
+
+
+def _has_model(folder: Path) -> bool:
+    return has_model(folder) or any(map(is_gguf, folder.iterdir()))
 
 
 def check_exists(option: str, given: str | Path) -> None:

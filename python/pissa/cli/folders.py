@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pissa.cli.early_checks import check_records
 from pissa.cli.terminal import (
     COLUMNS_HELP,
     UserError,
@@ -26,7 +27,7 @@ from pissa.cli.terminal import (
     user_errors,
 )
 from pissa.cli.training_options import INITS, init_method
-from pissa.containers.staged import CompletedError
+from pissa.containers.staged import CompletedError, check_unused
 from pissa.integrations import RUNTIMES
 
 
@@ -36,34 +37,24 @@ class FolderCommand(NamedTuple):
     add_arguments: Callable[[argparse.ArgumentParser], None]
     work: Callable[[argparse.Namespace], Iterator[dict[str, Any]]]
     """Calls the function and yields its result for JSON; then prints it in lines."""
+    check: Callable[[argparse.Namespace], None]
+    """Refuses arguments that contradict each other, and files, as far as that needs no weights."""
 
     def run(self, args: argparse.Namespace) -> int:
         """Runs the command. Returns the exit code. An interrupted run keeps the work that it has done."""
+        self.check(args)
         silence_third_parties()
         from pissa.distributed import RankError
 
         work = self.work(args)
         is_first = os.environ.get("RANK", "0") == "0"  # one of the processes that torchrun started
         with collect_notes(prints=is_first and not args.json) as notes, user_errors(OSError, ValueError, RankError):
-            try:
-                done = next(work)
-            except ValueError:
-                _check_no_run(getattr(args, "source", None) or args.base)
-                raise
+            done = next(work)
         if is_first and args.json:
             print(json.dumps({**done, "notes": notes}, indent=2))
         elif is_first:
             next(work, None)
         return 0
-
-
-def _check_no_run(model: str | None) -> None:
-    """Says how to go on where the folder of a run or of an adapter was given as the model."""
-    from pissa.cli.past_run import check_no_run
-
-    if model is not None:
-        with user_errors(ValueError, before=f"{model}: "):
-            check_no_run(Path(model))
 
 
 _BASE = "model that the adapter was trained on: a folder, or a name on the Hugging Face Hub"
@@ -85,6 +76,11 @@ def _add_calibration(parser: argparse.ArgumentParser, text: str) -> None:
     add("--columns", type=columns, metavar="NAME=COLUMN,...", help=COLUMNS_HELP)
     # About ten thousand tokens. bench/experiments, `repairs`, compares other numbers.
     add("--examples", type=positive_int, default=64, metavar="N", help="examples for the calibration")
+
+
+def _check_calibration(args: argparse.Namespace) -> None:
+    if args.calibration is not None:
+        check_records(args.calibration, args.columns)
 
 
 def _calibration(args: argparse.Namespace, model: str | Path) -> list[Any] | None:
@@ -158,6 +154,16 @@ def _processes() -> Iterator[None]:
         dist.destroy_process_group()
 
 
+def _check_init(args: argparse.Namespace) -> None:
+    if args.calibration is not None and args.quant is None:
+        raise UserError(
+            "--calibration: needs --quant, whose codes it chooses; give --quant nf4 or int8, or leave it out"
+        )
+    if args.init == "activations" and args.calibration is None:
+        raise UserError("--init activations: got no --calibration; give --calibration FILE, or another --init")
+    _check_calibration(args)
+
+
 def _init(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     if args.is_process and "peft" not in sys.modules:
         # PEFT imports bitsandbytes if it is installed. That takes a second and 40 MB, and nothing here uses it.
@@ -166,12 +172,6 @@ def _init(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     from pissa.config import PissaConfig
     from pissa.containers.checkpoint import INITIAL_FOLDER
 
-    if args.calibration is not None and args.quant is None:
-        raise UserError(
-            "--calibration: needs --quant, whose codes it chooses; give --quant nf4 or int8, or leave it out"
-        )
-    if args.init == "activations" and args.calibration is None:
-        raise UserError("--init activations: got no --calibration; give --calibration FILE, or another --init")
     with user_errors(TypeError), _processes():  # raised for a layer of a kind that cannot be adapted
         method = _options(args, *_METHOD)
         batches = _calibration(args, args.source)
@@ -196,7 +196,7 @@ def _init(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         print_row("", f"with the LoRA adapter {args.target / INITIAL_FOLDER}")
 
 
-INIT = FolderCommand(_add_init, _init)
+INIT = FolderCommand(_add_init, _init, _check_init)
 
 # ---- pissa merge -----------------------------------------------------------------------------------------------------
 
@@ -214,14 +214,20 @@ def _add_merge(parser: argparse.ArgumentParser) -> None:
     _add_calibration(parser, f"with --quant same: {_READ}")
 
 
-def _merge(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    from pissa.checkpoints.merge import prepare
-    from pissa.cli.held_out import loss_merged, losses_before, read_rows
-
+def _check_merge(args: argparse.Namespace) -> None:
     if args.data and args.quant == "int8" and find_spec("bitsandbytes") is None:
         raise UserError(
             "--data: only bitsandbytes computes in int8; run `pip install bitsandbytes`, or leave --data out"
         )
+    if args.data:
+        check_records(args.data, None)
+    _check_calibration(args)
+
+
+def _merge(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    from pissa.checkpoints.merge import prepare
+    from pissa.cli.held_out import loss_merged, losses_before, read_rows
+
     args.base = args.base or _named_base(args.adapter)
     batches = _calibration(args, args.base)
     run = prepare(args.adapter, args.base, args.target, quant=args.quant, calibration=batches)
@@ -291,7 +297,7 @@ def _print_kept(kept: Any, of_layers: Mapping[str, Any]) -> None:
         print_row("", f"{kept.beyond:.2%} of the changes led beyond the levels of their block")
 
 
-MERGE = FolderCommand(_add_merge, _merge)
+MERGE = FolderCommand(_add_merge, _merge, _check_merge)
 
 # ---- pissa export ----------------------------------------------------------------------------------------------------
 
@@ -305,12 +311,16 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     _add_calibration(parser, f"for gguf-model: {_READ}")
 
 
+def _check_export(args: argparse.Namespace) -> None:
+    if args.check and not args.to.startswith("gguf"):
+        raise UserError(f"--check: got --to {args.to}; it compares with llama.cpp, which --to gguf is for")
+    _check_calibration(args)
+
+
 def _export(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     from pissa.adapters.lora_folder import open_adapter
     from pissa.integrations.export import export
 
-    if args.check and not args.to.startswith("gguf"):
-        raise UserError(f"--check: got --to {args.to}; it compares with llama.cpp, which --to gguf is for")
     batches = _calibration(args, args.base or open_adapter(args.adapter).named_base or args.adapter)
     done = export(args.adapter, args.target, args.to, base=args.base, calibration=batches, progressbar=True)
     yield done._asdict() | _kept_as_dicts(done)
@@ -331,7 +341,7 @@ def _export(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             print_row("check", f"{prompt!r}: llama.cpp continues with the same {equal} of {TOKENS} tokens{ended}")
 
 
-EXPORT = FolderCommand(_add_export, _export)
+EXPORT = FolderCommand(_add_export, _export, _check_export)
 
 # ---- pissa convert ---------------------------------------------------------------------------------------------------
 
@@ -343,6 +353,11 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--initial", type=Path, metavar="DIR", help=initial)
     rank = "rank to which layers are reduced, by the best approximation"
     parser.add_argument("--rank", type=positive_int, metavar="N", help=rank)
+
+
+def _check_convert(args: argparse.Namespace) -> None:
+    with user_errors(ValueError):
+        check_unused(args.target)
 
 
 def _convert(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -364,4 +379,4 @@ def as_range(numbers: Sequence[int]) -> str:
     return str(low) if low == high else f"{low} to {high}"
 
 
-CONVERT = FolderCommand(_add_convert, _convert)
+CONVERT = FolderCommand(_add_convert, _convert, _check_convert)

@@ -7,10 +7,9 @@ import re
 import shlex
 from pathlib import Path
 
-from pissa.adapters.lora_folder import has_adapter, open_adapter
 from pissa.cli.terminal import UserError
-from pissa.containers.checkpoint import has_model
-from pissa.containers.messages import quote
+from pissa.containers.messages import quote, read_object
+from pissa.containers.recognise import ADAPTER_CONFIG, has_adapter, has_model
 
 RUN_FILE = "run.yaml"
 """The file with the options of a run."""
@@ -27,7 +26,8 @@ def check_no_run(folder: Path) -> None:
         trains = "dpo" if "\nbeta:" in run.read_text(errors="replace") else "finetune"  # which has no such option
         what, ways = "a run", [f"to continue it: `{resume_command(f'pissa {trains}', folder)}`"]
     if adapter := folder if has_adapter(folder) else last_checkpoint(folder):
-        words = ["pissa", "merge", str(adapter), "NEW_FOLDER", "--base", open_adapter(adapter).named_base or "BASE"]
+        has_base = read_object(adapter / ADAPTER_CONFIG).get("base_model_name_or_path")
+        words = ["pissa", "merge", str(adapter), "NEW_FOLDER", *([] if has_base else ["--base", "BASE"])]
         ways.append(f"to train on from what it has learned: `{shlex.join(words)}`, then give NEW_FOLDER as the model")
     raise ValueError(f"it is the folder of {what}, not of a model; {'; '.join(ways)} [P128]")
 

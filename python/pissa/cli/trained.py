@@ -8,7 +8,7 @@ from typing import Any
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from pissa.adapters.lora_folder import LoraFolder, has_adapter, open_adapter
+from pissa.adapters.lora_folder import LoraFolder, open_adapter
 from pissa.adapters.pissa_layout import ADAPTER_FILES
 from pissa.checkpoints.load import load
 from pissa.cli.terminal import UserError, print_row, user_errors
@@ -16,6 +16,7 @@ from pissa.containers.checkpoint import AS_STORED, Contents, ModelFolder
 from pissa.containers.hub import Name, adapter_folder
 from pissa.containers.messages import CodeError
 from pissa.containers.model_folder import class_of
+from pissa.containers.recognise import has_adapter
 from pissa.model.pissa_model import PissaModel
 
 

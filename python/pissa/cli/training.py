@@ -38,7 +38,7 @@ from pissa.cli.generation import check_tokens
 from pissa.cli.memory import free_memory
 from pissa.cli.options import adapter_config, parse, rate_of
 from pissa.cli.outcome import method_name, report, results
-from pissa.cli.past_run import check_no_run, last_checkpoint, resume_command
+from pissa.cli.past_run import last_checkpoint, resume_command
 from pissa.cli.plan import collate, evaluations, make_plan, needs_checkpointing
 from pissa.cli.progress import CompleteError, LossBar, Watch
 from pissa.cli.repeats import distinct, divide
@@ -188,11 +188,7 @@ def _complete_options(ours: Any, training: Any) -> tuple[pissa.PissaConfig, Mode
     if ours.resume and not training.output_dir:
         raise UserError("--resume: --out is missing; needed: the folder of the run, or its run.yaml as --config")
     with user_errors(OSError, ValueError, before=f"--model {name}: "):
-        try:
-            model_folder = ModelFolder.open(name, ours.model_revision, config_from=ours.config_from)
-        except ValueError:
-            check_no_run(Path(name))
-            raise
+        model_folder = ModelFolder.open(name, ours.model_revision, config_from=ours.config_from)
         model_folder.require(*(contents for contents in Contents if contents is not Contents.PEFT_RESIDUAL))
         is_residual = model_folder.contents is Contents.RESIDUAL
         split = AdapterRecord.read(model_folder.folder / PISSA_RECORD).config if is_residual else None

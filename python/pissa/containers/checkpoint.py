@@ -29,7 +29,6 @@ from pissa.containers.gguf_tokenizer import tokenizer_of
 from pissa.containers.hub import Name, find_file, model_files, weight_files
 from pissa.containers.messages import file_errors, quote
 from pissa.containers.model_folder import (
-    CONFIG,
     NO_MODEL,
     Composition,
     Part,
@@ -39,6 +38,7 @@ from pissa.containers.model_folder import (
     model_config,
     read_config,
 )
+from pissa.containers.recognise import CONFIG, has_model
 from pissa.containers.tensor_file import Entry, Source
 from pissa.layers.experts import WEIGHTS, is_transposed
 
@@ -379,11 +379,6 @@ class Checkpoint(ModelFolder):
 
 EXPERT = re.compile(rf"(.+)\.\d+\.({'|'.join(WEIGHTS)})")
 """The name of an expert's weight after unfusing."""
-
-
-def has_model(folder: Path) -> bool:
-    """Whether it is the folder of a model."""
-    return (folder / CONFIG).is_file()
 
 
 def initial_adapter(name: Name | None) -> Path | None:

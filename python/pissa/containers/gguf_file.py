@@ -15,6 +15,7 @@ import torch
 
 from pissa.base.digest import xxh3
 from pissa.containers.messages import file_errors, quote
+from pissa.containers.recognise import is_gguf
 from pissa.containers.tensor_file import Entry, MappedFile
 from pissa.ops.formats import READ, QuantFormat
 
@@ -190,16 +191,6 @@ class _Reader:
 # ---- A model, in one file or several ---------------------------------------------------------------------------------
 
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.gguf)", re.IGNORECASE)
-
-
-def is_gguf(path: Path) -> bool:
-    """Whether the path has the name of a GGUF file, or is one: those of Ollama are named by their digest."""
-    if path.suffix.lower() == ".gguf":
-        return True
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return file.read(4) == b"GGUF"
 
 
 def model_file(path: Path) -> Path | None:

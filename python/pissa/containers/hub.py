@@ -14,8 +14,9 @@ from typing import Any
 import huggingface_hub
 from huggingface_hub.errors import HFValidationError
 
-from pissa.containers.gguf_file import is_gguf, is_projector, parts_of
+from pissa.containers.gguf_file import is_projector, parts_of
 from pissa.containers.messages import first_line, quote
+from pissa.containers.recognise import is_gguf
 from pissa.containers.tensor_file import INDEX, WEIGHTS, shards
 
 Name = str | os.PathLike[str]

@@ -26,8 +26,7 @@ from transformers.core_model_loading import (
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from pissa.containers.messages import CodeError, file_errors, quote, read_object
-
-CONFIG = "config.json"
+from pissa.containers.recognise import CONFIG
 
 
 def class_of(config: Any) -> Any:

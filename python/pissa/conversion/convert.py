@@ -11,7 +11,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from pissa.adapters.lora_folder import open_adapter, with_sizes
-from pissa.adapters.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Matrices, base_weight_key
+from pissa.adapters.peft_layout import ADAPTER_WEIGHTS, Matrices, base_weight_key
+from pissa.containers.recognise import ADAPTER_CONFIG
 from pissa.containers.staged import check_unused, staged
 from pissa.containers.tensor_file import Scratch, write_tensors
 from pissa.conversion.plain_lora import PLAIN, PlainLora

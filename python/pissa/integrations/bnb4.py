@@ -10,7 +10,7 @@ from typing import Any
 
 from pissa import ops
 from pissa.adapters.lora_folder import LoraFactors, with_sizes
-from pissa.adapters.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, base_weight_key
+from pissa.adapters.peft_layout import ADAPTER_WEIGHTS, base_weight_key
 from pissa.base.bitsandbytes_state import KEPT_IN_4_BITS
 from pissa.base.init_methods import lacks_start
 from pissa.checkpoints.merge import UnitPlanner
@@ -18,6 +18,7 @@ from pissa.checkpoints.output import Output
 from pissa.checkpoints.rewrite import Layers, Plan, Result, Rewrite, Unit, add_up, relative_error, square
 from pissa.checkpoints.trained import Ours, read_weight
 from pissa.config import IMPLICIT
+from pissa.containers.recognise import ADAPTER_CONFIG
 from pissa.containers.tensor_file import Scratch, write_tensors
 from pissa.integrations.exported import MERGE, Exported
 

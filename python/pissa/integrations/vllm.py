@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from pissa.adapters.lora_folder import LoraFactors, LoraFolder, with_sizes
-from pissa.adapters.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, FACTOR_KEYS, PREFIX, Matrices
+from pissa.adapters.peft_layout import ADAPTER_WEIGHTS, FACTOR_KEYS, PREFIX, Matrices
 from pissa.checkpoints.merge import UnitPlanner
 from pissa.checkpoints.rewrite import LayerPlan
 from pissa.containers.checkpoint import Checkpoint
 from pissa.containers.hub import Name
 from pissa.containers.messages import quote
+from pissa.containers.recognise import ADAPTER_CONFIG
 from pissa.containers.staged import check_unused, staged
 from pissa.containers.tensor_file import Scratch, write_tensors
 from pissa.conversion.plain_lora import PlainLora

@@ -387,12 +387,10 @@ def test_a_run_in_place_of_a_model_is_refused_with_the_commands_to_go_on(
 
     (folder / "adapter_config.json").unlink()  # as before the end of a run
     message = refused(command(folder, data, tmp_path / "other"), capsys)
-    assert (
-        f"`pissa merge '{folder}/checkpoint-4' NEW_FOLDER --base {base}`, then give NEW_FOLDER as the model" in message
-    )
+    assert f"`pissa merge '{folder}/checkpoint-4' NEW_FOLDER`, then give NEW_FOLDER as the model" in message
     for other in (
         ["init", str(folder), "other"],
-        ["export", str(folder), "other", "--to", "vllm", "--base", str(folder)],
+        ["export", str(folder / "checkpoint-4"), "other", "--to", "vllm", "--base", str(folder)],
     ):
         assert f"{folder}: it is the folder of a run, not of a model; to continue it: `" in refused(other, capsys)
     message = refused(command(folder / "checkpoint-4", data, tmp_path / "other"), capsys)

@@ -24,6 +24,8 @@ FILES = {
     "notes.docx": "x",
     "full/model.bin": "x",
     "begun/run.yaml": "r: 4\n",
+    "begun/checkpoint-2/adapter_config.json": '{"base_model_name_or_path": "org/model"}',
+    "begun/checkpoint-2/trainer_state.json": "{}",
     "bad.yaml": "[",
     "list.yaml": "[1]",
     "name.yaml": "learnin_rate: 1",
@@ -60,6 +62,8 @@ WRONG = {
     f"{TRAIN} --out begun": "go on with that run by --resume, or choose a new one",
     f"{TRAIN} --resume": "--resume: --out is missing",
     f"{TRAIN} --resume --out full": "--resume: full holds no run (run.yaml is missing)",
+    "finetune --model ./full --data train.jsonl": "--model ./full: holds no model: there is neither config.json nor",
+    "finetune --model begun --data train.jsonl": "`pissa merge begun/checkpoint-2 NEW_FOLDER`, then give NEW_FOLDER",
     f"{TRAIN} --config no.yaml": "--config no.yaml: [Errno 2] No such file",
     f"{TRAIN} --config bad.yaml": "--config bad.yaml: while parsing",
     f"{TRAIN} --config list.yaml": "--config list.yaml: holds no options; needed: a file of options by",
@@ -72,13 +76,25 @@ WRONG = {
     "finetune org/model train.jsonl": "org/model: belongs to no option; needed: pissa finetune --model MODEL --data",
     "dpo --model org/model --data train.jsonl": "train.jsonl:1: found",
     "chat ./trained": "RUN ./trained: no such file or folder",
+    "chat begun": "RUN begun: holds no model: there is neither config.json nor a GGUF file; there is no adapter either",
     "chat org/model --promt Hello": "--promt: there is no such option; did you mean --prompt?",
     "merge ./full": "the following arguments are required: OUT; --help lists the options",
     "export ./full out --to onnx": "--to: invalid choice: 'onnx'",
     "init org/model out --init pisa": "--init: got 'pisa'; allowed: pissa, lora, activations",
     "merge ./ful merged": "ADAPTER ful: no such file or folder; did you mean full?",
-    "merge ./full merged --base ./base": "--base ./base: no such file or folder",
+    "merge full merged": "full holds no adapter: there is no adapter_config.json",
+    "merge begun/checkpoint-2 merged --base ./base": "--base ./base: no such file or folder",
+    "merge begun/checkpoint-2 merged --data tickets.csv": "tickets.csv:2: found the columns 'message', 'team'; allowed",
+    "export begun/checkpoint-2 out --to gguf-model --calibration no.csv": "no.csv: no such file",
+    "export begun/checkpoint-2 out --to vllm --check": "--check: got --to vllm; it compares with llama.cpp",
+    "convert train.jsonl lora": "train.jsonl is a file; needed: an adapter folder",
+    "convert begun/checkpoint-2 full": "full is not empty (model.bin)",
+    "predict ./ful --data tickets.csv --out out.csv": "RUN ./ful: no such file or folder; did you mean full?",
     "convert ./ful lora": "ADAPTER ful: no such file or folder",
+    "init org/model out --calibration train.jsonl": "--calibration: needs --quant",
+    "init org/model out --init activations": "--init activations: got no --calibration",
+    "init full out": "SRC full: holds no model: there is neither config.json nor a GGUF file",
+    "init begun out": "SRC begun: it is the folder of a run, not of a model; to continue it: `pissa finetune --config",
     "init ./model out": "SRC ./model: no such file or folder",
 }
 RUNS = """
@@ -96,7 +112,7 @@ for line in json.load(sys.stdin):
 def test_wrong_arguments_are_refused_before_the_packages_of_a_training_are_imported(tmp_path: Path) -> None:
     for name, text in FILES.items():
         path = tmp_path / name
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     lines = json.dumps([*WRONG])
     run = [sys.executable, "-c", RUNS]

@@ -16,6 +16,7 @@ FIELDS = {"quant_method", "quantization_config", "pissa_init"}
 
 ALLOWED = {
     "containers/checkpoint.py": FILES | FIELDS,
+    "containers/recognise.py": {"CONFIG"},  # whether it may be one, before anything is imported to open it
     "adapters/lora_folder.py": FILES,
     "adapters/pissa_layout.py": {"PISSA_RECORD"},  # below lora_folder.py: it reads the file, or says that there is none
     "containers/hub.py": {"INDEX"},  # the file with the names of those to download
