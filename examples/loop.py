@@ -53,4 +53,4 @@ for step in range(options.steps):
 
 model.save_pretrained(options.out)  # a plain LoRA for the unmodified model, too
 tokenizer.save_pretrained(options.out)
-print(f"ask it: pissa chat {options.out} --base {options.model}")
+print(f"ask it: pissa chat {options.out}")

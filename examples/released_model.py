@@ -41,5 +41,5 @@ adapter = options.out.with_name(f"{options.out.name}-adapter")
 model.save_pretrained(adapter)
 tokenizer.save_pretrained(adapter)
 # The same files with other codes: the same format and scales.
-command = [sys.executable, "-m", "pissa", "merge", adapter, options.out, "--base", options.model, "--quant", "same"]
+command = [sys.executable, "-m", "pissa", "merge", adapter, options.out, "--quant", "same"]
 subprocess.run([str(word) for word in command], check=True)

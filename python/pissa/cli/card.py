@@ -29,7 +29,7 @@ pissa chat {run_word}{at_base}
 To merge it into its base, as a model of its own:
 
 ```sh
-pissa merge {run_word} NEW_FOLDER --base {base_word}
+pissa merge {run_word} NEW_FOLDER{at_base}
 ```
 
 In Python:
@@ -67,10 +67,10 @@ def write_card(
     metadata["tags"] = ["lora", *(["pissa"] if "PiSSA" in method else []), "trl"]
     here = " and ".join(f"`{_name(given)}`" for given in (run, base) if os.path.exists(given))
     run, base, data = map(_name, (run, base, data))
-    words = {"run_word": shlex.quote(run), "base_word": shlex.quote(base), "run": run, "base": base, "data": data}
+    words = {"run_word": shlex.quote(run), "run": run, "base": base, "data": data}
     words |= {"method": method, "command": command, "title": run.rpartition("/")[2]}
     words["metadata"] = yaml.safe_dump(metadata, sort_keys=False)
-    words["at_base"] = f" --base {words['base_word']}" if "base_model" not in metadata else ""
+    words["at_base"] = f" --base {shlex.quote(base)}" if "base_model" not in metadata else ""
     words["where"] = f", in the folder that contains {here}" if here else ""
     words["results"] = "".join(f"\n{sentence}\n" for sentence in results)
     with staged(folder) as new:

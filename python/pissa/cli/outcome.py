@@ -55,11 +55,11 @@ def results(history: Sequence[Mapping[str, Any]], answers: HeldOutAnswers) -> It
 def further(run: str, model: str, contents: Contents) -> dict[str, str]:
     """The commands after which other programs have the trained model, and what each gives."""
     file = shlex.join(["pissa", "export", run, f"{run.rstrip('/')}.gguf", "--to", "gguf-model"])
-    merge = shlex.join(["pissa", "merge", run, "NEW_FOLDER", "--base", model])
+    of_split = ["--base", model] if contents is Contents.RESIDUAL else []  # the adapter names what was split
+    merge = shlex.join(["pissa", "merge", run, "NEW_FOLDER", *of_split])
     if contents is Contents.GGUF:
         return {file: "one file for Ollama, LM Studio and llama.cpp"}
     if contents is Contents.DENSE:
-        file = shlex.join([*shlex.split(file), "--base", model])
         return {file: "one file for Ollama, LM Studio and llama.cpp", merge: "a folder for transformers and vLLM"}
     return {merge: "a folder for transformers and vLLM"}
 

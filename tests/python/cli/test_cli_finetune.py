@@ -575,8 +575,8 @@ def test_a_locale_of_ascii_and_names_with_spaces(base: Path, tmp_path: Path) -> 
     assert "Ollama" in following[1]
     assert [shlex.split(line, comments=True) for line in following] == [
         ["pissa", "chat", str(out)],
-        ["pissa", "export", str(out), f"{out}.gguf", "--to", "gguf-model", "--base", str(model)],
-        ["pissa", "merge", str(out), "NEW_FOLDER", "--base", str(model)],
+        ["pissa", "export", str(out), f"{out}.gguf", "--to", "gguf-model"],
+        ["pissa", "merge", str(out), "NEW_FOLDER"],
     ]
 
 
