@@ -207,8 +207,8 @@ _READ = "records like those that the model will read, for error feedback"
 def _add_merge(parser: argparse.ArgumentParser) -> None:
     base = "model of the adapter (default: the one that it names); or a folder that pissa init has written"
     _add_adapter(parser, "new folder, or the folder of an interrupted run", base)
-    quant = "form of the linear layers: dense, nf4 or int8 (as in bitsandbytes), or same: the base's own codes"
-    parser.add_argument("--quant", metavar="FORMAT", help=f"{quant} (default: dense)")
+    quant = "form of the linear layers: nf4 or int8, as in bitsandbytes; same: the base's own codes (default: dense)"
+    parser.add_argument("--quant", metavar="FORMAT", choices=("nf4", "int8", "same"), help=quant)
     data = "records with questions and answers: compare the loss of base, adapter and merged model on them"
     parser.add_argument("--data", metavar="DATA", help=data)
     _add_calibration(parser, f"with --quant same: {_READ}")

@@ -106,7 +106,6 @@ def test_nothing_is_measured_for_what_cannot_be_merged(
     (unfinished / "identity.json").write_text('{"command": "init"}')
     monkeypatch.setattr("pissa.cli.held_out.losses_before", measured)
     for of, out, options, words in (
-        (base, "out", ["--quant", "nf5"], "quant: got 'nf5'"),
         (base, "out", ["--quant", "same"], "contains weights in 16 or 32 bits: leave it out"),
         (other, "out", [], "it is not the base of the adapter [P092]"),
         (base, "full", [], "full is not empty (file) and nothing is overwritten"),

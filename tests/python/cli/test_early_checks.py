@@ -82,6 +82,7 @@ WRONG = {
     "export ./full out --to onnx": "--to: invalid choice: 'onnx'",
     "init org/model out --init pisa": "--init: got 'pisa'; allowed: pissa, lora, activations",
     "merge ./ful merged": "ADAPTER ful: no such file or folder; did you mean full?",
+    "merge begun/checkpoint-2 merged --quant nf5": "--quant: invalid choice: 'nf5'",
     "merge full merged": "full holds no adapter: there is no adapter_config.json",
     "merge begun/checkpoint-2 merged --base ./base": "--base ./base: no such file or folder",
     "merge begun/checkpoint-2 merged --data tickets.csv": "tickets.csv:2: found the columns 'message', 'team'; allowed",
