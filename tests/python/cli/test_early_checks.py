@@ -157,3 +157,8 @@ def test_no_option_of_trl_is_taken_for_a_mistyped_one(trainer: str) -> None:
 def test_the_names_are_those_of_the_packages_that_are_not_imported() -> None:
     assert tuple(formats.FORMATS) == FORMATS
     assert tuple(name for name, method in pissa.INIT_METHODS.items() if not method.is_given) == INITS
+
+
+def test_the_rate_of_dpo_that_the_help_shows_is_trls() -> None:
+    assert SHOWN["learning_rate"].help_of("dpo").endswith("(default: 1e-6)")
+    assert trl_parser("DPO").get_default("learning_rate") == 1e-6
