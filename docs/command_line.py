@@ -12,6 +12,7 @@ import transformers
 import trl
 
 from pissa.cli import COMMANDS, parser_for
+from pissa.cli.training_options import SHOWN
 
 PAGE = Path(__file__).with_name("command-line.md")
 TRAININGS = {"finetune": "SFTConfig", "dpo": "DPOConfig"}
@@ -21,13 +22,11 @@ OURS = "model, data and method"
 # What we say of options of transformers, TRL and PEFT. Those of their trainers that are not here are only named.
 TEXTS = {
     "model_revision": "branch, tag or commit of a model on the Hub",
-    "dtype": "dtype of the model: auto, bfloat16, float16 or float32 (default: the checkpoint's; for float16 float32)",
     "attn_implementation": "transformers' implementation of attention (default: sdpa)",
     "dataset_config": "configuration of a data set on the Hub",
     "dataset_train_split": "its split to train on",
     "dataset_test_split": "its split to evaluate on",
     "dataset_streaming": "read the data set while training",
-    "target_modules": "layers to adapt: names, endings of names, or one expression (default: all-linear)",
     "exclude_modules": "layers not to adapt",
     "target_parameters": "experts to adapt, by the names of their parameters",
     "lora_dropout": "dropout of the adapter's input (default: 0)",
@@ -40,11 +39,8 @@ TEXTS = {
     "rank_pattern": "ranks of some layers, as JSON",
     "alpha_pattern": "alphas of some layers, as JSON",
     "trainable_token_indices": "tokens whose embeddings are trained, as JSON",
-    "per_device_train_batch_size": "examples per step and process",
-    "max_steps": "number of steps, in place of --epochs (default: by --epochs)",
     "lr_scheduler_type": "schedule of the learning rate: cosine, linear, constant, ...",
     "warmup_steps": "steps in which the rate rises: their share or, from 1 on, their number",
-    "gradient_accumulation_steps": "batches of --batch-size in a step",
     "bf16": "autocast to bfloat16",
     "gradient_checkpointing": "compute activations twice instead of keeping them "
     "(default: if they would fill more than half of the free memory)",
@@ -52,18 +48,12 @@ TEXTS = {
     "report_to": "trackers that receive the losses: tensorboard, wandb, ...",
     "save_steps": "steps between two checkpoints",
     "save_total_limit": "number of checkpoints to keep",
-    "seed": "seed for data order, dropout and decomposition (default: 0)",
     "use_cpu": "train on the CPU (default: unless pissa selftest --device cuda has passed)",
     "train_sampling_strategy": "order of the examples: random, sequential, group_by_length, batch_rebalance",
-    "max_length": "length in tokens at which longer examples are cut",
     "packing": "put several examples into one row",
     "padding_free": "put the examples of a batch into one row",
     "beta": "how strongly the policy is tied to the reference",
-    "config": "YAML file of options by their long names; flags take precedence",
 }
-OUR_TEXTS = ("output_dir", "num_train_epochs", "learning_rate")
-"""Options of the Trainer whose help is ours already."""
-
 HEAD = f"""\
 # Command line
 
@@ -104,7 +94,7 @@ def _wrapped(text: str, names: Iterable[str]) -> str:
 def _is_other(command: argparse.ArgumentParser, action: argparse.Action) -> bool:
     """Whether it is an option of TRL or of transformers' Trainer that is only named."""
     ours = _group_of_ours(command)
-    return bool(ours) and action not in ours and action.dest not in (*TEXTS, *OUR_TEXTS, "help")
+    return bool(ours) and action not in ours and action.dest not in (*TEXTS, *SHOWN, "help")
 
 
 def _group_of_ours(command: argparse.ArgumentParser) -> list[argparse.Action]:

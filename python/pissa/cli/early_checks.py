@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Callable, Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from pissa.cli.data import read_chats, read_preferences
-from pissa.cli.past_run import RUN_FILE, check_no_run
-from pissa.cli.sources import Records, check_source, is_records, records
+from pissa.cli.past_run import RUN_FILE, check_is_run, check_no_run
+from pissa.cli.sources import Records, check_source, did_you_mean, is_records, records
 from pissa.cli.terminal import UserError, user_errors
 from pissa.cli.training_options import read, read_file
 from pissa.containers import recognise
@@ -57,12 +55,11 @@ def _check_out(out: str | None, resume: bool | None) -> None:
         raise UserError("--resume: --out is missing; needed: the folder of the run, or its run.yaml as --config")
     if not out:
         return
-    is_run = (Path(out) / RUN_FILE).is_file()
-    if resume and not is_run:
-        raise UserError(f"--resume: {out} holds no run ({RUN_FILE} is missing); leave --resume out to start one [P099]")
-    if not resume:
+    if resume:
+        check_is_run(Path(out))
+    else:
         with user_errors(ValueError, before="--out "):
-            check_unused(Path(out), "go on with that run by --resume, or " if is_run else "")
+            check_unused(Path(out), "go on with that run by --resume, or " if (Path(out) / RUN_FILE).is_file() else "")
 
 
 def check_model(option: str, given: str) -> None:
@@ -109,8 +106,4 @@ def check_exists(option: str, given: str | Path) -> None:
         if not is_path or ":" in name:  # org/name:Q4_K_M is a file on the Hub
             return
     if not path.exists():
-        names = os.listdir(path.parent) if path.parent.is_dir() else []
-        near = " or ".join(str(path.parent / each) for each in get_close_matches(path.name, names))
-        raise UserError(
-            f"{option} {name}: no such file or folder{near and f'; did you mean {near}?'}; needed: {needed}"
-        )
+        raise UserError(f"{option} {name}: no such file or folder{did_you_mean(path)}; needed: {needed}")

@@ -225,10 +225,12 @@ def _check_merge(args: argparse.Namespace) -> None:
 
 
 def _merge(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    from pissa.adapters.lora_folder import open_adapter
     from pissa.checkpoints.merge import prepare
     from pissa.cli.held_out import loss_merged, losses_before, read_rows
+    from pissa.cli.trained import base_of
 
-    args.base = args.base or _named_base(args.adapter)
+    args.base = base_of(open_adapter(args.adapter), args.adapter, args.base)
     batches = _calibration(args, args.base)
     run = prepare(args.adapter, args.base, args.target, quant=args.quant, calibration=batches)
     rows, found = [], dict[str, float]()
@@ -255,16 +257,6 @@ def _merge(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         print_row("loss", ", ".join(f"{what} {loss:.4f}" for what, loss in found.items()))
 
 
-def _named_base(adapter: Path) -> str:
-    """The base that an adapter names."""
-    from pissa.adapters.lora_folder import open_adapter
-
-    base = open_adapter(adapter).named_base
-    if base is None:
-        raise UserError(f"{adapter} names no base; give the model it was trained on: --base DIR_OR_NAME [P112]")
-    return str(base)
-
-
 def _print_merged(args: argparse.Namespace, done: Any) -> None:
     print_row("adapter", f"{args.adapter}: {done.what}, {done.layers} layers")
     if done.kept is not None:
@@ -289,8 +281,9 @@ _GOOD = 0.94
 def _print_kept(kept: Any, of_layers: Mapping[str, Any]) -> None:
     """What became of a change in the codes of a base."""
     worst = min(of_layers, key=lambda name: of_layers[name].share)
-    verdict = "good" if kept.share >= _GOOD else "poor, merge without --quant, or train with --merge-aware"
-    print_row("merge", f"{verdict}: {kept.share:.1%} of the change is kept")
+    print_row("merge", f"{'good' if kept.share >= _GOOD else 'poor'}: {kept.share:.1%} of the change is kept")
+    if kept.share < _GOOD:
+        print_row("", "train with --merge-aware, or merge without --quant, into dense weights")
     print_row("", f"least in {worst}, {of_layers[worst].share:.1%}; {kept.moved:.2%} of the codes are new")
     print_row("", f"rounding adds noise of {kept.noise:.1f} times the change, which averages out over a layer's inputs")
     if kept.beyond:

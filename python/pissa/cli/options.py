@@ -68,7 +68,6 @@ _CHOICES = {
     "quant": tuple(FORMATS),
     "repair": tuple(name for name, method in pissa.INIT_METHODS.items() if not method.is_given),
 }
-_OWN_DEFAULTS: dict[str, Any] = {"examples": 64}
 
 
 def _fields(
@@ -91,7 +90,7 @@ def _fields(
 
 
 def _own(option: Option) -> tuple[str, Any, Any]:
-    default = _OWN_DEFAULTS.get(option.name, None if option.metavar else False)
+    default = option.default if option.metavar else False
     metadata: dict[str, Any] = {"help": option.text}
     return option.name, option.type if option.metavar else bool, field(default=default, metadata=metadata)
 

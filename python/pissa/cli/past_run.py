@@ -15,6 +15,14 @@ RUN_FILE = "run.yaml"
 """The file with the options of a run."""
 
 
+def check_is_run(folder: Path) -> None:
+    """Raises UserError if there is no run to go on with."""
+    if not (folder / RUN_FILE).is_file():
+        raise UserError(
+            f"--resume: {folder} holds no run ({RUN_FILE} is missing); leave --resume out to start one [P099]"
+        )
+
+
 def check_no_run(folder: Path) -> None:
     """Raises ValueError, saying how to go on, if it is the folder of a run or of an adapter that stands in the place of
     a model's."""

@@ -128,33 +128,31 @@ def _as_text(value: Any) -> str:
 
 def _predict(args: argparse.Namespace, data: Path, target: Path, asked: Asked) -> None:
     """Answers what is not answered yet, writes `target`, and says how it went."""
-    journal = Journal(target, _dependencies(args, data, asked))
-    for row, chat in enumerate(asked.chats):
-        if not chat.messages and row not in journal.answers:
-            journal.add(row, Answer("", "no question"))
-    left = [row for row in range(len(asked.chats)) if row not in journal.answers]
+    journal, nothing = Journal(target, _dependencies(args, data, asked)), Answer("", "no question")
+    left = [row for row, chat in enumerate(asked.chats) if chat.messages and row not in journal.answers]
     seconds = 0.0
     try:
         if left:
             seconds = _answer(args, asked.chats, left, journal)
-        texts = [journal.answers[row].text for row in range(len(asked.chats))]
+        answers = [journal.answers.get(row, nothing) for row in range(len(asked.chats))]
         with user_errors(OSError, before=f"{target}: cannot be written: "), staged(target.parent) as path:
-            write_answered(data, path(target.name), asked.column, texts)
+            write_answered(data, path(target.name), asked.column, [answer.text for answer in answers])
     except KeyboardInterrupt:
         done = f"{len(journal.answers)} of {count_of(len(asked.chats), 'row')} done"
         kept = "nothing is kept" if args.out == _PIPE else f"the same command goes on from {journal.path}"
         raise KeyboardInterrupt(f"{done}; {kept}") from None
     journal.remove()
-    said = [count_of(len(texts), "row") + (f", {seconds / len(left):.2g} s each" if left else "")]
+    said = [count_of(len(answers), "row") + (f", {seconds / len(left):.2g} s each" if left else "")]
     if asked.expected is not None:
-        pairs = [(text, right) for text, right in zip(texts, asked.expected, strict=True) if right]
+        rows = zip(answers, asked.expected, strict=True)
+        pairs = [(answer.text, right) for answer, right in rows if right and answer is not nothing]
         found = f"{sum(is_right(*pair) for pair in pairs)} of {len(pairs)}"
         if pairs:
             usual, count = most_frequent([right for _, right in pairs])
             found += f"; always {usual!r} would be right for {count}"
         print_row("right", found)
         print_row("", f"right: {RIGHT}")
-    for ended_by, number in Counter(answer.ended_by for answer in journal.answers.values()).items():
+    for ended_by, number in Counter(answer.ended_by for answer in answers).items():
         if ended_by:
             print_row("note", f"{count_of(number, 'row')}: {_ENDED[ended_by]}")
     print_row("done", "; ".join([*said, *([] if args.out == _PIPE else [f"saved {target}"])]))

@@ -16,7 +16,7 @@ from datasets import Dataset
 
 from pissa.base.digest import xxh3_of_text
 from pissa.cli.options import METHOD, flag
-from pissa.cli.past_run import RUN_FILE
+from pissa.cli.past_run import RUN_FILE, check_is_run
 from pissa.cli.terminal import UserError, user_errors
 from pissa.cli.training_options import AUTO
 from pissa.containers.messages import file_errors, read_object
@@ -134,8 +134,7 @@ def record(out: Path, digests: dict[str, str], *options: Any) -> None:
 def check_same_run(out: Path, ours: Any, training: Any) -> None:
     """Checks that a folder contains a run with the same options, except for those that may change, or names each one
     that differs. A rate that is to be found becomes the rate that the run used."""
-    if not (out / RUN_FILE).is_file():
-        raise UserError(f"--resume: {out} holds no run ({RUN_FILE} is missing); leave --resume out to start one [P099]")
+    check_is_run(out)
     # A run of an earlier version may have recorded fewer options of the method.
     before = METHOD | _recorded(out)
     if training.learning_rate == AUTO:

@@ -67,11 +67,16 @@ def check_source(source: str) -> None:
         if not _texts(path):
             raise UserError(f"{source}: is a folder with other files than texts; {ALLOWED} [P101]")
     elif not path.is_file():
-        names = os.listdir(path.parent) if path.parent.is_dir() else []
-        near = " or ".join(str(path.parent / name) for name in get_close_matches(path.name, names))
-        raise UserError(f"{source}: no such file{near and f'; did you mean {near}?'}; {ALLOWED} [P101]")
+        raise UserError(f"{source}: no such file{did_you_mean(path)}; {ALLOWED} [P101]")
     elif path.suffix.lower() not in _KINDS:
         raise UserError(f"{source}: is of an unknown kind; {ALLOWED} [P101]")
+
+
+def did_you_mean(path: Path) -> str:
+    """The part of a message on a missing file or folder that names those beside it with a name like it, if any."""
+    names = os.listdir(path.parent) if path.parent.is_dir() else []
+    near = " or ".join(str(path.parent / name) for name in get_close_matches(path.name, names))
+    return near and f"; did you mean {near}?"
 
 
 def _texts(folder: Path) -> list[Path]:

@@ -4,6 +4,7 @@ and other packages kept silent."""
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import signal
 import sys
@@ -12,8 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NoReturn
-
-from tqdm import tqdm
 
 from pissa.containers.messages import first_line
 
@@ -49,9 +48,16 @@ def print_row(label: str, text: str) -> None:
 
 @contextmanager
 def busy_with(what: str) -> Iterator[None]:
-    """In the block, which prints nothing itself, the last line of a terminal says what takes a while."""
-    with tqdm(bar_format=f"{'':<9} {what} ...", leave=False, disable=None):
+    """In the block, which prints nothing itself, the last line of a terminal says what takes a while. By no package:
+    `pissa env` and `pissa selftest` run where only torch and numpy are installed."""
+    is_seen = sys.stderr is not None and sys.stderr.isatty()
+    line = f"{'':<9} {what} ..."
+    screen = sys.stderr if is_seen else io.StringIO()
+    print(line, end="\r", file=screen, flush=True)
+    try:
         yield
+    finally:
+        print(" " * len(line), end="\r", file=screen, flush=True)
 
 
 def has_terminal() -> bool:

@@ -33,9 +33,7 @@ def open_trained(args: Namespace, is_compared: bool = False) -> tuple[Any, Any]:
     if lora is None and (is_compared or args.base):
         option = "--compare" if is_compared else "--base"
         raise UserError(f"{option}: {args.source} has no adapter; give a run or an adapter, or leave {option} out")
-    base = args.source if lora is None else args.base or lora.named_base
-    if base is None:
-        raise UserError(f"{args.source} names no base; give the model it was trained on: --base DIR_OR_NAME [P112]")
+    base = args.source if lora is None else base_of(lora, args.source, args.base)
     hint = "; give the model that the adapter was trained on: --base DIR_OR_NAME [P112]"
     if lora is None:
         hint = "; there is no adapter either: a run that has not ended has it in its last checkpoint-N [P113]"
@@ -51,6 +49,13 @@ def open_trained(args: Namespace, is_compared: bool = False) -> tuple[Any, Any]:
         tokenizer = opened.tokenizer(None if lora is None else args.source, **trusted)
     print_row("model", f"{base}, {model.dtype}".replace("torch.", "") + (f", with {args.source}" if lora else ""))
     return model, tokenizer
+
+
+def base_of(lora: LoraFolder, source: Name, given: str | None) -> str:
+    """The model of an adapter that was given as `source`: the one given by --base, or the one that it names."""
+    if (base := given or lora.named_base) is None:
+        raise UserError(f"{source} names no base; give the model it was trained on: --base DIR_OR_NAME [P112]")
+    return base
 
 
 def check_has_base(option: str, lora: LoraFolder, base: ModelFolder) -> None:

@@ -180,13 +180,9 @@ def _check_device(training: Any) -> None:
 
 
 def _complete_options(ours: Any, training: Any) -> tuple[pissa.PissaConfig, ModelFolder]:
-    """Completes and checks the options. Returns the configuration of the method, and the model."""
-    for name, value in {"model": ours.model_name_or_path, "data": ours.dataset_name}.items():
-        if not value:
-            raise UserError(f"--{name} is missing; needed: --model and --data")
+    """Completes and checks the options that `early_checks` has let through. Returns the configuration of the method,
+    and the model."""
     name = ours.model_name_or_path
-    if ours.resume and not training.output_dir:
-        raise UserError("--resume: --out is missing; needed: the folder of the run, or its run.yaml as --config")
     with user_errors(OSError, ValueError, before=f"--model {name}: "):
         model_folder = ModelFolder.open(name, ours.model_revision, config_from=ours.config_from)
         model_folder.require(*(contents for contents in Contents if contents is not Contents.PEFT_RESIDUAL))
@@ -491,7 +487,7 @@ def _plan(
             rate = "the learning rate goes on along the curve of so many"
             print_row("", f"{total:,} steps in all, where {state.max_steps:,} were planned: {rate}")
     else:
-        print_row("plan", "no step is left; --steps, --epochs or --minutes, of more than before, train on")
+        print_row("plan", "no step is left; larger --steps, --epochs or --minutes train on")
     for note in plan.notes(free_memory()):
         print_row("note", note)
     return plan._asdict() | {"seconds": plan.seconds}

@@ -70,6 +70,8 @@ class Option(NamedTuple):
     choices: Sequence[str] | None = None
     is_ours: bool = False
     """Whether neither TRL nor PissaConfig has it."""
+    default: Any = None
+    """The default of one of ours."""
     text_of_dpo: str = ""
     """What it is in `pissa dpo`, where that differs."""
 
@@ -90,7 +92,7 @@ GROUPS = {
         Option("dtype", "bfloat16, float16 or float32 (default: the model's own)", "", "DTYPE", str, DTYPES),
         Option("quant", "keep the frozen weights in 4 or 8 bits: nf4, int8, fp8, ...", "", "FORMAT", str, FORMATS),
         Option("calibrate", "with --quant: fit the codes to the data", metavar=None, is_ours=True),
-        Option("examples", "examples to fit them to (default: 64)", type=positive_int, is_ours=True),
+        Option("examples", "examples to fit them to (default: 64)", type=positive_int, is_ours=True, default=64),
     ),
     "data": (
         Option(
@@ -120,7 +122,7 @@ GROUPS = {
     "time": (
         Option("minutes", "longest time to train; limits the steps", "", "N", minutes_of, is_ours=True),
         Option("num_train_epochs", "passes over the data (default: 1)", "--epochs", "N", _above_0),
-        Option("max_steps", "number of steps, in place of --epochs", "--steps", "N", int),
+        Option("max_steps", "number of steps (default: by --epochs)", "--steps", "N", int),
         Option("per_device_train_batch_size", "examples in a batch (default: 8)", "--batch-size", "N", positive_int),
         Option("gradient_accumulation_steps", "batches in a step (default: 1)", "--grad-accum", "N", positive_int),
         Option("threads", THREADS_HELP, type=positive_int, is_ours=True),

@@ -355,6 +355,11 @@ def test_a_line_that_is_not_utf8_does_not_end_a_conversation(
     assert "the text cannot be read: " in capsys.readouterr().err
 
 
+def test_several_prompts_are_answered_each_by_itself(ran: Path, ask: Callable[..., tuple[str, str]]) -> None:
+    answers = [ask(ran, prompt=prompt)[0] for prompt in ("17+1", "3+1")]
+    assert ask(ran, "--prompt", "3+1", prompt="17+1")[0] == "".join(answers)
+
+
 # ---- Refusals --------------------------------------------------------------------------------------------------------
 
 

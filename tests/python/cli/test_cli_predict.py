@@ -51,7 +51,7 @@ def test_a_table_comes_back_with_the_answers_of_chat_in_a_new_column(
     out = tmp_path / "answers.csv"
     assert main(predict(base, table, out, "--columns", "question=frage", "--expected", "Notiz")) == 0
     said = capsys.readouterr().out
-    assert "right     0 of 3; always" in said
+    assert "right     0 of 2; always" in said
     assert "1 row: the question is empty, and so is the answer" in said
     before, after = cells(table), cells(out)
     assert [row[:-1] for row in after] == before

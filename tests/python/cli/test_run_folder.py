@@ -100,7 +100,7 @@ def test_a_run_goes_on_for_more_steps(
     assert logged(out, "learning_rate")[5] == pytest.approx(1e-2 * (1 + math.cos(math.pi * 4 / 5)) / 2)
     weights = (out / "adapter_model.safetensors").read_bytes()
     assert main(["finetune", "--config", str(out / "run.yaml"), "--resume"]) == 0
-    assert "\nplan      no step is left; --steps, --epochs or --minutes, of more than" in capsys.readouterr().out
+    assert "\nplan      no step is left; larger --steps, --epochs or --minutes train on" in capsys.readouterr().out
     assert (out / "adapter_model.safetensors").read_bytes() == weights
 
 

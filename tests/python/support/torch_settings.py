@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import torch
 
 
 @contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
+def _setting(get: Callable[[], Any], set: Callable[[Any], None], value: Any) -> Iterator[None]:
+    before = get()
+    set(value)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        set(before)
 
 
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
+threads = partial(_setting, torch.get_num_threads, torch.set_num_threads)
+default_dtype = partial(_setting, torch.get_default_dtype, torch.set_default_dtype)
