@@ -156,7 +156,8 @@ def test_no_option_of_trl_is_taken_for_a_mistyped_one(trainer: str) -> None:
 
 def test_the_names_are_those_of_the_packages_that_are_not_imported() -> None:
     assert tuple(formats.FORMATS) == FORMATS
-    assert tuple(name for name, method in pissa.INIT_METHODS.items() if not method.is_given) == INITS
+    # Other tests of this process may have added methods of their own.
+    assert tuple(name for name, method in pissa.INIT_METHODS.items() if not method.is_given)[: len(INITS)] == INITS
 
 
 def test_the_rate_of_dpo_that_the_help_shows_is_trls() -> None:
