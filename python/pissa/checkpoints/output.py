@@ -21,19 +21,14 @@ from torch import Tensor
 
 from pissa.base.digest import bytes_of
 from pissa.containers.messages import file_errors, quote, read_object
+from pissa.containers.recognise import FINISHED, UNFINISHED
 from pissa.containers.staged import CompletedError, check_unused, put_in_place, staged
 from pissa.containers.tensor_file import Layout
 from pissa.distributed import agree, rank
 from pissa.system import allocate, flush, flush_folder, lock
 
-UNFINISHED = ".unfinished"
-"""The hidden folder."""
-
 IDENTITY = "identity.json"
 """The file in the hidden folder that records what determines the bytes of a run."""
-
-FINISHED = ".finished.json"
-"""The identity of the run that wrote a folder, in that folder: a second such run reports that nothing is left to do."""
 
 
 class Output:

@@ -10,7 +10,8 @@ from typing import Any
 from pissa.cli.data import read_chats, read_preferences
 from pissa.cli.past_run import RUN_FILE, check_is_run, check_no_run
 from pissa.cli.sources import Records, check_source, did_you_mean, is_records, records
-from pissa.cli.terminal import UserError, user_errors
+from pissa.cli.templates import Chat
+from pissa.cli.terminal import UserError, count_of, user_errors
 from pissa.cli.training_options import read, read_file
 from pissa.containers import recognise
 from pissa.containers.recognise import has_adapter, has_model, is_gguf
@@ -33,21 +34,37 @@ def check_training(command: str, argv: Sequence[str]) -> bool:
     for name, value in (("model", given.model_name_or_path), ("data", given.dataset_name)):
         if not value:
             raise UserError(f"--{name} is missing; needed: --model and --data")
+    if given.calibrate and not given.quant:
+        raise UserError("--calibrate: nothing is quantised, so nothing is fitted to data; give --quant nf4 with it")
     check_model("--model", given.model_name_or_path)
     _check_out(given.output_dir, given.resume)
+    form = read_preferences if command == "dpo" else read_chats
     for data in filter(None, (given.dataset_name, given.eval_data)):
         if is_records(data) and given.resume:  # whose other options are compared first
             check_source(data)
         elif is_records(data):
-            check_records(data, given.columns, read_preferences if command == "dpo" else read_chats)
+            found = check_records(data, given.columns, form)
+            # A plain text may become several examples.
+            is_whole = 0 < len(found) < _LOOKED_AT and not any(isinstance(row, Chat) and row.is_text for row in found)
+            if data == given.dataset_name and not given.eval_data and is_whole:
+                check_held_out(given.held_out, len(found))
     return False
 
 
-def check_records(data: str, columns: Mapping[str, str] | None, form: Callable[[Records], Any] = read_chats) -> None:
-    """Refuses a file of records of another form, as far as its first records tell."""
+def check_held_out(count: int | None, examples: int) -> None:
+    """Refuses to hold out all examples."""
+    if count is not None and count >= examples:
+        raise UserError(f"--held-out {count}: the data has {count_of(examples, 'example')}; allowed: fewer than that")
+
+
+def check_records(
+    data: str, columns: Mapping[str, str] | None, form: Callable[[Records], list[Any]] = read_chats
+) -> list[Any]:
+    """Refuses a file of records of another form, as far as its first records tell, which it returns."""
     check_source(data)
-    if Path(data).suffix.lower() != ".parquet":  # which pyarrow reads
-        form(itertools.islice(records(data, columns), _LOOKED_AT))
+    if Path(data).suffix.lower() == ".parquet":  # which pyarrow reads
+        return []
+    return form(itertools.islice(records(data, columns), _LOOKED_AT))
 
 
 def _check_out(out: str | None, resume: bool | None) -> None:
@@ -103,7 +120,13 @@ def check_exists(option: str, given: str | Path) -> None:
     if isinstance(given, str):
         needed = "a folder, a GGUF file, or a name on the Hub, such as HuggingFaceTB/SmolLM2-135M-Instruct"
         is_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or path.suffix.lower() == ".gguf"
-        if not is_path or ":" in name:  # org/name:Q4_K_M is a file on the Hub
+        if ":" in name or (name.count("/") == 1 and not is_path):  # org/name:Q4_K_M is a file on the Hub
+            return
+        if not is_path and not path.exists():  # a few models on the Hub, such as gpt2, are named like this
+            from pissa.containers.hub import check_is_there
+
+            with user_errors(ValueError, before=f"{option} {name}: no such file or folder{did_you_mean(path)}; "):
+                check_is_there(name)
             return
     if not path.exists():
         raise UserError(f"{option} {name}: no such file or folder{did_you_mean(path)}; needed: {needed}")

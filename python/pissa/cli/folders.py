@@ -27,7 +27,8 @@ from pissa.cli.terminal import (
     user_errors,
 )
 from pissa.cli.training_options import INITS, init_method
-from pissa.containers.staged import CompletedError, check_unused
+from pissa.containers.recognise import has_output
+from pissa.containers.staged import CompletedError, check_new, check_unused
 from pissa.integrations import RUNTIMES
 
 
@@ -76,6 +77,13 @@ def _add_calibration(parser: argparse.ArgumentParser, text: str) -> None:
     add("--columns", type=columns, metavar="NAME=COLUMN,...", help=COLUMNS_HELP)
     # About ten thousand tokens. bench/experiments, `repairs`, compares other numbers.
     add("--examples", type=positive_int, default=64, metavar="N", help="examples for the calibration")
+
+
+def _check_target(target: Path) -> None:
+    """Refuses a folder in which anything but such a command has written."""
+    if not has_output(target):
+        with user_errors(ValueError):
+            check_unused(target)
 
 
 def _check_calibration(args: argparse.Namespace) -> None:
@@ -155,6 +163,7 @@ def _processes() -> Iterator[None]:
 
 
 def _check_init(args: argparse.Namespace) -> None:
+    _check_target(args.target)
     if args.calibration is not None and args.quant is None:
         raise UserError(
             "--calibration: needs --quant, whose codes it chooses; give --quant nf4 or int8, or leave it out"
@@ -215,6 +224,7 @@ def _add_merge(parser: argparse.ArgumentParser) -> None:
 
 
 def _check_merge(args: argparse.Namespace) -> None:
+    _check_target(args.target)
     if args.data and args.quant == "int8" and find_spec("bitsandbytes") is None:
         raise UserError(
             "--data: only bitsandbytes computes in int8; run `pip install bitsandbytes`, or leave --data out"
@@ -307,6 +317,8 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
 def _check_export(args: argparse.Namespace) -> None:
     if args.check and not args.to.startswith("gguf"):
         raise UserError(f"--check: got --to {args.to}; it compares with llama.cpp, which --to gguf is for")
+    with user_errors(ValueError):
+        {"bnb4": _check_target, "vllm": check_unused}.get(args.to, check_new)(args.target)
     _check_calibration(args)
 
 

@@ -133,8 +133,6 @@ def adapter_config(ours: Any, seed: int, split: pissa.PissaConfig | None = None)
     """Returns the configuration that the options ask for. If the model is already split, its configuration applies: an
     option that contradicts it is refused, and the options are completed from it."""
     if ours.calibrate:
-        if not ours.quant and split is None:
-            raise UserError("--calibrate: nothing is quantised, so nothing is fitted to data; give --quant nf4 with it")
         ours.repair, ours.error_feedback = ours.repair or "activations", True
     # A switch that has its default is not given.
     values = {name: getattr(ours, name) for name, default in METHOD.items() if getattr(ours, name) is not default}

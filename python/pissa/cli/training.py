@@ -34,6 +34,7 @@ from pissa.cli.answers import HeldOutAnswers
 from pissa.cli.card import write_card
 from pissa.cli.cores import Threads
 from pissa.cli.data import encode, note_on_facts, read_chats, read_preferences, shown
+from pissa.cli.early_checks import check_held_out
 from pissa.cli.generation import check_tokens
 from pissa.cli.memory import free_memory
 from pissa.cli.options import adapter_config, parse, rate_of
@@ -267,8 +268,7 @@ def _hold_out(examples: Any, count: int | None, seed: int) -> tuple[Any, Any]:
     few = count is None and len(examples) < 32
     if count is None:
         count = 0 if few else min(max(len(examples) // 20, 8), 200)
-    if count >= len(examples):
-        raise UserError(f"--held-out {count}: there are {len(examples)} examples; allowed: fewer than that")
+    check_held_out(count, len(examples))
     trained, held_out = divide(examples, count, seed) if count else ([], [])
     if held_out:
         how = "chosen at random: --held-out, or a file by --eval-data, changes that"

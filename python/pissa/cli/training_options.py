@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from functools import cache
 from importlib.util import find_spec
@@ -40,8 +40,10 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 _above_0 = number(float, "a number above 0", lambda value: 0 < value < float("inf"))
 _rate = number(float, f"a number above 0, or {AUTO}", lambda value: 0 < value < float("inf"))
-_yes = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+_yes = dict.fromkeys(("true", "t", "yes", "y", "1"), True) | dict.fromkeys(("false", "f", "no", "n", "0"), False)
 _switch = number(lambda text: _yes.get(text.lower()), "true or false", lambda value: True)
+_whole = number(int, "a whole number", lambda value: True)
+_any_number = number(float, "a number", lambda value: True)
 
 
 def rate_or_auto(text: str) -> Any:
@@ -183,12 +185,13 @@ def read(command: str, argv: Sequence[str]) -> argparse.Namespace | None:
         return None
     if others and not others[0].startswith("-"):  # a later one may be the value of an option of TRL's
         raise UserError(f"{others[0]}: belongs to no option; needed: {parser.usage}; --help lists the options")
-    known = names_elsewhere()
+    known = names_elsewhere(command)
     for word in (word for word in others if re.match("--?[a-zA-Z]", word)):
         name = word.partition("=")[0].lstrip("-").replace("-", "_")
         begins_one = word.startswith("--") and any(each.startswith(name) for each in known)
         if name in _OTHER_NAMES or not begins_one:
             raise UserError(unknown_option(word, [option.flags[0] for option in SHOWN.values()], known))
+    _parser_of_others(command).parse_known_args(argv)
     return given
 
 
@@ -209,14 +212,16 @@ def read_file(command: str, path: str) -> dict[str, Any]:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         if not isinstance(values, dict):
             raise ValueError("holds no options")
-    known = names_elsewhere()
+    known = names_elsewhere(command)
     for name in map(str, values):
         if name not in {*SHOWN, *known, "env"}:  # TRL sets variables of the environment by env
             near = nearest(name, [*SHOWN], known)
             raise UserError(f"--config {path}: {name}: there is no such option{near and f'; did you mean {near}?'}")
-    texts = {name: value for name, value in values.items() if name in SHOWN and isinstance(value, (str, int, float))}
+    texts = {name: value for name, value in values.items() if isinstance(value, (str, int, float)) and value != ""}
+    arguments = [f"--{name}={value}" for name, value in texts.items()]
     with user_errors(UserError, before=f"--config {path}: "):
-        read = parser_of(command).parse_args([f"--{name}={value}" for name, value in texts.items() if value != ""])
+        read, _ = parser_of(command).parse_known_args(arguments)
+        _parser_of_others(command).parse_known_args(arguments)
     return values | {name: value for name, value in vars(read).items() if value is not None}
 
 
@@ -235,19 +240,60 @@ def unknown_option(word: str, *known: Collection[str]) -> str:
 
 
 @cache
-def names_elsewhere() -> frozenset[str]:
-    """The names of the options that TRL, transformers and PEFT define, read from their sources: importing them takes
-    seconds. Switches that are on have an opposite, which begins with no_."""
-    names = {flag[2:].replace("-", "_") for flag in SHORT.values()}
+def names_elsewhere(command: str) -> frozenset[str]:
+    """The names of the options that TRL, transformers and PEFT define. Switches that are on have an opposite, which
+    begins with no_."""
+    names = {flag[2:].replace("-", "_") for flag in SHORT.values()} | _elsewhere(command).keys()
+    return frozenset(names | {f"no_{name}" for name in names})
+
+
+def _parser_of_others(command: str) -> argparse.ArgumentParser:
+    """Reads those of these options whose values are known, by their whole names."""
+    parser = Parser(allow_abbrev=False, add_help=False)
+    for name, values in _elsewhere(command).items():
+        if values and name not in SHOWN:
+            parser.add_argument(*Option(name, "").flags, **values)
+    return parser
+
+
+@cache
+def _elsewhere(command: str) -> dict[str, dict[str, Any]]:
+    """The options of TRL, transformers and PEFT by name, and what argparse needs to know of their values, if they are
+    numbers, switches or names. All is read from the sources, in 20 ms: importing them takes seconds."""
+    trainer = {"finetune": "sft", "dpo": "dpo"}[command]
     places = {
-        "trl": ("trainer/*_config.py", "scripts/utils.py"),
         "transformers": ("training_args.py",),
         "peft": ("tuners/lora/config.py",),
+        "trl": (*(f"trainer/{name}_config.py" for name in ("base", "model", trainer)), "scripts/utils.py"),
         "pissa": ("config.py",),
     }
+    enumerations = dict[str, list[str]]()
+    for text in _sources("transformers", ("trainer_utils.py", "training_args.py")):
+        for name, members in re.findall(r"^class (\w+)\(ExplicitEnum\):\n((?:    .*\n|\n)+)", text, re.MULTILINE):
+            enumerations[name] = re.findall(r'= "(\w+)"', members)
+    found = dict[str, dict[str, Any]]()
     for package, files in places.items():
-        spec = find_spec(package)
-        for folder in map(Path, spec.submodule_search_locations or ()) if spec else ():
-            for path in (path for pattern in files for path in folder.glob(pattern)):
-                names |= {*re.findall(r"^    (\w+): ", path.read_text(encoding="utf-8"), re.MULTILINE)}
-    return frozenset(names | {f"no_{name}" for name in names})
+        for text in _sources(package, files):
+            _, *fields = re.split(r"^    (\w+): ", text, flags=re.MULTILINE)
+            found |= {name: _values(field, enumerations) for name, field in zip(fields[::2], fields[1::2], strict=True)}
+    return found
+
+
+def _sources(package: str, files: Collection[str]) -> Iterator[str]:
+    """The texts of these files of a package, as far as it has them."""
+    spec = find_spec(package)
+    for folder in map(Path, spec.submodule_search_locations or ()) if spec else ():
+        yield from ((folder / file).read_text(encoding="utf-8") for file in files if (folder / file).is_file())
+
+
+_READ = {"int": {"type": _whole}, "float": {"type": _any_number}, "bool": {"type": _switch, "nargs": "?"}}
+"""How values of these types are read."""
+
+
+def _values(field: str, enumerations: Mapping[str, list[str]]) -> dict[str, Any]:
+    """What the text of a field, from its type on, says of its values."""
+    whole = field.partition("\n    )")[0]  # its last line, if it has several
+    kind = whole.partition("\n")[0].partition(" = ")[0].removesuffix(" | None")
+    names = re.findall(r'"choices": \[([^\]]+)\]', whole)
+    choices = re.findall(r'"(\w+)"', names[0]) if names else enumerations.get(kind.removesuffix(" | str"))
+    return {"choices": choices} if choices else _READ.get(kind, {})

@@ -13,11 +13,10 @@ from typing import Any
 
 import huggingface_hub
 from huggingface_hub.errors import HFValidationError
+from huggingface_hub.file_download import repo_folder_name
 
-from pissa.containers.gguf_file import is_projector, parts_of
 from pissa.containers.messages import first_line, quote
 from pissa.containers.recognise import is_gguf
-from pissa.containers.tensor_file import INDEX, WEIGHTS, shards
 
 Name = str | os.PathLike[str]
 """A folder, a GGUF file or, as a string, the id of a repository on the Hub, with a tag (org/name:Q4_K_M) for a GGUF
@@ -59,6 +58,8 @@ def model_files(name: Name, revision: str | None = None) -> Path:
 def weight_files(name: Name, revision: str | None = None) -> Path:
     """The same with the weights in safetensors, those that the index names, and what `pissa init` has put beside
     them. Many repositories contain the weights again under other names."""
+    from pissa.containers.tensor_file import INDEX, WEIGHTS, shards  # imports torch, which takes seconds
+
     folder = model_files(name, revision)
     if folder == Path(name) or is_gguf(folder):
         return folder
@@ -73,6 +74,8 @@ _TAGGED = re.compile(r"(?P<repository>[^/:]+/[^/:]+)(:(?P<tag>[^/:]+)|(?<=gguf))
 
 def _gguf_file(name: str, repository: str, tag: str | None, revision: str | None) -> Path:
     """The file with that tag, fetched with its other parts. Without a tag, it is Q4_K_M's, or the only one."""
+    from pissa.containers.gguf_file import is_projector, parts_of  # imports torch, which takes seconds
+
     files = [file for file in _files(repository, revision) if is_gguf(Path(file)) and not is_projector(file)]
     models = {file.removesuffix(Path(file).name) + parts_of(Path(file).name)[0] for file in files}
     wanted = (tag or "Q4_K_M").lower()
@@ -109,6 +112,12 @@ def _fetch(model_id: Name, what: str, patterns: list[str], options: dict[str, An
             f"{missing}, and huggingface_hub, asked for a repository of that name, says: {first_line(error)}; "
             "needed: a folder that save_pretrained wrote, or a name on the Hub [P055]"
         ) from error
+
+
+def check_is_there(name: str) -> None:
+    """Raises ValueError for a name that is neither in huggingface_hub's cache nor on the Hub."""
+    if not Path(huggingface_hub.constants.HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type="model")).is_dir():
+        _fetch(name, "is not a model", [], {})
 
 
 def absolute(model_id: Name) -> str:

@@ -7,6 +7,12 @@ from pathlib import Path
 CONFIG = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"
 
+UNFINISHED = ".unfinished"
+"""The hidden folder in which a run of `checkpoints.output` writes until it has finished."""
+
+FINISHED = ".finished.json"
+"""The identity of the run that wrote a folder, in that folder: a second such run reports that nothing is left to do."""
+
 
 def is_gguf(path: Path) -> bool:
     """Whether the path has the name of a GGUF file, or is one: those of Ollama are named by their digest."""
@@ -34,3 +40,8 @@ def check_adapter(folder: Path) -> None:
         raise ValueError(f"{folder} is {'a file' if folder.exists() else 'missing'}; needed: an adapter folder [P071]")
     if not has_adapter(folder):
         raise ValueError(f"{folder} holds no adapter: there is no {ADAPTER_CONFIG} [P071]")
+
+
+def has_output(folder: Path) -> bool:
+    """Whether a run of `checkpoints.output` has written in the folder, so that the same run may go on."""
+    return (folder / UNFINISHED).is_dir() or (folder / FINISHED).is_file()

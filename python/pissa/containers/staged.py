@@ -25,6 +25,12 @@ def check_unused(folder: Path, instead: str = "", besides: str = "") -> None:
         raise ValueError(f"{folder} is not empty ({some}) and nothing is overwritten; {instead}choose a new one [P065]")
 
 
+def check_new(file: Path) -> None:
+    """Refuses a file that exists."""
+    if os.path.lexists(file):
+        raise ValueError(f"{file} exists already and nothing is overwritten; choose a new file [P065]")
+
+
 @contextmanager
 def staged(folder: str | os.PathLike[str]) -> Iterator[Callable[[str], Path]]:
     """Writes files under temporary names, and renames them if the block ends without an error.

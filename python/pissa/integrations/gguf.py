@@ -18,7 +18,7 @@ from pissa.containers.checkpoint import Checkpoint, Contents
 from pissa.containers.gguf_model import GgufSource, Place
 from pissa.containers.hub import Name
 from pissa.containers.messages import quote
-from pissa.containers.staged import staged
+from pissa.containers.staged import check_new, staged
 from pissa.conversion.plain_lora import PlainLora
 from pissa.integrations.exported import MERGE, Exported, no_base, read_factors
 
@@ -33,8 +33,7 @@ def export_lora(adapter: LoraFolder, base: Name | None, target: Path) -> Exporte
     model = base or adapter.named_base
     if model is None:
         raise no_base(adapter)
-    if target.exists():
-        raise ValueError(f"{target} exists already and nothing is overwritten; choose a new file [P065]")
+    check_new(target)
     checkpoint = Checkpoint.open(model)
     if checkpoint.contents is not Contents.GGUF:
         raise ValueError(

@@ -27,7 +27,7 @@ from pissa.containers.checkpoint import READ, Checkpoint, Contents
 from pissa.containers.gguf_file import parts_of
 from pissa.containers.gguf_model import GgufSource
 from pissa.containers.hub import Name
-from pissa.containers.staged import staged
+from pissa.containers.staged import check_new, staged
 from pissa.integrations.dense_gguf import describe, write
 from pissa.integrations.exported import MERGE, Exported, no_base
 from pissa.model.batches import Batch
@@ -101,8 +101,7 @@ def _not_written(checkpoint: Checkpoint, adapter: LoraFolder, reason: object) ->
 
 def _check_new(target: Path, *names: str) -> None:
     for name in names:
-        if (path := target.with_name(name)).exists():
-            raise ValueError(f"{path} exists already and nothing is overwritten; choose a new file [P065]")
+        check_new(target.with_name(name))
 
 
 def _load(file: Path, modelfile: Path) -> str:

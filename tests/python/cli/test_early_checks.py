@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 import pissa
+from hub_cache import HubCache
 from pissa.cli import main
+from pissa.cli.early_checks import check_exists
 from pissa.cli.options import trl_parser
 from pissa.cli.training_options import FORMATS, GROUPS, INITS, SHOWN, read
 from pissa.ops import formats
@@ -23,6 +25,7 @@ FILES = {
     "empty.csv": "",
     "notes.docx": "x",
     "full/model.bin": "x",
+    "there.gguf": "x",
     "begun/run.yaml": "r: 4\n",
     "begun/checkpoint-2/adapter_config.json": '{"base_model_name_or_path": "org/model"}',
     "begun/checkpoint-2/trainer_state.json": "{}",
@@ -30,6 +33,8 @@ FILES = {
     "list.yaml": "[1]",
     "name.yaml": "learnin_rate: 1",
     "value.yaml": "learning_rate: fast",
+    "optim.yaml": "optim: adam",
+    "pairs.jsonl": json.dumps({"prompt": "1", "chosen": "2", "rejected": "3"}) + "\n",
 }
 TRAIN = "finetune --model org/model --data train.jsonl"
 WRONG = {
@@ -58,6 +63,19 @@ WRONG = {
     f"{TRAIN} --held-out half": "--held-out: got 'half'; allowed: a whole number of at least 0",
     f"{TRAIN} --bath-size 4": "--bath-size: there is no such option; did you mean --batch-size?",
     f"{TRAIN} --weight-decai 0.1": "--weight-decai: there is no such option; did you mean --weight-decay?",
+    f"{TRAIN} --optim adam": "--optim: invalid choice: 'adam' (choose from 'adamw_torch', ",
+    f"{TRAIN} --lr_scheduler_type cosin": "invalid choice: 'cosin' (choose from 'linear', 'cosine', ",
+    f"{TRAIN} --truncation-mode end": "--truncation-mode/--truncation_mode: invalid choice: 'end'",
+    f"{TRAIN} --weight-decay=much": "got 'much'; allowed: a number",
+    f"{TRAIN} --packing maybe": "--packing: got 'maybe'; allowed: true or false",
+    f"{TRAIN} --save-total-limit 1.5": "got '1.5'; allowed: a whole number",
+    f"{TRAIN} --config optim.yaml": "--config optim.yaml: argument --optim: invalid choice: 'adam'",
+    "dpo --model org/model --data pairs.jsonl --beta high": "--beta: got 'high'; allowed: a number",
+    f"{TRAIN} --calibrate": "--calibrate: nothing is quantised, so nothing is fitted to data; give --quant nf4 with it",
+    f"{TRAIN} --held-out 1": "--held-out 1: the data has 1 example; allowed: fewer than that",
+    "dpo --model org/model --data pairs.jsonl --held-out 2": "--held-out 2: the data has 1 example;",
+    "finetune --model modle --data train.jsonl": "--model modle: no such file or folder; 'modle' is not a model: there",
+    "chat ful --prompt Hello": "RUN ful: no such file or folder; did you mean full?; 'ful' is not a model",
     f"{TRAIN} --out full": "--out full is not empty (model.bin)",
     f"{TRAIN} --out begun": "go on with that run by --resume, or choose a new one",
     f"{TRAIN} --resume": "--resume: --out is missing",
@@ -96,6 +114,12 @@ WRONG = {
     "init org/model out --init activations": "--init activations: got no --calibration",
     "init full out": "SRC full: holds no model: there is neither config.json nor a GGUF file",
     "init begun out": "SRC begun: it is the folder of a run, not of a model; to continue it: `pissa finetune --config",
+    "init org/model full": "full is not empty (model.bin) and nothing is overwritten",
+    "merge begun/checkpoint-2 full": "full is not empty (model.bin) and nothing is overwritten",
+    "export begun/checkpoint-2 full --to bnb4": "full is not empty (model.bin) and nothing is overwritten",
+    "export begun/checkpoint-2 full --to vllm": "full is not empty (model.bin) and nothing is overwritten",
+    "export begun/checkpoint-2 there.gguf --to gguf": "there.gguf exists already and nothing is overwritten",
+    "export begun/checkpoint-2 there.gguf --to gguf-model": "there.gguf exists already and nothing is overwritten",
     "init ./model out": "SRC ./model: no such file or folder",
 }
 RUNS = """
@@ -127,6 +151,13 @@ def test_wrong_arguments_are_refused_before_the_packages_of_a_training_are_impor
     assert {path.name for path in tmp_path.iterdir()} == {Path(name).parts[0] for name in FILES}
 
 
+def test_a_plain_name_may_be_a_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "plain").mkdir()
+    HubCache(tmp_path / "cache", monkeypatch).put("plain", tmp_path / "plain", branch="other")
+    monkeypatch.chdir(tmp_path / "cache")
+    check_exists("--model", "plain")
+
+
 @pytest.mark.parametrize("command", ["finetune", "dpo"])
 def test_the_help_fits_one_screen(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
@@ -147,11 +178,19 @@ def test_every_option_that_is_shown_is_one_with_the_same_spellings(trainer: str)
     assert {name: known[option.flags[0]].dest for name, option in SHOWN.items()} == {name: name for name in SHOWN}
 
 
-@pytest.mark.parametrize("trainer", ["SFT", "DPO"])
-def test_no_option_of_trl_is_taken_for_a_mistyped_one(trainer: str) -> None:
-    flags = [flag for flag in trl_parser(trainer)._option_string_actions if flag.startswith("--") and flag != "--help"]
-    shown = [flag for option in SHOWN.values() for flag in option.flags]
-    assert read("finetune", [flag for flag in flags if flag not in shown]) is not None
+VALUES = {"int": ["-1"], "float": ["-1", "1e-5", "inf"], "string_to_bool": ["True", "f", "YES", "n", "1", "0"]}
+
+
+@pytest.mark.parametrize(("command", "trainer"), [("finetune", "SFT"), ("dpo", "DPO")])
+def test_every_option_of_trl_takes_its_values(command: str, trainer: str) -> None:
+    given = []
+    for action in trl_parser(trainer)._actions:
+        if action.dest not in (*SHOWN, "help"):
+            values = action.choices or VALUES.get(getattr(action.type, "__name__", ""), ["1"])
+            given += [f"{flag}={value}" for flag in action.option_strings for value in values]
+            given += action.option_strings if action.nargs in (0, "?") else []
+    assert len(given) > 500
+    assert read(command, given) is not None
 
 
 def test_the_names_are_those_of_the_packages_that_are_not_imported() -> None:

@@ -235,7 +235,7 @@ def test_minutes_end_a_run_and_what_resumes_it(
     assert logged(tmp_path / "run", "step")[:3] == [1, 2, 3]
 
 
-def test_what_is_held_out(base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_held_out() -> None:
     examples = Dataset.from_list([{"n": n} for n in range(1000)])
     train, held_out = training._hold_out(examples, None, seed=0)
     assert (len(train), len(held_out)) == (950, 50)
@@ -244,8 +244,8 @@ def test_what_is_held_out(base: Path, data: Path, tmp_path: Path, capsys: pytest
         rows = Dataset.from_list([{"n": n} for n in range(number)])
         _, some = training._hold_out(rows, None, seed=0)
         assert (0 if some is None else len(some)) == expected
-    message = refused([*command("finetune", base, data, tmp_path / "run"), "--held-out", "24"], capsys)
-    assert "--held-out 24: there are 24 examples; allowed: fewer than that" in message
+    with pytest.raises(training.UserError, match="--held-out 31: the data has 31 examples; allowed: fewer than that"):
+        training._hold_out(examples.take(31), 31, seed=0)
 
 
 def test_it_is_said_why_nothing_is_held_out(capsys: pytest.CaptureFixture[str]) -> None:
@@ -288,7 +288,6 @@ def test_a_gpu_trains_once_the_self_test_has_passed_there(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--calibrate"], "--calibrate: nothing is quantised"),
         (["--resume"], "holds no run"),
     ],
 )
