@@ -172,7 +172,8 @@ def _ignores_padding(model: Any, tokenizer: Any, prompts: Sequence[list[int]]) -
 def _padded(model: Any, tokenizer: Any, prompts: Sequence[list[int]], length: int) -> dict[str, Any]:
     """The arguments of `generate` that are the prompts, padded on the left to this many tokens."""
     missing = [length - len(prompt) for prompt in prompts]
-    # By the first token of each, not by one of the tokenizer's, which a repetition penalty would make less likely.
+    # By the first token of each, not by one of the tokenizer's, which a repetition penalty would make less likely
+    # before transformers 5.23.
     ids = [prompt[:1] * count + prompt for prompt, count in zip(prompts, missing, strict=True)]
     mask = [[0] * count + [1] * (length - count) for count in missing]
     rows = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import RepetitionPenaltyLogitsProcessor
 
 import pissa
 from architectures import ARCHITECTURES, DAILY
@@ -34,6 +35,15 @@ def test_answers_in_batches_are_those_of_one_prompt_at_a_time(name: str) -> None
         expected = [generate(model, TOKENIZER, prompt, 12, stops, do_sample=False) for prompt in PROMPTS]
         assert [*generate_many(model, TOKENIZER, PROMPTS, 12, stops)] == expected
     assert len({*map(len, expected)}) > 1
+
+
+def test_a_repetition_penalty_does_not_see_padding(tiny_llama: Any) -> None:
+    # `generate` tells its own what is padding, but not before transformers 5.23.
+    model, options = tiny_llama(), {"do_sample": False, "logits_processor": [RepetitionPenaltyLogitsProcessor(10.0)]}
+    expected = [generate(model, TOKENIZER, prompt, 12, [], **options) for prompt in PROMPTS]
+    likely = expected[0][0]  # of the shortest prompt; as padding, it would be unlikely
+    assert likely not in PROMPTS[0]
+    assert [*generate_many(model, SimpleNamespace(pad_token_id=likely), PROMPTS, 12, [], **options)] == expected
 
 
 @pytest.mark.parametrize("limit", ["_ROWS", "_TOKENS"])
