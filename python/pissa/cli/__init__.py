@@ -16,24 +16,31 @@ from pissa.cli.terminal import Parser, UserError, busy_with, silence_third_parti
 from pissa.cli.training_options import nearest, unknown_option
 from pissa.containers.staged import CompletedError
 
-# The commands and their help texts. Each command is a module of the same name, or what `_HOMES` names. It has
-# `run(args)` and either `add_arguments(parser)` or the `trainer` of TRL whose options it takes. It is imported only
-# when that command is given.
-COMMANDS = {
-    "start": "ask for model, data and time, and propose a training run",
-    "finetune": "fine-tune a causal language model on your data",
-    "dpo": "train a causal language model on your preferences",
-    "chat": "ask a trained model and compare it with its base",
-    "predict": "answer every row of a table with a trained model",
-    "init": "split a checkpoint on disk into residuals and a LoRA, using little memory",
-    "merge": "merge an adapter into a checkpoint on disk, using little memory",
-    "export": "write an adapter for another runtime: bitsandbytes, vLLM, llama.cpp",
-    "convert": "turn a PiSSA adapter of any layout into a plain LoRA",
-    "run": "run a PEFT training program with pissa's PiSSA and 4-bit LoRA",
-    "env": "report what is installed and whether its versions fit",
-    "selftest": "check this installation; run it before you report a problem",
-    "completion": "print the script by which a shell completes these commands",
+# The commands and their help texts, by what they are for. Each command is a module of the same name, or what `_HOMES`
+# names. It has `run(args)` and either `add_arguments(parser)` or the `trainer` of TRL whose options it takes. It is
+# imported only when that command is given.
+BY_PURPOSE = {
+    "train": {
+        "start": "ask for model, data and time, and propose a training run",
+        "finetune": "fine-tune a causal language model on your data",
+        "dpo": "train a causal language model on your preferences",
+        "init": "split a checkpoint on disk into residuals and a LoRA, using little memory",
+        "run": "run a PEFT training program with pissa's PiSSA and 4-bit LoRA",
+    },
+    "use what you have trained": {
+        "chat": "ask a trained model and compare it with its base",
+        "predict": "answer every row of a table with a trained model",
+        "merge": "merge an adapter into a checkpoint on disk, using little memory",
+        "export": "write an adapter for another runtime: bitsandbytes, vLLM, llama.cpp",
+        "convert": "turn a PiSSA adapter of any layout into a plain LoRA",
+    },
+    "inspect and check": {
+        "env": "report what is installed and whether its versions fit",
+        "selftest": "check this installation; run it before you report a problem",
+        "completion": "print the script by which a shell completes these commands",
+    },
 }
+COMMANDS = {name: text for group in BY_PURPOSE.values() for name, text in group.items()}
 
 _HOMES = {
     **{name: f"folders:{name.upper()}" for name in ("init", "merge", "export", "convert")},
@@ -122,9 +129,10 @@ def commands_of(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentP
 
 def parser_for(named: Collection[str]) -> argparse.ArgumentParser:
     """Returns a parser for all commands. Only the named commands get their arguments."""
-    parser = Parser(prog="pissa", description="Fine-tune language models on a CPU: LoRA and PiSSA, in 16, 8 or 4 bits.")
+    about = "Fine-tune language models on a CPU: LoRA and PiSSA, in 16, 8 or 4 bits."
+    parser = _Commands(prog="pissa", description=about, epilog="pissa COMMAND --help says what a command takes.")
     parser.add_argument("--version", action="version", version=f"pissa {version('pissa')}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     for name, text in COMMANDS.items():
         home, module, own = _HOMES.get(name, name), None, dict[str, Any]()
         if name in named:
@@ -145,6 +153,24 @@ def parser_for(named: Collection[str]) -> argparse.ArgumentParser:
                 module.add_arguments(command)
             command.set_defaults(run=module.run)
     return parser
+
+
+class _Commands(Parser):
+    """A parser whose help shows the commands by what they are for."""
+
+    def format_help(self) -> str:
+        formatter = self._get_formatter()
+        formatter.add_usage(self.usage, self._actions, self._mutually_exclusive_groups)
+        formatter.add_text(self.description)
+        [commands] = (action for action in self._actions if isinstance(action, argparse._SubParsersAction))
+        shown = {command.dest: command for command in commands._get_subactions()}
+        groups = {title: [shown[name] for name in group] for title, group in BY_PURPOSE.items()}
+        for title, actions in {**groups, "options": self._get_optional_actions()}.items():
+            formatter.start_section(title)
+            formatter.add_arguments(actions)
+            formatter.end_section()
+        formatter.add_text(self.epilog)
+        return formatter.format_help()
 
 
 class _ShowDefaults(argparse.HelpFormatter):

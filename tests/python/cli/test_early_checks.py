@@ -11,7 +11,7 @@ import pytest
 
 import pissa
 from hub_cache import HubCache
-from pissa.cli import main
+from pissa.cli import BY_PURPOSE, COMMANDS, main
 from pissa.cli.early_checks import check_exists
 from pissa.cli.options import trl_parser
 from pissa.cli.training_options import FORMATS, GROUPS, INITS, SHOWN, read
@@ -156,6 +156,15 @@ def test_a_plain_name_may_be_a_repository(tmp_path: Path, monkeypatch: pytest.Mo
     HubCache(tmp_path / "cache", monkeypatch).put("plain", tmp_path / "plain", branch="other")
     monkeypatch.chdir(tmp_path / "cache")
     check_exists("--model", "plain")
+
+
+def test_the_commands_fit_one_screen(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 35
+    assert [line for line in lines if line.endswith(":")] == [*map("{}:".format, BY_PURPOSE), "options:"]
+    assert [line.split()[0] for line in lines if line[:2].isspace() and line[2:3].isalpha()] == [*COMMANDS]
 
 
 @pytest.mark.parametrize("command", ["finetune", "dpo"])
