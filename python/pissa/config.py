@@ -21,7 +21,7 @@ from pissa.ops.checks import check_choice, check_seed
 from pissa.ops.formats import FORMATS
 from pissa.peft_private import build_layers_with
 
-Residual = Literal["implicit", "explicit"]
+Residual = Literal["explicit"]
 Storage = Literal["uint8", "bfloat16", "float16", "float32"]
 
 ALTERNATING: tuple[str, ...] = ("pissa", "activations")
@@ -144,8 +144,8 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
         quant_storage: dtype of the parameters that hold the quantised codes, as in bitsandbytes: "uint8", "bfloat16",
             "float16" or "float32". FSDP may require all parameters in one dtype, or cast them to one; then give that
             one. Layers that bitsandbytes has quantised keep theirs.
-        residual: None or "implicit" leaves the dense weight unchanged. "explicit" replaces it by W - s B0 A0, as in the
-            paper. Not together with `quant`, which determines how the residual is kept.
+        residual: None leaves the dense weight unchanged. "explicit" replaces it by W - s B0 A0, as in the paper. Not
+            together with `quant`, which determines how the residual is kept.
         merge_aware: train what a merge into the codes of the base will be: layers whose base is codes compute with the
             codes of `pissa.ops.merge_codes`, and gradients pass as if nothing were rounded. `pissa merge --quant same`
             and `pissa export --to gguf-model` then write, bit for bit, the model that was trained. The adapter beside
@@ -170,7 +170,7 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
     quant_iters: int = field(default=1, metadata={"help": "Alternations of SVD and quantisation"})
     double_quant: bool = field(default=True, metadata={"help": "Quantise the NF4 scales as well"})
     quant_storage: Storage = field(default="uint8", metadata={"help": "dtype of the parameters that hold codes"})
-    residual: Residual | None = field(default=None, metadata={"help": "implicit or explicit; not with quant"})
+    residual: Residual | None = field(default=None, metadata={"help": "explicit: keep W - s B0 A0, not the weight"})
     merge_aware: bool = field(default=False, metadata={"help": "Train through the rounding of a merge into codes"})
 
     init_methods: ClassVar[Mapping[str, object]]
@@ -231,7 +231,7 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
         """The form in which the adapted layers keep their base."""
         if self.quant is not None:
             return Form.quantised(self.quant, self.double_quant)
-        return Form(self.residual or "implicit")
+        return Form(self.residual) if self.residual else IMPLICIT
 
     @property
     def starts_as_base(self) -> bool:

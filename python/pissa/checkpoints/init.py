@@ -180,11 +180,6 @@ def _check_config(config: PissaConfig, experts: str) -> None:
             )
     if INIT_METHODS[config.init].is_given:
         raise ValueError(f"init={config.init!r} takes factors from elsewhere and cannot start from a checkpoint [P087]")
-    if config.residual == "implicit":
-        raise ValueError(
-            'residual="implicit" leaves the weights as they are, so there is nothing to write: load the model and call '
-            "pissa.wrap [P087]"
-        )
 
 
 def _dense(config: PissaConfig) -> PissaConfig:

@@ -204,7 +204,6 @@ def test_a_missing_expert(tmp_path: Path) -> None:
         ("llama", {"use_dora": True}, r"use_dora=True is not for a checkpoint"),
         ("llama", {"repair": "lora", "quant": "nf4"}, r"repair='lora' is not for a checkpoint.* to pissa\.load"),
         ("llama", {"modules_to_save": ["lm_head"]}, r"modules_to_save=\['lm_head'\] is not for a checkpoint"),
-        ("llama", {"residual": "implicit"}, r"residual=\"implicit\" leaves the weights as they are"),
         ("llama", {"init": "given"}, r"init='given' takes factors from elsewhere"),
         ("mixtral", {"init": "activations", "quant": "nf4"}, r"init='activations' .* experts='nf4' or another init"),
         ("mixtral", {"experts": "nf4"}, r"experts: got 'nf4'; allowed: 'dense', or .* quant=None"),
