@@ -396,8 +396,18 @@ def residual_around(initial: Path) -> ModelFolder | None:
 
 
 def check_not_residual(model: nn.Module) -> None:
-    """Raises ValueError for a model that transformers has loaded from a residual, as its configuration says."""
+    """Raises ValueError for a model that transformers has loaded from a residual, as its configuration says, or the
+    folder that it names."""
     config = getattr(model, "config", None)
+    name = vars(model).get("name_or_path")
+    initial = initial_adapter(name) if name else None
+    residual = initial and residual_around(initial)
+    if residual and residual.contents is Contents.PEFT_RESIDUAL:
+        raise ValueError(
+            f"the model in {name} is {Contents.PEFT_RESIDUAL.value}; {_INSTEAD[Contents.PEFT_RESIDUAL]}. If that "
+            "adapter has been merged into it since, set model.name_or_path to the name of the model that was split "
+            "[P074]"
+        )
     if getattr(config, RESIDUAL_KEY, None):
         raise ValueError(
             f"the model in {getattr(config, 'name_or_path', None) or 'memory'} is a residual of `pissa init`, which "

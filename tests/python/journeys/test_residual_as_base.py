@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -12,6 +14,7 @@ import pissa
 from hub_cache import HubCache
 from language_models import assert_same, error, logits, snapshot
 from lora_files import CLOSE
+from peft_adapters import train_on_residual
 from pissa.checkpoints.init import init
 from pissa.checkpoints.merge import merge
 from runs import refused
@@ -29,6 +32,16 @@ def test_a_model_in_memory(base: Path, tokens: Tensor, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=advice):
         pissa.calibrate(model, [tokens], quant="nf4")
     assert_same(model, before)
+
+
+def test_a_model_in_memory_that_peft_has_split(tiny_llama: Any, tokens: Tensor, tmp_path: Path) -> None:
+    trained = train_on_residual(tiny_llama, tokens, tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(trained.initial)
+    with pytest.raises(ValueError, match=r"is a residual, whose initial adapter is in pissa_init; .*subfolder='pissa"):
+        pissa.wrap(model, r=4)
+    merged = PeftModel.from_pretrained(model, trained.initial, subfolder="pissa_init").merge_and_unload()
+    merged.name_or_path = "org/model"
+    assert error(logits(pissa.wrap(merged, r=4), tokens), logits(tiny_llama(), tokens)) < CLOSE
 
 
 @pytest.mark.parametrize("quant", [None, "nf4"])
