@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,21 +14,15 @@ from pissa import ops
 from pissa.base.classes import adopt
 from pissa.base.released_layouts import join_rows, released_linear, released_weight
 from pissa.base.weights import CodedLinear
+from released_fixtures import PATH, read
 
-FIXTURE = Path(__file__).parents[1] / "fixtures" / "released.safetensors"
-with safe_open(FIXTURE, "pt") as _file:
+with safe_open(PATH, "pt") as _file:
     LAYOUTS = sorted({name.partition("/")[0] for name in _file.keys()})  # noqa: SIM118
-
-
-def parts_of(layout: str) -> dict[str, Tensor]:
-    with safe_open(FIXTURE, "pt") as file:
-        names = [name for name in file.keys() if name.startswith(f"{layout}/")]  # noqa: SIM118
-        return {name.removeprefix(f"{layout}/"): file.get_tensor(name) for name in names}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_decodes_as_its_library_does(layout: str) -> None:
-    parts = parts_of(layout)
+    parts = read(layout)
     expected = parts.pop("decoded")
     parts.pop("dense", None)
     weight = released_weight(parts)
@@ -54,14 +47,14 @@ def test_partial_tiles(rows: int, columns: int) -> None:
 
 
 def bad(layout: str, **changes: Tensor | None) -> dict[str, Tensor]:
-    parts = parts_of(layout)
+    parts = read(layout)
     for name in ("decoded", "dense"):
         parts.pop(name, None)
     return {name: part for name, part in (parts | changes).items() if part is not None}
 
 
 def scaled(layout: str, value: int) -> Tensor:
-    scale = parts_of(layout)["weight_scale"].clone()
+    scale = read(layout)["weight_scale"].clone()
     scale.view(torch.uint8)[3, 2] = value
     return scale
 
@@ -100,7 +93,7 @@ def test_what_does_not_fit_is_refused_by_name(parts: dict[str, Tensor], message:
 def test_a_module_of_transformers_in_fp8_keeps_its_bytes() -> None:
     from transformers.integrations.finegrained_fp8 import FP8Linear
 
-    parts = parts_of("fp8-tiles")
+    parts = read("fp8-tiles")
     layer = FP8Linear(128, 256, block_size=(128, 128), has_bias=True)
     layer.weight = nn.Parameter(parts["weight"], requires_grad=False)
     layer.weight_scale_inv = nn.Parameter(parts["weight_scale_inv"], requires_grad=False)
@@ -120,7 +113,7 @@ def test_a_grouped_module_is_no_linear_layer() -> None:
 
 
 def test_a_module_of_compressed_tensors_keeps_its_bytes() -> None:
-    parts = parts_of("int4-compressed-32")
+    parts = read("int4-compressed-32")
     layer = nn.Linear(256, 32, bias=False)
     del layer.weight
     for name in ("weight_packed", "weight_scale", "weight_shape"):
@@ -132,7 +125,7 @@ def test_a_module_of_compressed_tensors_keeps_its_bytes() -> None:
 
 def test_codes_without_scales_are_no_released_layer() -> None:
     layer = nn.Linear(128, 256, bias=False)
-    layer.weight = nn.Parameter(parts_of("fp8-tiles")["weight"], requires_grad=False)
+    layer.weight = nn.Parameter(read("fp8-tiles")["weight"], requires_grad=False)
     assert released_linear(layer) is None
 
 

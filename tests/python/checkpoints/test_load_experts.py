@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import mixtures
 import pissa
-from language_models import logits, train
+from language_models import assert_equal, logits, train
 from pissa.base.stored import QuantizedLinear, ResidualLinear
 from pissa.checkpoints.init import init
 from pissa.layers.layer import pissa_layers
@@ -34,11 +34,7 @@ def wrapped(source: Path, **fields: Any) -> Any:
 
 
 def assert_alike(model: Any, expected: Any, tokens: Tensor) -> None:
-    state, wanted = model.state_dict(), expected.state_dict()
-    assert list(state) == list(wanted)
-    for name, value in wanted.items():
-        assert state[name].dtype == value.dtype, name
-        assert torch.equal(state[name], value), name
+    assert_equal(model.state_dict(), expected.state_dict())
     assert torch.equal(logits(model, tokens), logits(expected, tokens))
     assert train(model, tokens) == train(expected, tokens)
 

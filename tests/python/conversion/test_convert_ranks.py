@@ -20,14 +20,9 @@ from peft_adapters import plain_logits
 from pissa.adapters.lora_folder import open_adapter, with_sizes
 
 
-@pytest.fixture
-def ours(tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> Path:
-    """A trained adapter of ours."""
-    train_ours(tiny_llama, tokens, tmp_path / "ours", **PATTERNS)
-    return tmp_path / "ours"
-
-
-def test_a_lower_rank_is_the_best_of_that_rank(ours: Path, tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
+def test_a_lower_rank_is_the_best_of_that_rank(tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
+    ours = tmp_path / "ours"
+    train_ours(tiny_llama, tokens, ours, **PATTERNS)
     for rank in (1, 3, 8, 50):
         done = pissa.convert(ours, tmp_path / str(rank), rank=rank)
         check_best(ours, tmp_path / str(rank), done, rank)

@@ -16,7 +16,7 @@ from transformers import pipeline
 import language_models
 import mixtures
 import pissa
-from language_models import Make, assert_same, logits, snapshot, train
+from language_models import Make, assert_equal, assert_same, logits, snapshot, train
 from oracle import change_all
 from pissa import PissaConfig
 from tiny_model import save_tiny_model
@@ -38,12 +38,6 @@ def trained(make: Make, tokens: Tensor, form: str) -> pissa.PissaModel:
 
 def in_file(folder: Path) -> dict[str, Tensor]:
     return peft.utils.load_peft_weights(str(folder), device="cpu")
-
-
-def assert_equal(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert got.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert torch.equal(got[name].cpu(), tensor), name
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -3,31 +3,21 @@ weight. Decoding is tested on what libraries have written, in base/test_released
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
-from safetensors import safe_open
-from torch import Tensor
 
 import one_weight
 from devices import fetch, put
 from pissa import ops
 from pissa.ops._quant import e4m3_values
+from released_fixtures import read
 
 FORMATS = ["mxfp4", "nvfp4", "int4", "fp8"]
-FIXTURE = Path(__file__).parents[1] / "fixtures" / "released.safetensors"
-
-
-def fixture(layout: str) -> dict[str, Tensor]:
-    with safe_open(FIXTURE, "pt") as file:
-        names = [name for name in file.keys() if name.startswith(f"{layout}/")]  # noqa: SIM118
-        return {name.removeprefix(f"{layout}/"): file.get_tensor(name) for name in names}
 
 
 @pytest.mark.parametrize("format", ["mxfp4", "nvfp4"])
 def test_codes_and_scales_are_those_of_compressed_tensors(format: str) -> None:
-    expected = fixture(f"{format}-compressed")
+    expected = read(f"{format}-compressed")
     rows = slice(0, -16)  # the others have been replaced
     weight = fetch(ops.quantize(put(expected["dense"]), format))
     scales = expected["weight_scale"].view(torch.uint8)
@@ -42,7 +32,7 @@ def test_codes_and_scales_are_those_of_compressed_tensors(format: str) -> None:
 @pytest.mark.parametrize("group", [32, 128])
 def test_int4_scales_are_those_of_compressed_tensors_and_codes_the_nearest(group: int) -> None:
     """compressed-tensors divides in bfloat16, whose quotients may lie on ties: no code of ours is further away."""
-    expected = fixture(f"int4-compressed-{group}")
+    expected = read(f"int4-compressed-{group}")
     dense = expected["dense"]
     weight = fetch(ops.quantize(put(dense), "int4", blocksize=group))
     scale = expected["weight_scale"]

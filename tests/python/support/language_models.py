@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +56,14 @@ def error(got: Tensor, expected: Tensor) -> float:
     """The norm of the difference, relative to what was expected."""
     got, expected = (fetch(tensor.detach()).double() for tensor in (got, expected))
     return ((got - expected).norm() / expected.norm()).item()
+
+
+def assert_equal(got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Two state dicts are the same to the bit."""
+    assert got.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert got[name].dtype == tensor.dtype, name  # which torch.equal does not compare
+        assert torch.equal(fetch(got[name]), fetch(tensor)), name
 
 
 def snapshot(model: nn.Module) -> dict[str, object]:

@@ -13,11 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 PATH = Path(__file__).parents[1] / "fixtures" / "released.safetensors"
 ROWS, COLUMNS = 32, 256
+
+
+def read(layout: str) -> dict[str, Tensor]:
+    """The tensors of a layout, by their names in it."""
+    with safe_open(PATH, "pt") as file:
+        names = [name for name in file.keys() if name.startswith(f"{layout}/")]  # noqa: SIM118
+        return {name.removeprefix(f"{layout}/"): file.get_tensor(name) for name in names}
 
 
 def weight() -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from daily import each
 from language_models import TWO_FORMS as FORMS
+from language_models import assert_equal
 
 forms = pytest.mark.parametrize("form", each(FORMS, ["implicit"]))
 
@@ -97,13 +98,6 @@ def logged(run: Any, key: str = "loss") -> list[float]:
 def state(model: nn.Module) -> dict[str, Tensor]:
     """A copy of the state dict."""
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-
-
-def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
-    """Two state dicts are the same to the bit."""
-    assert ours.keys() == theirs.keys()
-    different = [name for name, tensor in ours.items() if not torch.equal(tensor, theirs[name])]
-    assert not different
 
 
 def trainable(model: nn.Module) -> list[str]:
