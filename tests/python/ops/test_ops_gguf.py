@@ -90,20 +90,3 @@ def test_nothing_is_written_in_it(format: str) -> None:
     # where Python's checks are passed by
     with pytest.raises((RuntimeError, ValueError), match=f"format: got '{format}', which is read but not written"):
         torch.ops.pissa.quantize(put(torch.ones(8, 256)), format, READ[format].usual_blocksize, None)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"absmax": torch.ones(8, dtype=torch.uint8)}, "weight.absmax: got 8 elements; needed: 0"),
-        ({"absmax": torch.ones(0)}, "weight.absmax: got torch.float32; needed for q4_k: torch.uint8"),
-        ({"blocksize": 32}, "blocksize: got 32; allowed: 256"),
-        ({"shape": (3, 256)}, "weight.codes: got 288 elements; needed: 432"),
-        ({"shape": (2, 128)}, "q4_k: got a weight of 128 columns; needed: a multiple of 256"),
-        ({"nested_absmax": torch.ones(256)}, "weight.nested_absmax: got"),
-    ],
-)
-def test_inconsistent_parts_are_refused(change: dict[str, object], message: str) -> None:
-    weight = put(weight_of(random_blocks("q4_k", 2, 256), "q4_k")._replace(**change))
-    with pytest.raises((ValueError, TypeError), match=message):
-        ops.linear(put(torch.ones(2, 256)), weight)

@@ -65,28 +65,6 @@ def test_options_that_it_has_not_are_refused(options: dict[str, object]) -> None
         ops.quantize(put(torch.ones(4, 50)), "int8", **options)
 
 
-NESTED = {"nested_absmax": torch.zeros(1), "offset": torch.tensor(0.0), "absmax": torch.zeros(4, dtype=torch.uint8)}
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "name"),
-    [
-        ({"codes": torch.zeros(19, dtype=torch.uint8)}, ValueError, "weight.codes"),
-        ({"codes": torch.zeros(20, dtype=torch.int8)}, TypeError, "weight.codes"),
-        ({"absmax": torch.zeros(5)}, ValueError, "weight.absmax"),
-        ({"blocksize": 64}, ValueError, "weight.blocksize"),
-        ({"shape": (5, 4)}, ValueError, "weight.blocksize"),
-        (NESTED, ValueError, "weight.nested_absmax"),
-    ],
-)
-def test_inconsistent_parts_are_refused(change: dict[str, object], error: type[Exception], name: str) -> None:
-    weight = put(fetch(ops.quantize(put(torch.ones(4, 5)), "int8"))._replace(**change))
-    with pytest.raises(error, match=rf"^{name}: got"):
-        ops.dequantize(weight)
-    with pytest.raises(error, match=rf"^{name}: got"):
-        ops.linear(put(torch.ones(2, 5)), weight)
-
-
 @pytest.mark.skipif(FORCED, reason="about the kernels")
 def test_the_compiled_op_refuses_blocks_that_are_no_rows_and_nested_scales() -> None:
     weight = put(torch.zeros(20, dtype=torch.uint8))

@@ -128,26 +128,6 @@ def test_quantize_refuses_by_name(
         ops.quantize(put(weight), **options)
 
 
-@pytest.mark.parametrize(
-    ("change", "error"),
-    [
-        ({"codes": torch.zeros(7, dtype=torch.uint8)}, ValueError),
-        ({"codes": torch.zeros(8)}, TypeError),
-        ({"absmax": torch.zeros(2)}, ValueError),
-        ({"absmax": torch.zeros(1, dtype=torch.uint8)}, ValueError),
-        ({"nested_absmax": torch.zeros(1)}, ValueError),
-        ({"shape": (4, 5)}, ValueError),
-        ({"blocksize": 5}, ValueError),
-    ],
-)
-def test_dequantize_refuses_inconsistent_parts(change: dict[str, object], error: type[Exception]) -> None:
-    weight = put(quantize(torch.ones(4, 4), double_quant=False)._replace(**change))
-    with pytest.raises(error, match=r"^(weight|blocksize)\b"):
-        ops.dequantize(weight)
-    with pytest.raises(error, match=r"^(weight|blocksize)\b"):
-        ops.linear(put(torch.ones(2, 4)), weight)
-
-
 def test_dequantize_refuses_other_dtypes() -> None:
     with pytest.raises(TypeError, match=r"dtype: got torch.int8"):
         ops.dequantize(put(quantize(torch.ones(4, 4))), torch.int8)
