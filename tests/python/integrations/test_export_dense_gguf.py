@@ -8,44 +8,22 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
 import pissa
-from gguf_fixtures import MODELS, make
-from oracle import change_all
+from dense_bases import KINDS, WORDS, finished, tokenizer_of, trained
 from pissa.checkpoints.merge import merge
 from pissa.containers.checkpoint import Checkpoint
 from pissa.containers.gguf_file import GgufFile
-from pissa.containers.gguf_metadata import WRITTEN
 from pissa.containers.gguf_tokenizer import SAMPLE, tokenizer_metadata
 
-KINDS = [kind for kind, (_, name, _) in MODELS.items() if f"{name}ForCausalLM" in WRITTEN]
-SPECIAL = ["<pad>", "<s>", "</s>"]
 TEXTS = [
     SAMPLE,
     "<s>What is 12,345 + 67?</s> ",
     "\u0e20\u0e32\u0e29\u0e32\u0e44\u0e17\u0e22 \u0939\u093f\u0928\u094d\u0926\u0940 \u20ac 2024",
 ]
-
-
-def tokenizer_of(splits: Any, size: int = 400) -> Any:
-    """A byte-level tokenizer with merges, which splits texts so."""
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = splits
-    backend.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    backend.train_from_iterator(
-        [SAMPLE] * 3, trainers.BpeTrainer(vocab_size=size, special_tokens=SPECIAL, initial_alphabet=alphabet)
-    )
-    return finished(backend)
-
-
-def finished(backend: Tokenizer) -> Any:
-    template = "{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}"
-    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
-    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template, **special)
 
 
 def split(name: str) -> Any:
@@ -54,24 +32,8 @@ def split(name: str) -> Any:
 
 
 BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-WORDS = pre_tokenizers.ByteLevel(add_prefix_space=False)
 DIGITS = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), WORDS])
 SPLITS = {"gpt-2": WORDS, "smollm": DIGITS} | {name: split(name) for name in ("llama-bpe", "qwen2", "tekken", "gpt-4o")}
-
-
-def trained(kind: str, dtype: torch.dtype, tokenizer: Any, folder: Path) -> tuple[Path, Path]:
-    """A base of that architecture and an adapter for it."""
-    MODELS[kind][2]["vocab_size"] = len(tokenizer) + 3  # as of many models, some tokens are not used
-    try:
-        model: Any = make(kind).to(dtype)
-    finally:
-        del MODELS[kind][2]["vocab_size"]
-    model.save_pretrained(folder / "base")
-    tokenizer.save_pretrained(folder / "base")
-    adapted = pissa.load(folder / "base", r=4, target_modules="all-linear")
-    change_all(adapted)
-    adapted.save_pretrained(folder / "run")
-    return folder / "base", folder / "run"
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -158,13 +120,7 @@ def test_what_is_not_written_is_refused_with_another_way(tmp_path: Path) -> None
 )
 def test_what_a_file_cannot_say_is_refused(kind: str, fields: dict[str, Any], said: str, tmp_path: Path) -> None:
     """llama.cpp would compute another model, without a word."""
-    before = dict(MODELS[kind][2])
-    MODELS[kind][2].update(fields)
-    try:
-        base, run = trained(kind, torch.float16, tokenizer_of(WORDS), tmp_path)
-    finally:
-        MODELS[kind][2].clear()
-        MODELS[kind][2].update(before)
+    base, run = trained(kind, torch.float16, tokenizer_of(WORDS), tmp_path, **fields)
     with pytest.raises(ValueError, match=said or "query_pre_attn_scalar=7 becomes 32"):
         pissa.export(run, tmp_path / "out" / "model.gguf", "gguf-model", base=base)
     assert not (tmp_path / "out").exists()

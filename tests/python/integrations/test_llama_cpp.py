@@ -1,5 +1,6 @@
 """llama.cpp, on a CPU, generates what the trained model does: SmolLM2-135M-Instruct, greedily, with a LoRA of ours, on
-the file with the codes on which it was trained and on the same weights in float32.
+the file with the codes on which it was trained and on the same weights in float32; and small random models of each
+architecture of which we write new files.
 
 llama.cpp rounds activations to eight bits before it multiplies them by codes, so with the file's codes its logits
 differ from ours, with and without an adapter; in float32 they do not."""
@@ -16,7 +17,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import dense_bases
 import pissa
+from dense_bases import KINDS, WORDS, tokenizer_of
+from pissa.checkpoints.merge import merge
 
 pytestmark = [pytest.mark.slow, pytest.mark.cpu_only]
 
@@ -109,7 +113,7 @@ def taught(model: pissa.PissaModel, prompts: list[Tensor], rate: float) -> pissa
 class LlamaCpp:
     """A model in llama.cpp, with all of its arithmetic in float32."""
 
-    def __init__(self, model: Path, lora: Path | None) -> None:
+    def __init__(self, model: Path, lora: Path | None, context: int = 256) -> None:
         import llama_cpp
 
         with warnings.catch_warnings():
@@ -117,7 +121,7 @@ class LlamaCpp:
             self._llama = llama_cpp.Llama(
                 str(model),
                 lora_path=None if lora is None else str(lora),
-                n_ctx=256,
+                n_ctx=context,
                 n_threads=torch.get_num_threads(),
                 n_threads_batch=torch.get_num_threads(),
                 type_k=llama_cpp.GGML_TYPE_F32,
@@ -231,3 +235,41 @@ def first_difference(ours: list[Tensor], theirs: Iterator[Tensor]) -> Difference
             break
         count += 1
     return Difference(count, gap, float(torch.stack(errors).mean().sqrt()))
+
+
+# ---- New files of each architecture, small and random ----------------------------------------------------------------
+
+PROMPT, LONG_PROMPT = 8, 270
+"""Numbers of tokens. With the second, longrope has its other factors."""
+
+
+@pytest.mark.parametrize(("kind", "length"), [*((kind, PROMPT) for kind in KINDS), ("longrope", LONG_PROMPT)])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_new_file_of_each_architecture(
+    kind: str, length: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In float16, to which llama.cpp rounds activations, too: logits of 1.2 differ by about 0.01."""
+    require("llama_cpp", "llama-cpp-python, which is built from source")
+    base, run = dense_bases.trained(kind, torch.float16, tokenizer_of(WORDS), tmp_path)
+    pissa.export(run, tmp_path / "model.gguf", "gguf-model", base=base)
+    merge(run, base, tmp_path / "merged")
+    prompt, ours, gap = without_ties(load(tmp_path / "merged"), length)
+    theirs = LlamaCpp(tmp_path / "model.gguf", None, context=256 if length == PROMPT else 512).steps(prompt)
+    worst = 0.0
+    for number, (mine, other) in enumerate(zip(ours, theirs, strict=False)):
+        worst = max(worst, float((mine - other).abs().max()))
+        assert mine.argmax() == other.argmax(), f"token {number} differs, and logits by {worst:.1e}"
+    with capsys.disabled():
+        print(f"\n{kind}, {length}: {LENGTH} tokens equal, {gap:.1e} apart; logits differ by {worst:.1e} at most")
+    assert worst < 0.03
+
+
+def without_ties(model: Any, length: int) -> tuple[Tensor, list[Tensor], float]:
+    """The prompt, of some, in whose answer the two likeliest tokens are never close; the logits of the answer; and how
+    far they are apart at least."""
+    model.generation_config.eos_token_id = None
+    prompts = torch.randint(3, 400, (16, length), generator=torch.Generator().manual_seed(0))
+    answers = [(prompt[None], greedy(model, prompt[None])) for prompt in prompts]
+    gaps = [min(float(-logits.topk(2).values.diff()) for logits in answer) for _, answer in answers]
+    best = gaps.index(max(gaps))
+    return (*answers[best], gaps[best])

@@ -23,7 +23,9 @@ _ROUTED = {"num_experts_per_tok": 2, "moe_intermediate_size": 32, "num_experts":
 _LLAMA3 = {"rope_type": "llama3", "rope_theta": 10_000.0, "factor": 32.0, "low_freq_factor": 1.0}
 _LLAMA3 |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 _LONG = {"rope_type": "longrope", "short_factor": [1.0 + i / 8 for i in range(6)], "partial_rotary_factor": 0.75}
-_LONG |= {"long_factor": [2.0 + i for i in range(6)], "rope_theta": 10_000.0, "original_max_position_embeddings": 64}
+_LONG |= {"long_factor": [2.0 + i for i in range(6)], "rope_theta": 10_000.0, "original_max_position_embeddings": 256}
+_LONGROPE = {"head_dim": 16, "rope_parameters": _LONG, "original_max_position_embeddings": 256}
+_LONGROPE |= {"max_position_embeddings": 512}  # llama.cpp chooses the factors by its context, which has 256 at least
 _LINEAR = {"linear_conv_kernel_dim": 4, "linear_key_head_dim": 16, "linear_num_key_heads": 2}
 _LINEAR |= {"linear_num_value_heads": 4, "linear_value_head_dim": 32, "full_attention_interval": 2}
 _LINEAR |= {"rope_parameters": {"rope_theta": 1e6, "mrope_section": [2, 1, 1], "mrope_interleaved": True}}
@@ -61,7 +63,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gemma4_dense": ("gemma4", "Gemma4", _GEMMA4 | _KEYS_ONLY),
     "gemma4_moe": ("gemma4", "Gemma4", _GEMMA4 | _KEYS_ONLY | _GEMMA4_ROUTED),
     "phi3": ("phi3", "Phi3", {"head_dim": 16}),
-    "longrope": ("phi3", "Phi3", {"head_dim": 16, "rope_parameters": _LONG, "original_max_position_embeddings": 64}),
+    "longrope": ("phi3", "Phi3", _LONGROPE),
     "gpt_oss": ("gpt-oss", "GptOss", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8}),
     "lfm2": ("lfm2", "Lfm2", _CONVOLUTIONS),
     "granite": ("granite", "Granite", {"residual_multiplier": 0.5, "head_dim": 16}),
@@ -73,13 +75,13 @@ NEED_CONFIG = ("granite", "smollm3")
 """Those whose metadata do not describe them."""
 
 
-def make(kind: str) -> nn.Module:
-    """A random model."""
+def make(kind: str, **others: Any) -> nn.Module:
+    """A random model, with `others` in its configuration too, or instead."""
     _, name, fields = MODELS[kind]
     module = transformers
     config_class = getattr(module, f"{name}TextConfig", None) or getattr(module, f"{name}Config")
     torch.manual_seed(0)
-    model: nn.Module = getattr(module, f"{name}ForCausalLM")(config_class(**_BASE | fields))
+    model: nn.Module = getattr(module, f"{name}ForCausalLM")(config_class(**_BASE | fields | others))
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if parameter.dim() == 1 or parameter_name.endswith(("bias", "A_log", "sinks")):
