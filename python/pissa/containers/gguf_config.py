@@ -17,9 +17,9 @@ from pissa.containers.messages import file_errors, quote
 class Architecture(NamedTuple):
     """What llama.cpp's converter makes of a model of transformers."""
 
-    model_type: str | None = None
-    """transformers' name of the architecture. None if the metadata does not say enough to build its config.json."""
-    model_class: str = ""
+    model_type: str
+    """transformers' name of the architecture."""
+    model_class: str
     permutes: bool = False
     """Whether it stores the rows of q and k in the order of llama.cpp's rotary embedding."""
     shifts_norms: bool = False
@@ -34,10 +34,10 @@ ARCHITECTURES = {
     "gemma3": Architecture("gemma3_text", "Gemma3ForCausalLM", shifts_norms=True),
     "gemma4": Architecture("gemma4_text", "Gemma4ForCausalLM"),
     "gpt-oss": Architecture("gpt_oss", "GptOssForCausalLM", transposes_experts=True),
-    "granite": Architecture(permutes=True),
+    "granite": Architecture("granite", "GraniteForCausalLM", permutes=True),
     "lfm2": Architecture("lfm2", "Lfm2ForCausalLM"),
     "llama": Architecture("llama", "LlamaForCausalLM", permutes=True),
-    "nemotron": Architecture(shifts_norms=True),
+    "nemotron": Architecture("nemotron", "NemotronForCausalLM", shifts_norms=True),
     "phi3": Architecture("phi3", "Phi3ForCausalLM"),
     "qwen2": Architecture("qwen2", "Qwen2ForCausalLM"),
     "qwen2moe": Architecture("qwen2_moe", "Qwen2MoeForCausalLM"),
@@ -45,7 +45,7 @@ ARCHITECTURES = {
     "qwen3moe": Architecture("qwen3_moe", "Qwen3MoeForCausalLM"),
     "qwen35": Architecture("qwen3_5_text", "Qwen3_5ForCausalLM", shifts_norms=True),
     "qwen35moe": Architecture("qwen3_5_moe_text", "Qwen3_5MoeForCausalLM", shifts_norms=True),
-    "smollm3": Architecture(permutes=True),
+    "smollm3": Architecture("smollm3", "SmolLM3ForCausalLM", permutes=True),
 }
 """The architectures that are read, by llama.cpp's names. Mistral's and SmolLM's are "llama"."""
 
@@ -60,6 +60,8 @@ FIELDS = {
     "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
     "attention.shared_kv_layers": "num_kv_shared_layers",
     "embedding_length_per_layer_input": "hidden_size_per_layer_input",
+    "attention.layer_norm_epsilon": "norm_eps", "attention.scale": "attention_multiplier",
+    "embedding_scale": "embedding_multiplier", "residual_scale": "residual_multiplier", "logit_scale": "logits_scaling",
 }  # fmt: skip
 """transformers' names of what stands in the metadata under the name of the architecture."""
 
@@ -112,8 +114,6 @@ def config_of(files: Sequence[GgufFile], given: dict[str, Any]) -> dict[str, Any
         }
         if given:
             return {name: value for name, value in given.items() if name != "torch_dtype"} | facts
-        if made.model_type is None:
-            raise ValueError(f"the metadata of {first.metadata['general.architecture']} do not describe the model")
         described = {"model_type": made.model_type, "architectures": [made.model_class]}
         return described | _fields(files) | facts | tokens_of(first)
 
@@ -148,13 +148,18 @@ def _fields(files: Sequence[GgufFile]) -> dict[str, Any]:
     width = config["hidden_size"] // config["num_attention_heads"]
     rope = _rope(known, files, config.get("head_dim") or known.get("rope.dimension_count") or width)
     config["rope_parameters"] = rope
-    if name == "llama":
-        config.setdefault("head_dim", known.get("rope.dimension_count", width))
+    if name in ("granite", "llama", "nemotron", "smollm3"):
         config["attention_bias"] = "blk.0.attn_q.bias" in shapes
         config["mlp_bias"] = "blk.0.ffn_up.bias" in shapes
-        if config.get("num_experts"):
-            config |= {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}
-            config["num_local_experts"] = config.pop("num_experts")
+    if name in ("granite", "llama", "smollm3"):
+        config.setdefault("head_dim", known.get("rope.dimension_count", width))
+    if name == "llama" and config.get("num_experts"):
+        config |= {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}
+        config["num_local_experts"] = config.pop("num_experts")
+    if name == "granite":
+        config.setdefault("attention_multiplier", config["head_dim"] ** -0.5)
+    if name == "nemotron":
+        rope["partial_rotary_factor"] = known["rope.dimension_count"] / config.setdefault("head_dim", width)
     if name == "qwen3moe":  # llama.cpp computes so, and the file does not say it
         config["norm_topk_prob"] = True
     if name == "gpt-oss":

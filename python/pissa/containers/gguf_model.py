@@ -15,14 +15,26 @@ from transformers import PreTrainedModel
 
 from pissa import ops
 from pissa.containers.coded_weights import CodedWeight
-from pissa.containers.gguf_config import Architecture, architecture_of
+from pissa.containers.gguf_config import ARCHITECTURES, Architecture, architecture_of
 from pissa.containers.gguf_file import GgufFile
 from pissa.containers.messages import file_errors, quote
 from pissa.containers.tensor_file import WEIGHTS, Entry, Source
 from pissa.ops.formats import QuantFormat
 
 Change = Callable[..., Tensor]
-"""Makes a tensor of transformers of those that a file stores, floats or the bytes of codes."""
+"""Makes a tensor of transformers of those that a file stores, floats or the bytes of codes: another order and shape."""
+
+
+class OtherValues(NamedTuple):
+    """How a file stores other values than those of transformers."""
+
+    read: Callable[[Tensor], Tensor]
+    written: Callable[[Tensor], Tensor]
+    """The inverse of `read`."""
+
+
+_ONE_MORE = OtherValues(lambda norm: norm.float() - 1, lambda norm: norm.float() + 1)
+_DECAY = OtherValues(lambda decay: torch.log(-decay.float()), lambda logarithm: -torch.exp(logarithm.float()))
 
 
 class Assembly(NamedTuple):
@@ -30,6 +42,7 @@ class Assembly(NamedTuple):
 
     tensors: tuple[str, ...]
     change: Change | None = None
+    other_values: OtherValues | None = None
     is_transposed: bool = False
     """Whether a dense weight is the transposed one. Codes are never transposed."""
     is_decoded: bool = False
@@ -138,10 +151,10 @@ class GgufSource(Source):
         """The same for a whole tensor in the dtype of the file."""
         assembly = self._assembly(name)
         entries = [Source.entry(self, stored) for stored in assembly.tensors]
-        if assembly.change is _without_one:
-            parts: Sequence[Tensor] = [values.float() + 1]
-        elif assembly.change is None:
-            parts = [values]
+        if assembly.other_values is not None:
+            values = assembly.other_values.written(values)
+        if assembly.change is None:
+            parts: Sequence[Tensor] = [values]
         else:
             numbers = torch.arange(values.numel())
             places = [part.view(entry.shape) for part, entry in zip(_split(numbers, entries), entries, strict=True)]
@@ -185,6 +198,8 @@ class GgufSource(Source):
             is_meta = tensors[0].is_meta
             tensors = [torch.empty(weight.shape, device="meta") if is_meta else ops.dequantize(weight)]
         made = tensors[0] if assembly.change is None else assembly.change(*tensors)
+        if assembly.other_values is not None:
+            made = assembly.other_values.read(made)
         return made.mT if assembly.is_transposed and format is None else made
 
 
@@ -244,8 +259,9 @@ def _assemblies(file: GgufFile, model: PreTrainedModel, stored: Sequence[str]) -
     for name, parameter in model.state_dict().items():
         if (tensors := _tensors_of(name, table, places)) and tensors[0] in places:
             change = _change(name, len(tensors), made, config, parameter.shape)
-            is_transposed = made.transposes_experts and name.endswith((".gate_up_proj", ".down_proj"))
-            assemblies[name] = Assembly(tensors, change, is_transposed, change is not None and "out_proj" in name)
+            is_transposed = _is_transposed(name, made)
+            is_decoded = change is not None and "out_proj" in name
+            assemblies[name] = Assembly(tensors, change, _other_values(name, made), is_transposed, is_decoded)
     # Blocks that predict further tokens come after the others, and transformers has none.
     key = f"{architecture}.nextn_predict_layers"
     count = _number_of_blocks(file, key, file.metadata.get(key, 0), len(stored))
@@ -265,6 +281,10 @@ def _assemblies(file: GgufFile, model: PreTrainedModel, stored: Sequence[str]) -
     return dict(sorted(assemblies.items(), key=lambda item: places[item[1].tensors[0]]))
 
 
+def _is_transposed(name: str, made: Architecture) -> bool:
+    return made.transposes_experts and name.endswith((".gate_up_proj", ".down_proj"))
+
+
 def stored_shapes(model: PreTrainedModel, architecture: str) -> dict[str, tuple[int, ...]]:
     """The tensors of a new file of the model, by llama.cpp's names. A tied tensor is there once.
 
@@ -276,20 +296,24 @@ def stored_shapes(model: PreTrainedModel, architecture: str) -> dict[str, tuple[
     config = model.config.get_text_config()
     number = next(number for number, name in MODEL_ARCH_NAMES.items() if name == architecture)
     table = get_tensor_name_map(number, config.num_hidden_layers)
-    stems = {stem for _, stem in table.mapping.values() if not stem.endswith("gate_up_exps")}  # two tensors, as usual
-    possible = {f"{stem}.{leaf}": 0 for stem in stems for leaf in ("weight", "bias")}
-    shapes: dict[str, tuple[int, ...]] = {}
+    stems = {stem for _, stem in table.mapping.values()}
+    stems -= {stem.replace("gate", "gate_up") for stem in stems if stem.endswith("gate_exps")}  # two tensors, as usual
+    bare = {stem for stem in stems if stem.endswith(".ssm_a")}
+    possible = {f"{stem}.{leaf}": 0 for stem in stems - bare for leaf in ("weight", "bias", "scale")}
+    possible |= dict.fromkeys(bare, 0)
+    made, shapes = ARCHITECTURES[architecture], dict[str, tuple[int, ...]]()
     for name, parameter in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         tensors = _tensors_of(name, table, possible)
         if not tensors or not possible.keys() >= set(tensors):
             raise ValueError(f"llama.cpp's {architecture} has no name for {name}")
-        shape = tuple(parameter.shape)
+        shape = tuple(parameter.mT.shape if _is_transposed(name, made) else parameter.shape)
         if len(tensors) == 2:  # gate and up of experts
-            shape = (*shape[:-2], shape[-2] // 2, shape[-1])
-        if name.endswith("shared_expert_gate.weight"):
-            shape = shape[1:]
+            halved = -1 if name.endswith("_bias") else -2
+            shape = tuple(size // 2 if axis - len(shape) == halved else size for axis, size in enumerate(shape))
+        if name.endswith(("shared_expert_gate.weight", "conv.weight", "conv1d.weight")):
+            shape = tuple(size for size in shape if size > 1)
         shapes |= dict.fromkeys(tensors, shape)
     return shapes
 
@@ -331,15 +355,16 @@ def _change(name: str, number: int, made: Architecture, config: Any, shape: torc
         return lambda rows: rows.reshape(heads, -1, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
     if ".linear_attn." in name:
         return _of_linear_attention(f"{module}.{leaf}", config, shape)
-    if made.shifts_norms and name.endswith("norm.weight"):
-        return _without_one
     if module in ("conv", "shared_expert_gate"):  # llama.cpp leaves out dimensions of one element
         return lambda weight: weight.reshape(shape) if weight.dim() < len(shape) else weight
     return None
 
 
-def _without_one(norm: Tensor) -> Tensor:
-    return norm.float() - 1
+def _other_values(name: str, made: Architecture) -> OtherValues | None:
+    if name.endswith("A_log"):
+        return _DECAY
+    is_shifted = made.shifts_norms and name.endswith("norm.weight") and ".linear_attn." not in name
+    return _ONE_MORE if is_shifted else None
 
 
 def _of_linear_attention(name: str, config: Any, shape: torch.Size) -> Change | None:
@@ -355,8 +380,6 @@ def _of_linear_attention(name: str, config: Any, shape: torch.Size) -> Change | 
         grouped = torch.cat((others, heads.reshape(stored.shape)))
         return grouped.reshape(shape) if name == "conv1d.weight" else grouped
 
-    if name.endswith("A_log"):
-        return lambda decay: group(torch.log(-decay.float()))
     if name == "out_proj.weight":
         return None if values == keys else lambda weight: group(weight.mT).mT
     return None if name == "norm.weight" else group

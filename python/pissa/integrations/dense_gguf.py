@@ -28,8 +28,14 @@ _TYPES = {
 _NO_CODES = torch.empty(0).numpy().dtype
 """What gguf asks for beside the type: with uint8, it would take the shape for that of bytes."""
 
-_IN_FLOAT32 = ("ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight")
-"""The matrices that llama.cpp multiplies in float32 only: those that choose experts."""
+_IN_FLOAT32 = (
+    "ffn_gate_inp.weight",
+    "ffn_gate_inp_shexp.weight",
+    "ssm_conv1d.weight",
+    "shortconv.conv.weight",
+    ".bias",
+)
+"""The matrices that llama.cpp has in float32 only: those that choose experts, convolutions, biases of experts."""
 
 
 def describe(model: Checkpoint, tokenizer: Any) -> tuple[str, dict[str, Any]]:
@@ -43,7 +49,8 @@ def describe(model: Checkpoint, tokenizer: Any) -> tuple[str, dict[str, Any]]:
     if architecture is None:
         raise ValueError(f"it is a {name}; written are {', '.join(WRITTEN)}")
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    return architecture, metadata_of(config, architecture) | tokenizer_metadata(tokenizer, config.vocab_size, ends)
+    metadata = metadata_of(config, architecture, stored_shapes(model.model, architecture))
+    return architecture, metadata | tokenizer_metadata(tokenizer, config.vocab_size, ends)
 
 
 def write(path: Path, model: Checkpoint, tokenizer: Any, texts: dict[str, str]) -> None:
@@ -107,7 +114,7 @@ def _aligned(position: int) -> int:
 def _write_parameter(name: str, model: Checkpoint, made: Checkpoint, put: Callable[[int, Tensor], None]) -> None:
     """Puts a parameter of the model into the file, whose tensors may be several: a matrix at a time."""
     source, dtype = cast(GgufSource, made.stored), made.stored.entry(name).dtype
-    if made.tensors[name].dim() < 3:
+    if made.tensors[name].dim() < 3 or name.endswith(".weight"):  # the weight of a convolution is no stack of experts
         parts = model.parts_of(name)
         for _, position, values in source.stored_values(name, model.matrix(parts)):
             put(position, values)

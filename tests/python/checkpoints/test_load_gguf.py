@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import gguf_fixtures
 import pissa
 from daily import each
-from gguf_fixtures import MODELS, NEED_CONFIG, floats, mixed
+from gguf_fixtures import MODELS, floats, mixed
 from language_models import error, logits, moved, train
 from pissa.base.weights import CodedEmbedding, CodedLinear
 from pissa.checkpoints.init import init
@@ -30,21 +30,17 @@ BOUND = 5e-6
 """Of logits: sums of 64 products in another order; Qwen 3.5 repeats such differences in its state."""
 
 
-def written(kind: str, folder: Path, types: Any = mixed) -> tuple[Path, nn.Module, dict[str, Any]]:
-    """A file, the model that it has, and options to load it."""
-    model: Any = gguf_fixtures.make(kind)
-    twin = gguf_fixtures.write(model, kind, folder / "x.gguf", types)
-    model.config.architectures = [type(model).__name__]
-    model.config.save_pretrained(folder / "config")
-    return folder / "x.gguf", twin, {"config_from": folder / "config"} if kind in NEED_CONFIG else {}
+def written(kind: str, folder: Path, types: Any = mixed) -> tuple[Path, nn.Module]:
+    """A file, and the model that it has."""
+    return folder / "x.gguf", gguf_fixtures.write(gguf_fixtures.make(kind), kind, folder / "x.gguf", types)
 
 
 @pytest.mark.parametrize("types", [floats, mixed], ids=["floats", "codes"])
 @pytest.mark.parametrize("kind", each(MODELS, DAILY))
 @pytest.mark.filterwarnings("ignore::pissa.notices.AllLinearWarning")  # a gate of one row
 def test_logits_are_the_originals(kind: str, types: Any, tmp_path: Path) -> None:
-    path, twin, options = written(kind, tmp_path, types)
-    model = pissa.load(path, **FIELDS, init="lora", is_trainable=False, **options)
+    path, twin = written(kind, tmp_path, types)
+    model = pissa.load(path, **FIELDS, init="lora", is_trainable=False)
     assert error(logits(model, TOKENS), logits(twin, TOKENS)) <= BOUND
     bases = [type(layer.base_layer) for layer in pissa_layers(model).values()]
     assert (CodedLinear in bases) == (types is mixed)
@@ -53,7 +49,7 @@ def test_logits_are_the_originals(kind: str, types: Any, tmp_path: Path) -> None
 
 
 def test_a_file_of_ollama_has_the_name_of_its_digest(tmp_path: Path) -> None:
-    path, twin, _ = written("llama", tmp_path)
+    path, twin = written("llama", tmp_path)
     blob = path.rename(tmp_path / "sha256-74701a8c35f6c8d9")
     model = pissa.load(blob, **FIELDS, init="lora", is_trainable=False)
     assert error(logits(model, TOKENS), logits(twin, TOKENS)) <= BOUND
@@ -62,7 +58,7 @@ def test_a_file_of_ollama_has_the_name_of_its_digest(tmp_path: Path) -> None:
 @pytest.mark.parametrize("start", ["lora", "pissa"])
 @pytest.mark.parametrize("kind", each(["llama", "mixtral", "gpt_oss", "gemma3", "gemma4"], {"llama", "mixtral"}))
 def test_a_trained_adapter_is_saved_and_loaded(kind: str, start: str, tmp_path: Path) -> None:
-    path, twin, _ = written(kind, tmp_path)
+    path, twin = written(kind, tmp_path)
     model = pissa.load(path, **FIELDS, init=start)
     assert error(logits(model.eval(), TOKENS), logits(twin, TOKENS)) <= BOUND
     losses = train(model.train(), TOKENS, 4)
@@ -78,7 +74,7 @@ def test_a_trained_adapter_is_saved_and_loaded(kind: str, start: str, tmp_path: 
 @pytest.mark.parametrize("kind", each(["qwen2", "gpt_oss", "gemma4_moe"], {"qwen2", "gpt_oss"}))
 def test_a_merged_model_is_dense_and_is_saved(kind: str, tmp_path: Path) -> None:
     """Also embeddings, tied ones once, and the experts, to which no adapter belongs."""
-    path, _, _ = written(kind, tmp_path)
+    path, _ = written(kind, tmp_path)
     model = moved(pissa.load(path, r=2, target_modules=["q_proj"], init="lora")).eval()
     trained = logits(model, TOKENS)
     merged: Any = model.merge_and_unload()
@@ -100,13 +96,13 @@ def test_a_merged_model_is_dense_and_is_saved(kind: str, tmp_path: Path) -> None
     ],
 )
 def test_a_layer_in_codes_is_not_trained_as_a_whole(name: str, fields: dict[str, Any], tmp_path: Path) -> None:
-    path, _, _ = written("llama", tmp_path)
+    path, _ = written("llama", tmp_path)
     with pytest.raises(ValueError, match=rf"layer '{name}' is in codes, .*: adapt it \(target_modules\)"):
         pissa.load(path, r=2, init="lora", **fields)
 
 
 def test_codes_are_not_saved_as_weights(tmp_path: Path) -> None:
-    path, _, _ = written("llama", tmp_path)
+    path, _ = written("llama", tmp_path)
     model = pissa.load(path, r=2, target_modules=["q_proj"], init="lora")
     for base in (model.get_base_model(), model.unload()):
         with pytest.raises(ValueError, match=r"model\.embed_tokens is in codes, .* merge_and_unload\(\)"):
@@ -115,14 +111,14 @@ def test_codes_are_not_saved_as_weights(tmp_path: Path) -> None:
 
 
 def test_a_mixture_computes_from_codes_where_nothing_adapts_it(tmp_path: Path) -> None:
-    path, twin, _ = written("mixtral", tmp_path)
+    path, twin = written("mixtral", tmp_path)
     model = pissa.load(path, r=2, target_modules=["v_proj"], init="lora")
     assert any(isinstance(module, UnfusedExperts) for module in model.modules())
     assert error(logits(model.eval(), TOKENS), logits(twin, TOKENS)) <= BOUND
 
 
 def test_the_table_of_per_layer_inputs_stays_in_codes(tmp_path: Path) -> None:
-    path, twin, _ = written("gemma4", tmp_path)
+    path, twin = written("gemma4", tmp_path)
     model: Any = pissa.load(path, r=2, target_modules=["q_proj"], init="lora").get_base_model()
     tables = [model.model.embed_tokens_per_layer, model.model.embed_tokens]
     assert [(type(table), table.format) for table in tables] == [(CodedEmbedding, "q8_0")] * 2
@@ -133,7 +129,7 @@ def test_the_table_of_per_layer_inputs_stays_in_codes(tmp_path: Path) -> None:
 
 
 def test_an_adapter_of_another_file_is_refused(tmp_path: Path) -> None:
-    path, _, _ = written("llama", tmp_path)
+    path, _ = written("llama", tmp_path)
     moved(pissa.load(path, **FIELDS)).save_pretrained(tmp_path / "run")
     model: Any = gguf_fixtures.make("llama")
     with torch.no_grad():
@@ -147,7 +143,7 @@ def test_an_adapter_of_another_file_is_refused(tmp_path: Path) -> None:
 def test_dtype_of_the_model(tmp_path: Path) -> None:
     kinds = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "Q8_0": torch.float32}
     for kind, dtype in kinds.items():
-        path, _, _ = written("qwen3", tmp_path, lambda _, values, kind=kind: kind if values.dim() > 1 else "F32")
+        path, _ = written("qwen3", tmp_path, lambda _, values, kind=kind: kind if values.dim() > 1 else "F32")
         for asked, found in {None: dtype, torch.bfloat16: torch.bfloat16}.items():
             model = pissa.load(path, **FIELDS, dtype=asked)
             assert model.get_base_model().model.norm.weight.dtype == found
@@ -155,7 +151,7 @@ def test_dtype_of_the_model(tmp_path: Path) -> None:
 
 
 def test_split_files_are_one_model(tmp_path: Path) -> None:
-    path, twin, _ = written("llama", tmp_path)
+    path, twin = written("llama", tmp_path)
     parts = gguf_fixtures.split(path, 3)
     model = pissa.load(parts[1], **FIELDS, init="lora", is_trainable=False)
     assert torch.equal(logits(model, TOKENS), logits(pissa.load(path, **FIELDS, init="lora").eval(), TOKENS))
@@ -164,7 +160,7 @@ def test_split_files_are_one_model(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", each(["llama", "mixtral", "gpt_oss", "gemma4", "gemma4_moe"], {"mixtral"}))
 def test_init_and_merge_read_a_file_decoded(kind: str, tmp_path: Path) -> None:
-    path, twin, _ = written(kind, tmp_path, lambda name, values: mixed(name, values).replace("F16", "F32"))
+    path, twin = written(kind, tmp_path, lambda name, values: mixed(name, values).replace("F16", "F32"))
     moved(model := pissa.load(path, **FIELDS)).save_pretrained(tmp_path / "run")
     merge(tmp_path / "run", path, tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")

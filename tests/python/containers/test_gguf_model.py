@@ -32,7 +32,7 @@ def written(kind: str, folder: Path, types: Any = gguf_fixtures.floats, **extra:
     return path
 
 
-@pytest.mark.parametrize("kind", [kind for kind in gguf_fixtures.MODELS if kind not in gguf_fixtures.NEED_CONFIG])
+@pytest.mark.parametrize("kind", gguf_fixtures.MODELS)
 def test_config_and_weights_are_the_models(kind: str, tmp_path: Path) -> None:
     model: Any = gguf_fixtures.make(kind)
     gguf_fixtures.write(model, kind, tmp_path / "x.gguf")
@@ -147,9 +147,9 @@ def test_only_keys_and_values_that_are_shared_may_be_left_over(name: str, tmp_pa
         Checkpoint.open(path)
 
 
-def test_metadata_that_say_too_little_ask_for_a_configuration(tmp_path: Path) -> None:
-    path = written("granite", tmp_path)
-    with pytest.raises(ValueError, match=r"the metadata of granite do not describe the model.*config_from="):
+def test_metadata_that_do_not_describe_the_model_ask_for_a_configuration(tmp_path: Path) -> None:
+    path = written("granite", tmp_path, **{"granite.rope.scaling.type": "dynamic"})
+    with pytest.raises(ValueError, match=r"granite.gguf cannot be read: rope.scaling.type is 'dynamic'.*config_from="):
         ModelFolder.open(path)
     model: Any = gguf_fixtures.make("granite")
     model.config.architectures = ["GraniteForCausalLM"]

@@ -13,12 +13,27 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
 import pissa
+from daily import each
 from dense_bases import KINDS, WORDS, finished, tokenizer_of, trained
+from gguf_fixtures import MODELS
 from pissa.checkpoints.merge import merge
 from pissa.containers.checkpoint import Checkpoint
 from pissa.containers.gguf_file import GgufFile
 from pissa.containers.gguf_tokenizer import SAMPLE, tokenizer_metadata
 
+DAILY = {
+    "llama",
+    "llama3",
+    "mixtral",
+    "qwen2",
+    "qwen3_5_moe",
+    "gemma3",
+    "gemma4",
+    "longrope",
+    "gpt_oss",
+    "lfm2",
+    "nemotron",
+}
 TEXTS = [
     SAMPLE,
     "<s>What is 12,345 + 67?</s> ",
@@ -37,7 +52,7 @@ SPLITS = {"gpt-2": WORDS, "smollm": DIGITS} | {name: split(name) for name in ("l
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", each(KINDS, DAILY))
 def test_the_file_is_the_merged_model(kind: str, tmp_path: Path) -> None:
     """Every weight as `merge` writes it, and the same model around them."""
     base, run = trained(kind, torch.bfloat16, tokenizer_of(WORDS), tmp_path)
@@ -101,10 +116,11 @@ def test_the_scores_of_pieces_join_in_the_order_of_the_merges(tmp_path: Path) ->
     assert len(set(joined)) > 50
 
 
-def test_what_is_not_written_is_refused_with_another_way(tmp_path: Path) -> None:
+def test_what_is_not_written_is_refused_with_another_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And nothing is left."""
-    base, run = trained("granite", torch.float16, tokenizer_of(WORDS), tmp_path)
-    message = r"is not written as a GGUF file: it is a GraniteForCausalLM; written are .*run `pissa merge .*run merged "
+    monkeypatch.setitem(MODELS, "olmo2", ("olmo2", "Olmo2", {"head_dim": 16}))
+    base, run = trained("olmo2", torch.float16, tokenizer_of(WORDS), tmp_path)
+    message = r"is not written as a GGUF file: it is a Olmo2ForCausalLM; written are .*run `pissa merge .*run merged "
     message += r"--base .*`, and let .*Ollama: `echo FROM \./merged > Modelfile`, `ollama create NAME -f Mod.* \[P148\]"
     with pytest.raises(ValueError, match=message):
         pissa.export(run, tmp_path / "out" / "model.gguf", "gguf-model", base=base)
@@ -115,13 +131,19 @@ def test_what_is_not_written_is_refused_with_another_way(tmp_path: Path) -> None
     ("kind", "fields", "said"),
     [
         ("mistral", {"sliding_window": 16}, "sliding_window=16 becomes None"),
-        ("gemma2", {"query_pre_attn_scalar": 7}, ""),
+        ("gemma2", {"query_pre_attn_scalar": 7}, "query_pre_attn_scalar=7 becomes 32"),
+        ("smollm3", {"no_rope_layers": [1, 0, 1, 0]}, r"no_rope_layers=\[1, 0, 1, 0\] becomes \[1, 1, 1, 0\]"),
+        (
+            "qwen3_5",
+            {"linear_value_head_dim": 16},
+            "linear_value_head_dim is 16; llama.cpp has that of keys, which is 32",
+        ),
     ],
 )
 def test_what_a_file_cannot_say_is_refused(kind: str, fields: dict[str, Any], said: str, tmp_path: Path) -> None:
     """llama.cpp would compute another model, without a word."""
     base, run = trained(kind, torch.float16, tokenizer_of(WORDS), tmp_path, **fields)
-    with pytest.raises(ValueError, match=said or "query_pre_attn_scalar=7 becomes 32"):
+    with pytest.raises(ValueError, match=said):
         pissa.export(run, tmp_path / "out" / "model.gguf", "gguf-model", base=base)
     assert not (tmp_path / "out").exists()
 

@@ -16,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 import pissa
-from gguf_fixtures import MODELS, NEED_CONFIG, converted, make, write
+from gguf_fixtures import MODELS, converted, make, write
 from oracle import change_all
 from pissa.cli import main
 from pissa.integrations.llama_cpp import TOKENS, compare
@@ -43,7 +43,7 @@ def changes(path: Path) -> dict[str, Tensor]:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")  # of patterns that match no layer
-@pytest.mark.parametrize("kind", [kind for kind in MODELS if kind not in NEED_CONFIG])
+@pytest.mark.parametrize("kind", MODELS)
 def test_llama_cpps_arithmetic_gives_the_merged_model(kind: str, tmp_path: Path) -> None:
     """The file's weights with the exported change are what the converter makes of the merged model: names, the order of
     rows and columns, stacks of experts, and scales."""

@@ -261,7 +261,7 @@ def test_a_new_file_of_each_architecture(
         assert mine.argmax() == other.argmax(), f"token {number} differs, and logits by {worst:.1e}"
     with capsys.disabled():
         print(f"\n{kind}, {length}: {LENGTH} tokens equal, {gap:.1e} apart; logits differ by {worst:.1e} at most")
-    assert worst < 0.03
+    assert worst < 0.05
 
 
 def without_ties(model: Any, length: int) -> tuple[Tensor, list[Tensor], float]:

@@ -26,7 +26,7 @@ _LONG = {"rope_type": "longrope", "short_factor": [1.0 + i / 8 for i in range(6)
 _LONG |= {"long_factor": [2.0 + i for i in range(6)], "rope_theta": 10_000.0, "original_max_position_embeddings": 256}
 _LONGROPE = {"head_dim": 16, "rope_parameters": _LONG, "original_max_position_embeddings": 256}
 _LONGROPE |= {"max_position_embeddings": 512}  # llama.cpp chooses the factors by its context, which has 256 at least
-_LINEAR = {"linear_conv_kernel_dim": 4, "linear_key_head_dim": 16, "linear_num_key_heads": 2}
+_LINEAR = {"linear_conv_kernel_dim": 4, "linear_key_head_dim": 32, "linear_num_key_heads": 2}
 _LINEAR |= {"linear_num_value_heads": 4, "linear_value_head_dim": 32, "full_attention_interval": 2}
 _LINEAR |= {"rope_parameters": {"rope_theta": 1e6, "mrope_section": [2, 1, 1], "mrope_interleaved": True}}
 _LINEAR["rope_parameters"] |= {"partial_rotary_factor": 0.25, "rope_type": "default"}
@@ -37,11 +37,14 @@ _PROPORTIONAL = {"rope_type": "proportional", "partial_rotary_factor": 0.25, "ro
 _GEMMA4 = {"layer_types": ["sliding_attention", "full_attention"], "global_head_dim": 64, "sliding_window": 8}
 _GEMMA4 |= {"rope_parameters": {"full_attention": _PROPORTIONAL}, "final_logit_softcapping": 30.0}
 _GEMMA4["rope_parameters"] |= {"sliding_attention": {"rope_type": "default", "rope_theta": 2e4}}
-_GEMMA4 |= {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": _SIZES["vocab_size"]}
+_GEMMA4 |= {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": None}  # as vocab_size
 _OF_LAYERS = {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_hidden_layers": 4}
 _OF_LAYERS |= {"hidden_size_per_layer_input": 32, "num_kv_shared_layers": 2, "use_double_wide_mlp": True}
 _KEYS_ONLY = {"attention_k_eq_v": True, "num_global_key_value_heads": 1}
 _GEMMA4_ROUTED = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}
+
+_MULTIPLIERS = {"residual_multiplier": 0.5, "embedding_multiplier": 4.0, "logits_scaling": 2.0}
+_MULTIPLIERS |= {"attention_multiplier": 0.125}
 
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("llama", "Llama", {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}),
@@ -66,13 +69,11 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "longrope": ("phi3", "Phi3", _LONGROPE),
     "gpt_oss": ("gpt-oss", "GptOss", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8}),
     "lfm2": ("lfm2", "Lfm2", _CONVOLUTIONS),
-    "granite": ("granite", "Granite", {"residual_multiplier": 0.5, "head_dim": 16}),
-    "smollm3": ("smollm3", "SmolLM3", {"no_rope_layers": [1, 0], "head_dim": 16}),
+    "granite": ("granite", "Granite", _MULTIPLIERS | {"head_dim": 16}),
+    "smollm3": ("smollm3", "SmolLM3", {"num_hidden_layers": 4, "head_dim": 16, "tie_word_embeddings": False}),
+    "nemotron": ("nemotron", "Nemotron", {"head_dim": 16}),
 }
 """llama.cpp's name, that of transformers' class, and its configuration."""
-
-NEED_CONFIG = ("granite", "smollm3")
-"""Those whose metadata do not describe them."""
 
 
 def make(kind: str, **others: Any) -> nn.Module:
@@ -81,7 +82,10 @@ def make(kind: str, **others: Any) -> nn.Module:
     module = transformers
     config_class = getattr(module, f"{name}TextConfig", None) or getattr(module, f"{name}Config")
     torch.manual_seed(0)
-    model: nn.Module = getattr(module, f"{name}ForCausalLM")(config_class(**_BASE | fields | others))
+    fields = _BASE | fields | others
+    if "vocab_size_per_layer_input" in fields:
+        fields["vocab_size_per_layer_input"] = fields["vocab_size"]
+    model: nn.Module = getattr(module, f"{name}ForCausalLM")(config_class(**fields))
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if parameter.dim() == 1 or parameter_name.endswith(("bias", "A_log", "sinks")):
@@ -160,7 +164,10 @@ def metadata(config: Any, architecture: str) -> dict[str, Any]:
         "feed_forward_length": config.intermediate_size,
         "attention.head_count": config.num_attention_heads,
         "attention.head_count_kv": config.to_dict()["num_key_value_heads"],  # Gemma 4's own have several
-        "attention.layer_norm_rms_epsilon": getattr(config, "rms_norm_eps", None) or config.norm_eps,
+        "attention.scale": getattr(config, "attention_multiplier", None),
+        "embedding_scale": getattr(config, "embedding_multiplier", None),
+        "residual_scale": getattr(config, "residual_multiplier", None),
+        "logit_scale": getattr(config, "logits_scaling", None),
         "expert_count": getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None),
         "expert_used_count": getattr(config, "num_experts_per_tok", None),
         "expert_feed_forward_length": getattr(config, "moe_intermediate_size", None),
@@ -168,6 +175,8 @@ def metadata(config: Any, architecture: str) -> dict[str, Any]:
         "attn_logit_softcapping": getattr(config, "attn_logit_softcapping", None),
         "final_logit_softcapping": getattr(config, "final_logit_softcapping", None),
     }
+    norm = "attention.layer_norm_epsilon" if architecture == "nemotron" else "attention.layer_norm_rms_epsilon"
+    fields[norm] = getattr(config, "rms_norm_eps", None) or config.norm_eps
     rope = config.rope_parameters
     rope = rope.get("full_attention", rope)
     if architecture != "gemma2":
@@ -176,10 +185,12 @@ def metadata(config: Any, architecture: str) -> dict[str, Any]:
         fields |= {"rope.scaling.type": rope["rope_type"], "rope.scaling.factor": rope["factor"]}
         fields["rope.scaling.original_context_length"] = rope.get("original_max_position_embeddings")
     width = config.hidden_size // config.num_attention_heads
-    if architecture not in ("qwen2", "qwen2moe", "phi3", "lfm2", "llama"):
+    if architecture not in ("qwen2", "qwen2moe", "phi3", "lfm2", "llama", "granite", "smollm3"):
         fields |= {"attention.key_length": config.to_dict().get("head_dim", width)}
-    if architecture == "llama":
+    if architecture in ("llama", "granite", "smollm3"):
         fields["rope.dimension_count"] = config.head_dim
+    if architecture == "nemotron":
+        fields["rope.dimension_count"] = int(rope["partial_rotary_factor"] * config.head_dim)
     if architecture in ("gemma2", "gemma3", "gemma4", "gpt-oss", "phi3"):
         fields["attention.sliding_window"] = config.sliding_window or 0
     if architecture == "phi3":
@@ -245,6 +256,9 @@ def gemma4_fields(config: Any) -> dict[str, Any]:
 # ---- Tensors ---------------------------------------------------------------------------------------------------------
 
 
+SHIFTED = ("gemma", "gemma2", "gemma3", "nemotron", "qwen35", "qwen35moe")
+
+
 def converted(model: Any, architecture: str) -> Iterator[tuple[str, Tensor, str]]:
     """The tensors of the file: name, values, and the parameter that they are of."""
     config, names = model.config, {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
@@ -286,7 +300,7 @@ def converted(model: Any, architecture: str) -> Iterator[tuple[str, Tensor, str]
                 name = f"{path}.dt_proj.bias"
             yield stored(name), values.squeeze(1) if "conv1d" in name else values, f"{path}.{leaf}"
             continue
-        if architecture in ("gemma", "gemma2", "gemma3", "qwen35", "qwen35moe") and name.endswith("norm.weight"):
+        if architecture in SHIFTED and name.endswith("norm.weight"):
             values = values + 1
         if "conv.conv" in name:
             values = values.squeeze(1)
