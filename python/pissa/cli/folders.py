@@ -311,6 +311,7 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", required=True, choices=RUNTIMES, help=runtimes)
     check = "for gguf and gguf-model: compare what llama.cpp generates with the model; needs llama-cpp-python"
     parser.add_argument("--check", action="store_true", help=check)
+    parser.add_argument("--type", choices=["q8_0"], help="for gguf-model of a 16-bit model: write 8 bits per weight")
     _add_calibration(parser, f"for gguf-model: {_READ}")
 
 
@@ -327,7 +328,8 @@ def _export(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     from pissa.integrations.export import export
 
     batches = _calibration(args, args.base or open_adapter(args.adapter).named_base or args.adapter)
-    done = export(args.adapter, args.target, args.to, base=args.base, calibration=batches, progressbar=True)
+    options = {"base": args.base, "calibration": batches, "type": args.type}
+    done = export(args.adapter, args.target, args.to, **options, progressbar=True)
     yield done._asdict() | _kept_as_dicts(done)
     print_row("adapter", f"{args.adapter}: {done.what}, {done.layers} layers")
     print_row("written", done.written)

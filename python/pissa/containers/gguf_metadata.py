@@ -61,7 +61,7 @@ _WITH_WINDOWS = ("gemma2", "gemma3", "gemma4", "gpt-oss", "phi3")
 def _head_of(config: Any) -> int:
     if config.model_type == "gemma4_text":  # which has several
         return int(config.per_layer_config[config.layer_types.index("full_attention")].head_dim)
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def _rope_scaling(config: Any, rope: Mapping[str, Any], architecture: str) -> dict[str, Any]:

@@ -37,6 +37,12 @@ _IN_FLOAT32 = (
 )
 """The matrices that llama.cpp has in float32 only: those that choose experts, convolutions, biases of experts."""
 
+TYPES = ("q8_0",)
+"""The types of codes in which matrices are written, by gguf-py's own rounding, to the nearest."""
+
+_NOT_IN_CODES = "ssm_out.weight"
+"""Whose columns, which codes join, stand in another order in the file."""
+
 
 def describe(model: Checkpoint, tokenizer: Any) -> tuple[str, dict[str, Any]]:
     """llama.cpp's name of the model's architecture, and the metadata of its file.
@@ -53,9 +59,10 @@ def describe(model: Checkpoint, tokenizer: Any) -> tuple[str, dict[str, Any]]:
     return architecture, metadata | tokenizer_metadata(tokenizer, config.vocab_size, ends)
 
 
-def write(path: Path, model: Checkpoint, tokenizer: Any, texts: dict[str, str]) -> None:
+def write(path: Path, model: Checkpoint, tokenizer: Any, texts: dict[str, str], blocks: str | None) -> None:
     """Writes the model in a dense checkpoint to the file `path`, in the dtype of its embedding; norms and biases are
-    float32. One matrix is in memory at a time. Raises the errors of `describe`."""
+    float32. With `blocks`, one of `TYPES`, matrices whose rows are full blocks are in these codes. One matrix is in
+    memory at a time. Raises the errors of `describe`."""
     architecture, metadata = describe(model, tokenizer)
     config = model.built_config()
     shapes, rope = stored_shapes(model.model, architecture), rope_tensors(config)
@@ -63,8 +70,9 @@ def write(path: Path, model: Checkpoint, tokenizer: Any, texts: dict[str, str]) 
     if dtype not in _TYPES:
         raise ValueError(f"its weights are {dtype}; written are {', '.join(map(str, _TYPES))}")
     kind, file_type = _TYPES[dtype]
+    codes = None if blocks is None else gguf.GGMLQuantizationType[blocks.upper()]
     writer = gguf.GGUFWriter(path, architecture)
-    writer.add_file_type(file_type)
+    writer.add_file_type(file_type if blocks is None else gguf.LlamaFileType[f"MOSTLY_{blocks.upper()}"])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     for key, value in {"general.type": "model", **texts, **metadata}.items():
         if isinstance(value, list):
@@ -73,9 +81,13 @@ def write(path: Path, model: Checkpoint, tokenizer: Any, texts: dict[str, str]) 
             add = {str: "string", bool: "bool", int: "uint32", float: "float32"}[type(value)]
             getattr(writer, f"add_{add}")(key, value)
     for name, shape in (shapes | {name: tuple(values.shape) for name, values in rope.items()}).items():
-        is_wide = len(shape) == 1 or name.endswith(_IN_FLOAT32)
-        stored, size = (gguf.GGMLQuantizationType.F32, 4) if is_wide else (kind, dtype.itemsize)
-        writer.add_tensor_info(name, shape, _NO_CODES, size * torch.Size(shape).numel(), stored)
+        stored = kind
+        if len(shape) == 1 or name.endswith(_IN_FLOAT32):
+            stored = gguf.GGMLQuantizationType.F32
+        elif codes and shape[-1] % gguf.GGML_QUANT_SIZES[codes][0] == 0 and not name.endswith(_NOT_IN_CODES):
+            stored = codes
+        block, size = gguf.GGML_QUANT_SIZES[stored]
+        writer.add_tensor_info(name, shape, _NO_CODES, torch.Size(shape).numel() // block * size, stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -94,7 +106,7 @@ def write(path: Path, model: Checkpoint, tokenizer: Any, texts: dict[str, str]) 
             file.write(bytes_of(values.contiguous()))
 
         for name in made.stored.names:
-            _write_parameter(name, model, made, put)
+            _write_parameter(name, model, made, codes, put)
 
 
 def _check(made: Checkpoint, config: Any, tokenizer: Any) -> None:
@@ -111,16 +123,24 @@ def _aligned(position: int) -> int:
     return -(-position // 32) * 32
 
 
-def _write_parameter(name: str, model: Checkpoint, made: Checkpoint, put: Callable[[int, Tensor], None]) -> None:
+def _write_parameter(
+    name: str, model: Checkpoint, made: Checkpoint, codes: Any, put: Callable[[int, Tensor], None]
+) -> None:
     """Puts a parameter of the model into the file, whose tensors may be several: a matrix at a time."""
     source, dtype = cast(GgufSource, made.stored), made.stored.entry(name).dtype
-    if made.tensors[name].dim() < 3 or name.endswith(".weight"):  # the weight of a convolution is no stack of experts
+    is_stack = made.tensors[name].dim() == 3 and not name.endswith(".weight")  # as the weight of a convolution
+    if name not in made.coded and not is_stack:
         parts = model.parts_of(name)
         for _, position, values in source.stored_values(name, model.matrix(parts)):
             put(position, values)
         model.release([part.tensor for part in parts])
         return
     for member, parts in enumerate(model.layers_of(name).values()):
-        for _, position, values in source.stored_rows(name, model.matrix(parts).to(dtype), member):
+        matrix = model.matrix(parts)
+        if name in made.coded:
+            rows = torch.from_numpy(gguf.quants.quantize(matrix.float().contiguous().numpy(), codes))
+        else:
+            rows = matrix.to(dtype)
+        for _, position, values in source.stored_rows(name, rows, member):
             put(position, values)
         model.release([part.tensor for part in parts])

@@ -29,6 +29,7 @@ def export(
     *,
     base: str | os.PathLike[str] | None = None,
     calibration: Iterable[Batch] | None = None,
+    type: str | None = None,
     progressbar: bool = False,
 ) -> Exported:
     """Writes the adapter in folder `adapter` to `target` for another runtime::
@@ -49,7 +50,7 @@ def export(
 
     "gguf-model" writes a GGUF base's file again, with the adapter in it: codes change, rounded at random
     (`ops.merge_codes`), and scales and everything else stay, except for the name and a note in the metadata. Of any
-    other base it writes the merged model as a new file, in the dtype of its weights.
+    other base it writes the merged model as a new file, in the dtype of its weights or in codes of a `type`.
 
     Args:
         adapter: a folder of pissa or of PEFT, or a folder with a LoRA.
@@ -58,6 +59,8 @@ def export(
         base: the model that the adapter was trained on, a folder, a GGUF file or a name on the Hub (default: the one
             that the adapter names). For "gguf": the GGUF file with which llama.cpp runs the adapter.
         calibration: for "gguf-model": batches of what the model will read, for error feedback as in `pissa.merge`.
+        type: for "gguf-model" of a base that is no GGUF file: "q8_0" writes matrices in 8 bits, rounded to the nearest
+            (default: in the dtype of the base).
         progressbar: show one bar over the bytes of the checkpoint on stderr.
 
     Raises:
@@ -68,11 +71,13 @@ def export(
         OSError: the disk is full or fails.
     """
     check_choice("to", to, tuple(RUNTIMES))
-    if calibration is not None and to != "gguf-model":
-        raise ValueError(f'calibration: got one, and to={to!r}; it is for to="gguf-model": leave it out')
+    others = {"calibration": calibration, "type": type}
+    others = {name: value for name, value in others.items() if value is not None}
+    if others and to != "gguf-model":
+        [name, *_] = others
+        raise ValueError(f'{name}: got one, and to={to!r}; it is for to="gguf-model": leave it out')
     opened, target = open_adapter(Path(adapter)), Path(target)
     if to in _EXPORTERS:
-        others = {} if calibration is None else {"calibration": calibration}
         done: Exported = resolve_name(f"pissa.integrations.{_EXPORTERS[to]}")(opened, base, target, **others)
         return done
     base = base or opened.named_base

@@ -28,35 +28,46 @@ from pissa.containers.gguf_file import parts_of
 from pissa.containers.gguf_model import GgufSource
 from pissa.containers.hub import Name
 from pissa.containers.staged import check_new, staged
-from pissa.integrations.dense_gguf import describe, write
+from pissa.integrations.dense_gguf import TYPES, describe, write
 from pissa.integrations.exported import MERGE, Exported, no_base
 from pissa.model.batches import Batch
+from pissa.ops.checks import check_choice
 
 
 def export_model(
-    adapter: LoraFolder, base: Name | None, target: Path, calibration: Iterable[Batch] | None = None
+    adapter: LoraFolder,
+    base: Name | None,
+    target: Path,
+    calibration: Iterable[Batch] | None = None,
+    type: str | None = None,
 ) -> Exported:
     """Writes the model with the adapter in it to the new file `target`, or its parts, and beside it a Modelfile. In the
     codes of a GGUF file `base`, matrices that the file has dense get the sum; of another base, which is merged first in
-    a folder beside the target, all are dense. `calibration`: see `merge`. Raises ValueError for another base, for what
-    cannot be merged, and for a model that is not written as GGUF, which is named."""
+    a folder beside the target, all are dense, or in codes of that `type`. `calibration`: see `merge`. Raises ValueError
+    for another base, for what cannot be merged, and for a model that is not written as GGUF, which is named."""
     if target.suffix != ".gguf":
         raise ValueError(f"{target} does not end with .gguf, by which programs know such files: give another name")
     model = base or adapter.named_base
     if model is None:
         raise no_base(adapter)
     checkpoint = Checkpoint.open(model)
+    if type is not None:
+        check_choice("type", type, TYPES)
     if checkpoint.contents is Contents.GGUF:
+        if type is not None:
+            raise ValueError(
+                f"type: got {type!r}, and {checkpoint.name} is a GGUF file, which keeps its types: leave it out"
+            )
         return _in_codes(adapter, checkpoint, target, calibration)
     if calibration is not None:
         raise ValueError(
             f"calibration: got one, and {checkpoint.name} contains {checkpoint.contents.value}; only merging into the "
             "codes of a GGUF file takes it: leave it out"
         )
-    return _dense(adapter, checkpoint, target)
+    return _dense(adapter, checkpoint, target, type)
 
 
-def _dense(adapter: LoraFolder, checkpoint: Checkpoint, target: Path) -> Exported:
+def _dense(adapter: LoraFolder, checkpoint: Checkpoint, target: Path, type: str | None) -> Exported:
     checkpoint.require(*READ)
     modelfile = f"{target.stem}.Modelfile"
     _check_new(target, target.name, modelfile)
@@ -74,7 +85,7 @@ def _dense(adapter: LoraFolder, checkpoint: Checkpoint, target: Path) -> Exporte
         note = f"{adapter.path.name} merged by pissa {ops.build_info()['version']}"
         texts = {"general.name": title, "general.description": note}
         try:
-            write(new(target.name), Checkpoint.open(folder), tokenizer, texts)
+            write(new(target.name), Checkpoint.open(folder), tokenizer, texts, type)
         except ValueError as error:
             raise _not_written(checkpoint, adapter, error) from error
         made = Checkpoint.open(new(target.name))

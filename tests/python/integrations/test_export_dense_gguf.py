@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import pytest
 import torch
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
@@ -16,6 +18,7 @@ import pissa
 from daily import each
 from dense_bases import KINDS, WORDS, finished, tokenizer_of, trained
 from gguf_fixtures import MODELS
+from language_models import error
 from pissa.checkpoints.merge import merge
 from pissa.containers.checkpoint import Checkpoint
 from pissa.containers.gguf_file import GgufFile
@@ -71,6 +74,48 @@ def test_the_file_is_the_merged_model(kind: str, tmp_path: Path) -> None:
     read: Any = pissa.load(tmp_path / "out" / "model.gguf", r=1, init="lora", dtype=torch.float32).eval()
     ids = torch.arange(3, 43)[None]
     torch.testing.assert_close(read(input_ids=ids).logits, merged(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def stored(path: Path) -> dict[str, Any]:
+    return {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("kind", ["llama", "mixtral", "gpt_oss", "qwen3_5"])
+def test_codes_are_those_of_gguf(kind: str, tmp_path: Path) -> None:
+    """Of the matrices in 16 bits, in the file's order; rows that are no full blocks stay in 16 bits."""
+    base, run = trained(kind, torch.bfloat16, tokenizer_of(WORDS), tmp_path, intermediate_size=80)
+    for name, options in {"dense": {}, "codes": {"type": "q8_0"}}.items():
+        pissa.export(run, tmp_path / f"{name}.gguf", "gguf-model", base=base, **options)
+    dense, codes = stored(tmp_path / "dense.gguf"), stored(tmp_path / "codes.gguf")
+    assert dense.keys() == codes.keys()
+    is_coded = {name: tensor.tensor_type.name == "Q8_0" for name, tensor in codes.items()}
+    for name, tensor in dense.items():
+        expected = tensor.data
+        if is_coded[name]:
+            values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+            expected = gguf.quants.quantize(values, gguf.GGMLQuantizationType.Q8_0)
+        np.testing.assert_array_equal(codes[name].data, expected, err_msg=name)
+        is_matrix = len(tensor.shape) > 1 and tensor.tensor_type.name == "BF16"
+        assert is_coded[name] == (is_matrix and tensor.shape[0] % 32 == 0 and "ssm_out" not in name), name
+    assert not all(is_coded[name] for name, tensor in dense.items() if tensor.tensor_type.name == "BF16")
+    model, coded = (Checkpoint.open(tmp_path / f"{name}.gguf") for name in ("dense", "codes"))
+    assert all(error(coded.read(name), model.read(name)) < 0.01 for name in model.names)
+
+
+def test_types_are_for_new_files(tmp_path: Path) -> None:
+    base, run = trained("llama", torch.float16, tokenizer_of(WORDS), tmp_path)
+    for to, options, said in [
+        ("vllm", {"type": "q8_0"}, r"type: got one, and to='vllm'; it is for to=\"gguf-model\": leave it out"),
+        ("gguf-model", {"type": "q4_k"}, "type: got 'q4_k'; allowed: 'q8_0'"),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            pissa.export(run, tmp_path / "out.gguf", to, base=base, **options)
+    pissa.export(run, tmp_path / "out.gguf", "gguf-model", base=base)
+    model = pissa.load(tmp_path / "out.gguf", r=2, init="lora", target_modules="all-linear")
+    model.save_pretrained(tmp_path / "of the file")
+    with pytest.raises(ValueError, match=r"type: got 'q8_0', and .*out.gguf is a GGUF file, which keeps its types: l"):
+        pissa.export(tmp_path / "of the file", tmp_path / "again.gguf", "gguf-model", type="q8_0")
 
 
 @pytest.mark.parametrize("name", SPLITS)

@@ -264,6 +264,19 @@ def test_a_new_file_of_each_architecture(
     assert worst < 0.05
 
 
+def test_a_new_file_in_codes(tmp_path: Path) -> None:
+    """llama.cpp multiplies by activations in eight bits: logits of 1.2 differ by 0.08."""
+    require("llama_cpp", "llama-cpp-python, which is built from source")
+    base, run = dense_bases.trained("llama", torch.float16, tokenizer_of(WORDS), tmp_path)
+    pissa.export(run, tmp_path / "model.gguf", "gguf-model", base=base, type="q8_0")
+    ours = pissa.load(tmp_path / "model.gguf", r=1, init="lora", dtype=torch.float32).eval()
+    prompt = torch.arange(3, 43)[None]
+    with torch.no_grad():
+        expected = ours(input_ids=prompt).logits[0, -1]
+    worst = float((next(LlamaCpp(tmp_path / "model.gguf", None).steps(prompt)) - expected).abs().max())
+    assert 0 < worst < 0.15
+
+
 def without_ties(model: Any, length: int) -> tuple[Tensor, list[Tensor], float]:
     """The prompt, of some, in whose answer the two likeliest tokens are never close; the logits of the answer; and how
     far they are apart at least."""
