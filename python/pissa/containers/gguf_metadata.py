@@ -26,6 +26,12 @@ def architecture_for(model_class: str) -> str | None:
     return _OF_CLASSES.get(model_class)
 
 
+def text_class(model_type: str) -> str | None:
+    """The class of the text model in a model of several kinds of input, by its `model_type`. None if it is not
+    written."""
+    return next((made.model_class for made in ARCHITECTURES.values() if made.model_type == model_type), None)
+
+
 def metadata_of(config: Any, architecture: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     """The keys and values that describe the model of that `config`, whose tensors have these `shapes`.
 

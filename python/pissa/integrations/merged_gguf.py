@@ -28,7 +28,7 @@ from pissa.containers.gguf_file import parts_of
 from pissa.containers.gguf_model import GgufSource
 from pissa.containers.hub import Name
 from pissa.containers.staged import check_new, staged
-from pissa.integrations.dense_gguf import TYPES, describe, write
+from pissa.integrations.dense_gguf import TYPES, Text, describe, write
 from pissa.integrations.exported import MERGE, Exported, no_base
 from pissa.model.batches import Batch
 from pissa.ops.checks import check_choice
@@ -67,6 +67,9 @@ def export_model(
     return _dense(adapter, checkpoint, target, type)
 
 
+_TEXT_ONLY = "; for images, take the original model's mmproj file"
+
+
 def _dense(adapter: LoraFolder, checkpoint: Checkpoint, target: Path, type: str | None) -> Exported:
     checkpoint.require(*READ)
     modelfile = f"{target.stem}.Modelfile"
@@ -76,7 +79,9 @@ def _dense(adapter: LoraFolder, checkpoint: Checkpoint, target: Path, type: str 
     except (ValueError, OSError, KeyError, TypeError) as error:
         raise _not_written(checkpoint, adapter, "transformers builds no tokenizer of its files") from error
     try:
-        describe(checkpoint, tokenizer)
+        text, _ = describe(checkpoint, tokenizer)
+        if text.is_part:
+            _check_only_text(checkpoint, adapter, text)
     except ValueError as error:
         raise _not_written(checkpoint, adapter, error) from error
     with staged(target.parent) as new, TemporaryDirectory(dir=target.parent, prefix=".merged-") as folder:
@@ -94,11 +99,17 @@ def _dense(adapter: LoraFolder, checkpoint: Checkpoint, target: Path, type: str 
     return Exported(
         what=merged.what,
         layers=merged.layers,
-        written=f"{target.name}, and {modelfile} for Ollama",
+        written=f"{target.name}, and {modelfile} for Ollama{_TEXT_ONLY if text.is_part else ''}",
         bytes_written=size,
         load=_load(target, target.with_name(modelfile)),
         error=merged.error,
     )
+
+
+def _check_only_text(checkpoint: Checkpoint, adapter: LoraFolder, text: Text) -> None:
+    names = [layer.name for unit in plan_merge(checkpoint, adapter).adapted for layer in unit.layers]
+    if others := [name for name in names if not name.startswith((text.inner, "lm_head"))]:
+        raise ValueError(f"the adapter changes {others[0]}, and only the model for text is written")
 
 
 def _not_written(checkpoint: Checkpoint, adapter: LoraFolder, reason: object) -> ValueError:

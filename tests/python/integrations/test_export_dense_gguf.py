@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
 import pissa
 from daily import each
-from dense_bases import KINDS, WORDS, finished, tokenizer_of, trained
+from dense_bases import KINDS, WORDS, finished, tokenizer_of, trained, trained_with_eyes
 from gguf_fixtures import MODELS
-from language_models import error
+from language_models import error, logits
 from pissa.checkpoints.merge import merge
 from pissa.containers.checkpoint import Checkpoint
 from pissa.containers.gguf_file import GgufFile
@@ -74,6 +74,25 @@ def test_the_file_is_the_merged_model(kind: str, tmp_path: Path) -> None:
     read: Any = pissa.load(tmp_path / "out" / "model.gguf", r=1, init="lora", dtype=torch.float32).eval()
     ids = torch.arange(3, 43)[None]
     torch.testing.assert_close(read(input_ids=ids).logits, merged(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "gemma4", "qwen3_5"])
+def test_of_a_model_that_reads_images_the_text_part_is_written(kind: str, tmp_path: Path) -> None:
+    base, run = trained_with_eyes(kind, tokenizer_of(WORDS), tmp_path, r".*language_model.*(q|down)_proj")
+    done = pissa.export(run, tmp_path / "out.gguf", "gguf-model", base=base)
+    assert done.written == "out.gguf, and out.Modelfile for Ollama; for images, take the original model's mmproj file"
+    merge(run, base, tmp_path / "merged")
+    merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    read: Any = pissa.load(tmp_path / "out.gguf", r=1, init="lora", dtype=torch.float32).eval()
+    ids = torch.arange(3, 43)[None]
+    assert error(logits(read, ids), logits(merged, ids)) < 1e-5
+
+
+def test_what_changes_the_part_for_images_is_refused(tmp_path: Path) -> None:
+    base, run = trained_with_eyes("gemma3", tokenizer_of(WORDS), tmp_path, r".*vision_tower.*fc1")
+    said = "the adapter changes model.vision_tower.encoder.layers.0.mlp.fc1, and only the model for text is written"
+    with pytest.raises(ValueError, match=said):
+        pissa.export(run, tmp_path / "out.gguf", "gguf-model", base=base)
 
 
 def stored(path: Path) -> dict[str, Any]:
