@@ -125,8 +125,10 @@ void CpuBackend::run(const GemmProblem& problem) const {
   const std::int64_t m = problem.out.rows;
   const std::int64_t n = problem.out.cols;
   if (m == 0 || n == 0) return;
-  const Cut cut = kernels_.any_cut ? best_cut(m, n, kernels_.tile_rows, executor_.threads(), executor_.uneven())
-                                   : best_cut(m, n, kernels_.tile_rows, kFixedThreads, false);
+  const std::int64_t columns = columns_of(problem);
+  const Cut cut = kernels_.any_cut
+                      ? best_cut(m, n, kernels_.tile_rows, columns, executor_.threads(), executor_.uneven())
+                      : best_cut(m, n, kernels_.tile_rows, columns, kFixedThreads, false);
   const std::int64_t row_blocks = ceil_div(m, cut.rows);
   std::int64_t inner = 1;
   for (std::int64_t i = 0; i < problem.term_count; ++i) inner += problem.terms[i].inner();
