@@ -18,7 +18,7 @@ inline constexpr std::int64_t kNc = 512;
 inline constexpr std::int64_t kKc = 320;
 inline constexpr std::int64_t kPanelPad = 17;    // words at most from one strip of a panel to the next
 inline constexpr std::int64_t kStripRows = 32;   // of A: at most a tile's, rounded up to a square for transposition
-inline constexpr std::int64_t kDotRows = 16;     // up to this many rows are multiplied without a panel
+inline constexpr std::int64_t kDotRows = 16;     // the most rows that are multiplied without a panel
 inline constexpr std::int64_t kCodeDotRows = 4;  // and up to this many directly by a quantised weight's codes
 
 /// A thread's scratch memory, 64-byte aligned, allocated once.

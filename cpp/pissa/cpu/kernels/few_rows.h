@@ -60,8 +60,14 @@ void padded_rows(const Slice& slice, float* to) {
   }
 }
 
-inline bool is_few_rows(const Term& term, std::int64_t rows) {
-  return rows <= kDotRows && term.op_a == Op::n && term.op_b == Op::t && term.inner() >= kFewLeastInner;
+// Registers of tiles (AMX) multiply up to 16 rows in the time of one, so that the panel pays from fewer rows on: 16
+// rows by a weight [4096, 4096] took 4.8 ms in place of 7.3, 8 rows between 0.9 and 1.2 of the time.
+template <class Product>
+constexpr std::int64_t kMostDotRows = Product::Tiles::kRows > Vec::kRows ? 8 : kDotRows;
+
+template <class Product>
+bool is_few_rows(const Term& term, std::int64_t rows) {
+  return rows <= kMostDotRows<Product> && term.op_a == Op::n && term.op_b == Op::t && term.inner() >= kFewLeastInner;
 }
 
 // c = or += the term. If it is the first one, INT8 codes only need a conversion: a row's scale multiplies its sums.

@@ -242,7 +242,7 @@ void multiply(const Run& run, const Block& block, const Panels& panels, const Ou
 template <class Product>
 bool is_direct(const Term& term, std::int64_t rows) {
   if (term.inner() == 0) return false;  // it would leave the sums as they were
-  if (is_few_rows(term, rows)) return true;
+  if (is_few_rows<Product>(term, rows)) return true;
   return is_quantized(term.b.format) &&
          with_codes(term.b.format, [&](auto codes) { return codes.template dots<Product>(term, rows); });
 }
