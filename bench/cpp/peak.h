@@ -36,18 +36,37 @@ double seconds(F f) {
 #define PISSA_SUMS_16 "0,1,2,3,4,5,6,7,8,9,10,11,12,13"
 #define PISSA_SUMS_32 PISSA_SUMS_16 ",14,15,16,17,18,19,20,21,22,23,24,25,26,27,28,29"
 
+// `rounds` rounds of one product of 16 x 32 by 32 x 16 bf16 for each of the tile registers but the factors'. Their sums
+// are ready after 52 cycles, and a product begins every 16.
+constexpr int kTileSums = 6;
+inline void multiply_tiles(std::int64_t rounds, float factor) {
+  alignas(64) std::uint8_t config[64] = {1};                                 // palette 1
+  for (int i = 0; i < 8; ++i) config[16 + 2 * i] = 64, config[48 + i] = 16;  // bytes of a row; rows
+  float tile[256];
+  std::fill_n(tile, 256, factor);
+  asm volatile(
+      "ldtilecfg %1\n.irp sum, 0,1,2,3,4,5\n tilezero %%tmm\\sum\n.endr\n"
+      "tileloadd (%3,%4), %%tmm6\n tileloadd (%3,%4), %%tmm7\n"
+      "1:\n.irp sum, 0,1,2,3,4,5\n tdpbf16ps %%tmm7, %%tmm6, %%tmm\\sum\n.endr\n dec %0\n jnz 1b\n tilerelease"
+      : "+r"(rounds)
+      : "m"(config), "m"(tile), "r"(tile), "r"(std::int64_t{64})
+      : "cc");
+}
+
 /// GF/s of `threads` threads in the instructions that the kernels of this instruction set multiply with; 0 if unknown.
 inline double peak_gflops(const std::string& isa, bool bf16, std::int64_t threads) {
 #if defined(__x86_64__)
   constexpr std::int64_t kRounds = 2'000'000;
-  const bool pairs = bf16 && isa == "avx512bf16";
-  const int width = isa.starts_with("avx512") ? 16 : isa == "avx2" ? 8 : 0;
+  const bool pairs = bf16 && isa == "avx512bf16", tiles = bf16 && isa == "amxbf16";
+  const int width = isa.starts_with("avx512") || isa == "amxbf16" ? 16 : isa == "avx2" ? 8 : 0;
   if (width == 0) return 0;
   const int sums = width == 16 ? 30 : 14;
+  const std::int64_t flops = tiles ? kTileSums * 16 * 32 * 16 * 2 : sums * width * (pairs ? 4 : 2);  // of a round
   const auto multiply_add = [&] {
     std::int64_t rounds = kRounds;
     const float factor = 0.5f;  // as a pair of bf16: 0 and 0.5
-    if (pairs) PISSA_MULTIPLY_ADDS("vdpbf16ps", "zmm", "30", "31", PISSA_SUMS_32);
+    if (tiles) multiply_tiles(rounds, factor);
+    else if (pairs) PISSA_MULTIPLY_ADDS("vdpbf16ps", "zmm", "30", "31", PISSA_SUMS_32);
     else if (width == 16) PISSA_MULTIPLY_ADDS("vfmadd231ps", "zmm", "30", "31", PISSA_SUMS_32);
     else PISSA_MULTIPLY_ADDS("vfmadd231ps", "ymm", "14", "15", PISSA_SUMS_16);
   };
@@ -57,7 +76,7 @@ inline double peak_gflops(const std::string& isa, bool bf16, std::int64_t thread
       std::vector<std::jthread> all;
       for (std::int64_t i = 0; i < threads; ++i) all.emplace_back(multiply_add);
     });
-    best = std::max(best, 1e-9 * static_cast<double>(threads * sums * kRounds * width * (pairs ? 4 : 2)) / time);
+    best = std::max(best, 1e-9 * static_cast<double>(threads * kRounds * flops) / time);
   }
   return best;
 #else
