@@ -5,6 +5,10 @@ Only torch is needed. Each function validates its arguments, raises a `ValueErro
 argument, and calls `torch.ops.pissa.*`. These are the compiled ops (see cpp/pissa/torch/schema.cc), which work under
 `torch.compile`, autocast, gradient checkpointing and `torch.func` fakes, and have gradients, but no second derivatives.
 The orientation is torch's: a weight is [out, in], and y = x Wᵀ + b.
+
+On the CPU, the ops compute on torch's threads. A process that was forked has none of them: if its parent has computed
+with several threads, its first op never returns, which is so for torch's own operations, too. Start processes by
+"spawn", or call `torch.set_num_threads(1)` in the child first, as torch's DataLoader does.
 """
 
 from __future__ import annotations
