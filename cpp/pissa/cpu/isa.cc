@@ -1,6 +1,9 @@
 #include "pissa/cpu/isa.h"
 
+#include <cerrno>
 #include <cstdlib>
+#include <string>
+#include <system_error>
 #include <utility>
 
 #include "pissa/cpu/blas.h"
@@ -56,6 +59,16 @@ const Kernels& accelerate_kernels() {
 #endif
 
 #if defined(PISSA_X86)
+#if defined(__linux__)
+// Why the tile registers were refused, for the error of the request.
+std::string why_refused(int error) {
+  if (error == ENOSPC) {  // Linux has looked at the signal stacks of all threads
+    return "an alternate signal stack of this process is too small for AMX's tile registers (ENOSPC)";
+  }
+  return "the system does not permit AMX's tile registers: " + std::generic_category().message(error);
+}
+#endif
+
 // Whether bfloat16 is multiplied faster after a conversion to float32. Intel's cores start a VDPBF16PS every second
 // cycle, and two FMAs in each, so FMA has twice the rate: 200 GF/s for 93, on a core of an Emerald Rapids. On AMD's
 // cores, VDPBF16PS has twice the rate of FMA.
@@ -70,8 +83,9 @@ const char* amxbf16_lacking() {
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kBf16) == 0 || (d & kTile) == 0) {
     return "the processor lacks AMX-BF16";
   }
-  static const bool permitted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-  return permitted ? nullptr : "the system does not permit AMX's tile registers";
+  static const std::string refused =
+      syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0 ? "" : why_refused(errno);
+  return refused.empty() ? nullptr : refused.c_str();
 #else
   return "its registers are asked for on Linux only";
 #endif
