@@ -35,7 +35,7 @@ void delete_block(void* data) { ::operator delete(data, std::align_val_t{kAlignm
 
 // Freed memory of the calling thread, kept for the next buffer of the same size. The first access to a page costs a
 // fault, about 1 us, which made the sums of the factors, 1 MB each, more expensive than the products that they are for.
-// The pool is bounded.
+// The pool is bounded: what was freed first makes room.
 class Pool {
  public:
   ~Pool() {
@@ -49,16 +49,21 @@ class Pool {
     held_ -= bytes;
     return data;
   }
-  bool keep(void* data, std::int64_t bytes) {
-    constexpr std::int64_t kMostBytes = 16 << 20;
-    if (held_ + bytes > kMostBytes || blocks_.size() == blocks_.capacity()) return false;
+  void keep(void* data, std::int64_t bytes) {
+    if (bytes > kMostBytes) return delete_block(data);
+    while (held_ + bytes > kMostBytes || blocks_.size() == kMostBlocks) {
+      delete_block(blocks_.front().data);
+      held_ -= blocks_.front().bytes;
+      blocks_.erase(blocks_.begin());
+    }
     blocks_.push_back({bytes, data});
     held_ += bytes;
-    return true;
   }
-  Pool() { blocks_.reserve(32); }
+  Pool() { blocks_.reserve(kMostBlocks); }
 
  private:
+  static constexpr std::int64_t kMostBytes = 16 << 20;
+  static constexpr std::size_t kMostBlocks = 32;
   struct Block {
     std::int64_t bytes;
     void* data;
@@ -117,9 +122,7 @@ Buffer::Buffer(std::int64_t rows, std::int64_t cols, Format format)
       format_(format),
       data_(allocate(allocated_bytes(rows * cols, format)), Free{allocated_bytes(rows * cols, format)}) {}
 
-void Buffer::Free::operator()(void* data) const {
-  if (!pool().keep(data, bytes)) delete_block(data);
-}
+void Buffer::Free::operator()(void* data) const { pool().keep(data, bytes); }
 
 void CpuBackend::run(const GemmProblem& problem) const {
   const std::int64_t m = problem.out.rows;
