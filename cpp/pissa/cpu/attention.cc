@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <utility>
@@ -16,11 +17,14 @@ namespace {
 
 float* row_of(const MutableMatrix& matrix, std::int64_t i) { return static_cast<float*>(matrix.data) + i * matrix.ld; }
 
-// Queries in a block: their scores of 2,048 keys are 512 KB. With 128, more scores are computed that the causal mask
-// hides: 127 tokens then take 15% longer (Zen 4).
+// Queries in a block. With 128, more scores are computed that the causal mask hides: 127 tokens then take 15% longer
+// (Zen 4).
 constexpr std::int64_t kQueries = 64;
 
-// Keys whose scores the backward pass holds at a time: with their gradients and the turned ones 192 KB, in L2.
+// Keys whose scores the forward pass holds at a time, 512 KB, in L2.
+constexpr std::int64_t kForwardKeys = 2048;
+
+// The same for the backward pass: with their gradients and the turned ones 192 KB, in L2.
 constexpr std::int64_t kKeys = 256;
 
 // The backward pass has at least kTasks tasks, unless one would have fewer than kLeastQueries queries, with which
@@ -93,6 +97,13 @@ struct Visible {
   float* row;
   std::int64_t count;
   const std::uint8_t* mask;
+
+  // Ends with a number that the mask shows. Sets those after it to 0.
+  Visible without_hidden_end() const {
+    std::int64_t shown = count;
+    while (mask && shown > 0 && !mask[shown - 1]) row[--shown] = 0.0f;
+    return {row, shown, mask};
+  }
 };
 
 // Queries [first, first + count) of a head, and the keys [begin, begin + keys) that include all that they see.
@@ -159,6 +170,17 @@ struct Products {
   }
 };
 
+// The mean of some keys' values becomes that of these and of others, given the logarithms of their sums of exp. Returns
+// that of all.
+float average(float* values, float log_sum, const float* others, float log_sum_of_others, std::int64_t count) {
+  if (log_sum_of_others == -INFINITY) return log_sum;
+  const float largest = std::max(log_sum, log_sum_of_others);
+  const float total = largest + std::log(std::exp(log_sum - largest) + std::exp(log_sum_of_others - largest));
+  const float share = std::exp(log_sum - total), share_of_others = std::exp(log_sum_of_others - total);
+  for (std::int64_t j = 0; j < count; ++j) values[j] = share * values[j] + share_of_others * others[j];
+  return total;
+}
+
 std::int64_t work_of(const Attention& problem) {
   return problem.q.batch * problem.q.heads * problem.q.length * problem.k.length * (problem.q.dim + problem.v.dim);
 }
@@ -191,20 +213,27 @@ void attention_forward(const Executor& executor, const Kernels& kernels, const A
   parallel_for(executor, q.batch * q.heads * blocks, work_of(problem), [&](std::int64_t task) {
     const std::int64_t head = task / blocks, b = head / q.heads, h = head % q.heads;
     const Rows rows(sight, problem, b, h, blocks - 1 - task % blocks);  // with causality, the longest task first
-    const Matrix keys = rows_of(problem.k.head(b, h / group), rows.begin, rows.keys);
-    const Matrix values = rows_of(problem.v.head(b, h / group), rows.begin, rows.keys);
-    const Scores scores(problem.k.length);
-    const Buffer sums(kQueries, problem.v.dim);
-    const MutableMatrix p = scores.view(rows.count, rows.keys), sum = rows_of(sums.view(), 0, rows.count);
-    multiply(rows_of(q.head(b, h), rows.first, rows.count), Op::n, keys, Op::t, p);
-    std::array<float, kQueries> shares;
-    for (std::int64_t i = 0; i < rows.count; ++i) {
-      const auto [row, count, mask] = rows.visible(p, i, rows.begin);
-      log_sums[head * q.length + rows.first + i] = kernels.softmax_row(row, count, mask, problem.scale, &shares[i]);
-    }
-    multiply(p, Op::n, values, Op::n, sum);
-    for (std::int64_t i = 0; i < rows.count; ++i) {
-      for (std::int64_t j = 0; j < sum.cols; ++j) row_of(sum, i)[j] *= shares[i];
+    const Scores p_memory(std::min(kForwardKeys, problem.k.length));
+    const Buffer sums(2 * kQueries, problem.v.dim);
+    const MutableMatrix sum = rows_of(sums.view(), 0, rows.count);
+    float* const log_sum = log_sums + head * q.length + rows.first;
+    for (std::int64_t from = rows.begin; from < rows.begin + rows.keys; from += kForwardKeys) {
+      const bool first = from == rows.begin;
+      const std::int64_t count = std::min(kForwardKeys, rows.begin + rows.keys - from);
+      const auto part = [&](const Heads& heads) { return rows_of(heads.head(b, h / group), from, count); };
+      const MutableMatrix p = p_memory.view(rows.count, count);
+      const MutableMatrix others = first ? sum : rows_of(sums.view(), kQueries, rows.count);
+      multiply(rows_of(q.head(b, h), rows.first, rows.count), Op::n, part(problem.k), Op::t, p);
+      std::array<float, kQueries> logs, shares;
+      for (std::int64_t i = 0; i < rows.count; ++i) {
+        const auto [row, seen, mask] = rows.visible(p, i, from).without_hidden_end();
+        logs[i] = kernels.softmax_row(row, seen, mask, problem.scale, &shares[i]);
+      }
+      multiply(p, Op::n, part(problem.v), Op::n, others);
+      for (std::int64_t i = 0; i < rows.count; ++i) {
+        for (std::int64_t j = 0; j < sum.cols; ++j) row_of(others, i)[j] *= shares[i];
+        log_sum[i] = first ? logs[i] : average(row_of(sum, i), log_sum[i], row_of(others, i), logs[i], sum.cols);
+      }
     }
     store(kernels, sum, rows_of(out.head(b, h), rows.first, rows.count));
   });

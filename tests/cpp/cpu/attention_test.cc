@@ -223,6 +223,8 @@ TEST_P(AttentionTest, AgreesWithFloat64) {
     // several blocks of queries and of keys, and several tasks for a head of keys
     check({.heads = 4, .group = 4, .queries = 300, .keys = 300, .dim = 8, .values = 8, .causal = true, .masked = mask});
     check({.batch = 2, .queries = 75, .keys = 80, .masked = mask, .mask_of_heads = true});
+    // several parts of the keys also in the forward pass, of which a query may see none
+    check({.queries = 9, .keys = 4200, .dim = 8, .values = 8, .masked = mask});
   }
   check({.batch = 3, .heads = 8, .group = 2});  // a task for each head of keys
   check({.queries = 1, .keys = 5});
