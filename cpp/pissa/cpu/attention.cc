@@ -149,11 +149,11 @@ class Scores {
   Buffer buffer_;
 };
 
-// Sums [length, dim] over queries, from 0 on.
+// Sums [length, dim] over queries.
 struct Sums {
-  Sums() : Sums(0, 0, 0) {}
-  Sums(std::int64_t length, std::int64_t k_dim, std::int64_t v_dim) : k(length, k_dim), v(length, v_dim) {
-    for (Buffer* sum : {&k, &v}) std::fill_n(row_of(sum->view(), 0), sum->view().rows * sum->view().cols, 0.0f);
+  Sums(std::int64_t length, std::int64_t k_dim, std::int64_t v_dim) : k(length, k_dim), v(length, v_dim) {}
+  void clear() const {
+    for (const Buffer* sum : {&k, &v}) std::fill_n(row_of(sum->view(), 0), sum->view().rows * sum->view().cols, 0.0f);
   }
   Buffer k, v;
 };
@@ -253,14 +253,17 @@ void attention_backward(const Executor& executor, const Kernels& kernels, const 
   const std::int64_t fitting = kSums / at_least_one(key_heads * k.length * (k.dim + v.dim));
   const std::int64_t parts =
       at_least_one(std::min({ceil_div(kTasks, at_least_one(key_heads)), group * q.length / kLeastQueries, fitting}));
-  std::vector<Sums> kept(parts > 1 ? key_heads * parts : 0);
+  std::vector<Sums> kept;  // made by the thread that frees them, which keeps their memory for its own next buffers
+  for (std::int64_t task = 0; parts > 1 && task < key_heads * parts; ++task) kept.emplace_back(k.length, k.dim, v.dim);
   const auto finish = [&](std::int64_t key_head, const Sums& sums) {
     store(kernels, sums.k.view(), dk.head(key_head / k.heads, key_head % k.heads));
     store(kernels, sums.v.view(), dv.head(key_head / k.heads, key_head % k.heads));
   };
   parallel_for(executor, key_heads * parts, 2 * work_of(problem), [&](std::int64_t task) {
     const std::int64_t key_head = task / parts, b = key_head / k.heads;
-    Sums sums(k.length, k.dim, v.dim);
+    const Sums own(parts > 1 ? 0 : k.length, k.dim, v.dim);
+    const Sums& sums = parts > 1 ? kept[task] : own;
+    sums.clear();
     const Scores p_memory(kKeys), ds_memory(kKeys), turned_memory(kKeys);
     const Buffer scratch(2, v.dim), dq_memory(kQueries, q.dim);
     for (std::int64_t i = task % parts; i < group * blocks; i += parts) {
@@ -301,8 +304,7 @@ void attention_backward(const Executor& executor, const Kernels& kernels, const 
       }
       store(kernels, dq_sum, part(dq));
     }
-    if (parts == 1) return finish(task, sums);
-    kept[task] = std::move(sums);
+    if (parts == 1) finish(key_head, sums);
   });
   const CpuBackend backend(executor, kernels);
   for (std::int64_t task = 0; task < std::ssize(kept); task += parts) {
