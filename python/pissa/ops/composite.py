@@ -57,7 +57,8 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _times(x: Tensor, held: Sequence[Any]) -> Tensor:
-    """x Wᵀ, in x's dtype."""
+    """x Wᵀ in x's dtype, so rounded before anything is added; our kernels round the sum alone. A GPU multiplies several
+    times as fast in half precision as in float32."""
     y = x.new_empty(len(x), _autograd.out_features_of(held))
     for place, rows in _chunks(held, x.shape[1], x.dtype):
         y[:, place] = x @ rows.T
