@@ -51,9 +51,12 @@ def test_options_that_change_nothing(folder: Path, tiny_llama: Make, tokens: Ten
     options = {"device_map": "auto", "low_cpu_mem_usage": True, "ephemeral_gpu_offload": True, "torch_device": "cpu"}
     options |= {"ignore_mismatched_sizes": False, "key_mapping": {}, "max_memory": None, "unknown": 1, "revision": "x"}
     model = PissaModel.from_pretrained(tiny_llama(), folder, **options)
-    assert torch.equal(logits(model, tokens), logits(PissaModel.from_pretrained(tiny_llama(), folder), tokens))
+    expected = logits(PissaModel.from_pretrained(tiny_llama(), folder), tokens)
+    assert torch.equal(logits(model, tokens), expected)
     model.load_adapter(folder, "again", **options)
     assert list(model.peft_config) == ["default", "again"]
+    model.set_adapter("again")
+    assert torch.equal(logits(model, tokens), expected)
 
 
 def test_a_subfolder(folder: Path, tiny_llama: Make, tokens: Tensor) -> None:

@@ -227,17 +227,6 @@ def test_dora_on_an_offloaded_layer_with_a_bias() -> None:
     assert torch.equal(*outputs)
 
 
-def test_low_cpu_mem_usage_restores_the_same(tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
-    model = pissa.wrap(tiny_llama(), r=4, low_cpu_mem_usage=True)
-    train(model, tokens)
-    model.save_pretrained(tmp_path)
-    again = pissa.PissaModel.from_pretrained(tiny_llama(), tmp_path, low_cpu_mem_usage=True)
-    assert torch.equal(logits(again, tokens), logits(model, tokens))
-    again.load_adapter(tmp_path, "twice", low_cpu_mem_usage=True)
-    again.set_adapter("twice")
-    assert torch.equal(logits(again, tokens), logits(model, tokens))
-
-
 def test_no_adapter_is_loaded_into_a_model_on_the_meta_device(tiny_llama: Make, tmp_path: Path) -> None:
     pissa.wrap(tiny_llama(), r=4).save_pretrained(tmp_path)
     empty = tiny_llama().to("meta")

@@ -19,7 +19,6 @@ from language_models import error, logits, moved, train
 from pissa.base.weights import CodedEmbedding, CodedLinear
 from pissa.checkpoints.init import init
 from pissa.checkpoints.merge import merge
-from pissa.layers.experts import UnfusedExperts
 from pissa.layers.layer import pissa_layers
 
 FIELDS: dict[str, Any] = {"r": 2, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
@@ -110,13 +109,6 @@ def test_codes_are_not_saved_as_weights(tmp_path: Path) -> None:
     assert not [*(tmp_path / "out").glob("*.safetensors")]
 
 
-def test_a_mixture_computes_from_codes_where_nothing_adapts_it(tmp_path: Path) -> None:
-    path, twin = written("mixtral", tmp_path)
-    model = pissa.load(path, r=2, target_modules=["v_proj"], init="lora")
-    assert any(isinstance(module, UnfusedExperts) for module in model.modules())
-    assert error(logits(model.eval(), TOKENS), logits(twin, TOKENS)) <= BOUND
-
-
 def test_the_table_of_per_layer_inputs_stays_in_codes(tmp_path: Path) -> None:
     path, twin = written("gemma4", tmp_path)
     model: Any = pissa.load(path, r=2, target_modules=["q_proj"], init="lora").get_base_model()
@@ -148,14 +140,6 @@ def test_dtype_of_the_model(tmp_path: Path) -> None:
             model = pissa.load(path, **FIELDS, dtype=asked)
             assert model.get_base_model().model.norm.weight.dtype == found
             assert logits(model, TOKENS).dtype == found
-
-
-def test_split_files_are_one_model(tmp_path: Path) -> None:
-    path, twin = written("llama", tmp_path)
-    parts = gguf_fixtures.split(path, 3)
-    model = pissa.load(parts[1], **FIELDS, init="lora", is_trainable=False)
-    assert torch.equal(logits(model, TOKENS), logits(pissa.load(path, **FIELDS, init="lora").eval(), TOKENS))
-    assert error(logits(model, TOKENS), logits(twin, TOKENS)) <= BOUND
 
 
 @pytest.mark.parametrize("kind", each(["llama", "mixtral", "gpt_oss", "gemma4", "gemma4_moe"], {"mixtral"}))

@@ -27,29 +27,6 @@ def layers(model: nn.Module) -> Iterator[PissaLinear]:
     return (module for module in model.modules() if isinstance(module, PissaLinear))
 
 
-def test_classification_trains_and_saves_its_head(tokens: Tensor, tmp_path: Path) -> None:
-    from transformers import LlamaConfig, LlamaForSequenceClassification
-
-    def base() -> nn.Module:
-        torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
-            num_labels=3, pad_token_id=0,
-        )  # fmt: skip
-        return put(LlamaForSequenceClassification(config)).eval()
-
-    model = pissa.wrap(base(), r=2, task_type="SEQ_CLS")
-    assert isinstance(model, peft.PeftModelForSequenceClassification)
-    optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.1)
-    model(input_ids=tokens, labels=put(torch.tensor([0, 1, 2]))).loss.backward()
-    optimizer.step()
-    model.save_pretrained(tmp_path)
-    again = PissaModel.from_pretrained(base(), tmp_path)
-    assert type(again) is type(model)
-    assert torch.equal(logits(again, tokens), logits(model.eval(), tokens))
-    assert error(logits(peft.PeftModel.from_pretrained(base(), tmp_path), tokens), logits(model, tokens)) < 1e-5
-
-
 def test_parameter_counts(tiny_llama: Make, capsys: pytest.CaptureFixture[str]) -> None:
     dense = sum(parameter.numel() for parameter in tiny_llama().parameters())
     for fields in FORMS.values():
