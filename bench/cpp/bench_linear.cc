@@ -1,5 +1,5 @@
 // Speed of the fused linear layer, forward and forward + backward: weight [4096, 4096] in NF4, with activations in
-// bf16, or all in f32; rank 64.
+// bf16, the same in integers (Precision::int8), or all in f32; rank 64.
 #include "bench.h"
 #include "pissa/core/fused_linear.h"
 
@@ -18,7 +18,7 @@ const M& weight() {
 }
 
 template <class Target>
-void linear(benchmark::State& state, bool nf4, bool with_backward) {
+void linear(benchmark::State& state, bool nf4, bool with_backward, bool int8) {
   using Dense = typename Target::Dense;
   const std::int64_t tokens = state.range(0);
   const Format format = nf4 ? Format::bf16 : Format::f32;
@@ -40,10 +40,10 @@ void linear(benchmark::State& state, bool nf4, bool with_backward) {
     Adapter adapter;
     adapter.a = a.view(copy);
     adapter.b = b.view(copy);
-    linear_forward(backend, x.view(copy), w, {}, adapter, y.view(copy), xa.view(copy));
+    linear_forward(backend, x.view(copy), w, {}, adapter, y.view(copy), xa.view(copy), {}, int8);
     if (with_backward) {
       linear_backward(backend, y.view(copy), x.view(copy), w, adapter, xa.view(copy), dx.view(copy), grad_a.view(copy),
-                      grad_b.view(copy));
+                      grad_b.view(copy), {}, int8);
     }
   });
   const double weight_flops = 2.0 * tokens * kOut * kIn;
@@ -54,12 +54,15 @@ void linear(benchmark::State& state, bool nf4, bool with_backward) {
 
 template <class Target>
 void register_all() {
-  const auto add = [](const char* name, bool nf4, bool with_backward, const std::vector<std::int64_t>& tokens) {
-    auto* benchmark = Target::timed(benchmark::RegisterBenchmark(name, linear<Target>, nf4, with_backward));
+  const auto add = [](const char* name, bool nf4, bool with_backward, const std::vector<std::int64_t>& tokens,
+                      bool int8 = false) {
+    auto* benchmark = Target::timed(benchmark::RegisterBenchmark(name, linear<Target>, nf4, with_backward, int8));
     for (const std::int64_t count : tokens) benchmark->Arg(count);
   };
   add("linear/nf4_forward", true, false, {1, 4, 16, 128, 512, 2048});
   add("linear/nf4_forward_backward", true, true, {16, 128, 512});
+  add("linear/nf4_forward_int8", true, false, {64, 128, 512}, true);
+  add("linear/nf4_forward_backward_int8", true, true, {64, 128, 512}, true);
   add("linear/f32_forward", false, false, {1, 16, 128, 512});
   add("linear/f32_forward_backward", false, true, {16, 128, 512});
 }

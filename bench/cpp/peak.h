@@ -58,7 +58,7 @@ inline double peak_gflops(const std::string& isa, bool bf16, std::int64_t thread
 #if defined(__x86_64__)
   constexpr std::int64_t kRounds = 2'000'000;
   const bool pairs = bf16 && isa == "avx512bf16", tiles = bf16 && isa == "amxbf16";
-  const int width = isa.starts_with("avx512") || isa == "amxbf16" ? 16 : isa == "avx2" ? 8 : 0;
+  const int width = isa.starts_with("avx512") || isa == "amxbf16" ? 16 : isa.starts_with("avx") ? 8 : 0;
   if (width == 0) return 0;
   const int sums = width == 16 ? 30 : 14;
   const std::int64_t flops = tiles ? kTileSums * 16 * 32 * 16 * 2 : sums * width * (pairs ? 4 : 2);  // of a round

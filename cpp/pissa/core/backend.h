@@ -140,6 +140,14 @@ concept Backend = requires(B backend, Matrix matrix, MutableMatrix out, std::spa
 template <class B>
 concept KeepsFactorSums = Backend<B> && requires(B backend, Sum sum) { backend.add_both(sum, sum); };
 
+/// A backend that may multiply with a weight in integers, Precision::int8, if it says so for that many rows of the
+/// first operand. Rows of it are rounded to the nearest in blocks of 64 to 256 elements of the inner dimension, which
+/// share a scale: the block's largest element becomes 127. So is the weight, in the same blocks.
+template <class B>
+concept MultipliesBytes = Backend<B> && requires(B backend, std::int64_t rows) {
+  { backend.multiplies_bytes(rows) } -> std::same_as<bool>;
+};
+
 /// A backend that can tell without waiting which rows of a dense matrix are not 0, ascending; take rows of a matrix; and
 /// put them back in their places, with 0 in the other rows.
 template <class B>

@@ -44,6 +44,15 @@ struct Adapter {
 /// read again.
 inline constexpr std::int64_t kFewTokens = 16;
 
+/// The precision of the product with the weight, for a first operand `x`: int8 if `in_int8` and the device multiplies so.
+template <Backend B>
+Precision precision_of_base(const B& backend, const Matrix& x, bool in_int8) {
+  if constexpr (MultipliesBytes<B>) {
+    if (in_int8 && backend.multiplies_bytes(x.rows)) return Precision::int8;
+  }
+  return precision_of(x.format);
+}
+
 /// Whether the device's products round the factors to x's half precision, once for all of them.
 template <Backend B>
 bool rounds_factors(const Matrix& x) {
@@ -184,8 +193,8 @@ void with_backward_tail(B& backend, const Matrix& dy, const Matrix& x, const Ada
 template <Backend B>
 void backward_of_rows(B& backend, const Matrix& dy, const Matrix& x, const Matrix& weight, const Adapter& adapter,
                       const Matrix& xa, const MutableMatrix& dx, const MutableMatrix& grad_a,
-                      const MutableMatrix& grad_b, const FactorSums& sums) {
-  const Precision precision = precision_of(dy.format);
+                      const MutableMatrix& grad_b, const FactorSums& sums, bool in_int8) {
+  const Precision precision = precision_of_base(backend, dy, in_int8);
   if (!adapter) {
     if (dx) backend.weight_gemm_nn(dy, weight, 1.0f, precision, {}, dx);
     return;
@@ -216,10 +225,12 @@ auto taken(B& backend, const Matrix& from, std::span<const std::int64_t> rows) {
 /// @param y [tokens, out], dense, is written
 /// @param xa [tokens, r] in thin_format or f32, receives x A^T for the backward; absent without an adapter
 /// @param sums receives the factors for the backward; given if FactorSums::kept returns true
+/// @param in_int8 whether the product with the weight may be in Precision::int8
 template <Backend B>
 void linear_forward(B& backend, const Matrix& x, const Matrix& weight, const Matrix& bias, const Adapter& adapter,
-                    const MutableMatrix& y, const MutableMatrix& xa, const FactorSums& sums = {}) {
-  const Precision precision = precision_of(x.format);
+                    const MutableMatrix& y, const MutableMatrix& xa, const FactorSums& sums = {},
+                    bool in_int8 = false) {
+  const Precision precision = precision_of_base(backend, x, in_int8);
   if (!adapter) return backend.weight_gemm_nt(x, weight, 1.0f, precision, {}, bias, y);
   const auto ahead = backend.decode_ahead(weight, Op::t, precision, x.rows);
   detail::with_forward_tail(backend, x, adapter, xa, sums, [&](std::span<const Term> tail) {
@@ -242,10 +253,11 @@ void linear_forward(B& backend, const Matrix& x, const Matrix& weight, const Mat
 /// @param grad_a [r, in] f32, is written: the gradient of adapter.a
 /// @param grad_b [out, r] f32, is written: the gradient of adapter.b
 /// @param sums as written by the forward
+/// @param in_int8 as in the forward
 template <Backend B>
 void linear_backward(B& backend, const Matrix& dy, const Matrix& x, const Matrix& weight, const Adapter& adapter,
                      const Matrix& xa, const MutableMatrix& dx, const MutableMatrix& grad_a,
-                     const MutableMatrix& grad_b, const FactorSums& sums = {}) {
+                     const MutableMatrix& grad_b, const FactorSums& sums = {}, bool in_int8 = false) {
   if constexpr (FindsZeroRows<B>) {
     const std::vector<std::int64_t> rows = backend.nonzero_rows(dy);
     const auto count = static_cast<std::int64_t>(rows.size());
@@ -256,12 +268,12 @@ void linear_backward(B& backend, const Matrix& dy, const Matrix& x, const Matrix
       const auto xa_rows = detail::taken(backend, xa, of_adapter);
       auto dx_rows = backend.alloc(dx ? count : 0, dx.cols, dx.format);
       detail::backward_of_rows(backend, dy_rows.view(), x_rows.view(), weight, adapter, xa_rows.view(),
-                               dx ? dx_rows.view() : MutableMatrix{}, grad_a, grad_b, sums);
+                               dx ? dx_rows.view() : MutableMatrix{}, grad_a, grad_b, sums, in_int8);
       if (dx) backend.put_rows(dx_rows.view(), rows, dx);
       return;
     }
   }
-  detail::backward_of_rows(backend, dy, x, weight, adapter, xa, dx, grad_a, grad_b, sums);
+  detail::backward_of_rows(backend, dy, x, weight, adapter, xa, dx, grad_a, grad_b, sums, in_int8);
 }
 
 /// The adapter's part by itself, the whole or the change, added to the result of any function of x.

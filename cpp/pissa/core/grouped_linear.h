@@ -54,16 +54,18 @@ void with_sums(B& backend, const Matrix& x, const Adapter& adapter, F run) {
 /// @param layers whose rows are all of x
 /// @param y [rows, out], dense, is written
 /// @param xa [rows, r] f32, receives x A^T for the backward
+/// @param in_int8 as in linear_forward
 template <Backend B>
 void grouped_linear_forward(B& backend, const Matrix& x, std::span<const GroupedLayer> layers, const MutableMatrix& y,
-                            const MutableMatrix& xa) {
+                            const MutableMatrix& xa, bool in_int8 = false) {
   if constexpr (MultipliesGroups<B>) {
     if (backend.multiply_group(x, layers, y, xa)) return;
   }
   for (const GroupedLayer& layer : layers) {
     if (layer.rows == 0) continue;
     detail::with_sums(backend, layer.part(x), layer.adapter, [&](const FactorSums& sums) {
-      linear_forward(backend, layer.part(x), layer.weight, {}, layer.adapter, layer.part(y), layer.part(xa), sums);
+      linear_forward(backend, layer.part(x), layer.weight, {}, layer.adapter, layer.part(y), layer.part(xa), sums,
+                     in_int8);
     });
   }
 }
@@ -78,10 +80,11 @@ void grouped_linear_forward(B& backend, const Matrix& x, std::span<const Grouped
 /// @param dx [rows, in], dense, is written; absent: not computed
 /// @param grads_a of each layer [r, in] f32, is written: the gradient of its adapter's a
 /// @param grads_b of each layer [out, r] f32, is written: the gradient of its adapter's b
+/// @param in_int8 as in the forward
 template <Backend B>
 void grouped_linear_backward(B& backend, const Matrix& dy, const Matrix& x, std::span<const GroupedLayer> layers,
                              const Matrix& xa, const MutableMatrix& dx, std::span<const MutableMatrix> grads_a,
-                             std::span<const MutableMatrix> grads_b) {
+                             std::span<const MutableMatrix> grads_b, bool in_int8 = false) {
   for (std::size_t i = 0; i < layers.size(); ++i) {
     const auto& [weight, adapter, first, rows] = layers[i];
     const auto part = [&](const auto& matrix) { return layers[i].part(matrix); };
@@ -90,7 +93,7 @@ void grouped_linear_backward(B& backend, const Matrix& dy, const Matrix& x, std:
         if (sums.a) backend.add_both({adapter.a0, adapter.a, sums.a}, {adapter.b0, adapter.b, sums.b});
       }
       linear_backward(backend, part(dy), part(x), weight, adapter, part(xa), rows == 0 ? MutableMatrix{} : part(dx),
-                      grads_a[i], grads_b[i], sums);
+                      grads_a[i], grads_b[i], sums, in_int8);
     });
   }
 }

@@ -111,7 +111,9 @@ enum class Activation { silu, gelu_tanh };
 /// `f16_scaled` is f16 for a product of which one operand, the first if both are, is f32 and may exceed f16's range,
 /// 65,504. That operand is multiplied by kScaledDown before it is rounded: it may be 4 million, and what is below 2^-19
 /// is lost. The other operand, or if it is f16 already the product, is multiplied by kScaledUp.
-enum class Precision : std::uint8_t { f32, bf16, f16, f16_scaled, tf32 };
+///
+/// `int8` is for a product with a weight, of which both operands are rounded to integers of 8 bits (MultipliesBytes).
+enum class Precision : std::uint8_t { f32, bf16, f16, f16_scaled, tf32, int8 };
 
 inline constexpr float kScaledDown = 0x1p-6f, kScaledUp = 0x1p6f;
 

@@ -383,8 +383,21 @@ void CpuBackend::weight_gemm(const Term& product, std::span<const Term> tail, co
   check_terms(tail, kMostTail);
   std::array<Term, 1 + kMostTail> terms{product};
   std::copy(tail.begin(), tail.end(), terms.begin() + 1);
-  run({terms.data(), 1 + static_cast<std::int64_t>(tail.size()), {}, bias, out});
+  GemmProblem problem{terms.data(), 1 + static_cast<std::int64_t>(tail.size()), {}, bias, out};
+  if (product.precision != Precision::int8 || product.inner() == 0) return run(problem);
+  const Matrix& a = product.a;
+  ByteRows rounded{ByteBlocks(a.cols), nullptr, nullptr, nullptr};
+  const Buffer bytes(a.rows, rounded.length() / 4), scales(a.rows, rounded.runs()), starts(a.rows, rounded.runs());
+  rounded.bytes = static_cast<std::int8_t*>(bytes.view().data);
+  rounded.scales = static_cast<float*>(scales.view().data);
+  rounded.starts = static_cast<std::int32_t*>(starts.view().data);
+  parallel_for(executor_, a.rows, 8 * a.rows * a.cols,
+               [&](std::int64_t row) { kernels_.round_row(a, row, product.scale, rounded); });
+  problem.rounded = &rounded;
+  run(problem);
 }
+
+bool CpuBackend::multiplies_bytes(std::int64_t rows) const { return kernels_.bytes && rows > kDotRows; }
 
 void CpuBackend::weight_gemm_nt(const Matrix& x, const Matrix& weight, float scale, Precision precision,
                                 std::span<const Term> tail, const Matrix& bias, const MutableMatrix& y) const {

@@ -75,6 +75,7 @@ class CpuBackend {
                       std::span<const Term> tail, const Matrix& bias, const MutableMatrix& y) const;
   void weight_gemm_nn(const Matrix& dy, const Matrix& weight, float scale, Precision precision,
                       std::span<const Term> tail, const MutableMatrix& dx) const;
+  bool multiplies_bytes(std::int64_t rows) const;
   Matrix decode_ahead(const Matrix& weight, Op, Precision, std::int64_t) const { return weight; }  // products decode it
   std::vector<std::int64_t> nonzero_rows(const Matrix& a) const;
   void take_rows(const Matrix& a, std::span<const std::int64_t> rows, const MutableMatrix& out) const;

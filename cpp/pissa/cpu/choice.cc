@@ -23,7 +23,7 @@ Choice choose(std::span<const Candidate> candidates, const std::string& wanted) 
       reason = candidate->lacking;
     } else if (!wanted.empty()) {
       if (wanted != candidate->isa) reason = "PISSA_ISA is " + wanted;
-    } else if (candidate->kernels().matrix_units) {
+    } else if (candidate->kernels().matrix_units || candidate->kernels().bytes) {
       const auto slower = std::find_if(candidate + 1, candidates.rend(), [](const auto& c) { return !c.lacking; });
       if (!multiply_alike(candidate->kernels(), slower->kernels())) {
         reason = "its self-test failed";
@@ -42,14 +42,16 @@ Choice choose(std::span<const Candidate> candidates, const std::string& wanted) 
 }
 
 bool multiply_alike(const Kernels& tested, const Kernels& reference) {
-  constexpr std::int64_t kRows = 40, kCols = 72, kInner = 600;  // several tiles and panels, with short last ones
+  constexpr std::int64_t kRows = 40, kCols = 72, kInner = 640;  // several tiles and panels, with short last ones
   static_assert(kInner * 128 * 128 < 1 << 24, "a sum of products of bytes would round");
   std::uint32_t state = 1;
   const auto signed_bytes = [&](std::int64_t count) {
     std::vector<std::uint16_t> values(count);
     for (std::uint16_t& value : values) {
       state = 1664525 * state + 1013904223;  // Numerical Recipes' generator, whose high bits are good
-      const auto byte = static_cast<float>(static_cast<std::int8_t>(state >> 24));
+      // At most 127, which every 64 elements contain, so that a byte is its own rounding to 8 bits.
+      const bool largest = (&value - values.data()) % 64 == 0;
+      const auto byte = largest ? 127.0f : static_cast<float>(std::max(-127, int{static_cast<std::int8_t>(state >> 24)}));
       value = static_cast<std::uint16_t>(std::bit_cast<std::uint32_t>(byte) >> 16);
     }
     return values;
@@ -57,14 +59,17 @@ bool multiply_alike(const Kernels& tested, const Kernels& reference) {
   const std::vector<std::uint16_t> x = signed_bytes(kRows * kInner), w = signed_bytes(kCols * kInner);
   const Matrix a{x.data(), kRows, kInner, kInner, Format::bf16}, b{w.data(), kCols, kInner, kInner, Format::bf16};
   const auto product = [&](const Kernels& kernels, Precision precision) {
-    const Term term{a, Op::n, b, Op::t, 1.0f, precision};
     std::vector<float> out(kRows * kCols, std::numeric_limits<float>::quiet_NaN());
     const ThreadExecutor executor(1);
-    CpuBackend(executor, kernels).gemm({&term, 1}, {}, {out.data(), kRows, kCols, kCols, Format::f32});
+    CpuBackend(executor, kernels)
+        .weight_gemm_nt(a, b, 1.0f, precision, {}, {}, {out.data(), kRows, kCols, kCols, Format::f32});
     return out;
   };
-  const auto alike = [&](Precision precision) { return product(tested, precision) == product(reference, precision); };
-  return alike(Precision::bf16) && alike(Precision::f32);
+  const auto alike = [&](Precision precision, Precision expected) {
+    return product(tested, precision) == product(reference, expected);
+  };
+  if (tested.bytes && !alike(Precision::int8, Precision::f32)) return false;
+  return alike(Precision::bf16, Precision::bf16) && alike(Precision::f32, Precision::f32);
 }
 
 }  // namespace pissa::cpu

@@ -15,10 +15,12 @@
 #include <sys/sysctl.h>
 #elif defined(PISSA_ARM)
 #include <sys/auxv.h>
-#elif defined(PISSA_X86) && defined(__linux__)
+#elif defined(PISSA_X86)
 #include <cpuid.h>
+#if defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
+#endif
 #endif
 
 namespace pissa::cpu {
@@ -74,6 +76,12 @@ std::string why_refused(int error) {
 // cores, VDPBF16PS has twice the rate of FMA.
 bool multiplies_faster_in_f32() { return __builtin_cpu_is("intel") != 0; }
 
+// GCC 12's __builtin_cpu_supports does not know it. The system has to save registers of 256 bits, as for AVX2.
+bool has_avxvnni() {
+  unsigned a = 0, b, c, d;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a & 1U << 4) != 0;
+}
+
 // Why AMX-BF16 cannot be used, or nullptr. Since 5.16, Linux lets a process use the tile registers if it requests them.
 const char* amxbf16_lacking() {
 #if defined(__linux__)
@@ -103,10 +111,13 @@ std::vector<Candidate> candidates() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  const bool avx512bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  const bool avx512vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+  const bool avx512bf16 = avx512vnni && __builtin_cpu_supports("avx512bf16");
   constexpr const char* kNoAvx512Bf16 = "the processor lacks AVX512_BF16";
   all.push_back({"avx2", avx2::kernels, avx2 ? nullptr : "the processor lacks AVX2 or FMA or F16C"});
+  all.push_back({"avxvnni", avxvnni::kernels, avx2 && has_avxvnni() ? nullptr : "the processor lacks AVX-VNNI"});
   all.push_back({"avx512", avx512::kernels, avx512 ? nullptr : "the processor lacks AVX-512 (F BW DQ VL)"});
+  all.push_back({"avx512vnni", avx512vnni::kernels, avx512vnni ? nullptr : "the processor lacks AVX512_VNNI"});
   all.push_back({"avx512bf16", avx512bf16::kernels, avx512bf16 ? nullptr : kNoAvx512Bf16});
   if (avx512bf16 && multiplies_faster_in_f32()) std::swap(all[all.size() - 2], all.back());
   all.push_back({"amxbf16", amxbf16::kernels, avx512bf16 ? amxbf16_lacking() : kNoAvx512Bf16});

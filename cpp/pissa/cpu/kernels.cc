@@ -17,10 +17,12 @@ namespace pissa::cpu::PISSA_ISA {
 const Kernels& kernels() {
   static constexpr Kernels table = {PISSA_NAME(PISSA_ISA),
                                     PISSA_HAS_BF16,
+                                    PISSA_HAS_BYTES,
                                     PISSA_HAS_TILES,
                                     true,
                                     Tiles::kRows,
                                     gemm_block,
+                                    round_row,
                                     decode,
                                     encode,
                                     max_abs,

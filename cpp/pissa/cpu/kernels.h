@@ -31,6 +31,31 @@ struct Panels {
   float* bias;     // kNc
 };
 
+/// Elements of the inner dimension that have one scale in a product of integers: of rows of the first operand; and of
+/// columns of op(b) at most.
+inline constexpr std::int64_t kByteRun = 64, kMostByteBlock = 256;
+
+/// How an inner dimension, at least 1, is cut into blocks in which columns of op(b) have one scale: equally, in whole
+/// runs.
+struct ByteBlocks {
+  std::int64_t count, size;
+
+  explicit constexpr ByteBlocks(std::int64_t inner)
+      : count(ceil_div(inner, kMostByteBlock)), size(ceil_div(ceil_div(inner, count), kByteRun) * kByteRun) {}
+};
+
+/// Rows in bytes, with zeros after the last up to a whole block: element k of row i is
+/// scales[i * runs + k / kByteRun] * bytes[i * length + k].
+struct ByteRows {
+  ByteBlocks blocks;
+  std::int8_t* bytes;
+  float* scales;
+  std::int32_t* starts;  // for each scale: what its sum of products starts with, if a weight's bytes have an offset
+
+  std::int64_t length() const { return blocks.count * blocks.size; }
+  std::int64_t runs() const { return length() / kByteRun; }
+};
+
 /// out = addend + sum of the terms + bias; addend [M, N] and bias [1, N] may be absent. For a transposed problem,
 /// element [i, j] is stored at [j, i]: out has the shape of the result and the leading dimension of its transpose. If
 /// `out` has no memory, a block's elements stay in Panels::c, f32, with rows kNc apart.
@@ -41,6 +66,7 @@ struct GemmProblem {
   Matrix bias;
   MutableMatrix out;
   bool transposed = false;
+  const ByteRows* rounded = nullptr;  // the first term's a, if that term's precision is int8
 };
 
 /// Rows [row, row + rows) and columns [col, col + cols) of an output.
@@ -51,12 +77,17 @@ struct Block {
 struct Kernels {
   const char* isa;
   bool bf16;               // whether Precision::bf16 rounds operands to bf16 here; without such units it is f32
+  bool bytes;              // whether it multiplies in Precision::int8
   bool matrix_units;       // tile registers or a BLAS multiply, which requires a self-test (choice.h)
   bool any_cut;            // whether an element's value does not depend on how the output is cut
   std::int64_t tile_rows;  // of the GEMM's register tile; a block with a multiple of them has no short tile
 
   /// One block of the output, at most kMc x kNc.
   void (*gemm_block)(const GemmProblem& problem, const Block& block, const Panels& panels);
+
+  /// Rounds a row, times scale, to bytes: to the nearest, ties to even, the largest of a run to 127. What is not finite
+  /// makes the row's products so. Null unless `bytes`.
+  void (*round_row)(const Matrix& a, std::int64_t row, float scale, const ByteRows& to);
 
   /// out[0, count) = elements [col, col + count) of a row of the matrix, as f32.
   void (*decode)(const Matrix& matrix, std::int64_t row, std::int64_t col, std::int64_t count, float* out);
@@ -130,7 +161,13 @@ const Kernels& kernels();
 namespace avx2 {
 const Kernels& kernels();
 }
+namespace avxvnni {
+const Kernels& kernels();
+}
 namespace avx512 {
+const Kernels& kernels();
+}
+namespace avx512vnni {
 const Kernels& kernels();
 }
 namespace avx512bf16 {

@@ -19,6 +19,7 @@ py::dict build_info() {
   info["compiler"] = PISSA_COMPILER;
   info["torch_target"] = PISSA_TORCH_TARGET;
   info["isa"] = std::string(pissa::cpu::kernels().isa);
+  info["int8"] = pissa::cpu::kernels().bytes;
   info["isas_available"] = pissa::cpu::available_isas();
   info["isas_unused"] = pissa::cpu::unused_isas();
 #ifdef PISSA_CUDA_RUNTIME
@@ -38,8 +39,8 @@ PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {
   m.doc() = "Compiled core of pissa. Import torch first; use pissa and pissa.ops instead of this module.";
   m.def(
       "build_info", build_info,
-      "Version, compiler, oldest torch supported, instruction set in use, the available ones (fastest last), why not\n"
-      "the faster ones, CUDA.");
+      "Version, compiler, oldest torch supported, instruction set in use, whether it multiplies bytes, the available\n"
+      "ones (fastest last), why not the faster ones, CUDA.");
   m.def("isa_failure", pissa::cpu::isa_failure,
         "The self-test of an instruction set that failed and what follows from it, or an empty string.");
   pissa::python::define_limits(m);

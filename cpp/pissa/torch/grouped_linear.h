@@ -63,7 +63,8 @@ template <class Device>
 std::tuple<Tensor, Tensor> grouped_linear(const Tensor& x, const std::vector<std::int64_t>& offsets,
                                           const TensorList& codes, const TensorList& absmax,
                                           const OptionalList& nested_absmax, const OptionalList& offset,
-                                          const std::string& format, std::int64_t blocksize, std::int64_t out_features,
+                                          const std::string& format, std::int64_t blocksize, bool int8,
+                                          std::int64_t out_features,
                                           const TensorList& a, const TensorList& b, const OptionalList& a0,
                                           const OptionalList& b0, double scaling) {
   const auto given = [](const OptionalList& list) { return list.value_or(TensorList()); };
@@ -74,7 +75,7 @@ std::tuple<Tensor, Tensor> grouped_linear(const Tensor& x, const std::vector<std
   const auto layers = group.layers(offsets, x_view.rows, out_features, x_view.cols);
   const Tensor y = new_tensor(x, {x_view.rows, out_features}, x.scalar_type());
   const Tensor xa = new_tensor(x, {x_view.rows, layers[0].adapter.rank()}, ScalarType::Float);
-  pissa::grouped_linear_forward(device.backend(), x_view, layers, mutable_matrix(y), mutable_matrix(xa));
+  pissa::grouped_linear_forward(device.backend(), x_view, layers, mutable_matrix(y), mutable_matrix(xa), int8);
   return {y, xa};
 }
 
@@ -83,7 +84,7 @@ template <class Device>
 std::tuple<Tensor, TensorList, TensorList> grouped_linear_backward(
     const Tensor& dy, const Tensor& x, const std::vector<std::int64_t>& offsets, const TensorList& codes,
     const TensorList& absmax, const OptionalList& nested_absmax, const OptionalList& offset, const std::string& format,
-    std::int64_t blocksize, std::int64_t out_features, const TensorList& a, const TensorList& b, const OptionalList& a0,
+    std::int64_t blocksize, bool int8, std::int64_t out_features, const TensorList& a, const TensorList& b, const OptionalList& a0,
     const OptionalList& b0, const Tensor& kept, double scaling, bool need_dx) {
   const auto given = [](const OptionalList& list) { return list.value_or(TensorList()); };
   Device device(dy, x, codes, absmax, given(nested_absmax), given(offset), a, b, given(a0), given(b0), kept);
@@ -108,7 +109,7 @@ std::tuple<Tensor, TensorList, TensorList> grouped_linear_backward(
     views_b.push_back(mutable_matrix(grads_b.back()));
   }
   pissa::grouped_linear_backward(device.backend(), matrix(dy_tensor), x_view, layers, matrix(xa),
-                                 need_dx ? mutable_matrix(dx) : MutableMatrix{}, views_a, views_b);
+                                 need_dx ? mutable_matrix(dx) : MutableMatrix{}, views_a, views_b, int8);
   return {dx, grads_a, grads_b};
 }
 

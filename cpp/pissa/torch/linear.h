@@ -95,7 +95,7 @@ struct Kept {
 // (y [..., out] in x's dtype, the kept tensor)
 template <Backend B>
 std::tuple<Tensor, Tensor> linear_forward(B& backend, const Tensor& x, const Matrix& weight, const OptionalTensor& bias,
-                                          const AdapterTensors& factors) {
+                                          const AdapterTensors& factors, bool int8 = false) {
   const Tensor x_tensor = torch::stable::contiguous(x);
   const OptionalTensor bias_tensor = contiguous(bias);
   const Matrix bias_row = bias_tensor ? matrix(*bias_tensor) : Matrix{};
@@ -106,7 +106,7 @@ std::tuple<Tensor, Tensor> linear_forward(B& backend, const Tensor& x, const Mat
   sizes.back() = weight.rows;
   const Tensor y = new_tensor(x, sizes, x.scalar_type());
   const Kept kept(backend, x, matrix(x_tensor), adapter);
-  pissa::linear_forward(backend, matrix(x_tensor), weight, bias_row, adapter, mutable_matrix(y), kept.xa, kept.sums);
+  pissa::linear_forward(backend, matrix(x_tensor), weight, bias_row, adapter, mutable_matrix(y), kept.xa, kept.sums, int8);
   return {y, kept.tensor};
 }
 
@@ -130,7 +130,7 @@ struct LinearGradients {
 template <Backend B>
 std::tuple<Tensor, Tensor, Tensor> linear_backward(B& backend, const Tensor& dy, const Tensor& x, const Matrix& weight,
                                                    const AdapterTensors& factors, const Tensor& kept_tensor,
-                                                   bool need_dx) {
+                                                   bool need_dx, bool int8 = false) {
   const Tensor dy_tensor = torch::stable::contiguous(dy);
   const Tensor x_tensor = torch::stable::contiguous(x);
   const Adapter adapter = factors.view(weight.rows, weight.cols);
@@ -140,7 +140,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(B& backend, const Tensor& dy,
   const Kept kept(backend, x_view, adapter, kept_tensor);
   const LinearGradients gradients(x, adapter, need_dx);
   pissa::linear_backward(backend, matrix(dy_tensor), x_view, weight, adapter, kept.xa, gradients.dx_view(),
-                         mutable_matrix(gradients.grad_a), mutable_matrix(gradients.grad_b), kept.sums);
+                         mutable_matrix(gradients.grad_a), mutable_matrix(gradients.grad_b), kept.sums, int8);
   return gradients.tensors();
 }
 
@@ -175,26 +175,26 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& dy, const Tenso
 template <class Device>
 std::tuple<Tensor, Tensor> quantized_linear(const Tensor& x, const Tensor& codes, const Tensor& absmax,
                                             const OptionalTensor& nested_absmax, const OptionalTensor& offset,
-                                            const std::string& format, std::int64_t blocksize,
+                                            const std::string& format, std::int64_t blocksize, bool int8,
                                             std::int64_t out_features, const OptionalTensor& bias,
                                             const OptionalTensor& a, const OptionalTensor& b, const OptionalTensor& a0,
                                             const OptionalTensor& b0, double scaling, bool implicit) {
   Device device(x, codes, absmax, nested_absmax, offset, bias, a, b, a0, b0);
   const QuantizedTensors weight(codes, absmax, nested_absmax, offset, format, blocksize);
   return linear_forward(device.backend(), x, weight.view(out_features, x.size(x.dim() - 1)), bias,
-                        {a, b, a0, b0, scaling, implicit});
+                        {a, b, a0, b0, scaling, implicit}, int8);
 }
 
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor> quantized_linear_backward(
     const Tensor& dy, const Tensor& x, const Tensor& codes, const Tensor& absmax, const OptionalTensor& nested_absmax,
-    const OptionalTensor& offset, const std::string& format, std::int64_t blocksize, std::int64_t out_features,
-    const OptionalTensor& a, const OptionalTensor& b, const OptionalTensor& a0, const OptionalTensor& b0,
+    const OptionalTensor& offset, const std::string& format, std::int64_t blocksize, bool int8,
+    std::int64_t out_features, const OptionalTensor& a, const OptionalTensor& b, const OptionalTensor& a0, const OptionalTensor& b0,
     const Tensor& kept_tensor, double scaling, bool implicit, bool need_dx) {
   Device device(dy, x, codes, absmax, nested_absmax, offset, a, b, a0, b0, kept_tensor);
   const QuantizedTensors weight(codes, absmax, nested_absmax, offset, format, blocksize);
   return linear_backward(device.backend(), dy, x, weight.view(out_features, x.size(x.dim() - 1)),
-                         {a, b, a0, b0, scaling, implicit}, kept_tensor, need_dx);
+                         {a, b, a0, b0, scaling, implicit}, kept_tensor, need_dx, int8);
 }
 
 // (y like base, the kept tensor)

@@ -1,6 +1,7 @@
 // The schemas of torch.ops.pissa.*. python/pissa/ops documents, validates, and registers fakes and gradients.
 //
 // `largest` is the result of max_abs for the weight: callers that must know whether it is finite have already read it.
+// int8: whether a product with the weight may be in Precision::int8.
 // kept is what a forward keeps for its backward, in one tensor: Kept in linear.h.
 // A quantised weight is (codes, absmax, nested_absmax, offset, format, blocksize), as in core/format.h and Scales:
 // fixed slots, not a list of scales. With a list, torch's register_autograd takes 165 us more for a forward and
@@ -48,20 +49,20 @@ STABLE_TORCH_LIBRARY(pissa, m) {
       "float scaling, bool implicit, bool need_dx) -> (Tensor dx, Tensor grad_a, Tensor grad_b)");
   m.def(
       "quantized_linear(Tensor x, Tensor codes, Tensor absmax, Tensor? nested_absmax, Tensor? offset, str format, "
-      "int blocksize, int out_features, Tensor? bias, Tensor? a, Tensor? b, Tensor? a0, Tensor? b0, float scaling, "
+      "int blocksize, bool int8, int out_features, Tensor? bias, Tensor? a, Tensor? b, Tensor? a0, Tensor? b0, float scaling, "
       "bool implicit) -> (Tensor y, Tensor kept)");
   m.def(
       "quantized_linear_backward(Tensor dy, Tensor x, Tensor codes, Tensor absmax, Tensor? nested_absmax, "
-      "Tensor? offset, str format, int blocksize, int out_features, Tensor? a, Tensor? b, Tensor? a0, Tensor? b0, "
+      "Tensor? offset, str format, int blocksize, bool int8, int out_features, Tensor? a, Tensor? b, Tensor? a0, Tensor? b0, "
       "Tensor kept, float scaling, bool implicit, bool need_dx) -> (Tensor dx, Tensor grad_a, Tensor "
       "grad_b)");
   m.def(
       "grouped_linear(Tensor x, int[] offsets, Tensor[] codes, Tensor[] absmax, Tensor[]? nested_absmax, "
-      "Tensor[]? offset, str format, int blocksize, int out_features, Tensor[] a, Tensor[] b, Tensor[]? a0, "
+      "Tensor[]? offset, str format, int blocksize, bool int8, int out_features, Tensor[] a, Tensor[] b, Tensor[]? a0, "
       "Tensor[]? b0, float scaling) -> (Tensor y, Tensor kept)");
   m.def(
       "grouped_linear_backward(Tensor dy, Tensor x, int[] offsets, Tensor[] codes, Tensor[] absmax, "
-      "Tensor[]? nested_absmax, Tensor[]? offset, str format, int blocksize, int out_features, Tensor[] a, Tensor[] b, "
+      "Tensor[]? nested_absmax, Tensor[]? offset, str format, int blocksize, bool int8, int out_features, Tensor[] a, Tensor[] b, "
       "Tensor[]? a0, Tensor[]? b0, Tensor kept, float scaling, bool need_dx) "
       "-> (Tensor dx, Tensor[] grads_a, Tensor[] grads_b)");
   m.def(

@@ -60,8 +60,9 @@ def build_info() -> dict[str, Any]:
     """Returns version, compiler, oldest supported torch, instruction set in use (`PISSA_ISA` overrides it), available
     ones.
 
-    "isas_unused": for each faster instruction set of this build "name: why it is not used". "cuda": None if the build
-    has no CUDA library, otherwise its "runtime" version and GPU "architectures". Whether it can be used here is another
-    question: if not, PyTorch's operations compute on CUDA, for a reason that `pissa env` prints.
+    "int8": whether products may be of integers (`linear`). "isas_unused": for each faster instruction set of this build
+    "name: why it is not used". "cuda": None if the build has no CUDA library, otherwise its "runtime" version and GPU
+    "architectures". Whether it can be used here is another question: if not, PyTorch's operations compute on CUDA, for
+    a reason that `pissa env` prints.
     """
     return dict(_C.build_info())

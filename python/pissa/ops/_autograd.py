@@ -78,7 +78,8 @@ for _op, _fake in _FAKES.items():
 
 
 # The ops that multiply have the same arguments except for the weight: either a dense weight, or four tensors, the
-# format, the block size and out_features of a quantised one. The last of these gives the number of rows.
+# format, the block size, whether to multiply in int8 and out_features of a quantised one. The last of these gives the
+# number of rows.
 
 
 class _Last(NamedTuple):
@@ -105,6 +106,7 @@ class _Group(NamedTuple):
     offset: Any
     format: Any
     blocksize: Any
+    int8: Any
     out_features: Any
     a: Any
     b: Any

@@ -26,6 +26,7 @@ def grouped_linear(
     a0: Sequence[Tensor] | None = None,
     b0: Sequence[Tensor] | None = None,
     scaling: float = 1.0,
+    int8: bool = False,
 ) -> Tensor:
     """Computes several quantised linear layers of equal shape, each with its own adapter and its own rows of x. The
     result is `linear(x[offsets[i]:offsets[i + 1]], weights[i], a=a[i], ...)` of each layer i, concatenated.
@@ -44,6 +45,7 @@ def grouped_linear(
         a0: [r, in] for each layer, frozen, used in float32; given with b0.
         b0: [out, r] for each layer, likewise.
         scaling: lora_alpha / r; any finite number.
+        int8: as in `linear`, for layers of more than 16 rows.
 
     Returns:
         [rows, out], in x's dtype; under autocast in autocast's.
@@ -56,7 +58,7 @@ def grouped_linear(
     check_lengths({"a": a, "b": b, "a0": a0, "b0": b0}, len(weights))
     check_change_scaling(scaling)
     check_operands(x, weights[0], None)
-    x, _, slots = as_ops_take(x, weights[0])
+    x, _, slots = as_ops_take(x, weights[0], int8)
     if x.dim() != 2:
         raise shape_error("x", x, "[rows, in]")
     _check_offsets(offsets, len(weights), len(x))

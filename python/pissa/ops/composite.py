@@ -51,6 +51,11 @@ def _dequantize_rows(*args: Any) -> Tensor:
 # ---- Products --------------------------------------------------------------------------------------------------------
 
 
+def _held(weight: Sequence[Any]) -> Sequence[Any]:
+    """The weight in the arguments of an op that may multiply in int8, which is not done here."""
+    return weight if len(weight) < 2 else [*weight[:-2], weight[-1]]
+
+
 def _rows(x: Tensor) -> Tensor:
     """x [..., n] as a matrix."""
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).contiguous()
@@ -90,19 +95,19 @@ def _sum(base: Tensor, bias: Tensor | None, x: Tensor, *args: Any) -> Tensor:
 
 
 def _linear(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    *held, bias, a, b, a0, b0, scaling, implicit = args
+    *weight, bias, a, b, a0, b0, scaling, implicit = args
     rows = _rows(x)
-    y = _sum(_times(rows, held), bias, rows, a, b, a0, b0, scaling, implicit)
+    y = _sum(_times(rows, _held(weight)), bias, rows, a, b, a0, b0, scaling, implicit)
     return y.view(*x.shape[:-1], y.shape[1]), _autograd.kept_of(x, y.shape[1], a, a0, implicit).zero_()
 
 
 def _linear_backward(dy: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """x Aᵀ, which takes little, is computed again: `kept` is only for our kernels."""
-    *held, a, b, a0, b0, _kept, scaling, implicit, need_dx = args
+    *weight, a, b, a0, b0, _kept, scaling, implicit, need_dx = args
     rows, of_y = _rows(x), _rows(dy)
     dx = rows.new_zeros(rows.shape, dtype=torch.float32) if need_dx else rows.new_empty(0)
-    if need_dx and held:
-        dx += _times_back(of_y.to(x.dtype), held, x.shape[-1])
+    if need_dx and weight:
+        dx += _times_back(of_y.to(x.dtype), _held(weight), x.shape[-1])
     grad_a = grad_b = rows.new_empty(0, 0, dtype=torch.float32)
     if a is not None:
         pairs, rows, of_y = _pairs(a, b, a0, b0, implicit), rows.float(), scaling * of_y.float()
@@ -127,9 +132,9 @@ def _layers(offsets: Sequence[int], args: Sequence[Any]) -> Iterator[tuple[slice
 
 
 def _grouped_linear(x: Tensor, offsets: list[int], *args: Any) -> tuple[Tensor, Tensor]:
-    layers = _layers(offsets, (*args[:7], None, *args[7:], False))
+    layers = _layers(offsets, (*args[:8], None, *args[8:], False))
     outputs = [_linear(x[rows], *of_layer)[0] for rows, of_layer in layers]
-    return torch.cat(outputs), x.new_zeros(len(x), len(args[7][0]), dtype=torch.float32)
+    return torch.cat(outputs), x.new_zeros(len(x), len(args[8][0]), dtype=torch.float32)
 
 
 def _grouped_linear_backward(dy: Tensor, x: Tensor, offsets: list[int], *args: Any) -> tuple[Any, ...]:

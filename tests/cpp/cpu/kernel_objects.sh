@@ -38,8 +38,10 @@ while [ "$1" != -- ]; do
   expect_unshared "$isa" "$object"
   case $isa in
     baseline) expect_none "$beyond_baseline" "$object" ;;
-    avx2) expect_none '%zmm' "$object"; expect_some '%ymm' "$object" ;;
-    avx512) expect_none 'vdpbf16ps\|vcvtn[a-z0-9]*bf16' "$object"; expect_some '%zmm' "$object" ;;
+    avx2) expect_none '%zmm\|vpdpbusd' "$object"; expect_some '%ymm' "$object" ;;
+    avxvnni) expect_none '%zmm' "$object"; expect_some '{vex} vpdpbusd' "$object" ;;
+    avx512) expect_none 'vpdpbusd\|vdpbf16ps\|vcvtn[a-z0-9]*bf16' "$object"; expect_some '%zmm' "$object" ;;
+    avx512vnni) expect_none 'vdpbf16ps\|vcvtn[a-z0-9]*bf16' "$object"; expect_some 'vpdpbusd' "$object" ;;
     avx512bf16) expect_none 'tdpbf16ps' "$object"; expect_some 'vdpbf16ps' "$object" ;;
     amxbf16) expect_some 'tdpbf16ps' "$object" ;;
     neonbf16) expect_some '[[:space:]]bfdot' "$object"; expect_some '[[:space:]]bfmmla' "$object" ;;

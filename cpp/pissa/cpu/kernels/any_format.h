@@ -15,5 +15,18 @@ PISSA_INLINE void decode_elements(const Matrix& matrix, std::int64_t row, std::i
                                   float scale, Bf16, Half* to);
 #endif
 
+// The lowest and the highest of 16 levels.
+struct Ends {
+  float lowest, highest;
+};
+constexpr Ends ends_of(const float* levels) {
+  Ends ends{levels[0], levels[0]};
+  for (int i = 1; i < 16; ++i) {
+    if (levels[i] < ends.lowest) ends.lowest = levels[i];
+    if (levels[i] > ends.highest) ends.highest = levels[i];
+  }
+  return ends;
+}
+
 }  // namespace
 }  // namespace pissa::cpu::PISSA_ISA

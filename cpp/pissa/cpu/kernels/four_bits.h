@@ -10,16 +10,42 @@
 namespace pissa::cpu::PISSA_ISA {
 namespace {
 
+// log2 of the block size, a power of two, because a division by a variable takes as long as decoding a block.
+PISSA_INLINE int log2_blocksize(const Scales& scales) { return __builtin_ctzll(scales.blocksize); }
+
 // The part that all of them share.
 template <Format format>
 struct PackedPairs {
   static constexpr Format kFormat = format;
   static constexpr bool kLowFirst = FourBits<format>::kLowFirst;
+  static constexpr bool kHasMinimum = false;
 
   static PISSA_INLINE std::int64_t block(const Scales& scales, std::int64_t row, std::int64_t col, std::int64_t cols);
   template <class Product>
   static void decode(const Matrix& matrix, std::int64_t row, std::int64_t col, std::int64_t count,
                      typename Product::Element* to);
+  static constexpr Ends kEnds = ends_of(FourBits<format>::kLevels);
+
+  // For bytes.h: the level of each code; whether every 32 elements in columns [col, col + count) of a row have one
+  // scale; the scales of these runs; and the codes of one.
+  static PISSA_INLINE const float* levels() { return FourBits<format>::kLevels; }
+  static PISSA_INLINE bool has_runs(const Matrix& matrix, std::int64_t col, std::int64_t count) {
+    const std::int64_t blocksize = matrix.scales.blocksize;
+    return blocksize >= 32 && matrix.cols % blocksize == 0 && (col | count) % 32 == 0;
+  }
+  static PISSA_INLINE void read_runs(const Matrix& matrix, std::int64_t row, std::int64_t col, std::int64_t runs,
+                                     float* scales, float*) {
+    const int log2 = log2_blocksize(matrix.scales), log2_runs = log2 - 5;  // of a block
+    const std::int64_t first = (row * matrix.cols + col) >> log2, skipped = (col >> 5) & ((1 << log2_runs) - 1);
+    float absmax[kNc / 32];
+    decode_absmax(matrix.scales, first, ceil_div(skipped + runs, std::int64_t{1} << log2_runs), absmax);
+    for (std::int64_t i = 0; i < runs; ++i) scales[i] = absmax[(skipped + i) >> log2_runs];
+  }
+  template <class Quads>
+  static PISSA_INLINE auto run_at(const Matrix& matrix, std::int64_t row, std::int64_t col) {
+    const auto* codes = static_cast<const std::uint8_t*>(matrix.data) + (row * matrix.cols + col) / 2;
+    return Quads::template codes_in_turn<kLowFirst>(codes);
+  }
   static PISSA_INLINE void pack(const std::uint8_t* codes, std::int64_t count, std::uint8_t* to);
   template <class V>
     requires V::kLoadsLanes
@@ -36,9 +62,6 @@ PISSA_INLINE float level_of(const std::uint8_t* codes, std::int64_t i) {
   const bool high = (i % 2 == 0) != FourBits<format>::kLowFirst;
   return FourBits<format>::kLevels[high ? codes[i / 2] >> 4 : codes[i / 2] & 15];
 }
-
-// log2 of the block size, a power of two, because a division by a variable takes as long as decoding a block.
-PISSA_INLINE int log2_blocksize(const Scales& scales) { return __builtin_ctzll(scales.blocksize); }
 
 template <Format format>
 PISSA_INLINE std::int64_t PackedPairs<format>::block(const Scales& scales, std::int64_t row, std::int64_t col,

@@ -5,6 +5,7 @@
 // and added to the block's f32 accumulators. A strip's rows are rounded and stored as soon as their sums are complete.
 #pragma once
 
+#include "pissa/cpu/kernels/bytes.h"
 #include "pissa/cpu/kernels/few_rows.h"
 #include "pissa/cpu/kernels/micro_kernel.h"
 
@@ -286,6 +287,13 @@ const Term* multiply(const GemmProblem& problem, const Term* term, const Block& 
 void gemm_block(const GemmProblem& problem, const Block& block, const Panels& panels) {
   const Output output(problem, block, panels);
   const Term* term = problem.terms;
+#if PISSA_HAS_BYTES
+  if (problem.rounded) {
+    multiply_bytes(*term, *problem.rounded, block, panels, problem.term_count == 1, output);
+    if (problem.term_count == 1) return;
+    ++term;
+  }
+#endif
   do {
 #if PISSA_HAS_BF16
     if (problem.term_count > 0 && term->precision == Precision::bf16) {

@@ -97,7 +97,7 @@ struct GgufCodes {
   struct Levels {
     float value[16];
   };
-  static constexpr Levels levels() {
+  static constexpr Levels level_values() {
     Levels result{};
     for (int code = 0; code < 16; ++code) {
       if constexpr (Layout::kHasLevels) result.value[code] = Layout::kLevels[code];
@@ -105,7 +105,37 @@ struct GgufCodes {
     }
     return result;
   }
-  static constexpr Levels kValues = levels();
+  static constexpr Levels kValues = level_values();
+
+  // For bytes.h, as PackedPairs has them.
+  static constexpr Ends kEnds = ends_of(kValues.value);
+  static PISSA_INLINE const float* levels() { return kValues.value; }
+  static PISSA_INLINE bool has_runs(const Matrix&, std::int64_t col, std::int64_t count)
+    requires kIsNibbles
+  {
+    return (col | count) % 32 == 0;
+  }
+  static PISSA_INLINE void read_runs(const Matrix& matrix, std::int64_t row, std::int64_t col, std::int64_t runs,
+                                     float* scales, float* minima) {
+    static_assert(kGroup == 32);
+    const std::uint8_t* block = block_at(matrix, row, col);
+    std::int64_t group = col % kElements / kGroup;
+    for (std::int64_t i = 0; i < runs; block += kBytes, group = 0) {
+      Groups groups;
+      groups.read(block);
+      for (; group < kGroups && i < runs; ++group, ++i) {
+        scales[i] = groups.scales[group];
+        if constexpr (kHasMinimum) minima[i] = groups.minimum(static_cast<int>(group));
+      }
+    }
+  }
+  template <class Quads>
+  static PISSA_INLINE auto run_at(const Matrix& matrix, std::int64_t row, std::int64_t col) {
+    const std::uint8_t* block = block_at(matrix, row, col);
+    const BlockBits bits = Layout::low(static_cast<int>(col % kElements / kRun));
+    if constexpr (kRun == 16) return Quads::codes_in_halves(block + bits.byte);
+    else return Quads::codes_at(block + bits.byte, bits.shift);
+  }
 
   // The elements of the levels in a group.
   template <class Product>

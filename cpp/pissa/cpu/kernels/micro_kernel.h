@@ -20,7 +20,7 @@ static_assert(kNc % kTileCols == 0 && Vec::kRows <= kStripRows && kKc % kWidth =
 // sum[i, j] += a[i] * b[j] for rows from `row` on, each a lane of a
 template <class Product, int row, int rows, int vecs>
 PISSA_INLINE void mac_by_lane(const Vec::Reg (&a)[rows / kRowStep], const Vec::Reg (&b)[vecs],
-                              Vec::Reg (&sum)[rows][vecs]) {
+                              typename Product::Sum (&sum)[rows][vecs]) {
   for (int j = 0; j < vecs; ++j) {
     sum[row][j] = Product::template mac_lane<row % kRowStep>(a[row / kRowStep], b[j], sum[row][j]);
   }
@@ -29,7 +29,7 @@ PISSA_INLINE void mac_by_lane(const Vec::Reg (&a)[rows / kRowStep], const Vec::R
 
 // sum += one word of a_strip * one of b_strip
 template <class Product, int rows, int vecs>
-PISSA_INLINE void mac_by_lane(const float* a, const float* b, Vec::Reg (&sum)[rows][vecs]) {
+PISSA_INLINE void mac_by_lane(const float* a, const float* b, typename Product::Sum (&sum)[rows][vecs]) {
   Vec::Reg a_k[rows / kRowStep];
   Vec::Reg b_k[vecs];
   for (int i = 0; i < rows / kRowStep; ++i) a_k[i] = Vec::load(a + i * kWidth);
@@ -39,7 +39,8 @@ PISSA_INLINE void mac_by_lane(const float* a, const float* b, Vec::Reg (&sum)[ro
 
 // sum += a_strip * b_strip
 template <class Product, int rows, int vecs>
-PISSA_INLINE void accumulate_tile(std::int64_t length, const float* a, const float* b, Vec::Reg (&sum)[rows][vecs]) {
+PISSA_INLINE void accumulate_tile(std::int64_t length, const float* a, const float* b,
+                                  typename Product::Sum (&sum)[rows][vecs]) {
   if constexpr (Vec::kByLane) {
     constexpr int kUnroll = 8;
     std::int64_t k = 0;
@@ -81,16 +82,18 @@ void micro_kernel(std::int64_t length, const float* a, const float* b, float* c,
   }
 }
 
-// Calls the kernel for the number of rows left in a tile, rounded up to kRowStep; c has memory for them.
-template <class Product, int vecs, int rows = Vec::kRows>
-PISSA_INLINE void dispatch_rows(std::int64_t wanted, std::int64_t length, const float* a, const float* b, float* c,
-                                std::int64_t ld_c, bool accumulate) {
+template <int rows>
+struct RowCount {
+  static constexpr int kRows = rows;
+};
+
+// Calls kernel(RowCount) for the number of rows left in a tile, rounded up to kRowStep; c has memory for them.
+template <int rows = Vec::kRows, class Kernel>
+PISSA_INLINE void dispatch_rows(std::int64_t wanted, const Kernel& kernel) {
   if constexpr (rows > kRowStep) {
-    if (wanted <= rows - kRowStep) {
-      return dispatch_rows<Product, vecs, rows - kRowStep>(wanted, length, a, b, c, ld_c, accumulate);
-    }
+    if (wanted <= rows - kRowStep) return dispatch_rows<rows - kRowStep>(wanted, kernel);
   }
-  micro_kernel<Product, rows, vecs>(length, a, b, c, ld_c, accumulate);
+  kernel(RowCount<rows>{});
 }
 
 // c[rows, vecs * kWidth] = or += a_strip * b_strip, for up to Tiles::kRows rows. The rows of c below them may change.
@@ -98,8 +101,13 @@ template <class Product, int vecs>
 PISSA_INLINE void multiply_tile([[maybe_unused]] const typename Product::Tiles& tiles, std::int64_t rows,
                                 std::int64_t length, const float* a, const float* b, float* c, std::int64_t ld_c,
                                 bool accumulate) {
-  if constexpr (Product::Tiles::kMultiply) tiles.multiply(rows, length, a, kStripLd, b, c, ld_c, accumulate);
-  else dispatch_rows<Product, vecs>(rows, length, a, b, c, ld_c, accumulate);
+  if constexpr (Product::Tiles::kMultiply) {
+    tiles.multiply(rows, length, a, kStripLd, b, c, ld_c, accumulate);
+  } else {
+    dispatch_rows(rows, [&](auto count) {
+      micro_kernel<Product, decltype(count)::kRows, vecs>(length, a, b, c, ld_c, accumulate);
+    });
+  }
 }
 
 }  // namespace

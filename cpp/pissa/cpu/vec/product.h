@@ -1,5 +1,6 @@
 // How the 32-bit words of a GEMM's panels multiply: F32, with one f32 a word, everywhere; Bf16, with a pair of bf16 a
-// word, if the instruction set has the dot product of pairs (PISSA_HAS_BF16).
+// word, if the instruction set has the dot product of pairs (PISSA_HAS_BF16); Bytes, with four integers of 8 bits a
+// word, if it has theirs (PISSA_HAS_BYTES).
 #pragma once
 
 #include <cstdint>
@@ -23,6 +24,7 @@ using Tiles = NoTiles;
 // A word is one f32.
 struct F32 {
   using Element = float;
+  using Sum = Vec::Reg;
   using Tiles = NoTiles;
   static constexpr int kPerWord = 1;
   static constexpr int kMostBlocks = Vec::kMostBlocks;
@@ -72,6 +74,7 @@ struct F32 {
 // - store: two registers of f32, rounded
 struct Bf16 : Pairs {
   using Element = Half;
+  using Sum = Vec::Reg;
   using Tiles = PISSA_ISA::Tiles;
   static constexpr int kPerWord = 2;
   static constexpr int kDecodeBytes = 2 * Vec::kWidth;
@@ -79,6 +82,21 @@ struct Bf16 : Pairs {
   static PISSA_INLINE Half round(float value) { return round_to_bf16(value); }
   static PISSA_INLINE Half exact(std::int8_t value) { return exact_bf16(value); }
   static PISSA_INLINE float widen(Half element) { return widen_bf16(element); }
+};
+
+#endif
+
+#if PISSA_HAS_BYTES
+
+// A word is four bytes, with the element of the lowest index in the lowest. Products and sums are exact, in int32.
+// Quads is the instruction set's part:
+// - mac: c + the four products of every lane; a's bytes are signed, b's have kOffset added to them
+// - Sum: lanes of int32. GCC 12 keeps sums in memory, too, and stores each of them in every step, if they are Vec::Reg
+//   and cast: 2.3 times as long. broadcast_int, to_float: of such lanes
+// - Table, Codes, table, look_up: bytes, with kOffset, of 32 codes of four bits; codes_in_turn, codes_in_halves and
+//   codes_at: those codes from the three orders in which formats store them; look_up_four: of four rows, interleaved
+struct Bytes : Quads {
+  static constexpr int kPerWord = 4;
 };
 
 #endif

@@ -25,6 +25,7 @@
 //   row; shift_right of such words; and look_up, the table's level for the low four bits of each lane
 // - transpose: of kWidth x kWidth
 // A set that multiplies pairs of bf16 also needs Pairs (see product.h), in its own file; PISSA_HAS_BF16 declares it.
+// A set that multiplies four bytes a word also needs Quads (see product.h); PISSA_HAS_BYTES declares it.
 // One that multiplies matrices of them (AMX, BFMMLA) also needs Tiles; PISSA_HAS_TILES declares it:
 // - kRows of a tile of the output; kDepth, of which a product's words are a multiple
 // - arrange: words of strips of that width, from the order of micro_kernel.h to that of multiply, in place
@@ -49,6 +50,13 @@
 #include "pissa/cpu/vec/neonbf16.h"
 #else
 #define PISSA_HAS_BF16 0
+#endif
+
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)  // not beside tiles: those of bf16 are as fast
+#define PISSA_HAS_BYTES 1
+#include "pissa/cpu/vec/vnni.h"
+#else
+#define PISSA_HAS_BYTES 0
 #endif
 
 #if defined(__AMX_BF16__)
