@@ -54,6 +54,10 @@ class NotTakenOverWarning(PissaWarning):
     """With `pissa.integrations.peft.enable()`, an adapter stays PEFT's own, which is slower or changes the base."""
 
 
+class PrecisionWarning(PissaWarning):
+    """Products of integers were asked for, and here all products are of floating-point numbers."""
+
+
 class InstructionSetWarning(PissaWarning):
     """The processor supports a fast instruction set that failed its self-test, so a slower one is used."""
 

@@ -152,6 +152,7 @@ def load(
     adapter_name: str = "default",
     progressbar: bool = False,
     fuse: bool = True,
+    precision: str = "float",
     config_from: Name | None = None,
     **config_fields: Any,
 ) -> PissaModel:
@@ -188,6 +189,7 @@ def load(
         adapter_name: name of the adapter.
         progressbar: show a bar on stderr while weights are decomposed.
         fuse: see `wrap`.
+        precision: see `wrap`.
         config_from: the folder or name of a model whose config.json and tokenizer are taken for that in a GGUF file,
             instead of what its metadata say.
         config_fields: fields of `PissaConfig`, instead of `config`.
@@ -245,6 +247,7 @@ def load(
     reader.close()
     if fuse:
         fuse_steps(wrapped)
+    wrapped.precision = precision
     return wrapped if is_trainable else wrapped.eval()
 
 

@@ -319,7 +319,8 @@ def _check_export(args: argparse.Namespace) -> None:
     if args.check and not args.to.startswith("gguf"):
         raise UserError(f"--check: got --to {args.to}; it compares with llama.cpp, which --to gguf is for")
     with user_errors(ValueError):
-        {"bnb4": _check_target, "vllm": check_unused}.get(args.to, check_new)(args.target)
+        checks: dict[str, Callable[[Path], None]] = {"bnb4": _check_target, "vllm": check_unused}
+        checks.get(args.to, check_new)(args.target)
     _check_calibration(args)
 
 

@@ -339,9 +339,12 @@ def _model(run: _Run, data: _Data) -> Any:
         with user_errors(TypeError, ValueError, before=f"--model {name}: "):
             batches = _calibration(model, data, ours.examples) if config.needs_calibration else None
             model = pissa.wrap(model, config, calibration=batches, progressbar=not training.process_index)
+    with user_errors(ValueError, before="--"):
+        model.precision = ours.precision
     trainable, total = model.get_nb_trainable_parameters()
     cores = count_of(torch.get_num_threads(), "thread") if training.device.type == "cpu" else str(training.device)
-    print_row("model", f"{name}, {(total - trainable) / 1e6:,.1f} M parameters, {ours.dtype}, {cores}")
+    integers = ", products of integers" if ours.precision == "int8" else ""
+    print_row("model", f"{name}, {(total - trainable) / 1e6:,.1f} M parameters, {ours.dtype}, {cores}{integers}")
     share = f"{trainable:,} trainable parameters ({trainable / total:.2%})"
     print_row("method", f"{method_name(ours, config)}, rank {ours.r}: {share}")
     if training.gradient_checkpointing is None:

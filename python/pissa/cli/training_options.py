@@ -35,6 +35,9 @@ FORMATS = ("nf4", "int8", "mxfp4", "nvfp4", "int4", "fp8")
 INITS = ("pissa", "lora", "activations")
 """The names in base.init_methods.INIT_METHODS that may be asked for."""
 
+PRECISIONS = ("float", "int8")
+"""The values of PissaModel.precision."""
+
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 """The names that TRL takes."""
 
@@ -128,6 +131,16 @@ GROUPS = {
         Option("per_device_train_batch_size", "examples in a batch (default: 8)", "--batch-size", "N", positive_int),
         Option("gradient_accumulation_steps", "batches in a step (default: 1)", "--grad-accum", "N", positive_int),
         Option("threads", THREADS_HELP, type=positive_int, is_ours=True),
+        Option(
+            "precision",
+            "float, or int8: products of integers, faster on a CPU if the weights are in codes (default: float)",
+            "",
+            "KIND",
+            str,
+            PRECISIONS,
+            is_ours=True,
+            default=PRECISIONS[0],
+        ),
         Option("seed", "seed of the data's order and of the start (default: 0)", type=int),
     ),
     "output": (
@@ -286,7 +299,11 @@ def _sources(package: str, files: Collection[str]) -> Iterator[str]:
         yield from ((folder / file).read_text(encoding="utf-8") for file in files if (folder / file).is_file())
 
 
-_READ = {"int": {"type": _whole}, "float": {"type": _any_number}, "bool": {"type": _switch, "nargs": "?"}}
+_READ: dict[str, dict[str, Any]] = {
+    "int": {"type": _whole},
+    "float": {"type": _any_number},
+    "bool": {"type": _switch, "nargs": "?"},
+}
 """How values of these types are read."""
 
 

@@ -120,9 +120,9 @@ class UnfusedExperts(nn.Module):
                 if member is None or (members and member.key != members[0].key):
                     return {}
                 members.append(member)
-            weights, scalings, a, b, a0, b0 = zip(*members, strict=True)
+            weights, scalings, int8, a, b, a0, b0 = zip(*members, strict=True)
             starts = {} if a0[0] is None else {"a0": a0, "b0": b0}
-            groups[name] = {"weights": weights, "a": a, "b": b, **starts, "scaling": scalings[0]}
+            groups[name] = {"weights": weights, "a": a, "b": b, **starts, "scaling": scalings[0], "int8": int8[0]}
         return groups
 
     def _compute_at_once(

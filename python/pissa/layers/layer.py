@@ -40,6 +40,9 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
     factor_keys: ClassVar[tuple[str, str]] = ("lora_A.weight", "lora_B.weight")
     """The names of the two factors in PEFT's files, after the layer's name."""
 
+    int8 = False
+    """Whether, in training mode, products with a base in codes may be of integers (`ops.linear`)."""
+
     base_layer: Any  # a module; which one depends on the kind and on what is merged
 
     def __init__(

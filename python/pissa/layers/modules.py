@@ -30,6 +30,7 @@ class GroupMember(NamedTuple):
 
     weight: ops.QuantizedWeight
     scaling: float
+    int8: bool
     a: Tensor
     b: Tensor
     a0: Tensor | None = None
@@ -38,7 +39,7 @@ class GroupMember(NamedTuple):
     @property
     def key(self) -> tuple[object, ...]:
         """What the layers of a group have in common."""
-        return *group_key(self.weight), len(self.a), self.a0 is None, self.scaling
+        return *group_key(self.weight), len(self.a), self.a0 is None, self.scaling, self.int8
 
 
 def _is_watched(module: nn.Module) -> bool:
@@ -78,7 +79,8 @@ class PissaLinear(PissaLayer, LoraLinear):  # type: ignore[misc]
             if operand is not None:
                 da, db = self.deltas(name)
                 factors = {"a": da, "b": db, "a0": start.a0, "b0": start.b0, "scaling": scaling}
-                y = ops.linear(x, operand.weight, self.base_layer.bias, **factors, implicit=operand.implicit)
+                int8 = self.int8 and self.training
+                y = ops.linear(x, operand.weight, self.base_layer.bias, **factors, implicit=operand.implicit, int8=int8)
                 return self._rescale(y, name)
         if not any(name in self.lora_magnitude_vector for name in names):
             return super().compute_adapted(x, names)
@@ -121,7 +123,7 @@ class PissaLinear(PissaLayer, LoraLinear):  # type: ignore[misc]
         operand = base.operand_for(start, scaling, x)
         if operand is None or isinstance(operand.weight, Tensor) or base.bias is not None:
             return None
-        return GroupMember(operand.weight, scaling, *factors)
+        return GroupMember(operand.weight, scaling, self.int8 and self.training, *factors)
 
     def _drops_out(self, adapter_name: str) -> bool:
         dropout = self.lora_dropout[adapter_name]

@@ -32,6 +32,7 @@ def wrap(
     low_cpu_mem_usage: bool = False,
     progressbar: bool = False,
     fuse: bool = True,
+    precision: str = "float",
     **config_fields: Any,
 ) -> PissaModel:
     """Puts a PiSSA adapter on a model, in place, and returns the model that trains it::
@@ -75,6 +76,8 @@ def wrap(
             are the same within rounding. The loss needs no logits: a call with labels computes `logits` only if they
             are read, and returns no `past_key_values` unless `use_cache=True` is passed. In evaluation mode, under
             torch.compile and on other devices, the model computes its own. `unload` and `merge_and_unload` undo it.
+        precision: "int8" computes products with a quantised base in integers while training on a CPU, see
+            `PissaModel.precision`.
         config_fields: fields of `PissaConfig`, instead of `config`.
 
     Raises:
@@ -102,6 +105,7 @@ def wrap(
     store(model, adapter_name, config, replacements)
     if fuse:
         fuse_steps(wrapped)
+    wrapped.precision = precision
     return wrapped
 
 

@@ -14,7 +14,8 @@ from hub_cache import HubCache
 from pissa.cli import BY_PURPOSE, COMMANDS, main
 from pissa.cli.early_checks import check_exists
 from pissa.cli.options import trl_parser
-from pissa.cli.training_options import FORMATS, GROUPS, INITS, SHOWN, read
+from pissa.cli.training_options import FORMATS, GROUPS, INITS, PRECISIONS, SHOWN, read
+from pissa.model import pissa_model
 from pissa.ops import formats
 
 TABLE = "message,team\nWhere is it?,delivery\n"
@@ -204,6 +205,7 @@ def test_every_option_of_trl_takes_its_values(command: str, trainer: str) -> Non
 
 def test_the_names_are_those_of_the_packages_that_are_not_imported() -> None:
     assert tuple(formats.FORMATS) == FORMATS
+    assert pissa_model.PRECISIONS == PRECISIONS
     # Other tests of this process may have added methods of their own.
     assert tuple(name for name, method in pissa.INIT_METHODS.items() if not method.is_given)[: len(INITS)] == INITS
 
