@@ -44,7 +44,8 @@ struct Adapter {
 /// read again.
 inline constexpr std::int64_t kFewTokens = 16;
 
-/// The precision of the product with the weight, for a first operand `x`: int8 if `in_int8` and the device multiplies so.
+/// The precision of the product with the weight, for a first operand `x`: int8 if `in_int8` and the device multiplies
+/// so.
 template <Backend B>
 Precision precision_of_base(const B& backend, const Matrix& x, bool in_int8) {
   if constexpr (MultipliesBytes<B>) {

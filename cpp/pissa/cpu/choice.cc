@@ -51,7 +51,8 @@ bool multiply_alike(const Kernels& tested, const Kernels& reference) {
       state = 1664525 * state + 1013904223;  // Numerical Recipes' generator, whose high bits are good
       // At most 127, which every 64 elements contain, so that a byte is its own rounding to 8 bits.
       const bool largest = (&value - values.data()) % 64 == 0;
-      const auto byte = largest ? 127.0f : static_cast<float>(std::max(-127, int{static_cast<std::int8_t>(state >> 24)}));
+      const auto byte =
+          largest ? 127.0f : static_cast<float>(std::max(-127, int{static_cast<std::int8_t>(state >> 24)}));
       value = static_cast<std::uint16_t>(std::bit_cast<std::uint32_t>(byte) >> 16);
     }
     return values;

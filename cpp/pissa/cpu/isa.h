@@ -16,8 +16,8 @@ struct Kernels;
 std::vector<std::string> available_isas();
 
 /// The kernels in use: those of the environment variable PISSA_ISA if set, otherwise the fastest. Chosen once.
-/// Those that multiply bytes or in matrix units are skipped if they fail a self-test, which takes less than a millisecond.
-/// Throws std::invalid_argument if PISSA_ISA names a set that is not available.
+/// Those that multiply bytes or in matrix units are skipped if they fail a self-test, which takes less than a
+/// millisecond. Throws std::invalid_argument if PISSA_ISA names a set that is not available.
 const Kernels& kernels();
 
 /// Kernels by name, without a self-test. Throws std::invalid_argument naming the available ones.

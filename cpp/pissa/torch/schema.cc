@@ -49,11 +49,13 @@ STABLE_TORCH_LIBRARY(pissa, m) {
       "float scaling, bool implicit, bool need_dx) -> (Tensor dx, Tensor grad_a, Tensor grad_b)");
   m.def(
       "quantized_linear(Tensor x, Tensor codes, Tensor absmax, Tensor? nested_absmax, Tensor? offset, str format, "
-      "int blocksize, bool int8, int out_features, Tensor? bias, Tensor? a, Tensor? b, Tensor? a0, Tensor? b0, float scaling, "
+      "int blocksize, bool int8, int out_features, Tensor? bias, Tensor? a, Tensor? b, Tensor? a0, Tensor? b0, float "
+      "scaling, "
       "bool implicit) -> (Tensor y, Tensor kept)");
   m.def(
       "quantized_linear_backward(Tensor dy, Tensor x, Tensor codes, Tensor absmax, Tensor? nested_absmax, "
-      "Tensor? offset, str format, int blocksize, bool int8, int out_features, Tensor? a, Tensor? b, Tensor? a0, Tensor? b0, "
+      "Tensor? offset, str format, int blocksize, bool int8, int out_features, Tensor? a, Tensor? b, Tensor? a0, "
+      "Tensor? b0, "
       "Tensor kept, float scaling, bool implicit, bool need_dx) -> (Tensor dx, Tensor grad_a, Tensor "
       "grad_b)");
   m.def(
@@ -62,7 +64,8 @@ STABLE_TORCH_LIBRARY(pissa, m) {
       "Tensor[]? b0, float scaling) -> (Tensor y, Tensor kept)");
   m.def(
       "grouped_linear_backward(Tensor dy, Tensor x, int[] offsets, Tensor[] codes, Tensor[] absmax, "
-      "Tensor[]? nested_absmax, Tensor[]? offset, str format, int blocksize, bool int8, int out_features, Tensor[] a, Tensor[] b, "
+      "Tensor[]? nested_absmax, Tensor[]? offset, str format, int blocksize, bool int8, int out_features, Tensor[] a, "
+      "Tensor[] b, "
       "Tensor[]? a0, Tensor[]? b0, Tensor kept, float scaling, bool need_dx) "
       "-> (Tensor dx, Tensor[] grads_a, Tensor[] grads_b)");
   m.def(

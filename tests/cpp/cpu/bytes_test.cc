@@ -43,12 +43,11 @@ Dense largest_of_parts(const Dense& a, std::int64_t size) {
   return result;
 }
 
-// A byte is off by half a step. The step of a weight in four bits follows the largest element that its codes could stand
-// for, not the largest that they do: `reach` times as much at most.
+// A byte is off by half a step. The step of a weight in four bits follows the largest element that its codes could
+// stand for, not the largest that they do: `reach` times as much at most.
 Dense bound_of(const Dense& x, const Dense& w, double reach) {
   const Dense x_error = kHalfStep * largest_of_parts(x, cpu::kByteRun);
-  const Dense w_error =
-      transposed(reach * kHalfStep * largest_of_parts(transposed(w), cpu::ByteBlocks(w.rows).size));
+  const Dense w_error = transposed(reach * kHalfStep * largest_of_parts(transposed(w), cpu::ByteBlocks(w.rows).size));
   return (absolute(x) + x_error) * w_error + x_error * absolute(w);
 }
 
@@ -60,7 +59,7 @@ struct Case {
 std::vector<Case> cases() {
   std::vector<Case> all;
   for (const Form form : kForms) {
-    all.push_back({form, 17, 70, 45});     // less than a block; rows of codes that share bytes or blocks
+    all.push_back({form, 17, 70, 45});  // less than a block; rows of codes that share bytes or blocks
     all.push_back({form, 31, 512 + 32, 320});
     all.push_back({form, 20, 130, 1536});  // two panels
     all.push_back({form, 20, 1100, 96});
@@ -73,7 +72,8 @@ TEST_P(BytesTest, EveryFormatIsWithinHalfAStep) {
   Random random(1);
   for (const auto& [form, m, out, in] : cases()) {
     for (const Op op : {Op::t, Op::n}) {
-      SCOPED_TRACE(::testing::Message() << name(form) << (op == Op::t ? " nt " : " nn ") << m << ", " << out << ", " << in);
+      SCOPED_TRACE(::testing::Message() << name(form) << (op == Op::t ? " nt " : " nn ") << m << ", " << out << ", "
+                                        << in);
       const float scale = random.pick({1.0f, -0.3f});
       const Operand x(random, m, op == Op::t ? in : out, random.pick({Form::f32, Form::bf16, Form::f16}));
       const Operand weight(random, out, in, form);
@@ -97,7 +97,8 @@ TEST_P(BytesTest, EveryFormatIsWithinHalfAStep) {
       double worst = 0, square = 0, norm_square = 0;
       for (std::size_t i = 0; i < got.values.size(); ++i) {
         const double error = std::fabs(got.values[i] - expected.values[i]);
-        worst = std::max(worst, error / (bound.values[i] + gamma(x_values.cols + 8) * (magnitude.values[i] + bound.values[i])));
+        worst = std::max(
+            worst, error / (bound.values[i] + gamma(x_values.cols + 8) * (magnitude.values[i] + bound.values[i])));
         square += error * error, norm_square += expected.values[i] * expected.values[i];
         if (!std::isfinite(error)) worst = error;
       }

@@ -1,9 +1,9 @@
 // Products with a weight in integers of 8 bits. Included only by kernels.cc.
 //
 // An element is scale * byte, with a scale for each run (kByteRun) of a row of the first operand, and for each block of
-// runs (ByteBlocks) of a column of op(b). Rows are rounded once, before the product (round_row); the weight, whenever it
-// is packed, from its codes of four bits by a table of 16 bytes for each of its scales, or from its elements. A run's
-// products are added up in int32, exactly. Runs are added up in f32, and so are blocks.
+// runs (ByteBlocks) of a column of op(b). Rows are rounded once, before the product (round_row); the weight, whenever
+// it is packed, from its codes of four bits by a table of 16 bytes for each of its scales, or from its elements. A
+// run's products are added up in int32, exactly. Runs are added up in f32, and so are blocks.
 #pragma once
 
 #include "pissa/core/int8.h"
@@ -18,7 +18,7 @@ constexpr std::int64_t kPanelBlocks = 4;  // of a panel of B at most: 1,024 elem
 constexpr std::int64_t kByteWords = kMostByteBlock / 4;
 static_assert(kPanelBlocks * (kByteWords + 1) + 1 <= kKc + kPanelPad && kPanelBlocks * kByteWords <= kStripLd);
 
-// The integer nearest to a value, of less than 22 bits, in the low bits of the result.
+// The integer nearest to a value below 2^22, ties to even, modulo 2^22.
 PISSA_INLINE std::uint32_t nearest_integer(float value) {
   constexpr float kRound = 12582912.0f;  // 3 * 2^22
   return __builtin_bit_cast(std::uint32_t, value + kRound);
@@ -28,7 +28,8 @@ PISSA_INLINE std::uint32_t nearest_integer(float value) {
 float round_bytes(const float* values, std::int64_t count, int offset, std::uint8_t* to) {
   const float largest = max_abs(values, count);
   const float factor = int8_factor(largest);
-  for (std::int64_t i = 0; i < count; ++i) to[i] = static_cast<std::uint8_t>(nearest_integer(values[i] * factor) + offset);
+  for (std::int64_t i = 0; i < count; ++i)
+    to[i] = static_cast<std::uint8_t>(nearest_integer(values[i] * factor) + offset);
   return largest * kInt8Step;
 }
 
@@ -79,8 +80,8 @@ PISSA_INLINE Vec::Reg most_of(const float* scale, const float* minimum) {
   return Vec::max_bits(Vec::abs(ends[0]), Vec::abs(ends[1]));
 }
 
-// Elements [col, col + count) of a row in bytes, at most kPanelBlocks blocks of them, and a scale for each block. False,
-// and nothing is done, unless they are whole runs of codes of four bits that share a scale.
+// Elements [col, col + count) of a row in bytes, at most kPanelBlocks blocks of them, and a scale for each block.
+// False, and nothing is done, unless they are whole runs of codes of four bits that share a scale.
 template <class Codes>
 bool round_codes(const Matrix& weight, std::int64_t row, std::int64_t col, std::int64_t count, std::int64_t size,
                  std::uint8_t* to, float* scales) {
@@ -96,7 +97,8 @@ bool round_codes(const Matrix& weight, std::int64_t row, std::int64_t col, std::
     const float largest = max_abs(most + first, last - first), factor = int8_factor(largest);
     *scales = largest * kInt8Step;
     for (std::int64_t i = first; i < last; ++i, to += kCodesRun) {
-      const auto table = Bytes::table(Codes::levels(), scale[i] * factor, Codes::kHasMinimum ? minimum[i] * factor : 0.0f);
+      const auto table =
+          Bytes::table(Codes::levels(), scale[i] * factor, Codes::kHasMinimum ? minimum[i] * factor : 0.0f);
       Bytes::look_up(table, Codes::template run_at<Bytes>(weight, row, col + i * kCodesRun), to);
     }
   }
@@ -123,8 +125,8 @@ void round_weight_row(const Matrix& weight, std::int64_t row, std::int64_t col, 
   }
 }
 
-// Lanes are rows of the weight: op(b) is its transpose. Their elements from k0 on are packed, `depth` of them, and zeros
-// up to whole blocks.
+// Lanes are rows of the weight: op(b) is its transpose. Their elements from k0 on are packed, `depth` of them, and
+// zeros up to whole blocks.
 void pack_byte_rows(const Matrix& weight, const Block& block, std::int64_t k0, std::int64_t depth, std::int64_t size,
                     std::int64_t blocks, float* scratch, const ByteStrips& to) {
   const std::int64_t lanes = ceil_div(block.cols, kTileCols) * kTileCols;
@@ -179,8 +181,7 @@ bool pack_byte_columns_of(const Matrix& weight, const Block& block, std::int64_t
         const bool given = k + row < depth;
         const std::int64_t at = (given ? k + row : 0) * kRuns + i;
         const float scale = given ? factor[i] : 0.0f;
-        tables[row] = Bytes::table(Codes::levels(), scales[at] * scale,
-                                   Codes::kHasMinimum ? minima[at] * scale : 0.0f);
+        tables[row] = Bytes::table(Codes::levels(), scales[at] * scale, Codes::kHasMinimum ? minima[at] * scale : 0.0f);
         codes[row] = Codes::template run_at<Bytes>(weight, given ? k0 + k + row : k0, block.col + i * kCodesRun);
       }
       std::uint8_t words[4 * kCodesRun];
@@ -215,7 +216,8 @@ void pack_byte_columns(const Matrix& weight, const Block& block, std::int64_t k0
     float factor[kTileCols];
     for (int i = 0; i < kTileCols; i += kWidth) {
       Vec::Reg most = Vec::zero();
-      for (std::int64_t k = 0; k < depth; ++k) most = Vec::max_bits(most, Vec::abs(Vec::load(scratch + k * kTileCols + i)));
+      for (std::int64_t k = 0; k < depth; ++k)
+        most = Vec::max_bits(most, Vec::abs(Vec::load(scratch + k * kTileCols + i)));
       Vec::store(factor + i, most);
     }
     for (int i = 0; i < kTileCols; ++i) {
@@ -238,8 +240,8 @@ void pack_byte_columns(const Matrix& weight, const Block& block, std::int64_t k0
 
 // ---- The product
 
-constexpr int kByteRows = Vec::kRows / 2;         // of a tile: the other registers hold its sums in f32
-constexpr int kByteStripRows = 4 * kByteRows;     // that read a block of B in L1
+constexpr int kByteRows = Vec::kRows / 2;      // of a tile: the other registers hold its sums in f32
+constexpr int kByteStripRows = 4 * kByteRows;  // that read a block of B in L1
 static_assert(kByteStripRows <= kStripRows);
 
 // One block for a tile of the output, of `runs` runs.
@@ -248,7 +250,7 @@ struct ByteTile {
   const float* a;         // rows kStripLd apart
   const float* a_scales;  // rows ld_scales apart, as the starts
   const std::int32_t* starts;
-  const float* b;         // a block of a strip, and its lanes' scales
+  const float* b;  // a block of a strip, and its lanes' scales
   const float* b_scales;
   float* c;  // rows kNc apart
   bool accumulate;
@@ -296,7 +298,8 @@ template <class Output>
 void multiply_bytes(const Term& term, const ByteRows& x, const Block& block, const Panels& panels, bool last,
                     const Output& output) {
   const auto [count, size] = x.blocks;
-  const std::int64_t runs = size / kByteRun, words = size / 4, of_panel = ceil_div(count, ceil_div(count, kPanelBlocks));
+  const std::int64_t runs = size / kByteRun, words = size / 4,
+                     of_panel = ceil_div(count, ceil_div(count, kPanelBlocks));
   for (std::int64_t first = 0; first < count; first += of_panel) {
     const std::int64_t blocks = smaller(of_panel, count - first);
     const std::int64_t k0 = first * size, depth = smaller(blocks * size, term.inner() - k0);
@@ -322,8 +325,14 @@ void multiply_bytes(const Term& term, const ByteRows& x, const Block& block, con
         for (std::int64_t k = 0; k < blocks; ++k) {
           for (std::int64_t row = 0; row < rows; row += kByteRows) {
             const std::int64_t at = (block.row + i + row) * x.runs() + (first + k) * runs;
-            const ByteTile tile{runs, x.runs(), panels.a + row * kStripLd + k * words, x.scales + at, x.starts + at,
-                                b + k * words * kTileCols, b + (blocks * words + k) * kTileCols, c + row * kNc + j,
+            const ByteTile tile{runs,
+                                x.runs(),
+                                panels.a + row * kStripLd + k * words,
+                                x.scales + at,
+                                x.starts + at,
+                                b + k * words * kTileCols,
+                                b + (blocks * words + k) * kTileCols,
+                                c + row * kNc + j,
                                 first + k > 0};
             dispatch_rows<kByteRows>(smaller(kByteRows, rows - row),
                                      [&](auto number) { byte_kernel<decltype(number)::kRows>(tile); });

@@ -37,9 +37,8 @@ struct PackedPairs {
                                      float* scales, float*) {
     const int log2 = log2_blocksize(matrix.scales), log2_runs = log2 - 5;  // of a block
     const std::int64_t first = (row * matrix.cols + col) >> log2, skipped = (col >> 5) & ((1 << log2_runs) - 1);
-    float absmax[kNc / 32];
-    decode_absmax(matrix.scales, first, ceil_div(skipped + runs, std::int64_t{1} << log2_runs), absmax);
-    for (std::int64_t i = 0; i < runs; ++i) scales[i] = absmax[(skipped + i) >> log2_runs];
+    decode_absmax(matrix.scales, first, ceil_div(skipped + runs, std::int64_t{1} << log2_runs), scales);
+    for (std::int64_t i = runs - 1; i >= 0; --i) scales[i] = scales[(skipped + i) >> log2_runs];  // of run i or before
   }
   template <class Quads>
   static PISSA_INLINE auto run_at(const Matrix& matrix, std::int64_t row, std::int64_t col) {
