@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import pissa
 from daily import each
-from language_models import Make, error, logits, train
+from language_models import Make, train
 from trainers import FORMS, TERMS, assert_equal, compiles, forms, quiet, state, trainable, unchanged
 
 pytestmark = quiet
@@ -95,29 +95,3 @@ def test_the_whole_model_compiles_to_one_graph(kind: str, tiny_llama: Make, toke
     eager, compiled = (gradients(model, tokens) for model in models)
     for name, gradient in eager.items():
         assert (compiled[name] - gradient).norm() <= tolerance * gradient.norm()
-
-
-# -- generation
-
-
-@pytest.mark.parametrize("kind", each(KINDS, ["nf4"]))
-def test_generation_with_and_without_a_cache_and_merged(kind: str, tiny_llama: Make, tokens: Tensor) -> None:
-    """Greedy generation after training, which has made its choices clear."""
-    model = pissa.wrap(tiny_llama(), r=8, task_type="CAUSAL_LM", **KINDS[kind])
-    train(model, tokens, steps=40)
-    model.eval()
-
-    def generated(from_: nn.Module, cache: bool) -> Tensor:
-        prompt = {"input_ids": tokens[:, :3], "attention_mask": torch.ones_like(tokens[:, :3])}
-        return from_.generate(**prompt, max_new_tokens=8, do_sample=False, use_cache=cache, pad_token_id=0)
-
-    expected = tokens  # learnt by heart
-    for cache in (True, False):
-        assert torch.equal(generated(model, cache), expected)
-    with model.disable_adapter():
-        assert not torch.equal(generated(model, True), expected)
-    trained = logits(model, tokens)
-    merged = model.merge_and_unload()
-    assert error(logits(merged, tokens), trained) < TERMS * 2**-24
-    for cache in (True, False):
-        assert torch.equal(generated(merged, cache), expected)
