@@ -63,9 +63,9 @@ template <class Device>
 std::tuple<Tensor, Tensor> grouped_linear(const Tensor& x, const std::vector<std::int64_t>& offsets,
                                           const TensorList& codes, const TensorList& absmax,
                                           const OptionalList& nested_absmax, const OptionalList& offset,
-                                          const std::string& format, std::int64_t blocksize, bool int8,
-                                          std::int64_t out_features, const TensorList& a, const TensorList& b,
-                                          const OptionalList& a0, const OptionalList& b0, double scaling) {
+                                          const std::string& format, std::int64_t blocksize, std::int64_t out_features,
+                                          const TensorList& a, const TensorList& b, const OptionalList& a0,
+                                          const OptionalList& b0, double scaling, bool int8) {
   const auto given = [](const OptionalList& list) { return list.value_or(TensorList()); };
   Device device(x, codes, absmax, given(nested_absmax), given(offset), a, b, given(a0), given(b0));
   const Tensor x_tensor = torch::stable::contiguous(x);
@@ -83,8 +83,8 @@ template <class Device>
 std::tuple<Tensor, TensorList, TensorList> grouped_linear_backward(
     const Tensor& dy, const Tensor& x, const std::vector<std::int64_t>& offsets, const TensorList& codes,
     const TensorList& absmax, const OptionalList& nested_absmax, const OptionalList& offset, const std::string& format,
-    std::int64_t blocksize, bool int8, std::int64_t out_features, const TensorList& a, const TensorList& b,
-    const OptionalList& a0, const OptionalList& b0, const Tensor& kept, double scaling, bool need_dx) {
+    std::int64_t blocksize, std::int64_t out_features, const TensorList& a, const TensorList& b, const OptionalList& a0,
+    const OptionalList& b0, const Tensor& kept, double scaling, bool need_dx, bool int8) {
   const auto given = [](const OptionalList& list) { return list.value_or(TensorList()); };
   Device device(dy, x, codes, absmax, given(nested_absmax), given(offset), a, b, given(a0), given(b0), kept);
   const Tensor dy_tensor = torch::stable::contiguous(dy);

@@ -106,8 +106,7 @@ std::tuple<Tensor, Tensor> linear_forward(B& backend, const Tensor& x, const Mat
   sizes.back() = weight.rows;
   const Tensor y = new_tensor(x, sizes, x.scalar_type());
   const Kept kept(backend, x, matrix(x_tensor), adapter);
-  pissa::linear_forward(backend, matrix(x_tensor), weight, bias_row, adapter, mutable_matrix(y), kept.xa, kept.sums,
-                        int8);
+  pissa::linear_forward(backend, matrix(x_tensor), weight, bias_row, adapter, mutable_matrix(y), kept.xa, kept.sums, int8);
   return {y, kept.tensor};
 }
 
@@ -176,10 +175,10 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& dy, const Tenso
 template <class Device>
 std::tuple<Tensor, Tensor> quantized_linear(const Tensor& x, const Tensor& codes, const Tensor& absmax,
                                             const OptionalTensor& nested_absmax, const OptionalTensor& offset,
-                                            const std::string& format, std::int64_t blocksize, bool int8,
+                                            const std::string& format, std::int64_t blocksize,
                                             std::int64_t out_features, const OptionalTensor& bias,
                                             const OptionalTensor& a, const OptionalTensor& b, const OptionalTensor& a0,
-                                            const OptionalTensor& b0, double scaling, bool implicit) {
+                                            const OptionalTensor& b0, double scaling, bool implicit, bool int8) {
   Device device(x, codes, absmax, nested_absmax, offset, bias, a, b, a0, b0);
   const QuantizedTensors weight(codes, absmax, nested_absmax, offset, format, blocksize);
   return linear_forward(device.backend(), x, weight.view(out_features, x.size(x.dim() - 1)), bias,
@@ -189,9 +188,9 @@ std::tuple<Tensor, Tensor> quantized_linear(const Tensor& x, const Tensor& codes
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor> quantized_linear_backward(
     const Tensor& dy, const Tensor& x, const Tensor& codes, const Tensor& absmax, const OptionalTensor& nested_absmax,
-    const OptionalTensor& offset, const std::string& format, std::int64_t blocksize, bool int8,
-    std::int64_t out_features, const OptionalTensor& a, const OptionalTensor& b, const OptionalTensor& a0,
-    const OptionalTensor& b0, const Tensor& kept_tensor, double scaling, bool implicit, bool need_dx) {
+    const OptionalTensor& offset, const std::string& format, std::int64_t blocksize, std::int64_t out_features,
+    const OptionalTensor& a, const OptionalTensor& b, const OptionalTensor& a0, const OptionalTensor& b0,
+    const Tensor& kept_tensor, double scaling, bool implicit, bool need_dx, bool int8) {
   Device device(dy, x, codes, absmax, nested_absmax, offset, a, b, a0, b0, kept_tensor);
   const QuantizedTensors weight(codes, absmax, nested_absmax, offset, format, blocksize);
   return linear_backward(device.backend(), dy, x, weight.view(out_features, x.size(x.dim() - 1)),

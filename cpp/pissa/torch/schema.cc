@@ -49,24 +49,21 @@ STABLE_TORCH_LIBRARY(pissa, m) {
       "float scaling, bool implicit, bool need_dx) -> (Tensor dx, Tensor grad_a, Tensor grad_b)");
   m.def(
       "quantized_linear(Tensor x, Tensor codes, Tensor absmax, Tensor? nested_absmax, Tensor? offset, str format, "
-      "int blocksize, bool int8, int out_features, Tensor? bias, Tensor? a, Tensor? b, Tensor? a0, Tensor? b0, float "
-      "scaling, "
-      "bool implicit) -> (Tensor y, Tensor kept)");
+      "int blocksize, int out_features, Tensor? bias, Tensor? a, Tensor? b, Tensor? a0, Tensor? b0, float scaling, "
+      "bool implicit, *, bool int8=False) -> (Tensor y, Tensor kept)");
   m.def(
       "quantized_linear_backward(Tensor dy, Tensor x, Tensor codes, Tensor absmax, Tensor? nested_absmax, "
-      "Tensor? offset, str format, int blocksize, bool int8, int out_features, Tensor? a, Tensor? b, Tensor? a0, "
-      "Tensor? b0, "
-      "Tensor kept, float scaling, bool implicit, bool need_dx) -> (Tensor dx, Tensor grad_a, Tensor "
-      "grad_b)");
+      "Tensor? offset, str format, int blocksize, int out_features, Tensor? a, Tensor? b, Tensor? a0, Tensor? b0, "
+      "Tensor kept, float scaling, bool implicit, bool need_dx, *, bool int8=False) -> (Tensor dx, Tensor grad_a, "
+      "Tensor grad_b)");
   m.def(
       "grouped_linear(Tensor x, int[] offsets, Tensor[] codes, Tensor[] absmax, Tensor[]? nested_absmax, "
-      "Tensor[]? offset, str format, int blocksize, bool int8, int out_features, Tensor[] a, Tensor[] b, Tensor[]? a0, "
-      "Tensor[]? b0, float scaling) -> (Tensor y, Tensor kept)");
+      "Tensor[]? offset, str format, int blocksize, int out_features, Tensor[] a, Tensor[] b, Tensor[]? a0, "
+      "Tensor[]? b0, float scaling, *, bool int8=False) -> (Tensor y, Tensor kept)");
   m.def(
       "grouped_linear_backward(Tensor dy, Tensor x, int[] offsets, Tensor[] codes, Tensor[] absmax, "
-      "Tensor[]? nested_absmax, Tensor[]? offset, str format, int blocksize, bool int8, int out_features, Tensor[] a, "
-      "Tensor[] b, "
-      "Tensor[]? a0, Tensor[]? b0, Tensor kept, float scaling, bool need_dx) "
+      "Tensor[]? nested_absmax, Tensor[]? offset, str format, int blocksize, int out_features, Tensor[] a, Tensor[] b, "
+      "Tensor[]? a0, Tensor[]? b0, Tensor kept, float scaling, bool need_dx, *, bool int8=False) "
       "-> (Tensor dx, Tensor[] grads_a, Tensor[] grads_b)");
   m.def(
       "add_low_rank(Tensor base, Tensor x, Tensor a, Tensor b, Tensor? a0, Tensor? b0, float scaling, bool implicit) "

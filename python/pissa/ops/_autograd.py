@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -78,8 +78,7 @@ for _op, _fake in _FAKES.items():
 
 
 # The ops that multiply have the same arguments except for the weight: either a dense weight, or four tensors, the
-# format, the block size, whether to multiply in int8 and out_features of a quantised one. The last of these gives the
-# number of rows.
+# format, the block size and out_features of a quantised one. The last of these gives the number of rows.
 
 
 class _Last(NamedTuple):
@@ -106,7 +105,6 @@ class _Group(NamedTuple):
     offset: Any
     format: Any
     blocksize: Any
-    int8: Any
     out_features: Any
     a: Any
     b: Any
@@ -138,7 +136,7 @@ def kept_of(x: Tensor, out_features: int, a: Tensor | None, a0: Tensor | None, i
     return _floats(x, -(-sums // 8) * 4 + (-(-tokens * r // 2) if x.dtype == torch.bfloat16 else tokens * r))
 
 
-def _fake_linear(*args: Any) -> tuple[Tensor, Tensor]:
+def _fake_linear(*args: Any, int8: bool = False) -> tuple[Tensor, Tensor]:
     check_devices(dict(enumerate(args)))  # as the kernels do
     x, weight, last = _named(args)
     out_features = out_features_of(weight)
@@ -150,7 +148,9 @@ def _fake_gradients(x: Tensor, out_features: int, a: Tensor | None, need_dx: boo
     return x.new_empty(x.shape if need_dx else (0,)), _floats(x, r, cols), _floats(x, rows, r)
 
 
-def _fake_linear_backward(dy: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_linear_backward(
+    dy: Tensor, x: Tensor, *args: Any, int8: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     *weight, a, _b, _a0, _b0, _kept, _scaling, _implicit, need_dx = args
     return _fake_gradients(x, out_features_of(weight), a, need_dx)
 
@@ -161,14 +161,14 @@ for _op in ("linear", "quantized_linear"):
 
 
 @register_fake("pissa::grouped_linear")
-def _(*args: Any) -> tuple[Tensor, Tensor]:
+def _(*args: Any, int8: bool = False) -> tuple[Tensor, Tensor]:
     group = _Group(*args)
     x = group.x
     return x.new_empty(x.shape[0], group.out_features), _floats(x, x.shape[0], group.a[0].shape[0])
 
 
 @register_fake("pissa::grouped_linear_backward")
-def _(dy: Tensor, *args: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+def _(dy: Tensor, *args: Any, int8: bool = False) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     *operands, _kept, scaling, need_dx = args
     group = _Group._make([*operands, scaling])
     grads_a, grads_b = ([_floats(group.x, *factor.shape) for factor in factors] for factors in (group.a, group.b))
@@ -222,6 +222,11 @@ def _bias_gradient(dy: Tensor) -> Tensor:
     return dy[None].flatten(0, -2).sum(0)
 
 
+_Options = Mapping[str, Any]
+"""The keywords of an op: int8, of those that multiply with a weight in codes."""
+_NONE: _Options = {}
+
+
 class _Gradients(NamedTuple):
     """How an op that multiplies is differentiated. x, the other operands and what the forward keeps are saved."""
 
@@ -232,7 +237,9 @@ class _Gradients(NamedTuple):
     adds: bool
     """Whether it is `add_low_rank`."""
 
-    def save(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    def save(
+        self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor], keyword_only_inputs: _Options = _NONE
+    ) -> None:
         first, weight, last = _named(inputs)
         _, kept = output
         ctx.mark_non_differentiable(kept)
@@ -240,6 +247,7 @@ class _Gradients(NamedTuple):
         x = last.bias if self.adds else first
         ctx.save_for_backward(kept, x, last.a, last.b, last.a0, last.b0, *weight[: self.tensors])
         ctx.weight_numbers, ctx.numbers = weight[self.tensors :], (last.scaling, last.implicit)
+        ctx.options = keyword_only_inputs
 
     def backward(self, ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
         need_first, need_weight, need = _named(ctx.needs_input_grad)
@@ -247,7 +255,8 @@ class _Gradients(NamedTuple):
             return (None,) * len(ctx.needs_input_grad)
         kept, x, a, b, a0, b0, *weight = ctx.saved_tensors
         need_x = need.bias if self.adds else need_first
-        dx, grad_a, grad_b = self.op(dy, x, *weight, *ctx.weight_numbers, a, b, a0, b0, kept, *ctx.numbers, need_x)
+        operands = (dy, x, *weight, *ctx.weight_numbers, a, b, a0, b0, kept, *ctx.numbers, need_x)
+        dx, grad_a, grad_b = self.op(*operands, **ctx.options)
         if self.adds:
             first, bias = dy, dx
         else:
@@ -268,12 +277,14 @@ for _op, _tensors in (("linear", 1), ("quantized_linear", 4), ("add_low_rank", 0
 _GROUP_LISTS = ("codes", "absmax", "nested_absmax", "offset", "a", "b", "a0", "b0")
 
 
-def _save_group(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save_group(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor], keyword_only_inputs: _Options
+) -> None:
     group, (_, kept) = _Group(*inputs), output
     ctx.mark_non_differentiable(kept)
     ctx.set_materialize_grads(False)
     ctx.lists = [name for name in _GROUP_LISTS if getattr(group, name) is not None]
-    ctx.others = group._replace(x=None, **dict.fromkeys(ctx.lists))
+    ctx.others, ctx.options = group._replace(x=None, **dict.fromkeys(ctx.lists)), keyword_only_inputs
     ctx.save_for_backward(kept, group.x, *(tensor for name in ctx.lists for tensor in getattr(group, name)))
 
 
@@ -286,7 +297,7 @@ def _group_backward(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Any,
     lists = {name: tensors[number * count : (number + 1) * count] for number, name in enumerate(ctx.lists)}
     *operands, scaling = ctx.others._replace(x=x, **lists)
     needed = _Group(*ctx.needs_input_grad)
-    dx, *grads = torch.ops.pissa.grouped_linear_backward(dy, *operands, kept, scaling, needed.x)
+    dx, *grads = torch.ops.pissa.grouped_linear_backward(dy, *operands, kept, scaling, needed.x, **ctx.options)
     grads_a, grads_b = (
         [grad if need else None for grad, need in zip(*pair, strict=True)]
         for pair in zip(grads, (needed.a, needed.b), strict=True)
@@ -359,23 +370,24 @@ _differentiate("attention", _attention_backward, _save_attention)
 # with the second node, checkpointed or not, because recomputing it took 3% of a step.
 
 
-def product(op: str, x: Tensor, weight: Sequence[Any], factors: tuple[Any, ...]) -> Tensor:
+def product(op: str, x: Tensor, weight: Sequence[Any], factors: tuple[Any, ...], *, int8: bool) -> Tensor:
     """`torch.ops.pissa.<op>(x, *weight, *factors)` without the output that the op keeps: in two nodes, if there is a
     graph, and it is not being traced. (On CUDA the forward also keeps sums of factors, which the backward would have to
     recompute.)"""
+    options = {"int8": True} if int8 else {}
     operands = (*weight, *factors)  # one argument: as fifteen, they take 9 us more in the two nodes
     one_node = torch.compiler.is_compiling() or x.device.type != "cpu" or not torch.is_grad_enabled()
     if one_node or factors[1] is None or x.grad_fn is None:
-        return run(op, x, *operands)
-    y: Tensor = _Product.apply(_Operands.apply(x, operands), *factors[:3], op, operands)  # type: ignore[no-untyped-call, unused-ignore]
+        return run(op, x, *operands, **options)
+    y: Tensor = _Product.apply(_Operands.apply(x, operands), *factors[:3], op, operands, options)  # type: ignore[no-untyped-call, unused-ignore]
     return y
 
 
-def run(op: str, *arguments: Any) -> Tensor:
+def run(op: str, *arguments: Any, **options: Any) -> Tensor:
     """The first output of an op. Without gradients its node is passed by, which takes 9 of 22 us."""
     keeps_node = torch.is_grad_enabled() or torch.compiler.is_compiling()
     with nullcontext() if keeps_node else torch._C._AutoDispatchBelowAutograd():
-        y: Tensor = getattr(torch.ops.pissa, op)(*arguments)[0]
+        y: Tensor = getattr(torch.ops.pissa, op)(*arguments, **options)[0]
     return y
 
 
@@ -398,13 +410,20 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, op: str, operands: tuple[Any, ...]
+        ctx: Any,
+        x: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        op: str,
+        operands: tuple[Any, ...],
+        options: _Options,
     ) -> Tensor:
-        ctx.op, ctx.operands = op, x.grad_fn
+        ctx.op, ctx.operands, ctx.options = op, x.grad_fn, options
         ctx.set_materialize_grads(False)
         y: Tensor
         with torch._C._AutoDispatchBelowAutograd():
-            y, ctx.kept = getattr(torch.ops.pissa, op)(x, *operands)
+            y, ctx.kept = getattr(torch.ops.pissa, op)(x, *operands, **options)
         return y
 
     @staticmethod
@@ -412,7 +431,7 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         (dy,) = gradients
         if dy is None:
-            return (None,) * 6
+            return (None,) * 7
         x, *saved = ctx.operands.saved_tensors
         operands = [
             number if tensor is None else tensor for tensor, number in zip(saved, ctx.operands.numbers, strict=True)
@@ -422,10 +441,10 @@ class _Product(torch.autograd.Function):
         if kept is None:  # a second backward
             kept = _kept_again(x, a, a0, scaling, implicit)
         backward = getattr(torch.ops.pissa, f"{ctx.op}_backward")
-        dx, grad_a, grad_b = backward(dy, x, *weight, a, b, a0, b0, kept, scaling, implicit, True)
+        dx, grad_a, grad_b = backward(dy, x, *weight, a, b, a0, b0, kept, scaling, implicit, True, **ctx.options)
         _, need_bias, need_a, need_b, *_ = ctx.needs_input_grad
         grad_bias = _bias_gradient(dy) if need_bias else None
-        return dx, grad_bias, grad_a if need_a else None, grad_b if need_b else None, None, None
+        return dx, grad_bias, grad_a if need_a else None, grad_b if need_b else None, None, None, None
 
 
 def _kept_again(x: Tensor, a: Tensor, a0: Tensor | None, scaling: float, implicit: bool) -> Tensor:

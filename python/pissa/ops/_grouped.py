@@ -58,7 +58,7 @@ def grouped_linear(
     check_lengths({"a": a, "b": b, "a0": a0, "b0": b0}, len(weights))
     check_change_scaling(scaling)
     check_operands(x, weights[0], None)
-    x, _, slots = as_ops_take(x, weights[0], int8)
+    x, _, slots = as_ops_take(x, weights[0])
     if x.dim() != 2:
         raise shape_error("x", x, "[rows, in]")
     _check_offsets(offsets, len(weights), len(x))
@@ -72,7 +72,7 @@ def grouped_linear(
     columns = [*zip(*(weight[:4] for weight in weights), strict=True), *zip(*factors, strict=True)]
     lists = [None if column[0] is None else list(column) for column in columns]
     y: Tensor
-    y, _ = _OPS.grouped_linear(x, list(offsets), *lists[:4], *slots[4:], *lists[4:], float(scaling))
+    y, _ = _OPS.grouped_linear(x, list(offsets), *lists[:4], *slots[4:], *lists[4:], float(scaling), int8=int8)
     return y
 
 

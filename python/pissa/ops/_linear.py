@@ -75,15 +75,14 @@ def under_autocast(x: Tensor) -> Tensor:
     return x.to(get_autocast_dtype(kind)) if _has_autocast(kind) and torch.is_autocast_enabled(kind) else x
 
 
-def as_ops_take(x: Tensor, weight: Tensor | QuantizedWeight, *more: Any) -> tuple[Tensor, str, list[Any]]:
-    """Returns x (under autocast in autocast's dtype), the name of the op, and the weight as the op takes it. `more` is
-    what the op takes of a quantised weight after its block size."""
+def as_ops_take(x: Tensor, weight: Tensor | QuantizedWeight) -> tuple[Tensor, str, list[Any]]:
+    """Returns x (under autocast in autocast's dtype), the name of the op, and the weight as the op takes it."""
     if isinstance(weight, Tensor):
         return under_autocast(x), "linear", [weight]
     *parts, (out_features, in_features), blocksize = weight
     if x.shape[-1] != in_features:  # the op infers it from x
         raise shape_error("x", x, f"[..., in] with in = {in_features}")
-    return under_autocast(x), "quantized_linear", [*parts, blocksize, *more, out_features]
+    return under_autocast(x), "quantized_linear", [*parts, blocksize, out_features]
 
 
 def _run(x: Tensor, compute: Callable[[], Tensor], check: Callable[[], None]) -> Tensor:
@@ -165,8 +164,9 @@ def linear(
 
     def compute() -> Tensor:
         check_frozen(weight=weight, a0=a0, b0=b0)
-        given, op, slots = as_ops_take(x, weight, int8)
-        return _autograd.product(op, given, slots, (bias, *map(as_float32, factors.values()), float(scaling), implicit))
+        given, op, slots = as_ops_take(x, weight)
+        last = (bias, *map(as_float32, factors.values()), float(scaling), implicit)
+        return _autograd.product(op, given, slots, last, int8=int8 and isinstance(weight, QuantizedWeight))
 
     return _run(x, compute, lambda: _check_linear(x, weight, bias, factors))
 

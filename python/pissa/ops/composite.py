@@ -51,11 +51,6 @@ def _dequantize_rows(*args: Any) -> Tensor:
 # ---- Products --------------------------------------------------------------------------------------------------------
 
 
-def _held(weight: Sequence[Any]) -> Sequence[Any]:
-    """The weight in the arguments of an op that may multiply in int8, which is not done here."""
-    return weight if len(weight) < 2 else [*weight[:-2], weight[-1]]
-
-
 def _rows(x: Tensor) -> Tensor:
     """x [..., n] as a matrix."""
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).contiguous()
@@ -94,20 +89,23 @@ def _sum(base: Tensor, bias: Tensor | None, x: Tensor, *args: Any) -> Tensor:
     return total.to(base.dtype)
 
 
-def _linear(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    *weight, bias, a, b, a0, b0, scaling, implicit = args
+# int8 is for processors: what has no kernels of ours computes as without it.
+
+
+def _linear(x: Tensor, *args: Any, int8: bool = False) -> tuple[Tensor, Tensor]:
+    *held, bias, a, b, a0, b0, scaling, implicit = args
     rows = _rows(x)
-    y = _sum(_times(rows, _held(weight)), bias, rows, a, b, a0, b0, scaling, implicit)
+    y = _sum(_times(rows, held), bias, rows, a, b, a0, b0, scaling, implicit)
     return y.view(*x.shape[:-1], y.shape[1]), _autograd.kept_of(x, y.shape[1], a, a0, implicit).zero_()
 
 
-def _linear_backward(dy: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _linear_backward(dy: Tensor, x: Tensor, *args: Any, int8: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """x Aᵀ, which takes little, is computed again: `kept` is only for our kernels."""
-    *weight, a, b, a0, b0, _kept, scaling, implicit, need_dx = args
+    *held, a, b, a0, b0, _kept, scaling, implicit, need_dx = args
     rows, of_y = _rows(x), _rows(dy)
     dx = rows.new_zeros(rows.shape, dtype=torch.float32) if need_dx else rows.new_empty(0)
-    if need_dx and weight:
-        dx += _times_back(of_y.to(x.dtype), _held(weight), x.shape[-1])
+    if need_dx and held:
+        dx += _times_back(of_y.to(x.dtype), held, x.shape[-1])
     grad_a = grad_b = rows.new_empty(0, 0, dtype=torch.float32)
     if a is not None:
         pairs, rows, of_y = _pairs(a, b, a0, b0, implicit), rows.float(), scaling * of_y.float()
@@ -131,13 +129,15 @@ def _layers(offsets: Sequence[int], args: Sequence[Any]) -> Iterator[tuple[slice
         yield slice(first, last), [value[i] if isinstance(value, (list, tuple)) else value for value in args]
 
 
-def _grouped_linear(x: Tensor, offsets: list[int], *args: Any) -> tuple[Tensor, Tensor]:
-    layers = _layers(offsets, (*args[:8], None, *args[8:], False))
+def _grouped_linear(x: Tensor, offsets: list[int], *args: Any, int8: bool = False) -> tuple[Tensor, Tensor]:
+    layers = _layers(offsets, (*args[:7], None, *args[7:], False))
     outputs = [_linear(x[rows], *of_layer)[0] for rows, of_layer in layers]
-    return torch.cat(outputs), x.new_zeros(len(x), len(args[8][0]), dtype=torch.float32)
+    return torch.cat(outputs), x.new_zeros(len(x), len(args[7][0]), dtype=torch.float32)
 
 
-def _grouped_linear_backward(dy: Tensor, x: Tensor, offsets: list[int], *args: Any) -> tuple[Any, ...]:
+def _grouped_linear_backward(
+    dy: Tensor, x: Tensor, offsets: list[int], *args: Any, int8: bool = False
+) -> tuple[Any, ...]:
     layers = _layers(offsets, (*args[:-1], False, args[-1]))
     dx, *grads = zip(*(_linear_backward(dy[rows], x[rows], *of_layer) for rows, of_layer in layers), strict=True)
     return torch.cat(dx), *map(list, grads)
@@ -214,7 +214,7 @@ _ONCE += ("feedback_codes", "merge_codes", "quantization_error")
 _announced: set[torch.device] = set()
 
 
-def _announcing(compute: Callable[..., Any], *args: Any) -> Any:
+def _announcing(compute: Callable[..., Any], *args: Any, **options: Any) -> Any:
     """The result of `compute`, after saying, once for each device, what computes there."""
     device = _first(args).device
     if device not in _announced:
@@ -229,7 +229,7 @@ def _announcing(compute: Callable[..., Any], *args: Any) -> Any:
             stacklevel=2,
         )
     with torch._C._DisableAutocast():
-        return compute(*args)
+        return compute(*args, **options)
 
 
 _LIBRARY: Any = torch.library.Library("pissa", "IMPL")  # type: ignore[no-untyped-call, unused-ignore]

@@ -40,7 +40,6 @@ def calls(tokens: int = 5) -> dict[str, list[tuple[Any, ...]]]:
     leaves = (leaf_a, leaf_b, a0, b0)
     svd, rest = ("krylov", None, 0), ops.quantize(weight.float(), blocksize=64)
     stored = [(*rest[:5], 64, ROWS), (*ops.quantize(weight.float(), "int8")[:5], COLS, ROWS)]
-    multiplied = [(*parts[:-1], int8, parts[-1]) for parts, int8 in zip(stored, (True, False), strict=True)]
     codes = [("nf4", 64), ("int8", COLS)]
     none = [None] * 4
 
@@ -73,11 +72,11 @@ def calls(tokens: int = 5) -> dict[str, list[tuple[Any, ...]]]:
         "linear_backward": [(dy, x, weight, *factors, kept, 0.5, True, need) for need in (True, False)],
         "quantized_linear": [
             call
-            for parts in multiplied
+            for parts in stored
             for call in ((leaf_x, *parts, bias, *leaves, 0.5, False), (x, *parts, None, *none, 1.0, False))
         ],
         "quantized_linear_backward": [
-            (dy, x, *parts, *factors, kept, 0.5, False, need) for parts in multiplied for need in (True, False)
+            (dy, x, *parts, *factors, kept, 0.5, False, need) for parts in stored for need in (True, False)
         ],
         "add_low_rank": [(dy, leaf_x, *leaves, 0.5, True), (dy, x, leaf_a, leaf_b, None, None, 0.5, False)],
         "token_scores": [
@@ -110,9 +109,9 @@ def calls(tokens: int = 5) -> dict[str, list[tuple[Any, ...]]]:
             for mask, how in ((seen, (0.5, False)), (None, (0.5, True)))
         ],
         "grouped_linear": [
-            (leaf_x, *group(parts, [leaf_a] * 2, [leaf_b] * 2, [a0] * 2, [b0] * 2), 0.5) for parts in multiplied
+            (leaf_x, *group(parts, [leaf_a] * 2, [leaf_b] * 2, [a0] * 2, [b0] * 2), 0.5) for parts in stored
         ]
-        + [(x, *group(multiplied[0], [a, a], [b, b], None, None), 1.0)],
+        + [(x, *group(stored[0], [a, a], [b, b], None, None), 1.0)],
         "grouped_linear_backward": [
             (
                 dy,
@@ -122,7 +121,7 @@ def calls(tokens: int = 5) -> dict[str, list[tuple[Any, ...]]]:
                 0.5,
                 need,
             )
-            for parts in multiplied
+            for parts in stored
             for need in (True, False)
         ],
         "add_low_rank_backward": [(dy, x, *factors, kept, 0.5, True, need) for need in (True, False)],

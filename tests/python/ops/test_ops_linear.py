@@ -305,7 +305,6 @@ def test_compiled_ops_refuse_what_would_read_out_of_bounds() -> None:
             None,
             "nf4",
             64,
-            False,
             32,
             None,
             None,
