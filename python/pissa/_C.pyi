@@ -3,8 +3,8 @@
 from typing import Any
 
 def build_info() -> dict[str, Any]:
-    """Version, compiler, oldest torch supported, instruction set in use, the available ones (fastest last), why not
-    the faster ones, CUDA."""
+    """Version, compiler, oldest torch supported, instruction set in use, whether it multiplies bytes, the available
+    ones (fastest last), why not the faster ones, CUDA."""
 
 def isa_failure() -> str:
     """The self-test of an instruction set that failed and what follows from it, or an empty string."""

@@ -106,7 +106,8 @@ std::tuple<Tensor, Tensor> linear_forward(B& backend, const Tensor& x, const Mat
   sizes.back() = weight.rows;
   const Tensor y = new_tensor(x, sizes, x.scalar_type());
   const Kept kept(backend, x, matrix(x_tensor), adapter);
-  pissa::linear_forward(backend, matrix(x_tensor), weight, bias_row, adapter, mutable_matrix(y), kept.xa, kept.sums, int8);
+  pissa::linear_forward(backend, matrix(x_tensor), weight, bias_row, adapter, mutable_matrix(y), kept.xa, kept.sums,
+                        int8);
   return {y, kept.tensor};
 }
 

@@ -470,9 +470,9 @@ def test_wrong_arguments_are_refused(
     ],
 )
 def test_wrong_values_of_other_options_are_refused(
-    options: list[str], message: str, data: Path, capsys: pytest.CaptureFixture[str]
+    options: list[str], message: str, base: Path, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert message in refused(["finetune", "--model", "model", "--data", str(data), *options], capsys)
+    assert message in refused(["finetune", "--model", str(base), "--data", str(data), *options], capsys)
 
 
 def test_an_adapter_that_starts_wrong_is_not_trained(

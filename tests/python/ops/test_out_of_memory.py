@@ -13,18 +13,20 @@ import torch
 from pissa import ops
 
 torch.set_num_threads(2)
-q, k = torch.randn(1, 4, 64, 16), torch.zeros(1, 4, 1 << 20, 16)
-few = k[:, :, :64]
-expected = ops.attention(q, few, few)
+codes_of = torch.ops.pissa.residual_quantized
+columns = (1 << 18) + 1  # no whole blocks, so that a thread sums 112 rows, 117 MB, before it quantises them
+weight, few = torch.zeros(224, columns), torch.eye(224, 65)
+a0, b0 = torch.ones(1, columns), torch.ones(224, 1)
+expected, _ = codes_of(few, a0[:, :65].contiguous(), b0, 1.0, "nf4", 64)
 pages = int(open("/proc/self/statm").read().split()[0])
 limits = resource.getrlimit(resource.RLIMIT_AS)
-# Less than a head's 256 MB of scores.
+# Enough for the codes, and not for a thread's sums.
 resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (64 << 20), limits[1]))
 try:
-    ops.attention(q, k, k)
+    codes_of(weight, a0, b0, 1.0, "nf4", 64)
 except (MemoryError, RuntimeError) as error:  # the latter of torch 2.15, whose stable ABI keeps the words alone
     assert isinstance(error, MemoryError) or "bad_alloc" in str(error), error
-    assert torch.equal(ops.attention(q, few, few), expected)
+    assert torch.equal(codes_of(few, a0[:, :65].contiguous(), b0, 1.0, "nf4", 64)[0], expected)
     print("no memory")
 """
 

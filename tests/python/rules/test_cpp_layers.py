@@ -94,4 +94,5 @@ def test_threads_come_from_the_executor_never_from_openmp() -> None:
 
 
 def test_intrinsics_live_in_vec() -> None:
-    assert outside("cpp/pissa/cpu/vec/", r"\b_mm\d*_|\b__m\d+|\b(float|u?int)\d+x\d+_t\b") == []
+    found = outside("cpp/pissa/cpu/vec/", r"\b_mm\d*_|\b__m\d+|\b(float|u?int)\d+x\d+_t\b")
+    assert found == ["tests/cpp/support/emulated_vnni.h"]  # which puts a function in the place of one
