@@ -92,7 +92,12 @@ TEST_P(FormatTest, RoundsSpecialValues) {
                    {0.0f, -0.0f, kInf, -kInf, kMax, -kMax, 65504.0f, 65519.99f, 65520.0f, 65536.0f, 1e30f, 0x1p-24f,
                     0x1p-25f, 0x1.000002p-25f, 0x1p-26f, 0x1p-133f, 0x1p-134f, 0x1p-149f, 0x1.fffffep-15f});
     const std::uint32_t nans[] = {0x7fc00000, 0xffc00000, 0x7f800001, 0xff800001, 0x7fffffff, 0xffffffff, 0x7f80ffff};
-    for (const std::uint32_t bits : nans) expect_encoded(format, std::vector<float>(19, std::bit_cast<float>(bits)));
+    for (const std::uint32_t bits : nans) {
+      const std::vector<float> values(75, std::bit_cast<float>(bits));
+      expect_encoded(format, values);
+      if (format != Format::bf16) continue;  // which keeps the sign and what fits of the rest
+      for (const std::uint16_t half : encode(format, values)) ASSERT_EQ(half, bits >> 16 | 0x40) << bits;
+    }
   }
 }
 

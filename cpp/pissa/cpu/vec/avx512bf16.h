@@ -25,6 +25,10 @@ struct Pairs {
   static PISSA_INLINE void store(Half* to, Vec::Reg2 values) {
     _mm512_storeu_si512(to, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(values.b, values.a)));
   }
+  static PISSA_INLINE bool has_denormals(Vec::Reg2 values) {
+    constexpr int kDenormal = 0x20;
+    return (_mm512_fpclass_ps_mask(values.a, kDenormal) | _mm512_fpclass_ps_mask(values.b, kDenormal)) != 0;
+  }
   template <int blocks>
   static PISSA_INLINE Table<blocks> table(const float* levels, const float* scales) {
     const Vec::Reg all = Vec::load(levels);
