@@ -125,7 +125,7 @@ struct Kernels {
 
   /// Turns a row of products [count] into exp(scale * product - m), where m is the largest scale * product, and into 0
   /// where mask is 0, if there is a mask, whose last number is not. share: 1 / their sum, which makes them the softmax;
-  /// 0 of nothing. Returns the logarithm of the sum of exp(scale * product); -infinity of nothing.
+  /// 0 of nothing. Returns the logarithm of the sum of exp(scale * product); -infinity of nothing. All -infinity: NaN.
   float (*softmax_row)(float* row, std::int64_t count, const std::uint8_t* mask, float scale, float* share);
 
   /// The same row again, given that logarithm: products become the softmax p, and dp becomes scale * p * (dp - less).
