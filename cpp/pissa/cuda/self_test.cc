@@ -405,9 +405,9 @@ class SelfTest {
 
 std::vector<std::string> test_routes(const Context& context) {
   static std::mutex mutex;
-  if (is_tested(context.device) || is_capturing(context)) return {};
-  const std::lock_guard lock(mutex);
   if (is_tested(context.device)) return {};
+  const std::lock_guard lock(mutex);  // a capture waits, too: a test of another thread closes routes for a while
+  if (is_tested(context.device) || is_capturing(context)) return {};
   return SelfTest(context).run();
 }
 

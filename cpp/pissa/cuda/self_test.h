@@ -17,8 +17,9 @@
 
 namespace pissa::cuda {
 
-/// Tests the routes of the context's device, once in a process, and closes those that are wrong. Does nothing inside a
-/// capture. The host waits for the device 15 times, mostly for 4 KB of decoded numbers.
+/// Tests the routes of the context's device, once in a process, and closes those that are wrong. Inside a capture it
+/// only waits for a test that another thread has begun. The host waits for the device 15 times, mostly for 4 KB of
+/// decoded numbers.
 ///
 /// @return a sentence for each route that was closed
 /// @throws std::runtime_error if decoding or the handle is wrong: then nothing computes rightly there

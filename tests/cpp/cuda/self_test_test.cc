@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -180,6 +181,20 @@ TEST_F(CudaSelfTest, OnceAndNeverInsideACapture) {
   cuda_sim::reset_launches();
   cuda::test_routes(context);
   EXPECT_EQ(cuda_sim::launches(), 0);
+}
+
+// During the test routes are closed that are right, and a graph would keep what is computed instead.
+TEST_F(CudaSelfTest, ACaptureWaitsForTheTestOfAnotherThread) {
+  std::thread tester([] { cuda::test_routes(cuda::standalone_context()); });
+  while (cuda::is_open(0, Route::lt) && !cuda::is_tested(0)) std::this_thread::yield();
+  cudaGraph_t graph = nullptr;
+  EXPECT_EQ(cudaStreamBeginCapture(context.stream, cudaStreamCaptureModeRelaxed), cudaSuccess);
+  cuda::test_routes(context);
+  const bool tested = cuda::is_tested(0);
+  EXPECT_EQ(cudaStreamEndCapture(context.stream, &graph), cudaSuccess);
+  cudaGraphDestroy(graph);
+  tester.join();
+  EXPECT_TRUE(tested);
 }
 
 TEST_F(CudaSelfTest, TheSentenceSaysWhatComputesInstead) {
