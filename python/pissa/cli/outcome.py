@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import PurePath
 from typing import Any
 
 import pissa
@@ -64,6 +65,16 @@ def further(run: str, model: str, contents: Contents) -> dict[str, str]:
     return {merge: "a folder for transformers and vLLM"}
 
 
+def _predict(run: str, ours: Any) -> str:
+    """The command that answers a table like the one of the training."""
+    kind = PurePath(ours.dataset_name).suffix or ".csv"
+    command = ["pissa", "predict", run, "--data", f"NEW{kind}", "--out", f"ANSWERS{kind}"]
+    if question := {"question", "prompt"} & set(ours.columns or ()):
+        [name] = question
+        command += ["--columns", f"{name}={ours.columns[name]}"]
+    return shlex.join(command)
+
+
 def report(
     trainer: Any, ours: Any, config: pissa.PissaConfig, contents: Contents, answers: HeldOutAnswers
 ) -> dict[str, Any]:
@@ -90,6 +101,8 @@ def report(
     if contents is Contents.RESIDUAL:
         print_row("note", f"pissa.load({model!r}, adapter={out!r}) has it exactly")
     print_row("next", f"pissa chat {shlex.quote(out)}")
+    if score:
+        print_row("", f"{_predict(out, ours)}  # a table of new questions, answered")
     for command, what in further(out, model, contents).items():
         print_row("", f"{command}  # {what}")
     costs = {"seconds_per_step": seconds, "peak_memory_mib": memory}

@@ -86,8 +86,16 @@ def _texts(folder: Path) -> list[Path]:
 
 
 def _content(path: Path) -> str:
-    with user_errors(OSError, ValueError, before=f"{path}: cannot be read: ", after="; allowed: UTF-8 [P102]"):
-        text = path.read_bytes().decode("utf-8-sig")
+    with user_errors(OSError, before=f"{path}: cannot be read: "):
+        content = path.read_bytes()
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"{path}: line {line} has a letter in another encoding than UTF-8 (byte {content[error.start]:#x}); save "
+            'the file as UTF-8, in a spreadsheet as "CSV UTF-8" [P102]'
+        ) from None
     if not text.strip():
         raise UserError(f"{path}: is empty; needed: at least one record [P101]")
     return text

@@ -197,7 +197,8 @@ def read(command: str, argv: Sequence[str]) -> argparse.Namespace | None:
     if given.help_all:
         return None
     if others and not others[0].startswith("-"):  # a later one may be the value of an option of TRL's
-        raise UserError(f"{others[0]}: belongs to no option; needed: {parser.usage}; --help lists the options")
+        quotes = ", with quotes around what contains a space"
+        raise UserError(f"{others[0]}: belongs to no option; needed: {parser.usage}{quotes}; --help lists the options")
     known = names_elsewhere(command)
     for word in (word for word in others if re.match("--?[a-zA-Z]", word)):
         name = word.partition("=")[0].lstrip("-").replace("-", "_")

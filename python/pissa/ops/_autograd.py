@@ -148,9 +148,7 @@ def _fake_gradients(x: Tensor, out_features: int, a: Tensor | None, need_dx: boo
     return x.new_empty(x.shape if need_dx else (0,)), _floats(x, r, cols), _floats(x, rows, r)
 
 
-def _fake_linear_backward(
-    dy: Tensor, x: Tensor, *args: Any, int8: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_linear_backward(dy: Tensor, x: Tensor, *args: Any, int8: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     *weight, a, _b, _a0, _b0, _kept, _scaling, _implicit, need_dx = args
     return _fake_gradients(x, out_features_of(weight), a, need_dx)
 

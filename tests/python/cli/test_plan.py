@@ -207,6 +207,8 @@ def test_a_run_says_what_it_will_take(
     assert "Ctrl-C keeps what is learned by then, and --resume goes on" in said
     assert "float32" in said.partition("model ")[2].partition("\n")[0]  # the checkpoint's
     assert f"next      pissa chat {out.name}" in said
+    predict = f"pissa predict {out.name} --data NEW.csv --out ANSWERS.csv --columns question=message"
+    assert f"\n          {predict}  # a table of new questions, answered\n" in said
     assert len(logged(out)) == 36 == math.ceil(285 / 8)
     assert max(row.get("learning_rate", 0) for row in history(out)) == 2e-4
     assert [row["step"] for row in history(out) if "eval_loss" in row] == [0, 8, 16, 24, 32, 36]
