@@ -93,8 +93,8 @@ def _content(path: Path) -> str:
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise UserError(
-            f"{path}: line {line} has a letter in another encoding than UTF-8 (byte {content[error.start]:#x}); save "
-            'the file as UTF-8, in a spreadsheet as "CSV UTF-8" [P102]'
+            f"{path}: line {line} has a letter in another encoding (byte {content[error.start]:#x}); allowed: UTF-8; "
+            'in a spreadsheet, save the table as "CSV UTF-8" [P102]'
         ) from None
     if not text.strip():
         raise UserError(f"{path}: is empty; needed: at least one record [P101]")

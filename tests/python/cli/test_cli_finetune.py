@@ -576,9 +576,10 @@ def test_a_locale_of_ascii_and_names_with_spaces(base: Path, tmp_path: Path) -> 
     assert f"saved     {out}: the adapter; run.yaml, data.json and checkpoints, which only --resume" in done.stdout
     assert {path.name for path in out.iterdir()} >= {"run.yaml", "data.json"}
     following = done.stdout.partition("\nnext ")[2].splitlines()
-    assert "Ollama" in following[1]
+    assert "Ollama" in following[2]
     assert [shlex.split(line, comments=True) for line in following] == [
         ["pissa", "chat", str(out)],
+        ["pissa", "predict", str(out), "--data", "NEW.jsonl", "--out", "ANSWERS.jsonl"],
         ["pissa", "export", str(out), f"{out}.gguf", "--to", "gguf-model"],
         ["pissa", "merge", str(out), "NEW_FOLDER"],
     ]

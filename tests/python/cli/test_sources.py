@@ -191,7 +191,7 @@ def test_a_wrong_table_is_refused(text: str, found: str, tmp_path: Path) -> None
 def test_a_table_in_an_older_encoding_is_refused_by_its_line(tmp_path: Path) -> None:
     """As Excel writes it under "CSV"."""
     table = written(tmp_path / "data.csv", "question,answer\nq,a\nMüller?,b\n", "cp1252")
-    with pytest.raises(UserError, match=r'csv: line 3 has a letter .* \(byte 0xfc\); .* as "CSV UTF-8" \[P102\]$'):
+    with pytest.raises(UserError, match=r'csv: line 3 .* \(byte 0xfc\); allowed: UTF-8; .* as "CSV UTF-8" \[P102\]$'):
         list(records(table))
 
 
