@@ -98,8 +98,9 @@ def test_a_module_of_transformers_in_fp8_keeps_its_bytes() -> None:
     layer.weight = nn.Parameter(parts["weight"], requires_grad=False)
     layer.weight_scale_inv = nn.Parameter(parts["weight_scale_inv"], requires_grad=False)
     nn.init.normal_(layer.bias)
-    base = adopt(layer)
+    base = adopt(layer.eval())
     assert isinstance(base, CodedLinear)
+    assert not base.training
     assert base.weight.data_ptr() == layer.weight.data_ptr()
     x = torch.randn(5, 128, dtype=torch.bfloat16)
     expected = nn.functional.linear(x, parts["decoded"], layer.bias.bfloat16())

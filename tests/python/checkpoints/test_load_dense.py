@@ -15,13 +15,16 @@ from transformers import AutoModelForCausalLM
 import mixtures
 import pissa
 from architectures import ARCHITECTURES
+from checkpoint_folders import change_tensors
 from cuda_stand_in import CudaStandIn
 from daily import each
 from language_models import Make, assert_equal, logits, train
 from live_bytes import LiveBytes
 from pissa.checkpoints import unread
+from pissa.checkpoints.unread import to_replace
 from pissa.containers.checkpoint import Checkpoint
 from pissa.containers.tensor_file import WEIGHTS
+from pissa.layers.layer import pissa_layers
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::pissa.notices.AllLinearWarning",  # Llama 4's router
@@ -54,6 +57,14 @@ def save(name: str, folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
 
 def wrapped(source: Path, dtype: Any = "auto", **fields: Any) -> Any:
     return pissa.wrap(AutoModelForCausalLM.from_pretrained(source, dtype=dtype), **fields)
+
+
+def test_a_weight_in_another_dtype_is_left_to_transformers(tmp_path: Path) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+    change_tensors(save("llama3", tmp_path), lambda found: found | {name: found[name].double()})
+    assert to_replace(Checkpoint.open(tmp_path), pissa.PissaConfig(**NF4)).keys() == {
+        f"{layer}.weight" for layer in pissa_layers(wrapped(tmp_path, **NF4).base_model.model)
+    } - {name}
 
 
 @pytest.mark.parametrize("case", each(CASES, ["gpt2", "mixtral", "tied"]))

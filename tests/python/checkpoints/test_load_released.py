@@ -26,6 +26,8 @@ from pissa import ops
 from pissa.base.weights import CodedLinear
 from pissa.checkpoints.init import init
 from pissa.checkpoints.merge import merge
+from pissa.containers.checkpoint import Checkpoint
+from pissa.containers.model_folder import Part
 from pissa.integrations.export import export
 from pissa.layers.experts import UnfusedExperts
 from released_folders import DENSE_LAYOUTS, FIELDS, release, released
@@ -70,6 +72,24 @@ def test_an_adapter_on_released_codes(kind: str, layout: str, init: str, tokens:
     merged = copy.deepcopy(model).merge_and_unload()
     assert_near(logits(merged, tokens), trained)
     assert torch.equal(logits(model.unload(), tokens), start)
+
+
+def test_codes_that_do_not_make_a_matrix_are_refused(tmp_path: Path) -> None:
+    released("qwen3_moe", "fp8-tiles", tmp_path)
+    checkpoint = Checkpoint.open(tmp_path)
+    coded = "model.layers.0.self_attn.q_proj.weight"
+    for part in (Part(coded, transposed=True), Part(coded, member=0)):
+        with pytest.raises(ValueError, match=rf"{coded} is codes, which cannot be transposed or cut"):
+            checkpoint.codes([part])
+
+    def one_dense(found: dict[str, Tensor]) -> dict[str, Tensor]:
+        name = "model.layers.1.mlp.experts.2.down_proj"
+        del found[f"{name}.weight_scale_inv"]
+        return found | {f"{name}.weight": found[f"{name}.weight"].bfloat16()}
+
+    checkpoint_folders.change_tensors(tmp_path, one_dense)
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.experts\.down_proj has codes and other tensors"):
+        pissa.load(tmp_path, **FIELDS)
 
 
 YEAR: dict[str, tuple[str | None, str | None]] = {

@@ -401,6 +401,11 @@ def test_adapters_and_bases_that_do_not_belong_together(
     refuses(message, tmp_path / "other", tmp_path / "residual", tmp_path / "out")
     message = r"is not where .* started from: layer .*v_proj' has no factors in the trained adapter"
     refuses(message, tmp_path / "lora", tmp_path / "residual", tmp_path / "out")
+    subtracted = shutil.copytree(tmp_path / "lora", tmp_path / "subtracted")
+    config = json.loads((subtracted / "adapter_config.json").read_text()) | {"init_lora_weights": "pissa"}
+    (subtracted / "adapter_config.json").write_text(json.dumps(config))
+    message = r"init_lora_weights is 'pissa', which changes the base, and .*residual is a residual"
+    refuses(message, subtracted, tmp_path / "residual", tmp_path / "out")
     smaller = tiny_llama(num_hidden_layers=1)
     smaller.save_pretrained(tmp_path / "smaller")
     message = r"has no layer model\.layers\.1\.self_attn\.q_proj, which .* adapts: it is not the base"

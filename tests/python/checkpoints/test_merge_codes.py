@@ -26,6 +26,7 @@ from pissa.base.digest import bytes_of, seed_of
 from pissa.checkpoints import merge as merge_module
 from pissa.checkpoints.init import init
 from pissa.checkpoints.merge import merge
+from pissa.checkpoints.merge_codes import Kept
 from pissa.cli import main
 from pissa.containers.checkpoint import Checkpoint
 from pissa.layers.layer import pissa_layers
@@ -154,6 +155,11 @@ def test_a_part_of_a_set_of_codes_is_refused(tiny_llama: Make, tmp_path: Path) -
     with pytest.raises(ValueError, match=r"model\.safetensors cannot be read: '.*\.1\.mlp\.up_proj\.weight': no 4-bit"):
         merge(tmp_path / "run", tmp_path / "model", tmp_path / "merged", quant="same")
     assert not (tmp_path / "merged").exists()
+
+
+def test_of_no_change_all_is_kept() -> None:
+    sums = {"change": 0.0, "along": 0.0, "square": 0.0, "moved": 0.0, "beyond": 0.0, "elements": 6.0}
+    assert Kept.of(sums) == Kept(share=1.0, noise=0.0, moved=0.0, beyond=0.0)
 
 
 def test_the_command_says_what_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,6 +23,7 @@ import processes
 from checkpoint_writer import (
     FILES,
     IDENTITY,
+    batch_name,
     batches,
     content,
     layout_of,
@@ -103,6 +104,8 @@ def test_another_plan_does_not_go_on(tmp_path: Path) -> None:
     before = content(tmp_path / "out")
     with pytest.raises(ValueError, match=r"rank was 4, is 8\. To start anew, remove .*/out/\.unfinished"):
         entered(tmp_path / "out", rank=8).__enter__()
+    with pytest.raises(ValueError, match=r"another plan: [^;]*; [^;]*; [^;]*; and 2 more"):
+        entered(tmp_path / "out", rank=8, a=1, b=2, c=3, d=4).__enter__()
     assert content(tmp_path / "out") == before
     assert write(tmp_path / "out") == len(batches())
 
@@ -149,7 +152,11 @@ def test_what_a_run_left_before_it_had_an_identity_is_not_used(tmp_path: Path) -
     for name in (*FILES, "other.safetensors"):
         (left / name).parent.mkdir(exist_ok=True)
         (left / name).write_bytes(b"x" * 10_000)
-    write(tmp_path / "out")
+    notes = left.with_name("done")
+    notes.mkdir()
+    for batch in batches():
+        (notes / f"{batch_name(*batch)}.json").write_text("{}")
+    assert write(tmp_path / "out") == len(batches())
     write(tmp_path / "new")
     assert content(tmp_path / "out") == content(tmp_path / "new")
 
@@ -286,6 +293,19 @@ def test_a_disk_that_fails_while_it_is_written(tmp_path: Path, monkeypatch: pyte
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(os, "write", fail)
+    with pytest.raises(OSError, match=f"{tmp_path}/out cannot be written: Input/output error"):
+        write(tmp_path / "out")
+
+
+def test_a_batch_that_cannot_be_noted_ends_the_run_at_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    note = Output._note
+
+    def fails(out: Output, batch: str, result: str) -> None:
+        if batch == batch_name(*batches()[0]):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        note(out, batch, result)
+
+    monkeypatch.setattr(Output, "_note", fails)
     with pytest.raises(OSError, match=f"{tmp_path}/out cannot be written: Input/output error"):
         write(tmp_path / "out")
 

@@ -137,13 +137,20 @@ def test_changed_headers_are_read_or_refused(kind: str, tmp_path: Path) -> None:
         assert str(path) in said
 
 
-@pytest.mark.parametrize("name", ["blk.1.attn_v", "blk.2.attn_q"])
-def test_only_keys_and_values_that_are_shared_may_be_left_over(name: str, tmp_path: Path) -> None:
-    path = written("gemma4", tmp_path)  # the last two of its four layers share them
-    path.write_bytes(path.read_bytes().replace(f"{name}.weight".encode(), f"{name}.weighs".encode()))
-    with pytest.raises(
-        ValueError, match=rf"1 tensors, '{name}.weighs' the first, have no place in a Gemma4ForCausalLM"
-    ):
+@pytest.mark.parametrize(
+    ("kind", "name", "other"),
+    [
+        ("gemma4", "blk.1.attn_v.weight", "blk.1.attn_v.weighs"),  # the last two of its four layers share them
+        ("gemma4", "blk.2.attn_q.weight", "blk.2.attn_q.weighs"),
+        ("qwen3", "blk.1.attn_output.weight", "blk.1.attn_v.weight.else"),  # no layer does
+    ],
+)
+def test_only_keys_and_values_that_are_shared_may_be_left_over(
+    kind: str, name: str, other: str, tmp_path: Path
+) -> None:
+    path = written(kind, tmp_path)
+    path.write_bytes(path.read_bytes().replace(name.encode(), other.encode()))
+    with pytest.raises(ValueError, match=rf"1 tensors, '{other}' the first, have no place in a \w+ForCausalLM"):
         Checkpoint.open(path)
 
 

@@ -77,6 +77,12 @@ def test_pefts_rules_give_each_layer_its_rank_and_scaling(sizes: dict[str, tuple
         assert alpha / (rank**0.5 if rslora else rank) == pytest.approx(scaling, rel=8 * 2**-52)
 
 
+def test_an_alpha_that_is_a_whole_number_is_written_as_one() -> None:
+    scaling = 16 / 15**0.5
+    assert scaling * 15**0.5 != 16
+    assert with_sizes({"use_rslora": True}, {"a": (15, scaling)})["lora_alpha"] == 16
+
+
 def test_dora_keeps_its_magnitudes(tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
     model = train_ours(tiny_llama, tokens, tmp_path / "ours", use_dora=True)
     pissa.convert(tmp_path / "ours", tmp_path / "lora", rank=6)

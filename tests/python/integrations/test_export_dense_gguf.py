@@ -14,6 +14,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, tr
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
+import gguf_fixtures
 import pissa
 from daily import each
 from dense_bases import KINDS, WORDS, finished, tokenizer_of, trained, trained_with_eyes
@@ -22,6 +23,7 @@ from language_models import error, logits
 from pissa.checkpoints.merge import merge
 from pissa.containers.checkpoint import Checkpoint
 from pissa.containers.gguf_file import GgufFile
+from pissa.containers.gguf_metadata import metadata_of
 from pissa.containers.gguf_tokenizer import SAMPLE, tokenizer_metadata
 
 DAILY = {
@@ -74,6 +76,13 @@ def test_the_file_is_the_merged_model(kind: str, tmp_path: Path) -> None:
     read: Any = pissa.load(tmp_path / "out" / "model.gguf", r=1, init="lora", dtype=torch.float32).eval()
     ids = torch.arange(3, 43)[None]
     torch.testing.assert_close(read(input_ids=ids).logits, merged(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_longrope_has_the_factor_of_transformers() -> None:
+    model: Any = gguf_fixtures.make("longrope")
+    factor = metadata_of(model.config, "phi3", {})["phi3.rope.scaling.attn_factor"]
+    assert factor == pytest.approx(model.model.rotary_emb.attention_scaling)
+    assert factor > 1
 
 
 @pytest.mark.parametrize("kind", ["gemma3", "gemma4", "qwen3_5"])

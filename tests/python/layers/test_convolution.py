@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from torch import Tensor, nn
@@ -104,6 +105,14 @@ def test_function_gradients_files_and_merging(case: str, tmp_path: Path) -> None
     with torch.no_grad():
         bound = (weight.shape[1] + 1) * EPS[torch.float32] * magnitude
         assert_close(merged(put(x.float())), plain(case)(x, kernel, bias), bound, "merged")
+
+
+@pytest.mark.parametrize("case", ["1d", "2d-uneven", "3d"])
+def test_the_state_dict_comes_back(case: str) -> None:
+    model, again = (wrap(convolution(case), r=R) for _ in range(2))
+    change_a_little(adapted(model))
+    peft.set_peft_model_state_dict(again, peft.get_peft_model_state_dict(model))
+    assert torch.equal(again(images(case)), model(images(case)))
 
 
 def test_an_image_without_a_batch() -> None:

@@ -338,6 +338,14 @@ def on_meta(model: nn.Module) -> None:
     experts.down_proj = nn.Parameter(torch.empty_like(experts.down_proj, device="meta"))
 
 
+def test_a_block_that_is_called_after_its_experts_is_not_taken_for_them() -> None:
+    model = make("mixtral")
+    for layer in model.model.layers:
+        layer.mlp.__class__ = type("MixtralExpertsBlock", (type(layer.mlp),), {})
+    pissa.wrap(model, r=R)
+    assert unfused_experts(model).keys() == {f"model.layers.{number}.mlp.experts" for number in range(2)}
+
+
 def of_another_class(model: nn.Module) -> None:
     model.model.layers[1].mlp.experts.down_proj = type("Packed", (nn.Parameter,), {})(torch.zeros(EXPERTS, 32, 48))
 

@@ -126,7 +126,10 @@ def test_lengths_of_rows_without_the_dense_change(rows: int, columns: int, r: in
     weight[0] = 0  # a row without a direction
     left, right = size * torch.randn(rows, r, generator=generator), torch.randn(r, columns, generator=generator)
     magnitude = Magnitude(weight.norm(dim=1))
-    got = magnitude.scale(left, right, right @ weight.mT, 0.5).detach()
+    scale = magnitude.scale(left, right, right @ weight.mT, 0.5)
+    scale.sum().backward()
+    assert magnitude.weight.grad.isfinite().all()
+    got = scale.detach()
     lengths = (weight.double() + 0.5 * left.double() @ right.double()).norm(dim=1)
     if size == 0:
         assert torch.equal(got, torch.ones(rows))
