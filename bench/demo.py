@@ -29,6 +29,7 @@ from pissa.cli.terminal import format_table, print_row, silence_third_parties
 from pissa.containers.staged import check_unused
 
 MODEL, EXAMPLES, ASKED = "SmolLM2-135M-Instruct", 500, 100
+REVIEWS = "movieReviewSnippets_GroundTruth.txt"
 QUESTION = "Is this film review positive or negative?"
 ANSWERS = "positive", "negative"
 NEW_TOKENS, BATCH = 24, 25
@@ -41,8 +42,7 @@ RUNS = {"PiSSA": ("trained", []), "LoRA": ("trained-lora", ["--init", "lora", "-
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    reviews = "movieReviewSnippets_GroundTruth.txt"
-    parser.add_argument("--reviews", type=Path, required=True, metavar="FILE", help=reviews)
+    parser.add_argument("--reviews", type=Path, required=True, metavar="FILE", help=REVIEWS)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder")
     args = parser.parse_args(arguments)
     out = args.out

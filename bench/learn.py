@@ -2,6 +2,7 @@
 
     python -m bench.learn --method pissa --rate 2e-4 --seed 0 --task gsm8k --data FOLDER
     python -m bench.learn --method lora --rate 2e-3 --model model.gguf --task sums --base own
+    python -m bench.learn --method lora --rate 1e-3 --task reviews --data FOLDER --base nf4 --precision int8
 
 The protocol is the same for all. Examples are questions with answers that need no cut; a seed draws LoRA's start and
 the order of the examples, which all methods share. AdamW without decay trains in bfloat16, with the adapter in float32
@@ -20,7 +21,7 @@ import random
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +31,7 @@ from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup
 
 import bench.starts  # noqa: F401  completes pissa.INIT_METHODS
 import pissa
+from bench import demo
 from bench.compare.records import machine, version
 from bench.compare.weights import smollm2
 from bench.packages import required_package
@@ -38,6 +40,7 @@ from pissa.cli.sources import records
 from pissa.cli.templates import Chat, end_of_answer
 from pissa.cli.terminal import UserError, silence_third_parties
 from pissa.containers.checkpoint import ModelFolder
+from pissa.model.pissa_model import PRECISIONS
 from pissa.ops.formats import FORMATS
 
 Row = dict[str, list[int]]
@@ -78,6 +81,21 @@ def _gsm8k(folder: Path | None) -> tuple[list[Chat], list[Chat]]:
     return train, test
 
 
+def _reviews(folder: Path | None) -> tuple[list[Chat], list[Chat]]:
+    """Snippets of film reviews and the signs of people's ratings (C. Hutto and E. Gilbert, ICWSM 2014)."""
+    if folder is None or not (folder / demo.REVIEWS).is_file():
+        raise UserError(f"the task reviews needs --data: the folder with {demo.REVIEWS}; got {folder}")
+    chats = _chats("reviews", ((row["question"], row["answer"]) for row in demo.read_reviews(folder / demo.REVIEWS)))
+    return chats[200:], chats[:200]
+
+
+def _chats(name: str, pairs: Iterable[tuple[str, str]]) -> list[Chat]:
+    roles = ("user", "assistant")
+    return [
+        Chat(name, [{"role": role, "content": text} for role, text in zip(roles, pair, strict=True)]) for pair in pairs
+    ]
+
+
 def _sums(folder: Path | None) -> tuple[list[Chat], list[Chat]]:
     """Sums and differences of two numbers of one or two digits, each once."""
     required_package("reasoning_gym", "reasoning-gym")
@@ -86,12 +104,15 @@ def _sums(folder: Path | None) -> tuple[list[Chat], list[Chat]]:
     sizes = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2, "allow_parentheses": False}
     made = reasoning_gym.create_dataset("basic_arithmetic", seed=1, size=4000, operators=["+", "-"], **sizes)
     answers = {entry["question"]: entry["answer"] for entry in made}
-    turns = ([("user", question), ("assistant", answer)] for question, answer in answers.items())
-    chats = [Chat("sums", [{"role": role, "content": text} for role, text in turn]) for turn in turns]
+    chats = _chats("sums", answers.items())
     return chats[200:], chats[:200]
 
 
-TASKS = {"gsm8k": Task(_gsm8k, 4, 160, 100, 160), "sums": Task(_sums, 8, 64, 200, 8)}
+TASKS = {
+    "gsm8k": Task(_gsm8k, 4, 160, 100, 160),
+    "sums": Task(_sums, 8, 64, 200, 8),
+    "reviews": Task(_reviews, 8, 100, 200, 8),
+}
 
 
 def arguments(given: Sequence[str]) -> argparse.Namespace:
@@ -105,13 +126,15 @@ def arguments(given: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--rate", type=_positive, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--task", choices=TASKS, default="sums")
-    parser.add_argument("--data", type=Path, metavar="FOLDER", help="of gsm8k: train.jsonl and test.jsonl")
+    data = f"of gsm8k: train.jsonl and test.jsonl; of reviews: {demo.REVIEWS}"
+    parser.add_argument("--data", type=Path, metavar="FOLDER", help=data)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--base", choices=BASES, default="dense", help="the format; own: as the model's files have it")
     parser.add_argument(
         "--set", type=_field, nargs="*", default=[], metavar="FIELD=VALUE", help="of PissaConfig, such as quant_iters=5"
     )
+    parser.add_argument("--precision", choices=PRECISIONS, default="float", help="of products with the base (float)")
     parser.add_argument("--answers", type=int, default=0, metavar="N", help="held-out problems to be answered (0)")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "learn.jsonl", metavar="FILE")
     args = parser.parse_args(given)
@@ -153,7 +176,7 @@ def config_of(args: argparse.Namespace) -> pissa.PissaConfig:
 
 def cell_of(args: argparse.Namespace) -> dict[str, Any]:
     """Everything that a run depends on, apart from the machine."""
-    names = ("method", "rate", "seed", "task", "steps", "rank", "base", "answers")
+    names = ("method", "rate", "seed", "task", "steps", "rank", "base", "precision", "answers")
     model = Path(args.model).name if args.model else "SmolLM2-135M-Instruct"
     return {"model": model, **{name: getattr(args, name) for name in names}, "set": dict(args.set)}
 
@@ -162,11 +185,11 @@ def prepare(args: argparse.Namespace, folder: str | Path, training: list[Row]) -
     """The model with its adapter, in training mode."""
     config, calibration = config_of(args), None
     if args.base == "own":
-        return pissa.load(folder, config, dtype=torch.bfloat16).train()
+        return pissa.load(folder, config, dtype=torch.bfloat16, precision=args.precision).train()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, use_cache=False)
     if config.needs_calibration:
         calibration = [torch.tensor([row["input_ids"]]) for row in training[:CALIBRATED]]
-    return pissa.wrap(model, config, calibration=calibration).train()
+    return pissa.wrap(model, config, calibration=calibration, precision=args.precision).train()
 
 
 def loss(model: Any, rows: list[Row]) -> tuple[Tensor, int]:

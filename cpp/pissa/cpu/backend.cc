@@ -7,6 +7,7 @@
 #include <cstring>
 #include <new>
 #include <numeric>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -14,6 +15,7 @@
 #include "pissa/core/error.h"
 #include "pissa/core/nested_scales.h"
 #include "pissa/core/quantized.h"
+#include "pissa/cpu/byte_product.h"
 #include "pissa/cpu/cut.h"
 #include "pissa/cpu/factorize.h"
 #include "pissa/cpu/gemm_blocks.h"
@@ -381,20 +383,14 @@ void CpuBackend::quantize_columns(const Matrix& w, const Matrix& lower, Format f
 void CpuBackend::weight_gemm(const Term& product, std::span<const Term> tail, const Matrix& bias,
                              const MutableMatrix& out) const {
   check_terms(tail, kMostTail);
-  std::array<Term, 1 + kMostTail> terms{product};
-  std::copy(tail.begin(), tail.end(), terms.begin() + 1);
-  GemmProblem problem{terms.data(), 1 + static_cast<std::int64_t>(tail.size()), {}, bias, out};
-  if (product.precision != Precision::int8 || product.inner() == 0) return run(problem);
-  const Matrix& a = product.a;
-  ByteRows rounded{ByteBlocks(a.cols), nullptr, nullptr, nullptr};
-  const Buffer bytes(a.rows, rounded.length() / 4), scales(a.rows, rounded.runs()), starts(a.rows, rounded.runs());
-  rounded.bytes = static_cast<std::int8_t*>(bytes.view().data);
-  rounded.scales = static_cast<float*>(scales.view().data);
-  rounded.starts = static_cast<std::int32_t*>(starts.view().data);
-  parallel_for(executor_, a.rows, 8 * a.rows * a.cols,
-               [&](std::int64_t row) { kernels_.round_row(a, row, product.scale, rounded); });
-  problem.rounded = &rounded;
-  run(problem);
+  std::array<Term, 2 + kMostTail> terms{product};
+  auto end = std::copy(tail.begin(), tail.end(), terms.begin() + 1);
+  std::optional<ByteProduct> in_bytes;
+  if (product.precision == Precision::int8 && product.inner() > 0) {
+    in_bytes.emplace(kernels_, executor_, product);
+    end = std::copy(in_bytes->apart().begin(), in_bytes->apart().end(), end);
+  }
+  run({terms.data(), end - terms.begin(), {}, bias, out, false, in_bytes ? &in_bytes->rows() : nullptr});
 }
 
 bool CpuBackend::multiplies_bytes(std::int64_t rows) const { return kernels_.bytes && rows > kDotRows; }

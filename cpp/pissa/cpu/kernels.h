@@ -42,17 +42,21 @@ struct ByteBlocks {
 
   explicit constexpr ByteBlocks(std::int64_t inner)
       : count(ceil_div(inner, kMostByteBlock)), size(ceil_div(ceil_div(inner, count), kByteRun) * kByteRun) {}
+
+  constexpr std::int64_t length() const { return count * size; }
 };
 
 /// Rows in bytes, with zeros after the last up to a whole block: element k of row i is
-/// scales[i * runs + k / kByteRun] * bytes[i * length + k].
+/// scales[i * runs + k / kByteRun] * bytes[i * length + k]. Columns apart, in ascending order, are zeros, too.
 struct ByteRows {
   ByteBlocks blocks;
+  const std::int64_t* apart;
+  std::int64_t apart_count;
   std::int8_t* bytes;
   float* scales;
   std::int32_t* starts;  // for each scale: what its sum of products starts with, if a weight's bytes have an offset
 
-  std::int64_t length() const { return blocks.count * blocks.size; }
+  std::int64_t length() const { return blocks.length(); }
   std::int64_t runs() const { return length() / kByteRun; }
 };
 

@@ -164,10 +164,43 @@ TEST_P(BytesTest, ZerosExtremesAndWhatIsNotFinite) {
   }
 }
 
+// Columns of x that are much larger than the others leave them their digits, one in 64 at most. Those of a gradient do
+// not.
+TEST_P(BytesTest, ColumnsMuchLargerThanTheOthersAreApart) {
+  Random random(5);
+  const std::int64_t m = 130, out = 90, in = 300;
+  const std::int64_t columns[] = {299, 0, 64, 63, 130, 200};  // from the largest on: the last is one too many
+  Dense x = random.dense(m, in);
+  for (double size = 1e4; const std::int64_t column : columns) {
+    for (std::int64_t i = 0; i < m; ++i) x(i, column) *= size;
+    size /= 2;
+  }
+  for (const Form form : {Form::f32, Form::nf4, Form::mxfp4}) {
+    SCOPED_TRACE(name(form));
+    const Stored x_stored(x, Format::f32);
+    const Operand weight(random, out, in, form);
+    Stored y = Stored::poisoned(m, out, Format::f32);
+    multiply(x_stored.view(), weight.view(), Op::t, -0.5f, {}, {}, y.mutable_view());
+    const Dense scaled = -0.5 * x_stored.values(), w = transposed(weight.values());
+    Dense others = scaled;
+    for (const std::int64_t column : std::span(columns).first(5)) {
+      for (std::int64_t i = 0; i < m; ++i) others(i, column) = 0;
+    }
+    const Dense expected = scaled * w, magnitude = absolute(scaled) * absolute(w), got = y.values();
+    const Dense bound = bound_of(others, w, form == Form::f32 ? 1 : 2);
+    for (std::size_t i = 0; i < got.values.size(); ++i) {
+      ASSERT_LE(std::fabs(got.values[i] - expected.values[i]), bound.values[i] + gamma(in + 8) * magnitude.values[i]);
+    }
+  }
+}
+
 TEST_P(BytesTest, TheSameBits) {
   Random random(4);
   const std::int64_t m = 45, out = 1034, in = 576, r = 6;
-  const Operand x(random, m, in, Form::bf16), dy(random, m, out, Form::bf16);
+  Dense x_values = random.dense(m, in);
+  for (std::int64_t i = 0; i < m; ++i) x_values(i, 100) *= 50;  // apart
+  const Stored x(x_values, Format::bf16);
+  const Operand dy(random, m, out, Form::bf16);
   const Operand weight(random, out, in, Form::nf4_nested), xa(random, m, r, Form::f32), b(random, out, r, Form::f32);
   const Term tail[] = {{xa.view(), Op::n, b.view(), Op::t, 2.0f, Precision::bf16}};
   expect_same_on_any_threads(kernels(), [&](auto& cpu) {

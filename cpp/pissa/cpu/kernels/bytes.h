@@ -35,11 +35,13 @@ float round_bytes(const float* values, std::int64_t count, int offset, std::uint
 
 void round_row(const Matrix& a, std::int64_t row, float scale, const ByteRows& to) {
   const std::int64_t first = row * to.runs();
+  const std::int64_t* apart = to.apart;
   for (std::int64_t i = 0; i < to.runs(); ++i) {
     float values[kByteRun] = {};
     const std::int64_t k = i * kByteRun;
     auto* bytes = reinterpret_cast<std::uint8_t*>(to.bytes + row * to.length() + k);
     if (k < a.cols) decode_elements(a, row, k, smaller(kByteRun, a.cols - k), scale, F32{}, values);
+    while (apart != to.apart + to.apart_count && *apart < k + kByteRun) values[*apart++ - k] = 0.0f;
     to.scales[first + i] = round_bytes(values, kByteRun, 0, bytes);
     std::int32_t sum = 0;
     for (std::int64_t j = 0; j < kByteRun; ++j) sum += static_cast<std::int8_t>(bytes[j]);
