@@ -7,7 +7,7 @@ set(CMAKE_CXX_COMPILER_TARGET aarch64-macos.14.0)
 set(CMAKE_CXX_ARCHIVE_CREATE "zig ar qc <TARGET> <OBJECTS>")
 set(CMAKE_CXX_ARCHIVE_FINISH "zig ranlib <TARGET>")
 set(CMAKE_TRY_COMPILE_TARGET_TYPE STATIC_LIBRARY)
-set(PISSA_BF16_FLAG -mcpu=generic+v8_2a+bf16)  # zig's own words
+set(PISSA_ARM_FLAG -mcpu=generic+v8_2a)  # zig's own words
 
 # Apple's C++ library, not zig's: exceptions cross from the module into torch, so both must have one. zig's headers are
 # newer than macOS 14's library. Told that the library is the system's, they call only what it has.

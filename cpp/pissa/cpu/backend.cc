@@ -393,7 +393,7 @@ void CpuBackend::weight_gemm(const Term& product, std::span<const Term> tail, co
   run({terms.data(), end - terms.begin(), {}, bias, out, false, in_bytes ? &in_bytes->rows() : nullptr});
 }
 
-bool CpuBackend::multiplies_bytes(std::int64_t rows) const { return kernels_.bytes && rows > kDotRows; }
+bool CpuBackend::multiplies_bytes(std::int64_t rows) const { return kernels_.bytes != 0 && rows > kDotRows; }
 
 void CpuBackend::weight_gemm_nt(const Matrix& x, const Matrix& weight, float scale, Precision precision,
                                 std::span<const Term> tail, const Matrix& bias, const MutableMatrix& y) const {

@@ -45,19 +45,19 @@ bool multiply_alike(const Kernels& tested, const Kernels& reference) {
   constexpr std::int64_t kRows = 40, kCols = 72, kInner = 640;  // several tiles and panels, with short last ones
   static_assert(kInner * 128 * 128 < 1 << 24, "a sum of products of bytes would round");
   std::uint32_t state = 1;
-  const auto signed_bytes = [&](std::int64_t count) {
+  const auto signed_bytes = [&](std::int64_t count, int most) {
     std::vector<std::uint16_t> values(count);
     for (std::uint16_t& value : values) {
       state = 1664525 * state + 1013904223;  // Numerical Recipes' generator, whose high bits are good
-      // At most 127, which every 64 elements contain, so that a byte is its own rounding to 8 bits.
+      // Every 64 elements contain the largest, so that a byte is its own rounding to 8 bits.
       const bool largest = (&value - values.data()) % 64 == 0;
-      const auto byte =
-          largest ? 127.0f : static_cast<float>(std::max(-127, int{static_cast<std::int8_t>(state >> 24)}));
-      value = static_cast<std::uint16_t>(std::bit_cast<std::uint32_t>(byte) >> 16);
+      const int byte = largest ? most : std::clamp(int{static_cast<std::int8_t>(state >> 24)}, -most, most);
+      value = static_cast<std::uint16_t>(std::bit_cast<std::uint32_t>(static_cast<float>(byte)) >> 16);
     }
     return values;
   };
-  const std::vector<std::uint16_t> x = signed_bytes(kRows * kInner), w = signed_bytes(kCols * kInner);
+  const std::vector<std::uint16_t> x = signed_bytes(kRows * kInner, 127),
+                                   w = signed_bytes(kCols * kInner, tested.bytes ? tested.bytes : 127);
   const Matrix a{x.data(), kRows, kInner, kInner, Format::bf16}, b{w.data(), kCols, kInner, kInner, Format::bf16};
   const auto product = [&](const Kernels& kernels, Precision precision) {
     std::vector<float> out(kRows * kCols, std::numeric_limits<float>::quiet_NaN());

@@ -26,17 +26,18 @@
 namespace pissa::cpu {
 namespace {
 
-#if defined(PISSA_ARM)
-bool has_bf16() {
-#if defined(__APPLE__)
-  int has = 0;
-  std::size_t size = sizeof has;
-  return sysctlbyname("hw.optional.arm.FEAT_BF16", &has, &size, nullptr, 0) == 0 && has != 0;
-#else
-  constexpr unsigned long kHwcap2Bf16 = 1UL << 14;  // HWCAP2_BF16 of Linux, which older headers lack
-  return (getauxval(AT_HWCAP2) & kHwcap2Bf16) != 0;
-#endif
+#if defined(PISSA_ARM) && defined(__APPLE__)
+bool has(const char* feature) {
+  int found = 0;
+  std::size_t size = sizeof found;
+  return sysctlbyname(feature, &found, &size, nullptr, 0) == 0 && found != 0;
 }
+bool has_dot() { return has("hw.optional.arm.FEAT_DotProd"); }
+bool has_bf16() { return has("hw.optional.arm.FEAT_BF16"); }
+#elif defined(PISSA_ARM)
+constexpr unsigned long kHwcapDot = 1UL << 20, kHwcap2Bf16 = 1UL << 14;  // of Linux; older headers lack some
+bool has_dot() { return (getauxval(AT_HWCAP) & kHwcapDot) != 0; }
+bool has_bf16() { return (getauxval(AT_HWCAP2) & kHwcap2Bf16) != 0; }
 #endif
 
 #if defined(PISSA_ARM) && defined(__APPLE__)
@@ -103,6 +104,7 @@ const char* amxbf16_lacking() {
 std::vector<Candidate> candidates() {
   std::vector<Candidate> all{{"baseline", baseline::kernels, nullptr}};
 #if defined(PISSA_ARM)
+  all.push_back({"neondot", neondot::kernels, has_dot() ? nullptr : "the processor lacks the dot-product extension"});
   all.push_back({"neonbf16", neonbf16::kernels, has_bf16() ? nullptr : "the processor lacks the BF16 extension"});
 #if defined(__APPLE__)
   all.push_back({"accelerate", accelerate_kernels, accelerate_sgemm() ? nullptr : "the system lacks Accelerate"});

@@ -9,10 +9,10 @@ namespace pissa::cpu {
 struct Kernels;
 
 /// Names of the instruction sets for which this build has kernels and which this machine can run, the fastest last.
-/// "baseline" is always included, on AArch64 with NEON. The others are "neonbf16" (the BF16 extension) there and, on
-/// macOS, "accelerate" (f32 products by Apple's library); on x86-64 "avx2" (with FMA and F16C), "avxvnni",
-/// "avx512" (F, BW, DQ, VL), "avx512vnni", "avx512bf16" and "amxbf16" (AMX-BF16). On Intel's processors "avx512vnni" is
-/// faster than "avx512bf16".
+/// "baseline" is always included, on AArch64 with NEON. The others are "neondot" (the dot-product extension) and
+/// "neonbf16" (the BF16 extension) there and, on macOS, "accelerate" (f32 products by Apple's library); on x86-64
+/// "avx2" (with FMA and F16C), "avxvnni", "avx512" (F, BW, DQ, VL), "avx512vnni", "avx512bf16" and "amxbf16"
+/// (AMX-BF16). On Intel's processors "avx512vnni" is faster than "avx512bf16".
 std::vector<std::string> available_isas();
 
 /// The kernels in use: those of the environment variable PISSA_ISA if set, otherwise the fastest. Chosen once.

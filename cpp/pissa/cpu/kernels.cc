@@ -17,7 +17,7 @@ namespace pissa::cpu::PISSA_ISA {
 const Kernels& kernels() {
   static constexpr Kernels table = {PISSA_NAME(PISSA_ISA),
                                     PISSA_HAS_BF16,
-                                    PISSA_HAS_BYTES,
+                                    kLargestByte,
                                     PISSA_HAS_TILES,
                                     true,
                                     Tiles::kRows,

@@ -81,7 +81,7 @@ struct Block {
 struct Kernels {
   const char* isa;
   bool bf16;               // whether Precision::bf16 rounds operands to bf16 here; without such units it is f32
-  bool bytes;              // whether it multiplies in Precision::int8
+  int bytes;               // the largest byte of a weight in Precision::int8; 0: it does not multiply so
   bool matrix_units;       // tile registers or a BLAS multiply, which requires a self-test (choice.h)
   bool any_cut;            // whether an element's value does not depend on how the output is cut
   std::int64_t tile_rows;  // of the GEMM's register tile; a block with a multiple of them has no short tile
@@ -90,7 +90,7 @@ struct Kernels {
   void (*gemm_block)(const GemmProblem& problem, const Block& block, const Panels& panels);
 
   /// Rounds a row, times scale, to bytes: to the nearest, ties to even, the largest of a run to 127. What is not finite
-  /// makes the row's products so. Null unless `bytes`.
+  /// makes the row's products so. Null if `bytes` is 0.
   void (*round_row)(const Matrix& a, std::int64_t row, float scale, const ByteRows& to);
 
   /// out[0, count) = elements [col, col + count) of a row of the matrix, as f32.
@@ -157,6 +157,9 @@ namespace baseline {
 const Kernels& kernels();
 }
 #if defined(PISSA_ARM)
+namespace neondot {
+const Kernels& kernels();
+}
 namespace neonbf16 {
 const Kernels& kernels();
 }

@@ -19,7 +19,7 @@ py::dict build_info() {
   info["compiler"] = PISSA_COMPILER;
   info["torch_target"] = PISSA_TORCH_TARGET;
   info["isa"] = std::string(pissa::cpu::kernels().isa);
-  info["int8"] = pissa::cpu::kernels().bytes;
+  info["int8"] = pissa::cpu::kernels().bytes != 0;
   info["isas_available"] = pissa::cpu::available_isas();
   info["isas_unused"] = pissa::cpu::unused_isas();
 #ifdef PISSA_CUDA_RUNTIME

@@ -18,8 +18,6 @@
 namespace pissa::test {
 namespace {
 
-constexpr double kHalfStep = 0.5 / 127;  // of a byte, relative to the largest element of its block
-
 class BytesTest : public IsaTest {
  protected:
   void multiply(const Matrix& a, const Matrix& weight, Op op, float scale, std::span<const Term> tail,
@@ -43,11 +41,13 @@ Dense largest_of_parts(const Dense& a, std::int64_t size) {
   return result;
 }
 
-// A byte is off by half a step. The step of a weight in four bits follows the largest element that its codes could
-// stand for, not the largest that they do: `reach` times as much at most.
-Dense bound_of(const Dense& x, const Dense& w, double reach) {
-  const Dense x_error = kHalfStep * largest_of_parts(x, cpu::kByteRun);
-  const Dense w_error = transposed(reach * kHalfStep * largest_of_parts(transposed(w), cpu::ByteBlocks(w.rows).size));
+// A byte is off by half a step, of which the largest element of its block has 127, or of a weight's block what the
+// kernels allow. The step of a weight in four bits follows the largest element that its codes could stand for, not the
+// largest that they do: `reach` times as much at most.
+Dense bound_of(const cpu::Kernels& kernels, const Dense& x, const Dense& w, double reach) {
+  const double w_step = reach / kernels.bytes;
+  const Dense x_error = (0.5 / 127) * largest_of_parts(x, cpu::kByteRun);
+  const Dense w_error = transposed(0.5 * w_step * largest_of_parts(transposed(w), cpu::ByteBlocks(w.rows).size));
   return (absolute(x) + x_error) * w_error + x_error * absolute(w);
 }
 
@@ -87,7 +87,7 @@ TEST_P(BytesTest, EveryFormatIsWithinHalfAStep) {
 
       const Dense x_values = double{scale} * x.values(), w = oriented(weight.values(), op);
       Dense expected = x_values * w, magnitude = absolute(x_values) * absolute(w);
-      Dense bound = bound_of(x_values, w, is_quantized(static_cast<Format>(form)) ? 2 : 1);
+      Dense bound = bound_of(kernels(), x_values, w, is_quantized(static_cast<Format>(form)) ? 2 : 1);
       if (with_tail) {
         expected = expected + 2.0 * (xa.values() * transposed(b.values()));
         magnitude = magnitude + 2.0 * (absolute(xa.values()) * absolute(transposed(b.values())));
@@ -110,21 +110,21 @@ TEST_P(BytesTest, EveryFormatIsWithinHalfAStep) {
   }
 }
 
-// Integers up to 127, of which every 32 elements contain the largest, are their own bytes.
+// Integers, of which every 32 elements contain the largest, are their own bytes.
 TEST_P(BytesTest, IntegersAreExact) {
   Random random(2);
-  const auto integers = [&](std::int64_t rows, std::int64_t cols) {
+  const auto integers = [&](std::int64_t rows, std::int64_t cols, int largest) {
     Dense values(rows, cols);
     for (std::int64_t i = 0; i < rows; ++i) {
       for (std::int64_t j = 0; j < cols; ++j) {
-        values(i, j) = (i + j) % 32 == 0 ? 127 : static_cast<double>(random.below(255)) - 127;
+        values(i, j) = (i + j) % 32 == 0 ? largest : static_cast<double>(random.below(2 * largest + 1)) - largest;
       }
     }
     return values;
   };
   for (const std::int64_t inner : {64, 100, 256, 300, 700}) {
     for (const std::int64_t m : {17, 28, 530}) {
-      const Dense x = integers(m, inner), w = integers(inner, 75);
+      const Dense x = integers(m, inner, 127), w = integers(inner, 75, kernels().bytes);
       const Stored x_stored(x, Format::bf16), as_given(w, Format::f32), turned(transposed(w), Format::bf16);
       for (const Op op : {Op::t, Op::n}) {
         Stored y = Stored::poisoned(m, 75, Format::f32);
@@ -146,7 +146,8 @@ TEST_P(BytesTest, ZerosExtremesAndWhatIsNotFinite) {
     Stored y = Stored::poisoned(20, 40, Format::f32);
     multiply(x_stored.view(), weight.view(), Op::t, 1.0f, {}, {}, y.mutable_view());
     const Dense expected = x * transposed(w), got = y.values();
-    const Dense bound = scale < 1e-40 ? absolute(x) * absolute(transposed(w)) : bound_of(x, transposed(w), 1);
+    const Dense bound =
+        scale < 1e-40 ? absolute(x) * absolute(transposed(w)) : bound_of(kernels(), x, transposed(w), 1);
     for (std::size_t i = 0; i < got.values.size(); ++i) {
       EXPECT_LE(std::fabs(got.values[i] - expected.values[i]), 1.0001 * bound.values[i] + 0x1p-140) << scale;
     }
@@ -187,7 +188,7 @@ TEST_P(BytesTest, ColumnsMuchLargerThanTheOthersAreApart) {
       for (std::int64_t i = 0; i < m; ++i) others(i, column) = 0;
     }
     const Dense expected = scaled * w, magnitude = absolute(scaled) * absolute(w), got = y.values();
-    const Dense bound = bound_of(others, w, form == Form::f32 ? 1 : 2);
+    const Dense bound = bound_of(kernels(), others, w, form == Form::f32 ? 1 : 2);
     for (std::size_t i = 0; i < got.values.size(); ++i) {
       ASSERT_LE(std::fabs(got.values[i] - expected.values[i]), bound.values[i] + gamma(in + 8) * magnitude.values[i]);
     }

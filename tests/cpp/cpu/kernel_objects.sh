@@ -31,7 +31,7 @@ expect_some() {  # PATTERN OBJECT
   failed=1
 }
 
-beyond_baseline='%[yzt]mm\|[[:space:]]bf\(dot\|cvt\|mmla\)'  # of x86-64 and of AArch64
+beyond_baseline='%[yzt]mm\|[[:space:]]\(sdot\|bf\(dot\|cvt\|mmla\)\)'  # of x86-64 and of AArch64
 while [ "$1" != -- ]; do
   isa=${1%%=*} object=${1#*=}
   shift
@@ -44,6 +44,7 @@ while [ "$1" != -- ]; do
     avx512vnni) expect_none 'vdpbf16ps\|vcvtn[a-z0-9]*bf16' "$object"; expect_some 'vpdpbusd' "$object" ;;
     avx512bf16) expect_none 'tdpbf16ps' "$object"; expect_some 'vdpbf16ps' "$object" ;;
     amxbf16) expect_some 'tdpbf16ps' "$object" ;;
+    neondot) expect_none '[[:space:]]bf\(dot\|cvt\|mmla\)' "$object"; expect_some '[[:space:]]sdot' "$object" ;;
     neonbf16) expect_some '[[:space:]]bfdot' "$object"; expect_some '[[:space:]]bfmmla' "$object" ;;
     *) echo "$isa: nothing is known about this instruction set"; failed=1 ;;
   esac

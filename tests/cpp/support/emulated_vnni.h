@@ -1,4 +1,4 @@
-// AVX-VNNI's product, as vec/vnni.h uses it, in plain C++, after Intel's manual (volume 2, VPDPBUSD). Included before
+// AVX-VNNI's product, as vec/quads_x86.h uses it, in plain C++, after Intel's manual (volume 2, VPDPBUSD). Included before
 // kernels.cc.
 #pragma once
 

@@ -14,6 +14,7 @@ namespace {
 
 #if PISSA_HAS_BYTES
 
+constexpr int kLargestByte = Bytes::kLargest;
 constexpr std::int64_t kPanelBlocks = 4;  // of a panel of B at most: 1,024 elements
 constexpr std::int64_t kByteWords = kMostByteBlock / 4;
 static_assert(kPanelBlocks * (kByteWords + 1) + 1 <= kKc + kPanelPad && kPanelBlocks * kByteWords <= kStripLd);
@@ -24,13 +25,14 @@ PISSA_INLINE std::uint32_t nearest_integer(float value) {
   return __builtin_bit_cast(std::uint32_t, value + kRound);
 }
 
-// to[i] = values[i] in bytes, plus the offset. Returns the scale; NaN or infinite if a value is not finite.
-float round_bytes(const float* values, std::int64_t count, int offset, std::uint8_t* to) {
-  const float largest = max_abs(values, count);
-  const float factor = int8_factor(largest);
+constexpr float kMostOfWeight = Bytes::kLargest, kWeightStep = 1.0f / kMostOfWeight;
+
+PISSA_INLINE float weight_factor(float largest) { return int8_factor(largest) * (kMostOfWeight / kInt8Largest); }
+
+// to[i] = values[i] * factor in bytes, plus the offset; what is not finite becomes any byte.
+void round_bytes(const float* values, std::int64_t count, float factor, int offset, std::uint8_t* to) {
   for (std::int64_t i = 0; i < count; ++i)
     to[i] = static_cast<std::uint8_t>(nearest_integer(values[i] * factor) + offset);
-  return largest * kInt8Step;
 }
 
 void round_row(const Matrix& a, std::int64_t row, float scale, const ByteRows& to) {
@@ -42,7 +44,9 @@ void round_row(const Matrix& a, std::int64_t row, float scale, const ByteRows& t
     auto* bytes = reinterpret_cast<std::uint8_t*>(to.bytes + row * to.length() + k);
     if (k < a.cols) decode_elements(a, row, k, smaller(kByteRun, a.cols - k), scale, F32{}, values);
     while (apart != to.apart + to.apart_count && *apart < k + kByteRun) values[*apart++ - k] = 0.0f;
-    to.scales[first + i] = round_bytes(values, kByteRun, 0, bytes);
+    const float largest = max_abs(values, kByteRun);  // not finite if an element is not
+    to.scales[first + i] = largest * kInt8Step;
+    round_bytes(values, kByteRun, int8_factor(largest), 0, bytes);
     std::int32_t sum = 0;
     for (std::int64_t j = 0; j < kByteRun; ++j) sum += static_cast<std::int8_t>(bytes[j]);
     to.starts[first + i] = -Bytes::kOffset * sum;
@@ -96,8 +100,8 @@ bool round_codes(const Matrix& weight, std::int64_t row, std::int64_t col, std::
   for (int i = 0; i < kMostRuns; i += kWidth) Vec::store(most + i, most_of<Codes>(scale + i, minimum + i));
   for (std::int64_t first = 0; first < runs; first += size / kCodesRun, ++scales) {
     const std::int64_t last = smaller(runs, first + size / kCodesRun);
-    const float largest = max_abs(most + first, last - first), factor = int8_factor(largest);
-    *scales = largest * kInt8Step;
+    const float largest = max_abs(most + first, last - first), factor = weight_factor(largest);
+    *scales = largest * kWeightStep;
     for (std::int64_t i = first; i < last; ++i, to += kCodesRun) {
       const auto table =
           Bytes::table(Codes::levels(), scale[i] * factor, Codes::kHasMinimum ? minimum[i] * factor : 0.0f);
@@ -123,7 +127,9 @@ void round_weight_row(const Matrix& weight, std::int64_t row, std::int64_t col, 
     float values[kMostByteBlock];
     const std::int64_t in_block = smaller(size, count - k);
     decode_elements(weight, row, col + k, in_block, 1.0f, F32{}, values);
-    *scales++ = round_bytes(values, in_block, Bytes::kOffset, to);
+    const float largest = max_abs(values, in_block);
+    *scales++ = largest * kWeightStep;
+    round_bytes(values, in_block, weight_factor(largest), Bytes::kOffset, to);
   }
 }
 
@@ -154,7 +160,7 @@ template <class Codes>
 bool pack_byte_columns_of(const Matrix& weight, const Block& block, std::int64_t k0, std::int64_t depth,
                           std::int64_t size, float* scratch, const ByteStrips& to) {
   constexpr int kRuns = kNc / kCodesRun;
-  static_assert(kCodesRun == kTileCols || 2 * kTileCols == kCodesRun);
+  static_assert(kCodesRun % kTileCols == 0);
   static_assert(2 * kRuns * kMostByteBlock <= 32 * kKc && kRuns % kWidth == 0);
   if (!Codes::has_runs(weight, block.col, block.cols)) return false;
   const std::int64_t runs = block.cols / kCodesRun;
@@ -172,8 +178,8 @@ bool pack_byte_columns_of(const Matrix& weight, const Block& block, std::int64_t
     Vec::store(factor + i, most);
   }
   for (std::int64_t i = 0; i < runs; ++i) {
-    for (std::int64_t lane = 0; lane < kCodesRun; ++lane) *to.scale(i * kCodesRun + lane) = factor[i] * kInt8Step;
-    factor[i] = int8_factor(factor[i]);
+    for (std::int64_t lane = 0; lane < kCodesRun; ++lane) *to.scale(i * kCodesRun + lane) = factor[i] * kWeightStep;
+    factor[i] = weight_factor(factor[i]);
   }
   for (std::int64_t k = 0; k < size; k += 4) {
     for (std::int64_t i = 0; i < runs; ++i) {
@@ -223,8 +229,8 @@ void pack_byte_columns(const Matrix& weight, const Block& block, std::int64_t k0
       Vec::store(factor + i, most);
     }
     for (int i = 0; i < kTileCols; ++i) {
-      to.scale(lead)[i] = factor[i] * kInt8Step;
-      factor[i] = int8_factor(factor[i]);
+      to.scale(lead)[i] = factor[i] * kWeightStep;
+      factor[i] = weight_factor(factor[i]);
     }
     for (std::int64_t k = 0; k < size; k += 4) {
       const float* row = scratch + k * kTileCols;
@@ -336,8 +342,8 @@ void multiply_bytes(const Term& term, const ByteRows& x, const Block& block, con
                                 b + (blocks * words + k) * kTileCols,
                                 c + row * kNc + j,
                                 first + k > 0};
-            dispatch_rows<kByteRows>(smaller(kByteRows, rows - row),
-                                     [&](auto number) { byte_kernel<decltype(number)::kRows>(tile); });
+            dispatch_rows<kByteRows, 1>(smaller(kByteRows, rows - row),
+                                        [&](auto number) { byte_kernel<decltype(number)::kRows>(tile); });
           }
         }
       }
@@ -347,6 +353,7 @@ void multiply_bytes(const Term& term, const ByteRows& x, const Block& block, con
 }
 
 #else
+constexpr int kLargestByte = 0;
 constexpr auto round_row = nullptr;
 #endif
 

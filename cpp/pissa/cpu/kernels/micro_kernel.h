@@ -41,7 +41,7 @@ PISSA_INLINE void mac_by_lane(const float* a, const float* b, typename Product::
 template <class Product, int rows, int vecs>
 PISSA_INLINE void accumulate_tile(std::int64_t length, const float* a, const float* b,
                                   typename Product::Sum (&sum)[rows][vecs]) {
-  if constexpr (Vec::kByLane) {
+  if constexpr (Product::kByLane) {
     constexpr int kUnroll = 8;
     std::int64_t k = 0;
     for (; k + kUnroll <= length; k += kUnroll, a += kUnroll * Vec::kRows, b += kUnroll * vecs * kWidth) {
@@ -87,11 +87,11 @@ struct RowCount {
   static constexpr int kRows = rows;
 };
 
-// Calls kernel(RowCount) for the number of rows left in a tile, rounded up to kRowStep; c has memory for them.
-template <int rows = Vec::kRows, class Kernel>
+// Calls kernel(RowCount) for the number of rows left in a tile, rounded up to the step; c has memory for them.
+template <int rows = Vec::kRows, int step = kRowStep, class Kernel>
 PISSA_INLINE void dispatch_rows(std::int64_t wanted, const Kernel& kernel) {
-  if constexpr (rows > kRowStep) {
-    if (wanted <= rows - kRowStep) return dispatch_rows<rows - kRowStep>(wanted, kernel);
+  if constexpr (rows > step) {
+    if (wanted <= rows - step) return dispatch_rows<rows - step, step>(wanted, kernel);
   }
   kernel(RowCount<rows>{});
 }

@@ -26,6 +26,7 @@ struct F32 {
   using Element = float;
   using Sum = Vec::Reg;
   using Tiles = NoTiles;
+  static constexpr bool kByLane = Vec::kByLane;
   static constexpr int kPerWord = 1;
   static constexpr int kMostBlocks = Vec::kMostBlocks;
   static constexpr int kDecodeBytes = Vec::kWidth;  // read by one decode, which produces twice as many elements
@@ -76,6 +77,7 @@ struct Bf16 : Pairs {
   using Element = Half;
   using Sum = Vec::Reg;
   using Tiles = PISSA_ISA::Tiles;
+  static constexpr bool kByLane = Vec::kByLane;
   static constexpr int kPerWord = 2;
   static constexpr int kDecodeBytes = 2 * Vec::kWidth;
 
@@ -90,12 +92,14 @@ struct Bf16 : Pairs {
 
 // A word is four bytes, with the element of the lowest index in the lowest. Products and sums are exact, in int32.
 // Quads is the instruction set's part:
-// - mac: c + the four products of every lane; a's bytes are signed, b's have kOffset added to them
+// - mac: c + the four products of every lane; a's bytes are signed, up to 127; b's, which are those of a weight, are up
+//   to kLargest and have kOffset added to them
 // - Sum: lanes of int32. GCC 12 keeps sums in memory, too, and stores each of them in every step, if they are Vec::Reg
 //   and cast: 2.3 times as long. broadcast_int, to_float: of such lanes
 // - Table, Codes, table, look_up: bytes, with kOffset, of 32 codes of four bits; codes_in_turn, codes_in_halves and
 //   codes_at: those codes from the three orders in which formats store them; look_up_four: of four rows, interleaved
 struct Bytes : Quads {
+  static constexpr bool kByLane = false;
   static constexpr int kPerWord = 4;
 };
 

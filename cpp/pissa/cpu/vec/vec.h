@@ -52,9 +52,13 @@
 #define PISSA_HAS_BF16 0
 #endif
 
-#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)  // not beside tiles: those of bf16 are as fast
+// Not beside tiles, because those of bf16 are about as fast.
+#if defined(__AVX512VNNI__) || (defined(__AVX2__) && !defined(__AVX512F__))
 #define PISSA_HAS_BYTES 1
-#include "pissa/cpu/vec/vnni.h"
+#include "pissa/cpu/vec/quads_x86.h"
+#elif defined(__ARM_FEATURE_DOTPROD) && !defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#define PISSA_HAS_BYTES 1
+#include "pissa/cpu/vec/quads_neon.h"
 #else
 #define PISSA_HAS_BYTES 0
 #endif

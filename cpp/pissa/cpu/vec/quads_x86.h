@@ -1,5 +1,5 @@
-// VNNI, of 512 or of 256 bits: products of four bytes a word, those of the first factor signed, those of the second
-// unsigned.
+// Products of four bytes a word, those of the first factor signed, those of the second unsigned: by VNNI, of 512 or of
+// 256 bits; or by AVX2, which adds up two products in 16 bits first, so that a weight's bytes have seven.
 #pragma once
 
 #include <immintrin.h>
@@ -11,9 +11,8 @@
 namespace pissa::cpu::PISSA_ISA {
 
 struct Quads {
-  static constexpr int kOffset = 128;  // that is added to a weight's byte
-
 #if defined(__AVX512VNNI__)
+  static constexpr int kLargest = 127;
   using Sum = __m512i;
   static PISSA_INLINE Sum mac(Vec::Reg a, Vec::Reg b, Sum c) {
     return _mm512_dpbusd_epi32(c, _mm512_castps_si512(b), _mm512_castps_si512(a));
@@ -22,12 +21,26 @@ struct Quads {
   static PISSA_INLINE Vec::Reg to_float(Sum sum) { return _mm512_cvtepi32_ps(sum); }
 #else
   using Sum = __m256i;
+#if defined(__AVXVNNI__)
+  static constexpr int kLargest = 127;
   static PISSA_INLINE Sum mac(Vec::Reg a, Vec::Reg b, Sum c) {
     return _mm256_dpbusd_avx_epi32(c, _mm256_castps_si256(b), _mm256_castps_si256(a));
   }
+#else
+  static constexpr int kLargest = 63;
+  static PISSA_INLINE Sum mac(Vec::Reg a, Vec::Reg b, Sum c) {
+    static_assert(2 * 127 * (2 * kLargest + 1) < 1 << 15, "pairs of products would saturate");
+    const __m256i pairs = _mm256_maddubs_epi16(_mm256_castps_si256(b), _mm256_castps_si256(a));
+    Sum sum = _mm256_add_epi32(c, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    __asm__("" : "+x"(sum));  // GCC would add up in another order, for which it has too few registers
+    return sum;
+  }
+#endif
   static PISSA_INLINE Sum broadcast_int(std::int32_t value) { return _mm256_set1_epi32(value); }
   static PISSA_INLINE Vec::Reg to_float(Sum sum) { return _mm256_cvtepi32_ps(sum); }
 #endif
+
+  static constexpr int kOffset = kLargest + 1;  // that is added to a weight's byte
 
   using Table = __m256i;  // 16 bytes, twice
   using Codes = __m256i;  // 32 of four bits, a byte each
@@ -36,14 +49,14 @@ struct Quads {
 #if defined(__AVX512VNNI__)
     const __m512 values = _mm512_fmadd_ps(_mm512_loadu_ps(levels), _mm512_set1_ps(scale), _mm512_set1_ps(minimum));
     const __m128i bytes = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(values));
-    return _mm256_xor_si256(_mm256_broadcastsi128_si256(bytes), _mm256_set1_epi8(-128));
+    return with_offset(_mm256_broadcastsi128_si256(bytes));
 #else
     const __m256 factor = _mm256_set1_ps(scale), least = _mm256_set1_ps(minimum);
     const __m256i low = _mm256_cvtps_epi32(_mm256_fmadd_ps(_mm256_loadu_ps(levels), factor, least));
     const __m256i high = _mm256_cvtps_epi32(_mm256_fmadd_ps(_mm256_loadu_ps(levels + 8), factor, least));
     const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(low, high), 0xd8);
     const __m256i bytes = _mm256_packs_epi16(words, words);  // levels 0 to 7 in the lower half, 8 to 15 in the upper
-    return _mm256_xor_si256(_mm256_permute4x64_epi64(bytes, 0x88), _mm256_set1_epi8(-128));
+    return with_offset(_mm256_permute4x64_epi64(bytes, 0x88));
 #endif
   }
   static PISSA_INLINE void look_up(Table table, Codes codes, std::uint8_t* to) {
@@ -82,6 +95,9 @@ struct Quads {
   }
 
  private:
+  static PISSA_INLINE __m256i with_offset(__m256i bytes) {
+    return _mm256_add_epi8(bytes, _mm256_set1_epi8(static_cast<char>(kOffset)));
+  }
   static PISSA_INLINE void store(std::uint8_t* to, __m256i value) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), value);
   }
