@@ -10,7 +10,9 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterable
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ RESULTS = ROOT / "bench" / "results"
 PAGES = (
     ROOT / "README.md",
     ROOT / "bench" / "speed.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("speed", "what-fits", "gguf", "released-models")),
+    *(ROOT / "docs" / f"{name}.md" for name in ("evidence", "speed", "what-fits", "gguf", "released-models")),
 )
 
 GGUF_TOKENS = (1, 16, 128, 512)
@@ -246,6 +248,27 @@ def int8() -> str:
     return _table("work | nf4, ms | int8, ms", lines)
 
 
+def precisions() -> str:
+    """Held-out losses of bench.learn with and without products of integers, of the seeds that both have."""
+    losses: dict[tuple[Any, ...], dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
+    for line in (RESULTS / "learn.jsonl").read_text().splitlines():
+        cell, loss = (of := json.loads(line))["cell"], of["result"]["loss"]
+        model = cell["model"].split("-Instruct")[0]
+        base = "NF4" if cell["base"] == "nf4" else "its file's codes"
+        start = {"lora": "LoRA", "pissa": "PiSSA"}[cell["method"]]
+        what = (model, base, cell["task"], str(cell["steps"]), start, f"{cell['rate']:g}")
+        losses[what][cell["precision"]][cell["seed"]] = loss
+
+    def lines() -> Iterator[list[str]]:
+        for what, of in losses.items():
+            if seeds := sorted(of["float"].keys() & of["int8"].keys()):
+                pairs = [(of["float"][seed], of["int8"][seed]) for seed in seeds]
+                each = [", ".join(f"{loss:.3f}" for loss in half) for half in zip(*pairs, strict=True)]
+                yield [*what, *each, f"{statistics.mean(b - a for a, b in pairs):+.3f}"]
+
+    return _table("model | base | task | steps | start | rate | float | int8 | mean difference", lines())
+
+
 def readme() -> str:
     """What 500 examples take, of the 4-bit models that were measured, beside PEFT in the setting in which it is
     nearest."""
@@ -348,6 +371,7 @@ TABLES: dict[str, Callable[[], str]] = {
             zen4_layers,
             avx2,
             int8,
+            precisions,
             readme,
             demo,
             gguf_types,

@@ -135,9 +135,10 @@ class PissaModel(MendedPeftModel):
         """How products with a base in codes are computed in training mode on a CPU, "float" or "int8".
 
         "float" computes in the activations' dtype; "int8" computes products of integers (`pissa.ops.linear`), about
-        three times as fast as float32 with AVX-VNNI or AVX512_VNNI. The forward pass is then a slightly different
-        function from that of evaluation mode, which computes in floating point always: a layer's output differs by 1 to
-        5 % of its norm. Dense bases, and layers with dropout or DoRA of several adapters, compute in floating point.
+        three times as fast as float32 with AVX-VNNI or AVX512_VNNI, 1.7 times with AVX2. The forward pass is then a
+        slightly different function from that of evaluation mode, which computes in floating point always: a layer's
+        output differs by about 1 % of its norm. Dense bases, and layers with dropout or DoRA of several adapters,
+        compute in floating point.
 
         Raises:
             ValueError: "int8" is set for a model without codes, or the word is another.

@@ -127,6 +127,8 @@ def test_an_answer_is_right_by_its_last_number(model: Path) -> None:
         (["--set", "no_field=1"], "--set: "),
         (["--base", "nf5"], "invalid choice"),
         (["--task", "gsm8k"], "needs --data: the folder with GSM8K's"),
+        (["--task", "reviews"], "needs --data: the folder with movieReviewSnippets"),
+        (["--precision", "int8", "--task", "gsm8k", "--data", "GSM8K"], "precision: got 'int8', which multiplies with"),
         (["--model", "/no/model", "--task", "gsm8k", "--data", "GSM8K"], "nothing was measured: "),
         (["--answers", "13", "--task", "gsm8k", "--data", "GSM8K"], "holds out 12 problems; ask fewer"),
     ],
