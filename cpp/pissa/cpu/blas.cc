@@ -80,6 +80,7 @@ Kernels with_blas(const char* isa, const Kernels& kernels, decltype(Kernels::gem
   Kernels table = kernels;
   table.isa = isa;
   table.matrix_units = true;
+  table.bytes = 0;  // whether these are faster than a BLAS's products in f32 is not measured
   table.any_cut = false;
   table.gemm_block = gemm_block;
   return table;
