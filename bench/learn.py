@@ -21,7 +21,7 @@ import random
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,15 +85,8 @@ def _reviews(folder: Path | None) -> tuple[list[Chat], list[Chat]]:
     """Snippets of film reviews and the signs of people's ratings (C. Hutto and E. Gilbert, ICWSM 2014)."""
     if folder is None or not (folder / demo.REVIEWS).is_file():
         raise UserError(f"the task reviews needs --data: the folder with {demo.REVIEWS}; got {folder}")
-    chats = _chats("reviews", ((row["question"], row["answer"]) for row in demo.read_reviews(folder / demo.REVIEWS)))
+    chats = read_chats(records("reviews", rows=demo.read_reviews(folder / demo.REVIEWS)))
     return chats[200:], chats[:200]
-
-
-def _chats(name: str, pairs: Iterable[tuple[str, str]]) -> list[Chat]:
-    roles = ("user", "assistant")
-    return [
-        Chat(name, [{"role": role, "content": text} for role, text in zip(roles, pair, strict=True)]) for pair in pairs
-    ]
 
 
 def _sums(folder: Path | None) -> tuple[list[Chat], list[Chat]]:
@@ -104,7 +97,8 @@ def _sums(folder: Path | None) -> tuple[list[Chat], list[Chat]]:
     sizes = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2, "allow_parentheses": False}
     made = reasoning_gym.create_dataset("basic_arithmetic", seed=1, size=4000, operators=["+", "-"], **sizes)
     answers = {entry["question"]: entry["answer"] for entry in made}
-    chats = _chats("sums", answers.items())
+    rows = ({"question": question, "answer": answer} for question, answer in answers.items())
+    chats = read_chats(records("sums", rows=rows))
     return chats[200:], chats[:200]
 
 

@@ -132,10 +132,11 @@ def linear(
 
     With `int8`, the products with a quantised weight are products of integers where the processor multiplies these
     faster (`build_info()["int8"]`): x or the gradient of y, and the weight, are rounded to 8 bits in blocks of 64 to
-    256 elements of the inner dimension. Each block of a row has a scale, by which its largest element becomes 127. For
-    Gaussian operands the result errs by 1 % of its norm, in bfloat16 by 0.2 %. Columns of x whose root mean square is
-    more than five times the median column's, one in 64 at most, are multiplied as without it; so are up to 16 rows of
-    x, the adapter's part, and the gradients of a and b.
+    256 elements of the inner dimension. Each block of a row has a scale, by which its largest element becomes 127; on
+    AVX2 without VNNI, a weight's becomes 63. For Gaussian operands the result errs by 1 % of its norm, in bfloat16 by
+    0.2 %. Columns of x whose root mean square is more than five times the median column's, one in 64 at most, are
+    multiplied as without it, because a scale for them leaves few digits of the others (LLM.int8(), arXiv 2208.07339).
+    So are up to 16 rows of x, the adapter's part, and the gradients of a and b.
 
     On CUDA, with half-precision activations (float16 too), the factors and a quantised weight are rounded to their
     dtype. With more than 16 rows of x (64 with a quantised weight), the sum is rounded to it once more, after the

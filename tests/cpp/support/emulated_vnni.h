@@ -1,5 +1,5 @@
-// AVX-VNNI's product, as vec/quads_x86.h uses it, in plain C++, after Intel's manual (volume 2, VPDPBUSD). Included before
-// kernels.cc.
+// AVX-VNNI's product, as vec/quads_x86.h uses it, in plain C++, after Intel's manual (volume 2, VPDPBUSD). Included
+// before kernels.cc.
 #pragma once
 
 #include <immintrin.h>
