@@ -51,24 +51,22 @@ ByteProduct::ByteProduct(const Kernels& kernels, const Executor& executor, const
       rows_{ByteBlocks(product.a.cols),
             columns_.data(),
             std::ssize(columns_),
+            static_cast<float*>(x_.view().data),
             static_cast<std::int8_t*>(bytes_.view().data),
             static_cast<float*>(scales_.view().data),
             static_cast<std::int32_t*>(starts_.view().data)},
-      apart_{x_.view(), Op::n, weight_.view(), Op::t, product.scale, precision_of(product.a.format)} {
+      apart_{x_.view(), Op::n, weight_.view(), Op::t, 1.0f, precision_of(product.a.format)} {
   const Matrix &a = product.a, &b = product.b;
-  const auto take = [&](const Matrix& from, std::int64_t row, const Buffer& to) {
-    float* out = static_cast<float*>(to.view().data) + row * std::ssize(columns_);
-    for (const std::int64_t column : columns_) kernels.decode(from, row, column, 1, out++);
-  };
-  parallel_for(executor, a.rows, 8 * a.rows * a.cols, [&](std::int64_t row) {
-    kernels.round_row(a, row, product.scale, rows_);
-    take(a, row, x_);
-  });
+  parallel_for(executor, a.rows, 8 * a.rows * a.cols,
+               [&](std::int64_t row) { kernels.round_row(a, row, product.scale, rows_); });
   if (columns_.empty()) return;
   constexpr std::int64_t kRows = 64;
+  float* of_weight = static_cast<float*>(weight_.view().data);
   parallel_for(executor, ceil_div(b.rows, kRows), 16 * b.rows * std::ssize(columns_), [&](std::int64_t task) {
     const std::int64_t last = std::min(b.rows, (task + 1) * kRows);
-    for (std::int64_t row = task * kRows; row < last; ++row) take(b, row, weight_);
+    for (std::int64_t row = task * kRows; row < last; ++row) {
+      kernels.decode_columns(b, row, columns_.data(), std::ssize(columns_), of_weight + row * std::ssize(columns_));
+    }
   });
 }
 

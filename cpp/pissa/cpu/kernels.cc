@@ -24,6 +24,7 @@ const Kernels& kernels() {
                                     gemm_block,
                                     round_row,
                                     decode,
+                                    decode_columns,
                                     encode,
                                     max_abs,
                                     quantize,

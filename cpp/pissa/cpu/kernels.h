@@ -47,11 +47,13 @@ struct ByteBlocks {
 };
 
 /// Rows in bytes, with zeros after the last up to a whole block: element k of row i is
-/// scales[i * runs + k / kByteRun] * bytes[i * length + k]. Columns apart, in ascending order, are zeros, too.
+/// scales[i * runs + k / kByteRun] * bytes[i * length + k]. Columns apart, in ascending order, are zeros there, and
+/// floats of their own [rows, apart_count].
 struct ByteRows {
   ByteBlocks blocks;
   const std::int64_t* apart;
   std::int64_t apart_count;
+  float* of_apart;
   std::int8_t* bytes;
   float* scales;
   std::int32_t* starts;  // for each scale: what its sum of products starts with, if a weight's bytes have an offset
@@ -95,6 +97,10 @@ struct Kernels {
 
   /// out[0, count) = elements [col, col + count) of a row of the matrix, as f32.
   void (*decode)(const Matrix& matrix, std::int64_t row, std::int64_t col, std::int64_t count, float* out);
+
+  /// out[i] = element columns[i] of a row of the matrix, as f32, for `count` of them.
+  void (*decode_columns)(const Matrix& matrix, std::int64_t row, const std::int64_t* columns, std::int64_t count,
+                         float* out);
 
   /// Rounds values to a dense format, to nearest, ties to even. `to` is the destination of the first one.
   void (*encode)(const float* values, std::int64_t count, Format format, void* to);

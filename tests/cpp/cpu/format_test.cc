@@ -127,12 +127,19 @@ TEST_P(FormatTest, EveryLengthAndAlignment) {
   }
 }
 
-// Packing reads parts of rows: any start, odd ones and ones inside a block too, any length, at any row.
+// Packing reads parts of rows: any start, odd ones and ones inside a block too, any length, at any row. Or single
+// columns.
 TEST_P(FormatTest, DecodesAnyPartOfAQuantizedRow) {
   Random random(2);
   const auto check = [&](const auto& weight) {
     const Dense expected = weight.values();
+    std::vector<std::int64_t> columns;
+    for (std::int64_t col = 0; col < expected.cols; col += 1 + col % 3) columns.push_back(col);
     for (std::int64_t row = 0; row < expected.rows; ++row) {
+      std::vector<float> apart(columns.size() + 1, -9.0f);
+      kernels().decode_columns(weight.view(), row, columns.data(), std::ssize(columns), apart.data());
+      for (std::size_t i = 0; i < columns.size(); ++i) ASSERT_EQ(apart[i], expected(row, columns[i])) << row;
+      ASSERT_EQ(apart.back(), -9.0f);
       for (std::int64_t col = 0; col < expected.cols; ++col) {
         const std::int64_t most = expected.cols - col;
         for (const std::int64_t count :

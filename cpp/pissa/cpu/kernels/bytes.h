@@ -38,12 +38,16 @@ void round_bytes(const float* values, std::int64_t count, float factor, int offs
 void round_row(const Matrix& a, std::int64_t row, float scale, const ByteRows& to) {
   const std::int64_t first = row * to.runs();
   const std::int64_t* apart = to.apart;
+  float* of_apart = to.of_apart + row * to.apart_count;
   for (std::int64_t i = 0; i < to.runs(); ++i) {
     float values[kByteRun] = {};
     const std::int64_t k = i * kByteRun;
     auto* bytes = reinterpret_cast<std::uint8_t*>(to.bytes + row * to.length() + k);
     if (k < a.cols) decode_elements(a, row, k, smaller(kByteRun, a.cols - k), scale, F32{}, values);
-    while (apart != to.apart + to.apart_count && *apart < k + kByteRun) values[*apart++ - k] = 0.0f;
+    for (; apart != to.apart + to.apart_count && *apart < k + kByteRun; ++apart) {
+      *of_apart++ = values[*apart - k];
+      values[*apart - k] = 0.0f;
+    }
     const float largest = max_abs(values, kByteRun);  // not finite if an element is not
     to.scales[first + i] = largest * kInt8Step;
     round_bytes(values, kByteRun, int8_factor(largest), 0, bytes);

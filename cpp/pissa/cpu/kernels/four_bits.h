@@ -24,6 +24,7 @@ struct PackedPairs {
   template <class Product>
   static void decode(const Matrix& matrix, std::int64_t row, std::int64_t col, std::int64_t count,
                      typename Product::Element* to);
+  static PISSA_INLINE float element(const Matrix& matrix, std::int64_t row, std::int64_t col);
   static constexpr Ends kEnds = ends_of(FourBits<format>::kLevels);
 
   // For bytes.h: the level of each code; whether every 32 elements in columns [col, col + count) of a row have one
@@ -66,6 +67,13 @@ template <Format format>
 PISSA_INLINE std::int64_t PackedPairs<format>::block(const Scales& scales, std::int64_t row, std::int64_t col,
                                                      std::int64_t cols) {
   return (row * cols + col) >> log2_blocksize(scales);
+}
+
+template <Format format>
+PISSA_INLINE float PackedPairs<format>::element(const Matrix& matrix, std::int64_t row, std::int64_t col) {
+  const auto* codes = static_cast<const std::uint8_t*>(matrix.data);
+  const float scale = block_absmax(matrix.scales, block(matrix.scales, row, col, matrix.cols));
+  return level_of<format>(codes, row * matrix.cols + col) * scale;
 }
 
 // A cell is the unit that one table decodes: a block, or the `blocks` of one step if they are smaller. Both ends may be
