@@ -10,7 +10,9 @@ endif()
 
 add_library(torch_stable INTERFACE)
 target_include_directories(torch_stable SYSTEM INTERFACE "${PISSA_TORCH_DIR}/include")
-if(CMAKE_CROSSCOMPILING AND NOT APPLE)
+if(WIN32)  # Python_EXECUTABLE finds torch's wheel for Windows (tests/wheels/windows.py)
+  target_link_libraries(torch_stable INTERFACE "${PISSA_TORCH_DIR}/lib/torch_cpu.lib")
+elseif(CMAKE_CROSSCOMPILING AND NOT APPLE)
   # This machine's libtorch_cpu.so is of another architecture: an empty library of that name (its SONAME). Modules may leave
   # symbols undefined, and the name must stay among those that ours needs.
   # For macOS, Python_EXECUTABLE finds torch's wheel for macOS (tests/wheels/macos.py).

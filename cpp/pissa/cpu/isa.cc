@@ -9,18 +9,18 @@
 #include "pissa/cpu/blas.h"
 #include "pissa/cpu/choice.h"
 #include "pissa/cpu/kernels.h"
+#include "pissa/cpu/x86.h"
 
 #if defined(PISSA_ARM) && defined(__APPLE__)
 #include <dlfcn.h>
 #include <sys/sysctl.h>
 #elif defined(PISSA_ARM)
 #include <sys/auxv.h>
-#elif defined(PISSA_X86)
-#include <cpuid.h>
-#if defined(__linux__)
+#elif defined(PISSA_X86) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
-#endif
+#elif defined(PISSA_X86) && defined(_WIN32)
+#include <windows.h>
 #endif
 
 namespace pissa::cpu {
@@ -72,31 +72,25 @@ std::string why_refused(int error) {
 }
 #endif
 
-// Whether bfloat16 is multiplied faster after a conversion to float32. Intel's cores start a VDPBF16PS every second
-// cycle, and two FMAs in each, so FMA has twice the rate: 200 GF/s for 93, on a core of an Emerald Rapids. On AMD's
-// cores, VDPBF16PS has twice the rate of FMA.
-bool multiplies_faster_in_f32() { return __builtin_cpu_is("intel") != 0; }
-
-// GCC 12's __builtin_cpu_supports does not know it. The system has to save registers of 256 bits, as for AVX2.
-bool has_avxvnni() {
-  unsigned a = 0, b, c, d;
-  return __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a & 1U << 4) != 0;
-}
-
-// Why AMX-BF16 cannot be used, or nullptr. Since 5.16, Linux lets a process use the tile registers if it requests them.
-const char* amxbf16_lacking() {
+// Why the system refuses AMX's tile registers, or nullptr.
+const char* tiles_refused() {
+  [[maybe_unused]] constexpr unsigned kTileData = 18;  // the register's number in XCR0
 #if defined(__linux__)
-  constexpr unsigned kBf16 = 1U << 22, kTile = 1U << 24;
-  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-  unsigned a, b, c, d;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kBf16) == 0 || (d & kTile) == 0) {
-    return "the processor lacks AMX-BF16";
-  }
+  // Since 5.16, Linux lets a process use them if it requests them.
+  constexpr long kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
   static const std::string refused =
       syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0 ? "" : why_refused(errno);
   return refused.empty() ? nullptr : refused.c_str();
+#elif defined(_WIN32)
+  // As Windows does since 11 and Server 2022. Its older releases lack the function.
+  using Enable = BOOL(WINAPI*)(DWORD64);
+  static const bool enabled = [] {
+    const auto function = GetProcAddress(GetModuleHandleW(L"kernel32.dll"), "EnableProcessOptionalXStateFeatures");
+    return function && reinterpret_cast<Enable>(reinterpret_cast<void*>(function))(DWORD64{1} << kTileData);
+  }();
+  return enabled ? nullptr : "the system does not permit AMX's tile registers";
 #else
-  return "its registers are asked for on Linux only";
+  return "its registers are asked for on Linux and Windows only";
 #endif
 }
 #endif
@@ -110,19 +104,21 @@ std::vector<Candidate> candidates() {
   all.push_back({"accelerate", accelerate_kernels, accelerate_sgemm() ? nullptr : "the system lacks Accelerate"});
 #endif
 #elif defined(PISSA_X86)
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  const bool avx512vnni = avx512 && __builtin_cpu_supports("avx512vnni");
-  const bool avx512bf16 = avx512vnni && __builtin_cpu_supports("avx512bf16");
+  const X86Features has = x86_features();
   constexpr const char* kNoAvx512Bf16 = "the processor lacks AVX512_BF16";
-  all.push_back({"avx2", avx2::kernels, avx2 ? nullptr : "the processor lacks AVX2 or FMA or F16C"});
-  all.push_back({"avxvnni", avxvnni::kernels, avx2 && has_avxvnni() ? nullptr : "the processor lacks AVX-VNNI"});
-  all.push_back({"avx512", avx512::kernels, avx512 ? nullptr : "the processor lacks AVX-512 (F BW DQ VL)"});
-  all.push_back({"avx512vnni", avx512vnni::kernels, avx512vnni ? nullptr : "the processor lacks AVX512_VNNI"});
-  all.push_back({"avx512bf16", avx512bf16::kernels, avx512bf16 ? nullptr : kNoAvx512Bf16});
-  if (avx512bf16 && multiplies_faster_in_f32()) std::swap(all[all.size() - 2], all.back());
-  all.push_back({"amxbf16", amxbf16::kernels, avx512bf16 ? amxbf16_lacking() : kNoAvx512Bf16});
+  const char* const no_tiles = !has.avx512bf16 ? kNoAvx512Bf16
+                               : !has.amxbf16  ? "the processor lacks AMX-BF16"
+                                               : tiles_refused();
+  all.push_back({"avx2", avx2::kernels, has.avx2 ? nullptr : "the processor lacks AVX2 or FMA or F16C"});
+  all.push_back({"avxvnni", avxvnni::kernels, has.avxvnni ? nullptr : "the processor lacks AVX-VNNI"});
+  all.push_back({"avx512", avx512::kernels, has.avx512 ? nullptr : "the processor lacks AVX-512 (F BW DQ VL)"});
+  all.push_back({"avx512vnni", avx512vnni::kernels, has.avx512vnni ? nullptr : "the processor lacks AVX512_VNNI"});
+  all.push_back({"avx512bf16", avx512bf16::kernels, has.avx512bf16 ? nullptr : kNoAvx512Bf16});
+  // Intel's cores start a VDPBF16PS every second cycle, and two FMAs in each, so bfloat16 is multiplied faster after a
+  // conversion to float32: 200 GF/s for 93, on a core of an Emerald Rapids. On AMD's cores, VDPBF16PS has twice the
+  // rate of FMA.
+  if (has.avx512bf16 && has.intel) std::swap(all[all.size() - 2], all.back());
+  all.push_back({"amxbf16", amxbf16::kernels, no_tiles});
 #endif
   return all;
 }

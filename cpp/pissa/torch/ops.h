@@ -8,8 +8,7 @@
 //   split_many(tasks, options)  the backend's method for many weights
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-
+#include "pissa/torch/boxed.h"
 #include "pissa/torch/grouped_linear.h"
 #include "pissa/torch/linear.h"
 #include "pissa/torch/quantize.h"
@@ -20,28 +19,28 @@ namespace pissa::ops {
 
 template <class Device, class Library>
 void implement(Library& m) {
-  m.impl("max_abs", TORCH_BOX(&max_abs<Device>));
-  m.impl("svd_lowrank", TORCH_BOX(&svd_lowrank<Device>));
-  m.impl("split_many", TORCH_BOX(&split_many<Device>));
-  m.impl("add_second_moment", TORCH_BOX(&add_second_moment<Device>));
-  m.impl("residual", TORCH_BOX(&residual<Device>));
-  m.impl("quantize", TORCH_BOX(&quantize<Device>));
-  m.impl("feedback_codes", TORCH_BOX(&feedback_codes<Device>));
-  m.impl("quantize_absmax", TORCH_BOX(&quantize_absmax<Device>));
-  m.impl("dequantize", TORCH_BOX(&dequantize<Device>));
-  m.impl("dequantize_rows", TORCH_BOX(&dequantize_rows<Device>));
-  m.impl("quantization_error", TORCH_BOX(&quantization_error<Device>));
-  m.impl("residual_quantized", TORCH_BOX(&residual_quantized<Device>));
-  m.impl("linear", TORCH_BOX(&linear<Device>));
-  m.impl("linear_backward", TORCH_BOX(&linear_backward<Device>));
-  m.impl("quantized_linear", TORCH_BOX(&quantized_linear<Device>));
-  m.impl("quantized_linear_backward", TORCH_BOX(&quantized_linear_backward<Device>));
-  m.impl("grouped_linear", TORCH_BOX(&grouped_linear<Device>));
-  m.impl("grouped_linear_backward", TORCH_BOX(&grouped_linear_backward<Device>));
-  m.impl("add_low_rank", TORCH_BOX(&add_low_rank<Device>));
-  m.impl("add_low_rank_backward", TORCH_BOX(&add_low_rank_backward<Device>));
-  m.impl("token_scores", TORCH_BOX(&token_scores<Device>));
-  m.impl("quantized_token_scores", TORCH_BOX(&quantized_token_scores<Device>));
+  m.impl("max_abs", PISSA_BOX(&max_abs<Device>));
+  m.impl("svd_lowrank", PISSA_BOX(&svd_lowrank<Device>));
+  m.impl("split_many", PISSA_BOX(&split_many<Device>));
+  m.impl("add_second_moment", PISSA_BOX(&add_second_moment<Device>));
+  m.impl("residual", PISSA_BOX(&residual<Device>));
+  m.impl("quantize", PISSA_BOX(&quantize<Device>));
+  m.impl("feedback_codes", PISSA_BOX(&feedback_codes<Device>));
+  m.impl("quantize_absmax", PISSA_BOX(&quantize_absmax<Device>));
+  m.impl("dequantize", PISSA_BOX(&dequantize<Device>));
+  m.impl("dequantize_rows", PISSA_BOX(&dequantize_rows<Device>));
+  m.impl("quantization_error", PISSA_BOX(&quantization_error<Device>));
+  m.impl("residual_quantized", PISSA_BOX(&residual_quantized<Device>));
+  m.impl("linear", PISSA_BOX(&linear<Device>));
+  m.impl("linear_backward", PISSA_BOX(&linear_backward<Device>));
+  m.impl("quantized_linear", PISSA_BOX(&quantized_linear<Device>));
+  m.impl("quantized_linear_backward", PISSA_BOX(&quantized_linear_backward<Device>));
+  m.impl("grouped_linear", PISSA_BOX(&grouped_linear<Device>));
+  m.impl("grouped_linear_backward", PISSA_BOX(&grouped_linear_backward<Device>));
+  m.impl("add_low_rank", PISSA_BOX(&add_low_rank<Device>));
+  m.impl("add_low_rank_backward", PISSA_BOX(&add_low_rank_backward<Device>));
+  m.impl("token_scores", PISSA_BOX(&token_scores<Device>));
+  m.impl("quantized_token_scores", PISSA_BOX(&quantized_token_scores<Device>));
 }
 
 }  // namespace pissa::ops

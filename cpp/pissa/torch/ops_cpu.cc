@@ -72,11 +72,11 @@ class CpuDevice {
 
 STABLE_TORCH_LIBRARY_IMPL(pissa, CPU, m) {
   pissa::ops::implement<pissa::ops::CpuDevice>(m);
-  m.impl("merge_codes", TORCH_BOX(&pissa::ops::merge_codes<pissa::ops::CpuDevice>));
-  m.impl("attention", TORCH_BOX(&pissa::ops::attention<pissa::ops::CpuDevice>));
-  m.impl("rms_norm", TORCH_BOX(&pissa::ops::rms_norm<pissa::ops::CpuDevice>));
-  m.impl("rms_norm_backward", TORCH_BOX(&pissa::ops::rms_norm_backward<pissa::ops::CpuDevice>));
-  m.impl("gated", TORCH_BOX(&pissa::ops::gated<pissa::ops::CpuDevice>));
-  m.impl("gated_backward", TORCH_BOX(&pissa::ops::gated_backward<pissa::ops::CpuDevice>));
-  m.impl("attention_backward", TORCH_BOX(&pissa::ops::attention_backward<pissa::ops::CpuDevice>));
+  m.impl("merge_codes", PISSA_BOX(&pissa::ops::merge_codes<pissa::ops::CpuDevice>));
+  m.impl("attention", PISSA_BOX(&pissa::ops::attention<pissa::ops::CpuDevice>));
+  m.impl("rms_norm", PISSA_BOX(&pissa::ops::rms_norm<pissa::ops::CpuDevice>));
+  m.impl("rms_norm_backward", PISSA_BOX(&pissa::ops::rms_norm_backward<pissa::ops::CpuDevice>));
+  m.impl("gated", PISSA_BOX(&pissa::ops::gated<pissa::ops::CpuDevice>));
+  m.impl("gated_backward", PISSA_BOX(&pissa::ops::gated_backward<pissa::ops::CpuDevice>));
+  m.impl("attention_backward", PISSA_BOX(&pissa::ops::attention_backward<pissa::ops::CpuDevice>));
 }

@@ -75,5 +75,5 @@ std::int64_t closed_routes(const Tensor& on) {
 
 STABLE_TORCH_LIBRARY_IMPL(pissa, CUDA, m) {
   pissa::ops::implement<pissa::ops::CudaDevice>(m);
-  m.impl("closed_routes", TORCH_BOX(&pissa::ops::closed_routes));
+  m.impl("closed_routes", PISSA_BOX(&pissa::ops::closed_routes));
 }

@@ -10,6 +10,7 @@
 #include <string>
 
 #include "pissa/cpu/kernels.h"
+#include "pissa/cpu/x86.h"
 
 namespace pissa::cpu {
 namespace {
@@ -21,13 +22,13 @@ TEST(Isa, BaselineIsAlwaysThereAndFirst) {
   EXPECT_EQ(std::set<std::string>(isas.begin(), isas.end()).size(), isas.size()) << "a name occurs twice";
 }
 
-#if defined(__x86_64__)
+#if defined(PISSA_X86)
 // VDPBF16PS has half the rate of FMA on Intel's processors, and twice its rate on AMD's.
 TEST(Isa, WhichOfTwoIsFasterDependsOnTheVendor) {
   const std::vector<std::string> isas = available_isas();
   const auto place = [&](const char* isa) { return std::find(isas.begin(), isas.end(), isa); };
   if (place("avx512bf16") == isas.end()) return;
-  EXPECT_EQ(place("avx512vnni") > place("avx512bf16"), __builtin_cpu_is("intel") != 0);
+  EXPECT_EQ(place("avx512vnni") > place("avx512bf16"), x86_features().intel);
 }
 #endif
 
@@ -59,8 +60,12 @@ TEST(Isa, TheRequiredOnesAreThere) {
 
 // The choice is made once per process, so each case is a process of its own.
 void exit_with_choice(const char* wanted, const std::string& expected) {
+#if defined(_WIN32)
+  _putenv_s("PISSA_ISA", wanted ? wanted : "");  // the empty value removes it
+#else
   if (wanted) setenv("PISSA_ISA", wanted, 1);
   else unsetenv("PISSA_ISA");
+#endif
   std::_Exit(kernels().isa == expected ? 0 : 1);
 }
 
