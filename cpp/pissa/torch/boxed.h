@@ -4,38 +4,44 @@
 #include <torch/csrc/stable/library.h>
 
 // A compiler of MinGW's ABI has a C++ library of its own on Windows, where torch has Microsoft's. An exception of ours
-// that reached torch's frames would end the process. So none leaves an op: torch throws one of its own with the same
-// text.
+// that reached torch's frames would end the process. So none leaves an op: its like of Microsoft's library does
+// (boxed.cc).
 #if defined(__MINGW32__)
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-
 #include <cstdint>
 #include <exception>
+#include <new>
+#include <stdexcept>
 #include <string_view>
 
 namespace pissa::ops {
 
-using Boxed = void (*)(StableIValue*, std::uint64_t, std::uint64_t);
-
+/// An exception of ours: which function of Microsoft's library throws its like, if any was thrown, and the text.
 struct Failure {
-  bool failed = false;
+  const char* thrower = nullptr;
   char text[2048] = {};  // our messages have at most a few hundred characters
 
-  void set(std::string_view message) {
-    failed = true;
+  void set(const char* by, std::string_view message) {
+    thrower = by;
     message.copy(text, sizeof text - 1);
   }
 };
 
-// Apart from `guarded`: torch's exception passes through that frame, which must have nothing to clean up.
+/// Throws it.
+[[noreturn]] void throw_to_torch(const Failure& failure);
+
+using Boxed = void (*)(StableIValue*, std::uint64_t, std::uint64_t);
+
+// Apart from `guarded`: Microsoft's exception passes through that frame, which must have nothing to clean up.
 template <Boxed function>
 [[gnu::noinline]] void run(StableIValue* stack, std::uint64_t args, std::uint64_t outputs, Failure& failure) noexcept {
   try {
     function(stack, args, outputs);
+  } catch (const std::invalid_argument& error) {  // Python's ValueError
+    failure.set("?_Xinvalid_argument@std@@YAXPEBD@Z", error.what());
+  } catch (const std::bad_alloc&) {  // MemoryError
+    failure.set("?_Xbad_alloc@std@@YAXXZ", "");
   } catch (const std::exception& error) {
-    failure.set(error.what());
-  } catch (...) {
-    failure.set("an exception that is no std::exception");
+    failure.set("?_Xruntime_error@std@@YAXPEBD@Z", error.what());
   }
 }
 
@@ -43,7 +49,7 @@ template <Boxed function>
 void guarded(StableIValue* stack, std::uint64_t args, std::uint64_t outputs) {
   Failure failure;
   run<function>(stack, args, outputs, failure);
-  if (failure.failed) aoti_torch_check(false, "pissa", "cpp/pissa/torch/boxed.h", __LINE__, failure.text);
+  if (failure.thrower) throw_to_torch(failure);
 }
 
 }  // namespace pissa::ops
