@@ -1,11 +1,12 @@
 # make test-arm    the kernels for ARM, under an emulator; needs g++-aarch64-linux-gnu and qemu-user, too    (9 minutes)
+# make test-windows the C++ tests and `pissa selftest` as programs for Windows, under Wine; needs python3.13 and Debian's wine, too    (... minutes)
 # make test-oldest our Python tests beside the oldest release of everything that pyproject.toml allows
 # make coverage    how many lines the daily tests run, in Python and, by gcov, in C++
 # make fuzz        every parser of other people's files, MINUTES=10 each
 # make figures     the pictures of README and book, out of committed data
 # make test-slow, test-serving, test-programs    for a release: real models, runtimes, other people's programs
 
-.PHONY: test-arm test-python-nightly test-python-isas test-python-without-calls test-oldest test-cuda-build \
+.PHONY: test-arm test-windows test-windows-cpp test-windows-python tools-wine test-python-nightly test-python-isas test-python-without-calls test-oldest test-cuda-build \
   test-gpu-rehearsal test-peft test-slow fuzz test-serving test-programs figures coverage tools-arm
 
 # ---- C++: test-cpp-asan, build-cpp-debug and so on, by the presets of CMakePresets.json ----
@@ -25,6 +26,31 @@ tools-arm: tools-arm-compiler
 test-arm: tools-arm build-cpp-aarch64
 	PISSA_REQUIRE_ISAS= QEMU_CPU=neoverse-n1 ctest --preset aarch64 -j $(JOBS)
 	PISSA_REQUIRE_ISAS= QEMU_CPU=max,pauth=off ctest --preset aarch64 -j $(JOBS)
+
+# ---- Windows, under Wine ----
+
+tools-wine:
+	@command -v wine >/dev/null || { echo "Nothing runs programs for Windows (wine): apt-get install wine wine64" >&2; exit 1; }
+
+$(WINDOWS)/prefix.stamp: $(WINDOWS)/tools.stamp tests/windows/prefix.py tests/windows/complex.c | tools-wine
+	$(WINDOWS)/tools/bin/python tests/windows/prefix.py $(WINDOWS)/prefix
+	touch $@
+
+test-windows: test-windows-cpp test-windows-python
+
+test-windows-cpp: export PATH := $(WINDOWS)/tools/bin:$(PATH)
+test-windows-cpp: $(WINDOWS)/prefix.stamp
+	$(MAKE) build-cpp-windows
+	ctest --preset windows -j $(JOBS)
+
+# As in an installation: Windows' Python with the wheel.
+test-windows-python: $(WINDOWS)/prefix.stamp $(WINDOWS)/installed.stamp
+	sh tests/windows/wine.sh $(WINDOWS)/python/python.exe -m pissa selftest
+
+$(WINDOWS)/installed.stamp: $(WINDOWS)/wheel.stamp
+	$(WINDOWS)/tools/bin/python -m uv pip install -q --no-deps --no-config --reinstall --python-platform x86_64-pc-windows-msvc \
+	  --python-version 3.13 --target $(WINDOWS)/python/Lib/site-packages $(WINDOWS)/dist/*.whl
+	touch $@
 
 # ---- Python ----
 

@@ -1,8 +1,9 @@
 # make wheels      the sdist and wheels with CUDA for x86-64 and AArch64, for every Python found; needs g++-aarch64-linux-gnu, too    (20 to 25 minutes)
 # make test-wheels those wheels in fresh systems, beside two releases of torch; needs debootstrap, too, and root    (5 minutes or more for each)
 # make macos-wheel a wheel for macOS on arm64, cross-compiled by zig and inspected, not run    (2 minutes of one core)
+# make windows-wheel a wheel for Windows on x86-64 and Python 3.13, cross-compiled by zig and inspected; needs python3.13    (4 minutes of one core)
 
-.PHONY: wheels test-wheels macos-wheel tools-arm-compiler tools-wheels
+.PHONY: wheels test-wheels macos-wheel windows-wheel tools-arm-compiler tools-wheels tools-windows
 
 # ---- CUDA ----
 
@@ -80,3 +81,33 @@ $(WHEELS)/torch-macos.stamp: $(WHEELS)/tools.stamp | $(BUILD)/venv-build.stamp
 macos-wheel: $(BUILD)/venv-build.stamp $(WHEELS)/torch-macos.stamp
 	$(WHEELS)/tools/bin/python tests/wheels/macos.py $(WHEELS) $(abspath $(BUILD_PYTHON))
 	$(WHEELS)/tools/bin/check-wheel-contents $(WHEELS)/dist-macos/*.whl
+
+# ---- Windows ----
+
+WINDOWS := $(abspath build/windows)
+# Of the one version of which PyPI has Windows' own Python (tests/windows/python.py): wheels are for the Python that builds them.
+WINDOWS_PYTHON ?= python3.13
+
+tools-windows: tools
+	@$(WINDOWS_PYTHON) -c 'import os, sys, sysconfig; sys.exit(sys.version_info[:2] != (3, 13) or not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' || \
+	  { echo "No Python 3.13 with its headers: apt-get install python3.13-dev python3.13-venv, or make WINDOWS_PYTHON=/path/to/python3.13" >&2; exit 1; }
+
+# What builds for Windows, and what installs there.
+$(WINDOWS)/tools.stamp: pyproject.toml | tools-windows
+	$(WINDOWS_PYTHON) -m venv --clear $(WINDOWS)/tools
+	$(WINDOWS)/tools/bin/python -m pip install -q 'ziglang>=0.17' 'lief>=1.0' 'uv>=0.9' 'check-wheel-contents>=0.6' \
+	  'scikit-build-core>=1.0' 'pybind11>=3.0' 'cmeel-eigen>=3.4' 'cmake>=3.24' ninja
+	ln -s "$$($(WINDOWS)/tools/bin/python -c 'import ziglang; print(ziglang.__path__[0])')/zig" $(WINDOWS)/tools/bin/zig
+	touch $@
+
+# Windows' Python with torch, to link with, and with what the tests need.
+$(WINDOWS)/python.stamp: $(WINDOWS)/tools.stamp pyproject.toml tests/windows/python.py $(REQUIREMENTS)
+	$(WINDOWS)/tools/bin/python tests/windows/python.py $(WINDOWS)/python
+	touch $@
+
+windows-wheel: $(WINDOWS)/wheel.stamp
+
+$(WINDOWS)/wheel.stamp: $(WINDOWS)/python.stamp $(SOURCES) tests/wheels/windows.py tests/wheels/cross.py tests/wheels/pyconfig_windows.h
+	PATH=$(WINDOWS)/tools/bin:$$PATH $(WINDOWS)/tools/bin/python tests/wheels/windows.py $(WINDOWS)
+	$(WINDOWS)/tools/bin/check-wheel-contents $(WINDOWS)/dist/*.whl
+	touch $@

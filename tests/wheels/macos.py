@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import collections
 import fnmatch
-import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,10 +17,9 @@ import time
 import zipfile
 from pathlib import Path
 
+import cross
 import lief
-import ziglang
 
-ROOT = Path(__file__).parents[2]
 TORCH, LIBCXX, LIBSYSTEM = "@rpath/libtorch_cpu.dylib", "/usr/lib/libc++.1.dylib", "/usr/lib/libSystem.B.dylib"
 # What zig's linker exports of every library. Each name of a library that is loaded later names the library it is in, so
 # nothing is bound to these.
@@ -65,49 +62,21 @@ def write_libcxx(torch: Path, path: Path) -> None:
     )
 
 
-def copy_python_headers(python: str, out: Path) -> None:
-    """This machine's: the sizes of types are the same on macOS, and a call that it lacks would not link."""
-    code = "import sysconfig as s; print(s.get_path('include'), s.get_config_var('MULTIARCH') or '', sep='\\n')"
-    include, machine = subprocess.check_output([python, "-c", code], text=True).splitlines()
-    headers = Path(include)
-    shutil.rmtree(out, ignore_errors=True)
-    shutil.copytree(headers, out)
-    # Debian's pyconfig.h only includes that of the compiler's architecture, from a folder of its own.
-    config = headers.parent / machine / headers.name / "pyconfig.h"
-    if config.is_file():
-        shutil.copy2(config, out)
-
-
 def build(folder: Path, python: str) -> Path:
-    out, libcxx, headers = folder / "dist-macos", folder / "libc++.tbd", folder / "headers-macos"
+    libcxx, headers = folder / "libc++.tbd", folder / "headers-macos"
     write_libcxx(folder / "torch-macos/torch", libcxx)
-    copy_python_headers(python, headers)
+    # The sizes of types are the same on macOS, and a call that it lacks would not link.
+    cross.copy_python_headers(python, headers)
     suffix = subprocess.check_output(
         [python, "-c", "import sys; print('.cpython-%d%d-darwin.so' % sys.version_info[:2])"], text=True
     ).strip()
     environment = {
-        **os.environ,
-        "PATH": f"{Path(ziglang.__file__).parent}:{os.environ['PATH']}",
         "PYTHONPATH": str(folder / "torch-macos"),  # CMake asks Python where torch is
         "PISSA_MACOS_LIBCXX": str(libcxx),
         "_PYTHON_HOST_PLATFORM": "macosx-14.0-arm64",
-        "SETUPTOOLS_EXT_SUFFIX": suffix,
     }
-    settings = {
-        "build-dir": str(folder / "macos-arm64"),
-        "install.strip": "false",  # this machine's strip does not know the format
-        "cmake.define.CMAKE_TOOLCHAIN_FILE": str(ROOT / "cpp/cmake/aarch64-macos.cmake"),
-        "cmake.define.PYTHON_MODULE_EXTENSION": suffix,
-        "cmake.define.Python_INCLUDE_DIR": str(headers),
-        "cmake.define.PISSA_CUDA": "OFF",
-        "cmake.define.PISSA_WERROR": "ON",
-    }
-    shutil.rmtree(out, ignore_errors=True)
-    wheel = [python, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "--wheel-dir", str(out)]
-    wheel += [f"--config-settings={name}={value}" for name, value in settings.items()]
-    subprocess.run([*wheel, str(ROOT)], env=environment, check=True)
-    (built,) = out.iterdir()
-    return built
+    settings = {"build-dir": str(folder / "macos-arm64"), "cmake.define.Python_INCLUDE_DIR": str(headers)}
+    return cross.build(folder / "dist-macos", python, "aarch64-macos.cmake", suffix, environment, settings)
 
 
 def inspect(wheel: Path) -> bool:
@@ -134,13 +103,10 @@ def inspect(wheel: Path) -> bool:
         # The linker has found the others in the library that they are bound to.
         "names in no library": ([name for name, where in needed.items() if not where and not PYTHONS.match(name)], []),
     }
-    for what, (got, expected) in checks.items():
-        if got != expected:
-            print(f"{wheel.name}: {what}\n  needed: {expected}\n  got:    {got}", file=sys.stderr)
     counts = collections.Counter(Path(where).name or "Python" for where in needed.values())
     names = ", ".join(f"{count} of {where}" for where, count in counts.most_common())
     print(f"{wheel.name}, {wheel.stat().st_size >> 10} KiB, needs names: {names}")
-    return all(got == expected for got, expected in checks.values())
+    return cross.all_hold(wheel, checks)
 
 
 def main() -> int:
