@@ -1,5 +1,5 @@
 # make test-arm    the kernels for ARM, under an emulator; needs g++-aarch64-linux-gnu and qemu-user, too    (9 minutes)
-# make test-windows the C++ tests and `pissa selftest` as programs for Windows, under Wine; needs python3.13 and Debian's wine, too    (... minutes)
+# make test-windows the C++ tests and `pissa selftest` as programs for Windows, under Wine; needs python3.13 and wine, too    (10 minutes)
 # make test-oldest our Python tests beside the oldest release of everything that pyproject.toml allows
 # make coverage    how many lines the daily tests run, in Python and, by gcov, in C++
 # make fuzz        every parser of other people's files, MINUTES=10 each
