@@ -12,7 +12,8 @@
 
 namespace pissa::cpu {
 
-/// Whether this machine has cores of several kinds, some slower than others, as laptops have. Known on Linux and Windows.
+/// Whether this machine has cores of several kinds, some slower than others, as laptops have. Known on Linux and
+/// Windows.
 bool cores_differ();
 
 /// The numbers of tasks, each taken once, by the thread that is free first: a fast core takes more than a slow one.
