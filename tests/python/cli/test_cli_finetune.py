@@ -44,6 +44,7 @@ METHODS = {
     "pissa": [],
     "qpissa": ["--quant", "nf4"],
     "qpissa int8": ["--quant", "int8"],
+    "qpissa in integers": ["--quant", "nf4", "--precision", "int8"],
     "qpissa calibrated": ["--quant", "nf4", "--repair", "activations", "--error-feedback", "True"],
 }
 STEPS = 4
@@ -170,7 +171,7 @@ def test_methods_see_the_same_batches_and_start_from_the_same_function(
     assert logged(tmp_path / "seed")[0] != ours[0]
 
 
-@pytest.mark.parametrize("method", each(METHODS, ["qpissa"]))
+@pytest.mark.parametrize("method", each(METHODS, ["qpissa", "qpissa in integers"]))
 def test_a_resumed_run_equals_an_uninterrupted_one(
     method: str, base: Path, data: Path, tmp_path: Path, trained: Callable[[str], Run]
 ) -> None:
