@@ -1,5 +1,5 @@
-"""Calls of the operating system that not all systems have, and what happens where one is missing. macOS and Windows
-have not been tried: the tests take the calls away on Linux."""
+"""Calls of the operating system that not all systems have, and what happens where one is missing. Tests take the calls
+away on Linux; others run on Windows' Python under Wine. No Mac has been tried."""
 
 from __future__ import annotations
 
@@ -46,13 +46,18 @@ def release(mapped: mmap.mmap, begin: int, size: int) -> None:
 
 def lock(file: int) -> bool:
     """Locks an open file until it is closed. Returns False if another process has the lock. Where there are no locks,
-    on some disks and without fcntl (Windows), it returns True, and the other process is not noticed."""
+    as on some disks, it returns True, and the other process is not noticed."""
     try:
-        import fcntl
+        if sys.platform == "win32":
+            import msvcrt
 
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (ImportError, OSError) as error:
-        return not isinstance(error, BlockingIOError)
+        return not isinstance(error, BlockingIOError | PermissionError)
     return True
 
 
@@ -76,7 +81,7 @@ def peak_resident() -> int:
     """Peak of this process's resident memory so far, in bytes. Without /proc (macOS) it is that of getrusage, and
     without that (Windows) 0, for unknown."""
     with suppress(FileNotFoundError):
-        return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+        return 1024 * int(Path("/proc/self/status").read_text(encoding="ascii").split("VmHWM:")[1].split()[0])
     with suppress(ImportError):  # on Linux, its maximum survives exec: a child would start with that of its parent
         import resource
 

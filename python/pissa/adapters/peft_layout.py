@@ -266,7 +266,7 @@ def plain_config_text(config: LoraConfig, base_class: type[nn.Module]) -> str:
         auto_mapping = {"base_model_class": base_class.__name__, "parent_library": base_class.__module__}
     with tempfile.TemporaryDirectory() as scratch:
         config.save_pretrained(scratch, auto_mapping_dict=auto_mapping)
-        return Path(scratch, ADAPTER_CONFIG).read_text()
+        return Path(scratch, ADAPTER_CONFIG).read_text(encoding="utf-8")
 
 
 def inexact_lora(forms: Iterable[str]) -> str:

@@ -38,7 +38,7 @@ from pissa.base.stored import residual_tensors
 from pissa.config import IMPLICIT
 from pissa.containers.checkpoint import PISSA_RECORD
 from pissa.containers.recognise import ADAPTER_CONFIG
-from pissa.containers.staged import staged
+from pissa.containers.staged import staged, write_text
 from pissa.containers.tensor_file import write_tensors
 from pissa.distributed import check_whole, is_sharded
 from pissa.layers.layer import PissaLayer, pissa_layers
@@ -83,9 +83,9 @@ def save_adapter(
         digest = model.codes_file.write(folder, new, codes, fingerprints) if codes else None
         text = AdapterRecord(config, records, rest, digest).text()
         digest = write_tensors(new(PISSA_WEIGHTS), _on_cpu(tensors), {MARK: text})
-        new(PISSA_RECORD).write_text(text)
+        write_text(new(PISSA_RECORD), text)
         plain = plain_config(base, config, adapter_name, layers, rank_multiple(layers, adapter_name))
-        new(ADAPTER_CONFIG).write_text(plain_config_text(plain, _class_of(base)))
+        write_text(new(ADAPTER_CONFIG), plain_config_text(plain, _class_of(base)))
         write_tensors(new(ADAPTER_WEIGHTS), _on_cpu(lora), {MARK: digest})
 
 

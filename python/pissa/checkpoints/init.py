@@ -54,6 +54,7 @@ from pissa.containers.checkpoint import AS_STORED, INITIAL_FOLDER, PISSA_RECORD,
 from pissa.containers.hub import Name
 from pissa.containers.model_folder import Part
 from pissa.containers.recognise import ADAPTER_CONFIG
+from pissa.containers.staged import write_text
 from pissa.containers.tensor_file import Layout
 from pissa.layers.experts import UnfusedExperts, unfused_experts
 from pissa.layers.factory import leave_out
@@ -442,8 +443,8 @@ class _Split(Rewrite):
         lora.base_model_name_or_path = str(self.target)
         for result in self.results.values():
             records |= {name: LayerRecord.from_json(record) for name, record in result.get("records", {}).items()}
-        out.path(f"{INITIAL_FOLDER}/{ADAPTER_CONFIG}").write_text(plain_config_text(lora, self.plan.model_type))
-        out.path(PISSA_RECORD).write_text(AdapterRecord(self.plan.config, records).text())
+        write_text(out.path(f"{INITIAL_FOLDER}/{ADAPTER_CONFIG}"), plain_config_text(lora, self.plan.model_type))
+        write_text(out.path(PISSA_RECORD), AdapterRecord(self.plan.config, records).text())
 
     def in_flight(self, layer: LayerPlan) -> int:
         """Bytes that a layer needs while it is split, in addition to the mapped file."""

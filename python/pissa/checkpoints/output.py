@@ -22,7 +22,7 @@ from torch import Tensor
 from pissa.base.digest import bytes_of
 from pissa.containers.messages import file_errors, quote, read_object
 from pissa.containers.recognise import FINISHED, UNFINISHED
-from pissa.containers.staged import CompletedError, check_unused, put_in_place, staged
+from pissa.containers.staged import CompletedError, check_unused, put_in_place, staged, write_text
 from pissa.containers.tensor_file import Layout
 from pissa.distributed import agree, rank
 from pissa.system import allocate, flush, flush_folder, lock
@@ -177,7 +177,7 @@ class Output:
             check_unused(self.folder, besides=UNFINISHED)
             self._allocate()
             with staged(self._hidden) as new:
-                new(IDENTITY).write_text(self._identity)
+                write_text(new(IDENTITY), self._identity)
         except BaseException:
             self.discard()
             raise
@@ -202,7 +202,7 @@ class Output:
 
     def _is_complete(self) -> bool:
         path = self.folder / FINISHED
-        is_mine = path.is_file() and path.read_text() == self._identity
+        is_mine = path.is_file() and path.read_text(encoding="utf-8") == self._identity
         return is_mine and all(_holds(self.folder / name, layout) for name, layout in self._layouts.items())
 
     def _check_identity(self) -> None:
@@ -249,7 +249,7 @@ class Output:
         for file in list(self._opened.values()):  # the other thread may open one meanwhile
             flush(file.fileno())
         with staged(self._notes) as new:
-            new(f"{batch}.json").write_text(result)
+            write_text(new(f"{batch}.json"), result)
 
     def _wait(self) -> None:
         if self._noting is not None:

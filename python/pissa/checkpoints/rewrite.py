@@ -30,6 +30,7 @@ from pissa.containers.checkpoint import RESIDUAL_KEY, Checkpoint
 from pissa.containers.messages import quote
 from pissa.containers.model_folder import Part
 from pissa.containers.recognise import CONFIG
+from pissa.containers.staged import write_text
 from pissa.containers.tensor_file import INDEX, WEIGHT_FILES, Layout
 from pissa.ops.checks import FLOATS
 from pissa.ops.formats import FORMATS
@@ -431,7 +432,7 @@ class Rewrite(ABC):
                 if path.is_file() and not path.name.startswith(".") and not path.name.endswith(WEIGHT_FILES):
                     shutil.copyfile(path, out.path(path.relative_to(folder).as_posix()))
         if self.source.stored.index is not None:
-            out.path(INDEX).write_text(self._index())
+            write_text(out.path(INDEX), self._index())
 
     def _index(self) -> str:
         names = [self.source.stored.written_as(path) for path in self.source.stored.paths]
@@ -453,7 +454,7 @@ class Rewrite(ABC):
             form, dtype, experts = packed[0].form, packed[0].dtype, self.plan.has_packed_experts
             config["quantization_config"] = quantization_config(form, dtype, self.plan.dense_linears, experts=experts)
         if config != self.source.config or self.source.files:
-            out.path(CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+            write_text(out.path(CONFIG), json.dumps(config, indent=2) + "\n")
         else:
             shutil.copyfile(self.source.folder / CONFIG, out.path(CONFIG))
 

@@ -69,7 +69,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = (sys.argv[1:] if argv is None else argv) or ["--help"]
     command = argv[0]
     if is_process and isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # answers, tables and paths, in a locale of ASCII or of one script
+        # Answers, tables and paths, in a locale of ASCII or of one script. Into a pipe or a file, Windows' Python would
+        # write such a locale's bytes, too; to the console it writes UTF-8.
+        encoding = "utf-8" if sys.platform == "win32" else None
+        sys.stdout.reconfigure(encoding=encoding, errors="replace")
     try:
         if command not in (*COMMANDS, "-h", "--help", "--version"):
             near = nearest(command, COMMANDS, ("--help", "--version"))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import yaml
 
-from pissa.containers.staged import staged
+from pissa.containers.staged import staged, write_text
 
 _CARD = """\
 ---
@@ -74,8 +74,7 @@ def write_card(
     words["where"] = f", in the folder that contains {here}" if here else ""
     words["results"] = "".join(f"\n{sentence}\n" for sentence in results)
     with staged(folder) as new:
-        # In a locale of ASCII, Python has not decoded names that are UTF-8.
-        new("README.md").write_text(_CARD.format(**words), encoding="utf-8", errors="surrogateescape")
+        write_text(new("README.md"), _CARD.format(**words))
 
 
 def _name(given: str) -> str:

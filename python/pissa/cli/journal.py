@@ -58,7 +58,7 @@ class Journal:
         self.answers[row] = answer
         with (
             user_errors(OSError, before="the answers cannot be kept: "),
-            open(self.path, "a", encoding="utf-8") as file,
+            open(self.path, "a", encoding="utf-8", newline="\n") as file,
         ):
             if file.tell() == 0:
                 file.write(f"{json.dumps(self._asked)}\n")

@@ -16,7 +16,8 @@ def peak_memory() -> int:
     process, or what is resident now, where the system does not know the peak."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    return peak_resident() or psutil.Process().memory_info().rss
+    now = psutil.Process().memory_info()
+    return peak_resident() or int(getattr(now, "peak_wset", now.rss))  # Windows' working set
 
 
 def free_memory() -> int:
@@ -25,5 +26,6 @@ def free_memory() -> int:
     free: int = psutil.virtual_memory().available
     group = Path("/sys/fs/cgroup")
     with suppress(OSError, ValueError):  # no such files, or no limit ("max")
-        free = min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+        limit, used = (int((group / name).read_bytes()) for name in ("memory.max", "memory.current"))
+        free = min(free, limit - used)
     return free

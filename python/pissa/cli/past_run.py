@@ -31,7 +31,9 @@ def check_no_run(folder: Path) -> None:
         return
     what, ways = "an adapter", []
     if run.is_file():
-        trains = "dpo" if "\nbeta:" in run.read_text(errors="replace") else "finetune"  # which has no such option
+        trains = (
+            "dpo" if "\nbeta:" in run.read_text(encoding="utf-8", errors="replace") else "finetune"
+        )  # which has no such option
         what, ways = "a run", [f"to continue it: `{resume_command(f'pissa {trains}', folder)}`"]
     if adapter := folder if has_adapter(folder) else last_checkpoint(folder):
         has_base = read_object(adapter / ADAPTER_CONFIG).get("base_model_name_or_path")

@@ -20,7 +20,7 @@ from pissa.cli.past_run import RUN_FILE, check_is_run
 from pissa.cli.terminal import UserError, user_errors
 from pissa.cli.training_options import AUTO
 from pissa.containers.messages import file_errors, read_object
-from pissa.containers.staged import check_unused, staged
+from pissa.containers.staged import check_unused, staged, write_text
 from pissa.distributed import RankError, agree, failing_together
 
 DATA_FILE = "data.json"
@@ -79,7 +79,7 @@ def _make(ours: Any, training: Any) -> list[Path]:
         out = _new_folder(f"{model.name}-{data.stem}")
         training.output_dir, folders = str(out), [out]
     try:
-        with open(out / RUN_FILE, "x", encoding="utf-8") as file:
+        with open(out / RUN_FILE, "x", encoding="utf-8", newline="\n") as file:
             file.write(_as_yaml(ours, training))
     except FileExistsError:
         raise ValueError(f"{out}: another run has just taken it; choose a new one [P065]") from None
@@ -127,8 +127,8 @@ def check_names(**names: str | None) -> None:
 def record(out: Path, digests: dict[str, str], *options: Any) -> None:
     """Writes run.yaml, which --config reads, once all options are known, and the digests of the data."""
     with staged(out) as new:
-        new(DATA_FILE).write_text(json.dumps(digests))
-        new(RUN_FILE).write_text(_as_yaml(*options), encoding="utf-8")
+        write_text(new(DATA_FILE), json.dumps(digests))
+        write_text(new(RUN_FILE), _as_yaml(*options))
 
 
 def check_same_run(out: Path, ours: Any, training: Any) -> None:
@@ -168,7 +168,7 @@ class Limits:
         """Writes them to the folder. Once a checkpoint has been made within new limits, the run goes on within them."""
         with staged(self._out) as new:
             text = yaml.safe_dump(_recorded(self._out) | self._values, sort_keys=False)
-            new(RUN_FILE).write_text(text, encoding="utf-8")
+            write_text(new(RUN_FILE), text)
 
 
 def digests_of(train: Any, held_out: Any) -> dict[str, str]:

@@ -27,7 +27,8 @@ def is_records(source: str) -> bool:
     if path.is_dir():
         return bool(_texts(path))
     has_extension = re.fullmatch(r"\.[a-z]{2,7}", path.suffix.lower())  # names on the Hub may end in .1
-    return path.is_file() or bool(has_extension) or source.startswith((".", "/", "~")) or source.count("/") > 1
+    looks_like_path = source.startswith((".", "/", "~")) or source.count("/") > 1 or "\\" in source or bool(path.drive)
+    return path.is_file() or bool(has_extension) or looks_like_path
 
 
 def records(source: str, columns: Mapping[str, str] | None = None, rows: Iterable[Any] | None = None) -> Records:

@@ -87,7 +87,7 @@ def _gguf_file(name: str, repository: str, tag: str | None, revision: str | None
         said = f"several files with {tag} in their names" if found else f"no GGUF file with {wanted} in its name"
         listed = ", ".join(sorted(models)) or "none"
         raise ValueError(f"{name}: the repository {repository} has {said}; it has {listed}: give org/name:TAG of one")
-    chosen = Path([*exact, *found][0])
+    chosen = PurePosixPath([*exact, *found][0])
     parts = [str(chosen.with_name(part)) for part in parts_of(chosen.name)]
     folder = _fetch(repository, "is not a model", [glob.escape(part) for part in parts], {"revision": revision})
     return folder / chosen

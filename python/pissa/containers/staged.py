@@ -36,7 +36,7 @@ def staged(folder: str | os.PathLike[str]) -> Iterator[Callable[[str], Path]]:
     """Writes files under temporary names, and renames them if the block ends without an error.
 
         with staged(folder) as path:
-            path("a.json").write_text(...)
+            write_text(path("a.json"), ...)
 
     All files are on the disk before the first is renamed. They are renamed in the order in which `path` named them.
     After an error, no new file is left, and no folder that was created here.
@@ -61,6 +61,12 @@ def staged(folder: str | os.PathLike[str]) -> Iterator[Callable[[str], Path]]:
             for path in made:
                 path.rmdir()
         raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file of UTF-8 whose lines end in "\\n" on every system: the same text is the same bytes. What of a name
+    Python could not decode, in a locale of ASCII, is written as it was."""
+    path.write_bytes(text.encode("utf-8", "surrogateescape"))
 
 
 def put_in_place(files: Mapping[Path, Path]) -> None:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from pissa.adapters.lora_folder import open_adapter, with_sizes
 from pissa.adapters.peft_layout import ADAPTER_WEIGHTS, Matrices, base_weight_key
 from pissa.containers.recognise import ADAPTER_CONFIG
-from pissa.containers.staged import check_unused, staged
+from pissa.containers.staged import check_unused, staged, write_text
 from pissa.containers.tensor_file import Scratch, write_tensors
 from pissa.conversion.plain_lora import PLAIN, PlainLora
 from pissa.ops.low_rank import Spectrum
@@ -103,7 +103,7 @@ def convert(
             tensors.put({key: folder.weights.read(key)})
         sizes = {name: (now, folder.factors[name].scaling) for name, (_, now) in ranks.items()}
         config = with_sizes(folder.config, sizes) | {"base_model_name_or_path": lora.base_name(base)}
-        new(ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True))
+        write_text(new(ADAPTER_CONFIG), json.dumps(config, indent=2, sort_keys=True))
         write_tensors(new(ADAPTER_WEIGHTS), tensors)
     return Conversion(lora.what, ranks, 1 - lost / energy if energy else 1.0)
 

@@ -19,6 +19,7 @@ from pissa.checkpoints.rewrite import Layers, Plan, Result, Rewrite, Unit, add_u
 from pissa.checkpoints.trained import Ours, read_weight
 from pissa.config import IMPLICIT
 from pissa.containers.recognise import ADAPTER_CONFIG
+from pissa.containers.staged import write_text
 from pissa.containers.tensor_file import Scratch, write_tensors
 from pissa.integrations.exported import MERGE, Exported
 
@@ -119,4 +120,4 @@ class ResidualExport(Rewrite):
             write_tensors(path, tensors)
         self.bytes_written += path.stat().st_size
         config = with_sizes(self.folder.config, sizes) | {"base_model_name_or_path": str(self.target)}
-        path.with_name(ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True))
+        write_text(path.with_name(ADAPTER_CONFIG), json.dumps(config, indent=2, sort_keys=True))

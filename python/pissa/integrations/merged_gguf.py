@@ -27,7 +27,7 @@ from pissa.containers.checkpoint import READ, Checkpoint, Contents
 from pissa.containers.gguf_file import parts_of
 from pissa.containers.gguf_model import GgufSource
 from pissa.containers.hub import Name
-from pissa.containers.staged import check_new, staged
+from pissa.containers.staged import check_new, staged, write_text
 from pissa.integrations.dense_gguf import TYPES, Text, describe, write
 from pissa.integrations.exported import MERGE, Exported, no_base
 from pissa.model.batches import Batch
@@ -93,9 +93,9 @@ def _dense(adapter: LoraFolder, checkpoint: Checkpoint, target: Path, type: str 
             write(new(target.name), Checkpoint.open(folder), tokenizer, texts, type)
         except ValueError as error:
             raise _not_written(checkpoint, adapter, error) from error
-        made = Checkpoint.open(new(target.name))
-        size = made.folder.stat().st_size
-        new(modelfile).write_text(_modelfile(target.name, made, adapter.path), encoding="utf-8")
+        size = new(target.name).stat().st_size
+        # Nothing keeps that file open: Windows would not rename it.
+        write_text(new(modelfile), _modelfile(target.name, Checkpoint.open(new(target.name)), adapter.path))
     return Exported(
         what=merged.what,
         layers=merged.layers,
@@ -186,7 +186,7 @@ def _in_codes(
         for doubt in trained.doubts():
             warnings.warn(doubt, stacklevel=3)
         size = sum(handle.seek(0, 2) for handle in handles.values())
-        new(modelfile).write_text(_modelfile(names[0], checkpoint, adapter.path), encoding="utf-8")
+        write_text(new(modelfile), _modelfile(names[0], checkpoint, adapter.path))
     kept = Kept.of(add_up(results.values()))
     return Exported(
         what=trained.what,

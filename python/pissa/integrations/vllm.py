@@ -18,7 +18,7 @@ from pissa.containers.checkpoint import Checkpoint
 from pissa.containers.hub import Name
 from pissa.containers.messages import quote
 from pissa.containers.recognise import ADAPTER_CONFIG
-from pissa.containers.staged import check_unused, staged
+from pissa.containers.staged import check_unused, staged, write_text
 from pissa.containers.tensor_file import Scratch, write_tensors
 from pissa.conversion.plain_lora import PlainLora
 from pissa.integrations.exported import MERGE, Exported, read_factors
@@ -62,7 +62,7 @@ def export_lora(adapter: LoraFolder, base: Name | None, target: Path) -> Exporte
             **dict.fromkeys(("target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern")),
             "base_model_name_or_path": model,
         }
-        new(ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True))
+        write_text(new(ADAPTER_CONFIG), json.dumps(config, indent=2, sort_keys=True))
         write_tensors(new(ADAPTER_WEIGHTS), tensors)
         count = len(tensors) // 2
     return Exported(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -21,7 +22,7 @@ for path in package.rglob("*.py"):
     for node in ast.walk(ast.parse(path.read_text())):
         named = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         for name in [*named, getattr(node, "module", None) or ""]:
-            optional = ("llama_cpp", "deepspeed", "fcntl", "resource", "readline")
+            optional = ("llama_cpp", "deepspeed", "fcntl", "msvcrt", "resource", "readline")
             if name and not name.startswith(("pissa", *optional)):
                 importlib.import_module(name)
 
@@ -62,3 +63,18 @@ def test_only_one_module_calls_what_other_systems_lack(system: str, calls: set[s
     command = [sys.executable, "-m", "mypy", *options]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert set(re.findall(r"^(.+?):\d+: error", run.stdout, flags=re.MULTILINE)) == calls, run
+
+
+def test_texts_are_the_same_bytes_on_every_system() -> None:
+    """Windows' Python would write the line break of Windows, and read and write a locale's characters: files that are
+    read elsewhere come from staged.write_text, and what is opened as text says both."""
+    for path in (ROOT / "python/pissa").rglob("*.py"):
+        for call in filter(lambda node: isinstance(node, ast.Call), ast.walk(ast.parse(path.read_text("utf-8")))):
+            name, given = ast.unparse(call.func).rpartition(".")[2], {option.arg for option in call.keywords}
+            where = f"{path.relative_to(ROOT)}:{call.lineno}: {ast.unparse(call)}"
+            if name == "write_text":
+                assert isinstance(call.func, ast.Name), f"{where}; allowed: staged.write_text"
+            if name == "read_text":
+                assert "encoding" in given, f"{where}; needed: encoding"
+            if name == "open" and (modes := [a.value for a in call.args if isinstance(getattr(a, "value", None), str)]):
+                assert "b" in modes[-1] or {"encoding", "newline"} <= given, f"{where}; needed: encoding, newline"
