@@ -3,6 +3,7 @@ away on Linux; others run on Windows' Python under Wine. No Mac has been tried."
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import sys
@@ -11,6 +12,9 @@ from pathlib import Path
 
 _MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0
 """Python has a name for it since 3.13."""
+
+_LOCKED = (errno.EAGAIN, errno.EACCES, 0)
+"""Errors of a lock that another process has: of flock, of Windows, of Wine."""
 
 
 def allocate(file: int, size: int) -> None:
@@ -56,8 +60,10 @@ def lock(file: int) -> bool:
             import fcntl
 
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (ImportError, OSError) as error:
-        return not isinstance(error, BlockingIOError | PermissionError)
+    except ImportError:
+        return True
+    except OSError as error:
+        return error.errno not in _LOCKED
     return True
 
 

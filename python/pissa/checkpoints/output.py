@@ -142,6 +142,7 @@ class Output:
     def finish(self) -> None:
         """Moves all files to their final places. Raises the errors of the class."""
         self._wait()
+        self._close_files()  # Windows renames no open file
         agree()
         if rank() == 0:
             self._place()
@@ -258,12 +259,15 @@ class Output:
 
     def _close(self) -> None:
         self._thread.shutdown()
-        for file in self._opened.values():
-            file.close()
-        self._opened.clear()
+        self._close_files()
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+    def _close_files(self) -> None:
+        for file in self._opened.values():
+            file.close()
+        self._opened.clear()
 
 
 def _holds(path: Path, layout: Layout) -> bool:

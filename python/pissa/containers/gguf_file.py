@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from pissa.base.digest import xxh3
-from pissa.containers.messages import file_errors, quote
+from pissa.containers.messages import quote
 from pissa.containers.recognise import is_gguf
 from pissa.containers.tensor_file import Entry, MappedFile
 from pissa.ops.formats import READ, QuantFormat
@@ -52,7 +52,7 @@ class GgufFile(MappedFile):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        with file_errors(path, self.remedy):
+        with self._header_errors():
             reader = _Reader(self._map)
             tensors, values = reader.numbers("QQ")
             self.metadata: dict[str, Any] = {}

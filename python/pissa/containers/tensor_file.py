@@ -10,7 +10,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -111,6 +111,17 @@ class MappedFile:
     def _check(self) -> None:
         """Checks the file before it is mapped. The caller's block is one of `file_errors`."""
 
+    @contextmanager
+    def _header_errors(self) -> Iterator[None]:
+        """`file_errors` for the block that reads the mapped header. A file that is refused is mapped no longer: while
+        the error is shown, as in a notebook, Windows would let no copy take its place."""
+        try:
+            with file_errors(self.path, self.remedy):
+                yield
+        except Exception:
+            self._map.close()
+            raise
+
     @property
     def digest(self) -> str:
         """The XXH3-128 of the header."""
@@ -173,7 +184,7 @@ class TensorFile(MappedFile):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        with file_errors(path, self.remedy):
+        with self._header_errors():
             start = 8 + int.from_bytes(self._map[:8], "little")
             self._header = self._map[8:start].decode()
             header = json.loads(self._header)

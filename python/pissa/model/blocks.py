@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from os.path import commonpath
+from posixpath import commonpath
 from typing import Any, NamedTuple
 
 import torch
