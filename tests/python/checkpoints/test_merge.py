@@ -16,12 +16,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+import bnb_layers  # noqa: F401  # for the values of nested scales on Windows
 import pissa
 from architectures import ARCHITECTURES
 from checkpoint_folders import tensors_of
 from daily import each
 from interrupted import Interrupted
 from language_models import Make, assert_equal, error, logits, moved
+from mapped_files import read_tensors
 from peft_adapters import save_subtracted, train_on_residual, train_pissa
 from pissa import notices
 from pissa.base.bitsandbytes import from_state
@@ -363,7 +365,7 @@ def refuses(message: str, adapter: Path, source: Path, target: Path, **options: 
 
 def spoil(folder: Path, change: Callable[[Tensor], Tensor], name: str) -> None:
     for path in folder.glob("*.safetensors"):
-        tensors = load_file(path)
+        tensors = read_tensors(path)
         if name in tensors:
             save_file(tensors | {name: change(tensors[name]).contiguous()}, path, {"format": "pt"})
 
@@ -446,7 +448,7 @@ def test_what_has_no_place_in_the_checkpoint(tiny_llama: Make, tmp_path: Path) -
     peft.get_peft_model(load(tmp_path / "base"), lora).save_pretrained(tmp_path / "twice")
     weight = {"base_model.model.model.layers.0.self_attn.q_proj.weight": torch.zeros(64, 64)}
     path = tmp_path / "twice" / "adapter_model.safetensors"
-    save_file(load_file(path) | weight, path)
+    save_file(read_tensors(path) | weight, path)
     refuses(r"q_proj\.weight' is changed for .*q_proj and ", tmp_path / "twice", tmp_path / "base", tmp_path / "out")
 
 
@@ -475,7 +477,7 @@ def test_a_run_does_not_go_on_by_another_plan(base: Path, tmp_path: Path, monkey
     for what, folder in {"initial": tmp_path / "residual" / "pissa_init", "adapter": adapter}.items():
         weights = folder / "adapter_model.safetensors"
         was = weights.stat()
-        os.utime(weights, ns=(was.st_atime_ns, was.st_mtime_ns + 1))
+        os.utime(weights, ns=(was.st_atime_ns, was.st_mtime_ns + 100))
         with pytest.raises(ValueError, match=rf"another plan: {what} adapter_model\.safetensors was"):
             merge(adapter, base, tmp_path / "out")
         os.utime(weights, ns=(was.st_atime_ns, was.st_mtime_ns))

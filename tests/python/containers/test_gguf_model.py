@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 
 import gguf_fixtures
 from hub_cache import HubCache
+from mapped_files import unmap_unused
 from pissa import notices
 from pissa.checkpoints.load import mapped_model
 from pissa.containers.checkpoint import Checkpoint, Contents, ModelFolder
@@ -115,7 +117,7 @@ def test_unknown_divisors_of_frequencies_are_taken_as_they_are(tmp_path: Path, m
 )
 def test_what_contradicts_itself_is_refused(extra: dict[str, Any], words: str, tmp_path: Path) -> None:
     path = written("qwen3", tmp_path, **extra)
-    with pytest.raises(ValueError, match=rf"{path}.*({words})"):
+    with pytest.raises(ValueError, match=rf"{re.escape(str(path))}.*({words})"):
         mapped_model(Checkpoint.open(path), None)
 
 
@@ -128,6 +130,7 @@ def test_changed_headers_are_read_or_refused(kind: str, tmp_path: Path) -> None:
         changed = bytearray(content)
         for _ in range(choice.randint(1, 3)):
             changed[choice.randrange(24, end)] = choice.randrange(256)
+        unmap_unused()
         path.write_bytes(changed)
         said = str(path)
         try:
@@ -187,7 +190,7 @@ def test_the_tokenizer_is_the_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize("length", ["long", [128]])
 def test_a_context_that_is_no_number_is_refused(length: Any, tmp_path: Path) -> None:
     path = written("qwen3", tmp_path, **{"qwen3.context_length": length})
-    with pytest.raises(ValueError, match=rf"^{path} cannot be read: .*config_from="):
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(path))} cannot be read: .*config_from="):
         tokenizer_of(GgufFile(path))
 
 

@@ -52,8 +52,8 @@ def test_every_tensor_has_its_checksum(tmp_path: Path) -> None:
     assert all(torch.equal(file.read(name), tensors[name]) for name in tensors)
     content = bytearray((tmp_path / "file").read_bytes())
     content[-1] ^= 1
-    (tmp_path / "file").write_bytes(content)
-    file = TensorFile(tmp_path / "file")
+    (tmp_path / "damaged").write_bytes(content)
+    file = TensorFile(tmp_path / "damaged")
     *whole, last = file.entries
     for name in whole:
         file.read(name)
@@ -69,7 +69,7 @@ def test_a_file_that_the_system_does_not_map_is_not_called_damaged(
 
     write_tensors(tmp_path / "file", {"x": torch.ones(2)})
     monkeypatch.setattr(mmap, "mmap", refuse)
-    with pytest.raises(OSError, match=r"Cannot allocate memory: .*, \d+ bytes, cannot be mapped.*overcommit.*/file'$"):
+    with pytest.raises(OSError, match=r"Cannot allocate memory: .*, \d+ bytes, cannot be mapped.*overcommit.*file'$"):
         TensorFile(tmp_path / "file")
 
 

@@ -8,13 +8,13 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import pissa
 from damage import write_marked
 from devices import fetch, put
 from language_models import error
+from mapped_files import read_tensors
 from one_layer import OneLayer, adapted, filled
 from oracle import assert_papers_function, base64, change64, change_a_little, deltas64
 from pissa import ops
@@ -145,7 +145,7 @@ def test_files_without_what_the_residual_lacks_are_refused(tmp_path: Path) -> No
     """Or with a part of it in another shape; the record says its rank."""
     wrapped("nf4", "pissa", 2, "pissa").save_pretrained(tmp_path)
     path = tmp_path / "pissa.safetensors"
-    tensors = load_file(path)
+    tensors = read_tensors(path)
     assert tensors.keys() == {f"proj.{name}" for name in ("delta_a", "delta_b", "a0", "b0", "recipe.a", "recipe.b")}
     for value in (None, torch.zeros(R + 1, IN)):
         damaged = {name: value if name.endswith("recipe.a") else tensor for name, tensor in tensors.items()}

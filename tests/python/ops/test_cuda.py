@@ -18,6 +18,8 @@ from pissa.ops import _load, checks
 
 LIBRARY = "libpissa_cuda13.so"
 
+linux = pytest.mark.skipif(sys.platform != "linux", reason="the library is built for Linux alone")
+
 
 @pytest.fixture
 def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -50,6 +52,7 @@ def test_beside_another_torch_the_library_is_not_touched(
     assert reason in _load._load_cuda(library)
 
 
+@linux
 def test_what_keeps_the_library_from_loading_is_kept(library: Path) -> None:
     problem = _load._load_cuda(library)
     assert problem.startswith("pissa's CUDA library could not be loaded: ")
@@ -57,6 +60,7 @@ def test_what_keeps_the_library_from_loading_is_kept(library: Path) -> None:
     assert "`pip install nvidia-cublas nvidia-cusolver`" in problem
 
 
+@linux
 def test_the_library_is_loaded_beside_a_torch_for_cuda_13(library: Path) -> None:
     """A library of torch's own stands for it: it links what is in the process already."""
     shutil.copy(Path(torch.__file__).parent / "lib" / "libtorch.so", library)

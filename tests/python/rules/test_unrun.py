@@ -1,4 +1,4 @@
-"""The table of the tests that the stand-in for a GPU does not run names tests that there are."""
+"""The tables of the tests that a stand-in for a GPU or for Windows does not run name tests that there are."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import unrun
 TESTS = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("name", [*unrun.FAILS, *unrun.ABORTS])
+@pytest.mark.parametrize("name", [*unrun.FAILS, *unrun.ABORTS, *unrun.ABORTS_UNDER_WINE])
 def test_it_is_there(name: str) -> None:
     file, function = name.split("::")
     tree = ast.parse((TESTS / file).read_text())

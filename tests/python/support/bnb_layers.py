@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from typing import Any
 
@@ -11,10 +12,16 @@ from torch import Tensor
 
 from devices import fetch, put
 from one_layer import filled
+from pissa.base import bitsandbytes_state
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of kernels that it could download
     import bitsandbytes as bnb
+
+if sys.platform == "win32":
+    # torch for Windows rounds linspace otherwise, in a bit, and so bitsandbytes its values of nested scales. Ours are
+    # Linux's.
+    bnb.functional.name2qmap["dynamic"] = bitsandbytes_state._nested_map()
 
 # Blocks of 64 in whole rows: on a CPU bitsandbytes 0.50.2 decodes nothing else rightly.
 IN, OUT, R = 128, 64, 4

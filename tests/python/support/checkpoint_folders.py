@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import mixtures
+from mapped_files import read_tensors
 
 SIZES = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
 HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64}
@@ -74,7 +75,7 @@ def save(
 def change_tensors(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
     """Writes model.safetensors anew with what `change` makes of its tensors."""
     path = folder / "model.safetensors"
-    save_file({name: value.contiguous() for name, value in change(load_file(path)).items()}, path, {"format": "pt"})
+    save_file({name: value.contiguous() for name, value in change(read_tensors(path)).items()}, path, {"format": "pt"})
 
 
 def change_config(folder: Path, **fields: Any) -> None:

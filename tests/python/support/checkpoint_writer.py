@@ -95,7 +95,8 @@ def write_batch(out: Output, file: str, name: str) -> None:
 
 def content(folder: Path) -> dict[str, bytes]:
     """The bytes of all files below the folder."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 CALLS = ("open", "write", "ftruncate", "posix_fallocate", "fsync", "fdatasync", "replace", "mkdir", "unlink", "rmdir")

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import pissa
 from language_models import assert_same, logits, snapshot, train
+from mapped_files import read_tensors, unmap_unused
 from pissa import PissaConfig, PissaModel, notices
 from pissa.adapters.pissa_layout import MARK, checksum
 from pissa.containers.tensor_file import TensorFile, write_tensors
@@ -49,6 +49,7 @@ class Saved:
 
     def reset(self) -> None:
         """The folder as it was saved."""
+        unmap_unused()
         for name, content in self.content.items():
             path = self.folder / name
             if path.is_symlink() or not path.is_file() or path.stat().st_size != len(content):
@@ -99,6 +100,7 @@ class Saved:
 
 
 def remove(path: Path) -> None:
+    unmap_unused()
     if not path.is_symlink() and path.is_dir():
         shutil.rmtree(path)
     else:
@@ -224,7 +226,7 @@ TENSORS = (filled, recast, reshaped, renamed, added)
 def damage_tensors(saved: Saved, damage: Callable[..., str], dice: random.Random) -> None:
     """One tensor damaged by one of `TENSORS`; the checksums are those of what is left."""
     saved.reset()
-    tensors = load_file(saved.folder / STARTS)
+    tensors = read_tensors(saved.folder / STARTS)
     blamed = damage(tensors, dice.choice(sorted(tensors)), dice)
     write_marked(saved.folder, tensors)
     saved.attempt(STARTS, repr(blamed), refused=True)
@@ -232,6 +234,7 @@ def damage_tensors(saved: Saved, damage: Callable[..., str], dice: random.Random
 
 def write_marked(folder: Path, tensors: dict[str, Tensor]) -> None:
     """Writes pissa.safetensors with other tensors."""
+    unmap_unused()
     write_tensors(folder / STARTS, tensors, {MARK: TensorFile(folder / STARTS).metadata[MARK]})
 
 
@@ -243,4 +246,5 @@ def write_record(folder: Path, record: dict[str, Any]) -> None:
 
 def write_text(folder: Path, text: str) -> None:
     """Writes pissa.safetensors with another text as its record."""
-    write_tensors(folder / STARTS, load_file(folder / STARTS), {MARK: text})
+    unmap_unused()
+    write_tensors(folder / STARTS, read_tensors(folder / STARTS), {MARK: text})

@@ -13,6 +13,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from mapped_files import unmap_unused
+
 Kind = Callable[[str, Tensor], str]
 """The type of a tensor, by its name there and its values."""
 
@@ -120,6 +122,7 @@ def write(model: Any, kind: str, path: Path, types: Kind = floats, extra: Mappin
     """Writes the model, the types of its tensors by their names in transformers. Returns the model of the weights that
     the file has, decoded."""
     architecture, _, _ = MODELS[kind]
+    unmap_unused()
     writer = gguf.GGUFWriter(path, architecture)
     for name, value in {**metadata(model.config, architecture), **(extra or {})}.items():
         if isinstance(value, list):

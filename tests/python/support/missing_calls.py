@@ -31,6 +31,10 @@ MODULES = ("fcntl", "resource")
 CALLS = (*ATTRIBUTES, *MODULES, "/proc", "unlinked")
 """All of them. "unlinked": an open file cannot be removed."""
 
+LACKING = {*CALLS, "fork", "mkfifo", "symlink", "torchrun"} - {"fcntl"} if sys.platform == "win32" else set()
+"""What this system lacks, with calls that only tests use. Windows has locks of its own, and lets only administrators
+make symbolic links; torch is built without libuv there, with which torchrun starts."""
+
 
 def take_away(calls: Iterable[str], patch: pytest.MonkeyPatch) -> None:
     """Takes away calls of that list, until `patch` is undone."""

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import checkpoint_folders
 import mixtures
+from mapped_files import read_tensors
 from pissa import ops
 
 METHODS = {
@@ -89,7 +90,7 @@ def release(model: nn.Module, layout: str | None, folder: Path, experts: str | N
     and its experts in their own, if it is another. Returns the model of the weights that these are."""
     model.bfloat16().save_pretrained(folder)
     state, dense = {}, {}
-    for name, tensor in load_file(folder / "model.safetensors").items():
+    for name, tensor in read_tensors(folder / "model.safetensors").items():
         # transformers writes Kimi's blocks of language under the name of those of vision.
         name = name.replace("language_model.model.blocks", "language_model.model.layers")
         own = experts or layout if ".experts." in name else layout

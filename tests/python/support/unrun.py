@@ -1,11 +1,15 @@
-"""The tests of a GPU that its stand-in does not run: `pytest --device cuda-stand-in`. They have only been read until a
-GPU runs them by `--device cuda`.
+"""The tests that a stand-in does not run: that for a GPU (`pytest --device cuda-stand-in`), and Wine, in the place of
+Windows. They have only been read until a GPU runs them by `--device cuda`, or Windows.
 
 A test in `FAILS` is run and has to fail: one that passes is an error, and so is one that is not there any more
 (rules/test_unrun.py).
 """
 
 from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Mapping
 
 import pytest
 import torch
@@ -35,13 +39,25 @@ ABORTS = {
 }
 """Why a test would end the process there. The others of ops/test_fake_cuda.py have what of it can be had."""
 
+_BACKWARD = "an exception of Python in a backward pass ends the process: of torch alone, too"
 
-def mark(items: list[pytest.Item]) -> None:
+ABORTS_UNDER_WINE = {
+    "ops/test_checkpointed.py::test_a_factor_that_has_changed_is_noticed": _BACKWARD,
+    "ops/test_ops_linear.py::test_second_derivatives_are_refused": _BACKWARD,
+}
+"""The same under Wine 10."""
+
+
+def under_wine() -> bool:
+    return sys.platform == "win32" and hasattr(ctypes.WinDLL("ntdll"), "wine_get_version")
+
+
+def mark(items: list[pytest.Item], fails: Mapping[str, str], aborts: Mapping[str, str]) -> None:
     """Expects those in the tables to fail."""
     for item in items:
         name = f"{item.path.parent.name}/{item.path.name}::{getattr(item, 'originalname', item.name)}"
-        if name in ABORTS:
-            item.add_marker(pytest.mark.xfail(reason=ABORTS[name], run=False))
-        elif name in FAILS:
+        if name in aborts:
+            item.add_marker(pytest.mark.xfail(reason=aborts[name], run=False))
+        elif name in fails:
             # A build of torch for CUDA, even without a GPU, may take what one for CPUs refuses.
-            item.add_marker(pytest.mark.xfail(reason=FAILS[name], strict=torch.version.cuda is None))
+            item.add_marker(pytest.mark.xfail(reason=fails[name], strict=torch.version.cuda is None))
