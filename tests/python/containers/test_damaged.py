@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import LlamaConfig
 
 import fuzzing
@@ -36,7 +36,7 @@ from damage import (
     write_record,
     write_text,
 )
-from mapped_files import unmap_unused
+from mapped_files import read_tensors, unmap_unused
 from pissa import PissaModel
 from pissa.adapters.pissa_layout import MARK
 from pissa.containers.checkpoint import Contents, ModelFolder
@@ -198,8 +198,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "newer format": (newer, "cannot be read: format 3 of pissa"),
     "a word of the record": (one_word, "cannot be read: xxh3 is not the checksum"),
     "a bit on the disk": (flip_last_bit, "v_proj.delta_b' is damaged"),
-    "no record": (lambda path: save_file(load_file(path), path), "another program has written it"),
-    "no checksums": (lambda path: save_file(load_file(path), path, {MARK: "{}"}), "has no checksums of its "),
+    "no record": (lambda path: save_file(read_tensors(path), path), "another program has written it"),
+    "no checksums": (lambda path: save_file(read_tensors(path), path, {MARK: "{}"}), "has no checksums of its "),
 }
 
 
