@@ -140,7 +140,8 @@ def test_wrap_copies_no_packed_weight(packed: Path) -> None:
     places = {name: module.weight.data_ptr() for name, module in base.named_modules() if hasattr(module, "quant_state")}
     layers = pissa_layers(pissa.wrap(base, r=R).base_model.model)
     assert {name: layer.base_layer.weight.data_ptr() for name, layer in layers.items()} == places
-    assert all(is_mapped(layer.base_layer.weight, packed / "model.safetensors") for layer in layers.values())
+    if sys.platform != "win32":  # where transformers reads weights instead of mapping them
+        assert all(is_mapped(layer.base_layer.weight, packed / "model.safetensors") for layer in layers.values())
 
 
 @pytest.mark.nightly
