@@ -95,6 +95,6 @@ def peak_resident() -> int:
     return 0
 
 
-def busy_cores() -> float:
-    """How many cores programs kept busy in the last minute. Without getloadavg (Windows) it is NaN, for unknown."""
-    return os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
+def busy_cores() -> float | None:
+    """How many cores programs kept busy in the last minute. Without getloadavg (Windows) it is unknown."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None

@@ -36,16 +36,16 @@ def environment() -> dict[str, Any]:
     import pissa
     from pissa.ops._load import FORCED
 
-    least, info = needed(), pissa.build_info()
+    least, info, libc = needed(), pissa.build_info(), platform.libc_ver()
     versions = {name: _version(name) for name in (*least, "bitsandbytes")}
     report: dict[str, Any] = {
         "pissa": pissa.__version__,
         "platform": platform.platform(),
-        "libc": " ".join(platform.libc_ver()),
+        **({"libc": " ".join(libc)} if any(libc) else {}),
         "python": platform.python_version(),
         **{name: version or "not installed" for name, version in versions.items()},
         "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
-        "cores": f"{os.cpu_count()}; in the last minute programs kept {busy_cores():.1f} of them busy",
+        "cores": _cores(),
         **{f"build: {key}": value for key, value in info.items() if key not in ("version", "cuda")},
         "cuda": _cuda(info["cuda"]),
         **{name: value for name, value in sorted(os.environ.items()) if name.startswith("PISSA_")},
@@ -61,6 +61,12 @@ def environment() -> dict[str, Any]:
     elif missing:
         verdict = f"pissa.ops works; for models also run `pip install {' '.join(missing)}`, or install pissa[cli]"
     return report | {"fits": not old, "verdict": verdict}
+
+
+def _cores() -> str:
+    """Their number, and how many are busy, where the system knows."""
+    busy = busy_cores()
+    return f"{os.cpu_count()}" + ("" if busy is None else f"; in the last minute programs kept {busy:.1f} of them busy")
 
 
 def _cuda(build: dict[str, Any] | None) -> str:

@@ -17,7 +17,8 @@ def peak_memory() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     now = psutil.Process().memory_info()
-    return peak_resident() or int(getattr(now, "peak_wset", now.rss))  # Windows' working set
+    on_windows = int(getattr(now, "peak_wset", 0))  # its working set. Wine has a /proc, but of another process.
+    return on_windows or peak_resident() or now.rss
 
 
 def free_memory() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -38,4 +39,4 @@ def test_a_checkpoint_is_written_and_read(missing: str, tmp_path: Path, monkeypa
         assert all(torch.equal(source.read(name), tensor) for name, tensor in expected.items())
         source.release(source.names)
     assert peak_memory() > 10**7
-    assert "of them busy" in environment()["cores"]
+    assert environment()["cores"].endswith("of them busy" if hasattr(os, "getloadavg") else str(os.cpu_count()))
