@@ -6,7 +6,10 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import shlex
+import subprocess
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -93,6 +96,25 @@ def peak_resident() -> int:
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return 0
+
+
+def shell(*words: str) -> str:
+    """Words as a command to type. The shells of Windows know no single quotes, but double ones."""
+    return subprocess.list2cmdline(words) if sys.platform == "win32" else shlex.join(words)
+
+
+def run_instead(program: str, arguments: list[str], environment: Mapping[str, str]) -> int:
+    """Runs a program in place of this process, and on Windows below it, and returns its exit status: an exec there ends
+    this process with 0 at once, and the program runs on."""
+    command = [program, *arguments]
+    if sys.platform != "win32":
+        os.execve(program, command, environment)
+    return subprocess.run(command, env=environment, check=False).returncode
+
+
+def is_broken_pipe(error: OSError) -> bool:
+    """Whether what read the output has ended. Windows says EINVAL."""
+    return isinstance(error, BrokenPipeError) or (sys.platform == "win32" and error.errno == errno.EINVAL)
 
 
 def busy_cores() -> float | None:

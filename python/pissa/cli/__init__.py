@@ -15,6 +15,7 @@ from pissa.cli.early_checks import check_adapter, check_model, check_trained, ch
 from pissa.cli.terminal import Parser, UserError, busy_with, silence_third_parties
 from pissa.cli.training_options import nearest, unknown_option
 from pissa.containers.staged import CompletedError
+from pissa.system import is_broken_pipe
 
 # The commands and their help texts, by what they are for. Each command is a module of the same name, or what `_HOMES`
 # names. It has `run(args)` and either `add_arguments(parser)` or the `trainer` of TRL whose options it takes. It is
@@ -96,7 +97,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             message = f"needs {error.name}, which is not installed: {how}"
         elif "pip install" not in message:
             raise
-    except BrokenPipeError:  # what read the output, such as `head`, has ended
+    except OSError as error:
+        if not is_broken_pipe(error):  # what read the output, such as `head`, has ended
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it at the end
         return 141
     except KeyboardInterrupt as stop:

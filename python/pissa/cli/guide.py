@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -16,6 +15,7 @@ from pissa.cli.terminal import (
     silence_third_parties,
     user_errors,
 )
+from pissa.system import shell
 
 _MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _yes = number(lambda text: text.lower()[:1], "yes or no", lambda letter: letter in ("y", "n"))
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     _, of_data = _ask("Your data: a file of questions and answers, or of texts", _read)
     minutes, _ = _ask("Minutes that the training may take [30]", minutes_of, "30")
     command = ["finetune", "--model", name, "--minutes", minutes, *of_data, *of_model]
-    print(f"\npissa {shlex.join(command)}\n")
+    print(f"\npissa {shell(*command)}\n")
     _, is_wanted = _ask("Start it? yes or no [yes]", _yes, "yes")
     if is_wanted == "n":
         return 0

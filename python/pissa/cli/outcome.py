@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shlex
+import os
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePath
@@ -17,6 +17,7 @@ from pissa.cli.run_folder import DATA_FILE
 from pissa.cli.score import RIGHT
 from pissa.cli.terminal import as_size, format_table, print_row
 from pissa.containers.checkpoint import Contents
+from pissa.system import shell
 
 
 def method_name(ours: Any, config: pissa.PissaConfig) -> str:
@@ -55,9 +56,9 @@ def results(history: Sequence[Mapping[str, Any]], answers: HeldOutAnswers) -> It
 
 def further(run: str, model: str, contents: Contents) -> dict[str, str]:
     """The commands after which other programs have the trained model, and what each gives."""
-    file = shlex.join(["pissa", "export", run, f"{run.rstrip('/')}.gguf", "--to", "gguf-model"])
+    file = shell("pissa", "export", run, f"{run.rstrip('/' + os.sep)}.gguf", "--to", "gguf-model")
     of_split = ["--base", model] if contents is Contents.RESIDUAL else []  # the adapter names what was split
-    merge = shlex.join(["pissa", "merge", run, "NEW_FOLDER", *of_split])
+    merge = shell("pissa", "merge", run, "NEW_FOLDER", *of_split)
     if contents is Contents.GGUF:
         return {file: "one file for Ollama, LM Studio and llama.cpp"}
     if contents is Contents.DENSE:
@@ -72,7 +73,7 @@ def _predict(run: str, ours: Any) -> str:
     if question := {"question", "prompt"} & set(ours.columns or ()):
         [name] = question
         command += ["--columns", f"{name}={ours.columns[name]}"]
-    return shlex.join(command)
+    return shell(*command)
 
 
 def report(
@@ -100,7 +101,7 @@ def report(
         print_row("note", inexact_lora([ours.quant]))
     if contents is Contents.RESIDUAL:
         print_row("note", f"pissa.load({model!r}, adapter={out!r}) has it exactly")
-    print_row("next", f"pissa chat {shlex.quote(out)}")
+    print_row("next", f"pissa chat {shell(out)}")
     if score:
         print_row("", f"{_predict(out, ours)}  # a table of new questions, answered")
     for command, what in further(out, model, contents).items():

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 from pathlib import Path
 
 from pissa.cli.terminal import UserError
 from pissa.containers.messages import quote, read_object
 from pissa.containers.recognise import ADAPTER_CONFIG, has_adapter, has_model
+from pissa.system import shell
 
 RUN_FILE = "run.yaml"
 """The file with the options of a run."""
@@ -38,13 +38,13 @@ def check_no_run(folder: Path) -> None:
     if adapter := folder if has_adapter(folder) else last_checkpoint(folder):
         has_base = read_object(adapter / ADAPTER_CONFIG).get("base_model_name_or_path")
         words = ["pissa", "merge", str(adapter), "NEW_FOLDER", *([] if has_base else ["--base", "BASE"])]
-        ways.append(f"to train on from what it has learned: `{shlex.join(words)}`, then give NEW_FOLDER as the model")
+        ways.append(f"to train on from what it has learned: `{shell(*words)}`, then give NEW_FOLDER as the model")
     raise ValueError(f"it is the folder of {what}, not of a model; {'; '.join(ways)} [P128]")
 
 
 def resume_command(command: str, out: Path) -> str:
     """What to type, so that a run of `command`, such as "pissa finetune", goes on."""
-    return f"{command} --config {shlex.quote(str(out / RUN_FILE))} --resume"
+    return f"{command} --config {shell(str(out / RUN_FILE))} --resume"
 
 
 def last_checkpoint(out: Path) -> Path | None:

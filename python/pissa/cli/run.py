@@ -1,7 +1,7 @@
 """`pissa run`: runs another program, with `pissa.integrations.peft` enabled in it.
 
-The program replaces this process. PYTHONPATH begins with the folder `startup`. Therefore the program's Python, or the
-Python that it starts, finds `startup/peft.py` when it imports peft.
+The program replaces this process, where the system can do that. PYTHONPATH begins with the folder `startup`. Therefore
+the program's Python, or the Python that it starts, finds `startup/peft.py` when it imports peft.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import sys
 
 from pissa.cli.startup import peft
 from pissa.cli.terminal import UserError, user_errors
+from pissa.system import run_instead
 
 _ALLOWED = "give a command, a .py file, or -m MODULE, and its arguments: pissa run -- trl sft --config run.yaml"
 
@@ -45,4 +46,4 @@ def run(args: argparse.Namespace) -> int:
     shown = " ".join(program[:2] if program[0] == "-m" else program[:1])
     print(f"pissa run: PEFT's PiSSA and LoRA on 4-bit layers are pissa's in {shown}", file=sys.stderr, flush=True)
     with user_errors(OSError, before=f"{shown}: "):
-        os.execve(executable, [executable, *arguments], environment)
+        return run_instead(executable, arguments, environment)

@@ -3,7 +3,6 @@ file."""
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -21,6 +20,7 @@ from pissa.containers.messages import quote
 from pissa.containers.staged import check_new, staged
 from pissa.conversion.plain_lora import PlainLora
 from pissa.integrations.exported import MERGE, Exported, no_base, read_factors
+from pissa.system import shell
 
 _WITHOUT_LORA = {"per_layer_model_proj.weight", "per_layer_token_embd.weight"}
 """Weights of Gemma 4 with which llama.cpp computes without an adapter. It says nothing about that."""
@@ -68,7 +68,7 @@ def export_lora(adapter: LoraFolder, base: Name | None, target: Path) -> Exporte
         layers=lora.layers,
         written=f"a LoRA of rank {rank} in GGUF, architecture {architecture}",
         bytes_written=target.stat().st_size,
-        load=shlex.join(["llama-cli", "-m", str(checkpoint.folder), "--lora", str(target)]),
+        load=shell("llama-cli", "-m", str(checkpoint.folder), "--lora", str(target)),
     )
 
 

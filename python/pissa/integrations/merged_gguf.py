@@ -4,7 +4,6 @@ adapter changes a weight. From any other base: a new file of the merged model.""
 from __future__ import annotations
 
 import json
-import shlex
 import shutil
 import warnings
 from collections.abc import Iterable
@@ -32,6 +31,7 @@ from pissa.integrations.dense_gguf import TYPES, Text, describe, write
 from pissa.integrations.exported import MERGE, Exported, no_base
 from pissa.model.batches import Batch
 from pissa.ops.checks import check_choice
+from pissa.system import shell
 
 
 def export_model(
@@ -113,7 +113,7 @@ def _check_only_text(checkpoint: Checkpoint, adapter: LoraFolder, text: Text) ->
 
 
 def _not_written(checkpoint: Checkpoint, adapter: LoraFolder, reason: object) -> ValueError:
-    merge = shlex.join(["pissa", "merge", str(adapter.path), "merged", "--base", checkpoint.name])
+    merge = shell("pissa", "merge", str(adapter.path), "merged", "--base", checkpoint.name)
     return ValueError(
         f"{checkpoint.name} is not written as a GGUF file: {reason}. Instead, run `{merge}`, and let llama.cpp's "
         "convert_hf_to_gguf.py read the folder, or Ollama: `echo FROM ./merged > Modelfile`, "
@@ -127,7 +127,7 @@ def _check_new(target: Path, *names: str) -> None:
 
 
 def _load(file: Path, modelfile: Path) -> str:
-    written, described = (shlex.quote(str(path)) for path in (file, modelfile))
+    written, described = (shell(str(path)) for path in (file, modelfile))
     return f"llama-cli -m {written}; ollama create NAME -f {described} && ollama run NAME"
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from collections import Counter
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from pissa.containers.tensor_file import Scratch, write_tensors
 from pissa.conversion.plain_lora import PlainLora
 from pissa.integrations.exported import MERGE, Exported, read_factors
 from pissa.ops.low_rank import pad_rank
+from pissa.system import shell
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The allowed values of vLLM's --max-lora-rank."""
@@ -70,8 +70,8 @@ def export_lora(adapter: LoraFolder, base: Name | None, target: Path) -> Exporte
         layers=lora.layers,
         written=f"a LoRA of rank {rank}, {count} pairs of factors",
         bytes_written=sum(path.stat().st_size for path in target.iterdir()),
-        load=f"vllm serve {shlex.quote(model or 'BASE')} --enable-lora --max-lora-rank {allowed[0]} --lora-modules "
-        + shlex.quote(f"NAME={target}"),
+        load=f"vllm serve {shell(model or 'BASE')} --enable-lora --max-lora-rank {allowed[0]} --lora-modules "
+        + shell(f"NAME={target}"),
     )
 
 

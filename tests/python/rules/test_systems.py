@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from pissa.system import run_instead, shell
 
 ROOT = Path(__file__).parents[3]
 
@@ -63,6 +66,18 @@ def test_only_one_module_calls_what_other_systems_lack(system: str, calls: set[s
     command = [sys.executable, "-m", "mypy", *options]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert set(re.findall(r"^(.+?):\d+: error", run.stdout, flags=re.MULTILINE)) == calls, run
+
+
+@pytest.mark.parametrize(("system", "typed"), [("linux", "pissa chat 'my run'"), ("win32", 'pissa chat "my run"')])
+def test_a_command_is_quoted_as_its_shell_reads_it(system: str, typed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", system)
+    assert shell("pissa", "chat", "my run") == typed
+
+
+def test_without_an_exec_the_status_is_that_of_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "win32")
+    program = ["-c", "import os, sys; sys.exit(int(os.environ['STATUS']))"]
+    assert run_instead(sys.executable, program, os.environ | {"STATUS": "7"}) == 7
 
 
 def test_texts_are_the_same_bytes_on_every_system() -> None:
